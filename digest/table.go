@@ -1,0 +1,255 @@
+package digest
+
+import (
+	"bytes"
+	"encoding"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash"
+	"hash/crc32"
+)
+
+// The bounds of a piece's length in bytes. Both are multiples of the block
+// length of every SHA-2 function, so that at a piece boundary the hash state
+// is the chaining value alone.
+const (
+	MinPieceLength = 64 << 10
+	MaxPieceLength = 4 << 20
+)
+
+// piecesPerBlob is the number of pieces that a blob has at least, where the
+// bounds of a piece's length allow it.
+const piecesPerBlob = 256
+
+// PieceLength returns the length in bytes of the pieces of a blob of size
+// bytes: the largest power of two that still makes 256 pieces, within
+// [MinPieceLength] and [MaxPieceLength]. It is a function of the size alone so
+// that every peer cuts a blob alike.
+func PieceLength(size int64) int64 {
+	length := int64(MinPieceLength)
+	for length < MaxPieceLength && size/piecesPerBlob >= 2*length {
+		length *= 2
+	}
+	return length
+}
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+// CRC32C returns the checksum that guards stored bytes against bit rot.
+func CRC32C(p []byte) uint32 { return crc32.Checksum(p, castagnoli) }
+
+// Table describes the pieces of one blob: the CRC32C of each and the hash
+// state at each boundary between two. Its fields are not to be changed once it
+// is built; it is then safe for concurrent use.
+type Table struct {
+	Digest      Digest
+	Size        int64    // of the blob, in bytes
+	PieceLength int64    // of every piece but the last, in bytes
+	CRC         []uint32 // CRC32C of each piece
+	Chain       []byte   // the hash states at the boundaries, one after the other; nil where unknown
+}
+
+// Pieces returns the number of pieces. An empty blob has none.
+func (t *Table) Pieces() int { return pieceCount(t.Size, t.PieceLength) }
+
+func pieceCount(size, length int64) int { return int((size + length - 1) / length) }
+
+// Bounds returns where piece i starts and ends in the blob.
+func (t *Table) Bounds(i int) (start, end int64) {
+	start = int64(i) * t.PieceLength
+	return start, min(start+t.PieceLength, t.Size)
+}
+
+// CheckPiece compares piece i with its CRC32C. The error is a [CorruptError].
+func (t *Table) CheckPiece(i int, p []byte) error {
+	start, end := t.Bounds(i)
+	if int64(len(p)) != end-start {
+		return &CorruptError{t.Digest, i, fmt.Sprintf("%d of %d bytes are missing", end-start-int64(len(p)), end-start)}
+	}
+	if got := CRC32C(p); got != t.CRC[i] {
+		return &CorruptError{t.Digest, i, fmt.Sprintf("CRC32C is %08x, recorded was %08x", got, t.CRC[i])}
+	}
+	return nil
+}
+
+// errBrokenLink says that a piece does not lead from one state of the chain to the next.
+var errBrokenLink = errors.New("piece and hash chain do not fit")
+
+// VerifyPiece proves piece i against the digest of the whole blob, given that
+// every other link of the chain is proven too. A failure wraps [ErrMismatch]:
+// either the piece or the chain is not of this blob.
+func (t *Table) VerifyPiece(i int, p []byte) error {
+	start, end := t.Bounds(i)
+	if int64(len(p)) != end-start {
+		return fmt.Errorf("piece %d of %s: %w: it has %d bytes, want %d", i, t.Digest, ErrMismatch, len(p), end-start)
+	}
+	alg := t.Digest.Algorithm()
+	n := stateSize(alg)
+	if len(t.Chain) != n*max(t.Pieces()-1, 0) {
+		return fmt.Errorf("piece %d of %s: %w: there is no hash chain to verify it with", i, t.Digest, ErrMismatch)
+	}
+	h := alg.Hash()
+	if i > 0 {
+		if err := setState(h, t.Chain[(i-1)*n:i*n], start); err != nil {
+			return fmt.Errorf("piece %d of %s: %w", i, t.Digest, err)
+		}
+	}
+	h.Write(p)
+	ok := false
+	if i == t.Pieces()-1 {
+		ok = Digest(alg.String()+":"+alg.Encode(h.Sum(nil))) == t.Digest
+	} else {
+		state, err := appendState(nil, h)
+		if err != nil {
+			return fmt.Errorf("piece %d of %s: %w", i, t.Digest, err)
+		}
+		ok = bytes.Equal(state, t.Chain[i*n:(i+1)*n])
+	}
+	if !ok {
+		return fmt.Errorf("piece %d of %s: %w: %w", i, t.Digest, ErrMismatch, errBrokenLink)
+	}
+	return nil
+}
+
+// stateSize returns the length in bytes of a hash's chaining value.
+func stateSize(alg Algorithm) int {
+	if alg == SHA256 {
+		return 32
+	}
+	return 64
+}
+
+// A marshaled SHA-2 state is a magic of four bytes, the chaining value, the
+// block that is not full yet, and the count of bytes hashed, in 8 bytes. At a
+// piece boundary the block is empty and the count is the offset, so the
+// chaining value is all there is to keep. [SelfTest] guards this.
+const magicSize, countSize = 4, 8
+
+func appendState(b []byte, h hash.Hash) ([]byte, error) {
+	m, ok := h.(encoding.BinaryAppender)
+	if !ok {
+		return nil, fmt.Errorf("hash state of %T can't be read", h)
+	}
+	var space [256]byte
+	all, err := m.AppendBinary(space[:0])
+	if err != nil {
+		return nil, fmt.Errorf("hash state: %w", err)
+	}
+	// Half of a block is the chaining value: 32 of 64 bytes, 64 of 128.
+	n := h.BlockSize() / 2
+	if len(all) != magicSize+n+h.BlockSize()+countSize {
+		return nil, fmt.Errorf("hash state of %T has an unknown form (%d bytes)", h, len(all))
+	}
+	return append(b, all[magicSize:magicSize+n]...), nil
+}
+
+// setState makes h what it was after offset bytes, when its chaining value was state.
+func setState(h hash.Hash, state []byte, offset int64) error {
+	m, ok := h.(interface {
+		encoding.BinaryAppender
+		encoding.BinaryUnmarshaler
+	})
+	if !ok {
+		return fmt.Errorf("hash state of %T can't be set", h)
+	}
+	h.Reset()
+	var space [256]byte
+	all, err := m.AppendBinary(space[:0])
+	if err != nil {
+		return fmt.Errorf("hash state: %w", err)
+	}
+	copy(all[magicSize:], state)
+	binary.BigEndian.PutUint64(all[len(all)-countSize:], uint64(offset))
+	if err := m.UnmarshalBinary(all); err != nil {
+		return fmt.Errorf("hash state: %w", err)
+	}
+	return nil
+}
+
+// SelfTest reports whether the hash states of this build of Go can be read and
+// set as hash chains need it. It takes under a millisecond; a daemon runs it
+// when it starts.
+func SelfTest() error {
+	data := make([]byte, 2*MinPieceLength+1)
+	for i := range data {
+		data[i] = byte(i * 7)
+	}
+	for _, alg := range []Algorithm{SHA256, SHA384, SHA512} {
+		r := NewRecorder(alg)
+		if _, err := r.Write(data); err != nil {
+			return fmt.Errorf("hash chain self-test: %s: %w", alg, err)
+		}
+		t, err := r.Table()
+		if err != nil {
+			return fmt.Errorf("hash chain self-test: %s: %w", alg, err)
+		}
+		if want := alg.FromBytes(data); t.Digest != want {
+			return fmt.Errorf("hash chain self-test: %s: digest is %s, want %s", alg, t.Digest, want)
+		}
+		for i := range t.Pieces() {
+			start, end := t.Bounds(i)
+			if err := t.VerifyPiece(i, data[start:end]); err != nil {
+				return fmt.Errorf("hash chain self-test: %s: %w", alg, err)
+			}
+		}
+	}
+	return nil
+}
+
+// tableVersion is the first byte of an encoded table.
+const tableVersion = 1
+
+// tableHeader is the length of what stands before the checksums in an encoded
+// table: version, three bytes of zero, piece length, size.
+const tableHeader = 1 + 3 + 4 + 8
+
+// AppendBinary appends the form in which a table is stored, described in
+// docs/format.md, to b. The digest is not part of it: it is the key that the
+// table is stored under.
+func (t *Table) AppendBinary(b []byte) ([]byte, error) {
+	start := len(b)
+	b = append(b, tableVersion, 0, 0, 0)
+	b = binary.LittleEndian.AppendUint32(b, uint32(t.PieceLength))
+	b = binary.LittleEndian.AppendUint64(b, uint64(t.Size))
+	for _, c := range t.CRC {
+		b = binary.LittleEndian.AppendUint32(b, c)
+	}
+	b = append(b, t.Chain...)
+	return binary.LittleEndian.AppendUint32(b, CRC32C(b[start:])), nil
+}
+
+// DecodeTable decodes what [Table.AppendBinary] made of the table of the blob
+// d. It does not keep b. An error is a [CorruptError] for the whole blob.
+func DecodeTable(d Digest, b []byte) (*Table, error) {
+	damaged := func(format string, args ...any) error {
+		return &CorruptError{d, -1, "piece table: " + fmt.Sprintf(format, args...)}
+	}
+	if len(b) < tableHeader+4 {
+		return nil, damaged("%d bytes are too few", len(b))
+	}
+	if b[0] != tableVersion {
+		return nil, damaged("unknown version %d: it was written by a newer dfcache", b[0])
+	}
+	body, sum := b[:len(b)-4], binary.LittleEndian.Uint32(b[len(b)-4:])
+	if got := CRC32C(body); got != sum {
+		return nil, damaged("CRC32C is %08x, recorded was %08x", got, sum)
+	}
+	length := int64(binary.LittleEndian.Uint32(body[4:]))
+	size := int64(binary.LittleEndian.Uint64(body[8:]))
+	if size < 0 || length != PieceLength(size) {
+		return nil, damaged("pieces of %d bytes do not fit a blob of %d bytes", length, size)
+	}
+	body = body[tableHeader:]
+	pieces, state := pieceCount(size, length), stateSize(d.Algorithm())
+	// The count of pieces is bounded by the bytes at hand before it is used to allocate.
+	if pieces > len(body)/4 || len(body) != 4*pieces+state*max(pieces-1, 0) {
+		return nil, damaged("%d bytes do not fit %d pieces", len(b), pieces)
+	}
+	t := &Table{Digest: d, Size: size, PieceLength: length, CRC: make([]uint32, pieces)}
+	for i := range t.CRC {
+		t.CRC[i] = binary.LittleEndian.Uint32(body[4*i:])
+	}
+	t.Chain = bytes.Clone(body[4*pieces:])
+	return t, nil
+}
