@@ -82,7 +82,7 @@ func (r *Recorder) Table() (*Table, error) {
 	if r.size > int64(len(r.crcs))*r.length {
 		r.crcs, r.crc = append(r.crcs, r.crc), 0
 	}
-	if len(r.crcs) == 2*piecesPerBlob && r.length < MaxPieceLength {
+	if r.size == 2*piecesPerBlob*r.length && r.length < MaxPieceLength {
 		// The chain has no state for the end of the last piece, and join does
 		// not need one: it keeps the state after each pair, the last of which is the digest.
 		r.chain = append(r.chain, make([]byte, stateSize(r.alg))...)

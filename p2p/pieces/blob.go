@@ -1,0 +1,94 @@
+package pieces
+
+import (
+	"context"
+	"fmt"
+	"os"
+
+	"go.etcd.io/bbolt"
+
+	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p"
+)
+
+// Blob is an open blob. It implements [p2p.Blob].
+type Blob struct {
+	*digest.Verified
+	f *os.File
+}
+
+// File returns the blob's file, open for reading only. It belongs to the Blob.
+func (b *Blob) File() *os.File { return b.f }
+
+// Close closes the blob.
+func (b *Blob) Close() error { return b.f.Close() }
+
+// Open implements [p2p.Engine]. The result is a [*Blob].
+func (s *Store) Open(ctx context.Context, task p2p.Task, _ p2p.Scope) (p2p.Blob, error) {
+	if err := s.begin(ctx); err != nil {
+		return nil, err
+	}
+	defer s.end()
+	if err := task.Validate(); err != nil {
+		return nil, err
+	}
+	if err := s.view(func(tx *bbolt.Tx) error { return holdsTask(tx, task) }); err != nil {
+		return nil, err
+	}
+	blob, err := s.openBlob(task.Digest)
+	if err != nil {
+		return nil, err
+	}
+	s.touch(task)
+	return blob, nil
+}
+
+func holdsTask(tx *bbolt.Tx, task p2p.Task) error {
+	if tx.Bucket(bucketTasks).Get(taskKey(task)) == nil {
+		return fmt.Errorf("%s: %w", task, p2p.ErrNotFound)
+	}
+	return nil
+}
+
+// openBlob opens a blob, whoever holds it.
+func (s *Store) openBlob(d digest.Digest) (*Blob, error) {
+	table, err := s.table(d)
+	if err != nil {
+		return nil, err
+	}
+	f, err := os.Open(s.blobPath(d))
+	if isMissing(err) {
+		if _, err := s.table(d); err != nil {
+			return nil, err // it was deleted just now
+		}
+		return nil, &digest.CorruptError{Digest: d, Piece: -1, Reason: "its file is missing: import it again"}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open blob %s: %w", d, err)
+	}
+	info, err := f.Stat()
+	if err == nil && info.Size() != table.Size {
+		err = &digest.CorruptError{
+			Digest: d,
+			Piece:  int(min(info.Size(), table.Size) / table.PieceLength),
+			Reason: fmt.Sprintf("its file has %d bytes, recorded were %d: import it again", info.Size(), table.Size),
+		}
+	}
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return &Blob{Verified: digest.NewVerified(f, table), f: f}, nil
+}
+
+func (s *Store) table(d digest.Digest) (table *digest.Table, err error) {
+	err = s.view(func(tx *bbolt.Tx) error {
+		v := tx.Bucket(bucketTables).Get(key(d))
+		if v == nil {
+			return fmt.Errorf("blob %s: %w", d, p2p.ErrNotFound)
+		}
+		table, err = digest.DecodeTable(d, v)
+		return err
+	})
+	return table, err
+}

@@ -1,0 +1,259 @@
+package pieces
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"go.etcd.io/bbolt"
+
+	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p"
+)
+
+// Kinds of problems that a check finds.
+const (
+	KindCorrupt  = "corrupt"  // a piece is not what was stored
+	KindMissing  = "missing"  // a blob's file is not there
+	KindStray    = "stray"    // a file is not a blob of the store
+	KindMetadata = "metadata" // records contradict each other or are damaged
+)
+
+// Problem is something that a check found to be wrong.
+type Problem struct {
+	Kind   string        `json:"kind"`
+	Digest digest.Digest `json:"digest,omitempty"` // the blob it is about, where it is about one
+	Piece  int           `json:"piece"`            // the piece, counted from 0; -1 where it is not about one
+	Path   string        `json:"path,omitempty"`   // the file it is about
+	Detail string        `json:"detail"`
+}
+
+// String says what was found, on one line.
+func (p Problem) String() string {
+	s := p.Kind + ":"
+	if p.Digest != "" {
+		s += " blob " + string(p.Digest)
+	} else if p.Path != "" {
+		s += " " + p.Path
+	}
+	if p.Piece >= 0 {
+		s += fmt.Sprintf(" piece %d", p.Piece)
+	}
+	return s + ": " + p.Detail
+}
+
+// Summary says what a check has looked at.
+type Summary struct {
+	Blobs    int   `json:"blobs"`    // blobs read
+	Bytes    int64 `json:"bytes"`    // bytes read
+	Problems int   `json:"problems"` // problems reported
+}
+
+// Check reads every blob and compares it with its digest and each piece with
+// its checksum, compares the records with each other and with the files that
+// are there, and reports what is wrong, one problem at a time. It changes
+// nothing. The error says that the check itself could not go on.
+func (s *Store) Check(ctx context.Context, report func(Problem)) (Summary, error) {
+	if err := s.begin(ctx); err != nil {
+		return Summary{}, err
+	}
+	defer s.end()
+	c := checker{s: s, ctx: ctx, report: report}
+	err := c.metadata()
+	if err == nil {
+		err = c.blobs()
+	}
+	if err == nil {
+		err = c.strays()
+	}
+	if err != nil {
+		return c.sum, fmt.Errorf("check store %s: %w", s.dir, err)
+	}
+	return c.sum, nil
+}
+
+type checker struct {
+	s      *Store
+	ctx    context.Context
+	report func(Problem)
+	sum    Summary
+}
+
+func (c *checker) found(p Problem) {
+	c.sum.Problems++
+	c.report(p)
+}
+
+func (c *checker) foundMetadata(format string, args ...any) {
+	c.found(Problem{Kind: KindMetadata, Piece: -1, Path: c.s.path("meta.db"), Detail: fmt.Sprintf(format, args...)})
+}
+
+// metadata checks the pages of the metadata file, then that every record that points to another one finds it.
+func (c *checker) metadata() error {
+	err := c.s.view(func(tx *bbolt.Tx) error {
+		for err := range tx.Check() {
+			c.foundMetadata("%v", err)
+		}
+		exists := func(bucket []byte, parts ...string) bool { return tx.Bucket(bucket).Get(key(parts...)) != nil }
+		scan(tx, bucketTasks, nil, func(k, _ []byte) bool {
+			tag, d := firstPart(k), lastPart(k)
+			if _, _, err := get[taskRecord](tx, bucketTasks, k); err != nil {
+				c.foundMetadata("%v", err)
+			}
+			if !exists(bucketBlobs, d) || !exists(bucketTables, d) {
+				c.foundMetadata("task %q has no blob %s", tag, d)
+			}
+			if !exists(bucketHolders, d, tag) {
+				c.foundMetadata("task %q is not among the holders of %s", tag, d)
+			}
+			return c.ctx.Err() == nil
+		})
+		scan(tx, bucketNames, nil, func(k, _ []byte) bool {
+			tag, name := firstPart(k), lastPart(k)
+			record, _, err := get[nameRecord](tx, bucketNames, k)
+			if err != nil {
+				c.foundMetadata("%v", err)
+			} else if !exists(bucketTasks, tag, string(record.Digest)) {
+				c.foundMetadata("name %s of tag %q points to %s, which it does not hold", name, tag, record.Digest)
+			}
+			return c.ctx.Err() == nil
+		})
+		scan(tx, bucketBlobs, nil, func(k, _ []byte) bool {
+			if !hasAny(tx, bucketHolders, prefix(string(k))) && !exists(bucketLoose, string(k)) {
+				c.foundMetadata("blob %s is held by no tag", k)
+			}
+			return c.ctx.Err() == nil
+		})
+		return context.Cause(c.ctx)
+	})
+	if errors.Is(err, digest.ErrCorrupt) {
+		c.foundMetadata("%v", err)
+		return nil
+	}
+	return err
+}
+
+func firstPart(k []byte) string {
+	for i, b := range k {
+		if b == 0 {
+			return string(k[:i])
+		}
+	}
+	return string(k)
+}
+
+// blobs reads every blob.
+func (c *checker) blobs() error {
+	for last := []byte(nil); ; {
+		var next []byte
+		err := c.s.view(func(tx *bbolt.Tx) error {
+			cursor := tx.Bucket(bucketBlobs).Cursor()
+			k, _ := cursor.Seek(last)
+			if k != nil && string(k) == string(last) {
+				k, _ = cursor.Next()
+			}
+			next = append(next, k...)
+			return nil
+		})
+		if err != nil || next == nil {
+			return err
+		}
+		if err := c.blob(digest.Digest(next)); err != nil {
+			return err
+		}
+		last = next
+	}
+}
+
+// blob reads one blob. It does not trust the checksums alone: it hashes.
+func (c *checker) blob(d digest.Digest) error {
+	path := c.s.blobPath(d)
+	table, err := c.s.table(d)
+	switch {
+	case errors.Is(err, p2p.ErrNotFound):
+		return nil // deleted meanwhile, or reported with its task
+	case errors.Is(err, digest.ErrCorrupt):
+		c.found(Problem{Kind: KindMetadata, Digest: d, Piece: -1, Path: path, Detail: err.Error()})
+		return nil
+	case err != nil:
+		return err
+	}
+	f, err := os.Open(path)
+	if isMissing(err) {
+		c.found(Problem{Kind: KindMissing, Digest: d, Piece: -1, Path: path, Detail: "its file is not there"})
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	c.sum.Blobs++
+	recorder := digest.NewRecorder(d.Algorithm())
+	buf := make([]byte, table.PieceLength)
+	damaged := 0
+	for i := range table.Pieces() {
+		if err := context.Cause(c.ctx); err != nil {
+			return err
+		}
+		start, end := table.Bounds(i)
+		n, err := f.ReadAt(buf[:end-start], start)
+		c.sum.Bytes += int64(n)
+		detail := ""
+		if err != nil && !errors.Is(err, io.EOF) {
+			detail = fmt.Sprintf("it can't be read: %v", err)
+		} else if e, ok := errors.AsType[*digest.CorruptError](table.CheckPiece(i, buf[:n])); ok {
+			detail = e.Reason
+		}
+		if detail != "" {
+			damaged++
+			c.found(Problem{Kind: KindCorrupt, Digest: d, Piece: i, Path: path, Detail: detail})
+			continue
+		}
+		if _, err := recorder.Write(buf[:n]); err != nil {
+			return err
+		}
+	}
+	if damaged > 0 {
+		return nil
+	}
+	t, err := recorder.Table()
+	if err != nil {
+		return err
+	}
+	info, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	if t.Digest != d {
+		c.found(Problem{Kind: KindCorrupt, Digest: d, Piece: -1, Path: path, Detail: fmt.Sprintf("its content is %s, though every piece is as recorded", t.Digest)})
+	} else if info.Size() != table.Size {
+		c.found(Problem{Kind: KindCorrupt, Digest: d, Piece: -1, Path: path, Detail: fmt.Sprintf("its file has %d bytes, recorded were %d", info.Size(), table.Size)})
+	}
+	return nil
+}
+
+// strays looks for files below blobs/ that no record knows.
+func (c *checker) strays() error {
+	return filepath.WalkDir(c.s.path("blobs"), func(path string, e fs.DirEntry, err error) error {
+		if err != nil || e.IsDir() {
+			return err
+		}
+		if err := context.Cause(c.ctx); err != nil {
+			return err
+		}
+		d := digest.Digest(filepath.Base(filepath.Dir(path)) + ":" + e.Name())
+		known := false
+		err = c.s.view(func(tx *bbolt.Tx) error {
+			known = tx.Bucket(bucketBlobs).Get(key(d)) != nil
+			return nil
+		})
+		if err == nil && !known {
+			c.found(Problem{Kind: KindStray, Piece: -1, Path: path, Detail: "no record knows this file: it can be removed"})
+		}
+		return err
+	})
+}

@@ -1,0 +1,152 @@
+package pieces
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/dfcache/dfcache/p2p"
+)
+
+// files is what the store asks of the file system wherever a failure must not
+// cost anything. Tests put one that fails in its place.
+type files interface {
+	Create(name string) (*os.File, error) // new, for reading and writing
+	Sync(f *os.File) error
+	SyncDir(name string) error
+	Rename(from, to string) error
+	Remove(name string) error
+}
+
+// disk is the file system of the operating system.
+type disk struct{}
+
+func (disk) Create(name string) (*os.File, error) {
+	f, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o444)
+	if err != nil {
+		return nil, err
+	}
+	// The mode is to be 0444 whatever the umask is.
+	if err := f.Chmod(0o444); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+func (disk) Sync(f *os.File) error { return f.Sync() }
+
+func (disk) SyncDir(name string) error {
+	d, err := os.Open(name)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.Sync()
+}
+
+func (disk) Rename(from, to string) error { return os.Rename(from, to) }
+
+func (disk) Remove(name string) error { return os.Remove(name) }
+
+// diskError makes an error of the file system match [p2p.ErrNoSpace] where it is one of space.
+func diskError(err error) error {
+	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+		return fmt.Errorf("%w: %w: free some space on the data directory's disk and try again", p2p.ErrNoSpace, err)
+	}
+	return err
+}
+
+// chunk is how many bytes are copied before the hash may follow, the context
+// is looked at, and write-back is started.
+const chunk = 8 << 20
+
+// copyChunks copies src to dst up to its end. After each chunk it calls done
+// with the count of bytes that dst has; where done returns an error it stops.
+// A regular file is copied in the kernel, from its current offset on: cloned,
+// where the file system can share blocks, else with copy_file_range. What dst
+// has is the same either way.
+func copyChunks(dst *os.File, src io.Reader, done func(end int64) error) error {
+	if in, ok := src.(*os.File); ok {
+		if info, err := in.Stat(); err == nil && info.Mode().IsRegular() {
+			return copyFile(dst, in, done)
+		}
+	}
+	return copyReader(dst, src, 0, done)
+}
+
+func copyFile(dst, src *os.File, done func(end int64) error) error {
+	start, err := src.Seek(0, io.SeekCurrent)
+	if err != nil {
+		return err
+	}
+	if start == 0 && unix.IoctlFileClone(int(dst.Fd()), int(src.Fd())) == nil {
+		info, err := dst.Stat()
+		if err != nil {
+			return err
+		}
+		for end := int64(0); end < info.Size(); {
+			end = min(end+chunk, info.Size())
+			if err := done(end); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	var end int64
+	for {
+		from, to := start+end, end
+		n, err := unix.CopyFileRange(int(src.Fd()), &from, int(dst.Fd()), &to, chunk, 0)
+		switch {
+		case errors.Is(err, unix.EINTR):
+			continue
+		case end == 0 && (err != nil || n == 0):
+			// Not between these two file systems, or not from this file: what
+			// is in /proc claims to be empty here. Reading tells the truth,
+			// and gives the right error where there is one.
+			return copyReader(dst, io.NewSectionReader(src, start, 1<<63-1-start), 0, done)
+		case err != nil:
+			return os.NewSyscallError("copy_file_range", err)
+		case n == 0:
+			return nil
+		}
+		end += int64(n)
+		if err := done(end); err != nil {
+			return err
+		}
+	}
+}
+
+// copyReader copies through memory. dst has end bytes already.
+func copyReader(dst *os.File, src io.Reader, end int64, done func(end int64) error) error {
+	buf := make([]byte, 1<<20)
+	for {
+		n, err := io.ReadAtLeast(src, buf, 1)
+		if n > 0 {
+			if _, err := dst.WriteAt(buf[:n], end); err != nil {
+				return err
+			}
+			end += int64(n)
+			if err := done(end); err != nil {
+				return err
+			}
+		}
+		if errors.Is(err, io.EOF) && n == 0 {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("read the source: %w", err)
+		}
+	}
+}
+
+// startWriteBack asks the kernel to begin writing the range of f to disk, so
+// that the fsync at the end finds little left to do. It is advice: a file
+// system that knows no such thing does without.
+func startWriteBack(f *os.File, from, to int64) {
+	_ = unix.SyncFileRange(int(f.Fd()), from, to-from, unix.SYNC_FILE_RANGE_WRITE)
+}

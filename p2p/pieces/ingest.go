@@ -1,0 +1,459 @@
+package pieces
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"go.etcd.io/bbolt"
+
+	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p"
+)
+
+// ingest implements [p2p.Ingest].
+type ingest struct {
+	ctx   context.Context
+	s     *Store
+	added map[digest.Digest]*addition
+	done  bool
+}
+
+// addition is content whose digest is known. The blob is held.
+type addition struct {
+	table     *digest.Table
+	f         *os.File // the copy in ingest/; nil where the blob is in the store
+	name      string   // of f
+	marker    string   // the marker in ingest/ that says that the copy is moving into blobs/, or ""
+}
+
+// newName returns a name in ingest/ that nothing else has.
+func newName() string { return strings.ToLower(rand.Text()) }
+
+// Ingest implements [p2p.Engine].
+func (s *Store) Ingest(ctx context.Context) (p2p.Ingest, error) {
+	if err := s.begin(ctx); err != nil {
+		return nil, err
+	}
+	defer s.end()
+	return &ingest{ctx: ctx, s: s, added: map[digest.Digest]*addition{}}, nil
+}
+
+// Add implements [p2p.Ingest]. A Read of src that blocks is interrupted when
+// the context ends if src has a SetReadDeadline method, as pipes and
+// connections do.
+func (in *ingest) Add(src io.Reader, opts p2p.AddOptions) (p2p.Added, error) {
+	if err := in.s.begin(in.ctx); err != nil {
+		return p2p.Added{}, err
+	}
+	defer in.s.end()
+	alg := opts.Algorithm
+	if opts.Want != "" {
+		if _, err := digest.Parse(string(opts.Want)); err != nil {
+			return p2p.Added{}, err
+		}
+		alg = opts.Want.Algorithm()
+	} else if alg == "" {
+		alg = digest.SHA256
+	}
+	if _, err := digest.ParseAlgorithm(alg.String()); err != nil {
+		return p2p.Added{}, err
+	}
+	a, err := in.add(src, alg, opts)
+	if cause := context.Cause(in.ctx); err != nil && cause != nil {
+		// Whatever broke off broke off because of this.
+		err = cause
+	}
+	if err != nil {
+		return p2p.Added{}, diskError(err)
+	}
+	return p2p.Added{Digest: a.table.Digest, Size: a.table.Size}, nil
+}
+
+func (in *ingest) add(src io.Reader, alg digest.Algorithm, opts p2p.AddOptions) (*addition, error) {
+	if f, ok := src.(*os.File); ok && opts.Want != "" {
+		if a, err := in.compare(f, opts); a != nil || err != nil {
+			return a, err
+		}
+	}
+	name := in.s.path("ingest", newName())
+	f, err := in.s.files.Create(name)
+	if err != nil {
+		return nil, err
+	}
+	a := &addition{f: f, name: name}
+	if a.table, err = in.copy(f, src, alg, opts.Progress); err == nil && opts.Want != "" {
+		err = match(opts.Want, a.table)
+	}
+	if err != nil {
+		return nil, errors.Join(err, a.discard(in.s))
+	}
+	return in.keep(a)
+}
+
+func match(want digest.Digest, t *digest.Table) error {
+	if t.Digest != want {
+		return fmt.Errorf("nothing was stored: %w", &digest.MismatchError{Want: want, Got: t.Digest})
+	}
+	return nil
+}
+
+// compare takes a shortcut where the wanted blob is in the store and the source
+// is a regular file: nothing is copied, both are read and checked. It returns
+// nil and no error, with the source as it was, where the shortcut leads nowhere.
+func (in *ingest) compare(f *os.File, opts p2p.AddOptions) (*addition, error) {
+	info, err := f.Stat()
+	if err != nil || !info.Mode().IsRegular() {
+		return nil, nil
+	}
+	start, err := f.Seek(0, io.SeekCurrent)
+	if err != nil {
+		return nil, nil
+	}
+	in.s.hold(opts.Want)
+	a := &addition{}
+	var checking sync.WaitGroup
+	checking.Go(func() { a.table = in.s.intact(in.ctx, opts.Want) })
+	recorder := digest.NewRecorder(opts.Want.Algorithm())
+	err = copyChunksTo(in.ctx, recorder, io.NewSectionReader(f, start, 1<<63-1-start), opts.Progress)
+	checking.Wait()
+	if a.table == nil || err != nil {
+		return nil, in.s.letGo(opts.Want, false)
+	}
+	t, err := recorder.Table()
+	if err == nil {
+		err = match(opts.Want, t)
+	}
+	if err != nil {
+		return nil, errors.Join(err, in.s.letGo(opts.Want, false))
+	}
+	return in.register(a), nil
+}
+
+// copyChunksTo feeds a recorder.
+func copyChunksTo(ctx context.Context, recorder *digest.Recorder, src io.Reader, progress func(int64)) error {
+	buf := make([]byte, 1<<20)
+	for {
+		if err := context.Cause(ctx); err != nil {
+			return err
+		}
+		n, err := src.Read(buf)
+		if _, err := recorder.Write(buf[:n]); err != nil {
+			return err
+		}
+		if progress != nil {
+			progress(recorder.Size())
+		}
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// intact returns the table of a blob that is in the store and whose every
+// piece is as recorded, else nil.
+func (s *Store) intact(ctx context.Context, d digest.Digest) *digest.Table {
+	blob, err := s.openBlob(d)
+	if errors.Is(err, p2p.ErrNotFound) {
+		return nil
+	}
+	if err == nil {
+		defer blob.Close()
+		err = blob.CopyTo(ctx, io.Discard, nil)
+	}
+	if err != nil {
+		if ctx.Err() == nil {
+			s.log.Warn("a stored blob is damaged; it is replaced by what is imported now", "digest", d, "error", err)
+		}
+		return nil
+	}
+	return blob.Table()
+}
+
+// copy copies src to f and returns the table of what f has then.
+func (in *ingest) copy(f *os.File, src io.Reader, alg digest.Algorithm, progress func(int64)) (*digest.Table, error) {
+	if d, ok := src.(interface{ SetReadDeadline(time.Time) error }); ok {
+		stop := context.AfterFunc(in.ctx, func() { d.SetReadDeadline(time.Unix(1, 0)) })
+		defer stop()
+	}
+	ctx, cancel := context.WithCancelCause(in.ctx)
+	defer cancel(nil)
+	recorder := digest.NewRecorder(alg)
+	// How far the copying may be ahead: its bytes should still be in the page
+	// cache when the hashing reads them.
+	copied := make(chan int64, 8)
+	var hashing sync.WaitGroup
+	hashing.Go(func() {
+		buf := make([]byte, 1<<20)
+		for end := range copied {
+			for recorder.Size() < end && ctx.Err() == nil {
+				p := buf[:min(int64(len(buf)), end-recorder.Size())]
+				if _, err := f.ReadAt(p, recorder.Size()); err != nil {
+					cancel(fmt.Errorf("read back what was copied: %w", err))
+				} else if _, err := recorder.Write(p); err != nil {
+					cancel(err)
+				}
+			}
+			if progress != nil && ctx.Err() == nil {
+				progress(recorder.Size())
+			}
+		}
+	})
+	var written int64
+	err := copyChunks(f, src, func(end int64) error {
+		if end-written >= chunk {
+			startWriteBack(f, written, end)
+			written = end
+		}
+		select {
+		case copied <- end:
+			return context.Cause(ctx)
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	})
+	close(copied)
+	hashing.Wait()
+	if err == nil {
+		err = context.Cause(ctx)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return recorder.Table()
+}
+
+// keep makes a copy part of the ingest, or drops it where the store has the same, intact.
+func (in *ingest) keep(a *addition) (*addition, error) {
+	in.s.hold(a.table.Digest)
+	if in.added[a.table.Digest] != nil || in.s.intact(in.ctx, a.table.Digest) != nil {
+		err := a.discard(in.s)
+		a.f = nil
+		if err != nil {
+			return nil, errors.Join(err, in.s.letGo(a.table.Digest, false))
+		}
+	}
+	return in.register(a), nil
+}
+
+// register makes an addition, whose blob is held, part of the ingest.
+func (in *ingest) register(a *addition) *addition {
+	if before := in.added[a.table.Digest]; before != nil {
+		in.s.letGo(a.table.Digest, false) // one hold is enough, so this is not the last
+		return before
+	}
+	in.added[a.table.Digest] = a
+	return a
+}
+
+// discard removes an addition's copy.
+func (a *addition) discard(s *Store) error {
+	return errors.Join(a.f.Close(), s.files.Remove(a.name))
+}
+
+// Commit implements [p2p.Ingest].
+func (in *ingest) Commit(c p2p.Commit) error {
+	if err := in.s.begin(in.ctx); err != nil {
+		return err
+	}
+	defer in.s.end()
+	if in.done {
+		return errors.New("commit: the ingest is committed or closed already")
+	}
+	if err := validate(c); err != nil {
+		return err
+	}
+	wanted := map[digest.Digest]bool{}
+	for _, n := range c.Tasks {
+		wanted[n.Task.Digest] = true
+	}
+	var fresh []*addition
+	for d, a := range in.added {
+		if wanted[d] && a.f != nil {
+			fresh = append(fresh, a)
+		}
+	}
+	err := in.publish(fresh)
+	var removed removal
+	if err == nil {
+		err = in.s.update(func(tx *bbolt.Tx) error {
+			removed = removal{}
+			return removed.commit(tx, c, fresh, time.Now().UTC())
+		})
+	}
+	if err != nil {
+		// Files that are in place already go when the ingest is closed.
+		return diskError(err)
+	}
+	in.done = true
+	for _, a := range fresh {
+		if err := in.s.files.Remove(a.marker); err != nil {
+			in.s.log.Warn("could not remove a marker; the next start will", "error", err)
+		}
+		a.marker = ""
+	}
+	if removed.loose > 0 {
+		in.s.dropLoose()
+	}
+	return nil
+}
+
+func validate(c p2p.Commit) error {
+	for _, n := range c.Tasks {
+		if err := n.Task.Validate(); err != nil {
+			return err
+		}
+		for _, d := range n.Refs {
+			if _, err := digest.Parse(string(d)); err != nil {
+				return err
+			}
+		}
+	}
+	for _, n := range c.Names {
+		if err := p2p.ValidateTag(n.Tag); err != nil {
+			return err
+		}
+		if cid, err := digest.ParseCID(n.Name); err != nil {
+			return err
+		} else if cid.CacheID() == "" {
+			return fmt.Errorf("name %q: %w: it is a digest, want a cache ID", n.Name, digest.ErrInvalid)
+		}
+	}
+	return nil
+}
+
+// publish puts the copies of additions where blobs are, durably.
+func (in *ingest) publish(fresh []*addition) error {
+	for _, a := range fresh {
+		if err := in.s.files.Sync(a.f); err != nil {
+			return fmt.Errorf("write to disk: %w", err)
+		}
+		if err := context.Cause(in.ctx); err != nil {
+			return err
+		}
+	}
+	algorithms := map[digest.Algorithm]bool{}
+	for _, a := range fresh {
+		d := a.table.Digest
+		algorithms[d.Algorithm()] = true
+		marker := fmt.Sprintf("%s.%s.%s", a.name, d.Algorithm(), d.Encoded())
+		m, err := in.s.files.Create(marker)
+		if err != nil {
+			return err
+		}
+		a.marker = marker
+		if err := m.Close(); err != nil {
+			return err
+		}
+		if err := in.s.files.Rename(a.name, in.s.blobPath(d)); err != nil {
+			return err
+		}
+	}
+	for alg := range algorithms {
+		if err := in.s.syncBlobs(alg); err != nil {
+			return fmt.Errorf("write to disk: %w", err)
+		}
+	}
+	return nil
+}
+
+// syncBlobs makes the names in blobs/ durable, for all who want it now.
+func (s *Store) syncBlobs(alg digest.Algorithm) error {
+	return s.dirSyncs[alg].do(struct{}{}, func(jobs []*job[struct{}]) {
+		err := s.files.SyncDir(s.path("blobs", alg.String()))
+		for _, j := range jobs {
+			j.err = err
+		}
+	})
+}
+
+// commit writes the records of a commit.
+func (r *removal) commit(tx *bbolt.Tx, c p2p.Commit, fresh []*addition, now time.Time) error {
+	for _, a := range fresh {
+		table, err := a.table.AppendBinary(nil)
+		if err != nil {
+			return err
+		}
+		k := key(a.table.Digest)
+		if err := put(tx, bucketBlobs, k, blobRecord{Size: a.table.Size}); err != nil {
+			return err
+		}
+		if err := tx.Bucket(bucketTables).Put(k, table); err != nil {
+			return err
+		}
+	}
+	var released []p2p.Task
+	for _, n := range c.Tasks {
+		if tx.Bucket(bucketBlobs).Get(key(n.Task.Digest)) == nil {
+			return fmt.Errorf("commit %s: blob: %w", n.Task, p2p.ErrNotFound)
+		}
+		children, err := addTask(tx, n, now)
+		if err != nil {
+			return err
+		}
+		for _, d := range children {
+			released = append(released, p2p.Task{Tag: n.Task.Tag, Digest: d})
+		}
+	}
+	for _, n := range c.Names {
+		t := p2p.Task{Tag: n.Tag, Digest: n.Digest}
+		if tx.Bucket(bucketTasks).Get(taskKey(t)) == nil {
+			return fmt.Errorf("name %s: %s: %w", n.Name, t, p2p.ErrNotFound)
+		}
+		before, err := setName(tx, n, now)
+		if err != nil {
+			return err
+		}
+		if before != "" {
+			released = append(released, p2p.Task{Tag: n.Tag, Digest: before})
+		}
+	}
+	for _, t := range released {
+		committed := slices.ContainsFunc(c.Tasks, func(n p2p.NewTask) bool { return n.Task == t })
+		if committed {
+			continue
+		}
+		if err := r.release(tx, t); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Close implements [p2p.Ingest].
+func (in *ingest) Close() error {
+	in.done = true
+	open := in.s.begin(context.Background()) == nil
+	if open {
+		defer in.s.end()
+	}
+	var errs []error
+	for d, a := range in.added {
+		if a.f != nil {
+			errs = append(errs, a.f.Close())
+			if err := in.s.files.Remove(a.name); !isMissing(err) {
+				errs = append(errs, err)
+			}
+		}
+		if !open {
+			continue // opening the store again does the rest
+		}
+		err := in.s.letGo(d, a.marker != "")
+		if err == nil && a.marker != "" {
+			err = in.s.files.Remove(a.marker)
+		}
+		errs = append(errs, err)
+	}
+	clear(in.added)
+	return errors.Join(errs...)
+}

@@ -1,0 +1,389 @@
+package pieces
+
+import (
+	"bytes"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"syscall"
+	"time"
+
+	"go.etcd.io/bbolt"
+	berrors "go.etcd.io/bbolt/errors"
+
+	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p"
+)
+
+// formatVersion is the version of the directory's format, docs/format.md. A
+// store of any other version is not opened.
+const formatVersion = 1
+
+// The buckets of meta.db. Keys are text; the parts of a key are separated by a
+// zero byte, which no tag, digest or name contains.
+var (
+	bucketMeta    = []byte("meta")    // "version" -> version, 4 bytes, big-endian
+	bucketBlobs   = []byte("blobs")   // digest -> blobRecord
+	bucketTables  = []byte("tables")  // digest -> encoded digest.Table
+	bucketTasks   = []byte("tasks")   // tag, digest -> taskRecord
+	bucketHolders = []byte("holders") // digest, tag -> nothing: who holds a blob
+	bucketNames   = []byte("names")   // tag, name -> nameRecord
+	bucketNamed   = []byte("named")   // tag, digest, name -> nothing: which names point to a task
+	bucketParents = []byte("parents") // tag, child digest, parent digest -> nothing: which tasks refer to a task
+	bucketUsed    = []byte("used")    // tag, digest -> time of last use, nanoseconds since 1970, 8 bytes, big-endian
+	bucketLoose   = []byte("loose")   // digest -> nothing: blobs that may be held by nobody
+
+	allBuckets = [][]byte{bucketMeta, bucketBlobs, bucketTables, bucketTasks, bucketHolders,
+		bucketNames, bucketNamed, bucketParents, bucketUsed, bucketLoose}
+)
+
+// Records are JSON: any tool can read them, and a field can be added without a
+// new version.
+
+type blobRecord struct {
+	Size int64 `json:"size"` // in bytes
+}
+
+type taskRecord struct {
+	MediaType string          `json:"mediaType,omitempty"`
+	Pinned    bool            `json:"pinned,omitempty"`
+	Imported  time.Time       `json:"imported"`
+	Refs      []digest.Digest `json:"refs,omitempty"`
+}
+
+type nameRecord struct {
+	Digest  digest.Digest `json:"digest"`
+	Updated time.Time     `json:"updated"`
+}
+
+// key joins the parts of a key.
+func key[T ~string](parts ...T) []byte {
+	var k []byte
+	for i, p := range parts {
+		if i > 0 {
+			k = append(k, 0)
+		}
+		k = append(k, p...)
+	}
+	return k
+}
+
+// prefix is a key up to and with the separator after its last part.
+func prefix(parts ...string) []byte { return append(key(parts...), 0) }
+
+func taskKey(t p2p.Task) []byte { return key(t.Tag, string(t.Digest)) }
+
+// lastPart returns what follows the last separator of a key.
+func lastPart(k []byte) string { return string(k[bytes.LastIndexByte(k, 0)+1:]) }
+
+// scan calls f for every key that starts with prefix, until f returns false.
+// f must not change the bucket.
+func scan(tx *bbolt.Tx, bucket, prefix []byte, f func(k, v []byte) bool) {
+	c := tx.Bucket(bucket).Cursor()
+	for k, v := c.Seek(prefix); k != nil && bytes.HasPrefix(k, prefix); k, v = c.Next() {
+		if !f(k, v) {
+			return
+		}
+	}
+}
+
+// lastParts returns the last part of every key that starts with prefix.
+func lastParts(tx *bbolt.Tx, bucket, prefix []byte) []string {
+	var parts []string
+	scan(tx, bucket, prefix, func(k, _ []byte) bool {
+		parts = append(parts, lastPart(k))
+		return true
+	})
+	return parts
+}
+
+func hasAny(tx *bbolt.Tx, bucket, prefix []byte) bool {
+	found := false
+	scan(tx, bucket, prefix, func(_, _ []byte) bool {
+		found = true
+		return false
+	})
+	return found
+}
+
+// get decodes the record under k into a T. It reports false where there is none.
+func get[T any](tx *bbolt.Tx, bucket, k []byte) (T, bool, error) {
+	var record T
+	v := tx.Bucket(bucket).Get(k)
+	if v == nil {
+		return record, false, nil
+	}
+	if err := json.Unmarshal(v, &record); err != nil {
+		return record, false, fmt.Errorf("%w: record %q in bucket %s of the metadata: %w", digest.ErrCorrupt, k, bucket, err)
+	}
+	return record, true, nil
+}
+
+func put(tx *bbolt.Tx, bucket, k []byte, record any) error {
+	v, err := json.Marshal(record)
+	if err != nil {
+		return err
+	}
+	return tx.Bucket(bucket).Put(k, v)
+}
+
+func encodeTime(t time.Time) []byte { return binary.BigEndian.AppendUint64(nil, uint64(t.UnixNano())) }
+
+func decodeTime(v []byte) time.Time {
+	if len(v) != 8 {
+		return time.Time{}
+	}
+	return time.Unix(0, int64(binary.BigEndian.Uint64(v))).UTC()
+}
+
+// openMeta opens or makes the metadata file.
+func openMeta(path string) (db *bbolt.DB, err error) {
+	defer recoverDamage(&err)
+	db, err = bbolt.Open(path, 0o600, &bbolt.Options{
+		Timeout:      time.Second,
+		FreelistType: bbolt.FreelistMapType,
+	})
+	if errors.Is(err, berrors.ErrTimeout) {
+		return nil, fmt.Errorf("metadata %s: %w: another process has it open", path, p2p.ErrUnavailable)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("metadata %s: %w", path, diskError(err))
+	}
+	var version []byte
+	err = db.View(func(tx *bbolt.Tx) error {
+		if b := tx.Bucket(bucketMeta); b != nil {
+			version = bytes.Clone(b.Get([]byte("version")))
+		}
+		return nil
+	})
+	if err == nil && version == nil {
+		err = db.Update(initialise)
+	} else if err == nil && (len(version) != 4 || binary.BigEndian.Uint32(version) != formatVersion) {
+		err = fmt.Errorf("%w: its format is version %x, this program knows version %d: use the dfcache that wrote it, or another directory", p2p.ErrUnavailable, version, formatVersion)
+	}
+	if err != nil {
+		db.Close()
+		return nil, fmt.Errorf("metadata %s: %w", path, diskError(err))
+	}
+	return db, nil
+}
+
+func initialise(tx *bbolt.Tx) error {
+	for _, name := range allBuckets {
+		if _, err := tx.CreateBucketIfNotExists(name); err != nil {
+			return err
+		}
+	}
+	return tx.Bucket(bucketMeta).Put([]byte("version"), binary.BigEndian.AppendUint32(nil, formatVersion))
+}
+
+// recoverDamage turns the panics with which bbolt meets damaged pages into errors.
+func recoverDamage(err *error) {
+	if r := recover(); r != nil {
+		*err = fmt.Errorf("%w: metadata: %v: stop dfdaemon and run dfdaemon fsck", digest.ErrCorrupt, r)
+	}
+}
+
+// view reads the metadata.
+func (s *Store) view(f func(tx *bbolt.Tx) error) (err error) {
+	defer recoverDamage(&err)
+	return s.db.View(f)
+}
+
+// update changes the metadata, durably, in one transaction with whatever
+// others want to change at the same time. f may be called more than once, and
+// an error of f undoes what it did and nothing else. It must not have effects
+// outside the transaction but set variables of its own anew.
+func (s *Store) update(f func(tx *bbolt.Tx) error) error {
+	return s.updates.do(f, s.runUpdates)
+}
+
+func (s *Store) runUpdates(jobs []*job[func(*bbolt.Tx) error]) {
+	fail := func(err error) {
+		for _, j := range jobs {
+			if j.err == nil {
+				j.err = err
+			}
+		}
+	}
+	if s.broken != nil {
+		fail(s.broken)
+		return
+	}
+	used, cleared := s.pending()
+	for {
+		var failed *job[func(*bbolt.Tx) error]
+		err := s.transaction(func(tx *bbolt.Tx) error {
+			if err := flush(tx, used, cleared); err != nil {
+				return err
+			}
+			for _, j := range jobs {
+				if j.err != nil {
+					continue // it failed in an earlier round
+				}
+				if err := j.value(tx); err != nil {
+					failed, j.err = j, err
+					return err
+				}
+			}
+			return nil
+		})
+		if err == nil {
+			s.flushed(used, cleared)
+			return
+		}
+		if failed != nil {
+			continue // again, without the one that failed
+		}
+		err = fmt.Errorf("write the metadata: %w", diskError(err))
+		if !errors.Is(err, p2p.ErrNoSpace) {
+			// After a failed write or fsync nobody knows what is on disk.
+			// Going on could acknowledge what is not there.
+			err = fmt.Errorf("%w: %w: nothing more is stored until a restart: look at the disk first", p2p.ErrUnavailable, err)
+			s.broken = err
+		}
+		fail(err)
+		return
+	}
+}
+
+// transaction is db.Update with a fault that tests can inject in place of the commit.
+func (s *Store) transaction(f func(tx *bbolt.Tx) error) (err error) {
+	defer recoverDamage(&err)
+	return s.db.Update(func(tx *bbolt.Tx) error {
+		if err := f(tx); err != nil {
+			return err
+		}
+		if s.failCommit != nil {
+			return s.failCommit()
+		}
+		return nil
+	})
+}
+
+// addTask makes or completes a task. It returns the children it referred to
+// and does not any more.
+func addTask(tx *bbolt.Tx, n p2p.NewTask, now time.Time) (released []digest.Digest, err error) {
+	k := taskKey(n.Task)
+	record, _, err := get[taskRecord](tx, bucketTasks, k)
+	if err != nil {
+		return nil, err
+	}
+	if record.Imported.IsZero() {
+		record.Imported = now
+	}
+	record.Pinned = record.Pinned || n.Pinned
+	if n.MediaType != "" && (len(n.Refs) > 0 || len(record.Refs) == 0) {
+		record.MediaType = n.MediaType
+	}
+	if len(n.Refs) > 0 {
+		for _, child := range record.Refs {
+			if err := tx.Bucket(bucketParents).Delete(key(n.Task.Tag, string(child), string(n.Task.Digest))); err != nil {
+				return nil, err
+			}
+			released = append(released, child)
+		}
+		for _, child := range n.Refs {
+			if err := tx.Bucket(bucketParents).Put(key(n.Task.Tag, string(child), string(n.Task.Digest)), nil); err != nil {
+				return nil, err
+			}
+		}
+		record.Refs = n.Refs
+	}
+	if err := put(tx, bucketTasks, k, record); err != nil {
+		return nil, err
+	}
+	return released, tx.Bucket(bucketHolders).Put(key(string(n.Task.Digest), n.Task.Tag), nil)
+}
+
+// setName points a name to a task and returns the task it pointed to before, or "".
+func setName(tx *bbolt.Tx, n p2p.NewName, now time.Time) (before digest.Digest, err error) {
+	k := key(n.Tag, n.Name)
+	record, found, err := get[nameRecord](tx, bucketNames, k)
+	if err != nil {
+		return "", err
+	}
+	if found && record.Digest != n.Digest {
+		before = record.Digest
+		if err := tx.Bucket(bucketNamed).Delete(key(n.Tag, string(before), n.Name)); err != nil {
+			return "", err
+		}
+	}
+	if err := put(tx, bucketNames, k, nameRecord{Digest: n.Digest, Updated: now}); err != nil {
+		return "", err
+	}
+	return before, tx.Bucket(bucketNamed).Put(key(n.Tag, string(n.Digest), n.Name), nil)
+}
+
+// removal counts what a change takes away.
+type removal struct {
+	tasks int
+	loose int   // blobs that no task is left of
+	freed int64 // bytes in them
+}
+
+// release removes a task that nothing holds, neither a pin nor a name nor
+// another task; and then what only it held.
+func (r *removal) release(tx *bbolt.Tx, t p2p.Task) error {
+	record, found, err := get[taskRecord](tx, bucketTasks, taskKey(t))
+	if err != nil || !found || record.Pinned ||
+		hasAny(tx, bucketNamed, prefix(t.Tag, string(t.Digest))) ||
+		hasAny(tx, bucketParents, prefix(t.Tag, string(t.Digest))) {
+		return err
+	}
+	return r.remove(tx, t)
+}
+
+// remove removes a task, the names that point to it, and what only it held.
+func (r *removal) remove(tx *bbolt.Tx, t p2p.Task) error {
+	record, found, err := get[taskRecord](tx, bucketTasks, taskKey(t))
+	if err != nil || !found {
+		return err
+	}
+	for _, name := range lastParts(tx, bucketNamed, prefix(t.Tag, string(t.Digest))) {
+		if err := removeKeys(tx, bucketNames, key(t.Tag, name), bucketNamed, key(t.Tag, string(t.Digest), name)); err != nil {
+			return err
+		}
+	}
+	if err := removeKeys(tx, bucketTasks, taskKey(t), bucketUsed, taskKey(t), bucketHolders, key(string(t.Digest), t.Tag)); err != nil {
+		return err
+	}
+	r.tasks++
+	if !hasAny(tx, bucketHolders, prefix(string(t.Digest))) {
+		blob, _, err := get[blobRecord](tx, bucketBlobs, key(t.Digest))
+		if err != nil {
+			return err
+		}
+		r.loose++
+		r.freed += blob.Size
+		if err := tx.Bucket(bucketLoose).Put(key(t.Digest), nil); err != nil {
+			return err
+		}
+	}
+	for _, child := range record.Refs {
+		if err := removeKeys(tx, bucketParents, key(t.Tag, string(child), string(t.Digest))); err != nil {
+			return err
+		}
+		if err := r.release(tx, p2p.Task{Tag: t.Tag, Digest: child}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// removeKeys removes keys given as bucket, key, bucket, key and so on.
+func removeKeys(tx *bbolt.Tx, pairs ...[]byte) error {
+	for i := 0; i < len(pairs); i += 2 {
+		if err := tx.Bucket(pairs[i]).Delete(pairs[i+1]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// isMissing reports whether err says that a file is not there.
+func isMissing(err error) bool {
+	return errors.Is(err, os.ErrNotExist) || errors.Is(err, syscall.ENOTDIR)
+}

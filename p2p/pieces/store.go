@@ -1,0 +1,415 @@
+package pieces
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"go.etcd.io/bbolt"
+	"golang.org/x/sys/unix"
+
+	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p"
+)
+
+// Options says how to open a store.
+type Options struct {
+	// Log gets what an operator should know. The default is to be silent.
+	Log *slog.Logger
+}
+
+// Store is a store in a directory of this machine. It implements [p2p.Engine]
+// and is safe for concurrent use.
+type Store struct {
+	dir   string
+	log   *slog.Logger
+	files files
+	lock  *os.File
+	db    *bbolt.DB
+
+	updates    batch[func(*bbolt.Tx) error]
+	broken     error        // why the metadata can't be written any more; only touched within updates
+	failCommit func() error // for tests: a commit that fails
+	dirSyncs   map[digest.Algorithm]*batch[struct{}]
+
+	calls  sync.WaitGroup // calls under way
+	callMu sync.Mutex     // guards closed, and calls against Close
+	closed bool
+
+	// holdMu guards holds and is kept while blobs are dropped, so that who has
+	// a hold knows that its blob stays as it is.
+	holdMu sync.Mutex
+	holds  map[digest.Digest]*hold
+
+	mu      sync.Mutex
+	used    map[p2p.Task]time.Time // uses that are not in the metadata yet
+	saved   time.Time              // when they were last written there
+	cleared map[digest.Digest]bool // loose blobs that are gone, to be taken off the list
+}
+
+// hold is what keeps a blob from being dropped.
+type hold struct {
+	count  int
+	orphan bool // whether the blob's file may be in place without a record
+}
+
+// usedInterval is how long the time of last use may stay in memory only.
+const usedInterval = time.Minute
+
+// Open opens the store in dir, and makes one if there is none. The time it
+// takes does not depend on how much the store holds. Where another process has
+// it open, or its format is not known, the error matches
+// [p2p.ErrUnavailable]. The caller closes the store.
+func Open(dir string, opts Options) (*Store, error) {
+	return open(dir, opts, disk{})
+}
+
+func open(dir string, opts Options, files files) (_ *Store, err error) {
+	if err := digest.SelfTest(); err != nil {
+		return nil, fmt.Errorf("open store: %w", err)
+	}
+	if dir, err = filepath.Abs(dir); err != nil {
+		return nil, fmt.Errorf("open store: %w", err)
+	}
+	s := &Store{
+		dir:      dir,
+		log:      opts.Log,
+		files:    files,
+		dirSyncs: map[digest.Algorithm]*batch[struct{}]{},
+		holds:    map[digest.Digest]*hold{},
+		used:     map[p2p.Task]time.Time{},
+		saved:    time.Now(),
+		cleared:  map[digest.Digest]bool{},
+	}
+	if s.log == nil {
+		s.log = slog.New(slog.DiscardHandler)
+	}
+	if err := s.makeDirs(); err != nil {
+		return nil, fmt.Errorf("open store %s: %w", dir, diskError(err))
+	}
+	if err := s.takeLock(); err != nil {
+		return nil, fmt.Errorf("open store %s: %w", dir, err)
+	}
+	if s.db, err = openMeta(filepath.Join(dir, "meta.db")); err != nil {
+		s.lock.Close()
+		return nil, fmt.Errorf("open store: %w", err)
+	}
+	if err := s.recover(); err != nil {
+		s.db.Close()
+		s.lock.Close()
+		return nil, fmt.Errorf("open store %s: recover: %w", dir, diskError(err))
+	}
+	return s, nil
+}
+
+// makeDirs makes the directories, for owner and group only: a blob may be
+// less public than the machine is.
+func (s *Store) makeDirs() error {
+	if err := os.MkdirAll(s.dir, 0o750); err != nil {
+		return err
+	}
+	dirs := []string{s.path("ingest"), s.path("blobs")}
+	for _, alg := range []digest.Algorithm{digest.SHA256, digest.SHA384, digest.SHA512} {
+		s.dirSyncs[alg] = new(batch[struct{}])
+		dirs = append(dirs, s.path("blobs", alg.String()))
+	}
+	made := false
+	for _, dir := range dirs {
+		err := os.Mkdir(dir, 0o750)
+		if err != nil && !errors.Is(err, fs.ErrExist) {
+			return err
+		}
+		made = made || err == nil
+	}
+	if !made {
+		return nil
+	}
+	return errors.Join(s.files.SyncDir(s.path("blobs")), s.files.SyncDir(s.dir))
+}
+
+// takeLock makes sure that no other process has the store open.
+func (s *Store) takeLock() error {
+	f, err := os.OpenFile(s.path("lock"), os.O_RDWR|os.O_CREATE, 0o640)
+	if err != nil {
+		return err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		defer f.Close()
+		if !errors.Is(err, unix.EWOULDBLOCK) {
+			return fmt.Errorf("lock: %w", err)
+		}
+		holder := make([]byte, 64)
+		n, _ := f.ReadAt(holder, 0)
+		return fmt.Errorf("%w: %s has it open: stop that first, or use another directory", p2p.ErrUnavailable,
+			strings.TrimSpace("process "+string(holder[:n])))
+	}
+	// Who holds the lock is for people to read; the lock itself is the kernel's.
+	if err := f.Truncate(0); err == nil {
+		fmt.Fprintf(f, "%d (%s)\n", os.Getpid(), filepath.Base(os.Args[0]))
+	}
+	s.lock = f
+	return nil
+}
+
+// recover makes up for whatever was interrupted when the store was last open.
+func (s *Store) recover() error {
+	// A marker, NAME.ALGORITHM.HEX, says that a blob's file may be in place without the records for it.
+	entries, err := os.ReadDir(s.path("ingest"))
+	if err != nil {
+		return err
+	}
+	loose, err := s.loose()
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if parts := strings.Split(e.Name(), "."); len(parts) == 3 {
+			if d, err := digest.Parse(parts[1] + ":" + parts[2]); err == nil {
+				loose = append(loose, d)
+			}
+		}
+	}
+	if len(loose) > 0 {
+		if err := s.drop(loose); err != nil {
+			return err
+		}
+		s.log.Info("removed what was not committed, or was being deleted", "blobs", len(loose))
+	}
+	// The markers go only now that nothing depends on them.
+	for _, e := range entries {
+		if err := s.files.Remove(s.path("ingest", e.Name())); err != nil && !isMissing(err) {
+			return err
+		}
+	}
+	if len(entries) > 0 {
+		s.log.Info("removed what an interrupted import left", "files", len(entries))
+	}
+	return nil
+}
+
+func (s *Store) path(elem ...string) string {
+	return filepath.Join(append([]string{s.dir}, elem...)...)
+}
+
+func (s *Store) blobPath(d digest.Digest) string {
+	return s.path("blobs", d.Algorithm().String(), d.Encoded())
+}
+
+// begin announces a call. Where it returns nil, the caller calls end.
+func (s *Store) begin(ctx context.Context) error {
+	if err := context.Cause(ctx); err != nil {
+		return err
+	}
+	s.callMu.Lock()
+	defer s.callMu.Unlock()
+	if s.closed {
+		return fmt.Errorf("store %s: %w", s.dir, p2p.ErrClosed)
+	}
+	s.calls.Add(1)
+	return nil
+}
+
+func (s *Store) end() { s.calls.Done() }
+
+// Close waits for calls under way and closes the store. Blobs that are open
+// stay readable. Ingests that are open can only be closed any more.
+func (s *Store) Close() error {
+	s.callMu.Lock()
+	closed := s.closed
+	s.closed = true
+	s.callMu.Unlock()
+	s.calls.Wait()
+	if closed {
+		return nil
+	}
+	var err error
+	if used, cleared := s.pending(); len(used)+len(cleared) > 0 {
+		err = s.update(func(*bbolt.Tx) error { return nil })
+	}
+	return errors.Join(err, s.db.Close(), s.lock.Close())
+}
+
+// touch notes that a task was used now.
+func (s *Store) touch(t p2p.Task) {
+	now := time.Now()
+	s.mu.Lock()
+	s.used[t] = now
+	due := now.Sub(s.saved) > usedInterval || len(s.used) > 4096
+	if due {
+		s.saved = now
+	}
+	s.mu.Unlock()
+	if due {
+		if err := s.update(func(*bbolt.Tx) error { return nil }); err != nil {
+			s.log.Warn("could not note when blobs were used", "error", err)
+		}
+	}
+}
+
+// pending returns what is kept in memory until there is a transaction to join:
+// uses, and loose blobs that are gone.
+func (s *Store) pending() (map[p2p.Task]time.Time, []digest.Digest) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return maps.Clone(s.used), slices.Collect(maps.Keys(s.cleared))
+}
+
+// flush writes what is pending.
+func flush(tx *bbolt.Tx, used map[p2p.Task]time.Time, cleared []digest.Digest) error {
+	for t, at := range used {
+		if tx.Bucket(bucketTasks).Get(taskKey(t)) == nil {
+			continue // deleted since
+		}
+		if err := tx.Bucket(bucketUsed).Put(taskKey(t), encodeTime(at)); err != nil {
+			return err
+		}
+	}
+	for _, d := range cleared {
+		if err := removeKeys(tx, bucketLoose, key(d)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// flushed forgets what flush has written, now that it is durable.
+func (s *Store) flushed(used map[p2p.Task]time.Time, cleared []digest.Digest) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for t, at := range used {
+		if s.used[t].Equal(at) {
+			delete(s.used, t)
+		}
+	}
+	for _, d := range cleared {
+		delete(s.cleared, d)
+	}
+}
+
+// hold keeps a blob from being dropped until it is let go.
+func (s *Store) hold(d digest.Digest) {
+	s.holdMu.Lock()
+	defer s.holdMu.Unlock()
+	if s.holds[d] == nil {
+		s.holds[d] = new(hold)
+	}
+	s.holds[d].count++
+}
+
+// letGo ends a hold. The last one to let go of a blob that no task holds drops
+// it. published says that the blob's file may be in place without a record.
+func (s *Store) letGo(d digest.Digest, published bool) error {
+	s.holdMu.Lock()
+	h := s.holds[d]
+	h.count--
+	h.orphan = h.orphan || published
+	last := h.count == 0
+	if last {
+		delete(s.holds, d)
+	}
+	s.holdMu.Unlock()
+	if !last {
+		return nil
+	}
+	unheld := false
+	err := s.view(func(tx *bbolt.Tx) error {
+		stored := h.orphan || tx.Bucket(bucketBlobs).Get(key(d)) != nil
+		unheld = stored && !hasAny(tx, bucketHolders, prefix(string(d)))
+		return nil
+	})
+	if err != nil || !unheld {
+		return err
+	}
+	return s.drop([]digest.Digest{d})
+}
+
+// drop removes those of the blobs that neither a task nor an ingest holds.
+func (s *Store) drop(blobs []digest.Digest) error {
+	trash, err := s.unlink(blobs)
+	for _, name := range trash {
+		// Freeing the blocks of a large file takes time: it is done outside of the lock.
+		err = errors.Join(err, s.files.Remove(name))
+	}
+	return err
+}
+
+// unlink removes the records and names of blobs that nothing holds, and
+// returns the files that are left to be removed.
+func (s *Store) unlink(blobs []digest.Digest) (trash []string, err error) {
+	s.holdMu.Lock()
+	defer s.holdMu.Unlock()
+	var gone []digest.Digest
+	err = s.update(func(tx *bbolt.Tx) error {
+		gone = gone[:0]
+		for _, d := range blobs {
+			if hasAny(tx, bucketHolders, prefix(string(d))) {
+				if err := removeKeys(tx, bucketLoose, key(d)); err != nil {
+					return err
+				}
+				continue
+			}
+			// Until its file is gone too it stays on the list.
+			if err := tx.Bucket(bucketLoose).Put(key(d), nil); err != nil {
+				return err
+			}
+			if s.holds[d] != nil {
+				continue
+			}
+			if err := removeKeys(tx, bucketBlobs, key(d), bucketTables, key(d)); err != nil {
+				return err
+			}
+			gone = append(gone, d)
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	for _, d := range gone {
+		name := s.path("ingest", newName())
+		switch e := s.files.Rename(s.blobPath(d), name); {
+		case e == nil:
+			trash = append(trash, name)
+		case !isMissing(e):
+			err = errors.Join(err, e)
+			continue
+		}
+		s.mu.Lock()
+		s.cleared[d] = true
+		s.mu.Unlock()
+	}
+	return trash, err
+}
+
+// loose returns the blobs that may be held by nobody.
+func (s *Store) loose() (loose []digest.Digest, err error) {
+	err = s.view(func(tx *bbolt.Tx) error {
+		for _, d := range lastParts(tx, bucketLoose, nil) {
+			loose = append(loose, digest.Digest(d))
+		}
+		return nil
+	})
+	return loose, err
+}
+
+// dropLoose drops what a change has left without a holder. The change itself
+// is durable, so a failure here is not one of it: it is made up for at the
+// next start.
+func (s *Store) dropLoose() {
+	loose, err := s.loose()
+	if err == nil {
+		err = s.drop(loose)
+	}
+	if err != nil {
+		s.log.Error("could not free what was deleted; the next start will", "error", err)
+	}
+}
