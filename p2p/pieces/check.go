@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"go.etcd.io/bbolt"
 
@@ -122,6 +123,23 @@ func (c *checker) metadata() error {
 			}
 			return c.ctx.Err() == nil
 		})
+		// What is indexed has to exist.
+		for _, index := range []struct {
+			name   []byte
+			record func(parts []string) bool
+		}{
+			{bucketHolders, func(p []string) bool { return exists(bucketTasks, p[1], p[0]) }},
+			{bucketNamed, func(p []string) bool { return exists(bucketNames, p[0], p[2]) }},
+			{bucketParents, func(p []string) bool { return exists(bucketTasks, p[0], p[2]) }},
+			{bucketTables, func(p []string) bool { return exists(bucketBlobs, p[0]) }},
+		} {
+			scan(tx, index.name, nil, func(k, _ []byte) bool {
+				if !index.record(append(strings.Split(string(k), "\x00"), "", "")) {
+					c.foundMetadata("%s has %q, of which there is no record", index.name, k)
+				}
+				return c.ctx.Err() == nil
+			})
+		}
 		scan(tx, bucketBlobs, nil, func(k, _ []byte) bool {
 			if !hasAny(tx, bucketHolders, prefix(string(k))) && !exists(bucketLoose, string(k)) {
 				c.foundMetadata("blob %s is held by no tag", k)

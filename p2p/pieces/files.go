@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"sync"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -76,7 +77,7 @@ func copyChunks(dst *os.File, src io.Reader, done func(end int64) error) error {
 			return copyFile(dst, in, done)
 		}
 	}
-	return copyReader(dst, src, 0, done)
+	return copyReader(dst, src, done)
 }
 
 func copyFile(dst, src *os.File, done func(end int64) error) error {
@@ -108,7 +109,7 @@ func copyFile(dst, src *os.File, done func(end int64) error) error {
 			// Not between these two file systems, or not from this file: what
 			// is in /proc claims to be empty here. Reading tells the truth,
 			// and gives the right error where there is one.
-			return copyReader(dst, io.NewSectionReader(src, start, 1<<63-1-start), 0, done)
+			return copyReader(dst, io.NewSectionReader(src, start, 1<<63-1-start), done)
 		case err != nil:
 			return os.NewSyscallError("copy_file_range", err)
 		case n == 0:
@@ -121,10 +122,15 @@ func copyFile(dst, src *os.File, done func(end int64) error) error {
 	}
 }
 
-// copyReader copies through memory. dst has end bytes already.
-func copyReader(dst *os.File, src io.Reader, end int64, done func(end int64) error) error {
-	buf := make([]byte, 1<<20)
-	for {
+// buffers are what bytes pass through on their way to a file or a hash.
+var buffers = sync.Pool{New: func() any { return new([1 << 20]byte) }}
+
+// copyReader copies through memory.
+func copyReader(dst *os.File, src io.Reader, done func(end int64) error) error {
+	space := buffers.Get().(*[1 << 20]byte)
+	defer buffers.Put(space)
+	buf := space[:]
+	for end := int64(0); ; {
 		n, err := io.ReadAtLeast(src, buf, 1)
 		if n > 0 {
 			if _, err := dst.WriteAt(buf[:n], end); err != nil {

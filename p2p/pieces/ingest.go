@@ -122,7 +122,7 @@ func (in *ingest) compare(f *os.File, opts p2p.AddOptions) (*addition, error) {
 	var checking sync.WaitGroup
 	checking.Go(func() { a.table = in.s.intact(in.ctx, opts.Want) })
 	recorder := digest.NewRecorder(opts.Want.Algorithm())
-	err = copyChunksTo(in.ctx, recorder, io.NewSectionReader(f, start, 1<<63-1-start), opts.Progress)
+	err = record(in.ctx, recorder, io.NewSectionReader(f, start, 1<<63-1-start), opts.Progress)
 	checking.Wait()
 	if a.table == nil || err != nil {
 		return nil, in.s.letGo(opts.Want, false)
@@ -137,9 +137,11 @@ func (in *ingest) compare(f *os.File, opts p2p.AddOptions) (*addition, error) {
 	return in.register(a), nil
 }
 
-// copyChunksTo feeds a recorder.
-func copyChunksTo(ctx context.Context, recorder *digest.Recorder, src io.Reader, progress func(int64)) error {
-	buf := make([]byte, 1<<20)
+// record feeds a recorder.
+func record(ctx context.Context, recorder *digest.Recorder, src io.Reader, progress func(int64)) error {
+	space := buffers.Get().(*[1 << 20]byte)
+	defer buffers.Put(space)
+	buf := space[:]
 	for {
 		if err := context.Cause(ctx); err != nil {
 			return err
@@ -194,7 +196,9 @@ func (in *ingest) copy(f *os.File, src io.Reader, alg digest.Algorithm, progress
 	copied := make(chan int64, 8)
 	var hashing sync.WaitGroup
 	hashing.Go(func() {
-		buf := make([]byte, 1<<20)
+		space := buffers.Get().(*[1 << 20]byte)
+		defer buffers.Put(space)
+		buf := space[:]
 		for end := range copied {
 			for recorder.Size() < end && ctx.Err() == nil {
 				p := buf[:min(int64(len(buf)), end-recorder.Size())]

@@ -1,0 +1,59 @@
+# make          builds the programs into bin/
+# make demo     builds them and runs the main job on a real file
+# make test     every check and every test there is
+# make help     the other targets
+
+GO      ?= go
+BIN     := $(CURDIR)/bin
+TOOLS   := $(CURDIR)/.cache/tools
+BUILD   := github.com/dfcache/dfcache/cmd/internal/build
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
+COMMIT  ?= $(shell git rev-parse HEAD 2>/dev/null)
+LDFLAGS := -s -w -X $(BUILD).version=$(VERSION) -X $(BUILD).commit=$(COMMIT)
+
+.PHONY: build demo test lint generate crash fuzz bench clean help
+
+build: ## build dfcache and dfdaemon into bin/
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/dfcache ./cmd/dfdaemon
+
+demo: build ## import, stat, export, compare and delete a real file
+	@PATH="$(BIN):$$PATH" sh integration/demo.sh
+
+test: lint ## everything that has to hold
+	$(GO) test -race -timeout 15m ./...
+
+lint: $(TOOLS)/staticcheck ## formatting, go vet, staticcheck
+	@unformatted=$$(gofmt -l $$(git ls-files '*.go' 2>/dev/null || find . -name '*.go')); \
+	  if [ -n "$$unformatted" ]; then echo "run gofmt -w on: $$unformatted"; exit 1; fi
+	$(GO) vet ./...
+	$(TOOLS)/staticcheck ./...
+
+# protoc is Debian's package protobuf-compiler; its plugins are tools of the
+# module in integration/tools.
+generate: build $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc ## make the generated files again
+	cd p2p/rpc/pb && PATH="$(TOOLS):$$PATH" protoc --go_out=. --go_opt=paths=source_relative \
+	  --go-grpc_out=. --go-grpc_opt=paths=source_relative daemon.proto
+	rm -rf docs/cli
+	$(BIN)/dfcache doc --path docs/cli --format markdown
+	$(BIN)/dfdaemon doc --path docs/cli --format markdown
+
+crash: ## kill the daemon 10,000 times
+	$(GO) test -timeout 6h -run 'TestCrash$$' -v ./integration -crash.cycles=10000
+
+fuzz: ## every fuzz target for a minute
+	@for pkg in $$($(GO) list ./...); do \
+	  for f in $$($(GO) test -list '^Fuzz' $$pkg | grep '^Fuzz'); do \
+	    echo "$$pkg $$f"; $(GO) test -run '^$$' -fuzz "^$$f\$$" -fuzztime 1m $$pkg || exit 1; \
+	  done; done
+
+bench: build ## measure, and write docs/benchmarks.md
+	$(GO) run ./integration/bench -bin $(BIN) -out docs/benchmarks.md
+
+clean: ## remove what was built
+	rm -rf $(BIN) $(CURDIR)/.cache
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
+
+$(TOOLS)/%: integration/tools/go.mod integration/tools/go.sum
+	$(GO) -C integration/tools build -o $(TOOLS)/ $$($(GO) -C integration/tools list tool | grep '/$*$$')

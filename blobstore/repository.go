@@ -1,0 +1,308 @@
+package blobstore
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"iter"
+	"os"
+	"time"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p"
+)
+
+// Repository is the part of a store under one tag. It is safe for concurrent use.
+type Repository struct {
+	engine p2p.Engine
+	tag    string
+}
+
+// Tag returns the tag, "" for the empty one.
+func (r *Repository) Tag() string { return r.tag }
+
+// File says what is known of a file in a repository.
+type File struct {
+	CID         string        `json:"cid"`                // as it was asked for
+	Tag         string        `json:"tag"`                // the tag it is under
+	Digest      digest.Digest `json:"digest"`             // of the file's content
+	Size        int64         `json:"size"`               // in bytes
+	Title       string        `json:"title,omitempty"`    // the file's name, where a cache ID names it
+	Manifest    digest.Digest `json:"manifest,omitempty"` // of the manifest that a cache ID points to
+	Pieces      int           `json:"pieces"`             // an empty file has none
+	PieceLength int64         `json:"pieceLength"`        // in bytes, of every piece but the last
+	Held        int           `json:"held"`               // pieces that are on this host
+	Local       bool          `json:"local"`              // whether all of them are
+	Imported    time.Time     `json:"imported"`           // when it came to this host
+	LastUsed    time.Time     `json:"lastUsed,omitzero"`  // when it was last read on this host
+}
+
+// Lookup says how far an operation may look for content.
+type Lookup struct {
+	// Local keeps the lookup on this host. Without it peers are asked too.
+	Local bool
+}
+
+func (l Lookup) scope() p2p.Scope {
+	if l.Local {
+		return p2p.Local
+	}
+	return p2p.Network
+}
+
+// ImportOptions says how to import.
+type ImportOptions struct {
+	// Title is the file's name in the artifact that a cache ID names; of a
+	// path the last element is used. The default is the cache ID.
+	Title string
+	// Algorithm is the algorithm of the digest, where cid is not one. The default is sha256.
+	Algorithm digest.Algorithm
+	// Progress, where it is not nil, is called with the count of bytes taken in so far.
+	Progress func(taken int64)
+}
+
+// Import stores what src has, up to its end, under cid, and returns when it
+// is durable: it then survives kill -9 and a power cut.
+//
+// Where cid is a digest, the content has to match it, or nothing is stored and
+// the error matches [ErrMismatch]. Where cid is a cache ID, it becomes the name
+// of an OCI artifact of this one file, and if it was the name of another one,
+// that is let go. With an empty cid the content is stored under its digest,
+// which the result has. A regular [*os.File] is copied in the kernel.
+func (r *Repository) Import(ctx context.Context, cid string, src io.Reader, opts ImportOptions) (File, error) {
+	var id digest.CID
+	if cid != "" {
+		var err error
+		if id, err = digest.ParseCID(cid); err != nil {
+			return File{}, err
+		}
+	}
+	in, err := r.engine.Ingest(ctx)
+	if err != nil {
+		return File{}, fmt.Errorf("import: %w", err)
+	}
+	defer in.Close()
+	file, err := in.Add(src, p2p.AddOptions{Want: id.Digest(), Algorithm: opts.Algorithm, Progress: opts.Progress})
+	if err != nil {
+		return File{}, fmt.Errorf("import: %w", err)
+	}
+	var commit p2p.Commit
+	if name := id.CacheID(); name == "" {
+		id = digest.FromDigest(file.Digest)
+		commit.Tasks = []p2p.NewTask{{Task: r.task(file.Digest), MediaType: blobMediaType, Pinned: true}}
+	} else if commit, err = r.artifact(in, name, file, titleOf(opts.Title, name)); err != nil {
+		return File{}, fmt.Errorf("import: %w", err)
+	}
+	if err := in.Commit(commit); err != nil {
+		return File{}, fmt.Errorf("import: %w", err)
+	}
+	return r.Stat(ctx, id.String(), Lookup{Local: true})
+}
+
+// artifact adds what makes an artifact of a file and returns the commit that names it.
+func (r *Repository) artifact(in p2p.Ingest, name string, file p2p.Added, title string) (p2p.Commit, error) {
+	data, err := newManifest(file, title)
+	if err != nil {
+		return p2p.Commit{}, fmt.Errorf("manifest: %w", err)
+	}
+	config := ocispec.DescriptorEmptyJSON
+	if _, err := in.Add(bytes.NewReader(config.Data), p2p.AddOptions{Want: config.Digest}); err != nil {
+		return p2p.Commit{}, err
+	}
+	manifest, err := in.Add(bytes.NewReader(data), p2p.AddOptions{})
+	if err != nil {
+		return p2p.Commit{}, err
+	}
+	return p2p.Commit{
+		Tasks: []p2p.NewTask{
+			{Task: r.task(file.Digest), MediaType: blobMediaType},
+			{Task: r.task(config.Digest), MediaType: config.MediaType},
+			{Task: r.task(manifest.Digest), MediaType: ocispec.MediaTypeImageManifest, Refs: []digest.Digest{config.Digest, file.Digest}},
+		},
+		Names: []p2p.NewName{{Tag: r.tag, Name: name, Digest: manifest.Digest}},
+	}, nil
+}
+
+func (r *Repository) task(d digest.Digest) p2p.Task { return p2p.Task{Tag: r.tag, Digest: d} }
+
+// Stat says what is known of the file that cid names, or fails with [ErrNotFound].
+func (r *Repository) Stat(ctx context.Context, cid string, l Lookup) (File, error) {
+	file, err := r.lookup(ctx, cid, l)
+	if err != nil {
+		return File{}, fmt.Errorf("stat: %w", err)
+	}
+	return file, nil
+}
+
+// lookup finds the file that cid names: a digest is the file's own, a cache ID
+// leads to it through a manifest.
+func (r *Repository) lookup(ctx context.Context, cid string, l Lookup) (File, error) {
+	id, err := digest.ParseCID(cid)
+	if err != nil {
+		return File{}, err
+	}
+	file := File{CID: cid, Tag: r.tag, Digest: id.Digest()}
+	if id.CacheID() != "" {
+		manifest, err := r.engine.Resolve(ctx, r.tag, id, l.scope())
+		if err != nil {
+			return File{}, err
+		}
+		data, err := r.read(ctx, manifest, l)
+		if err != nil {
+			return File{}, err
+		}
+		layer, err := onlyLayer(data)
+		if err != nil {
+			return File{}, fmt.Errorf("%s: %w", p2p.Describe(r.tag, id), err)
+		}
+		file.Manifest, file.Digest, file.Title = manifest.Digest, layer.Digest, layer.Annotations[ocispec.AnnotationTitle]
+	}
+	info, err := r.engine.Stat(ctx, r.task(file.Digest), l.scope())
+	if err != nil {
+		return File{}, err
+	}
+	file.Size, file.Pieces, file.PieceLength = info.Size, info.Pieces, info.PieceLength
+	file.Held, file.Local = info.Held, info.Local()
+	file.Imported, file.LastUsed = info.Imported, info.LastUsed
+	return file, nil
+}
+
+// read returns the whole content of a manifest.
+func (r *Repository) read(ctx context.Context, task p2p.Task, l Lookup) ([]byte, error) {
+	blob, err := r.engine.Open(ctx, task, l.scope())
+	if err != nil {
+		return nil, err
+	}
+	defer blob.Close()
+	if blob.Size() > MaxManifest {
+		return nil, fmt.Errorf("manifest %s: %w: it has %d bytes, the limit is %d", task, ErrInvalid, blob.Size(), MaxManifest)
+	}
+	data := make([]byte, blob.Size())
+	if _, err := io.ReadFull(io.NewSectionReader(blob, 0, blob.Size()), data); err != nil {
+		return nil, fmt.Errorf("manifest %s: %w", task, err)
+	}
+	return data, nil
+}
+
+// Open opens the file that cid names for reading, or fails with [ErrNotFound].
+// The caller closes the Reader.
+func (r *Repository) Open(ctx context.Context, cid string, l Lookup) (*Reader, error) {
+	file, err := r.lookup(ctx, cid, l)
+	if err != nil {
+		return nil, fmt.Errorf("open: %w", err)
+	}
+	blob, err := r.engine.Open(ctx, r.task(file.Digest), l.scope())
+	if err != nil {
+		return nil, fmt.Errorf("open: %w", err)
+	}
+	return &Reader{SectionReader: io.NewSectionReader(blob, 0, blob.Size()), blob: blob, file: file}, nil
+}
+
+// Reader reads a file of a repository. Every byte has been verified before it
+// is handed out; damage gives an error that matches [ErrCorrupt]. The file
+// stays readable until the Reader is closed, even when it is deleted
+// meanwhile. ReadAt is safe for concurrent use, Read and Seek are not.
+type Reader struct {
+	*io.SectionReader
+	blob p2p.Blob
+	file File
+}
+
+// File returns what was known of the file when it was opened.
+func (r *Reader) File() File { return r.file }
+
+// WriteTo implements [io.WriterTo]: it writes what is left of the file to w.
+func (r *Reader) WriteTo(w io.Writer) (int64, error) {
+	off, err := r.Seek(0, io.SeekCurrent)
+	if err != nil {
+		return 0, err
+	}
+	if off > 0 {
+		// The embedded Reader hides WriteTo, which would lead back here.
+		return io.Copy(w, struct{ io.Reader }{r.SectionReader})
+	}
+	var written int64
+	err = r.blob.CopyTo(context.Background(), w, func(n int64) { written = n })
+	if err == nil {
+		_, err = r.Seek(0, io.SeekEnd)
+	}
+	return written, err
+}
+
+// Close closes the Reader.
+func (r *Reader) Close() error { return r.blob.Close() }
+
+// ExportOptions says how to export.
+type ExportOptions struct {
+	Lookup
+	// Overwrite lets an export replace a file. Without it an existing output
+	// is an error that matches [fs.ErrExist].
+	Overwrite bool
+	// Progress, where it is not nil, is called with the count of bytes written so far.
+	Progress func(written int64)
+}
+
+// Export writes the file that cid names to w. Every piece is verified before
+// it is written, but when Export fails w may have got some of them; [Repository.ExportFile]
+// leaves nothing behind.
+func (r *Repository) Export(ctx context.Context, cid string, w io.Writer, opts ExportOptions) (File, error) {
+	return r.export(ctx, cid, opts, func(copyTo func(io.Writer) error) error { return copyTo(w) })
+}
+
+// ExportFile writes the file that cid names to a new file at path. It is all or
+// nothing: the content is written to a file that can't be seen yet, in the
+// same directory, and gets its name when it is complete and verified. A failure
+// leaves no file, and one that was there as it was.
+func (r *Repository) ExportFile(ctx context.Context, cid, path string, opts ExportOptions) (File, error) {
+	return r.export(ctx, cid, opts, func(copyTo func(io.Writer) error) error {
+		return writeFile(path, opts.Overwrite, func(f *os.File) error { return copyTo(f) })
+	})
+}
+
+func (r *Repository) export(ctx context.Context, cid string, opts ExportOptions, write func(copyTo func(io.Writer) error) error) (File, error) {
+	in, err := r.Open(ctx, cid, opts.Lookup)
+	if err != nil {
+		return File{}, fmt.Errorf("export: %w", err)
+	}
+	defer in.Close()
+	err = write(func(w io.Writer) error { return in.blob.CopyTo(ctx, w, opts.Progress) })
+	if err != nil {
+		return File{}, fmt.Errorf("export %s: %w", p2p.Describe(r.tag, digest.FromDigest(in.file.Digest)), err)
+	}
+	return in.file, nil
+}
+
+// DeleteOptions says how to delete.
+type DeleteOptions struct {
+	// Force deletes content that other content refers to.
+	Force bool
+}
+
+// Deleted says what a Delete did.
+type Deleted = p2p.Deleted
+
+// Delete removes what cid names. A cache ID goes with everything that only it
+// held. A digest that a manifest refers to is an error that matches
+// [ErrReferenced], unless opts.Force is set. Bytes are freed when no tag holds
+// them any more; who has them open can read on. It fails with [ErrNotFound]
+// where there is nothing to delete.
+func (r *Repository) Delete(ctx context.Context, cid string, opts DeleteOptions) (Deleted, error) {
+	id, err := digest.ParseCID(cid)
+	if err != nil {
+		return Deleted{}, fmt.Errorf("delete: %w", err)
+	}
+	deleted, err := r.engine.Delete(ctx, r.tag, id, opts.Force)
+	if err != nil {
+		return Deleted{}, fmt.Errorf("delete: %w", err)
+	}
+	return deleted, nil
+}
+
+// List yields what the repository holds on this host: names, then blobs, each
+// in order. It ends after the first error.
+func (r *Repository) List(ctx context.Context) iter.Seq2[Entry, error] {
+	return r.engine.List(ctx, &r.tag)
+}

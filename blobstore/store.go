@@ -1,0 +1,112 @@
+package blobstore
+
+import (
+	"context"
+	"iter"
+	"log/slog"
+
+	"google.golang.org/grpc/stats"
+
+	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/pieces"
+	"github.com/dfcache/dfcache/p2p/rpc"
+)
+
+// Errors of this package, for errors.Is. Errors also match
+// [context.DeadlineExceeded] and [context.Canceled] where a context ended the
+// operation, and [fs.ErrExist] where an output exists.
+var (
+	ErrNotFound    = p2p.ErrNotFound    // the repository holds no such cid
+	ErrInvalid     = digest.ErrInvalid  // a cid or a tag is malformed
+	ErrMismatch    = digest.ErrMismatch // content is not what its digest promised; see [digest.MismatchError]
+	ErrCorrupt     = digest.ErrCorrupt  // stored content is damaged; see [digest.CorruptError]
+	ErrReferenced  = p2p.ErrReferenced  // other content refers to what was to be deleted
+	ErrNoSpace     = p2p.ErrNoSpace     // a disk or a quota is full
+	ErrUnavailable = p2p.ErrUnavailable // the daemon can't be reached, or another process holds the directory
+	ErrClosed      = p2p.ErrClosed      // the Store has been closed
+)
+
+// Store is a store of content, embedded in this process ([Open]) or reached
+// through a dfdaemon ([Dial]). It is safe for concurrent use.
+type Store struct {
+	engine p2p.Engine
+}
+
+// Option changes how a Store is opened.
+type Option func(*options)
+
+type options struct {
+	log     *slog.Logger
+	handler stats.Handler
+}
+
+// WithLogger makes an embedded store log to l what an operator should know.
+// The default is to be silent.
+func WithLogger(l *slog.Logger) Option { return func(o *options) { o.log = l } }
+
+// WithStatsHandler passes h to gRPC on the way to a dfdaemon: the hook for
+// OpenTelemetry and metrics. An embedded store has no use for it.
+func WithStatsHandler(h stats.Handler) Option { return func(o *options) { o.handler = h } }
+
+// Open opens the store in the directory dir, in this process, and makes the
+// directory if there is none. One process at a time can have it open: a second
+// one, or a dfdaemon on the same directory, gets [ErrUnavailable]. The caller
+// closes the Store.
+func Open(dir string, opts ...Option) (*Store, error) {
+	o := collect(opts)
+	engine, err := pieces.Open(dir, pieces.Options{Log: o.log})
+	if err != nil {
+		return nil, err
+	}
+	return New(engine), nil
+}
+
+// Dial opens the store of the dfdaemon that listens on the unix socket at
+// path. Where none answers it fails with [ErrUnavailable]. ctx bounds the
+// connecting only. The caller closes the Store.
+func Dial(ctx context.Context, path string, opts ...Option) (*Store, error) {
+	o := collect(opts)
+	var dial []rpc.DialOption
+	if o.handler != nil {
+		dial = append(dial, rpc.WithStatsHandler(o.handler))
+	}
+	engine, err := rpc.Dial(ctx, path, dial...)
+	if err != nil {
+		return nil, err
+	}
+	return New(engine), nil
+}
+
+// New returns a Store over any engine. Closing the Store closes the engine.
+func New(engine p2p.Engine) *Store { return &Store{engine: engine} }
+
+func collect(opts []Option) options {
+	var o options
+	for _, f := range opts {
+		f(&o)
+	}
+	return o
+}
+
+// Repository returns the part of the store under tag. The tag is "" or a
+// repository name of the OCI distribution specification; otherwise the error
+// matches [ErrInvalid]. A repository needs no creating: it is there while it
+// holds something.
+func (s *Store) Repository(tag string) (*Repository, error) {
+	if err := p2p.ValidateTag(tag); err != nil {
+		return nil, err
+	}
+	return &Repository{engine: s.engine, tag: tag}, nil
+}
+
+// Entry is one line of a list: a name where Name is not "", else a blob.
+type Entry = p2p.Entry
+
+// List yields everything the store holds on this host, in order of tag; within
+// a tag first names, then blobs. It ends after the first error.
+func (s *Store) List(ctx context.Context) iter.Seq2[Entry, error] { return s.engine.List(ctx, nil) }
+
+// Close closes the Store. Operations under way end first; open [Reader]s stay
+// readable.
+func (s *Store) Close() error { return s.engine.Close() }

@@ -1,0 +1,125 @@
+package blobstore
+
+import (
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+)
+
+// writeFile makes the file at path with what write writes to it, or nothing at
+// all. The file has no name until it is complete, so that not even kill -9
+// leaves a part of it; a file system that has no unnamed files gets a hidden
+// one in the same directory instead. Without overwrite an existing path is an
+// error that matches fs.ErrExist, also when it appears at the last moment.
+func writeFile(path string, overwrite bool, write func(*os.File) error) error {
+	switch info, err := os.Stat(path); {
+	case errors.Is(err, fs.ErrNotExist):
+		// A dangling link is in the way too: it is not ours to follow or to replace.
+		if _, err := os.Lstat(path); err == nil {
+			return fmt.Errorf("output %s: %w: it is a link to nothing", path, fs.ErrExist)
+		}
+	case err != nil:
+		return fmt.Errorf("output: %w", err)
+	case info.IsDir():
+		return fmt.Errorf("output %s: %w: it is a directory: name a file in it", path, fs.ErrExist)
+	case !info.Mode().IsRegular():
+		return fmt.Errorf("output %s: %w: it is not a regular file: write to \"-\" and redirect it there", path, fs.ErrExist)
+	case !overwrite:
+		return fmt.Errorf("output %s: %w: pass --overwrite to replace it", path, fs.ErrExist)
+	default:
+		// Through a link the file is replaced, not the link.
+		if path, err = filepath.EvalSymlinks(path); err != nil {
+			return fmt.Errorf("output: %w", err)
+		}
+	}
+	f, err := newOutput(path)
+	if err != nil {
+		return fmt.Errorf("output: %w", err)
+	}
+	defer f.Close()
+	if err := write(f.File); err != nil {
+		return err
+	}
+	if err := f.publish(path, overwrite); err != nil {
+		return fmt.Errorf("output: %w", err)
+	}
+	return nil
+}
+
+// output is a file that is being written.
+type output struct {
+	*os.File
+	dir  string
+	temp string // the name it has for now, or ""
+}
+
+func newOutput(path string) (*output, error) {
+	dir := filepath.Dir(path)
+	f, err := os.OpenFile(dir, unix.O_TMPFILE|os.O_RDWR, 0o666)
+	if err == nil {
+		return &output{File: f, dir: dir}, nil
+	}
+	if !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.EISDIR) && !errors.Is(err, unix.EINVAL) {
+		return nil, err
+	}
+	return newNamedOutput(dir)
+}
+
+// newNamedOutput is newOutput for file systems without unnamed files.
+func newNamedOutput(dir string) (*output, error) {
+	f, err := os.OpenFile(tempName(dir), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o666)
+	if err != nil {
+		return nil, err
+	}
+	return &output{File: f, dir: dir, temp: f.Name()}, nil
+}
+
+// publish gives the file its name.
+func (o *output) publish(path string, overwrite bool) error {
+	if !overwrite {
+		// A link never replaces what is there.
+		return o.link(path)
+	}
+	if o.temp == "" {
+		// There is no call that gives an unnamed file the name of another:
+		// it takes a name beside it first.
+		temp := tempName(o.dir)
+		if err := o.link(temp); err != nil {
+			return err
+		}
+		o.temp = temp
+	}
+	if err := os.Rename(o.temp, path); err != nil {
+		return err
+	}
+	o.temp = ""
+	return nil
+}
+
+func (o *output) link(path string) error {
+	if o.temp != "" {
+		return os.Link(o.temp, path)
+	}
+	err := unix.Linkat(unix.AT_FDCWD, fmt.Sprintf("/proc/self/fd/%d", o.Fd()), unix.AT_FDCWD, path, unix.AT_SYMLINK_FOLLOW)
+	if err != nil {
+		return &os.LinkError{Op: "link", Old: "new file", New: path, Err: err}
+	}
+	return nil
+}
+
+// tempName returns a name in dir that nothing else has.
+func tempName(dir string) string { return filepath.Join(dir, ".dfcache-"+rand.Text()) }
+
+// Close closes the file and removes it if it was not published.
+func (o *output) Close() error {
+	err := o.File.Close()
+	if o.temp != "" {
+		os.Remove(o.temp)
+	}
+	return err
+}

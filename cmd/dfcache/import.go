@@ -1,0 +1,126 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"github.com/dfcache/dfcache/blobstore"
+	"github.com/dfcache/dfcache/cmd/internal/exit"
+	"github.com/dfcache/dfcache/digest"
+)
+
+func (a *app) importCommand() *cobra.Command {
+	var input, algorithm string
+	cmd := &cobra.Command{
+		Use:   "import [-i CID] {FILE | -I FILE}",
+		Short: "Import a file into the P2P cache",
+		Long: `
+The "import" command stores a file under a cid, and returns when it is durable:
+it then survives a crash and a power cut. The file "-" is stdin.
+
+Where the cid is a digest, the content has to match it; otherwise nothing is
+stored. Where it is a cache ID, it names the file from now on, and if it was the
+name of another file, that one is let go. Without --cid the file is stored under
+its sha256, or the digest that --algorithm says, which is printed.
+
+` + storeStatus(exit.Mismatch, exit.NoSpace),
+		Example: `  # under a name of your own
+  dfcache import --tag models --cid v1 /srv/model.bin
+
+  # under its digest, which is computed and printed
+  dfcache import --tag models /srv/model.bin
+
+  # from stdin, checked
+  curl -sSL https://example.com/file | dfcache import --cid sha256:2cf2...9824 -`,
+		Args:    oneFile("input"),
+		PreRunE: a.load,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				input = args[0]
+			}
+			if input == "" {
+				return exit.FlagError(cmd, errors.New("the file is missing: name it as FILE or with -I FILE, \"-\" is stdin"))
+			}
+			return a.session(cmd, a.consoleFile(false), func(ctx context.Context, s *session) error {
+				return s.importFile(ctx, input, algorithm)
+			})
+		},
+	}
+	a.result.flags(cmd)
+	cmd.Flags().StringVarP(&input, "input", "I", "", "import the given `file`, - is stdin")
+	cmd.Flags().StringVar(&algorithm, "algorithm", string(digest.SHA256), "digest `algorithm` where --cid is no digest: sha256, sha384 or sha512")
+	complete(cmd, "algorithm", string(digest.SHA256), string(digest.SHA384), string(digest.SHA512))
+	return cmd
+}
+
+func (s *session) importFile(ctx context.Context, input, algorithm string) error {
+	alg, err := digest.ParseAlgorithm(algorithm)
+	if err != nil {
+		return fmt.Errorf("--algorithm: %w", err)
+	}
+	// Before a pipe is opened that then nobody reads.
+	if err := s.checkNames(); err != nil {
+		return err
+	}
+	var src io.Reader = s.stdin
+	title, size := "", int64(-1)
+	if input != "-" {
+		f, err := openInput(input)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		src, title = f, input
+		if info, err := f.Stat(); err == nil && info.Mode().IsRegular() {
+			size = info.Size()
+		}
+	}
+	repo, done, err := s.repository(ctx)
+	if err != nil {
+		return err
+	}
+	defer done()
+	set, end := s.progress("import", size)
+	file, err := repo.Import(ctx, s.cid, src, blobstore.ImportOptions{Title: title, Algorithm: alg, Progress: set})
+	end()
+	if err != nil {
+		return err
+	}
+	var text facts
+	text.describe(file)
+	return s.result.print(s.stdout, file, text.String())
+}
+
+// openInput opens a file to import.
+func openInput(path string) (*os.File, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, exit.Usage(fmt.Errorf("input: %w", err))
+	}
+	if info, err := f.Stat(); err == nil && info.IsDir() {
+		f.Close()
+		return nil, exit.Usage(fmt.Errorf("input %s is a directory: import a single file, such as an archive of it", path))
+	}
+	return f, nil
+}
+
+// oneFile checks that a file is named on the command line at most once: as an
+// argument or by the flag.
+func oneFile(flag string) cobra.PositionalArgs {
+	return exit.Args(func(cmd *cobra.Command, args []string) error {
+		switch {
+		case len(args) > 1:
+			return fmt.Errorf("surplus argument %q: %s takes one file", args[1], cmd.CommandPath())
+		case len(args) == 1 && cmd.Flags().Changed(flag):
+			return fmt.Errorf("file %q and --%s given: pass one of them", args[0], flag)
+		case len(args) == 1 && args[0] == "":
+			return errors.New("the file's name is empty")
+		}
+		return nil
+	})
+}

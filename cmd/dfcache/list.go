@@ -1,0 +1,181 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"iter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/dfcache/dfcache/blobstore"
+	"github.com/dfcache/dfcache/cmd/internal/exit"
+	"github.com/dfcache/dfcache/digest"
+)
+
+// listed is one line of a list.
+type listed struct {
+	Tag       string        `json:"tag"`
+	Type      string        `json:"type"` // name, blob or part
+	CID       string        `json:"cid"`
+	Digest    digest.Digest `json:"digest"` // a name's is that of its manifest
+	Size      int64         `json:"size"`   // in bytes; a name's is that of all it leads to
+	MediaType string        `json:"mediaType,omitempty"`
+	Local     bool          `json:"local"`
+	Imported  time.Time     `json:"imported"`
+	LastUsed  time.Time     `json:"lastUsed,omitzero"`
+}
+
+func newListed(e blobstore.Entry) listed {
+	l := listed{
+		Tag: e.Task.Tag, Type: "part", CID: string(e.Task.Digest), Digest: e.Task.Digest, Size: e.Size,
+		MediaType: e.MediaType, Local: e.Local(), Imported: e.Imported, LastUsed: e.LastUsed,
+	}
+	switch {
+	case e.Name != "":
+		l.Type, l.CID, l.Size = "name", e.Name, e.Total
+	case e.Pinned:
+		l.Type = "blob"
+	}
+	return l
+}
+
+func (a *app) listCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "list [-t TAG]",
+		Short: "List what this host has of the P2P cache",
+		Long: `
+The "list" command prints what the dfdaemon of this host holds, in order of tag:
+the names (cache IDs) first, then the digests. With --tag it prints what is under
+this tag; the empty tag is --tag "". The types are
+
+    name  a cache ID; its size is that of everything it leads to
+    blob  a file that was imported under its digest
+    part  content that is held because a name leads to it
+
+As JSON the list is an array of objects. A template is executed on all of it.
+
+` + storeStatus(),
+		Example: `  dfcache list --tag models
+  dfcache list --format json | jq -r '.[] | select(.size > 1e9) | .cid'
+  dfcache list --template '{{range .}}{{println .tag .cid .size}}{{end}}'`,
+		Args: exit.Args(func(cmd *cobra.Command, args []string) error {
+			if cmd.Flags().Changed("cid") {
+				return errors.New("list takes no --cid: use 'dfcache stat' for a single file")
+			}
+			return exit.NoArgs(cmd, args)
+		}),
+		PreRunE: a.load,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return a.session(cmd, a.consoleFile(false), func(ctx context.Context, s *session) error {
+				return s.list(ctx, cmd.Flags().Changed("tag"))
+			})
+		},
+	}
+	a.result.flags(cmd)
+	return cmd
+}
+
+// list lists the repository under --tag, or every one.
+func (s *session) list(ctx context.Context, tagGiven bool) error {
+	if err := s.checkNames(); err != nil {
+		return err
+	}
+	store, err := s.dial(ctx)
+	if err != nil {
+		return err
+	}
+	defer store.Close()
+	entries := store.List(ctx)
+	if tagGiven {
+		repo, err := store.Repository(s.tag)
+		if err != nil {
+			return err
+		}
+		entries = repo.List(ctx)
+	}
+	// It may be long: what is printed goes out before the end is known.
+	out := bufio.NewWriterSize(s.stdout, 64<<10)
+	switch s.result.name {
+	case jsonFormat:
+		err = listJSON(out, entries)
+	case templateFormat:
+		err = s.listTemplate(out, entries)
+	default:
+		err = listText(out, entries)
+	}
+	if err != nil {
+		err = fmt.Errorf("list: %w", err)
+	}
+	if flushed := out.Flush(); err == nil && flushed != nil {
+		err = fmt.Errorf("print result: %w", flushed)
+	}
+	return err
+}
+
+func listText(w io.Writer, entries iter.Seq2[blobstore.Entry, error]) error {
+	const line = "%-20s  %-4s  %-71s  %10s  %s\n"
+	if _, err := fmt.Fprintf(w, line, "TAG", "TYPE", "CID", "SIZE", "IMPORTED"); err != nil {
+		return err
+	}
+	for entry, err := range entries {
+		if err != nil {
+			return err
+		}
+		l := newListed(entry)
+		tag := l.Tag
+		if tag == "" {
+			tag = "-"
+		}
+		if _, err := fmt.Fprintf(w, line, tag, l.Type, l.CID, human(l.Size), moment(l.Imported)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func listJSON(w io.Writer, entries iter.Seq2[blobstore.Entry, error]) error {
+	separator := "["
+	for entry, err := range entries {
+		if err != nil {
+			return err
+		}
+		data, err := json.Marshal(newListed(entry))
+		if err != nil {
+			return err
+		}
+		if _, err := fmt.Fprintf(w, "%s\n  %s", separator, data); err != nil {
+			return err
+		}
+		separator = ","
+	}
+	end := "\n]\n"
+	if separator == "[" {
+		end = "[]\n"
+	}
+	_, err := io.WriteString(w, end)
+	return err
+}
+
+// listTemplate executes the template on the whole list, so all of it has to be
+// in memory.
+func (s *session) listTemplate(w io.Writer, entries iter.Seq2[blobstore.Entry, error]) error {
+	all := []listed{}
+	for entry, err := range entries {
+		if err != nil {
+			return err
+		}
+		all = append(all, newListed(entry))
+	}
+	var out bytes.Buffer // nothing is printed when the template fails
+	if err := s.result.execute(&out, all); err != nil {
+		return err
+	}
+	_, err := out.WriteTo(w)
+	return err
+}

@@ -1,0 +1,238 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/spf13/cobra"
+	"go.opentelemetry.io/otel/attribute"
+
+	"github.com/dfcache/dfcache/blobstore"
+	"github.com/dfcache/dfcache/cmd/internal/build"
+	"github.com/dfcache/dfcache/cmd/internal/exit"
+	"github.com/dfcache/dfcache/cmd/internal/logs"
+	"github.com/dfcache/dfcache/cmd/internal/profiling"
+	"github.com/dfcache/dfcache/cmd/internal/tracing"
+	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/rpc"
+)
+
+// session is what a command that works on the store has around it.
+type session struct {
+	*app
+	log   *slog.Logger
+	trace *tracing.Tracing
+}
+
+// session runs work within the timeout, and with log, profiles and traces.
+// It gives the error that work ends with the words for the user.
+// Records go to console where --console asks for that.
+func (a *app) session(cmd *cobra.Command, console io.Writer, work func(context.Context, *session) error) (err error) {
+	ctx := cmd.Context()
+	if a.timeout > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, a.timeout)
+		defer cancel()
+	}
+
+	if !a.console {
+		console = nil
+	}
+	log, closer, err := logs.Open(logs.Options{Dir: a.logDir, Name: "dfcache", Verbose: a.verbose, Console: console, Warn: a.stderr})
+	if err != nil {
+		return err
+	}
+	defer closer.Close()
+	log = log.With("command", cmd.Name(), "pid", os.Getpid())
+	log.Info("start", "cid", a.cid, "tag", a.tag)
+	started := time.Now()
+	defer func() {
+		took := slog.Duration("duration", time.Since(started))
+		if err != nil {
+			log.Error("end", took, "exit", exit.Code(err), "error", err.Error())
+		} else {
+			log.Info("end", took, "exit", exit.OK)
+		}
+	}()
+
+	s := &session{app: a, log: log}
+	warn := func(text string) {
+		log.Warn(text)
+		fmt.Fprintf(a.stderr, "dfcache: warning: %s\n", text)
+	}
+	stop, err := profiling.Start(a.pprofPort, func(text string) { fmt.Fprintln(a.stderr, text) })
+	if err != nil {
+		return exit.Usage(err)
+	}
+	defer stop()
+	s.trace, err = tracing.Start(ctx, tracing.Options{
+		Endpoint:       a.jaeger,
+		ServiceName:    a.serviceName,
+		ServiceNameSet: a.serviceNameGiven,
+		Version:        build.Get().Version,
+		Warn:           warn,
+	})
+	if err != nil {
+		return exit.Usage(err)
+	}
+	defer s.trace.Close()
+
+	ctx, end := s.trace.StartSpan(ctx, cmd.CommandPath(), attribute.String("dfcache.cid", a.cid), attribute.String("dfcache.tag", a.tag))
+	done := make(chan error, 1)
+	go func() { done <- work(ctx, s) }()
+	err = a.explain(ctx, cmd, wait(ctx, done))
+	end(err)
+	return err
+}
+
+// stuckAfter is how long work may take to end after its context has ended.
+const stuckAfter = time.Second
+
+// wait returns what work ends with. Where it does not end together with ctx, it
+// is stuck in the kernel: opening a named pipe that nobody writes to, or
+// writing to a pipe that nobody reads. That ends with the process.
+func wait(ctx context.Context, done <-chan error) error {
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+	}
+	select {
+	case err := <-done:
+		return err
+	case <-time.After(stuckAfter):
+		return ctx.Err()
+	}
+}
+
+// explain adds to an error what the user can do about it.
+func (a *app) explain(ctx context.Context, cmd *cobra.Command, err error) error {
+	switch exit.Code(err) {
+	case exit.Timeout:
+		if ctx.Err() != nil {
+			return &toldError{fmt.Sprintf("%s: not done within --timeout %s, and given up", cmd.Name(), a.timeout), err}
+		}
+	case exit.Interrupted:
+		if ctx.Err() != nil {
+			return &toldError{cmd.Name() + ": interrupted", err}
+		}
+	case exit.NotFound:
+		if local := cmd.Flags().Lookup("local"); local != nil && local.Value.String() == "true" {
+			return fmt.Errorf("%w on this host: see what it has with 'dfcache list', or leave --local out to ask peers, too", err)
+		}
+		return fmt.Errorf("%w: see what is here with 'dfcache list', or check --cid and --tag", err)
+	case exit.Corrupt:
+		return fmt.Errorf("%w: import the file again, and see what else is damaged with 'dfdaemon fsck'", err)
+	case exit.Referenced:
+		return fmt.Errorf("%w (--force)", err)
+	}
+	return err
+}
+
+// toldError has words of its own for an error.
+type toldError struct {
+	text string
+	err  error
+}
+
+func (e *toldError) Error() string { return e.text }
+func (e *toldError) Unwrap() error { return e.err }
+
+// checkNames reports a malformed --cid or --tag, which needs no daemon.
+func (s *session) checkNames() error {
+	if err := p2p.ValidateTag(s.tag); err != nil {
+		return err
+	}
+	if s.cid == "" {
+		return nil
+	}
+	_, err := digest.ParseCID(s.cid)
+	return err
+}
+
+// repository opens the part of the store under --tag. The caller calls done
+// when it is no longer used.
+func (s *session) repository(ctx context.Context) (repo *blobstore.Repository, done func(), err error) {
+	if err := s.checkNames(); err != nil {
+		return nil, nil, err
+	}
+	store, err := s.dial(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	if repo, err = store.Repository(s.tag); err != nil {
+		store.Close()
+		return nil, nil, err
+	}
+	return repo, func() { store.Close() }, nil
+}
+
+// dial opens the store of the dfdaemon. Where none answers, and the user named
+// no socket, it starts one.
+func (s *session) dial(ctx context.Context) (*blobstore.Store, error) {
+	opts := []blobstore.Option{blobstore.WithStatsHandler(s.trace.ClientStatsHandler())}
+	store, err := blobstore.Dial(ctx, s.socket, opts...)
+	if err == nil {
+		s.log.Debug("connected", "socket", s.socket)
+		return store, nil
+	}
+	if !errors.Is(err, rpc.ErrNoDaemon) {
+		return nil, err
+	}
+	if s.socketGiven {
+		return nil, fmt.Errorf("%w, or leave it out to have one started", err)
+	}
+	s.log.Debug("no dfdaemon answers", "socket", s.socket, "error", err.Error())
+	if err := s.launch(ctx); err != nil {
+		return nil, err
+	}
+	return blobstore.Dial(ctx, s.socket, opts...)
+}
+
+// launch starts a dfdaemon that outlives this process.
+func (s *session) launch(ctx context.Context) error {
+	args := []string{"--daemon-sock", s.socket}
+	if s.workHomeGiven {
+		args = append(args, "--workhome", s.workHome)
+	}
+	if s.logDirGiven {
+		args = append(args, "--logdir", s.logDir)
+	}
+	options := rpc.LaunchOptions{Path: daemonPath(), Args: args, Socket: s.socket}
+	if info, err := os.Stat(s.logDir); err == nil && info.IsDir() {
+		// Beside its log: what it prints when it crashes.
+		options.LogPath = filepath.Join(s.logDir, "dfdaemon.out")
+	}
+	pid, err := rpc.Launch(ctx, options)
+	if err != nil {
+		return &toldError{
+			fmt.Sprintf("no dfdaemon answers at %s, and none can be started: %v", s.socket, err),
+			errors.Join(blobstore.ErrUnavailable, err),
+		}
+	}
+	if pid != 0 { // else another dfcache was faster
+		s.log.Info("started dfdaemon", "daemon", pid, "socket", s.socket)
+		fmt.Fprintf(s.stderr, "dfcache: started dfdaemon (pid %d, socket %s)\n", pid, s.socket)
+	}
+	return nil
+}
+
+// daemonPath names the dfdaemon to start: the one that was installed with this
+// dfcache, else the one on the PATH.
+func daemonPath() string {
+	const name = "dfdaemon"
+	if self, err := os.Executable(); err == nil {
+		beside := filepath.Join(filepath.Dir(self), name)
+		if info, err := os.Stat(beside); err == nil && info.Mode().IsRegular() {
+			return beside
+		}
+	}
+	return name
+}

@@ -1,0 +1,160 @@
+// Command dfdaemon holds the content of the cache and answers dfcache over a
+// unix socket.
+//
+// This package holds flags and output only: the store is package pieces, the
+// service package rpc.
+package main
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/dfcache/dfcache/cmd/internal/build"
+	"github.com/dfcache/dfcache/cmd/internal/exit"
+	"github.com/dfcache/dfcache/cmd/internal/manual"
+	"github.com/dfcache/dfcache/cmd/internal/paths"
+	"github.com/dfcache/dfcache/cmd/internal/settings"
+)
+
+func main() {
+	err := newRoot().Execute()
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "dfdaemon: %v\n", err)
+	}
+	os.Exit(exit.Code(err))
+}
+
+// options are the values of the flags.
+type options struct {
+	workHome string
+	dataDir  string
+	logDir   string
+	console  bool
+	verbose  bool
+
+	socket          string
+	shutdownTimeout time.Duration
+	pprofPort       int
+	jaeger          string
+	serviceName     string
+	readyFD         int
+}
+
+func newRoot() *cobra.Command {
+	o := &options{}
+	root := &cobra.Command{
+		Use:   "dfdaemon",
+		Short: "Hold the content of the cache and serve it",
+		Long: `
+The "dfdaemon" command holds the content of the cache in its data directory and
+answers dfcache at a unix socket, until it gets SIGTERM or SIGINT. Then it lets
+running operations end; a second signal ends them at once.
+
+SETTINGS
+========
+
+Every flag can be given on the command line, in the environment as DFDAEMON_ and
+the flag's name in upper case, with underscores for dashes (DFDAEMON_DATA_DIR),
+and in the configuration file (data-dir: /path). The first of these that has a
+value counts. An unknown key in the file is an error.
+
+` + manual.ExitStatus("dfdaemon", exit.Invalid, exit.Timeout, exit.Unavailable, exit.NoSpace, exit.Corrupt, exit.Interrupted),
+		Example: `  dfdaemon
+  dfdaemon --workhome /srv/dragonfly --daemon-sock /run/dragonfly/dfdaemon.sock`,
+		Args:          exit.NoArgs,
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		RunE:          func(cmd *cobra.Command, _ []string) error { return o.run(cmd) },
+	}
+	root.SetFlagErrorFunc(exit.FlagError)
+
+	// The defaults that depend on the user are filled in by load, so that help
+	// and documents are the same everywhere.
+	all := root.PersistentFlags()
+	all.String("config", paths.Config("dfdaemon"), "configuration `file` in YAML, also set by DFDAEMON_CONFIG (default /etc/dragonfly/dfdaemon.yaml, or dragonfly/dfdaemon.yaml in the XDG configuration directory)")
+	all.Lookup("config").DefValue = ""
+	all.StringVar(&o.workHome, "workhome", "", "working `directory` (default /var/lib/dragonfly for root, else dragonfly in the XDG data directory)")
+	all.StringVar(&o.dataDir, "data-dir", "", "`directory` of the content (default data in --workhome)")
+	all.StringVar(&o.logDir, "logdir", "", "`directory` of the log files (default logs in --workhome where that is given, else /var/log/dragonfly for root, dragonfly/logs in the XDG state directory for others)")
+	all.BoolVar(&o.console, "console", false, "print log records, too: to stdout, or to stderr where stdout has a result")
+	all.BoolVar(&o.verbose, "verbose", false, "log at debug level")
+
+	flags := root.Flags()
+	flags.StringVar(&o.socket, "daemon-sock", "", "unix `socket` to listen at (default dfdaemon.sock in /run/dragonfly for root, else in dragonfly in the XDG runtime directory)")
+	flags.DurationVar(&o.shutdownTimeout, "shutdown-timeout", 30*time.Second, "how long running operations may take after SIGTERM; 0 is as long as they need")
+	flags.IntVar(&o.pprofPort, "pprof-port", -1, "serve pprof profiles on this `port` of 127.0.0.1; 0 is any free port, which is printed; -1 is off")
+	flags.StringVar(&o.jaeger, "jaeger", "", "send traces to this OTLP/HTTP `URL` of a Jaeger or a collector, for example http://localhost:4318")
+	flags.StringVar(&o.serviceName, "service-name", "dragonfly-dfdaemon", "`name` of the service in traces")
+	flags.IntVar(&o.readyFD, "ready-fd", -1, "file descriptor to tell whoever starts the daemon that it is ready, or why not")
+	flags.Lookup("ready-fd").Hidden = true
+
+	root.AddCommand(newFsck(o), newVersion())
+	manual.Add(root)
+	return root
+}
+
+// load completes the flags of cmd from the environment, the configuration file
+// and the defaults.
+func (o *options) load(cmd *cobra.Command) error {
+	if err := settings.Load(cmd, "DFDAEMON"); err != nil {
+		return err
+	}
+	if o.shutdownTimeout < 0 {
+		return exit.FlagError(cmd, fmt.Errorf("--shutdown-timeout %s is negative: pass a duration such as 30s, or 0 for no limit", o.shutdownTimeout))
+	}
+	if o.logDir == "" {
+		o.logDir = paths.LogDir()
+		if o.workHome != "" {
+			o.logDir = filepath.Join(o.workHome, "logs")
+		}
+	}
+	if o.workHome == "" {
+		o.workHome = paths.WorkHome()
+	}
+	if o.dataDir == "" {
+		o.dataDir = paths.DataDir(o.workHome)
+	}
+	if o.socket == "" {
+		o.socket = paths.Socket()
+	}
+	// What is logged and printed has to mean something elsewhere, too.
+	for _, path := range []*string{&o.workHome, &o.dataDir, &o.logDir, &o.socket} {
+		var err error
+		if *path, err = filepath.Abs(*path); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func newVersion() *cobra.Command {
+	var format format
+	cmd := &cobra.Command{
+		Use:   "version",
+		Short: "Show version, commit, platform and Go version",
+		Long: `
+The "version" command says which build of dfdaemon this is.
+
+` + manual.ExitStatus("dfdaemon", exit.Invalid),
+		Example: `  dfdaemon version
+  dfdaemon version --format json`,
+		Args: exit.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := format.check(cmd); err != nil {
+				return err
+			}
+			info := build.Get()
+			if format == "json" {
+				return printJSON(cmd.OutOrStdout(), info)
+			}
+			_, err := fmt.Fprint(cmd.OutOrStdout(), info)
+			return err
+		},
+	}
+	format.flag(cmd)
+	return cmd
+}

@@ -1,0 +1,196 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"net"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/spf13/cobra"
+	"google.golang.org/grpc/stats"
+
+	"github.com/dfcache/dfcache/cmd/internal/build"
+	"github.com/dfcache/dfcache/cmd/internal/logs"
+	"github.com/dfcache/dfcache/cmd/internal/profiling"
+	"github.com/dfcache/dfcache/cmd/internal/tracing"
+	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/pieces"
+	"github.com/dfcache/dfcache/p2p/rpc"
+)
+
+// run starts the daemon and serves until a signal ends it.
+func (o *options) run(cmd *cobra.Command) error {
+	// From here on a signal is not lost: one that comes during the start ends
+	// the daemon as soon as it is up.
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)
+	defer signal.Stop(signals)
+
+	d, err := o.start(cmd)
+	rpc.Ready(o.readyFD, err)
+	if err != nil {
+		return err
+	}
+	defer d.close()
+	return d.serve(signals)
+}
+
+// daemon is a daemon that can serve.
+type daemon struct {
+	*options
+	log      *slog.Logger
+	listener net.Listener
+	server   *rpc.Server
+	closers  []func() // to be called in reverse order
+}
+
+func (d *daemon) onClose(f func()) { d.closers = append(d.closers, f) }
+
+func (d *daemon) close() {
+	for i := len(d.closers) - 1; i >= 0; i-- {
+		d.closers[i]()
+	}
+}
+
+// start opens everything that a daemon needs. The caller closes it.
+func (o *options) start(cmd *cobra.Command) (_ *daemon, err error) {
+	if err := o.load(cmd); err != nil {
+		return nil, err
+	}
+	d := &daemon{options: o}
+	defer func() {
+		if err != nil {
+			d.close()
+		}
+	}()
+
+	log, err := o.openLog(cmd.OutOrStdout(), d.onClose)
+	if err != nil {
+		return nil, err
+	}
+	d.log = log
+	defer func() {
+		if err != nil {
+			d.log.Error("not started", "error", err.Error())
+		}
+	}()
+	stderr := cmd.ErrOrStderr()
+	warn := func(text string) {
+		d.log.Warn(text)
+		fmt.Fprintf(stderr, "dfdaemon: warning: %s\n", text)
+	}
+
+	trace, err := tracing.Start(cmd.Context(), tracing.Options{
+		Endpoint:       o.jaeger,
+		ServiceName:    o.serviceName,
+		ServiceNameSet: cmd.Flags().Changed("service-name"),
+		Version:        build.Get().Version,
+		Warn:           warn,
+	})
+	if err != nil {
+		return nil, err
+	}
+	d.onClose(trace.Close)
+
+	stop, err := profiling.Start(o.pprofPort, func(text string) {
+		d.log.Info(text)
+		fmt.Fprintln(stderr, text)
+	})
+	if err != nil {
+		return nil, err
+	}
+	d.onClose(stop)
+
+	store, err := pieces.Open(o.dataDir, pieces.Options{Log: d.log})
+	if err != nil {
+		return nil, err
+	}
+	d.onClose(func() {
+		if err := store.Close(); err != nil {
+			warn(err.Error())
+		}
+	})
+
+	if d.listener, err = rpc.Listen(o.socket); errors.Is(err, fs.ErrExist) {
+		// Not to be taken for an output that exists.
+		return nil, fmt.Errorf("%w: %v", p2p.ErrUnavailable, err)
+	} else if err != nil {
+		return nil, err
+	}
+	d.onClose(func() { d.listener.Close() }) // already done where the server ran
+	d.server = rpc.NewServer(store, d.log, serverOptions(trace.ServerStatsHandler())...)
+
+	version := build.Get().Version
+	d.log.Info("start", "version", version, "data", o.dataDir, "socket", o.socket, "pid", os.Getpid())
+	fmt.Fprintf(stderr, "dfdaemon %s: data %s, socket %s, pid %d\n", version, o.dataDir, o.socket, os.Getpid())
+	return d, nil
+}
+
+// serverOptions leaves out a stats handler that is not there.
+func serverOptions(h stats.Handler) []rpc.ServerOption {
+	if h == nil {
+		return nil
+	}
+	return []rpc.ServerOption{rpc.WithStatsHandler(h)}
+}
+
+// openLog opens the log of the daemon. Its records go to console, too, where
+// --console asks for that.
+func (o *options) openLog(console io.Writer, onClose func(func())) (*slog.Logger, error) {
+	if !o.console {
+		console = nil
+	}
+	log, closer, err := logs.Open(logs.Options{Dir: o.logDir, Name: "dfdaemon", Verbose: o.verbose, Console: console})
+	if err != nil {
+		return nil, err
+	}
+	onClose(func() { closer.Close() })
+	return log, nil
+}
+
+// serve serves until a signal comes, and then until running operations have
+// ended. It returns nil where they could end.
+func (d *daemon) serve(signals <-chan os.Signal) error {
+	served := make(chan error, 1)
+	go func() { served <- d.server.Serve(d.listener) }()
+	select {
+	case err := <-served:
+		// What runs would hold up closing the store, and nobody can ask for more.
+		atOnce, cancel := context.WithCancel(context.Background())
+		cancel()
+		d.server.Shutdown(atOnce)
+		return fmt.Errorf("serve at %s: %w", d.socket, err)
+	case s := <-signals:
+		d.log.Info("stop", "signal", s.String())
+	}
+
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	if d.shutdownTimeout > 0 {
+		ctx, cancel = context.WithTimeout(ctx, d.shutdownTimeout)
+		defer cancel()
+	}
+	stopped := make(chan error, 1)
+	go func() { stopped <- d.server.Shutdown(ctx) }()
+	var err error
+	select {
+	case err = <-stopped:
+	case s := <-signals:
+		d.log.Warn("stop at once", "signal", s.String())
+		cancel()
+		err = <-stopped
+	}
+	<-served
+	if err != nil {
+		d.log.Warn("operations were cut off", "error", err.Error())
+		return fmt.Errorf("stop: operations that were running were cut off: %w", err)
+	}
+	d.log.Info("stopped")
+	return nil
+}

@@ -1,0 +1,175 @@
+// Package script runs scripts against the real commands, in the language of
+// [testscript]. A test package uses it as
+//
+//	func TestMain(m *testing.M)     { script.Main(m) }
+//	func TestScripts(t *testing.T) { script.Run(t, "testdata/script") }
+//
+// dfcache and dfdaemon are first on the PATH. The home directory of a script
+// is $WORK/user and $SOCK a short path for a daemon's socket. The environment
+// holds nothing of who runs the test but the rest of PATH.
+//
+// The condition [root] holds where the test runs as root. These commands are added to the language. Those that can fail can be negated
+// with "!".
+//
+//	daemon [ARG...]           start "dfdaemon --workhome $WORK/home --daemon-sock $SOCK ARG...",
+//	                          in the background, and wait until it is ready
+//	stopdaemon [SIGNAL]       send it a signal, by default TERM, wait until it has ended,
+//	                          and have its output checked by stdout and stderr. It fails
+//	                          when the daemon's exit code is not 0
+//	killdaemon                kill -9
+//	killstarted FILE          stop the daemon that dfcache has started: FILE, or stdout or
+//	                          stderr, has its "pid NUMBER"
+//	exitcode N CMD [ARG...]   run and check the exit code
+//	asuser CMD [ARG...]       run as a user without rights, where the test runs as root; "exec
+//	                          asuser CMD ..." does it in the background or with a pipe
+//	mkfile FILE SIZE [SEED]   write SIZE bytes that look random and depend on SEED; KiB, MiB
+//	                          and GiB may follow the number
+//	sha256 FILE VAR           set VAR to the digest's hex digits
+//	flipbit FILE OFFSET       invert the lowest bit of a byte
+//	filesame A B              compare two files of any size
+//	json FILE PATH VALUE      compare a field, as in "json stdout tasks.0.size 12"
+package script
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/rogpeppe/go-internal/testscript"
+	"go.uber.org/goleak"
+)
+
+// bin is the directory of the commands under test.
+var bin string
+
+// Main is for TestMain: it builds dfcache and dfdaemon, with the race detector
+// where the test has it, runs the tests, looks for goroutines that they have
+// left behind, and exits.
+func Main(m *testing.M, options ...goleak.Option) {
+	if filepath.Base(os.Args[0]) == asUserName {
+		fmt.Fprintln(os.Stderr, asUser(os.Args[1:]))
+		os.Exit(1)
+	}
+	code, err := run(m, options)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		code = 1
+	}
+	os.Exit(code)
+}
+
+func run(m *testing.M, options []goleak.Option) (code int, err error) {
+	if bin, err = os.MkdirTemp("", "dfcache-bin"); err != nil {
+		return 0, err
+	}
+	defer os.RemoveAll(bin)
+	// Other users have to be able to run what is there.
+	if err := os.Chmod(bin, 0o755); err != nil {
+		return 0, err
+	}
+	if err := build(bin); err != nil {
+		return 0, err
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return 0, err
+	}
+	if err := os.Symlink(self, filepath.Join(bin, asUserName)); err != nil {
+		return 0, err
+	}
+	os.Setenv("PATH", bin+string(os.PathListSeparator)+os.Getenv("PATH"))
+
+	if code = m.Run(); code != 0 {
+		return code, nil
+	}
+	return 0, goleak.Find(options...)
+}
+
+// build puts every command of the module into dir.
+func build(dir string) error {
+	const all = "github.com/dfcache/dfcache/cmd/..."
+	list, err := exec.Command("go", "list", "-f", `{{if eq .Name "main"}}{{.ImportPath}}{{end}}`, all).Output()
+	if err != nil {
+		return fmt.Errorf("go list %s: %w%s", all, err, stderrOf(err))
+	}
+	args := []string{"build", "-o", dir + string(os.PathSeparator)}
+	if race {
+		args = append(args, "-race")
+	}
+	out, err := exec.Command("go", append(args, strings.Fields(string(list))...)...).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("go %s: %w\n%s", strings.Join(args, " "), err, out)
+	}
+	return nil
+}
+
+func stderrOf(err error) []byte {
+	if exit, ok := err.(*exec.ExitError); ok {
+		return append([]byte("\n"), bytes.TrimSpace(exit.Stderr)...)
+	}
+	return nil
+}
+
+// Run runs every script in dir, each as a parallel subtest.
+func Run(t *testing.T, dir string) {
+	testscript.Run(t, testscript.Params{
+		Dir:                 dir,
+		Setup:               setup,
+		Condition:           condition,
+		RequireExplicitExec: true,
+		RequireUniqueNames:  true,
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"asuser":      asUserCmd,
+			"daemon":      daemonCmd,
+			"exitcode":    exitCodeCmd,
+			"filesame":    fileSameCmd,
+			"flipbit":     flipBitCmd,
+			"json":        jsonCmd,
+			"killdaemon":  killDaemonCmd,
+			"killstarted": killStartedCmd,
+			"mkfile":      mkfileCmd,
+			"sha256":      sha256Cmd,
+			"stopdaemon":  stopDaemonCmd,
+		},
+	})
+}
+
+func setup(env *testscript.Env) error {
+	home := filepath.Join(env.WorkDir, "user")
+	runtime := filepath.Join(home, "run")
+	if err := os.MkdirAll(runtime, 0o700); err != nil {
+		return err
+	}
+	env.Setenv("HOME", home)
+	env.Setenv("XDG_RUNTIME_DIR", runtime)
+	env.Setenv("SOCK", filepath.Join(env.WorkDir, "run", "d.sock"))
+	if env.Getenv("GORACE") == "" {
+		env.Setenv("GORACE", "atexit_sleep_ms=10") // by default it is a second
+	}
+	if os.Geteuid() == 0 {
+		if err := os.Chmod(filepath.Dir(env.WorkDir), 0o755); err != nil {
+			return err
+		}
+		for _, dir := range []string{env.WorkDir, home, runtime} {
+			if err := os.Chown(dir, nobody, nobody); err != nil {
+				return err
+			}
+		}
+	}
+	d := &daemon{t: env.T().(testing.TB), work: env.WorkDir}
+	env.Values[daemonKey{}] = d
+	env.Defer(d.cleanup)
+	return nil
+}
+
+// condition adds the condition "root" to the language.
+func condition(name string) (bool, error) {
+	if name == "root" {
+		return os.Geteuid() == 0, nil
+	}
+	return false, fmt.Errorf("unknown condition %q", name)
+}

@@ -1,0 +1,374 @@
+// Command bench measures dfcache and dfdaemon, as whole processes and through
+// the Go API, beside cp, sync and Go's sha256 on the same files in the same
+// run, and writes a report in markdown.
+//
+//	go run ./integration/bench -bin bin -out docs/benchmarks.md
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"flag"
+	"fmt"
+	"io"
+	"log"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/dfcache/dfcache/blobstore"
+	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/pieces"
+)
+
+func main() {
+	log.SetFlags(0)
+	bin := flag.String("bin", "bin", "directory with dfcache and dfdaemon")
+	out := flag.String("out", "", "file to write the report to; standard output if empty")
+	dir := flag.String("dir", "", "directory to work in; a temporary one if empty")
+	runs := flag.Int("runs", 7, "runs of each command")
+	many := flag.Int("many", 1_000_000, "blobs in the store that is only opened")
+	hash := flag.String("sha256", "", "only hash this file, as the process to compare with")
+	flag.Parse()
+	if *hash != "" {
+		hashFile(*hash)
+		return
+	}
+	b, err := newBench(*bin, *dir, *runs)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer b.close()
+	b.report(*many)
+	if *out == "" {
+		os.Stdout.Write(b.text.Bytes())
+	} else if err := os.WriteFile(*out, b.text.Bytes(), 0o644); err != nil {
+		log.Fatal(err)
+	}
+}
+
+func hashFile(name string) {
+	f := must(os.Open(name))
+	h := sha256.New()
+	must(io.CopyBuffer(h, struct{ io.Reader }{f}, make([]byte, 1<<20)))
+	fmt.Printf("%x\n", h.Sum(nil))
+}
+
+func must[T any](v T, err error) T {
+	if err != nil {
+		log.Panic(err)
+	}
+	return v
+}
+
+type bench struct {
+	dir, self, dfcache, dfdaemon, socket string
+	runs                                 int
+	daemon                               *exec.Cmd
+	text                                 bytes.Buffer
+}
+
+func newBench(bin, dir string, runs int) (*bench, error) {
+	bin, err := filepath.Abs(bin)
+	if err != nil {
+		return nil, err
+	}
+	if dir, err = os.MkdirTemp(dir, "dfbench"); err != nil {
+		return nil, err
+	}
+	b := &bench{dir: dir, self: must(os.Executable()), runs: runs, socket: filepath.Join(dir, "run", "s"),
+		dfcache: filepath.Join(bin, "dfcache"), dfdaemon: filepath.Join(bin, "dfdaemon")}
+	for k, v := range map[string]string{"WORKHOME": dir, "DAEMON_SOCK": b.socket, "CONFIG": os.DevNull} {
+		os.Setenv("DFCACHE_"+k, v)
+		os.Setenv("DFDAEMON_"+k, v)
+	}
+	r, w, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	defer r.Close()
+	b.daemon = exec.Command(b.dfdaemon, "--ready-fd", "3")
+	b.daemon.ExtraFiles = []*os.File{w}
+	if err := b.daemon.Start(); err != nil {
+		return nil, err
+	}
+	w.Close()
+	if line, _ := bufio.NewReader(r).ReadString('\n'); line != "ready\n" {
+		return nil, fmt.Errorf("dfdaemon did not start: %s", line)
+	}
+	return b, nil
+}
+
+func (b *bench) close() {
+	b.daemon.Process.Signal(syscall.SIGTERM)
+	b.daemon.Wait()
+	os.RemoveAll(b.dir)
+}
+
+// sample is one run of a command: wall time, CPU time of the process, and CPU
+// time that the daemon spent meanwhile.
+type sample struct{ wall, cpu, daemon time.Duration }
+
+// command is something to measure.
+type command struct {
+	name   string
+	before func() // not measured
+	args   []string
+}
+
+// measure runs the commands in turn, b.runs times, after one round that does
+// not count, and returns their samples.
+func (b *bench) measure(commands []command) map[string][]sample {
+	samples := map[string][]sample{}
+	for round := range b.runs + 1 {
+		for _, c := range commands {
+			if c.before != nil {
+				c.before()
+			}
+			cmd := exec.Command(c.args[0], c.args[1:]...)
+			var stderr strings.Builder
+			cmd.Stderr = &stderr
+			busy, start := b.daemonCPU(), time.Now()
+			if err := cmd.Run(); err != nil {
+				log.Panicf("%s: %v: %s", strings.Join(c.args, " "), err, stderr.String())
+			}
+			s := sample{time.Since(start), cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime(), b.daemonCPU() - busy}
+			if round > 0 {
+				samples[c.name] = append(samples[c.name], s)
+			}
+		}
+	}
+	return samples
+}
+
+// daemonCPU returns the CPU time that the daemon has used so far. It counts in hundredths of a second.
+func (b *bench) daemonCPU() time.Duration {
+	stat := string(must(os.ReadFile(fmt.Sprintf("/proc/%d/stat", b.daemon.Process.Pid))))
+	fields := strings.Fields(stat[strings.LastIndexByte(stat, ')')+2:])
+	return time.Duration(must(strconv.Atoi(fields[11]))+must(strconv.Atoi(fields[12]))) * 10 * time.Millisecond
+}
+
+// resetPeak makes the daemon's peak memory what it has now.
+func (b *bench) resetPeak() {
+	must(0, os.WriteFile(fmt.Sprintf("/proc/%d/clear_refs", b.daemon.Process.Pid), []byte("5"), 0))
+}
+
+// peak returns the most memory that the daemon had since resetPeak, in MiB.
+func (b *bench) peak() int {
+	for line := range strings.Lines(string(must(os.ReadFile(fmt.Sprintf("/proc/%d/status", b.daemon.Process.Pid))))) {
+		if kib, ok := strings.CutPrefix(line, "VmHWM:"); ok {
+			return must(strconv.Atoi(strings.Fields(kib)[0])) / 1024
+		}
+	}
+	return 0
+}
+
+func median(samples []sample, of func(sample) time.Duration) time.Duration {
+	all := make([]time.Duration, len(samples))
+	for i, s := range samples {
+		all[i] = of(s)
+	}
+	slices.Sort(all)
+	return all[len(all)/2]
+}
+
+func wall(s sample) time.Duration { return s.wall }
+
+func (b *bench) printf(format string, args ...any) { fmt.Fprintf(&b.text, format, args...) }
+
+func (b *bench) report(many int) {
+	b.printf("# Benchmarks\n\nMade by `make bench`; do not edit. Medians of %d runs, after one that is not counted; the commands of a table take turns.\n"+
+		"Everything is in the page cache. Wall time of whole processes, unless it says otherwise.\n\n", b.runs)
+	b.machine()
+	for _, size := range []int64{1 << 20, 100 << 20, 1 << 30} {
+		log.Printf("%s", mib(size))
+		b.files(size)
+	}
+	log.Print("stat")
+	b.stat()
+	log.Print("small files")
+	b.small(10_000, 10<<10)
+	log.Print("open")
+	b.open(many)
+}
+
+func (b *bench) machine() {
+	cpu := ""
+	for line := range strings.Lines(string(must(os.ReadFile("/proc/cpuinfo")))) {
+		if name, value, _ := strings.Cut(line, ":"); strings.TrimSpace(name) == "model name" {
+			cpu = strings.TrimSpace(value)
+			break
+		}
+	}
+	kernel := strings.TrimSpace(string(must(exec.Command("uname", "-sr").Output())))
+	fs := strings.TrimSpace(string(must(exec.Command("stat", "-f", "-c", "%T", b.dir).Output())))
+	b.printf("Machine: %s, %d cores, %s, %s; %s; %s.\n\n", cpu, runtime.NumCPU(), kernel, fs, runtime.Version(), time.Now().UTC().Format(time.DateOnly))
+}
+
+func mib(size int64) string {
+	if size >= 1<<30 {
+		return fmt.Sprintf("%d GiB", size>>30)
+	}
+	return fmt.Sprintf("%d MiB", size>>20)
+}
+
+func (b *bench) file(size int64) string {
+	name := filepath.Join(b.dir, fmt.Sprintf("file-%d", size))
+	f := must(os.Create(name))
+	must(io.CopyN(f, rand.NewChaCha8([32]byte{byte(size >> 20)}), size))
+	must(0, f.Sync())
+	must(0, f.Close())
+	return name
+}
+
+func (b *bench) files(size int64) {
+	file, copied := b.file(size), filepath.Join(b.dir, "copy")
+	defer os.Remove(file)
+	defer os.Remove(copied)
+	digest := "sha256:" + strings.TrimSpace(string(must(exec.Command(b.self, "-sha256", file).Output())))
+	fresh := func() { os.Remove(copied); must(0, exec.Command("sync").Run()) }
+	gone := func() { exec.Command(b.dfcache, "delete", "-i", digest).Run(); fresh() }
+	commands := []command{
+		{"`cp FILE COPY`", fresh, []string{"cp", file, copied}},
+		{"`cp FILE COPY && sync COPY`", fresh, []string{"sh", "-c", `cp "$0" "$1" && sync "$1"`, file, copied}},
+		{"Go sha256 of FILE", nil, []string{b.self, "-sha256", file}},
+		{"`dfcache import -i sha256:… FILE`", gone, []string{b.dfcache, "import", "-i", digest, file}},
+		{"the same, when it is held already", nil, []string{b.dfcache, "import", "-t", "again", "-i", digest, file}},
+		{"`dfcache export -i sha256:… COPY`", fresh, []string{b.dfcache, "export", "-i", digest, copied}},
+	}
+	b.resetPeak()
+	samples := b.measure(commands)
+	peak := b.peak()
+	for _, tag := range []string{"", "again"} {
+		must(0, exec.Command(b.dfcache, "delete", "-t", tag, "-i", digest).Run())
+	}
+	ms := func(d time.Duration) string { return fmt.Sprintf("%.1f", float64(d.Microseconds())/1000) }
+	ratio := func(a, b time.Duration) string { return fmt.Sprintf("%.2f", float64(a)/float64(b)) }
+	b.printf("## One file of %s\n\n| command | wall ms | min | max | CPU ms | of it dfdaemon | / cp | / Go sha256 |\n|---|---:|---:|---:|---:|---:|---:|---:|\n", mib(size))
+	cp, sha := median(samples[commands[0].name], wall), median(samples[commands[2].name], wall)
+	for _, c := range commands {
+		s := samples[c.name]
+		w, daemon := median(s, wall), median(s, func(s sample) time.Duration { return s.daemon })
+		b.printf("| %s | %s | %s | %s | %s | %s | %s | %s |\n", c.name, ms(w),
+			ms(slices.MinFunc(s, byWall).wall), ms(slices.MaxFunc(s, byWall).wall),
+			ms(daemon+median(s, func(s sample) time.Duration { return s.cpu })), ms(daemon), ratio(w, cp), ratio(w, sha))
+	}
+	b.printf("\nPeak memory of dfdaemon meanwhile: %d MiB.\n\n", peak)
+}
+
+func byWall(a, b sample) int { return int(a.wall - b.wall) }
+
+func (b *bench) stat() {
+	name := filepath.Join(b.dir, "one")
+	must(0, os.WriteFile(name, []byte("data"), 0o644))
+	must(0, exec.Command(b.dfcache, "import", "-i", "v1", name).Run())
+	runs := b.runs
+	b.runs = 10 * runs
+	defer func() { b.runs = runs }()
+	commands := []command{
+		{"`true`", nil, []string{"/bin/true"}},
+		{"`dfcache version`", nil, []string{b.dfcache, "version"}},
+		{"`dfcache stat -i v1`", nil, []string{b.dfcache, "stat", "-i", "v1"}},
+	}
+	samples := b.measure(commands)
+	b.printf("## A whole `dfcache stat`\n\nMedians of %d runs.\n\n| command | wall ms | min | CPU ms |\n|---|---:|---:|---:|\n", b.runs)
+	for _, c := range commands {
+		s := samples[c.name]
+		b.printf("| %s | %.2f | %.2f | %.2f |\n", c.name, float64(median(s, wall).Microseconds())/1000,
+			float64(slices.MinFunc(s, byWall).wall.Microseconds())/1000,
+			float64(median(s, func(s sample) time.Duration { return s.cpu }).Microseconds())/1000)
+	}
+	store := must(blobstore.Dial(context.Background(), b.socket))
+	defer store.Close()
+	r := must(store.Repository(""))
+	var calls []sample
+	for range 2000 {
+		start := time.Now()
+		must(r.Stat(context.Background(), "v1", blobstore.Lookup{}))
+		calls = append(calls, sample{wall: time.Since(start)})
+	}
+	b.printf("\nThe same through the Go API, on an open connection: %d µs.\n\n", median(calls, wall).Microseconds())
+}
+
+func (b *bench) small(n, size int) {
+	data := make([]byte, size)
+	embedded := must(blobstore.Open(filepath.Join(b.dir, "embedded")))
+	defer embedded.Close()
+	dialled := must(blobstore.Dial(context.Background(), b.socket))
+	defer dialled.Close()
+	b.printf("## %d files of %d KiB through the Go API\n\nEach import is durable when it returns. One run each.\n\n| store | callers | s | files/s |\n|---|---:|---:|---:|\n", n, size>>10)
+	run := 0
+	for _, store := range []struct {
+		name string
+		*blobstore.Store
+	}{{"embedded", embedded}, {"through dfdaemon", dialled}} {
+		for _, callers := range []int{1, 16} {
+			run++
+			if callers == 16 {
+				b.resetPeak()
+			}
+			r := must(store.Repository(fmt.Sprintf("run%d", run)))
+			work := make(chan int)
+			var all sync.WaitGroup
+			start := time.Now()
+			for range callers {
+				all.Go(func() {
+					data := slices.Clone(data)
+					for i := range work {
+						copy(data, fmt.Sprintf("%d %d", run, i))
+						must(r.Import(context.Background(), "", bytes.NewReader(data), blobstore.ImportOptions{}))
+					}
+				})
+			}
+			for i := range n {
+				work <- i
+			}
+			close(work)
+			all.Wait()
+			took := time.Since(start)
+			b.printf("| %s | %d | %.2f | %.0f |\n", store.name, callers, took.Seconds(), float64(n)/took.Seconds())
+		}
+	}
+	b.printf("\nPeak memory of dfdaemon meanwhile: %d MiB.\n\n", b.peak())
+}
+
+// open measures the opening of stores of few and of many blobs. They are made
+// in memory, where fsync costs nothing: only the number of blobs matters here.
+func (b *bench) open(many int) {
+	dir := must(os.MkdirTemp("/dev/shm", "dfbench"))
+	defer os.RemoveAll(dir)
+	b.printf("## Opening a store\n\nThe data directory is in memory. `blobstore.Open`, in this process.\n\n| blobs | ms |\n|---:|---:|\n")
+	const together = 500
+	for have, want := 0, 1000; want <= many; want *= 10 {
+		store := must(pieces.Open(dir, pieces.Options{}))
+		for ; have < want; have += together {
+			in := must(store.Ingest(context.Background()))
+			var c p2p.Commit
+			for i := range together {
+				added := must(in.Add(strings.NewReader(strconv.Itoa(have+i)), p2p.AddOptions{}))
+				c.Tasks = append(c.Tasks, p2p.NewTask{Task: p2p.Task{Tag: "t", Digest: added.Digest}, Pinned: true})
+			}
+			must(0, in.Commit(c))
+			must(0, in.Close())
+		}
+		must(0, store.Close())
+		var samples []sample
+		for range b.runs {
+			start := time.Now()
+			s := must(blobstore.Open(dir))
+			samples = append(samples, sample{wall: time.Since(start)})
+			must(0, s.Close())
+		}
+		b.printf("| %d | %.2f |\n", want, float64(median(samples, wall).Microseconds())/1000)
+	}
+}

@@ -1,0 +1,3 @@
+// Package integration holds the tests that see the programs as their users
+// do: real processes, killed, starved of space, and asked for what they promise.
+package integration

@@ -1,0 +1,83 @@
+package integration
+
+import (
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+)
+
+const module = "github.com/dfcache/dfcache/"
+
+// layers are the packages from the top down. A package may import those that
+// stand below it, and no others: arrows point down.
+var layers = [][]string{
+	{"cmd/dfcache", "cmd/dfdaemon"},
+	{"cmd/internal/logs", "cmd/internal/manual", "cmd/internal/profiling", "cmd/internal/settings", "cmd/internal/tracing"},
+	{"cmd/internal/build", "cmd/internal/exit", "cmd/internal/paths"},
+	{"blobstore"},
+	{"p2p/rpc"},
+	{"p2p/rpc/pb", "p2p/pieces"},
+	{"p2p"},
+	{"digest"},
+}
+
+// notLinked are modules that a package must not depend on, however indirectly:
+// each costs every start of the program, or ties a layer to what it must not know.
+var notLinked = map[string][]string{
+	"cmd/dfcache": {"github.com/libp2p/"},
+	"blobstore":   {"github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk", "go.opentelemetry.io/otel/exporters"},
+	"p2p/pieces":  {"google.golang.org/grpc", "github.com/spf13/", "github.com/libp2p/"},
+	"p2p":         {"google.golang.org/", "go.etcd.io/", "github.com/spf13/", "github.com/libp2p/"},
+	"digest":      {"google.golang.org/", "go.etcd.io/", "golang.org/x/", "github.com/spf13/", "github.com/libp2p/"},
+}
+
+func goList(t *testing.T, args ...string) []string {
+	t.Helper()
+	cmd := exec.Command("go", append([]string{"list"}, args...)...)
+	cmd.Dir = ".."
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("go list %v: %v", args, err)
+	}
+	return strings.Split(strings.TrimSpace(string(out)), "\n")
+}
+
+func layerOf(pkg string) int {
+	return slices.IndexFunc(layers, func(l []string) bool { return slices.Contains(l, strings.TrimPrefix(pkg, module)) })
+}
+
+func TestLayers(t *testing.T) {
+	for _, line := range goList(t, "-f", `{{.ImportPath}}{{range .Imports}} {{.}}{{end}}`, "./cmd/...", "./blobstore/...", "./p2p/...", "./digest/...") {
+		fields := strings.Fields(line)
+		pkg, imports := fields[0], fields[1:]
+		if testOnly := strings.HasSuffix(pkg, "test") || strings.HasSuffix(pkg, "/script"); testOnly {
+			continue
+		}
+		from := layerOf(pkg)
+		if from < 0 {
+			t.Errorf("%s has no layer: say here where it stands", pkg)
+			continue
+		}
+		for _, imported := range imports {
+			if !strings.HasPrefix(imported, module) {
+				continue
+			}
+			if to := layerOf(imported); to <= from {
+				t.Errorf("%s imports %s, which is not below it", pkg, imported)
+			}
+		}
+	}
+}
+
+func TestNotLinked(t *testing.T) {
+	for pkg, forbidden := range notLinked {
+		for _, dep := range goList(t, "-deps", "./"+pkg) {
+			for _, f := range forbidden {
+				if strings.HasPrefix(dep, f) {
+					t.Errorf("%s depends on %s", pkg, dep)
+				}
+			}
+		}
+	}
+}

@@ -1,0 +1,454 @@
+package rpc
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"iter"
+	"net"
+	"os"
+	"sync"
+	"sync/atomic"
+	"syscall"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/connectivity"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/stats"
+
+	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/rpc/pb"
+)
+
+// maxSocketPath is the longest path of a unix socket on Linux, in bytes.
+const maxSocketPath = 107
+
+// DialOption is an option of [Dial].
+type DialOption interface{ dial(*dialConfig) }
+
+// Option is an option of both [Dial] and [NewServer].
+type Option interface {
+	DialOption
+	ServerOption
+}
+
+type dialConfig struct {
+	serverUIDs []uint32
+	grpc       []grpc.DialOption
+}
+
+type serverUID uint32
+
+func (u serverUID) dial(c *dialConfig) { c.serverUIDs = append(c.serverUIDs, uint32(u)) }
+
+// WithServerUID accepts a daemon that runs as uid, besides root and the
+// caller's own user. Without it, another user's process that took the socket's
+// path is refused.
+func WithServerUID(uid uint32) DialOption { return serverUID(uid) }
+
+type statsHandler struct{ h stats.Handler }
+
+func (s statsHandler) dial(c *dialConfig) { c.grpc = append(c.grpc, grpc.WithStatsHandler(s.h)) }
+
+// WithStatsHandler gives gRPC a handler of its events, for traces and metrics.
+func WithStatsHandler(h stats.Handler) Option { return statsHandler{h} }
+
+// Client is a [p2p.Engine] that is a dfdaemon behind a unix socket. It is safe
+// for concurrent use.
+//
+// A call that is under way when the daemon goes away fails with
+// [p2p.ErrUnavailable]; the next one connects again.
+type Client struct {
+	socket string
+	config dialConfig
+
+	dialing chan struct{} // has a token in it while current is looked up or made
+
+	mu      sync.Mutex
+	current *session   // the latest; nil after Close
+	retired []*session // those before it that may still have calls under way
+	closed  bool
+	calls   sync.WaitGroup // under way; begun under mu, and not when closed
+	ending  sync.WaitGroup // the Close under way
+}
+
+var _ p2p.Engine = (*Client)(nil)
+
+// session is one connection to the daemon, with gRPC on it.
+type session struct {
+	conn   *conn
+	cc     *grpc.ClientConn
+	daemon pb.DaemonClient
+	lastID atomic.Uint64 // of a descriptor
+}
+
+// usable reports whether a call can begin: not when the connection is lost, and
+// not when the daemon lets running calls end before it stops. gRPC's own state
+// comes a little later than the loss does.
+func (s *session) usable() bool {
+	return !s.conn.isClosed() && s.cc.GetState() == connectivity.Ready
+}
+
+// Dial connects to the dfdaemon that listens on socket. ctx bounds only that.
+//
+// It fails with [ErrNoDaemon] where nothing listens, with [p2p.ErrUnavailable]
+// where the daemon can't be reached for that or another reason, and with
+// [io/fs.ErrPermission] where the caller may not connect or where the process
+// that listens belongs to another user ([WithServerUID]). The caller closes the
+// client.
+func Dial(ctx context.Context, socket string, opts ...DialOption) (*Client, error) {
+	if len(socket) > maxSocketPath {
+		return nil, socketPathError(socket)
+	}
+	c := &Client{socket: socket, dialing: make(chan struct{}, 1)}
+	for _, o := range opts {
+		o.dial(&c.config)
+	}
+	s, err := c.connect(ctx)
+	if err != nil {
+		return nil, err
+	}
+	c.current = s
+	return c, nil
+}
+
+func socketPathError(path string) error {
+	return fmt.Errorf("socket path %s: %w: it has %d bytes, at most %d are possible: choose a shorter one", path, digest.ErrInvalid, len(path), maxSocketPath)
+}
+
+// connect makes a new session.
+func (c *Client) connect(ctx context.Context) (*session, error) {
+	socket, err := (&net.Dialer{}).DialContext(ctx, "unix", c.socket)
+	if err != nil {
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+		return nil, c.dialError(err)
+	}
+	s := &session{conn: &conn{UnixConn: socket.(*net.UnixConn)}}
+	if err := s.conn.clientHandshake(ctx, c.allows); err != nil {
+		s.conn.Close()
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+		return nil, fmt.Errorf("dfdaemon at %s: %w", c.socket, err)
+	}
+	// gRPC gets this one connection. When it is lost, so is the session: the
+	// descriptor channel belongs to it.
+	ready := make(chan *conn, 1)
+	ready <- s.conn
+	options := append([]grpc.DialOption{
+		grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) {
+			select {
+			case conn := <-ready:
+				return conn, nil
+			default:
+				return nil, errors.New("the connection was lost")
+			}
+		}),
+		grpc.WithTransportCredentials(insecure.NewCredentials()), // the handshake is over
+		grpc.WithAuthority("localhost"),
+		grpc.WithDisableServiceConfig(),
+		grpc.WithDisableRetry(),
+		grpc.WithIdleTimeout(0),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage)),
+	}, c.config.grpc...)
+	if s.cc, err = grpc.NewClient("passthrough:///dfdaemon", options...); err != nil {
+		s.conn.Close()
+		return nil, fmt.Errorf("dfdaemon at %s: %w", c.socket, err)
+	}
+	s.daemon = pb.NewDaemonClient(s.cc)
+	s.cc.Connect()
+	for {
+		switch state := s.cc.GetState(); state {
+		case connectivity.Ready:
+			return s, nil
+		case connectivity.TransientFailure, connectivity.Shutdown:
+			s.close()
+			return nil, fmt.Errorf("dfdaemon at %s: %w: it closed the connection after the handshake: see its log", c.socket, p2p.ErrUnavailable)
+		default:
+			if !s.cc.WaitForStateChange(ctx, state) {
+				s.close()
+				return nil, context.Cause(ctx)
+			}
+		}
+	}
+}
+
+func (s *session) close() {
+	s.cc.Close()
+	s.conn.Close()
+}
+
+func (c *Client) allows(uid uint32) bool {
+	if uid == 0 || int(uid) == os.Geteuid() {
+		return true
+	}
+	for _, u := range c.config.serverUIDs {
+		if u == uid {
+			return true
+		}
+	}
+	return false
+}
+
+// dialError explains why there is no connection.
+func (c *Client) dialError(err error) error {
+	if op, ok := errors.AsType[*net.OpError](err); ok {
+		err = op.Err // the rest of it is in our message
+	}
+	switch {
+	case errors.Is(err, syscall.ENOENT), errors.Is(err, syscall.ECONNREFUSED):
+		return fmt.Errorf("dfdaemon at %s is %w (%w): start dfdaemon, or pass --daemon-sock", c.socket, ErrNoDaemon, err)
+	case errors.Is(err, syscall.EACCES), errors.Is(err, syscall.EPERM):
+		return fmt.Errorf("dfdaemon at %s is %w (%w): only the daemon's user and group may call it: join the group, or start a dfdaemon of your own and pass --daemon-sock", c.socket, p2p.ErrUnavailable, err)
+	}
+	return fmt.Errorf("dfdaemon at %s is %w (%w): see its log, or pass --daemon-sock", c.socket, p2p.ErrUnavailable, err)
+}
+
+// begin begins a call. It returns a session that is connected, as far as can be
+// known, and a function that ends the call.
+func (c *Client) begin(ctx context.Context) (s *session, end func(), err error) {
+	if ctx.Err() != nil {
+		return nil, nil, context.Cause(ctx)
+	}
+	c.mu.Lock()
+	if c.closed {
+		c.mu.Unlock()
+		return nil, nil, c.closedError()
+	}
+	c.calls.Add(1)
+	s = c.current
+	c.mu.Unlock()
+	if s.usable() {
+		return s, c.calls.Done, nil
+	}
+	if s, err = c.reconnect(ctx); err != nil {
+		c.calls.Done()
+		return nil, nil, err
+	}
+	return s, c.calls.Done, nil
+}
+
+// reconnect makes a new session the current one, unless another call just did.
+func (c *Client) reconnect(ctx context.Context) (*session, error) {
+	select {
+	case c.dialing <- struct{}{}:
+		defer func() { <-c.dialing }()
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+	if s := c.current; s.usable() { // written only with the token held, or with no call under way
+		return s, nil
+	}
+	s, err := c.connect(ctx)
+	if err != nil {
+		return nil, err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	// A daemon that is stopping lets calls on the old connection end. gRPC
+	// closes it then.
+	var open []*session
+	for _, old := range append(c.retired, c.current) {
+		if old.conn.isClosed() {
+			old.close()
+		} else {
+			open = append(open, old)
+		}
+	}
+	c.retired, c.current = open, s
+	return s, nil
+}
+
+func (c *Client) isClosed() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.closed
+}
+
+// Close closes the connection. Calls under way end first; an ingest that is
+// open is dropped. Blobs that were opened stay readable. It is safe to call
+// more than once.
+func (c *Client) Close() error {
+	c.mu.Lock()
+	first := !c.closed
+	if first {
+		c.ending.Add(1)
+	}
+	c.closed = true
+	c.mu.Unlock()
+	if !first {
+		c.ending.Wait()
+		return nil
+	}
+	defer c.ending.Done()
+	c.calls.Wait()
+	for _, s := range append(c.retired, c.current) {
+		s.close()
+	}
+	return nil
+}
+
+// Resolve implements [p2p.Engine].
+func (c *Client) Resolve(ctx context.Context, tag string, cid digest.CID, scope p2p.Scope) (p2p.Task, error) {
+	req := &pb.ResolveRequest{Tag: tag, Cid: cid.String(), Scope: scopeMessage(scope)}
+	if _, _, err := parseResolve(req); err != nil {
+		return p2p.Task{}, err
+	}
+	s, end, err := c.begin(ctx)
+	if err != nil {
+		return p2p.Task{}, err
+	}
+	defer end()
+	reply, err := s.daemon.Resolve(ctx, req)
+	if err != nil {
+		return p2p.Task{}, c.callError(ctx, err)
+	}
+	return taskOf(reply.GetTask())
+}
+
+// Stat implements [p2p.Engine].
+func (c *Client) Stat(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.Info, error) {
+	req := &pb.StatRequest{Task: taskMessage(task), Scope: scopeMessage(scope)}
+	if _, _, err := parseStat(req); err != nil {
+		return p2p.Info{}, err
+	}
+	s, end, err := c.begin(ctx)
+	if err != nil {
+		return p2p.Info{}, err
+	}
+	defer end()
+	reply, err := s.daemon.Stat(ctx, req)
+	if err != nil {
+		return p2p.Info{}, c.callError(ctx, err)
+	}
+	return infoOf(reply.GetInfo())
+}
+
+// Delete implements [p2p.Engine].
+func (c *Client) Delete(ctx context.Context, tag string, cid digest.CID, force bool) (p2p.Deleted, error) {
+	req := &pb.DeleteRequest{Tag: tag, Cid: cid.String(), Force: force}
+	if _, err := parseDelete(req); err != nil {
+		return p2p.Deleted{}, err
+	}
+	s, end, err := c.begin(ctx)
+	if err != nil {
+		return p2p.Deleted{}, err
+	}
+	defer end()
+	reply, err := s.daemon.Delete(ctx, req)
+	if err != nil {
+		return p2p.Deleted{}, c.callError(ctx, err)
+	}
+	return p2p.Deleted{Tasks: int(reply.GetTasks()), Freed: reply.GetFreed()}, nil
+}
+
+// List implements [p2p.Engine]. The loop over it is a call under way: Close
+// waits for its end.
+func (c *Client) List(ctx context.Context, tag *string) iter.Seq2[p2p.Entry, error] {
+	return func(yield func(p2p.Entry, error) bool) {
+		req := &pb.ListRequest{Tag: tag}
+		if _, err := parseList(req); err != nil {
+			yield(p2p.Entry{}, err)
+			return
+		}
+		s, end, err := c.begin(ctx)
+		if err != nil {
+			yield(p2p.Entry{}, err)
+			return
+		}
+		defer end()
+		call, cancel := context.WithCancel(ctx)
+		defer cancel()
+		stream, err := s.daemon.List(call, req)
+		for err == nil {
+			var reply *pb.ListReply
+			if reply, err = stream.Recv(); err != nil {
+				break
+			}
+			for _, e := range reply.GetEntries() {
+				info, err := infoOf(e.GetInfo())
+				if err != nil {
+					yield(p2p.Entry{}, err)
+					return
+				}
+				if !yield(p2p.Entry{Info: info, Name: e.GetName(), Total: e.GetTotal()}, nil) {
+					return
+				}
+			}
+		}
+		if err != io.EOF {
+			yield(p2p.Entry{}, c.callError(ctx, err))
+		}
+	}
+}
+
+// Open implements [p2p.Engine]. The blob has a descriptor of its own on the
+// daemon's file, and reads and checks it in this process; it needs neither ctx
+// nor the client any more.
+func (c *Client) Open(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.Blob, error) {
+	req := &pb.OpenRequest{Task: taskMessage(task), Scope: scopeMessage(scope)}
+	if _, _, err := parseOpen(req); err != nil {
+		return nil, err
+	}
+	s, end, err := c.begin(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	id := s.lastID.Add(1)
+	req.DescriptorId = id
+	if err := s.conn.channel.expect(id); err != nil {
+		return nil, c.lostError(err)
+	}
+	defer s.conn.channel.forget(id)
+
+	call, cancel := context.WithCancel(ctx)
+	defer cancel()
+	stream, err := s.daemon.Open(call, req)
+	if err != nil {
+		return nil, c.callError(ctx, err)
+	}
+	var parser tableParser
+	for sent := false; !sent; {
+		reply, err := stream.Recv()
+		if err == io.EOF {
+			err = errors.New("the daemon's answer ends too early")
+		}
+		if err != nil {
+			return nil, c.callError(ctx, err)
+		}
+		if err := parser.add(task.Digest, reply); err != nil {
+			return nil, err
+		}
+		sent = reply.GetSent()
+	}
+	fd, err := s.conn.channel.take(ctx, id)
+	if err != nil {
+		if ctx.Err() != nil {
+			return nil, err
+		}
+		return nil, c.lostError(err)
+	}
+	b := &blob{file: os.NewFile(uintptr(fd), "blob "+task.Digest.String())}
+	b.Verified = digest.NewVerified(b.file, parser.table)
+	if _, err := stream.Recv(); err != io.EOF { // the call's end, which is on its way
+		b.Close()
+		if err == nil {
+			return nil, errors.New("the daemon's answer does not end")
+		}
+		return nil, c.callError(ctx, err)
+	}
+	return b, nil
+}
+
+// blob is an open blob: the daemon's file, read here.
+type blob struct {
+	*digest.Verified
+	file *os.File
+}
+
+func (b *blob) Close() error { return b.file.Close() }

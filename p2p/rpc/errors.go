@@ -1,0 +1,184 @@
+package rpc
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"strconv"
+	"strings"
+
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/protoadapt"
+
+	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p"
+)
+
+// ErrNoDaemon is matched by the error of a [Dial] that found nothing listening
+// on the socket: what a daemon that is not running looks like. It matches
+// [p2p.ErrUnavailable] too.
+var ErrNoDaemon = fmt.Errorf("%w: nothing listens there", p2p.ErrUnavailable)
+
+// errorDomain marks the details that a dfdaemon gives its errors.
+const errorDomain = "dfcache"
+
+// kinds are the errors that cross the socket as themselves: errors.Is holds on
+// both sides. Where an error is of several kinds, the first gives the status
+// its code.
+var kinds = []struct {
+	reason string
+	code   codes.Code
+	err    error
+}{
+	{"DIGEST_MISMATCH", codes.InvalidArgument, digest.ErrMismatch},
+	{"CORRUPT", codes.DataLoss, digest.ErrCorrupt},
+	{"NOT_FOUND", codes.NotFound, p2p.ErrNotFound},
+	{"REFERENCED", codes.FailedPrecondition, p2p.ErrReferenced},
+	{"NO_SPACE", codes.ResourceExhausted, p2p.ErrNoSpace},
+	{"INVALID", codes.InvalidArgument, digest.ErrInvalid},
+	{"PERMISSION", codes.PermissionDenied, fs.ErrPermission},
+	{"CLOSED", codes.Unavailable, p2p.ErrClosed},
+	{"UNAVAILABLE", codes.Unavailable, p2p.ErrUnavailable},
+	{"UNSUPPORTED", codes.Unimplemented, errors.ErrUnsupported},
+	{"TIMEOUT", codes.DeadlineExceeded, context.DeadlineExceeded},
+	{"CANCELED", codes.Canceled, context.Canceled},
+}
+
+// reasonInternal is the reason of an error of no kind.
+const reasonInternal = "INTERNAL"
+
+// toStatus makes a gRPC status of what an engine returned. Each kind that the
+// error is of becomes a detail.
+func toStatus(err error) error {
+	if err == nil {
+		return nil
+	}
+	if _, ok := err.(interface{ GRPCStatus() *status.Status }); ok {
+		return err // of gRPC itself: a message that is too large, for example
+	}
+	// The text of an error can hold anything, a file name for example; that of
+	// a message is UTF-8.
+	text := func(s string) string { return strings.ToValidUTF8(s, "\uFFFD") }
+	code := codes.Internal
+	var details []protoadapt.MessageV1
+	for _, k := range kinds {
+		if !errors.Is(err, k.err) {
+			continue
+		}
+		info := &errdetails.ErrorInfo{Reason: k.reason, Domain: errorDomain}
+		switch k.err {
+		case digest.ErrMismatch:
+			if e, ok := errors.AsType[*digest.MismatchError](err); ok {
+				info.Metadata = map[string]string{"want": text(string(e.Want)), "got": text(string(e.Got))}
+			}
+		case digest.ErrCorrupt:
+			if e, ok := errors.AsType[*digest.CorruptError](err); ok {
+				info.Metadata = map[string]string{
+					"digest": text(string(e.Digest)),
+					"piece":  strconv.Itoa(e.Piece),
+					"reason": text(e.Reason),
+				}
+			}
+		}
+		if len(details) == 0 {
+			code = k.code
+		}
+		details = append(details, info)
+	}
+	if len(details) == 0 {
+		details = append(details, &errdetails.ErrorInfo{Reason: reasonInternal, Domain: errorDomain})
+	}
+	st := status.New(code, text(err.Error()))
+	if detailed, detailErr := st.WithDetails(details...); detailErr == nil {
+		st = detailed
+	}
+	return st.Err()
+}
+
+// remoteError is an error of the daemon: its message, and what it is.
+type remoteError struct {
+	message string
+	is      []error
+}
+
+func (e *remoteError) Error() string   { return e.message }
+func (e *remoteError) Unwrap() []error { return e.is }
+
+// fromStatus rebuilds the error that [toStatus] made st of, or returns nil
+// where st is gRPC's own.
+func fromStatus(st *status.Status) error {
+	ours := false
+	e := &remoteError{message: st.Message()}
+	for _, detail := range st.Details() {
+		info, ok := detail.(*errdetails.ErrorInfo)
+		if !ok || info.GetDomain() != errorDomain {
+			continue
+		}
+		ours = true
+		for _, k := range kinds {
+			if k.reason != info.GetReason() {
+				continue
+			}
+			is, data := k.err, info.GetMetadata()
+			switch {
+			case len(data) == 0:
+			case k.err == digest.ErrMismatch:
+				is = &digest.MismatchError{Want: digest.Digest(data["want"]), Got: digest.Digest(data["got"])}
+			case k.err == digest.ErrCorrupt:
+				piece, err := strconv.Atoi(data["piece"])
+				if err != nil {
+					piece = -1
+				}
+				is = &digest.CorruptError{Digest: digest.Digest(data["digest"]), Piece: piece, Reason: data["reason"]}
+			}
+			e.is = append(e.is, is)
+		}
+	}
+	if !ours {
+		return nil
+	}
+	return e
+}
+
+// callError turns the error of a call into what the engine interface promises.
+// ctx is the caller's own.
+func (c *Client) callError(ctx context.Context, err error) error {
+	if err == nil {
+		return nil
+	}
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	st, ok := status.FromError(err)
+	if !ok {
+		return err
+	}
+	if remote := fromStatus(st); remote != nil {
+		return remote
+	}
+	if c.isClosed() {
+		return c.closedError()
+	}
+	switch st.Code() {
+	case codes.Unavailable, codes.Canceled:
+		// Canceled, with a context that has not ended: the connection was closed.
+		return c.lostError(errors.New(st.Message()))
+	case codes.DeadlineExceeded:
+		return context.DeadlineExceeded
+	case codes.Unimplemented:
+		return fmt.Errorf("dfdaemon at %s does not know this call: install the same version of dfcache and dfdaemon: %w", c.socket, errors.ErrUnsupported)
+	}
+	return fmt.Errorf("dfdaemon at %s: %s", c.socket, st.Message())
+}
+
+// lostError says that the daemon went away in the middle.
+func (c *Client) lostError(cause error) error {
+	return fmt.Errorf("dfdaemon at %s went away: %w: %w: see its log, and start it again", c.socket, p2p.ErrUnavailable, cause)
+}
+
+func (c *Client) closedError() error {
+	return fmt.Errorf("client of dfdaemon at %s: %w", c.socket, p2p.ErrClosed)
+}

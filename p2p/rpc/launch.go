@@ -1,0 +1,163 @@
+package rpc
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/dfcache/dfcache/p2p"
+)
+
+// readyFD is the number of the descriptor on which a daemon that is launched
+// says that it is ready.
+const readyFD = 3
+
+// readyLine is what it says.
+const readyLine = "ready\n"
+
+// maxReady bounds, in bytes, what a daemon can say instead.
+const maxReady = 64 << 10
+
+// LaunchOptions says what [Launch] starts.
+type LaunchOptions struct {
+	// Path is the dfdaemon program, found as a shell would.
+	Path string
+	// Args are its arguments. Paths in them are absolute: the daemon runs in
+	// the root directory. "--ready-fd 3" is added to them.
+	Args []string
+	// Socket is the path of the socket that the daemon listens on.
+	Socket string
+	// LogPath is a file that the daemon's output is appended to, or "" to drop
+	// it. Its directory has to exist.
+	LogPath string
+}
+
+// Launch starts a dfdaemon in the background, in a session of its own, and waits
+// until it serves. It returns its process ID, or 0 where a daemon answers on the
+// socket already: of several that launch one at once, one starts it.
+//
+// Where the daemon fails to start, the error is its own message. When ctx ends
+// before the daemon is ready, it is told to stop, and the error is the cause of
+// ctx. In a caller that goes on, a goroutine waits for the daemon's end, so that
+// no zombie is left; a caller that ends leaves the daemon running.
+func Launch(ctx context.Context, opts LaunchOptions) (pid int, err error) {
+	unlock, err := lockStart(ctx, opts.Socket)
+	if err != nil {
+		return 0, fmt.Errorf("start dfdaemon: %w", err)
+	}
+	defer unlock()
+	if alive, err := listens(opts.Socket); err != nil {
+		return 0, fmt.Errorf("start dfdaemon: socket %s: %w", opts.Socket, err)
+	} else if alive {
+		return 0, nil
+	}
+	pid, err = start(ctx, opts)
+	if err != nil {
+		return 0, fmt.Errorf("start dfdaemon: %w", err)
+	}
+	return pid, nil
+}
+
+// lockStart takes the lock that one launch at a time holds.
+func lockStart(ctx context.Context, socket string) (unlock func(), err error) {
+	dir, err := openSocketDir(socket)
+	if err != nil {
+		return nil, err
+	}
+	defer dir.Close()
+	f, err := os.OpenFile(socket+".start", os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := lock(ctx, f); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return func() { f.Close() }, nil
+}
+
+// start starts the daemon and waits for its word.
+func start(ctx context.Context, opts LaunchOptions) (int, error) {
+	program, err := exec.LookPath(opts.Path)
+	if err != nil {
+		return 0, fmt.Errorf("%w: install dfdaemon beside dfcache, or start it by hand", err)
+	}
+	if program, err = filepath.Abs(program); err != nil {
+		return 0, err
+	}
+	r, w, err := os.Pipe()
+	if err != nil {
+		return 0, err
+	}
+	defer r.Close()
+	defer w.Close()
+	cmd := exec.Command(program, append(append([]string(nil), opts.Args...), "--ready-fd", fmt.Sprint(readyFD))...)
+	cmd.Dir = "/"
+	cmd.ExtraFiles = []*os.File{w} // becomes readyFD
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	advice := "run dfdaemon by hand to see why"
+	if opts.LogPath != "" {
+		log, err := os.OpenFile(opts.LogPath, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o640)
+		if err != nil {
+			return 0, err
+		}
+		defer log.Close()
+		cmd.Stdout, cmd.Stderr = log, log
+		advice = "see " + opts.LogPath
+	}
+	if err := cmd.Start(); err != nil {
+		return 0, err
+	}
+	w.Close()
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+
+	var said []byte
+	err = interruptible(ctx, r.SetReadDeadline, func() (err error) {
+		said, err = io.ReadAll(io.LimitReader(r, maxReady))
+		return err
+	})
+	switch {
+	case err != nil:
+		cmd.Process.Signal(syscall.SIGTERM)
+		return 0, fmt.Errorf("wait until it is ready: %w", err)
+	case string(said) == readyLine:
+		return cmd.Process.Pid, nil
+	case len(said) > 0:
+		return 0, errors.New(strings.TrimSpace(string(said)))
+	}
+	select {
+	case err = <-ended:
+	case <-ctx.Done():
+		cmd.Process.Signal(syscall.SIGTERM)
+		err = context.Cause(ctx)
+	}
+	if err == nil {
+		err = errors.New("exit status 0")
+	}
+	return 0, fmt.Errorf("%w: it ended before it was ready (%w): %s", p2p.ErrUnavailable, err, advice)
+}
+
+// Ready is called by a daemon that was started with --ready-fd: with nil when it
+// serves, or with what keeps it from serving. It closes fd. A negative fd says
+// that nobody waits.
+func Ready(fd int, err error) {
+	if fd < 0 {
+		return
+	}
+	f := os.NewFile(uintptr(fd), "ready")
+	defer f.Close()
+	word := readyLine
+	if err != nil {
+		word = err.Error() + "\n"
+	}
+	io.WriteString(f, word) // whoever waited may be gone
+}

@@ -1,0 +1,160 @@
+package rpc
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	socketDirMode = 0o750
+	socketMode    = 0o660
+
+	// lockTimeout bounds the wait for another daemon that makes its socket. The
+	// group can lock the directory, and is not to keep the daemon from starting
+	// without a word.
+	lockTimeout = 10 * time.Second
+)
+
+// Listen listens on a unix socket at path, which is removed when the listener
+// is closed. Who may connect is whoever can enter its directory and is the
+// socket's owner or in its group: the directory is made with mode 0750 where it
+// is missing, and the socket has mode 0660.
+//
+// It fails with [io/fs.ErrPermission] where others can enter the directory or
+// its group can write to it, with [io/fs.ErrExist] where a daemon answers on
+// path or something that is not a socket is there, and with [digest.ErrInvalid]
+// where path is too long for a socket. A socket that nobody listens on is
+// replaced.
+func Listen(path string) (net.Listener, error) {
+	if len(path) > maxSocketPath {
+		return nil, socketPathError(path)
+	}
+	dir, err := openSocketDir(path)
+	if err != nil {
+		return nil, err
+	}
+	// Of two daemons that start, one could remove the other's new socket for a
+	// stale one. The lock is let go when dir is closed.
+	defer dir.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), lockTimeout)
+	defer cancel()
+	if err := lock(ctx, dir); err != nil {
+		return nil, err
+	}
+	if err := removeStale(path); err != nil {
+		return nil, err
+	}
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		return nil, err
+	}
+	if err := os.Chmod(path, socketMode); err != nil {
+		l.Close()
+		return nil, err
+	}
+	return l, nil
+}
+
+// openSocketDir opens the directory that the socket at path is in, and makes it
+// where it is missing. It refuses one where others could get at the socket.
+func openSocketDir(path string) (*os.File, error) {
+	name := filepath.Dir(path)
+	if _, err := os.Stat(name); errors.Is(err, fs.ErrNotExist) {
+		if err := os.MkdirAll(name, socketDirMode); err != nil {
+			return nil, fmt.Errorf("directory of the socket: %w", err)
+		}
+	}
+	dir, err := os.OpenFile(name, os.O_RDONLY|unix.O_DIRECTORY, 0)
+	if err != nil {
+		return nil, fmt.Errorf("directory of the socket: %w", err)
+	}
+	if err := checkSocketDir(dir); err != nil {
+		dir.Close()
+		return nil, err
+	}
+	return dir, nil
+}
+
+func checkSocketDir(dir *os.File) error {
+	info, err := dir.Stat()
+	if err != nil {
+		return fmt.Errorf("directory of the socket: %w", err)
+	}
+	if owner := info.Sys().(*syscall.Stat_t).Uid; owner != 0 && int(owner) != os.Geteuid() {
+		return fmt.Errorf("directory of the socket: %s belongs to uid %d, neither root nor the daemon's user: %w: choose another directory, or chown it", dir.Name(), owner, fs.ErrPermission)
+	}
+	if mode := info.Mode().Perm(); mode&0o027 != 0 {
+		return fmt.Errorf("directory of the socket: %s has mode %04o, so that others could reach or replace the socket: %w: chmod 0750 %s, or choose another directory", dir.Name(), mode, fs.ErrPermission, dir.Name())
+	}
+	return nil
+}
+
+// removeStale removes the socket at path where nobody listens on it.
+func removeStale(path string) error {
+	info, err := os.Lstat(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if info.Mode().Type() != fs.ModeSocket {
+		return fmt.Errorf("socket %s: %w, and is not a socket: move it away, or choose another path", path, fs.ErrExist)
+	}
+	alive, err := listens(path)
+	if err != nil {
+		return fmt.Errorf("socket %s: %w: %w: remove it if no daemon uses it", path, fs.ErrExist, err)
+	}
+	if alive {
+		return fmt.Errorf("socket %s: %w: a dfdaemon listens on it: stop that one, or choose another socket", path, fs.ErrExist)
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+// lock takes the lock on f that other processes take likewise. It is let go
+// when f is closed.
+func lock(ctx context.Context, f *os.File) error {
+	ticker := time.NewTicker(10 * time.Millisecond)
+	defer ticker.Stop()
+	for {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return nil
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
+			return fmt.Errorf("lock %s: %w", f.Name(), err)
+		}
+		select {
+		case <-ticker.C:
+		case <-ctx.Done():
+			return fmt.Errorf("lock %s: another process holds it: %w", f.Name(), context.Cause(ctx))
+		}
+	}
+}
+
+// listens reports whether a process listens on the socket at path.
+func listens(path string) (bool, error) {
+	c, err := net.DialTimeout("unix", path, time.Second)
+	switch {
+	case err == nil:
+		c.Close()
+		return true, nil
+	case errors.Is(err, unix.ECONNREFUSED), errors.Is(err, fs.ErrNotExist):
+		return false, nil
+	case errors.Is(err, unix.EAGAIN): // so many connections wait that there is no room for ours
+		return true, nil
+	}
+	return false, err
+}

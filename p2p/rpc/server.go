@@ -1,0 +1,481 @@
+package rpc
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"path"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/peer"
+	"google.golang.org/grpc/status"
+
+	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/rpc/pb"
+)
+
+const (
+	// maxStreams is the number of calls at once on one connection.
+	maxStreams = 256
+	// maxUnclaimed is the number of descriptors that a client can have sent
+	// and that no call has taken. A call takes one at a time.
+	maxUnclaimed = 2 * maxStreams
+	// maxEntries is the number of entries in one message of a List.
+	maxEntries = 256
+	// progressInterval is the least time between two messages of progress.
+	progressInterval = 100 * time.Millisecond
+)
+
+// fileBlob is what the server needs of a blob to hand it to a client.
+type fileBlob interface {
+	// File returns the blob's file, open for reading only. It stays the
+	// blob's. Clients get a descriptor that shares its open file description,
+	// so it has to be opened for this blob alone.
+	File() *os.File
+	// Table returns the blob's piece table.
+	Table() *digest.Table
+}
+
+// ServerOption is an option of [NewServer].
+type ServerOption interface{ server(*serverConfig) }
+
+type serverConfig struct{ grpc []grpc.ServerOption }
+
+func (s statsHandler) server(c *serverConfig) { c.grpc = append(c.grpc, grpc.StatsHandler(s.h)) }
+
+// Server serves an engine to clients on this host. It is safe for concurrent use.
+type Server struct {
+	grpc *grpc.Server
+	log  *slog.Logger
+
+	mu    sync.Mutex
+	conns map[*conn]struct{} // accepted and not closed
+}
+
+// NewServer returns a server of engine, which stays the caller's to close,
+// after the server has been shut down. Calls are logged to log: every one at
+// debug level, what changes the store at info, failures at warn.
+//
+// Where Open is to work, the engine's blobs have the methods
+//
+//	File() *os.File        // the blob's file, open for reading only, by this blob alone
+//	Table() *digest.Table  // its piece table
+func NewServer(engine p2p.Engine, log *slog.Logger, opts ...ServerOption) *Server {
+	var config serverConfig
+	for _, o := range opts {
+		o.server(&config)
+	}
+	s := &Server{log: log, conns: make(map[*conn]struct{})}
+	s.grpc = grpc.NewServer(append([]grpc.ServerOption{
+		grpc.Creds(serverCredentials{log}),
+		grpc.ConnectionTimeout(handshakeTimeout),
+		grpc.MaxConcurrentStreams(maxStreams),
+		grpc.MaxRecvMsgSize(maxMessage),
+		grpc.WaitForHandlers(true),
+		grpc.UnaryInterceptor(s.unary),
+		grpc.StreamInterceptor(s.stream),
+	}, config.grpc...)...)
+	pb.RegisterDaemonServer(s.grpc, &service{engine: engine, log: log})
+	return s
+}
+
+// Serve serves the connections that l accepts, which have to be of a unix
+// socket ([Listen]), until the server is shut down; it then returns nil. It
+// closes l.
+func (s *Server) Serve(l net.Listener) error {
+	err := s.grpc.Serve(listener{l, s})
+	if errors.Is(err, grpc.ErrServerStopped) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("serve %s: %w", l.Addr(), err)
+	}
+	return nil
+}
+
+// Shutdown stops accepting calls and lets those that run end. When ctx ends
+// first, it ends them, and returns the cause of ctx. No call runs when it
+// returns.
+func (s *Server) Shutdown(ctx context.Context) error {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		s.grpc.GracefulStop()
+	}()
+	select {
+	case <-done:
+		return nil
+	case <-ctx.Done():
+	}
+	s.mu.Lock()
+	var open []*conn
+	for c := range s.conns {
+		open = append(open, c)
+	}
+	s.mu.Unlock()
+	for _, c := range open {
+		c.Close() // gRPC would wait for handshakes
+	}
+	s.grpc.Stop()
+	<-done
+	return context.Cause(ctx)
+}
+
+// listener makes a conn of what it accepts.
+type listener struct {
+	net.Listener
+	s *Server
+}
+
+func (l listener) Accept() (net.Conn, error) {
+	accepted, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	socket, ok := accepted.(*net.UnixConn)
+	if !ok {
+		accepted.Close()
+		return nil, fmt.Errorf("connection is a %T, want one of a unix socket", accepted)
+	}
+	c := &conn{UnixConn: socket, onClose: l.s.forget}
+	l.s.mu.Lock()
+	defer l.s.mu.Unlock()
+	l.s.conns[c] = struct{}{}
+	return c, nil
+}
+
+func (s *Server) forget(c *conn) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.conns, c)
+}
+
+func authOf(ctx context.Context) authInfo {
+	if p, ok := peer.FromContext(ctx); ok {
+		if info, ok := p.AuthInfo.(authInfo); ok {
+			return info
+		}
+	}
+	return authInfo{} // can't be: the credentials put it there
+}
+
+func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+	start := time.Now()
+	reply, err := handler(ctx, req)
+	return reply, s.ended(ctx, info.FullMethod, start, err)
+}
+
+func (s *Server) stream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+	start := time.Now()
+	err := handler(srv, stream)
+	return s.ended(stream.Context(), info.FullMethod, start, err)
+}
+
+// ended logs a call and makes a status of its error.
+func (s *Server) ended(ctx context.Context, method string, start time.Time, err error) error {
+	if err != nil && ctx.Err() != nil {
+		err = context.Cause(ctx)
+	}
+	err = toStatus(err)
+	code := status.Code(err)
+	level := slog.LevelDebug
+	switch code {
+	case codes.OK, codes.NotFound, codes.Canceled:
+	default:
+		level = slog.LevelWarn
+	}
+	if !s.log.Enabled(ctx, level) {
+		return err
+	}
+	who := authOf(ctx).caller
+	attrs := []slog.Attr{
+		slog.String("method", path.Base(method)),
+		slog.Uint64("uid", uint64(who.uid)),
+		slog.Int("pid", int(who.pid)),
+		slog.Duration("duration", time.Since(start)),
+		slog.String("code", code.String()),
+	}
+	if err != nil {
+		attrs = append(attrs, slog.String("error", status.Convert(err).Message()))
+	}
+	s.log.LogAttrs(ctx, level, "call", attrs...)
+	return err
+}
+
+// service answers calls.
+type service struct {
+	pb.UnimplementedDaemonServer
+	engine p2p.Engine
+	log    *slog.Logger
+}
+
+func (s *service) Resolve(ctx context.Context, req *pb.ResolveRequest) (*pb.ResolveReply, error) {
+	cid, scope, err := parseResolve(req)
+	if err != nil {
+		return nil, err
+	}
+	task, err := s.engine.Resolve(ctx, req.GetTag(), cid, scope)
+	if err != nil {
+		return nil, err
+	}
+	return &pb.ResolveReply{Task: taskMessage(task)}, nil
+}
+
+func (s *service) Stat(ctx context.Context, req *pb.StatRequest) (*pb.StatReply, error) {
+	task, scope, err := parseStat(req)
+	if err != nil {
+		return nil, err
+	}
+	info, err := s.engine.Stat(ctx, task, scope)
+	if err != nil {
+		return nil, err
+	}
+	return &pb.StatReply{Info: infoMessage(info)}, nil
+}
+
+func (s *service) Delete(ctx context.Context, req *pb.DeleteRequest) (*pb.DeleteReply, error) {
+	cid, err := parseDelete(req)
+	if err != nil {
+		return nil, err
+	}
+	deleted, err := s.engine.Delete(ctx, req.GetTag(), cid, req.GetForce())
+	if err != nil {
+		return nil, err
+	}
+	s.log.InfoContext(ctx, "deleted", "what", p2p.Describe(req.GetTag(), cid), "uid", authOf(ctx).caller.uid, "tasks", deleted.Tasks, "freed", deleted.Freed)
+	return &pb.DeleteReply{Tasks: int64(deleted.Tasks), Freed: deleted.Freed}, nil
+}
+
+func (s *service) List(req *pb.ListRequest, stream grpc.ServerStreamingServer[pb.ListReply]) error {
+	tag, err := parseList(req)
+	if err != nil {
+		return err
+	}
+	var batch []*pb.Entry
+	flush := func() error {
+		if len(batch) == 0 {
+			return nil
+		}
+		entries := batch
+		batch = nil
+		return stream.Send(&pb.ListReply{Entries: entries})
+	}
+	for entry, err := range s.engine.List(stream.Context(), tag) {
+		if err != nil {
+			return errors.Join(flush(), err)
+		}
+		batch = append(batch, &pb.Entry{Info: infoMessage(entry.Info), Name: entry.Name, Total: entry.Total})
+		if len(batch) == maxEntries {
+			if err := flush(); err != nil {
+				return err
+			}
+		}
+	}
+	return flush()
+}
+
+func (s *service) Open(req *pb.OpenRequest, stream grpc.ServerStreamingServer[pb.OpenReply]) error {
+	task, scope, err := parseOpen(req)
+	if err != nil {
+		return err
+	}
+	ctx := stream.Context()
+	blob, err := s.engine.Open(ctx, task, scope)
+	if err != nil {
+		return err
+	}
+	defer blob.Close()
+	fb, ok := blob.(fileBlob)
+	if !ok {
+		return fmt.Errorf("open %s: %w: it is not in a file that could be handed over", task, errors.ErrUnsupported)
+	}
+	if err := checkReadOnly(fb.File()); err != nil {
+		return fmt.Errorf("open %s: %w", task, err)
+	}
+	if err := authOf(ctx).channel.send(ctx, req.GetDescriptorId(), fb.File()); err != nil {
+		return fmt.Errorf("open %s: %w", task, err)
+	}
+	for _, m := range openMessages(fb.Table()) {
+		if err := stream.Send(m); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// checkReadOnly makes sure that a client can't write to a blob through its file.
+func checkReadOnly(f *os.File) error {
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var flags int
+	if controlErr := raw.Control(func(fd uintptr) { flags, err = unix.FcntlInt(fd, unix.F_GETFL, 0) }); controlErr != nil {
+		return controlErr
+	}
+	if err != nil {
+		return err
+	}
+	if flags&unix.O_ACCMODE != unix.O_RDONLY {
+		return errors.New("the blob's file is open for writing: it can't be handed over")
+	}
+	return nil
+}
+
+func (s *service) Ingest(stream grpc.BidiStreamingServer[pb.IngestRequest, pb.IngestReply]) (err error) {
+	ctx := stream.Context()
+	ingest, err := s.engine.Ingest(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if closeErr := ingest.Close(); closeErr != nil {
+			s.log.WarnContext(ctx, "an ingest could not be cleaned up", "error", closeErr)
+		}
+	}()
+	for {
+		req, err := stream.Recv()
+		if err == io.EOF {
+			return nil // the client gave up
+		}
+		if err != nil {
+			return err
+		}
+		switch r := req.GetRequest().(type) {
+		case *pb.IngestRequest_Add_:
+			if err := s.add(stream, ingest, r.Add); err != nil {
+				return err
+			}
+		case *pb.IngestRequest_Commit_:
+			return s.commit(stream, ingest, r.Commit)
+		default:
+			return fmt.Errorf("ingest: %w: neither an add nor a commit: the client is newer than the daemon", digest.ErrInvalid)
+		}
+	}
+}
+
+// add answers one Add of an ingest.
+func (s *service) add(stream grpc.BidiStreamingServer[pb.IngestRequest, pb.IngestReply], ingest p2p.Ingest, req *pb.IngestRequest_Add) error {
+	ctx := stream.Context()
+	opts, err := parseAdd(req)
+	if err != nil {
+		return err
+	}
+	fd, err := authOf(ctx).channel.take(ctx, req.GetDescriptorId())
+	if err != nil {
+		return fmt.Errorf("the file to add: %w", err)
+	}
+	src, err := openSource(fd, req.GetOffset())
+	if err != nil {
+		return err
+	}
+	defer src.Close()
+	last := time.Now()
+	opts.Progress = func(taken int64) {
+		if now := time.Now(); now.Sub(last) >= progressInterval {
+			last = now
+			// Where the stream is over, so is ctx, and with it the ingest.
+			stream.Send(&pb.IngestReply{Reply: &pb.IngestReply_Progress_{Progress: &pb.IngestReply_Progress{Bytes: taken}}})
+		}
+	}
+	var added p2p.Added
+	// A pipe that nobody writes to would hold the call. A regular file has no
+	// deadline, and needs none.
+	err = interruptible(ctx, src.SetReadDeadline, func() (err error) {
+		added, err = ingest.Add(src, opts)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	return stream.Send(&pb.IngestReply{Reply: &pb.IngestReply_Added_{Added: &pb.IngestReply_Added{
+		Digest: string(added.Digest),
+		Size:   added.Size,
+	}}})
+}
+
+// openSource makes a file of a descriptor that a client sent, which it takes
+// over. It is what the client has open, so that its own rights decided what it
+// can be; here it has to be something that ends, and that can be interrupted.
+//
+// A regular file shares its offset with the client. It is set here because the
+// engine reads from where the file stands; the client waits meanwhile.
+func openSource(fd int, offset int64) (f *os.File, err error) {
+	defer func() {
+		if err != nil {
+			unix.Close(fd)
+		}
+	}()
+	refuse := func(what string) (*os.File, error) {
+		return nil, fmt.Errorf("what is to be added: %w: %s", digest.ErrInvalid, what)
+	}
+	flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0)
+	if err != nil {
+		return nil, fmt.Errorf("what is to be added: %w", err)
+	}
+	if flags&unix.O_PATH != 0 || flags&unix.O_ACCMODE == unix.O_WRONLY {
+		return refuse("it is not open for reading")
+	}
+	var stat unix.Stat_t
+	if err := unix.Fstat(fd, &stat); err != nil {
+		return nil, fmt.Errorf("what is to be added: %w", err)
+	}
+	switch stat.Mode & unix.S_IFMT {
+	case unix.S_IFREG:
+		if _, err := unix.Seek(fd, offset, io.SeekStart); err != nil {
+			return nil, fmt.Errorf("what is to be added: seek to %d: %w", offset, err)
+		}
+	case unix.S_IFIFO:
+		if offset != 0 {
+			return refuse("a pipe has no offset")
+		}
+		if err := unix.SetNonblock(fd, true); err != nil {
+			return nil, fmt.Errorf("what is to be added: %w", err)
+		}
+	case unix.S_IFDIR:
+		return refuse("it is a directory, not a file or a pipe")
+	case unix.S_IFSOCK:
+		return refuse("it is a socket, not a file or a pipe")
+	default:
+		return refuse("it is a device, not a file or a pipe")
+	}
+	return os.NewFile(uintptr(fd), "client's file"), nil
+}
+
+// commit answers the Commit of an ingest, of which part is the first part.
+func (s *service) commit(stream grpc.BidiStreamingServer[pb.IngestRequest, pb.IngestReply], ingest p2p.Ingest, part *pb.IngestRequest_Commit) error {
+	var parser commitParser
+	for {
+		if err := parser.add(part); err != nil {
+			return err
+		}
+		if !part.GetMore() {
+			break
+		}
+		req, err := stream.Recv()
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if part = req.GetCommit(); part == nil {
+			return fmt.Errorf("ingest: %w: a commit that has more to come is followed by something else", digest.ErrInvalid)
+		}
+	}
+	if err := ingest.Commit(parser.commit); err != nil {
+		return err
+	}
+	ctx := stream.Context()
+	s.log.InfoContext(ctx, "committed", "uid", authOf(ctx).caller.uid, "tasks", len(parser.commit.Tasks), "names", len(parser.commit.Names))
+	return stream.Send(&pb.IngestReply{Reply: &pb.IngestReply_Committed_{Committed: &pb.IngestReply_Committed{}}})
+}

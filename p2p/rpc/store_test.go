@@ -1,0 +1,275 @@
+package rpc
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"iter"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p"
+)
+
+// store is an engine for tests: files in a directory, everything else in memory.
+type store struct {
+	dir     string
+	ingests atomic.Int32 // open
+	adds    atomic.Int32 // begun
+
+	mu     sync.Mutex
+	tables map[digest.Digest]*digest.Table
+	tasks  map[p2p.Task]p2p.NewTask
+	names  map[p2p.Task]p2p.NewName // the digest is that of nothing: a name is not one
+}
+
+func newStore(dir string) *store {
+	return &store{
+		dir:    dir,
+		tables: make(map[digest.Digest]*digest.Table),
+		tasks:  make(map[p2p.Task]p2p.NewTask),
+		names:  make(map[p2p.Task]p2p.NewName),
+	}
+}
+
+// waitIdle waits until no ingest is open.
+func (s *store) waitIdle(t *testing.T) {
+	t.Helper()
+	eventually(t, "ingests are closed", func() bool { return s.ingests.Load() == 0 })
+}
+
+var imported = time.Date(2024, 2, 29, 12, 0, 0, 123456789, time.UTC)
+
+func (s *store) path(d digest.Digest) string { return filepath.Join(s.dir, d.Encoded()) }
+
+func nameKey(tag, name string) p2p.Task { return p2p.Task{Tag: tag, Digest: digest.Digest(name)} }
+
+func (s *store) info(t p2p.Task) p2p.Info {
+	table := s.tables[t.Digest]
+	return p2p.Info{
+		Task: t, Size: table.Size, PieceLength: table.PieceLength,
+		Pieces: table.Pieces(), Held: table.Pieces(),
+		MediaType: s.tasks[t].MediaType, Pinned: s.tasks[t].Pinned, Imported: imported,
+	}
+}
+
+func (s *store) Resolve(ctx context.Context, tag string, cid digest.CID, scope p2p.Scope) (p2p.Task, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	task := p2p.Task{Tag: tag, Digest: cid.Digest()}
+	if name, ok := s.names[nameKey(tag, cid.CacheID())]; ok {
+		task.Digest = name.Digest
+	}
+	if _, ok := s.tasks[task]; !ok {
+		return p2p.Task{}, fmt.Errorf("%s: %w", p2p.Describe(tag, cid), p2p.ErrNotFound)
+	}
+	return task, nil
+}
+
+func (s *store) Stat(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.Info, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if _, ok := s.tasks[task]; !ok {
+		return p2p.Info{}, fmt.Errorf("%s: %w", task, p2p.ErrNotFound)
+	}
+	return s.info(task), nil
+}
+
+type storeBlob struct {
+	*digest.Verified
+	f *os.File
+}
+
+func (b *storeBlob) File() *os.File { return b.f }
+func (b *storeBlob) Close() error   { return b.f.Close() }
+
+func (s *store) Open(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.Blob, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if _, ok := s.tasks[task]; !ok {
+		return nil, fmt.Errorf("%s: %w", task, p2p.ErrNotFound)
+	}
+	f, err := os.Open(s.path(task.Digest))
+	if err != nil {
+		return nil, err
+	}
+	return &storeBlob{digest.NewVerified(f, s.tables[task.Digest]), f}, nil
+}
+
+func (s *store) Delete(ctx context.Context, tag string, cid digest.CID, force bool) (p2p.Deleted, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	task := p2p.Task{Tag: tag, Digest: cid.Digest()}
+	if _, ok := s.tasks[task]; !ok {
+		return p2p.Deleted{}, fmt.Errorf("%s: %w", p2p.Describe(tag, cid), p2p.ErrNotFound)
+	}
+	delete(s.tasks, task)
+	return p2p.Deleted{Tasks: 1, Freed: s.tables[task.Digest].Size}, os.Remove(s.path(task.Digest))
+}
+
+func (s *store) List(ctx context.Context, tag *string) iter.Seq2[p2p.Entry, error] {
+	return func(yield func(p2p.Entry, error) bool) {
+		s.mu.Lock()
+		var entries []p2p.Entry
+		for key, name := range s.names {
+			if tag == nil || key.Tag == *tag {
+				info := s.info(p2p.Task{Tag: key.Tag, Digest: name.Digest})
+				entries = append(entries, p2p.Entry{Info: info, Name: name.Name, Total: 2 * info.Size})
+			}
+		}
+		for task := range s.tasks {
+			if tag == nil || task.Tag == *tag {
+				info := s.info(task)
+				entries = append(entries, p2p.Entry{Info: info, Total: info.Size})
+			}
+		}
+		s.mu.Unlock()
+		slices.SortFunc(entries, func(a, b p2p.Entry) int {
+			return cmp.Or(cmp.Compare(a.Task.Tag, b.Task.Tag), cmp.Compare(b.Name, a.Name), cmp.Compare(a.Task.Digest, b.Task.Digest))
+		})
+		for _, e := range entries {
+			if !yield(e, nil) {
+				return
+			}
+		}
+	}
+}
+
+func (s *store) Close() error { return nil }
+
+type storeIngest struct {
+	s      *store
+	ctx    context.Context
+	added  map[digest.Digest]string
+	tables map[digest.Digest]*digest.Table
+	closed bool
+}
+
+func (s *store) Ingest(ctx context.Context) (p2p.Ingest, error) {
+	s.ingests.Add(1)
+	return &storeIngest{s: s, ctx: ctx, added: make(map[digest.Digest]string), tables: make(map[digest.Digest]*digest.Table)}, nil
+}
+
+func (i *storeIngest) Add(src io.Reader, opts p2p.AddOptions) (p2p.Added, error) {
+	i.s.adds.Add(1)
+	f, err := os.CreateTemp(i.s.dir, "ingest-")
+	if err != nil {
+		return p2p.Added{}, err
+	}
+	defer f.Close()
+	alg := cmp.Or(opts.Algorithm, digest.SHA256)
+	if opts.Want != "" {
+		alg = opts.Want.Algorithm()
+	}
+	recorder := digest.NewRecorder(alg)
+	buf := make([]byte, 64<<10)
+	for {
+		n, err := src.Read(buf)
+		recorder.Write(buf[:n])
+		if _, err := f.Write(buf[:n]); err != nil {
+			return p2p.Added{}, err
+		}
+		if opts.Progress != nil {
+			opts.Progress(recorder.Size())
+		}
+		if err == io.EOF {
+			break
+		}
+		if err == nil {
+			err = context.Cause(i.ctx)
+		}
+		if err != nil {
+			os.Remove(f.Name())
+			return p2p.Added{}, err
+		}
+	}
+	table, err := recorder.Table()
+	if err != nil {
+		return p2p.Added{}, err
+	}
+	if opts.Want != "" && opts.Want != table.Digest {
+		os.Remove(f.Name())
+		return p2p.Added{}, fmt.Errorf("add: %w", &digest.MismatchError{Want: opts.Want, Got: table.Digest})
+	}
+	i.added[table.Digest], i.tables[table.Digest] = f.Name(), table
+	return p2p.Added{Digest: table.Digest, Size: table.Size}, nil
+}
+
+func (i *storeIngest) Commit(c p2p.Commit) error {
+	i.s.mu.Lock()
+	defer i.s.mu.Unlock()
+	for _, t := range c.Tasks {
+		if name, ok := i.added[t.Task.Digest]; ok {
+			if err := os.Rename(name, i.s.path(t.Task.Digest)); err != nil {
+				return err
+			}
+			delete(i.added, t.Task.Digest)
+			i.s.tables[t.Task.Digest] = i.tables[t.Task.Digest]
+		} else if i.s.tables[t.Task.Digest] == nil {
+			return fmt.Errorf("%s: %w: it was not added", t.Task, digest.ErrInvalid)
+		}
+		i.s.tasks[t.Task] = t
+	}
+	for _, n := range c.Names {
+		i.s.names[nameKey(n.Tag, n.Name)] = n
+	}
+	return nil
+}
+
+func (i *storeIngest) Close() error {
+	if i.closed {
+		return nil
+	}
+	i.closed = true
+	defer i.s.ingests.Add(-1)
+	var errs []error
+	for _, name := range i.added {
+		errs = append(errs, os.Remove(name))
+	}
+	return errors.Join(errs...)
+}
+
+// hooked is an engine of which a test replaces some methods.
+type hooked struct {
+	p2p.Engine
+	stat   func(ctx context.Context, task p2p.Task) (p2p.Info, error)
+	open   func(ctx context.Context, task p2p.Task) (p2p.Blob, error)
+	ingest func(ctx context.Context) (p2p.Ingest, error)
+	list   iter.Seq2[p2p.Entry, error]
+}
+
+func (h *hooked) Stat(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.Info, error) {
+	if h.stat == nil {
+		return h.Engine.Stat(ctx, task, scope)
+	}
+	return h.stat(ctx, task)
+}
+
+func (h *hooked) Open(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.Blob, error) {
+	if h.open == nil {
+		return h.Engine.Open(ctx, task, scope)
+	}
+	return h.open(ctx, task)
+}
+
+func (h *hooked) Ingest(ctx context.Context) (p2p.Ingest, error) {
+	if h.ingest == nil {
+		return h.Engine.Ingest(ctx)
+	}
+	return h.ingest(ctx)
+}
+
+func (h *hooked) List(ctx context.Context, tag *string) iter.Seq2[p2p.Entry, error] {
+	if h.list == nil {
+		return h.Engine.List(ctx, tag)
+	}
+	return h.list
+}
