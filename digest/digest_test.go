@@ -7,6 +7,7 @@ import (
 	"hash/crc32"
 	"io"
 	"math/rand/v2"
+	"os"
 	"strings"
 	"testing"
 	"testing/iotest"
@@ -292,6 +293,27 @@ func TestVerifiedCopyStops(t *testing.T) {
 	})
 	if !errors.Is(err, cause) || n > 2 {
 		t.Errorf("copy ends after %d pieces with %v", n, err)
+	}
+}
+
+func TestVerifiedCopyToStalledPipe(t *testing.T) {
+	data := content(4*MinPieceLength, 1) // more than a pipe holds
+	v := NewVerified(bytes.NewReader(data), record(t, SHA256, data, 1<<20))
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	defer w.Close()
+	ctx, cancel := context.WithCancel(t.Context())
+	result := make(chan error)
+	go func() { result <- v.CopyTo(ctx, w, nil) }()
+	if _, err := io.ReadFull(r, make([]byte, 10)); err != nil { // it is writing
+		t.Fatal(err)
+	}
+	cancel()
+	if err := <-result; !errors.Is(err, context.Canceled) {
+		t.Errorf("copy to a pipe that nobody reads: %v", err)
 	}
 }
 

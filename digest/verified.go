@@ -1,11 +1,13 @@
 package digest
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"sync"
+	"time"
 )
 
 // Verified reads a stored blob and checks every piece against its CRC32C
@@ -107,8 +109,13 @@ func (v *Verified) readPiece(i int, p []byte) error {
 // CopyTo writes the whole blob to w, checking each piece before it is written,
 // and calls progress, where it is not nil, with the count of bytes written so
 // far. Reading and checking run beside the writing; three pieces are held in
-// memory. It stops when ctx ends, with the context's cause, at the next piece.
+// memory. It stops when ctx ends, with the context's cause: at the next piece,
+// or, where w has a SetWriteDeadline method as pipes and connections do, at once.
 func (v *Verified) CopyTo(ctx context.Context, w io.Writer, progress func(written int64)) error {
+	if d, ok := w.(interface{ SetWriteDeadline(time.Time) error }); ok {
+		stop := context.AfterFunc(ctx, func() { d.SetWriteDeadline(time.Unix(1, 0)) })
+		defer stop()
+	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	type checked struct {
@@ -160,7 +167,7 @@ func (v *Verified) CopyTo(ctx context.Context, w io.Writer, progress func(writte
 		n, err := w.Write(c.p)
 		written += int64(n)
 		if err != nil {
-			return err
+			return cmp.Or(context.Cause(ctx), err) // it may have failed because of ctx
 		}
 		if progress != nil {
 			progress(written)

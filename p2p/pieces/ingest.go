@@ -28,10 +28,10 @@ type ingest struct {
 
 // addition is content whose digest is known. The blob is held.
 type addition struct {
-	table     *digest.Table
-	f         *os.File // the copy in ingest/; nil where the blob is in the store
-	name      string   // of f
-	marker    string   // the marker in ingest/ that says that the copy is moving into blobs/, or ""
+	table  *digest.Table
+	f      *os.File // the copy in ingest/; nil where the blob is in the store
+	name   string   // of f
+	marker string   // the marker in ingest/ that says that the copy is moving into blobs/, or ""
 }
 
 // newName returns a name in ingest/ that nothing else has.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"sync"
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
@@ -38,9 +39,9 @@ var errCommitted = errors.New("the ingest is committed already")
 // daemon can't begin an ingest, the first Add or Commit says so.
 //
 // An Add of a reader that is not a regular *os.File copies it to the daemon
-// through a pipe. It waits for a Read of src that blocks, also when the daemon
-// has failed meanwhile; only the end of ctx makes it return at once, and the
-// goroutine that copies then ends when that Read returns. It does not close src.
+// through a pipe. Where ctx ends or the daemon fails while a Read of src blocks,
+// Add returns at once, and the goroutine that copies ends when that Read
+// returns. It does not close src.
 func (c *Client) Ingest(ctx context.Context) (p2p.Ingest, error) {
 	s, end, err := c.begin(ctx)
 	if err != nil {
@@ -171,38 +172,45 @@ func (i *ingest) addPipe(req *pb.IngestRequest_Add, src io.Reader, progress func
 		// Where the user has too many large pipes, this one stays small.
 		raw.Control(func(fd uintptr) { unix.FcntlInt(fd, unix.F_SETPIPE_SZ, pipeSize) })
 	}
-	type result struct{ src, pipe error } // of reading src, and of writing to the pipe
-	copied := make(chan result, 1)
+	broken := make(chan error, 1) // why src could not be read
+	copied := make(chan error, 1) // why the pipe could not be written; nil where src was copied or broke
 	go func() {
 		out := &pipeWriter{w: w}
-		_, err := io.CopyBuffer(out, src, make([]byte, 256<<10))
-		if out.err != nil {
-			err = nil
-		}
-		if err != nil {
+		buf := copyBuffers.Get().(*[256 << 10]byte)
+		_, err := io.CopyBuffer(out, struct{ io.Reader }{src}, buf[:])
+		copyBuffers.Put(buf)
+		if err != nil && out.err == nil {
+			broken <- err
 			i.cancel() // before the daemon can take the end of the pipe for that of src
 		}
 		w.Close()
-		copied <- result{err, out.err}
+		copied <- out.err
 	}()
 	added, err := i.add(req, r, progress)
 	r.Close()
 	if err != nil {
 		w.Close() // nothing reads from it any more
+	} else {
+		// The daemon has seen the end of the pipe, so this is over or about to be.
+		select {
+		case err = <-copied:
+			if err != nil {
+				err = fmt.Errorf("the daemon did not take in everything: %w", err)
+			}
+		case <-i.ctx.Done():
+			err = context.Cause(i.ctx)
+		}
 	}
 	select {
-	case c := <-copied:
-		switch {
-		case c.src != nil:
-			err = fmt.Errorf("read what is to be added: %w", c.src)
-		case c.pipe != nil && err == nil:
-			err = fmt.Errorf("the daemon did not take in everything: %w", c.pipe)
-		}
-	case <-i.ctx.Done():
-		err = context.Cause(i.ctx)
+	case err = <-broken:
+		err = fmt.Errorf("read what is to be added: %w", err)
+	default:
 	}
 	return added, err
 }
+
+// copyBuffers are what bytes pass through on their way into a pipe.
+var copyBuffers = sync.Pool{New: func() any { return new([256 << 10]byte) }}
 
 // pipeWriter keeps the error of a Write, to tell it from one of the reader.
 type pipeWriter struct {

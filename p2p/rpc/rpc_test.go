@@ -643,7 +643,7 @@ func TestSourceFails(t *testing.T) {
 	s.waitIdle(t) // the daemon has dropped them
 }
 
-// The daemon fails while there is always more to read.
+// The daemon fails while there is always more to read, and while a Read blocks.
 func TestDaemonFailsInAdd(t *testing.T) {
 	h := &hooked{Engine: newStore(t.TempDir())}
 	full := fmt.Errorf("blob of 5 bytes: %w", p2p.ErrNoSpace)
@@ -651,14 +651,18 @@ func TestDaemonFailsInAdd(t *testing.T) {
 		return addFunc(func(io.Reader) error { return full }), nil
 	}
 	c := pair(t, h)
-	ingest, err := c.Ingest(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ingest.Close()
-	_, err = ingest.Add(endless{}, p2p.AddOptions{})
-	if !errors.Is(err, p2p.ErrNoSpace) || err.Error() != full.Error() {
-		t.Errorf("got %v", err)
+	blocked := &signalReader{began: make(chan struct{}), release: make(chan struct{})}
+	defer close(blocked.release)
+	for _, src := range []io.Reader{endless{}, blocked} {
+		ingest, err := c.Ingest(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = ingest.Add(src, p2p.AddOptions{})
+		if !errors.Is(err, p2p.ErrNoSpace) || err.Error() != full.Error() {
+			t.Errorf("source %T: got %v", src, err)
+		}
+		ingest.Close()
 	}
 }
 
