@@ -215,6 +215,26 @@ func requireOutcome(t *testing.T, s *Store, work string, failed bool) {
 	}
 }
 
+// TestOrder: what makes an acknowledged import durable happens, and in this order.
+func TestOrder(t *testing.T) {
+	f := &faults{at: -1}
+	s := openWith(t, t.TempDir(), f)
+	defer s.Close()
+	task := enginetest.Import(t, s, "t", []byte("data"))
+	// content, fsync, marker, rename into blobs/, fsync of blobs/, transaction, marker gone
+	if got, want := strings.Join(f.ops, " "), "create sync create rename syncdir commit remove"; got != want {
+		t.Errorf("an import does: %s; want: %s", got, want)
+	}
+	f.ops = nil
+	if _, err := s.Delete(t.Context(), "t", digest.FromDigest(task.Digest), false); err != nil {
+		t.Fatal(err)
+	}
+	// task gone, records gone, out of blobs/, blocks freed
+	if got, want := strings.Join(f.ops, " "), "commit commit rename remove"; got != want {
+		t.Errorf("a delete does: %s; want: %s", got, want)
+	}
+}
+
 // TestFaults lets every single operation fail, one after the other: what
 // failed is not there, what succeeded is, and the store goes on.
 func TestFaults(t *testing.T) {

@@ -30,7 +30,7 @@ type ingest struct {
 type addition struct {
 	table  *digest.Table
 	f      *os.File // the copy in ingest/; nil where the blob is in the store
-	name   string   // of f
+	name   string   // of f; "" once it is in blobs/
 	marker string   // the marker in ingest/ that says that the copy is moving into blobs/, or ""
 }
 
@@ -362,6 +362,7 @@ func (in *ingest) publish(fresh []*addition) error {
 		if err := in.s.files.Rename(a.name, in.s.blobPath(d)); err != nil {
 			return err
 		}
+		a.name = ""
 	}
 	for alg := range algorithms {
 		if err := in.s.syncBlobs(alg); err != nil {
@@ -445,8 +446,8 @@ func (in *ingest) Close() error {
 	for d, a := range in.added {
 		if a.f != nil {
 			errs = append(errs, a.f.Close())
-			if err := in.s.files.Remove(a.name); !isMissing(err) {
-				errs = append(errs, err)
+			if a.name != "" {
+				errs = append(errs, in.s.files.Remove(a.name))
 			}
 		}
 		if !open {
