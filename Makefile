@@ -30,12 +30,14 @@ lint: $(TOOLS)/staticcheck ## formatting, go vet, staticcheck
 
 # protoc is Debian's package protobuf-compiler; its plugins are tools of the
 # module in integration/tools.
-generate: build $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc ## make the generated files again
+generate: $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc ## make the generated files again
 	cd p2p/rpc/pb && PATH="$(TOOLS):$$PATH" protoc --go_out=. --go_opt=paths=source_relative \
 	  --go-grpc_out=. --go-grpc_opt=paths=source_relative daemon.proto
-	rm -rf docs/cli
-	$(BIN)/dfcache doc --path docs/cli --format markdown
-	$(BIN)/dfdaemon doc --path docs/cli --format markdown
+	rm -rf docs/cli docs/man
+	$(GO) run -tags gendocs ./cmd/dfcache doc --path docs/cli --format markdown
+	$(GO) run -tags gendocs ./cmd/dfcache doc --path docs/man --format man
+	$(GO) run -tags gendocs ./cmd/dfdaemon doc --path docs/cli --format markdown
+	$(GO) run -tags gendocs ./cmd/dfdaemon doc --path docs/man --format man
 
 crash: ## kill the daemon 10,000 times
 	$(GO) test -timeout 6h -run 'TestCrash$$' -v ./integration -crash.cycles=10000

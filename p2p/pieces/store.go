@@ -343,7 +343,8 @@ func (s *Store) drop(blobs []digest.Digest) error {
 }
 
 // unlink removes the records and names of blobs that nothing holds, and
-// returns the files that are left to be removed.
+// returns the files that are left to be removed. Until its file is gone too, a
+// blob is on the list of loose ones or has a marker.
 func (s *Store) unlink(blobs []digest.Digest) (trash []string, err error) {
 	s.holdMu.Lock()
 	defer s.holdMu.Unlock()
@@ -356,10 +357,6 @@ func (s *Store) unlink(blobs []digest.Digest) (trash []string, err error) {
 					return err
 				}
 				continue
-			}
-			// Until its file is gone too it stays on the list.
-			if err := tx.Bucket(bucketLoose).Put(key(d), nil); err != nil {
-				return err
 			}
 			if s.holds[d] != nil {
 				continue

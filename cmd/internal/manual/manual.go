@@ -3,17 +3,15 @@
 package manual
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
-	"time"
 
 	"github.com/spf13/cobra"
-	"github.com/spf13/cobra/doc"
 
 	"github.com/dfcache/dfcache/cmd/internal/exit"
 )
@@ -93,9 +91,6 @@ files everywhere. Its flags can be given on the command line only.
 			if !slices.Contains(formats, format) {
 				return exit.FlagError(cmd, fmt.Errorf("unknown --format %q: use man, markdown or all", format))
 			}
-			if err := os.MkdirAll(dir, 0o777); err != nil {
-				return fmt.Errorf("write documents: %w", err)
-			}
 			if err := write(cmd.Root(), dir, format); err != nil {
 				return fmt.Errorf("write documents: %w", err)
 			}
@@ -109,38 +104,17 @@ files everywhere. Its flags can be given on the command line only.
 	return cmd
 }
 
-// write writes the documents of cmd and of the commands below it to dir.
-func write(cmd *cobra.Command, dir, format string) error {
-	for _, child := range cmd.Commands() {
-		if child.Hidden || child.IsAdditionalHelpTopicCommand() {
-			continue
-		}
-		if err := write(child, dir, format); err != nil {
-			return err
-		}
+// write writes the documents of root's program to dir, over those that are there.
+func write(root *cobra.Command, dir, format string) error {
+	pages, err := pages(root, format != "markdown", format != "man")
+	if err != nil {
+		return err
 	}
-	var page bytes.Buffer
-	if format != "markdown" {
-		const section = "1"
-		// A date would differ from day to day; a fixed one would be wrong.
-		noDate := time.Unix(0, 0).UTC()
-		header := &doc.GenManHeader{Section: section, Date: &noDate, Source: cmd.Root().Name(), Manual: cmd.Root().Name()}
-		if err := doc.GenMan(cmd, header, &page); err != nil {
-			return err
-		}
-		text := bytes.Replace(page.Bytes(), []byte(noDate.Format(`"Jan 2006"`)), []byte(`""`), 1)
-		name := strings.ReplaceAll(cmd.CommandPath(), " ", "-") + "." + section
-		if err := os.WriteFile(filepath.Join(dir, name), text, 0o666); err != nil {
-			return err
-		}
+	if err := os.MkdirAll(dir, 0o777); err != nil {
+		return err
 	}
-	if format != "man" {
-		page.Reset()
-		if err := doc.GenMarkdown(cmd, &page); err != nil {
-			return err
-		}
-		name := strings.ReplaceAll(cmd.CommandPath(), " ", "_") + ".md"
-		if err := os.WriteFile(filepath.Join(dir, name), page.Bytes(), 0o666); err != nil {
+	for _, name := range slices.Sorted(maps.Keys(pages)) {
+		if err := os.WriteFile(filepath.Join(dir, name), pages[name], 0o666); err != nil {
 			return err
 		}
 	}
