@@ -16,7 +16,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"go.uber.org/goleak"
 
@@ -176,21 +175,6 @@ func requireNoIngest(t *testing.T, data string) {
 	}
 	for _, e := range left {
 		t.Errorf("ingest/ has %s", e.Name())
-	}
-}
-
-// within polls until what holds is true. It is for states that nothing signals.
-func within(t *testing.T, limit time.Duration, what string, holds func() bool) {
-	t.Helper()
-	deadline := time.After(limit)
-	tick := time.NewTicker(10 * time.Millisecond)
-	defer tick.Stop()
-	for !holds() {
-		select {
-		case <-tick.C:
-		case <-deadline:
-			t.Fatalf("after %v it still does not hold that %s", limit, what)
-		}
 	}
 }
 
