@@ -44,7 +44,7 @@ func (r *Recorder) Write(p []byte) (int, error) {
 		}
 		n := min(int64(len(p)), r.length-r.size%r.length)
 		r.h.Write(p[:n])
-		r.crc = crc32.Update(r.crc, castagnoli, p[:n])
+		r.crc = crc32.Update(r.crc, castagnoli(), p[:n])
 		r.size += n
 		p = p[n:]
 	}

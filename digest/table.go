@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"hash"
 	"hash/crc32"
+	"sync"
 )
 
 // The bounds of a piece's length in bytes. Both are multiples of the block
@@ -34,10 +35,11 @@ func PieceLength(size int64) int64 {
 	return length
 }
 
-var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+// castagnoli is made when it is first needed, not at every start of a program.
+var castagnoli = sync.OnceValue(func() *crc32.Table { return crc32.MakeTable(crc32.Castagnoli) })
 
 // CRC32C returns the checksum that guards stored bytes against bit rot.
-func CRC32C(p []byte) uint32 { return crc32.Checksum(p, castagnoli) }
+func CRC32C(p []byte) uint32 { return crc32.Checksum(p, castagnoli()) }
 
 // Table describes the pieces of one blob: the CRC32C of each and the hash
 // state at each boundary between two. Its fields are not to be changed once it
