@@ -35,8 +35,8 @@ lint: $(TOOLS)/staticcheck ## formatting, go vet, staticcheck
 # protoc is Debian's package protobuf-compiler; its plugins are tools of the
 # module in integration/tools.
 generate: $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc ## make the generated files again
-	cd p2p/rpc/pb && PATH="$(TOOLS):$$PATH" protoc --go_out=. --go_opt=paths=source_relative \
-	  --go-grpc_out=. --go-grpc_opt=paths=source_relative daemon.proto
+	PATH="$(TOOLS):$$PATH" protoc -I . --go_out=. --go_opt=paths=source_relative \
+	  --go-grpc_out=. --go-grpc_opt=paths=source_relative p2p/rpc/pb/daemon.proto
 	rm -rf docs/cli docs/man
 	$(GO) run -tags gendocs ./cmd/dfcache doc --path docs/cli --format markdown
 	$(GO) run -tags gendocs ./cmd/dfcache doc --path docs/man --format man

@@ -429,7 +429,7 @@ func (c *Client) Open(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.
 	fd, err := s.conn.channel.take(ctx, id)
 	if err != nil {
 		if ctx.Err() != nil {
-			return nil, err
+			return nil, context.Cause(ctx)
 		}
 		return nil, c.lostError(err)
 	}
