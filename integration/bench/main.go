@@ -237,7 +237,12 @@ func (b *bench) files(size int64) {
 	defer os.Remove(copied)
 	digest := "sha256:" + strings.TrimSpace(string(must(exec.Command(b.self, "-sha256", file).Output())))
 	fresh := func() { os.Remove(copied); must(0, exec.Command("sync").Run()) }
-	gone := func() { exec.Command(b.dfcache, "delete", "-i", digest).Run(); fresh() }
+	gone := func() {
+		for _, tag := range []string{"", "again"} {
+			exec.Command(b.dfcache, "delete", "-t", tag, "-i", digest).Run() // in the first round there is none
+		}
+		fresh()
+	}
 	commands := []command{
 		{"`cp FILE COPY`", fresh, []string{"cp", file, copied}},
 		{"`cp FILE COPY && sync COPY`", fresh, []string{"sh", "-c", `cp "$0" "$1" && sync "$1"`, file, copied}},

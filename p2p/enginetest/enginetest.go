@@ -802,10 +802,23 @@ func testProgress(t *testing.T, e p2p.Engine) {
 		}
 		last = n
 	}
-	task, err := importReader(t.Context(), e, "t", bytes.NewReader(data), p2p.AddOptions{Progress: progress}, true)
-	if err != nil || last != int64(len(data)) {
-		t.Fatalf("progress of the import ends at %d of %d (%v)", last, len(data), err)
+	name := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(name, data, 0o600); err != nil {
+		t.Fatal(err)
 	}
+	// A wanted digest that is not held must not make the file be read twice.
+	for _, opts := range []p2p.AddOptions{{Want: digest.SHA512.FromBytes(data), Progress: progress}, {Progress: progress}} {
+		f, err := os.Open(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		last = 0
+		if _, err := importReader(t.Context(), e, "t", f, opts, true); err != nil || last != int64(len(data)) {
+			t.Fatalf("progress of the import ends at %d of %d (%v)", last, len(data), err)
+		}
+	}
+	task := p2p.Task{Tag: "t", Digest: digest.SHA256.FromBytes(data)}
 	blob, err := e.Open(t.Context(), task, p2p.Local)
 	if err != nil {
 		t.Fatal(err)

@@ -118,13 +118,27 @@ func (in *ingest) compare(f *os.File, opts p2p.AddOptions) (*addition, error) {
 		return nil, nil
 	}
 	in.s.hold(opts.Want)
-	a := &addition{}
+	blob, err := in.s.openBlob(opts.Want)
+	if err != nil {
+		return nil, in.s.letGo(opts.Want, false)
+	}
+	defer blob.Close()
+	ctx, cancel := context.WithCancel(in.ctx)
+	defer cancel()
 	var checking sync.WaitGroup
-	checking.Go(func() { a.table = in.s.intact(in.ctx, opts.Want) })
+	var damage error
+	checking.Go(func() {
+		if damage = blob.CopyTo(ctx, io.Discard, nil); damage != nil {
+			cancel() // there is no use in reading the source to its end
+		}
+	})
 	recorder := digest.NewRecorder(opts.Want.Algorithm())
-	err = record(in.ctx, recorder, io.NewSectionReader(f, start, 1<<63-1-start), opts.Progress)
+	err = record(ctx, recorder, io.NewSectionReader(f, start, 1<<63-1-start), opts.Progress)
+	if err != nil {
+		cancel()
+	}
 	checking.Wait()
-	if a.table == nil || err != nil {
+	if err != nil || damage != nil {
 		return nil, in.s.letGo(opts.Want, false)
 	}
 	t, err := recorder.Table()
@@ -134,7 +148,7 @@ func (in *ingest) compare(f *os.File, opts p2p.AddOptions) (*addition, error) {
 	if err != nil {
 		return nil, errors.Join(err, in.s.letGo(opts.Want, false))
 	}
-	return in.register(a), nil
+	return in.register(&addition{table: t}), nil
 }
 
 // record feeds a recorder.
@@ -162,12 +176,11 @@ func record(ctx context.Context, recorder *digest.Recorder, src io.Reader, progr
 	}
 }
 
-// intact returns the table of a blob that is in the store and whose every
-// piece is as recorded, else nil.
-func (s *Store) intact(ctx context.Context, d digest.Digest) *digest.Table {
+// intact reports whether a blob is in the store, and every piece of it is as recorded.
+func (s *Store) intact(ctx context.Context, d digest.Digest) bool {
 	blob, err := s.openBlob(d)
 	if errors.Is(err, p2p.ErrNotFound) {
-		return nil
+		return false
 	}
 	if err == nil {
 		defer blob.Close()
@@ -177,9 +190,9 @@ func (s *Store) intact(ctx context.Context, d digest.Digest) *digest.Table {
 		if ctx.Err() == nil {
 			s.log.Warn("a stored blob is damaged; it is replaced by what is imported now", "digest", d, "error", err)
 		}
-		return nil
+		return false
 	}
-	return blob.Table()
+	return true
 }
 
 // copy copies src to f and returns the table of what f has then.
@@ -240,7 +253,7 @@ func (in *ingest) copy(f *os.File, src io.Reader, alg digest.Algorithm, progress
 // keep makes a copy part of the ingest, or drops it where the store has the same, intact.
 func (in *ingest) keep(a *addition) (*addition, error) {
 	in.s.hold(a.table.Digest)
-	if in.added[a.table.Digest] != nil || in.s.intact(in.ctx, a.table.Digest) != nil {
+	if in.added[a.table.Digest] != nil || in.s.intact(in.ctx, a.table.Digest) {
 		err := a.discard(in.s)
 		a.f = nil
 		if err != nil {
