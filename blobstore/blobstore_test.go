@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"testing/iotest"
@@ -21,6 +22,7 @@ import (
 
 	"github.com/dfcache/dfcache/blobstore"
 	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/pieces"
 	"github.com/dfcache/dfcache/p2p/rpc"
 )
@@ -110,7 +112,7 @@ func TestImportAndExport(t *testing.T) {
 				if strings.HasPrefix(cid, "sha512") {
 					want = digest.Digest(cid)
 				}
-				if f.Digest != want || f.Size != int64(size) || f.Tag != "models/llm" || !f.Local || f.Imported.IsZero() {
+				if f.Digest != want || f.Size != int64(size) || f.Tag != "models/llm" || !f.Local {
 					t.Errorf("import as %q: %+v", cid, f)
 				}
 				if (f.Title == "model.bin" && f.Manifest != "") != (cid == "v1") {
@@ -123,8 +125,9 @@ func TestImportAndExport(t *testing.T) {
 					t.Errorf("cid is %q, want %q", f.CID, cid)
 				}
 				stat, err := r.Stat(t.Context(), cid, blobstore.Lookup{})
-				stat.LastUsed = f.LastUsed // the import has read the manifest, not the file
-				if err != nil || stat != f {
+				known := !stat.Imported.IsZero()
+				stat.Imported, stat.LastUsed = f.Imported, f.LastUsed
+				if err != nil || stat != f || !known {
 					t.Errorf("stat %s: %+v, %v; want %+v", cid, stat, err, f)
 				}
 				var out bytes.Buffer
@@ -175,7 +178,7 @@ func TestManifest(t *testing.T) {
 		if _, err := r.Export(t.Context(), string(m.Config.Digest), &config, blobstore.ExportOptions{}); err != nil || config.String() != "{}" {
 			t.Errorf("config is %q, %v", config.String(), err)
 		}
-		if again := mustImport(t, r, "v1", []byte("data"), "model.bin"); again.Manifest != f.Manifest || !again.Imported.Equal(f.Imported) {
+		if again := mustImport(t, r, "v1", []byte("data"), "model.bin"); again != f {
 			t.Errorf("importing the same again gives %+v, was %+v", again, f)
 		}
 	})
@@ -295,6 +298,9 @@ func TestExportFileOutputs(t *testing.T) {
 	if err := exportTo(t, old, true); err != nil || read(old) != "new content" {
 		t.Errorf("export with overwrite: %v; the file has %q", err, read(old))
 	}
+	if info, err := os.Stat(old); err != nil || info.Mode() != 0o600 {
+		t.Errorf("after an export with overwrite the mode is %v, was 0600 (%v)", info.Mode(), err)
+	}
 	// Through a link the file is replaced, and the link stays.
 	target, link := filepath.Join(dir, "target"), filepath.Join(dir, "link")
 	if err := errors.Join(os.WriteFile(target, []byte("old content"), 0o600), os.Symlink(target, link)); err != nil {
@@ -368,6 +374,80 @@ func TestExportLeavesNothing(t *testing.T) {
 	}
 	if got, err := os.ReadFile(existing); err != nil || string(got) != "as it was" {
 		t.Errorf("the existing file has %q (%v)", got, err)
+	}
+}
+
+// TestMovingName: a cache ID that is imported anew again and again always has
+// one file or the other, whole.
+func TestMovingName(t *testing.T) {
+	eachStore(t, func(t *testing.T, s *blobstore.Store) {
+		r := repository(t, s, "t")
+		contents := [][]byte{content(1000, 0), content(70_000, 1), content(10, 2)}
+		mustImport(t, r, "v1", contents[0], "")
+		ctx, cancel := context.WithCancel(t.Context())
+		var writers sync.WaitGroup
+		for i := range contents {
+			writers.Go(func() {
+				for ctx.Err() == nil {
+					if _, err := r.Import(ctx, "v1", bytes.NewReader(contents[i]), blobstore.ImportOptions{}); err != nil && ctx.Err() == nil {
+						t.Errorf("import: %v", err)
+						return
+					}
+				}
+			})
+		}
+		for range 100 {
+			var out bytes.Buffer
+			f, err := r.Export(t.Context(), "v1", &out, blobstore.ExportOptions{})
+			if err != nil || f.Digest != digest.SHA256.FromBytes(out.Bytes()) {
+				t.Errorf("export: %d bytes as %s, %v", out.Len(), f.Digest, err)
+				break
+			}
+		}
+		cancel()
+		writers.Wait()
+	})
+}
+
+// TestDanglingName: what a cache ID leads to was deleted by force.
+func TestDanglingName(t *testing.T) {
+	eachStore(t, func(t *testing.T, s *blobstore.Store) {
+		r := repository(t, s, "t")
+		f := mustImport(t, r, "v1", []byte("data"), "")
+		if _, err := r.Delete(t.Context(), string(f.Digest), blobstore.DeleteOptions{Force: true}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := r.Stat(t.Context(), "v1", blobstore.Lookup{}); !errors.Is(err, blobstore.ErrNotFound) || !strings.Contains(err.Error(), "v1") || !strings.Contains(err.Error(), string(f.Digest)) {
+			t.Errorf("error is %v; want one that names both", err)
+		}
+	})
+}
+
+// TestImportIsOneStep: nothing that follows the commit can make an import fail.
+func TestImportIsOneStep(t *testing.T) {
+	engine, err := pieces.Open(t.TempDir(), pieces.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := blobstore.New(noQueries{engine})
+	defer s.Close()
+	for _, cid := range []string{"", "v1"} {
+		mustImport(t, repository(t, s, ""), cid, []byte("data"), "")
+	}
+}
+
+// noQueries is an engine of a daemon that takes no more calls.
+type noQueries struct{ p2p.Engine }
+
+func (noQueries) Stat(context.Context, p2p.Task, p2p.Scope) (p2p.Info, error) {
+	return p2p.Info{}, p2p.ErrUnavailable
+}
+
+func TestFileJSON(t *testing.T) {
+	data, err := json.Marshal(blobstore.File{CID: "v1"})
+	want := `{"cid":"v1","tag":"","digest":"","size":0,"title":"","manifest":"","pieces":0,"pieceLength":0,"held":0,"local":false,"imported":null,"lastUsed":null}`
+	if err != nil || string(data) != want {
+		t.Errorf("%s, %v; want %s", data, err, want)
 	}
 }
 

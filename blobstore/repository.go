@@ -3,6 +3,8 @@ package blobstore
 import (
 	"bytes"
 	"context"
+	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"iter"
@@ -26,18 +28,43 @@ func (r *Repository) Tag() string { return r.tag }
 
 // File says what is known of a file in a repository.
 type File struct {
-	CID         string        `json:"cid"`                // as it was asked for
-	Tag         string        `json:"tag"`                // the tag it is under
-	Digest      digest.Digest `json:"digest"`             // of the file's content
-	Size        int64         `json:"size"`               // in bytes
-	Title       string        `json:"title,omitempty"`    // the file's name, where a cache ID names it
-	Manifest    digest.Digest `json:"manifest,omitempty"` // of the manifest that a cache ID points to
-	Pieces      int           `json:"pieces"`             // an empty file has none
-	PieceLength int64         `json:"pieceLength"`        // in bytes, of every piece but the last
-	Held        int           `json:"held"`               // pieces that are on this host
-	Local       bool          `json:"local"`              // whether all of them are
-	Imported    time.Time     `json:"imported"`           // when it came to this host
-	LastUsed    time.Time     `json:"lastUsed,omitzero"`  // when it was last read on this host
+	CID         string        // as it was asked for
+	Tag         string        // the tag it is under
+	Digest      digest.Digest // of the file's content
+	Size        int64         // in bytes
+	Title       string        // the file's name, where a cache ID names it
+	Manifest    digest.Digest // of the manifest that a cache ID points to
+	Pieces      int           // an empty file has none
+	PieceLength int64         // in bytes, of every piece but the last
+	Held        int           // pieces that are on this host
+	Local       bool          // whether all of them are
+	Imported    time.Time     // when it came to this host; zero where that was not asked for
+	LastUsed    time.Time     // when it was last read on this host; zero where never
+}
+
+// MarshalJSON makes an object that always has all fields, with null for a time
+// that is not known.
+func (f File) MarshalJSON() ([]byte, error) {
+	known := func(t time.Time) *time.Time {
+		if t.IsZero() {
+			return nil
+		}
+		return &t
+	}
+	return json.Marshal(struct {
+		CID         string        `json:"cid"`
+		Tag         string        `json:"tag"`
+		Digest      digest.Digest `json:"digest"`
+		Size        int64         `json:"size"`
+		Title       string        `json:"title"`
+		Manifest    digest.Digest `json:"manifest"`
+		Pieces      int           `json:"pieces"`
+		PieceLength int64         `json:"pieceLength"`
+		Held        int           `json:"held"`
+		Local       bool          `json:"local"`
+		Imported    *time.Time    `json:"imported"`
+		LastUsed    *time.Time    `json:"lastUsed"`
+	}{f.CID, f.Tag, f.Digest, f.Size, f.Title, f.Manifest, f.Pieces, f.PieceLength, f.Held, f.Local, known(f.Imported), known(f.LastUsed)})
 }
 
 // Lookup says how far an operation may look for content.
@@ -71,7 +98,9 @@ type ImportOptions struct {
 // the error matches [ErrMismatch]. Where cid is a cache ID, it becomes the name
 // of an OCI artifact of this one file, and if it was the name of another one,
 // that is let go. With an empty cid the content is stored under its digest,
-// which the result has. A regular [*os.File] is copied in the kernel.
+// which the result has; its times are zero. A regular [*os.File] is copied in
+// the kernel. A Read of src that blocks does not keep Import from returning when
+// ctx ends.
 func (r *Repository) Import(ctx context.Context, cid string, src io.Reader, opts ImportOptions) (File, error) {
 	var id digest.CID
 	if cid != "" {
@@ -90,16 +119,27 @@ func (r *Repository) Import(ctx context.Context, cid string, src io.Reader, opts
 		return File{}, fmt.Errorf("import: %w", err)
 	}
 	var commit p2p.Commit
+	table := digest.Table{Size: file.Size, PieceLength: digest.PieceLength(file.Size)}
+	result := File{
+		Tag: r.tag, Digest: file.Digest, Size: file.Size,
+		Pieces: table.Pieces(), PieceLength: table.PieceLength, Held: table.Pieces(), Local: true,
+	}
 	if name := id.CacheID(); name == "" {
 		id = digest.FromDigest(file.Digest)
 		commit.Tasks = []p2p.NewTask{{Task: r.task(file.Digest), MediaType: blobMediaType, Pinned: true}}
-	} else if commit, err = r.artifact(in, name, file, titleOf(opts.Title, name)); err != nil {
-		return File{}, fmt.Errorf("import: %w", err)
+	} else {
+		result.Title = titleOf(opts.Title, name)
+		if commit, err = r.artifact(in, name, file, result.Title); err != nil {
+			return File{}, fmt.Errorf("import: %w", err)
+		}
+		result.Manifest = commit.Names[0].Digest
 	}
+	result.CID = id.String()
+	// This is the last that can fail: what is stored is never reported as a failure.
 	if err := in.Commit(commit); err != nil {
 		return File{}, fmt.Errorf("import: %w", err)
 	}
-	return r.Stat(ctx, id.String(), Lookup{Local: true})
+	return result, nil
 }
 
 // artifact adds what makes an artifact of a file and returns the commit that names it.
@@ -130,44 +170,71 @@ func (r *Repository) task(d digest.Digest) p2p.Task { return p2p.Task{Tag: r.tag
 
 // Stat says what is known of the file that cid names, or fails with [ErrNotFound].
 func (r *Repository) Stat(ctx context.Context, cid string, l Lookup) (File, error) {
-	file, err := r.lookup(ctx, cid, l)
+	file, err := r.find(ctx, cid, l, func(File) error { return nil })
 	if err != nil {
 		return File{}, fmt.Errorf("stat: %w", err)
 	}
 	return file, nil
 }
 
-// lookup finds the file that cid names: a digest is the file's own, a cache ID
-// leads to it through a manifest.
-func (r *Repository) lookup(ctx context.Context, cid string, l Lookup) (File, error) {
+// find finds the file that cid names and calls use with it: a digest is the
+// file's own, a cache ID leads to it through a manifest. Whoever imports another
+// file under the same cache ID meanwhile takes all of that away, step by step;
+// it is then looked up anew, so that either the one file is found or the other.
+func (r *Repository) find(ctx context.Context, cid string, l Lookup, use func(File) error) (File, error) {
 	id, err := digest.ParseCID(cid)
 	if err != nil {
 		return File{}, err
 	}
 	file := File{CID: cid, Tag: r.tag, Digest: id.Digest()}
-	if id.CacheID() != "" {
-		manifest, err := r.engine.Resolve(ctx, r.tag, id, l.scope())
-		if err != nil {
-			return File{}, err
-		}
-		data, err := r.read(ctx, manifest, l)
-		if err != nil {
-			return File{}, err
-		}
-		layer, err := onlyLayer(data)
-		if err != nil {
-			return File{}, fmt.Errorf("%s: %w", p2p.Describe(r.tag, id), err)
-		}
-		file.Manifest, file.Digest, file.Title = manifest.Digest, layer.Digest, layer.Annotations[ocispec.AnnotationTitle]
+	if id.CacheID() == "" {
+		return file, r.describe(ctx, &file, l, use)
 	}
+	manifest, err := r.engine.Resolve(ctx, r.tag, id, l.scope())
+	for attempt := 0; err == nil; attempt++ {
+		file.Manifest = manifest.Digest
+		if err = r.followManifest(ctx, &file, l); err == nil {
+			err = r.describe(ctx, &file, l, use)
+		}
+		if !errors.Is(err, ErrNotFound) {
+			break
+		}
+		now, moved := r.engine.Resolve(ctx, r.tag, id, l.scope())
+		// The same again may mean that it has moved away and back. It leads
+		// to nothing for good only where a part was deleted by force.
+		if moved == nil && now == manifest && attempt >= 10 {
+			err = fmt.Errorf("%s leads to %w", p2p.Describe(r.tag, id), err)
+			break
+		}
+		manifest, err = now, moved
+	}
+	return file, err
+}
+
+// followManifest fills in what the manifest of file says.
+func (r *Repository) followManifest(ctx context.Context, file *File, l Lookup) error {
+	data, err := r.read(ctx, r.task(file.Manifest), l)
+	if err != nil {
+		return err
+	}
+	layer, err := onlyLayer(data)
+	if err != nil {
+		return fmt.Errorf("%s under tag %q: %w", file.CID, r.tag, err)
+	}
+	file.Digest, file.Title = layer.Digest, layer.Annotations[ocispec.AnnotationTitle]
+	return nil
+}
+
+// describe fills in what the engine knows of file, and calls use.
+func (r *Repository) describe(ctx context.Context, file *File, l Lookup, use func(File) error) error {
 	info, err := r.engine.Stat(ctx, r.task(file.Digest), l.scope())
 	if err != nil {
-		return File{}, err
+		return err
 	}
 	file.Size, file.Pieces, file.PieceLength = info.Size, info.Pieces, info.PieceLength
 	file.Held, file.Local = info.Held, info.Local()
 	file.Imported, file.LastUsed = info.Imported, info.LastUsed
-	return file, nil
+	return use(*file)
 }
 
 // read returns the whole content of a manifest.
@@ -190,11 +257,11 @@ func (r *Repository) read(ctx context.Context, task p2p.Task, l Lookup) ([]byte,
 // Open opens the file that cid names for reading, or fails with [ErrNotFound].
 // The caller closes the Reader.
 func (r *Repository) Open(ctx context.Context, cid string, l Lookup) (*Reader, error) {
-	file, err := r.lookup(ctx, cid, l)
-	if err != nil {
-		return nil, fmt.Errorf("open: %w", err)
-	}
-	blob, err := r.engine.Open(ctx, r.task(file.Digest), l.scope())
+	var blob p2p.Blob
+	file, err := r.find(ctx, cid, l, func(f File) (err error) {
+		blob, err = r.engine.Open(ctx, r.task(f.Digest), l.scope())
+		return err
+	})
 	if err != nil {
 		return nil, fmt.Errorf("open: %w", err)
 	}
@@ -270,7 +337,7 @@ func (r *Repository) export(ctx context.Context, cid string, opts ExportOptions,
 	defer in.Close()
 	err = write(func(w io.Writer) error { return in.blob.CopyTo(ctx, w, opts.Progress) })
 	if err != nil {
-		return File{}, fmt.Errorf("export %s: %w", p2p.Describe(r.tag, digest.FromDigest(in.file.Digest)), err)
+		return File{}, fmt.Errorf("export %s: %w", cid, err)
 	}
 	return in.file, nil
 }

@@ -17,6 +17,7 @@ import (
 // one in the same directory instead. Without overwrite an existing path is an
 // error that matches fs.ErrExist, also when it appears at the last moment.
 func writeFile(path string, overwrite bool, write func(*os.File) error) error {
+	mode := fs.FileMode(0)
 	switch info, err := os.Stat(path); {
 	case errors.Is(err, fs.ErrNotExist):
 		// A dangling link is in the way too: it is not ours to follow or to replace.
@@ -36,13 +37,24 @@ func writeFile(path string, overwrite bool, write func(*os.File) error) error {
 		if path, err = filepath.EvalSymlinks(path); err != nil {
 			return fmt.Errorf("output: %w", err)
 		}
+		mode = info.Mode().Perm()
 	}
 	f, err := newOutput(path)
 	if err != nil {
 		return fmt.Errorf("output: %w", err)
 	}
 	defer f.Close()
-	if err := write(f.File); err != nil {
+	if mode != 0 {
+		// Who could read the file before can, and nobody else.
+		if err := f.Chmod(mode); err != nil {
+			return fmt.Errorf("output: %w", err)
+		}
+	}
+	switch err := write(f.File); {
+	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
+		// The error names the file, which has no name, by its directory.
+		return fmt.Errorf("output %s: %w: free some space on its disk, or choose another place", path, ErrNoSpace)
+	case err != nil:
 		return err
 	}
 	if err := f.publish(path, overwrite); err != nil {

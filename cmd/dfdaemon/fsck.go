@@ -2,9 +2,10 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
-	"os"
+	"io/fs"
 	"os/signal"
 	"syscall"
 
@@ -55,18 +56,16 @@ func (o *options) fsck(cmd *cobra.Command, format format) error {
 	ctx, stop := signal.NotifyContext(cmd.Context(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
 
-	// To open a store that is not there would make one.
-	if _, err := os.Stat(o.dataDir); err != nil {
-		return exit.Usage(fmt.Errorf("no data directory: %w: name it with --data-dir or --workhome", err))
-	}
 	var closeLog func()
 	log, err := o.openLog(cmd.ErrOrStderr(), func(f func()) { closeLog = f })
 	if err != nil {
 		return err
 	}
 	defer closeLog()
-	store, err := pieces.Open(o.dataDir, pieces.Options{Log: log})
-	if err != nil {
+	store, err := pieces.Open(o.dataDir, pieces.Options{Log: log, Existing: true})
+	if errors.Is(err, fs.ErrNotExist) {
+		return exit.Usage(fmt.Errorf("%w: name the data directory with --data-dir or --workhome", err))
+	} else if err != nil {
 		return err
 	}
 	defer store.Close()
@@ -94,7 +93,7 @@ func (o *options) fsck(cmd *cobra.Command, format format) error {
 		return err
 	}
 	if sum.Problems > 0 {
-		return fmt.Errorf("the data directory %s is %w: import the files of damaged blobs again", o.dataDir, digest.ErrCorrupt)
+		return fmt.Errorf("the data directory %s is %w: import the files of damaged blobs again; a stray file can be removed; damaged metadata needs a copy of meta.db, or a new data directory", o.dataDir, digest.ErrCorrupt)
 	}
 	return nil
 }

@@ -107,7 +107,7 @@ func (o *options) start(cmd *cobra.Command) (_ *daemon, err error) {
 	}
 	d.onClose(stop)
 
-	store, err := pieces.Open(o.dataDir, pieces.Options{Log: d.log})
+	store, err := pieces.Open(o.dataDir, pieces.Options{Log: d.log, Address: o.socket})
 	if err != nil {
 		return nil, err
 	}

@@ -56,6 +56,7 @@ func Run(t *testing.T, open func(t *testing.T) p2p.Engine) {
 		"CopyToFails":               testCopyToFails,
 		"CancelledBefore":           testCancelledBefore,
 		"CancelledWhileReading":     testCancelledWhileReading,
+		"CancelledWhileReadBlocks":  testCancelledWhileReadBlocks,
 		"TimeoutWhileReading":       testTimeoutWhileReading,
 		"CancelledBeforeCommit":     testCancelledBeforeCommit,
 		"ConcurrentSameContent":     testConcurrentSameContent,
@@ -896,6 +897,32 @@ func testCancelledWhileReading(t *testing.T, e p2p.Engine) {
 	}()
 	cancel()
 	requireError(t, "add from a pipe that stalls", <-result, context.Canceled)
+}
+
+// blockedReader says that it is read, and then blocks until it is released.
+type blockedReader struct{ began, release chan struct{} }
+
+func (b blockedReader) Read([]byte) (int, error) {
+	close(b.began)
+	<-b.release
+	return 0, io.EOF
+}
+
+func testCancelledWhileReadBlocks(t *testing.T, e p2p.Engine) {
+	ctx, cancel := context.WithCancel(t.Context())
+	in, err := e.Ingest(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.Close()
+	src := blockedReader{make(chan struct{}), make(chan struct{})}
+	defer close(src.release)
+	go func() {
+		<-src.began
+		cancel()
+	}()
+	_, err = in.Add(src, p2p.AddOptions{})
+	requireError(t, "add from a reader that blocks", err, context.Canceled)
 }
 
 func testTimeoutWhileReading(t *testing.T, e p2p.Engine) {

@@ -57,28 +57,40 @@ func (s *Store) openBlob(d digest.Digest) (*Blob, error) {
 		return nil, err
 	}
 	f, err := os.Open(s.blobPath(d))
-	if isMissing(err) {
-		if _, err := s.table(d); err != nil {
-			return nil, err // it was deleted just now
-		}
-		return nil, &digest.CorruptError{Digest: d, Piece: -1, Reason: "its file is missing: import it again"}
-	}
-	if err != nil {
+	if err != nil && !isMissing(err) {
 		return nil, fmt.Errorf("open blob %s: %w", d, err)
 	}
-	info, err := f.Stat()
-	if err == nil && info.Size() != table.Size {
-		err = &digest.CorruptError{
-			Digest: d,
-			Piece:  int(min(info.Size(), table.Size) / table.PieceLength),
-			Reason: fmt.Sprintf("its file has %d bytes, recorded were %d: import it again", info.Size(), table.Size),
+	if err == nil {
+		var info os.FileInfo
+		if info, err = f.Stat(); err == nil {
+			err = checkSize(table, info.Size())
 		}
+		if err != nil {
+			f.Close()
+			return nil, err
+		}
+		return &Blob{Verified: digest.NewVerified(f, table), f: f}, nil
 	}
-	if err != nil {
-		f.Close()
-		return nil, err
+	if _, err := s.table(d); err != nil {
+		return nil, err // it was deleted just now
 	}
-	return &Blob{Verified: digest.NewVerified(f, table), f: f}, nil
+	return nil, errNoFile(d)
+}
+
+// checkSize compares the size of a blob's file with the one recorded.
+func checkSize(table *digest.Table, size int64) error {
+	if size == table.Size {
+		return nil
+	}
+	return &digest.CorruptError{
+		Digest: table.Digest,
+		Piece:  int(min(size, table.Size) / table.PieceLength),
+		Reason: fmt.Sprintf("its file has %d bytes, recorded were %d", size, table.Size),
+	}
+}
+
+func errNoFile(d digest.Digest) error {
+	return &digest.CorruptError{Digest: d, Piece: -1, Reason: "its file is missing"}
 }
 
 func (s *Store) table(d digest.Digest) (table *digest.Table, err error) {

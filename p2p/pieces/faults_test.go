@@ -410,6 +410,10 @@ func TestDamage(t *testing.T) {
 			if !bytes.HasPrefix(data, out.Bytes()) {
 				t.Error("wrong bytes were handed out")
 			}
+			// What can be seen without reading, Stat tells too.
+			if _, err := s.Stat(t.Context(), task, p2p.Local); errors.Is(err, digest.ErrCorrupt) != (name != "flipped bit") {
+				t.Errorf("stat: %v", err)
+			}
 			var found []Problem
 			if _, err := s.Check(t.Context(), func(p Problem) { found = append(found, p) }); err != nil {
 				t.Fatal(err)
@@ -521,6 +525,53 @@ func TestLock(t *testing.T) {
 		t.Fatal(err)
 	}
 	again.Close()
+}
+
+// TestLockNamesAddress: whoever finds the store locked learns where it can be reached.
+func TestLockNamesAddress(t *testing.T) {
+	dir := t.TempDir()
+	s, err := Open(dir, Options{Address: "/run/some.sock"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	if _, err := Open(dir, Options{}); err == nil || !strings.Contains(err.Error(), "/run/some.sock") {
+		t.Errorf("error is %v; want one that has the address", err)
+	}
+}
+
+// TestLostMetadata: blobs without the metadata are no empty store.
+func TestLostMetadata(t *testing.T) {
+	s := newStore(t)
+	task := enginetest.Import(t, s, "t", []byte("data"))
+	s.Close()
+	meta := filepath.Join(s.dir, "meta.db")
+	for name, lose := range map[string]func() error{
+		"missing": func() error { return os.Remove(meta) },
+		"empty":   func() error { return os.WriteFile(meta, nil, 0o600) },
+	} {
+		if err := lose(); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Open(s.dir, Options{}); !errors.Is(err, digest.ErrCorrupt) || !strings.Contains(err.Error(), meta) {
+			t.Errorf("%s: error is %v; want one about the metadata", name, err)
+		}
+		if _, err := os.Stat(s.blobPath(task.Digest)); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// TestExisting: to look at a store does not make one.
+func TestExisting(t *testing.T) {
+	dir := t.TempDir()
+	if _, err := Open(dir, Options{Existing: true}); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("error is %v", err)
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
+		t.Errorf("the directory has %v (%v)", left, err)
+	}
+	requireCleanAfterOpen(t, dir)
 }
 
 func TestUnknownVersion(t *testing.T) {

@@ -46,9 +46,10 @@ func (s *Store) Ingest(ctx context.Context) (p2p.Ingest, error) {
 	return &ingest{ctx: ctx, s: s, added: map[digest.Digest]*addition{}}, nil
 }
 
-// Add implements [p2p.Ingest]. A Read of src that blocks is interrupted when
-// the context ends if src has a SetReadDeadline method, as pipes and
-// connections do.
+// Add implements [p2p.Ingest]. A Read of src that blocks does not keep it from
+// returning when the context ends: pipes and connections are interrupted by
+// their SetReadDeadline, any other reader is left to a goroutine that ends when
+// the Read returns.
 func (in *ingest) Add(src io.Reader, opts p2p.AddOptions) (p2p.Added, error) {
 	if err := in.s.begin(in.ctx); err != nil {
 		return p2p.Added{}, err
@@ -197,10 +198,20 @@ func (s *Store) intact(ctx context.Context, d digest.Digest) bool {
 
 // copy copies src to f and returns the table of what f has then.
 func (in *ingest) copy(f *os.File, src io.Reader, alg digest.Algorithm, progress func(int64)) (*digest.Table, error) {
+	interrupt := func() {}
 	if d, ok := src.(interface{ SetReadDeadline(time.Time) error }); ok {
-		stop := context.AfterFunc(in.ctx, func() { d.SetReadDeadline(time.Unix(1, 0)) })
-		defer stop()
+		interrupt = func() { d.SetReadDeadline(time.Unix(1, 0)) }
+	} else {
+		r, w := io.Pipe()
+		defer r.Close()
+		source := src
+		go func() {
+			_, err := io.Copy(w, source)
+			w.CloseWithError(err)
+		}()
+		src, interrupt = r, func() { r.CloseWithError(context.Cause(in.ctx)) }
 	}
+	defer context.AfterFunc(in.ctx, interrupt)()
 	ctx, cancel := context.WithCancelCause(in.ctx)
 	defer cancel(nil)
 	recorder := digest.NewRecorder(alg)

@@ -182,7 +182,7 @@ func initialise(tx *bbolt.Tx) error {
 // recoverDamage turns the panics with which bbolt meets damaged pages into errors.
 func recoverDamage(err *error) {
 	if r := recover(); r != nil {
-		*err = fmt.Errorf("%w: metadata: %v: stop dfdaemon and run dfdaemon fsck", digest.ErrCorrupt, r)
+		*err = fmt.Errorf("%w: metadata: %v", digest.ErrCorrupt, r)
 	}
 }
 

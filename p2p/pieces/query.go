@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"iter"
+	"os"
 	"strings"
 	"time"
 
@@ -54,7 +55,8 @@ func resolve(tx *bbolt.Tx, tag string, cid digest.CID) (p2p.Task, error) {
 	return task, holdsTask(tx, task)
 }
 
-// Stat implements [p2p.Engine].
+// Stat implements [p2p.Engine]. Where the blob's file is missing or has another
+// size, the error is a [digest.CorruptError]; its bytes are not read.
 func (s *Store) Stat(ctx context.Context, task p2p.Task, _ p2p.Scope) (p2p.Info, error) {
 	if err := s.begin(ctx); err != nil {
 		return p2p.Info{}, err
@@ -68,7 +70,23 @@ func (s *Store) Stat(ctx context.Context, task p2p.Task, _ p2p.Scope) (p2p.Info,
 		info, err = s.info(tx, task)
 		return err
 	})
-	return info, err
+	if err != nil {
+		return p2p.Info{}, err
+	}
+	file, err := os.Stat(s.blobPath(task.Digest))
+	switch {
+	case err == nil:
+		err = checkSize(&digest.Table{Digest: task.Digest, Size: info.Size, PieceLength: info.PieceLength}, file.Size())
+	case isMissing(err):
+		// It may have been deleted just now.
+		if err = s.view(func(tx *bbolt.Tx) error { return holdsTask(tx, task) }); err == nil {
+			err = errNoFile(task.Digest)
+		}
+	}
+	if err != nil {
+		return p2p.Info{}, err
+	}
+	return info, nil
 }
 
 func (s *Store) info(tx *bbolt.Tx, task p2p.Task) (p2p.Info, error) {
@@ -84,7 +102,7 @@ func (s *Store) info(tx *bbolt.Tx, task p2p.Task) (p2p.Info, error) {
 		return p2p.Info{}, err
 	}
 	if !found {
-		return p2p.Info{}, &digest.CorruptError{Digest: task.Digest, Piece: -1, Reason: "it has no record in the metadata: import it again"}
+		return p2p.Info{}, &digest.CorruptError{Digest: task.Digest, Piece: -1, Reason: "it has no record in the metadata"}
 	}
 	table := digest.Table{Size: blob.Size, PieceLength: digest.PieceLength(blob.Size)}
 	return p2p.Info{

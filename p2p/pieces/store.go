@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"maps"
@@ -25,6 +26,12 @@ import (
 type Options struct {
 	// Log gets what an operator should know. The default is to be silent.
 	Log *slog.Logger
+	// Address says where the store can be reached while it is open, for whoever
+	// finds it locked: a daemon's socket.
+	Address string
+	// Existing makes it an error that matches [fs.ErrNotExist] if there is no
+	// store in the directory, and leaves the directory as it is.
+	Existing bool
 }
 
 // Store is a store in a directory of this machine. It implements [p2p.Engine]
@@ -93,13 +100,21 @@ func open(dir string, opts Options, files files) (_ *Store, err error) {
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
+	if opts.Existing {
+		if _, err := os.Stat(s.path("ingest")); err != nil {
+			return nil, fmt.Errorf("open store: there is none in %s: %w", dir, fs.ErrNotExist)
+		}
+	}
 	if err := s.makeDirs(); err != nil {
 		return nil, fmt.Errorf("open store %s: %w", dir, diskError(err))
 	}
-	if err := s.takeLock(); err != nil {
+	if err := s.takeLock(opts.Address); err != nil {
 		return nil, fmt.Errorf("open store %s: %w", dir, err)
 	}
-	if s.db, err = openMeta(filepath.Join(dir, "meta.db")); err != nil {
+	if err = s.checkMeta(); err == nil {
+		s.db, err = openMeta(s.path("meta.db"))
+	}
+	if err != nil {
 		s.lock.Close()
 		return nil, fmt.Errorf("open store: %w", err)
 	}
@@ -137,7 +152,7 @@ func (s *Store) makeDirs() error {
 }
 
 // takeLock makes sure that no other process has the store open.
-func (s *Store) takeLock() error {
+func (s *Store) takeLock(address string) error {
 	f, err := os.OpenFile(s.path("lock"), os.O_RDWR|os.O_CREATE, 0o640)
 	if err != nil {
 		return err
@@ -147,16 +162,44 @@ func (s *Store) takeLock() error {
 		if !errors.Is(err, unix.EWOULDBLOCK) {
 			return fmt.Errorf("lock: %w", err)
 		}
-		holder := make([]byte, 64)
+		holder := make([]byte, 256)
 		n, _ := f.ReadAt(holder, 0)
 		return fmt.Errorf("%w: %s has it open: stop that first, or use another directory", p2p.ErrUnavailable,
 			strings.TrimSpace("process "+string(holder[:n])))
 	}
 	// Who holds the lock is for people to read; the lock itself is the kernel's.
+	who := filepath.Base(os.Args[0])
+	if address != "" {
+		who += " at " + address
+	}
 	if err := f.Truncate(0); err == nil {
-		fmt.Fprintf(f, "%d (%s)\n", os.Getpid(), filepath.Base(os.Args[0]))
+		fmt.Fprintf(f, "%d (%s)\n", os.Getpid(), who)
 	}
 	s.lock = f
+	return nil
+}
+
+// checkMeta makes sure that a new metadata file is not made beside blobs that
+// belonged to one that was lost: they would all be there and none be found.
+func (s *Store) checkMeta() error {
+	if info, err := os.Stat(s.path("meta.db")); err == nil && info.Size() > 0 || err != nil && !isMissing(err) {
+		return err
+	}
+	for alg := range s.dirSyncs {
+		dir, err := os.Open(s.path("blobs", alg.String()))
+		if err != nil {
+			return err
+		}
+		names, err := dir.Readdirnames(1)
+		dir.Close()
+		if len(names) > 0 {
+			return fmt.Errorf("%w: %s is missing or empty, but there are blobs: put it back from a copy; or move %s away, start with an empty store, and import from there, each file is named by its digest",
+				digest.ErrCorrupt, s.path("meta.db"), s.path("blobs"))
+		}
+		if err != nil && !errors.Is(err, io.EOF) {
+			return err
+		}
+	}
 	return nil
 }
 
