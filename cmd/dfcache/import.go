@@ -46,6 +46,10 @@ its sha256, or the digest that --algorithm says, which is printed.
 			if input == "" {
 				return exit.FlagError(cmd, errors.New("the file is missing: name it as FILE or with -I FILE, \"-\" is stdin"))
 			}
+			if a.cid == "" && cmd.Flags().Changed("cid") {
+				// Most likely a variable that has no value.
+				return exit.FlagError(cmd, errors.New("--cid is empty: give it a value, or leave it out to store the file under its digest"))
+			}
 			return a.session(cmd, a.consoleFile(false), func(ctx context.Context, s *session) error {
 				return s.importFile(ctx, input, algorithm)
 			})

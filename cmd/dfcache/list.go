@@ -23,22 +23,26 @@ type listed struct {
 	Tag       string        `json:"tag"`
 	Type      string        `json:"type"` // name, blob or part
 	CID       string        `json:"cid"`
-	Digest    digest.Digest `json:"digest"` // a name's is that of its manifest
-	Size      int64         `json:"size"`   // in bytes; a name's is that of all it leads to
-	MediaType string        `json:"mediaType,omitempty"`
+	Digest    digest.Digest `json:"digest"`   // empty for a name
+	Manifest  digest.Digest `json:"manifest"` // what a name leads to, else empty
+	Size      int64         `json:"size"`     // in bytes; a name's is that of all it leads to
+	MediaType string        `json:"mediaType"`
 	Local     bool          `json:"local"`
 	Imported  time.Time     `json:"imported"`
-	LastUsed  time.Time     `json:"lastUsed,omitzero"`
+	LastUsed  *time.Time    `json:"lastUsed"` // null where never
 }
 
 func newListed(e blobstore.Entry) listed {
 	l := listed{
 		Tag: e.Task.Tag, Type: "part", CID: string(e.Task.Digest), Digest: e.Task.Digest, Size: e.Size,
-		MediaType: e.MediaType, Local: e.Local(), Imported: e.Imported, LastUsed: e.LastUsed,
+		MediaType: e.MediaType, Local: e.Local(), Imported: e.Imported,
+	}
+	if !e.LastUsed.IsZero() {
+		l.LastUsed = &e.LastUsed
 	}
 	switch {
 	case e.Name != "":
-		l.Type, l.CID, l.Size = "name", e.Name, e.Total
+		l.Type, l.CID, l.Digest, l.Manifest, l.Size = "name", e.Name, "", e.Task.Digest, e.Total
 	case e.Pinned:
 		l.Type = "blob"
 	}
@@ -58,7 +62,10 @@ this tag; the empty tag is --tag "". The types are
     blob  a file that was imported under its digest
     part  content that is held because a name leads to it
 
-As JSON the list is an array of objects. A template is executed on all of it.
+As JSON the list is an array of objects. A template is executed on all of it. Of
+a name, "manifest" is the digest of the manifest that it leads to, and "digest"
+is empty: see "dfcache stat" for that of the file. Of the others "manifest" is
+empty. "lastUsed" is null where that was never.
 
 ` + storeStatus(),
 		Example: `  dfcache list --tag models
@@ -119,8 +126,8 @@ func (s *session) list(ctx context.Context, tagGiven bool) error {
 }
 
 func listText(w io.Writer, entries iter.Seq2[blobstore.Entry, error]) error {
-	const line = "%-20s  %-4s  %-71s  %10s  %s\n"
-	if _, err := fmt.Fprintf(w, line, "TAG", "TYPE", "CID", "SIZE", "IMPORTED"); err != nil {
+	const line = "%-20s  %-4s  %10s  %-25s  %s\n"
+	if _, err := fmt.Fprintf(w, line, "TAG", "TYPE", "SIZE", "IMPORTED", "CID"); err != nil {
 		return err
 	}
 	for entry, err := range entries {
@@ -132,7 +139,7 @@ func listText(w io.Writer, entries iter.Seq2[blobstore.Entry, error]) error {
 		if tag == "" {
 			tag = "-"
 		}
-		if _, err := fmt.Fprintf(w, line, tag, l.Type, l.CID, human(l.Size), moment(l.Imported)); err != nil {
+		if _, err := fmt.Fprintf(w, line, tag, l.Type, human(l.Size), moment(l.Imported), l.CID); err != nil {
 			return err
 		}
 	}

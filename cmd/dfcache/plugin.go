@@ -131,11 +131,48 @@ func executable(path string) error {
 	return nil
 }
 
+// lookPlugin returns the path of the plugin of that name, or "" where there is
+// none. Where none of that name is usable, unusable says why the first is not.
+func (a *app) lookPlugin(name string) (path string, unusable error) {
+	if name == "" || strings.HasPrefix(name, "-") || strings.ContainsRune(name, filepath.Separator) {
+		return "", nil
+	}
+	for _, dir := range a.pluginDirs() {
+		path := filepath.Join(dir, pluginPrefix+name)
+		err := executable(path)
+		if err == nil {
+			return path, nil
+		}
+		if _, missing := os.Lstat(path); missing == nil && unusable == nil {
+			unusable = fmt.Errorf("%s is not usable: %w", printable(path), err)
+		}
+	}
+	return "", unusable
+}
+
+// unknownCommand is for [cobra.Command.Args] of the root command: what it has
+// as an argument is no command. It may be the name of a plugin that can't run.
+func (a *app) unknownCommand(root *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return nil
+	}
+	if err := a.load(root, nil); err != nil { // it may say where plugins are
+		return err
+	}
+	path, unusable := a.lookPlugin(args[0])
+	switch {
+	case path != "":
+		return exit.FlagError(root, fmt.Errorf("%q is a plugin: flags go after its name, and are its own: dfcache %[1]s [FLAGS]", args[0]))
+	case unusable != nil:
+		return exit.FlagError(root, fmt.Errorf("unknown command %q for %q: the plugin %w", args[0], root.CommandPath(), unusable))
+	}
+	return exit.NoArgs(root, args)
+}
+
 // runPlugin replaces this process by the plugin that args name. It returns nil
-// where args are for dfcache itself, or name nothing.
+// where args are for dfcache itself, or name nothing that can run.
 func (a *app) runPlugin(root *cobra.Command, args []string) error {
-	if len(args) == 0 || args[0] == "" || strings.HasPrefix(args[0], "-") ||
-		strings.ContainsRune(args[0], filepath.Separator) || slices.Contains(builtIn(root), args[0]) {
+	if len(args) == 0 || strings.HasPrefix(args[0], "-") || slices.Contains(builtIn(root), args[0]) {
 		return nil
 	}
 	// Settings may say where plugins are. Flags can't: they follow the name, and are the plugin's.
@@ -145,12 +182,10 @@ func (a *app) runPlugin(root *cobra.Command, args []string) error {
 	if err := a.load(root, nil); err != nil {
 		return err
 	}
-	for _, dir := range a.pluginDirs() {
-		path := filepath.Join(dir, pluginPrefix+args[0])
-		if executable(path) == nil {
-			err := syscall.Exec(path, append([]string{path}, args[1:]...), os.Environ())
-			return fmt.Errorf("plugin %s: %w", path, err)
-		}
+	path, _ := a.lookPlugin(args[0])
+	if path == "" {
+		return nil
 	}
-	return nil
+	err := syscall.Exec(path, append([]string{path}, args[1:]...), os.Environ())
+	return fmt.Errorf("plugin %s: %w", path, err)
 }

@@ -47,7 +47,7 @@ EXIT STATUS
   dfcache export --tag models --cid v1 -O /tmp/model.bin
   dfcache list
   dfcache delete --tag models --cid v1`,
-		Args:          exit.NoArgs,
+		Args:          a.unknownCommand,
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },

@@ -17,6 +17,7 @@ import (
 	"github.com/dfcache/dfcache/cmd/internal/build"
 	"github.com/dfcache/dfcache/cmd/internal/exit"
 	"github.com/dfcache/dfcache/cmd/internal/logs"
+	"github.com/dfcache/dfcache/cmd/internal/paths"
 	"github.com/dfcache/dfcache/cmd/internal/profiling"
 	"github.com/dfcache/dfcache/cmd/internal/tracing"
 	"github.com/dfcache/dfcache/digest"
@@ -82,7 +83,7 @@ func (a *app) session(cmd *cobra.Command, console io.Writer, work func(context.C
 	if err != nil {
 		return exit.Usage(err)
 	}
-	defer s.trace.Close()
+	defer s.trace.CloseWithin(ctx)
 
 	ctx, end := s.trace.StartSpan(ctx, cmd.CommandPath(), attribute.String("dfcache.cid", a.cid), attribute.String("dfcache.tag", a.tag))
 	done := make(chan error, 1)
@@ -187,7 +188,13 @@ func (s *session) dial(ctx context.Context) (*blobstore.Store, error) {
 		return nil, err
 	}
 	if s.socketGiven {
-		return nil, fmt.Errorf("%w, or leave it out to have one started", err)
+		return nil, &toldError{
+			fmt.Sprintf("no dfdaemon answers at %s: start one there, or set no socket to have one started (it is set by --daemon-sock, DFCACHE_DAEMON_SOCK or daemon-sock in the configuration file)", s.socket),
+			err,
+		}
+	}
+	if err := paths.CheckHome(s.socket); err != nil {
+		return nil, exit.Usage(fmt.Errorf("no place for the socket of a dfdaemon: %w, or pass --daemon-sock", err))
 	}
 	s.log.Debug("no dfdaemon answers", "socket", s.socket, "error", err.Error())
 	if err := s.launch(ctx); err != nil {
@@ -198,6 +205,11 @@ func (s *session) dial(ctx context.Context) (*blobstore.Store, error) {
 
 // launch starts a dfdaemon that outlives this process.
 func (s *session) launch(ctx context.Context) error {
+	if !s.workHomeGiven {
+		if err := paths.CheckHome(s.workHome); err != nil {
+			return exit.Usage(fmt.Errorf("no dfdaemon answers at %s, and there is no place for the content of a new one: %w, or pass --workhome", s.socket, err))
+		}
+	}
 	args := []string{"--daemon-sock", s.socket}
 	if s.workHomeGiven {
 		args = append(args, "--workhome", s.workHome)

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"io"
 	"net/http"
 	"net/http/httptest"
@@ -55,6 +56,34 @@ func TestSpans(t *testing.T) {
 				t.Error("the span says nothing of the failure")
 			}
 		})
+	}
+}
+
+// A collector that hangs does not hold up a command that is told to end.
+func TestSpansGiveUp(t *testing.T) {
+	release, arrived := make(chan struct{}), make(chan struct{}, 1)
+	collector := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
+		arrived <- struct{}{}
+		<-release
+	}))
+	defer collector.Close()
+	defer close(release)
+	dir := t.TempDir()
+	cmd := exec.CommandContext(t.Context(), "dfcache", "stat", "-i", "v1", "--jaeger", collector.URL,
+		"--logdir", dir, "--daemon-sock", filepath.Join(dir, "none.sock"), "--timeout", "1h")
+	cmd.Env = append(os.Environ(), "DFCACHE_CONFIG=", "HOME="+dir)
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	<-arrived // so the work is done, and what is left is to send its span
+	if err := cmd.Process.Signal(os.Interrupt); err != nil {
+		t.Error(err)
+	}
+	cmd.Wait()
+	if code := cmd.ProcessState.ExitCode(); code != 6 || !strings.Contains(out.String(), "lost: interrupted") {
+		t.Errorf("exit code %d, want 6 and that the traces were given up:\n%s", code, &out)
 	}
 }
 

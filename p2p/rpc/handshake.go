@@ -34,6 +34,9 @@ const maxPreface = 32
 // handshakeTimeout bounds a handshake, on both sides.
 const handshakeTimeout = 5 * time.Second
 
+// passAnother is the advice where something else has the daemon's socket.
+const passAnother = "stop it, or pass another --daemon-sock"
+
 var errNotOurs = errors.New("the other side does not speak the dfcache protocol")
 
 // versionError says that the two sides speak different versions.
@@ -168,7 +171,7 @@ func (c *conn) clientHandshake(ctx context.Context, allowed func(uid uint32) boo
 		return err
 	}
 	if !allowed(daemon.uid) {
-		return fmt.Errorf("%w: the process that listens there runs as uid %d, neither root nor your own: it may have taken the daemon's place", fs.ErrPermission, daemon.uid)
+		return fmt.Errorf("%w: %w: the process that listens there runs as uid %d, neither root nor your own: it may have taken the daemon's place: %s", p2p.ErrUnavailable, fs.ErrPermission, daemon.uid, passAnother)
 	}
 	if err := c.SetDeadline(time.Now().Add(handshakeTimeout)); err != nil {
 		return err
@@ -188,9 +191,10 @@ func (c *conn) clientHandshake(ctx context.Context, allowed func(uid uint32) boo
 		err = fmt.Errorf("%w: it closed the connection in the handshake: see its log", p2p.ErrUnavailable)
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		err = fmt.Errorf("%w: no answer to the handshake in %s: it hangs, or is not a dfdaemon", p2p.ErrUnavailable, handshakeTimeout)
-	}
-	if err == nil && len(fds) != 1 {
-		err = fmt.Errorf("%w: it sent %d descriptors in the handshake, want one", errNotOurs, len(fds))
+	case err != nil:
+		err = noDaemon(err)
+	case len(fds) != 1:
+		err = noDaemon(fmt.Errorf("%w: it sent %d descriptors in the handshake, want one", errNotOurs, len(fds)))
 	}
 	if err != nil {
 		closeAll(fds)
@@ -200,7 +204,15 @@ func (c *conn) clientHandshake(ctx context.Context, allowed func(uid uint32) boo
 		closeAll(fds)
 		return err
 	}
-	return c.attach(fds[0], 0)
+	if err := c.attach(fds[0], 0); err != nil {
+		return noDaemon(err)
+	}
+	return nil
+}
+
+// noDaemon is the error where what listens does not act as a dfdaemon does.
+func noDaemon(err error) error {
+	return fmt.Errorf("%w: what listens there does not act as one: %w: %s", p2p.ErrUnavailable, err, passAnother)
 }
 
 // rightsReader reads from a stream socket and collects the descriptors that come with the bytes.

@@ -179,9 +179,9 @@ func TestHostileDaemons(t *testing.T) {
 		"not ours":         {sendWith("HTTP/1.1 400 Bad Request\r\n"), errNotOurs, "does not speak"},
 		"no descriptor":    {sendWith("dfcache/1\n"), errNotOurs, "0 descriptors"},
 		"two descriptors":  {sendWith("dfcache/1\n", file, file), errNotOurs, "2 descriptors"},
-		"many descriptors": {sendWith("dfcache/1\n", file, file, file, file, file), nil, "more descriptors than expected"},
-		"not a socket":     {sendWith("dfcache/1\n", file), nil, "descriptor channel"},
-		"a stream socket":  {sendWith("dfcache/1\n", stream[0]), nil, "SOCK_SEQPACKET"},
+		"many descriptors": {sendWith("dfcache/1\n", file, file, file, file, file), p2p.ErrUnavailable, "more descriptors than expected"},
+		"not a socket":     {sendWith("dfcache/1\n", file), p2p.ErrUnavailable, "descriptor channel"},
+		"a stream socket":  {sendWith("dfcache/1\n", stream[0]), p2p.ErrUnavailable, "SOCK_SEQPACKET"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			socket := fakeDaemon(t, test.answer)
@@ -192,6 +192,9 @@ func TestHostileDaemons(t *testing.T) {
 			}
 			if test.is != nil && !errors.Is(err, test.is) {
 				t.Errorf("%v is not %v", err, test.is)
+			}
+			if test.is == errNotOurs && (!errors.Is(err, p2p.ErrUnavailable) || !strings.Contains(err.Error(), passAnother)) {
+				t.Errorf("%v is not %v, or has no advice", err, p2p.ErrUnavailable)
 			}
 			eventually(t, "all descriptors are closed", func() bool { return fdCount(t) <= before })
 		})
@@ -285,7 +288,8 @@ func TestForeignDaemonIsRefused(t *testing.T) {
 	defer func() { s.Shutdown(t.Context()); <-served }()
 
 	_, err := Dial(t.Context(), socket)
-	if !errors.Is(err, fs.ErrPermission) || errors.Is(err, p2p.ErrUnavailable) || !strings.Contains(err.Error(), "uid 65534") {
+	if !errors.Is(err, fs.ErrPermission) || !errors.Is(err, p2p.ErrUnavailable) || errors.Is(err, ErrNoDaemon) ||
+		!strings.Contains(err.Error(), "uid 65534") || !strings.Contains(err.Error(), passAnother) {
 		t.Errorf("got %v", err)
 	}
 	c, err := Dial(t.Context(), socket, WithServerUID(nobody))

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 
@@ -48,6 +49,8 @@ type LaunchOptions struct {
 // before the daemon is ready, it is told to stop, and the error is the cause of
 // ctx. In a caller that goes on, a goroutine waits for the daemon's end, so that
 // no zombie is left; a caller that ends leaves the daemon running.
+//
+// Every descriptor of the process from 3 up becomes close-on-exec.
 func Launch(ctx context.Context, opts LaunchOptions) (pid int, err error) {
 	unlock, err := lockStart(ctx, opts.Socket)
 	if err != nil {
@@ -113,6 +116,7 @@ func start(ctx context.Context, opts LaunchOptions) (int, error) {
 		cmd.Stdout, cmd.Stderr = log, log
 		advice = "see " + opts.LogPath
 	}
+	closeOnExec()
 	if err := cmd.Start(); err != nil {
 		return 0, err
 	}
@@ -144,6 +148,20 @@ func start(ctx context.Context, opts LaunchOptions) (int, error) {
 		err = errors.New("exit status 0")
 	}
 	return 0, fmt.Errorf("%w: it ended before it was ready (%w): %s", p2p.ErrUnavailable, err, advice)
+}
+
+// closeOnExec keeps the descriptors that this process has inherited from the
+// daemon, which would hold them for as long as it runs: the lock of a script
+// around dfcache, or the pipe whose end somebody waits for. Those that Go opened
+// are close-on-exec already.
+func closeOnExec() {
+	// Without /proc a daemon that holds too much is better than none.
+	entries, _ := os.ReadDir("/proc/self/fd")
+	for _, entry := range entries {
+		if fd, err := strconv.Atoi(entry.Name()); err == nil && fd > 2 {
+			unix.CloseOnExec(fd) // no harm where it has been closed since
+		}
+	}
 }
 
 // Ready is called by a daemon that was started with --ready-fd: with nil when it

@@ -16,6 +16,8 @@ import (
 	"syscall"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/dfcache/dfcache/p2p"
 )
 
@@ -127,6 +129,31 @@ func TestLaunchStartsOne(t *testing.T) {
 	log, err := os.ReadFile(opts.LogPath)
 	if want := "dir /, session of its own true\n"; err != nil || string(log) != want {
 		t.Errorf("log %q, %v; want %q", log, err, want)
+	}
+}
+
+// What the caller has inherited from its parent does not go on to the daemon.
+func TestLaunchClosesDescriptors(t *testing.T) {
+	opts := launchOptions(t, "serves")
+	path := filepath.Join(t.TempDir(), "lock")
+	fd, err := unix.Open(path, unix.O_RDWR|unix.O_CREAT, 0o600) // without O_CLOEXEC
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	pid, err := Launch(t.Context(), opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stop(t, pid, opts.Socket)
+	links, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid))
+	if err != nil || len(links) < 3 {
+		t.Fatalf("descriptors of the daemon: %q, %v", links, err)
+	}
+	for _, link := range links {
+		if target, _ := os.Readlink(link); target == path {
+			t.Errorf("the daemon has %s, as %s", target, link)
+		}
 	}
 }
 

@@ -93,7 +93,11 @@ func checkSocketDir(dir *os.File) error {
 		return fmt.Errorf("directory of the socket: %s belongs to uid %d, neither root nor the daemon's user: %w: choose another directory, or chown it", dir.Name(), owner, fs.ErrPermission)
 	}
 	if mode := info.Mode().Perm(); mode&0o027 != 0 {
-		return fmt.Errorf("directory of the socket: %s has mode %04o, so that others could reach or replace the socket: %w: chmod 0750 %s, or choose another directory", dir.Name(), mode, fs.ErrPermission, dir.Name())
+		advice := "choose a directory of its own, for example " + filepath.Join(dir.Name(), "dragonfly", "dfdaemon.sock")
+		if info.Mode()&fs.ModeSticky == 0 { // else it is for all, as /tmp is
+			advice = fmt.Sprintf("chmod 0750 %s where nothing else needs it, or %s", dir.Name(), advice)
+		}
+		return fmt.Errorf("directory of the socket: %s has mode %04o, so that others could reach or replace the socket: %w: %s", dir.Name(), mode, fs.ErrPermission, advice)
 	}
 	return nil
 }

@@ -80,6 +80,18 @@ func TestListenRefusesDirectory(t *testing.T) {
 	}
 }
 
+// Nobody is to take /tmp away from everybody else.
+func TestListenRefusesSharedDirectory(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.Chmod(dir, fs.ModeSticky|0o777); err != nil {
+		t.Fatal(err)
+	}
+	_, err := Listen(filepath.Join(dir, "d.sock"))
+	if !errors.Is(err, fs.ErrPermission) || strings.Contains(err.Error(), "chmod") || !strings.Contains(err.Error(), "for example "+dir+"/dragonfly/dfdaemon.sock") {
+		t.Errorf("got %v", err)
+	}
+}
+
 func TestListenRefusesForeignDirectory(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("only root can give a directory away")

@@ -8,10 +8,12 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"strconv"
 	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
@@ -116,7 +118,36 @@ func FlagError(cmd *cobra.Command, err error) error {
 	if err == nil {
 		return nil
 	}
+	if invalid, ok := errors.AsType[*pflag.InvalidValueError](err); ok {
+		about := strings.TrimSuffix(invalid.Error(), invalid.Unwrap().Error())
+		err = fmt.Errorf("%s%w", about, ValueError(invalid))
+	}
 	return Usage(fmt.Errorf("%w\nsee '%s --help'", err, cmd.CommandPath()))
+}
+
+// ValueError says why a flag does not take a value, without the names that this
+// has in Go. err is what setting the flag returned.
+func ValueError(err error) error {
+	invalid, ok := errors.AsType[*pflag.InvalidValueError](err)
+	if !ok {
+		return err
+	}
+	reason := invalid.Unwrap()
+	switch invalid.GetFlag().Value.Type() {
+	case "bool":
+		return errors.New("want true or false")
+	case "int":
+		if errors.Is(reason, strconv.ErrRange) {
+			return errors.New("out of range")
+		}
+		return errors.New("want a whole number")
+	case "duration":
+		if strings.Contains(reason.Error(), "missing unit") {
+			return errors.New("the unit is missing: want one such as 30s or 5m")
+		}
+		return errors.New("want one such as 30s or 5m")
+	}
+	return reason
 }
 
 // Args is for [cobra.Command.Args]: it makes the errors of check those of

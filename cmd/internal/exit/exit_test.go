@@ -58,6 +58,27 @@ func TestCode(t *testing.T) {
 	}
 }
 
+func TestFlagError(t *testing.T) {
+	cmd := &cobra.Command{Use: "prog"}
+	cmd.Flags().IntP("count", "c", 0, "")
+	cmd.Flags().Bool("yes", false, "")
+	cmd.Flags().Duration("wait", 0, "")
+	for flag, want := range map[string]string{
+		"--count=x":                    `invalid argument "x" for "-c, --count" flag: want a whole number`,
+		"-cx":                          `invalid argument "x" for "-c, --count" flag: want a whole number`,
+		"--count=99999999999999999999": `invalid argument "99999999999999999999" for "-c, --count" flag: out of range`,
+		"--yes=maybe":                  `invalid argument "maybe" for "--yes" flag: want true or false`,
+		"--wait=soon":                  `invalid argument "soon" for "--wait" flag: want one such as 30s or 5m`,
+		"--wait=5":                     `invalid argument "5" for "--wait" flag: the unit is missing: want one such as 30s or 5m`,
+		"--nope":                       `unknown flag: --nope`,
+	} {
+		err := exit.FlagError(cmd, cmd.ParseFlags([]string{flag}))
+		if exit.Code(err) != exit.Invalid || err.Error() != want+"\nsee 'prog --help'" {
+			t.Errorf("%s: %v", flag, err)
+		}
+	}
+}
+
 func TestCodes(t *testing.T) {
 	table := exit.Table()
 	for i, c := range exit.Codes {
@@ -105,7 +126,7 @@ func TestCommandLine(t *testing.T) {
 		{"none x", "surplus argument \"x\": prog none takes none\nsee 'prog none --help'"},
 		{"check a b", "accepts at most 1 arg(s), received 2\nsee 'prog check --help'"},
 		{"check --nix", "unknown flag: --nix\nsee 'prog check --help'"},
-		{"--num x", "invalid argument \"x\" for \"--num\" flag: strconv.ParseInt: parsing \"x\": invalid syntax\nsee 'prog --help'"},
+		{"--num x", "invalid argument \"x\" for \"--num\" flag: want a whole number\nsee 'prog --help'"},
 	}
 	for _, test := range tests {
 		t.Run(test.args, func(t *testing.T) {

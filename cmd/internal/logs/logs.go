@@ -25,7 +25,7 @@ const (
 // Options says where and what to log.
 type Options struct {
 	Dir     string    // directory of the log files, created with the first line
-	Name    string    // of the file, without ".log"
+	Name    string    // of the program, and of the file without ".log"
 	Verbose bool      // debug level; without, info level
 	Console io.Writer // gets the records as text, too; nil is off
 	Warn    io.Writer // is told, once, that the file can't be written; nil is stderr
@@ -46,7 +46,7 @@ func Open(o Options) (*slog.Logger, io.Closer, error) {
 	if o.Verbose {
 		options.Level = slog.LevelDebug
 	}
-	f := &file{warn: o.Warn, Logger: lumberjack.Logger{
+	f := &file{name: o.Name, warn: o.Warn, Logger: lumberjack.Logger{
 		Filename:   filepath.Join(o.Dir, o.Name+".log"),
 		MaxSize:    maxSize,
 		MaxBackups: maxBackups,
@@ -62,6 +62,7 @@ func Open(o Options) (*slog.Logger, io.Closer, error) {
 // file is a log file that is created with the first write. Its writes never fail.
 type file struct {
 	lumberjack.Logger
+	name     string
 	warn     io.Writer
 	create   sync.Once
 	warnOnce sync.Once
@@ -75,7 +76,7 @@ func (f *file) Write(line []byte) (int, error) {
 	}
 	if err != nil {
 		f.warnOnce.Do(func() {
-			fmt.Fprintf(f.warn, "warning: the log can't be written: %v; going on without it (another place: --logdir)\n", err)
+			fmt.Fprintf(f.warn, "%s: warning: the log can't be written: %v; going on without it (another place: --logdir)\n", f.name, err)
 		})
 	}
 	return len(line), nil

@@ -1,12 +1,17 @@
 // Package paths says where the commands keep things unless they are told
 // otherwise. Root uses the places of the Filesystem Hierarchy Standard, other
 // users those of the XDG Base Directory Specification, so that nobody needs
-// root for anything. Nothing is created or looked up here, except in [Config].
+// root for anything. Nothing is created here, and nothing is looked up but the
+// home directory where HOME is not set, and the file in [Config].
 package paths
 
 import (
+	"fmt"
 	"os"
+	"os/user"
 	"path/filepath"
+	"strconv"
+	"strings"
 )
 
 // Socket is where dfdaemon listens and dfcache finds it.
@@ -75,11 +80,38 @@ func xdg(variable, fallback string) string {
 	return filepath.Join(home(), fallback)
 }
 
-// home returns the user's home directory. Where it is not known, a later
-// attempt to create something in "/" gives an error that says so.
-func home() string {
-	if dir, err := os.UserHomeDir(); err == nil {
-		return dir
+// CheckHome returns an error that says what to set where path, which is one of
+// this package, is in the home directory and that is not known.
+func CheckHome(path string) error { return checkHome(path, os.Geteuid()) }
+
+func checkHome(path string, uid int) error {
+	if _, err := homeOf(uid); err == nil || !strings.HasPrefix(path, "/.") {
+		return nil
 	}
-	return "/"
+	return fmt.Errorf("user ID %d has no home directory: set HOME", uid)
+}
+
+// home returns the user's home directory, or "/" where it is not known.
+func home() string {
+	dir, err := homeOf(os.Geteuid())
+	if err != nil {
+		return "/"
+	}
+	return dir
+}
+
+// homeOf returns the home directory that the environment names, else the one
+// in the password file.
+func homeOf(uid int) (string, error) {
+	if dir, err := os.UserHomeDir(); err == nil {
+		return dir, nil
+	}
+	u, err := user.LookupId(strconv.Itoa(uid))
+	if err != nil {
+		return "", err
+	}
+	if !filepath.IsAbs(u.HomeDir) {
+		return "", fmt.Errorf("home directory %q of user ID %d: not an absolute path", u.HomeDir, uid)
+	}
+	return u.HomeDir, nil
 }

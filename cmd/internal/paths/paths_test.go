@@ -2,11 +2,18 @@ package paths
 
 import (
 	"os"
+	"os/user"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"testing"
 )
 
 func TestPaths(t *testing.T) {
+	me, err := user.LookupId(strconv.Itoa(os.Geteuid()))
+	if err != nil {
+		t.Fatal(err)
+	}
 	clear := map[string]string{
 		"HOME": "/home/u", "XDG_DATA_HOME": "", "XDG_STATE_HOME": "", "XDG_CONFIG_HOME": "", "XDG_RUNTIME_DIR": "",
 	}
@@ -24,8 +31,8 @@ func TestPaths(t *testing.T) {
 			"/d/dragonfly", "/s/dragonfly/logs", "/r/dragonfly/dfdaemon.sock"},
 		{"relative XDG is ignored", false, map[string]string{"XDG_DATA_HOME": "d", "XDG_STATE_HOME": "s", "XDG_RUNTIME_DIR": "r"},
 			"/home/u/.local/share/dragonfly", "/home/u/.local/state/dragonfly/logs", "/home/u/.local/state/dragonfly/run/dfdaemon.sock"},
-		{"no home", false, map[string]string{"HOME": ""},
-			"/.local/share/dragonfly", "/.local/state/dragonfly/logs", "/.local/state/dragonfly/run/dfdaemon.sock"},
+		{"home in the password file", false, map[string]string{"HOME": ""},
+			me.HomeDir + "/.local/share/dragonfly", me.HomeDir + "/.local/state/dragonfly/logs", me.HomeDir + "/.local/state/dragonfly/run/dfdaemon.sock"},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
@@ -44,6 +51,26 @@ func TestPaths(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+func TestCheckHome(t *testing.T) {
+	const nobodyKnown = 1<<31 - 7 // a user ID without an entry
+	for _, test := range []struct {
+		home, path string
+		uid        int
+		ok         bool
+	}{
+		{"/home/u", "/home/u/.local/share/dragonfly", nobodyKnown, true},
+		{"/", "/.local/share/dragonfly", nobodyKnown, true},
+		{"", "/run/user/5/dragonfly/dfdaemon.sock", nobodyKnown, true},
+		{"", "/.local/share/dragonfly", os.Geteuid(), true},
+		{"", "/.local/share/dragonfly", nobodyKnown, false},
+	} {
+		t.Setenv("HOME", test.home)
+		if err := checkHome(test.path, test.uid); (err == nil) != test.ok || err != nil && !strings.Contains(err.Error(), "set HOME") {
+			t.Errorf("%+v: %v", test, err)
+		}
 	}
 }
 

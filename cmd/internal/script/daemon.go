@@ -121,7 +121,11 @@ func (d *daemon) start(ts *testscript.TestScript, args []string) error {
 	if err == nil && string(message) == readyMessage {
 		return nil
 	}
-	return errors.Join(fmt.Errorf("daemon is not ready: %q", message), err, d.stop(syscall.SIGTERM))
+	signal := syscall.SIGTERM
+	if err == nil {
+		signal = 0 // it ends by itself, after it has said why on stderr
+	}
+	return errors.Join(fmt.Errorf("daemon is not ready: %q", message), err, d.stop(signal))
 }
 
 // stop sends a signal and waits until the daemon has ended.

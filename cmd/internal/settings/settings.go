@@ -35,8 +35,10 @@ import (
 // error. Help, version and hidden flags can't be set, nor can the file name
 // another one.
 //
+// A file has 1 MiB at most.
+//
 // Errors name the file and the key, or the variable, and are usage errors of
-// package exit, except for a file that can't be read.
+// package exit.
 func Load(cmd *cobra.Command, prefix string) error {
 	file, err := readFile(cmd, prefix)
 	if err != nil {
@@ -57,12 +59,8 @@ func Load(cmd *cobra.Command, prefix string) error {
 }
 
 func set(flags *pflag.FlagSet, f *pflag.Flag, value, source string) error {
-	err := flags.Set(f.Name, value)
-	if invalid, ok := errors.AsType[*pflag.InvalidValueError](err); ok {
-		err = invalid.Unwrap() // without the flag, which nobody has written
-	}
-	if err != nil {
-		return exit.Usage(fmt.Errorf("%s: %q is not a valid %s: %w", source, value, f.Value.Type(), err))
+	if err := flags.Set(f.Name, value); err != nil {
+		return exit.Usage(fmt.Errorf("%s: %q is not a valid %s: %w", source, value, f.Value.Type(), exit.ValueError(err)))
 	}
 	return nil
 }
@@ -76,6 +74,9 @@ func variable(prefix, flag string) string {
 func settable(f *pflag.Flag) bool {
 	return !f.Hidden && f.Name != "help" && f.Name != "version" && f.Name != "config"
 }
+
+// maxFile bounds, in bytes, what a configuration file may have.
+const maxFile = 1 << 20
 
 // file is what a configuration file says, as text for pflag.
 type file struct {
@@ -92,7 +93,10 @@ func readFile(cmd *cobra.Command, prefix string) (file, error) {
 	if value := os.Getenv(variable(prefix, flag.Name)); value != "" && !named {
 		f.path, named = value, true
 	}
-	content, err := os.ReadFile(f.path)
+	if f.path == "" {
+		return f, exit.Usage(errors.New("--config is empty: name a configuration file, or leave it out"))
+	}
+	content, err := read(f.path)
 	if errors.Is(err, fs.ErrNotExist) && !named {
 		return f, nil
 	}
@@ -105,6 +109,20 @@ func readFile(cmd *cobra.Command, prefix string) (file, error) {
 	return f, nil
 }
 
+// read returns the content of a file that is no longer than maxFile.
+func read(path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	content, err := io.ReadAll(io.LimitReader(f, maxFile+1))
+	if err == nil && len(content) > maxFile {
+		err = fmt.Errorf("%s is larger than %d bytes: name a configuration file", path, maxFile)
+	}
+	return content, err
+}
+
 // parse reads the YAML of a configuration file. Values stay the text that they
 // are in the file, so that the tag 1.10 does not become 1.1.
 func parse(content []byte, known []string) (map[string]string, error) {
@@ -112,6 +130,11 @@ func parse(content []byte, known []string) (map[string]string, error) {
 	decoder := yaml.NewDecoder(bytes.NewReader(content))
 	if err := decoder.Decode(&nodes); err != nil && err != io.EOF {
 		if wrong, ok := errors.AsType[*yaml.TypeError](err); ok {
+			for i, text := range wrong.Errors {
+				if at, _, ok := strings.Cut(text, " cannot unmarshal "); ok { // what follows are types of Go
+					wrong.Errors[i] = at + " want a map of flag names to values"
+				}
+			}
 			err = errors.New(strings.Join(wrong.Errors, "; ")) // all of them on one line
 		}
 		return nil, err

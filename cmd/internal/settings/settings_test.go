@@ -35,6 +35,7 @@ func newProgram(config string) *program {
 	flags.DurationVar(&p.timeout, "timeout", 0, "")
 	flags.BoolVar(&p.verbose, "verbose", false, "")
 	flags.StringVar(&p.daemonSock, "daemon-sock", "/sock", "")
+	flags.Int("count", 0, "")
 	flags.IntVar(&p.hidden, "ready-fd", -1, "")
 	flags.Lookup("ready-fd").Hidden = true
 	stat := &cobra.Command{Use: "stat", RunE: func(cmd *cobra.Command, _ []string) error {
@@ -158,6 +159,8 @@ func TestWhichFile(t *testing.T) {
 		{"missing in environment", byDefault, missing, nil, "", missing},
 		{"missing in flag", byDefault, "", []string{"--config", missing}, "", missing},
 		{"a directory", t.TempDir(), "", nil, "", "is a directory"},
+		{"empty flag", byDefault, byEnv, []string{"--config", ""}, "", "--config is empty"},
+		{"no file", byDefault, "/dev/zero", nil, "", "/dev/zero is larger than 1048576 bytes"},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
@@ -200,7 +203,7 @@ func TestBadFile(t *testing.T) {
 		words   []string
 	}{
 		{"tga: x", []string{"line 1", `unknown key "tga"`, "did you mean tag?"}},
-		{"\nnothing-like-it: x", []string{"line 2", `unknown key "nothing-like-it"`, "want one of: daemon-sock, local, overwrite, tag, timeout, verbose"}},
+		{"\nnothing-like-it: x", []string{"line 2", `unknown key "nothing-like-it"`, "want one of: count, daemon-sock, local, overwrite, tag, timeout, verbose"}},
 		{"path: of-doc", []string{`unknown key "path"`}},
 		{"help: true", []string{`unknown key "help"`}},
 		{"ready-fd: 3", []string{`unknown key "ready-fd"`}},
@@ -211,14 +214,18 @@ func TestBadFile(t *testing.T) {
 		{"tag:", []string{"tag has no value"}},
 		{"tag: null", []string{"tag has no value"}},
 		{"overwrite: [a]", []string{"overwrite", "list"}},
-		{"verbose: maybe", []string{"verbose", `"maybe" is not a valid bool`}},
-		{"timeout: 30", []string{"timeout", `"30" is not a valid duration`, "missing unit"}},
+		{"verbose: maybe", []string{"verbose", `"maybe" is not a valid bool: want true or false`}},
+		{"timeout: 30", []string{"timeout", `"30" is not a valid duration: the unit is missing`}},
+		{"timeout: later", []string{"timeout", `"later" is not a valid duration: want one such as 30s`}},
+		{"count: x", []string{"count", `"x" is not a valid int: want a whole number`}},
+		{"count: 9223372036854775808", []string{"count", "out of range"}},
 		{"tag: a\ntag: b", []string{": line 2: mapping key \"tag\" already defined at line 1"}},
 		{"tag: a\n---\ntag: b", []string{"more than one YAML document"}},
 		{"tag: a\n---\n: b: c", []string{"yaml"}},
 		{"tag: a\n  b", nil},
-		{"- tag", []string{"cannot unmarshal"}},
-		{"text", []string{"cannot unmarshal"}},
+		{"- tag", []string{"line 1: want a map of flag names to values"}},
+		{"text", []string{"line 1: want a map of flag names to values"}},
+		{"? [a]\n: b", []string{"line 1: want a map of flag names to values"}},
 		{"tag: \x00", []string{"control characters"}},
 	}
 	for _, test := range tests {
@@ -237,9 +244,17 @@ func TestBadFile(t *testing.T) {
 	}
 }
 
+func TestLongFile(t *testing.T) {
+	longest := "tag: x" + strings.Repeat("\n", 1<<20-6)
+	if err := newProgram(write(t, longest)).run(); err != nil {
+		t.Error(err)
+	}
+	wantError(t, newProgram(write(t, longest+"\n")).run(), "larger than 1048576 bytes")
+}
+
 func TestBadEnvironment(t *testing.T) {
 	t.Setenv("PROG_TIMEOUT", "soon")
-	wantError(t, newProgram(write(t, "timeout: 1s")).run(), "environment variable PROG_TIMEOUT", `"soon" is not a valid duration`)
+	wantError(t, newProgram(write(t, "timeout: 1s")).run(), "environment variable PROG_TIMEOUT", `"soon" is not a valid duration: want one such`)
 }
 
 // The command line goes before everything, even what is wrong.

@@ -1,6 +1,39 @@
 package tracing
 
-import "testing"
+import (
+	"context"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// How long a close may take, by a clock that stands still.
+func TestClosing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		over, cancel := context.WithCancel(t.Context())
+		cancel()
+		short, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+		defer cancel()
+		long, cancel := context.WithTimeout(t.Context(), time.Hour)
+		defer cancel()
+		for _, test := range []struct {
+			name string
+			ctx  context.Context
+			want time.Duration
+		}{
+			{"no limit", t.Context(), closeTimeout},
+			{"much time", long, closeTimeout},
+			{"little time", short, 300 * time.Millisecond},
+			{"no time", over, lateTimeout},
+		} {
+			ctx, cancel := closing(test.ctx)
+			defer cancel()
+			if deadline, ok := ctx.Deadline(); !ok || time.Until(deadline) != test.want || ctx.Err() != nil {
+				t.Errorf("%s: %s, %v", test.name, time.Until(deadline), ctx.Err())
+			}
+		}
+	})
+}
 
 func TestParseEndpoint(t *testing.T) {
 	tests := []struct {

@@ -33,8 +33,15 @@ import (
 	"github.com/dfcache/dfcache/cmd/internal/exit"
 )
 
-// closeTimeout is how long Close waits for the collector.
-const closeTimeout = 3 * time.Second
+const (
+	// closeTimeout is how long Close waits for the collector.
+	closeTimeout = 3 * time.Second
+	// lateTimeout is how long CloseWithin waits where there is no time left.
+	lateTimeout = 200 * time.Millisecond
+)
+
+// protocol is how spans are sent, as OTEL_EXPORTER_OTLP_PROTOCOL calls it.
+const protocol = "http/protobuf"
 
 const scope = "github.com/dfcache/dfcache"
 
@@ -51,7 +58,7 @@ type Options struct {
 	ServiceNameSet bool
 	Version        string // of the program
 	// Warn is told what does not work. It may be called from any goroutine,
-	// until Close returns.
+	// until Close or CloseWithin returns.
 	Warn func(string)
 }
 
@@ -76,6 +83,15 @@ func Start(ctx context.Context, o Options) (*Tracing, error) {
 	}
 	if name := os.Getenv("OTEL_TRACES_EXPORTER"); name != "" && name != "otlp" {
 		o.Warn(fmt.Sprintf("OTEL_TRACES_EXPORTER=%s is not supported, traces are sent by OTLP", name))
+	}
+
+	for _, name := range []string{"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"} {
+		if value := os.Getenv(name); value != "" {
+			if value != protocol {
+				o.Warn(fmt.Sprintf("%s=%s is not supported, traces are sent by %s", name, value, protocol))
+			}
+			break // the first goes before the second
+		}
 	}
 
 	var options []otlptracehttp.Option
@@ -166,17 +182,29 @@ func (t *Tracing) grpcOptions() []otelgrpc.Option {
 
 // Close sends what was not sent yet, for three seconds at most. What could not
 // be sent is lost, with a warning.
-func (t *Tracing) Close() {
+func (t *Tracing) Close() { t.CloseWithin(context.Background()) }
+
+// CloseWithin is a Close that waits no longer than ctx lasts. Where that has
+// ended already, it waits for a fifth of a second.
+func (t *Tracing) CloseWithin(ctx context.Context) {
 	if t.provider == nil {
 		return
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
+	ctx, cancel := closing(ctx)
 	defer cancel()
 	if err := t.provider.Shutdown(ctx); err != nil {
 		t.exporter.report(err)
 	}
 	// A collector that hangs keeps nothing alive beyond this.
 	t.exporter.close()
+}
+
+// closing returns the context of a close within ctx.
+func closing(ctx context.Context) (context.Context, context.CancelFunc) {
+	if ctx.Err() != nil {
+		return context.WithTimeout(context.WithoutCancel(ctx), lateTimeout)
+	}
+	return context.WithTimeout(ctx, closeTimeout)
 }
 
 // exporter reports the first failure and gives up everything once closed.
@@ -200,8 +228,11 @@ func (e *exporter) ExportSpans(ctx context.Context, spans []sdk.ReadOnlySpan) er
 
 func (e *exporter) report(err error) {
 	e.once.Do(func() {
-		if errors.Is(err, context.DeadlineExceeded) {
+		switch {
+		case errors.Is(err, context.DeadlineExceeded):
 			err = errors.New("the collector does not answer in time")
+		case errors.Is(err, context.Canceled):
+			err = errors.New("interrupted")
 		}
 		e.warn(fmt.Sprintf("traces could not be sent and are lost: %v", err))
 	})

@@ -304,6 +304,42 @@ func TestHang(t *testing.T) {
 	}
 }
 
+// The wait for a collector that hangs ends with the context.
+func TestCloseWithin(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	release := make(chan struct{})
+	s := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { cancel(); <-release }))
+	defer s.Close()
+	defer close(release)
+	tr, w := start(t, tracing.Options{Endpoint: s.URL})
+	_, end := tr.StartSpan(t.Context(), "span")
+	end(nil)
+	tr.CloseWithin(ctx)
+	if len(w.all) != 1 || !strings.Contains(w.all[0], "lost: interrupted") {
+		t.Errorf("warned: %q", w.all)
+	}
+}
+
+func TestProtocol(t *testing.T) {
+	const general, special = "OTEL_EXPORTER_OTLP_PROTOCOL", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"
+	for _, test := range []struct{ general, special, warning string }{
+		{"", "", ""},
+		{"http/protobuf", "", ""},
+		{"grpc", "http/protobuf", ""},
+		{"grpc", "", general + "=grpc is not supported, traces are sent by http/protobuf"},
+		{"http/protobuf", "http/json", special + "=http/json is not supported"},
+	} {
+		t.Setenv(general, test.general)
+		t.Setenv(special, test.special)
+		tr, w := start(t, tracing.Options{Endpoint: "http://127.0.0.1:1"})
+		tr.Close()
+		if all := strings.Join(w.all, "\n"); test.warning == "" && all != "" || !strings.Contains(all, test.warning) {
+			t.Errorf("%+v: warned: %q", test, all)
+		}
+	}
+}
+
 // A trace goes on from a gRPC client to the server.
 func TestGRPC(t *testing.T) {
 	s := newServer(t)
