@@ -8,6 +8,7 @@ import (
 	"os"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/dfcache/dfcache/blobstore"
 	"github.com/dfcache/dfcache/cmd/internal/exit"
@@ -71,6 +72,9 @@ func (s *session) importFile(ctx context.Context, input, algorithm string) error
 	if err := s.checkNames(); err != nil {
 		return err
 	}
+	if input == "-" && isClosed(s.stdin) {
+		return exit.Usage(errors.New("standard input is closed: there is nothing to import"))
+	}
 	var src io.Reader = s.stdin
 	title, size := "", int64(-1)
 	if input != "-" {
@@ -98,6 +102,18 @@ func (s *session) importFile(ctx context.Context, input, algorithm string) error
 	var text facts
 	text.describe(file)
 	return s.result.print(s.stdout, file, text.String())
+}
+
+// isClosed reports whether a standard file was closed when the process began.
+// Go opens /dev/null for reading and writing in its place then, which is not
+// what a redirection to or from /dev/null does.
+func isClosed(f *os.File) bool {
+	var file, null unix.Stat_t
+	if unix.Fstat(int(f.Fd()), &file) != nil || unix.Stat(os.DevNull, &null) != nil || file.Rdev != null.Rdev || file.Mode&unix.S_IFMT != unix.S_IFCHR {
+		return false
+	}
+	flags, err := unix.FcntlInt(f.Fd(), unix.F_GETFL, 0)
+	return err == nil && flags&unix.O_ACCMODE == unix.O_RDWR
 }
 
 // openInput opens a file to import.

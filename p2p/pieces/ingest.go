@@ -198,7 +198,7 @@ func (s *Store) intact(ctx context.Context, d digest.Digest) bool {
 
 // copy copies src to f and returns the table of what f has then.
 func (in *ingest) copy(f *os.File, src io.Reader, alg digest.Algorithm, progress func(int64)) (*digest.Table, error) {
-	interrupt := func() {}
+	var interrupt func()
 	if d, ok := src.(interface{ SetReadDeadline(time.Time) error }); ok {
 		interrupt = func() { d.SetReadDeadline(time.Unix(1, 0)) }
 	} else {
