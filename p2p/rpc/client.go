@@ -93,10 +93,10 @@ func (s *session) usable() bool {
 
 // Dial connects to the dfdaemon that listens on socket. ctx bounds only that.
 //
-// It fails with [ErrNoDaemon] where nothing listens, with [p2p.ErrUnavailable]
-// where the daemon can't be reached for that or another reason, and with
-// [io/fs.ErrPermission] where the caller may not connect or where the process
-// that listens belongs to another user ([WithServerUID]). The caller closes the
+// It fails with [ErrNoDaemon] where nothing listens, with [io/fs.ErrPermission]
+// where the caller may not connect or where the process that listens belongs to
+// another user ([WithServerUID]), and with [p2p.ErrUnavailable] for these and
+// for any other reason why there is no daemon to talk to. The caller closes the
 // client.
 func Dial(ctx context.Context, socket string, opts ...DialOption) (*Client, error) {
 	if len(socket) > maxSocketPath {
