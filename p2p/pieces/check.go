@@ -155,26 +155,12 @@ func (c *checker) metadata() error {
 	return err
 }
 
-func firstPart(k []byte) string {
-	for i, b := range k {
-		if b == 0 {
-			return string(k[:i])
-		}
-	}
-	return string(k)
-}
-
 // blobs reads every blob.
 func (c *checker) blobs() error {
 	for last := []byte(nil); ; {
 		var next []byte
 		err := c.s.view(func(tx *bbolt.Tx) error {
-			cursor := tx.Bucket(bucketBlobs).Cursor()
-			k, _ := cursor.Seek(last)
-			if k != nil && string(k) == string(last) {
-				k, _ = cursor.Next()
-			}
-			next = append(next, k...)
+			next = append(next, after(tx.Bucket(bucketBlobs).Cursor(), last)...)
 			return nil
 		})
 		if err != nil || next == nil {

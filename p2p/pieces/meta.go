@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 	"syscall"
 	"time"
 
@@ -77,6 +78,21 @@ func taskKey(t p2p.Task) []byte { return key(t.Tag, string(t.Digest)) }
 
 // lastPart returns what follows the last separator of a key.
 func lastPart(k []byte) string { return string(k[bytes.LastIndexByte(k, 0)+1:]) }
+
+// firstPart returns what stands before the first separator of a key.
+func firstPart(k []byte) string {
+	first, _, _ := strings.Cut(string(k), "\x00")
+	return first
+}
+
+// after moves c to the first key that sorts after last, and returns it.
+func after(c *bbolt.Cursor, last []byte) []byte {
+	k, _ := c.Seek(last)
+	if k != nil && bytes.Equal(k, last) {
+		k, _ = c.Next()
+	}
+	return k
+}
 
 // scan calls f for every key that starts with prefix, until f returns false.
 // f must not change the bucket.

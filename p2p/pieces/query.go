@@ -229,7 +229,7 @@ func (l *lister) read(f func(tx *bbolt.Tx) error) {
 func (l *lister) nextTag(from string) (tag *string) {
 	l.read(func(tx *bbolt.Tx) error {
 		if k, _ := tx.Bucket(bucketTasks).Cursor().Seek([]byte(from)); k != nil {
-			t, _, _ := strings.Cut(string(k), "\x00")
+			t := firstPart(k)
 			tag = &t
 		}
 		return nil
@@ -263,11 +263,7 @@ func (l *lister) list(tag string, yield func(p2p.Entry, error) bool) bool {
 func (l *lister) batch(bucket []byte, tag string, last []byte) (batch []p2p.Entry, next []byte) {
 	l.read(func(tx *bbolt.Tx) error {
 		c := tx.Bucket(bucket).Cursor()
-		k, _ := c.Seek(last)
-		if bytes.Equal(k, last) {
-			k, _ = c.Next()
-		}
-		for ; bytes.HasPrefix(k, prefix(tag)); k, _ = c.Next() {
+		for k := after(c, last); bytes.HasPrefix(k, prefix(tag)); k, _ = c.Next() {
 			if len(batch) == listBatch {
 				return nil
 			}
