@@ -3,23 +3,19 @@ package blobstore
 import (
 	"encoding/json"
 	"fmt"
+	"path"
 	"path/filepath"
 	"strings"
 
 	specs "github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
-	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
 )
 
 // ArtifactType is the artifact type of the manifest that an import under a
 // cache ID makes.
 const ArtifactType = "application/vnd.dfcache.file.v1"
-
-// MaxManifest is the largest manifest in bytes that is read: the limit that
-// the OCI distribution specification asks every registry for.
-const MaxManifest = 4 << 20
 
 // blobMediaType is the media type of content that nothing is known about.
 const blobMediaType = "application/octet-stream"
@@ -54,18 +50,43 @@ func titleOf(name, fallback string) string {
 	return title
 }
 
-// onlyLayer returns the one file of the artifact whose manifest is data.
-func onlyLayer(data []byte) (ocispec.Descriptor, error) {
-	var m ocispec.Manifest
-	if err := json.Unmarshal(data, &m); err != nil {
-		return ocispec.Descriptor{}, fmt.Errorf("manifest: %w: %w", ErrInvalid, err)
+// files returns the layers that are files of an artifact: its only layer, or
+// those that have a title, as `oras pull` takes them.
+func (m *manifest) files() ([]ocispec.Descriptor, error) {
+	layers := append(m.Layers, m.Blobs...)
+	if len(layers) == 1 {
+		return layers, nil
 	}
-	if len(m.Layers) != 1 {
-		return ocispec.Descriptor{}, fmt.Errorf("manifest: %w: it has %d layers, want the one of a single file: name a layer by its digest instead", ErrInvalid, len(m.Layers))
+	var files []ocispec.Descriptor
+	for _, l := range layers {
+		if l.Annotations[ocispec.AnnotationTitle] != "" {
+			files = append(files, l)
+		}
 	}
-	layer := m.Layers[0]
-	if _, err := digest.Parse(string(layer.Digest)); err != nil {
-		return ocispec.Descriptor{}, fmt.Errorf("manifest: layer: %w", err)
+	if len(files) > 0 {
+		return files, nil
 	}
-	return layer, nil
+	what := fmt.Sprintf("an image of %d layers without file names: name a layer by its digest instead, or pull it with a registry client", len(layers))
+	switch {
+	case len(m.Manifests) > 0:
+		what = "an index of several manifests: name one of them by its tag, or a layer by its digest"
+	case len(layers) == 0:
+		what = "a manifest without layers"
+	}
+	return nil, fmt.Errorf("manifest: %w: it is not of files, but %s", ErrInvalid, what)
+}
+
+// maxTitle is the length of the longest title in bytes that can be a path.
+const maxTitle = 4095
+
+// checkTitle reports a title that does not name a file below the directory
+// that an artifact is exported to.
+func checkTitle(title string) error {
+	if len(title) > maxTitle {
+		return fmt.Errorf("file %.40q of the artifact: %w: its name has %d bytes, at most %d are possible", title, ErrInvalid, len(title), maxTitle)
+	}
+	if !filepath.IsLocal(title) || path.Clean(title) == "." || strings.ContainsRune(title, 0) {
+		return fmt.Errorf("file %q of the artifact: %w: its name leads out of the directory", title, ErrInvalid)
+	}
+	return nil
 }

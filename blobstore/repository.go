@@ -2,6 +2,7 @@ package blobstore
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -23,8 +24,8 @@ type Repository struct {
 	tag    string
 }
 
-// Tag returns the tag, "" for the empty one.
-func (r *Repository) Tag() string { return r.tag }
+// Name returns the tag that the repository is, "" for the empty one.
+func (r *Repository) Name() string { return r.tag }
 
 // File says what is known of a file in a repository.
 type File struct {
@@ -40,6 +41,10 @@ type File struct {
 	Local       bool          // whether all of them are
 	Imported    time.Time     // when it came to this host; zero where that was not asked for
 	LastUsed    time.Time     // when it was last read on this host; zero where never
+
+	// Files are those of an artifact that has several. Digest is that of its
+	// manifest then; Size, Pieces and Held are sums; PieceLength is 0.
+	Files []File
 }
 
 // MarshalJSON makes an object that always has all fields, with null for a time
@@ -64,7 +69,8 @@ func (f File) MarshalJSON() ([]byte, error) {
 		Local       bool          `json:"local"`
 		Imported    *time.Time    `json:"imported"`
 		LastUsed    *time.Time    `json:"lastUsed"`
-	}{f.CID, f.Tag, f.Digest, f.Size, f.Title, f.Manifest, f.Pieces, f.PieceLength, f.Held, f.Local, known(f.Imported), known(f.LastUsed)})
+		Files       []File        `json:"files"`
+	}{f.CID, f.Tag, f.Digest, f.Size, f.Title, f.Manifest, f.Pieces, f.PieceLength, f.Held, f.Local, known(f.Imported), known(f.LastUsed), append([]File{}, f.Files...)})
 }
 
 // Lookup says how far an operation may look for content.
@@ -126,7 +132,7 @@ func (r *Repository) Import(ctx context.Context, cid string, src io.Reader, opts
 	}
 	if name := id.CacheID(); name == "" {
 		id = digest.FromDigest(file.Digest)
-		commit.Tasks = []p2p.NewTask{{Task: r.task(file.Digest), MediaType: blobMediaType, Pinned: true}}
+		commit.Tasks = []p2p.NewTask{{Task: r.task(file.Digest), MediaType: blobMediaType, Keep: p2p.KeepPinned}}
 	} else {
 		result.Title = titleOf(opts.Title, name)
 		if commit, err = r.artifact(in, name, file, result.Title); err != nil {
@@ -160,7 +166,10 @@ func (r *Repository) artifact(in p2p.Ingest, name string, file p2p.Added, title 
 		Tasks: []p2p.NewTask{
 			{Task: r.task(file.Digest), MediaType: blobMediaType},
 			{Task: r.task(config.Digest), MediaType: config.MediaType},
-			{Task: r.task(manifest.Digest), MediaType: ocispec.MediaTypeImageManifest, Refs: []digest.Digest{config.Digest, file.Digest}},
+			{
+				Task: r.task(manifest.Digest), MediaType: ocispec.MediaTypeImageManifest,
+				Manifest: &p2p.NewManifest{Refs: []digest.Digest{config.Digest, file.Digest}},
+			},
 		},
 		Names: []p2p.NewName{{Tag: r.tag, Name: name, Digest: manifest.Digest}},
 	}, nil
@@ -177,105 +186,128 @@ func (r *Repository) Stat(ctx context.Context, cid string, l Lookup) (File, erro
 	return file, nil
 }
 
+// findAttempts is how often what a name points to is looked up again, when it
+// is gone before it could be used.
+const findAttempts = 10
+
 // find finds the file that cid names and calls use with it: a digest is the
 // file's own, a cache ID leads to it through a manifest. Whoever imports another
-// file under the same cache ID meanwhile takes all of that away, step by step;
-// it is then looked up anew, so that either the one file is found or the other.
+// file under the same cache ID meanwhile takes all of that away; it is then
+// looked up anew, so that either the one file is found or the other.
 func (r *Repository) find(ctx context.Context, cid string, l Lookup, use func(File) error) (File, error) {
 	id, err := digest.ParseCID(cid)
 	if err != nil {
 		return File{}, err
 	}
-	file := File{CID: cid, Tag: r.tag, Digest: id.Digest()}
-	if id.CacheID() == "" {
-		return file, r.describe(ctx, &file, l, use)
+	for attempt := 1; ; attempt++ {
+		info, err := r.engine.Stat(ctx, r.tag, id, p2p.StatOptions{Scope: l.scope(), Manifest: id.CacheID() != ""})
+		if err != nil {
+			return File{}, err
+		}
+		file := File{CID: cid, Tag: r.tag, Digest: info.Task.Digest}
+		if info.Manifest == nil {
+			file.fill(info)
+		} else if err = r.followManifest(ctx, &file, info.Manifest, l); err != nil {
+			err = fmt.Errorf("%s: %w", p2p.Describe(r.tag, id), err)
+		}
+		if err == nil {
+			err = use(file)
+		}
+		// What a name leads to is missing for good only where a part was deleted by force.
+		if !errors.Is(err, ErrNotFound) || attempt == findAttempts || id.CacheID() == "" {
+			return file, err
+		}
 	}
-	manifest, err := r.engine.Resolve(ctx, r.tag, id, l.scope())
-	for attempt := 0; err == nil; attempt++ {
-		file.Manifest = manifest.Digest
-		if err = r.followManifest(ctx, &file, l); err == nil {
-			err = r.describe(ctx, &file, l, use)
-		}
-		if !errors.Is(err, ErrNotFound) {
-			break
-		}
-		now, moved := r.engine.Resolve(ctx, r.tag, id, l.scope())
-		// The same again may mean that it has moved away and back. It leads
-		// to nothing for good only where a part was deleted by force.
-		if moved == nil && now == manifest && attempt >= 10 {
-			err = fmt.Errorf("%s leads to %w", p2p.Describe(r.tag, id), err)
-			break
-		}
-		manifest, err = now, moved
-	}
-	return file, err
 }
 
-// followManifest fills in what the manifest of file says.
-func (r *Repository) followManifest(ctx context.Context, file *File, l Lookup) error {
-	data, err := r.read(ctx, r.task(file.Manifest), l)
+// fill fills in what the engine knows of a file.
+func (f *File) fill(info p2p.Info) {
+	f.Size, f.Pieces, f.PieceLength = info.Size, info.Pieces, info.PieceLength
+	f.Held, f.Local = info.Held, info.Local()
+	f.Imported, f.LastUsed = info.Imported, info.LastUsed
+}
+
+// followManifest fills in what a cache ID leads to.
+func (r *Repository) followManifest(ctx context.Context, file *File, manifest *p2p.Manifest, l Lookup) error {
+	parsed, err := parseManifest(manifest.Content)
 	if err != nil {
 		return err
 	}
-	layer, err := onlyLayer(data)
+	layers, err := parsed.files()
 	if err != nil {
-		return fmt.Errorf("%s under tag %q: %w", file.CID, r.tag, err)
+		return err
 	}
-	file.Digest, file.Title = layer.Digest, layer.Annotations[ocispec.AnnotationTitle]
+	known := map[digest.Digest]p2p.Info{}
+	for _, info := range manifest.Refs {
+		known[info.Task.Digest] = info
+	}
+	file.Manifest = file.Digest
+	for _, layer := range layers {
+		info, found := known[layer.Digest]
+		if !found {
+			// It was too far down the list, or it is damaged or missing, which this tells.
+			if info, err = r.engine.Stat(ctx, r.tag, digest.FromDigest(layer.Digest), p2p.StatOptions{Scope: l.scope()}); err != nil {
+				return fmt.Errorf("leads to: %w", err)
+			}
+		}
+		f := File{CID: file.CID, Tag: r.tag, Digest: layer.Digest, Title: layer.Annotations[ocispec.AnnotationTitle], Manifest: file.Manifest}
+		f.fill(info)
+		file.Files = append(file.Files, f)
+	}
+	if len(file.Files) == 1 {
+		*file = file.Files[0]
+		return nil
+	}
+	file.Local = true
+	for _, f := range file.Files {
+		file.Size, file.Pieces, file.Held = file.Size+f.Size, file.Pieces+f.Pieces, file.Held+f.Held
+		file.Local = file.Local && f.Local
+		file.Imported = f.Imported
+		if file.LastUsed.Before(f.LastUsed) {
+			file.LastUsed = f.LastUsed
+		}
+	}
 	return nil
 }
 
-// describe fills in what the engine knows of file, and calls use.
-func (r *Repository) describe(ctx context.Context, file *File, l Lookup, use func(File) error) error {
-	info, err := r.engine.Stat(ctx, r.task(file.Digest), l.scope())
-	if err != nil {
-		return err
-	}
-	file.Size, file.Pieces, file.PieceLength = info.Size, info.Pieces, info.PieceLength
-	file.Held, file.Local = info.Held, info.Local()
-	file.Imported, file.LastUsed = info.Imported, info.LastUsed
-	return use(*file)
-}
-
-// read returns the whole content of a manifest.
-func (r *Repository) read(ctx context.Context, task p2p.Task, l Lookup) ([]byte, error) {
-	blob, err := r.engine.Open(ctx, task, l.scope())
-	if err != nil {
-		return nil, err
-	}
-	defer blob.Close()
-	if blob.Size() > MaxManifest {
-		return nil, fmt.Errorf("manifest %s: %w: it has %d bytes, the limit is %d", task, ErrInvalid, blob.Size(), MaxManifest)
-	}
-	data := make([]byte, blob.Size())
-	if _, err := io.ReadFull(io.NewSectionReader(blob, 0, blob.Size()), data); err != nil {
-		return nil, fmt.Errorf("manifest %s: %w", task, err)
-	}
-	return data, nil
-}
-
 // Open opens the file that cid names for reading, or fails with [ErrNotFound].
+// An artifact of several files can't be opened: the error matches [ErrInvalid].
 // The caller closes the Reader.
 func (r *Repository) Open(ctx context.Context, cid string, l Lookup) (*Reader, error) {
 	var blob p2p.Blob
 	file, err := r.find(ctx, cid, l, func(f File) (err error) {
+		if len(f.Files) > 0 {
+			return fmt.Errorf("%s: %w: it has %d files: export it to a directory, or name one of them by its digest", f.CID, ErrInvalid, len(f.Files))
+		}
 		blob, err = r.engine.Open(ctx, r.task(f.Digest), l.scope())
 		return err
 	})
 	if err != nil {
 		return nil, fmt.Errorf("open: %w", err)
 	}
-	return &Reader{SectionReader: io.NewSectionReader(blob, 0, blob.Size()), blob: blob, file: file}, nil
+	return newReader(blob, file), nil
 }
 
 // Reader reads a file of a repository. Every byte has been verified before it
 // is handed out; damage gives an error that matches [ErrCorrupt]. The file
 // stays readable until the Reader is closed, even when it is deleted
-// meanwhile. ReadAt is safe for concurrent use, Read and Seek are not.
+// meanwhile. ReadAt and CopyRange are safe for concurrent use, Read and Seek
+// are not.
 type Reader struct {
 	*io.SectionReader
 	blob p2p.Blob
 	file File
+}
+
+func newReader(blob p2p.Blob, file File) *Reader {
+	return &Reader{SectionReader: io.NewSectionReader(blob, 0, blob.Size()), blob: blob, file: file}
+}
+
+// CopyRange writes the n bytes from off on to w. Each piece is verified before
+// bytes of it are written. Where w can read from an [*os.File] by itself, as
+// connections and files do, the bytes stay in the kernel. It ends with ctx.
+func (r *Reader) CopyRange(ctx context.Context, w io.Writer, off, n int64) error {
+	return r.blob.CopyRange(ctx, w, off, n, nil)
 }
 
 // File returns what was known of the file when it was opened.
@@ -287,16 +319,10 @@ func (r *Reader) WriteTo(w io.Writer) (int64, error) {
 	if err != nil {
 		return 0, err
 	}
-	if off > 0 {
-		// The embedded Reader hides WriteTo, which would lead back here.
-		return io.Copy(w, struct{ io.Reader }{r.SectionReader})
-	}
 	var written int64
-	err = r.blob.CopyTo(context.Background(), w, func(n int64) { written = n })
-	if err == nil {
-		_, err = r.Seek(0, io.SeekEnd)
-	}
-	return written, err
+	err = r.blob.CopyRange(context.Background(), w, off, max(0, r.Size()-off), func(n int64) { written = n })
+	_, seekErr := r.Seek(off+written, io.SeekStart)
+	return written, cmp.Or(err, seekErr)
 }
 
 // Close closes the Reader.
@@ -316,30 +342,63 @@ type ExportOptions struct {
 // it is written, but when Export fails w may have got some of them; [Repository.ExportFile]
 // leaves nothing behind.
 func (r *Repository) Export(ctx context.Context, cid string, w io.Writer, opts ExportOptions) (File, error) {
-	return r.export(ctx, cid, opts, func(copyTo func(io.Writer) error) error { return copyTo(w) })
+	in, err := r.Open(ctx, cid, opts.Lookup)
+	if err != nil {
+		return File{}, fmt.Errorf("export: %w", err)
+	}
+	defer in.Close()
+	if err := in.blob.CopyRange(ctx, w, 0, in.Size(), opts.Progress); err != nil {
+		return File{}, fmt.Errorf("export %s: %w", cid, err)
+	}
+	return in.file, nil
 }
 
 // ExportFile writes the file that cid names to a new file at path. It is all or
 // nothing: the content is written to a file that can't be seen yet, in the
 // same directory, and gets its name when it is complete and verified. A failure
 // leaves no file, and one that was there as it was.
+//
+// An artifact of several files becomes a directory at path. A new one appears at
+// once, with everything in it. Into an empty one that is there, or, with
+// opts.Overwrite, into any, the files are moved one by one when all are complete
+// and verified; other files in it stay. A file whose name would lead out of the
+// directory is refused, with [ErrInvalid].
 func (r *Repository) ExportFile(ctx context.Context, cid, path string, opts ExportOptions) (File, error) {
-	return r.export(ctx, cid, opts, func(copyTo func(io.Writer) error) error {
-		return writeFile(path, opts.Overwrite, func(f *os.File) error { return copyTo(f) })
+	file, err := r.find(ctx, cid, opts.Lookup, func(f File) error {
+		if len(f.Files) == 0 {
+			return writeFile(path, opts.Overwrite, func(out *os.File) error {
+				return r.copyFile(ctx, f, out, opts.Lookup, opts.Progress)
+			})
+		}
+		return r.writeDir(ctx, f, path, opts)
 	})
-}
-
-func (r *Repository) export(ctx context.Context, cid string, opts ExportOptions, write func(copyTo func(io.Writer) error) error) (File, error) {
-	in, err := r.Open(ctx, cid, opts.Lookup)
-	if err != nil {
-		return File{}, fmt.Errorf("export: %w", err)
-	}
-	defer in.Close()
-	err = write(func(w io.Writer) error { return in.blob.CopyTo(ctx, w, opts.Progress) })
 	if err != nil {
 		return File{}, fmt.Errorf("export %s: %w", cid, err)
 	}
-	return in.file, nil
+	return file, nil
+}
+
+// writeDir writes the files of an artifact to a directory at path.
+func (r *Repository) writeDir(ctx context.Context, artifact File, path string, opts ExportOptions) error {
+	var written int64
+	return writeDir(path, opts.Overwrite, artifact.Files, func(f File, out *os.File) error {
+		progress := opts.Progress
+		if before := written; progress != nil {
+			progress = func(n int64) { opts.Progress(before + n) }
+		}
+		written += f.Size
+		return r.copyFile(ctx, f, out, opts.Lookup, progress)
+	})
+}
+
+// copyFile copies the content of f to out.
+func (r *Repository) copyFile(ctx context.Context, f File, out *os.File, l Lookup, progress func(int64)) error {
+	blob, err := r.engine.Open(ctx, r.task(f.Digest), l.scope())
+	if err != nil {
+		return err
+	}
+	defer blob.Close()
+	return blob.CopyRange(ctx, out, 0, blob.Size(), progress)
 }
 
 // DeleteOptions says how to delete.
@@ -351,17 +410,17 @@ type DeleteOptions struct {
 // Deleted says what a Delete did.
 type Deleted = p2p.Deleted
 
-// Delete removes what cid names. A cache ID goes with everything that only it
+// Remove removes what cid names. A cache ID goes with everything that only it
 // held. A digest that a manifest refers to is an error that matches
 // [ErrReferenced], unless opts.Force is set. Bytes are freed when no tag holds
 // them any more; who has them open can read on. It fails with [ErrNotFound]
-// where there is nothing to delete.
-func (r *Repository) Delete(ctx context.Context, cid string, opts DeleteOptions) (Deleted, error) {
+// where there is nothing to remove.
+func (r *Repository) Remove(ctx context.Context, cid string, opts DeleteOptions) (Deleted, error) {
 	id, err := digest.ParseCID(cid)
 	if err != nil {
 		return Deleted{}, fmt.Errorf("delete: %w", err)
 	}
-	deleted, err := r.engine.Delete(ctx, r.tag, id, opts.Force)
+	deleted, err := r.engine.Delete(ctx, r.tag, id, p2p.DeleteOptions{Force: opts.Force})
 	if err != nil {
 		return Deleted{}, fmt.Errorf("delete: %w", err)
 	}
@@ -371,5 +430,5 @@ func (r *Repository) Delete(ctx context.Context, cid string, opts DeleteOptions)
 // List yields what the repository holds on this host: names, then blobs, each
 // in order. It ends after the first error.
 func (r *Repository) List(ctx context.Context) iter.Seq2[Entry, error] {
-	return r.engine.List(ctx, &r.tag)
+	return r.engine.List(ctx, p2p.Query{Tag: &r.tag})
 }

@@ -22,6 +22,7 @@ var (
 	ErrMismatch    = digest.ErrMismatch // content is not what its digest promised; see [digest.MismatchError]
 	ErrCorrupt     = digest.ErrCorrupt  // stored content is damaged; see [digest.CorruptError]
 	ErrReferenced  = p2p.ErrReferenced  // other content refers to what was to be deleted
+	ErrMissingRef  = p2p.ErrMissingRef  // a manifest refers to what is not there
 	ErrNoSpace     = p2p.ErrNoSpace     // a disk or a quota is full
 	ErrUnavailable = p2p.ErrUnavailable // the daemon can't be reached, or another process holds the directory
 	ErrClosed      = p2p.ErrClosed      // the Store has been closed
@@ -105,7 +106,9 @@ type Entry = p2p.Entry
 
 // List yields everything the store holds on this host, in order of tag; within
 // a tag first names, then blobs. It ends after the first error.
-func (s *Store) List(ctx context.Context) iter.Seq2[Entry, error] { return s.engine.List(ctx, nil) }
+func (s *Store) List(ctx context.Context) iter.Seq2[Entry, error] {
+	return s.engine.List(ctx, p2p.Query{})
+}
 
 // Close closes the Store. Operations under way end first; open [Reader]s stay
 // readable.

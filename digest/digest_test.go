@@ -233,7 +233,7 @@ func TestVerifiedFindsDamage(t *testing.T) {
 	} {
 		v := NewVerified(bytes.NewReader(damage(bytes.Clone(data))), table)
 		var out bytes.Buffer
-		err := v.CopyTo(t.Context(), &out, nil)
+		err := v.CopyRange(t.Context(), &out, 0, v.Size(), nil)
 		if e, ok := errors.AsType[*CorruptError](err); !ok || e.Piece != 2 || e.Digest != table.Digest {
 			t.Errorf("%s: copy: %v; want a corrupt piece 2", name, err)
 		}
@@ -286,7 +286,7 @@ func TestVerifiedCopyStops(t *testing.T) {
 	cause := errors.New("enough")
 	ctx, cancel := context.WithCancelCause(t.Context())
 	n := 0
-	err := v.CopyTo(ctx, io.Discard, func(int64) {
+	err := v.CopyRange(ctx, io.Discard, 0, v.Size(), func(int64) {
 		if n++; n == 2 {
 			cancel(cause)
 		}
@@ -296,7 +296,7 @@ func TestVerifiedCopyStops(t *testing.T) {
 	}
 }
 
-func TestVerifiedCopyToStalledPipe(t *testing.T) {
+func TestVerifiedCopyRangeStalledPipe(t *testing.T) {
 	data := content(4*MinPieceLength, 1) // more than a pipe holds
 	v := NewVerified(bytes.NewReader(data), record(t, SHA256, data, 1<<20))
 	r, w, err := os.Pipe()
@@ -307,7 +307,7 @@ func TestVerifiedCopyToStalledPipe(t *testing.T) {
 	defer w.Close()
 	ctx, cancel := context.WithCancel(t.Context())
 	result := make(chan error)
-	go func() { result <- v.CopyTo(ctx, w, nil) }()
+	go func() { result <- v.CopyRange(ctx, w, 0, v.Size(), nil) }()
 	if _, err := io.ReadFull(r, make([]byte, 10)); err != nil { // it is writing
 		t.Fatal(err)
 	}

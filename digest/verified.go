@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"sync"
 	"time"
 )
@@ -106,21 +107,48 @@ func (v *Verified) readPiece(i int, p []byte) error {
 	return err
 }
 
-// CopyTo writes the whole blob to w, checking each piece before it is written,
-// and calls progress, where it is not nil, with the count of bytes written so
-// far. Reading and checking run beside the writing; three pieces are held in
-// memory. It stops when ctx ends, with the context's cause: at the next piece,
-// or, where w has a SetWriteDeadline method as pipes and connections do, at once.
-func (v *Verified) CopyTo(ctx context.Context, w io.Writer, progress func(written int64)) error {
+// CopyRange writes the n bytes from off on to w, checking each piece before
+// bytes of it are written, and calls progress, where it is not nil, with the
+// count of bytes written so far. Reading and checking run beside the writing;
+// three pieces are held in memory. It stops when ctx ends, with the context's
+// cause: at the next piece, or, where w has a SetWriteDeadline method as pipes
+// and connections do, at once.
+//
+// A connection, an [net/http.ResponseWriter] or a file takes the bytes from the
+// blob's file by itself, in the kernel: they are read to be checked, but not
+// copied again.
+func (v *Verified) CopyRange(ctx context.Context, w io.Writer, off, n int64, progress func(written int64)) error {
+	if off < 0 || n < 0 || off > v.t.Size-n {
+		return fmt.Errorf("read blob %s: %d bytes from %d on: it has %d", v.t.Digest, n, off, v.t.Size)
+	}
+	if n == 0 {
+		return context.Cause(ctx)
+	}
 	if d, ok := w.(interface{ SetWriteDeadline(time.Time) error }); ok {
 		stop := context.AfterFunc(ctx, func() { d.SetWriteDeadline(time.Unix(1, 0)) })
 		defer stop()
 	}
+	write := func(p []byte) (int64, error) {
+		n, err := w.Write(p)
+		return int64(n), err
+	}
+	if to, file := kernelCopy(w, v.r, off); file != nil {
+		defer file.Close()
+		write = func(p []byte) (int64, error) {
+			n, err := to.ReadFrom(&io.LimitedReader{R: file, N: int64(len(p))})
+			if err == nil && n < int64(len(p)) {
+				err = io.ErrUnexpectedEOF
+			}
+			return n, err
+		}
+	}
+
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	type checked struct {
-		p   []byte
-		err error
+		buf  []byte // to be used again
+		part []byte // what is wanted of it
+		err  error
 	}
 	const ahead = 3
 	free := make(chan []byte, ahead)
@@ -131,7 +159,7 @@ func (v *Verified) CopyTo(ctx context.Context, w io.Writer, progress func(writte
 	var reader sync.WaitGroup
 	reader.Go(func() {
 		defer close(ready)
-		for i := range v.t.Pieces() {
+		for i := int(off / v.t.PieceLength); i <= int((off+n-1)/v.t.PieceLength); i++ {
 			var buf []byte
 			select {
 			case buf = <-free:
@@ -145,7 +173,7 @@ func (v *Verified) CopyTo(ctx context.Context, w io.Writer, progress func(writte
 			buf = buf[:end-start]
 			err := v.readPiece(i, buf)
 			select {
-			case ready <- checked{buf, err}:
+			case ready <- checked{buf, buf[max(off, start)-start : min(off+n, end)-start], err}:
 			case <-ctx.Done():
 				return
 			}
@@ -164,15 +192,47 @@ func (v *Verified) CopyTo(ctx context.Context, w io.Writer, progress func(writte
 		if err := context.Cause(ctx); err != nil {
 			return err
 		}
-		n, err := w.Write(c.p)
-		written += int64(n)
+		n, err := write(c.part)
+		written += n
 		if err != nil {
 			return cmp.Or(context.Cause(ctx), err) // it may have failed because of ctx
 		}
 		if progress != nil {
 			progress(written)
 		}
-		free <- c.p
+		free <- c.buf
 	}
 	return context.Cause(ctx)
+}
+
+// kernelCopy returns w and the file that r is, from off on, where w takes bytes
+// from a file without a way through this process; else nil.
+func kernelCopy(w io.Writer, r io.ReaderAt, off int64) (io.ReaderFrom, *os.File) {
+	to, ok := w.(io.ReaderFrom)
+	if !ok {
+		return nil, nil
+	}
+	switch w.(type) {
+	case interface{ SetWriteDeadline(time.Time) error }, interface{ WriteHeader(int) }:
+	default:
+		return nil, nil // bytes.Buffer and the like read as anybody does
+	}
+	f, ok := r.(*os.File)
+	if !ok {
+		return nil, nil
+	}
+	// Opened again, it has an offset of its own.
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return nil, nil
+	}
+	var again *os.File
+	if err := raw.Control(func(fd uintptr) { again, err = os.Open(fmt.Sprintf("/proc/self/fd/%d", fd)) }); err != nil || again == nil {
+		return nil, nil
+	}
+	if _, err := again.Seek(off, io.SeekStart); err != nil {
+		again.Close()
+		return nil, nil
+	}
+	return to, again
 }

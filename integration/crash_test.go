@@ -151,7 +151,7 @@ func (c *crashTag) work(t *testing.T, ctx context.Context, store *blobstore.Stor
 			_, err = r.Import(ctx, cid, bytes.NewReader(crashContents[i]), blobstore.ImportOptions{Title: fmt.Sprintf("file%d", i)})
 		case "delete":
 			c.doubt = &crashDoubt{cid, before, -1}
-			_, err = r.Delete(ctx, cid, blobstore.DeleteOptions{})
+			_, err = r.Remove(ctx, cid, blobstore.DeleteOptions{})
 		case "export":
 			_, err = r.ExportFile(ctx, cid, filepath.Join(c.out, fmt.Sprintf("%d-%d", before, n)), blobstore.ExportOptions{})
 		}

@@ -90,7 +90,7 @@ func TestDiskFull(t *testing.T) {
 		}
 	}
 	for name := range stored {
-		if _, err := r.Delete(t.Context(), name, blobstore.DeleteOptions{}); err != nil {
+		if _, err := r.Remove(t.Context(), name, blobstore.DeleteOptions{}); err != nil {
 			t.Fatalf("delete when the disk is full: %v", err)
 		}
 	}

@@ -15,6 +15,7 @@ var layers = [][]string{
 	{"cmd/dfcache", "cmd/dfdaemon"},
 	{"cmd/internal/logs", "cmd/internal/manual", "cmd/internal/profiling", "cmd/internal/settings", "cmd/internal/tracing"},
 	{"cmd/internal/build", "cmd/internal/exit", "cmd/internal/paths", "docs"},
+	{"blobstore/registry"},
 	{"blobstore"},
 	{"p2p/rpc"},
 	{"p2p/rpc/pb", "p2p/pieces"},
@@ -25,12 +26,13 @@ var layers = [][]string{
 // notLinked are modules that a package must not depend on, however indirectly:
 // each costs every start of the program, or ties a layer to what it must not know.
 var notLinked = map[string][]string{
-	"cmd/dfcache":  {"github.com/libp2p/", "github.com/russross/blackfriday", "github.com/cpuguy83/go-md2man"},
-	"cmd/dfdaemon": {"github.com/russross/blackfriday", "github.com/cpuguy83/go-md2man"},
-	"blobstore":    {"github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk", "go.opentelemetry.io/otel/exporters"},
-	"p2p/pieces":   {"google.golang.org/grpc", "github.com/spf13/", "github.com/libp2p/"},
-	"p2p":          {"google.golang.org/", "go.etcd.io/", "github.com/spf13/", "github.com/libp2p/"},
-	"digest":       {"google.golang.org/", "go.etcd.io/", "golang.org/x/", "github.com/spf13/", "github.com/libp2p/"},
+	"cmd/dfcache":        {"github.com/libp2p/", "github.com/russross/blackfriday", "github.com/cpuguy83/go-md2man"},
+	"cmd/dfdaemon":       {"github.com/russross/blackfriday", "github.com/cpuguy83/go-md2man"},
+	"blobstore/registry": {"github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk"},
+	"blobstore":          {"oras.land/oras-go/v2/registry", "github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk", "go.opentelemetry.io/otel/exporters"},
+	"p2p/pieces":         {"google.golang.org/grpc", "github.com/spf13/", "github.com/libp2p/"},
+	"p2p":                {"google.golang.org/", "go.etcd.io/", "github.com/spf13/", "github.com/libp2p/"},
+	"digest":             {"google.golang.org/", "go.etcd.io/", "golang.org/x/", "github.com/spf13/", "github.com/libp2p/"},
 }
 
 func goList(t *testing.T, args ...string) []string {

@@ -26,18 +26,15 @@ import (
 // concurrent use, and return promptly with the cause of ctx when ctx ends.
 //
 // Errors that a caller can act on match, by errors.Is, [ErrNotFound],
-// [ErrReferenced], [digest.ErrInvalid], [digest.ErrMismatch],
+// [ErrReferenced], [ErrMissingRef], [digest.ErrInvalid], [digest.ErrMismatch],
 // [digest.ErrCorrupt], [ErrNoSpace], [ErrUnavailable], [ErrClosed] or the
 // context's own errors.
 type Engine interface {
-	// Resolve returns the task that cid names under tag: the task of the
-	// digest itself, or the one that the cache ID points to. It fails with
-	// ErrNotFound where the tag holds no such task.
-	Resolve(ctx context.Context, tag string, cid digest.CID, scope Scope) (Task, error)
-
-	// Stat describes a task, or fails with ErrNotFound. It is not a use of
-	// the blob: Info.LastUsed stays.
-	Stat(ctx context.Context, task Task, scope Scope) (Info, error)
+	// Stat describes what cid names under tag: the task of the digest itself,
+	// or the one that the cache ID points to. It fails with ErrNotFound where
+	// the tag holds no such task. It is not a use of the blob: Info.LastUsed
+	// stays.
+	Stat(ctx context.Context, tag string, cid digest.CID, opts StatOptions) (Info, error)
 
 	// Open opens a task's blob for reading. The blob stays readable until it
 	// is closed, even when it is deleted meanwhile. The caller closes it.
@@ -50,15 +47,15 @@ type Engine interface {
 	// Delete removes what cid names under tag. A cache ID goes with
 	// everything that only it held. A digest goes with the names that point
 	// to it and what only it held; where another task refers to it, Delete
-	// fails with ErrReferenced unless force is set. Bytes are freed when no
+	// fails with ErrReferenced unless it is forced. Bytes are freed when no
 	// tag holds the blob any more. It fails with ErrNotFound where there is
 	// nothing of that name.
-	Delete(ctx context.Context, tag string, cid digest.CID, force bool) (Deleted, error)
+	Delete(ctx context.Context, tag string, cid digest.CID, opts DeleteOptions) (Deleted, error)
 
 	// List yields what the engine holds itself, in order of tag; within a tag
-	// first names, then tasks, each in order. With a nil tag it lists every
-	// tag. The sequence ends after the first error.
-	List(ctx context.Context, tag *string) iter.Seq2[Entry, error]
+	// first names, then tasks, each in order. The sequence ends after the
+	// first error.
+	List(ctx context.Context, q Query) iter.Seq2[Entry, error]
 
 	// Close lets go of everything the engine holds open. Calls under way end
 	// first; later ones fail with ErrClosed.
@@ -73,6 +70,14 @@ const (
 	Local                // never leaves this host
 )
 
+// StatOptions says what a Stat should tell.
+type StatOptions struct {
+	Scope Scope
+	// Manifest asks for Info.Manifest, where the task is a manifest: enough to
+	// follow a cache ID to its files in one call.
+	Manifest bool
+}
+
 // Info describes a task.
 type Info struct {
 	Task        Task
@@ -81,16 +86,35 @@ type Info struct {
 	Pieces      int       // in all; an empty blob has none
 	Held        int       // pieces held by this engine; all of them unless a download is under way
 	MediaType   string    // as given when the task was committed
-	Pinned      bool      // imported or kept for its own sake, not only as part of another task
+	IsManifest  bool      // committed as a manifest, with what it refers to
+	Keep        Keep      // what keeps it
 	Imported    time.Time // when the task was committed here
 	LastUsed    time.Time // when the blob was last opened here; zero where never
+
+	// Manifest is nil unless it was asked for, and the task is a manifest.
+	Manifest *Manifest
 }
 
 // Local reports whether the whole blob is held by this engine.
 func (i Info) Local() bool { return i.Held == i.Pieces }
 
+// Manifest is the content of a manifest and what is known of what it refers to.
+type Manifest struct {
+	Content []byte // verified, at most MaxManifest bytes
+	Refs    []Info // those of the tasks it refers to that are held, in its order, at most MaxRefs
+}
+
+const (
+	// MaxManifest is the largest manifest in bytes: the limit that the OCI
+	// distribution specification asks every registry for at least.
+	MaxManifest = 4 << 20
+	// MaxRefs is the largest number of tasks that come with a manifest. Others
+	// are asked for one by one.
+	MaxRefs = 256
+)
+
 // Blob is an open blob. Every byte it hands out has been verified: damage
-// gives a [digest.CorruptError], never wrong data. ReadAt and CopyTo are safe
+// gives a [digest.CorruptError], never wrong data. ReadAt and CopyRange are safe
 // for concurrent use.
 type Blob interface {
 	io.ReaderAt
@@ -99,9 +123,10 @@ type Blob interface {
 	// Size returns the blob's size in bytes.
 	Size() int64
 
-	// CopyTo writes the whole blob to w and calls progress, where it is not
-	// nil, with the count of bytes written so far.
-	CopyTo(ctx context.Context, w io.Writer, progress func(written int64)) error
+	// CopyRange writes the n bytes from off on to w, which have to be in the
+	// blob, and calls progress, where it is not nil, with the count of bytes
+	// written so far.
+	CopyRange(ctx context.Context, w io.Writer, off, n int64, progress func(written int64)) error
 }
 
 // Ingest takes in new content: any number of Adds, then one Commit. Until the
@@ -113,6 +138,12 @@ type Ingest interface {
 	// digest and size. A regular *os.File is read from its current offset
 	// on, in the kernel where that can be, and its offset is left undefined.
 	Add(src io.Reader, opts AddOptions) (Added, error)
+
+	// Rehash adds what was added under the digest d once more, under want, a
+	// digest of another algorithm: without taking it in again. After that it
+	// may no longer be there under d. Other content fails with a
+	// [digest.MismatchError].
+	Rehash(d, want digest.Digest) (Added, error)
 
 	// Commit makes everything in c durable and visible, in one step: when it
 	// returns nil, it survives kill -9 and a power cut. Content that was
@@ -150,17 +181,42 @@ type Commit struct {
 }
 
 // NewTask is a task to commit. A task that exists is kept: it gets what is
-// new here, stays pinned when it was, and keeps its time of import.
+// new here, is kept no shorter than before, and keeps its time of import.
 type NewTask struct {
 	Task      Task
 	MediaType string
-	// Pinned keeps the task for its own sake. One that is not pinned goes
-	// when the last name or task that leads to it goes.
-	Pinned bool
-	// Refs are the digests, under the same tag, that this task's content
-	// refers to: a manifest's config and layers. They need not be held.
-	Refs []digest.Digest
+	Keep      Keep
+	// Manifest, where it is not nil, says that the content is a manifest, and
+	// what it refers to.
+	Manifest *NewManifest
 }
+
+// NewManifest says what a manifest to commit refers to, under its own tag.
+type NewManifest struct {
+	// Refs are the digests of what it is made of: config, layers, manifests
+	// of an index. It holds them. They need not be there.
+	Refs []digest.Digest
+	// Needs are those of Refs without which the commit fails, with
+	// ErrMissingRef.
+	Needs []digest.Digest
+	// Subject is the digest of the manifest that this one is about, or "". It
+	// need not be there. Where it is, it holds this one: both go together.
+	Subject digest.Digest
+}
+
+// Keep says what keeps a task.
+type Keep int
+
+const (
+	// KeepHeld: the names that point to it, the tasks that refer to it, and
+	// its subject. It goes with the last of them.
+	KeepHeld Keep = iota
+	// KeepLoose: nothing holds it yet. It is kept until something does, and
+	// then as KeepHeld: content that arrives before what refers to it.
+	KeepLoose
+	// KeepPinned: it is kept for its own sake, until it is deleted.
+	KeepPinned
+)
 
 // NewName is a name to commit. A name that exists is moved, and what only it
 // held before is let go.
@@ -168,6 +224,18 @@ type NewName struct {
 	Tag    string
 	Name   string        // a cache ID
 	Digest digest.Digest // of a task that is held under Tag, or committed together with the name
+	// KeepOld keeps what the name pointed to before, as KeepLoose where
+	// nothing else holds it.
+	KeepOld bool
+}
+
+// DeleteOptions says how to delete.
+type DeleteOptions struct {
+	// Force deletes a task that another one refers to.
+	Force bool
+	// NameOnly deletes a name and keeps what it pointed to, as KeepLoose where
+	// nothing else holds it.
+	NameOnly bool
 }
 
 // Deleted says what a Delete did.
@@ -176,10 +244,34 @@ type Deleted struct {
 	Freed int64 // bytes freed here, because no tag held them any more
 }
 
+// Query says what to list. Its zero value lists everything.
+type Query struct {
+	// Tag is the only tag to list, or nil for all.
+	Tag *string
+	// Kind says which entries there are.
+	Kind Kind
+	// After leaves out what does not sort after it: tags with KindTags, else
+	// names with KindNames. It has no meaning for other kinds.
+	After string
+	// RefersTo is a digest: only tasks under Tag that refer to it, or have it
+	// as their subject, are listed, and no names. It is not for KindNames and KindTags.
+	RefersTo digest.Digest
+}
+
+// Kind says which entries a List yields.
+type Kind int
+
+const (
+	KindAll   Kind = iota // names and tasks
+	KindNames             // names
+	KindTags              // one entry for every tag, of which only Info.Task.Tag is set
+)
+
 // Entry is one line of a List: a name where Name is not "", else a task.
 type Entry struct {
 	Info
 	Name string
-	// Total is the size in bytes of the blob and of all it refers to, as far as it is held.
+	// Total is the size in bytes of the blob and of all it refers to, as far
+	// as it is held. It is 0 with Query.RefersTo and with KindNames.
 	Total int64
 }

@@ -16,6 +16,8 @@ var (
 	ErrNotFound = errors.New("not found")
 	// ErrReferenced: another task refers to what was to be deleted.
 	ErrReferenced = errors.New("still referred to")
+	// ErrMissingRef: a manifest refers to what is not held.
+	ErrMissingRef = errors.New("refers to what is not here")
 	// ErrNoSpace: a disk or a quota is full.
 	ErrNoSpace = errors.New("no space left")
 	// ErrUnavailable: the daemon, or the store's directory, can't be reached or used.

@@ -24,8 +24,9 @@ func (a *app) deleteCommand() *cobra.Command {
 		Short: "Delete a file from the P2P cache",
 		Long: `
 The "delete" command removes what a cid names. A cache ID goes with everything
-that only it held. A digest that a cache ID leads to is not removed, unless
---force is given; then the cache ID leads nowhere.
+that only it held: the manifest, its files or layers, and what is attached to it.
+A digest that a manifest refers to is not removed, unless --force is given; then
+the manifest leads nowhere.
 
 Bytes are freed when no tag holds them any more. Who reads the file at the time
 can read on.
@@ -54,7 +55,7 @@ func (s *session) delete(ctx context.Context, opts blobstore.DeleteOptions) erro
 		return err
 	}
 	defer done()
-	deleted, err := repo.Delete(ctx, s.cid, opts)
+	deleted, err := repo.Remove(ctx, s.cid, opts)
 	if err != nil {
 		return err
 	}

@@ -22,6 +22,10 @@ is verified before the new file can be seen; a failure leaves no file behind. An
 existing file is left as it is, unless --overwrite is given. The new file belongs
 to who runs the command.
 
+A cache ID can lead to several files, where a registry client has pushed it so:
+they are exported under their own names to a new or empty directory OUTPUT, all
+of them or none. With --overwrite the directory may have other files, too.
+
 The output "-" is stdout. What a failed export has written there by then can't be
 taken back, so check the exit status. The result goes to stderr.
 
@@ -51,8 +55,8 @@ taken back, so check the exit status. The result goes to stderr.
 		},
 	}
 	a.result.flags(cmd)
-	cmd.Flags().StringVarP(&output, "output", "O", "", "export to the given `file`, - is stdout")
-	cmd.Flags().BoolVar(&opts.Overwrite, "overwrite", false, "replace an existing file")
+	cmd.Flags().StringVarP(&output, "output", "O", "", "export to the given `file`, - is stdout; several files to a directory")
+	cmd.Flags().BoolVar(&opts.Overwrite, "overwrite", false, "replace an existing file, or put files into a directory that is not empty")
 	localFlag(cmd, &opts.Lookup)
 	return cmd
 }
@@ -90,5 +94,6 @@ func (s *session) exportFile(ctx context.Context, output string, opts blobstore.
 	}
 	var text facts
 	text.describe(file)
+	text.files(file)
 	return s.result.print(result, file, text.String())
 }

@@ -16,12 +16,13 @@ import (
 	"github.com/dfcache/dfcache/blobstore"
 	"github.com/dfcache/dfcache/cmd/internal/exit"
 	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p"
 )
 
 // listed is one line of a list.
 type listed struct {
 	Tag       string        `json:"tag"`
-	Type      string        `json:"type"` // name, blob or part
+	Type      string        `json:"type"` // name, manifest, blob or part
 	CID       string        `json:"cid"`
 	Digest    digest.Digest `json:"digest"`   // empty for a name
 	Manifest  digest.Digest `json:"manifest"` // what a name leads to, else empty
@@ -43,7 +44,9 @@ func newListed(e blobstore.Entry) listed {
 	switch {
 	case e.Name != "":
 		l.Type, l.CID, l.Digest, l.Manifest, l.Size = "name", e.Name, "", e.Task.Digest, e.Total
-	case e.Pinned:
+	case e.Keep != p2p.KeepHeld && e.IsManifest:
+		l.Type = "manifest"
+	case e.Keep != p2p.KeepHeld:
 		l.Type = "blob"
 	}
 	return l
@@ -58,9 +61,11 @@ The "list" command prints what the dfdaemon of this host holds, in order of tag:
 the names (cache IDs) first, then the digests. With --tag it prints what is under
 this tag; the empty tag is --tag "". The types are
 
-    name  a cache ID; its size is that of everything it leads to
-    blob  a file that was imported under its digest
-    part  content that is held because a name leads to it
+    name      a cache ID, or a tag that a registry client has set; its size is
+              that of everything it leads to
+    manifest  one that a registry client has pushed, and that no name leads to
+    blob      content that was imported or pushed under its digest
+    part      content that is held because a name or a manifest leads to it
 
 As JSON the list is an array of objects. A template is executed on all of it. Of
 a name, "manifest" is the digest of the manifest that it leads to, and "digest"
@@ -126,7 +131,7 @@ func (s *session) list(ctx context.Context, tagGiven bool) error {
 }
 
 func listText(w io.Writer, entries iter.Seq2[blobstore.Entry, error]) error {
-	const line = "%-20s  %-4s  %10s  %-25s  %s\n"
+	const line = "%-20s  %-8s  %10s  %-25s  %s\n"
 	if _, err := fmt.Fprintf(w, line, "TAG", "TYPE", "SIZE", "IMPORTED", "CID"); err != nil {
 		return err
 	}

@@ -144,11 +144,20 @@ func (f *facts) describe(file blobstore.File) {
 	if file.Title != "" {
 		f.add("title", "%s", printable(file.Title))
 	}
-	f.add("digest", "%s", file.Digest)
+	if len(file.Files) == 0 {
+		f.add("digest", "%s", file.Digest)
+	}
 	if file.Manifest != "" {
 		f.add("manifest", "%s", file.Manifest)
 	}
 	f.add("size", "%s", bytesAndHuman(file.Size))
+}
+
+// files adds the files of an artifact that has several.
+func (f *facts) files(artifact blobstore.File) {
+	for _, file := range artifact.Files {
+		f.add("file", "%s %s %s", file.Digest, human(file.Size), printable(file.Title))
+	}
 }
 
 // printable returns text from elsewhere as one line that a terminal can show.

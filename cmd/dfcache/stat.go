@@ -54,9 +54,12 @@ func (s *session) stat(ctx context.Context, lookup blobstore.Lookup) error {
 	}
 	var text facts
 	text.describe(file)
-	if file.Pieces > 0 {
+	switch {
+	case len(file.Files) > 0:
+		text.add("pieces", "%d", file.Pieces)
+	case file.Pieces > 0:
 		text.add("pieces", "%d of %s", file.Pieces, human(file.PieceLength))
-	} else {
+	default:
 		text.add("pieces", "none: the file is empty")
 	}
 	local := "yes"
@@ -68,5 +71,6 @@ func (s *session) stat(ctx context.Context, lookup blobstore.Lookup) error {
 		text.add("imported", "%s", moment(file.Imported))
 		text.add("last used", "%s", moment(file.LastUsed))
 	}
+	text.files(file)
 	return s.result.print(s.stdout, file, text.String())
 }

@@ -1,8 +1,8 @@
-// Command dfdaemon holds the content of the cache and answers dfcache over a
-// unix socket.
+// Command dfdaemon holds the content of the cache, answers dfcache over a unix
+// socket, and serves the content as an OCI registry.
 //
 // This package holds flags and output only: the store is package pieces, the
-// service package rpc.
+// service package rpc, the registry package registry.
 package main
 
 import (
@@ -37,6 +37,8 @@ type options struct {
 	verbose  bool
 
 	socket          string
+	registry        registryOptions
+	maxSize         size
 	shutdownTimeout time.Duration
 	pprofPort       int
 	jaeger          string
@@ -53,6 +55,10 @@ func newRoot() *cobra.Command {
 The "dfdaemon" command holds the content of the cache in its data directory and
 answers dfcache at a unix socket, until it gets SIGTERM or SIGINT. Then it lets
 running operations end; a second signal ends them at once.
+
+It serves the same content as an OCI registry at --registry, to every user of this
+host by default. At an address that other hosts can reach, it wants TLS, and users
+with passwords, unless the flags say that it goes without.
 
 SETTINGS
 ========
@@ -85,6 +91,8 @@ value counts. An unknown key in the file is an error.
 
 	flags := root.Flags()
 	flags.StringVar(&o.socket, "daemon-sock", "", "unix `socket` to listen at (default dfdaemon.sock in /run/dragonfly for root, else in dragonfly in the XDG runtime directory)")
+	o.registry.flags(flags)
+	flags.Var(&o.maxSize, "max-size", "`bytes` that blobs and unfinished uploads may take on disk, such as 500GiB; 0 is no limit")
 	flags.DurationVar(&o.shutdownTimeout, "shutdown-timeout", 30*time.Second, "how long running operations may take after SIGTERM; 0 is as long as they need")
 	flags.IntVar(&o.pprofPort, "pprof-port", -1, "serve pprof profiles on this `port` of 127.0.0.1; 0 is any free port, which is printed; -1 is off")
 	flags.StringVar(&o.jaeger, "jaeger", "", "send traces to this OTLP/HTTP `URL` of a Jaeger or a collector, for example http://localhost:4318")

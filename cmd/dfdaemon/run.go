@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 	"google.golang.org/grpc/stats"
 
+	"github.com/dfcache/dfcache/blobstore"
 	"github.com/dfcache/dfcache/cmd/internal/build"
 	"github.com/dfcache/dfcache/cmd/internal/logs"
 	"github.com/dfcache/dfcache/cmd/internal/profiling"
@@ -47,7 +48,8 @@ type daemon struct {
 	log      *slog.Logger
 	listener net.Listener
 	server   *rpc.Server
-	closers  []func() // to be called in reverse order
+	registry *registryServer // nil where there is none
+	closers  []func()        // to be called in reverse order
 }
 
 func (d *daemon) onClose(f func()) { d.closers = append(d.closers, f) }
@@ -61,6 +63,10 @@ func (d *daemon) close() {
 // start opens everything that a daemon needs. The caller closes it.
 func (o *options) start(cmd *cobra.Command) (_ *daemon, err error) {
 	if err := o.load(cmd); err != nil {
+		return nil, err
+	}
+	oci, err := o.registry.prepare(cmd)
+	if err != nil {
 		return nil, err
 	}
 	d := &daemon{options: o}
@@ -86,6 +92,12 @@ func (o *options) start(cmd *cobra.Command) (_ *daemon, err error) {
 		fmt.Fprintf(stderr, "dfdaemon: warning: %s\n", text)
 	}
 
+	if oci != nil {
+		if err := oci.readFiles(d.log); err != nil {
+			return nil, err
+		}
+	}
+
 	trace, err := tracing.Start(cmd.Context(), tracing.Options{
 		Endpoint:       o.jaeger,
 		ServiceName:    o.serviceName,
@@ -107,12 +119,13 @@ func (o *options) start(cmd *cobra.Command) (_ *daemon, err error) {
 	}
 	d.onClose(stop)
 
-	store, err := pieces.Open(o.dataDir, pieces.Options{Log: d.log, Address: o.socket})
+	engine, err := pieces.Open(o.dataDir, pieces.Options{Log: d.log, Address: o.socket, MaxSize: int64(o.maxSize)})
 	if err != nil {
 		return nil, err
 	}
+	store := blobstore.New(engine)
 	d.onClose(func() {
-		if err := store.Close(); err != nil {
+		if err := store.Close(); err != nil { // closes the engine, too
 			warn(err.Error())
 		}
 	})
@@ -124,11 +137,22 @@ func (o *options) start(cmd *cobra.Command) (_ *daemon, err error) {
 		return nil, err
 	}
 	d.onClose(func() { d.listener.Close() }) // already done where the server ran
-	d.server = rpc.NewServer(store, d.log, serverOptions(trace.ServerStatsHandler())...)
+	d.server = rpc.NewServer(engine, d.log, serverOptions(trace.ServerStatsHandler())...)
+
+	if oci != nil {
+		listens, err := oci.listen(store, d.log, warn)
+		if err != nil {
+			return nil, err
+		}
+		if listens {
+			d.registry = oci
+			d.onClose(oci.close)
+		}
+	}
 
 	version := build.Get().Version
-	d.log.Info("start", "version", version, "data", o.dataDir, "socket", o.socket, "pid", os.Getpid())
-	fmt.Fprintf(stderr, "dfdaemon %s: data %s, socket %s, pid %d\n", version, o.dataDir, o.socket, os.Getpid())
+	d.log.Info("start", "version", version, "data", o.dataDir, "socket", o.socket, "registry", d.registry.url(), "pid", os.Getpid())
+	fmt.Fprintf(stderr, "dfdaemon %s: data %s, socket %s, registry %s, pid %d\n", version, o.dataDir, o.socket, d.registry.url(), os.Getpid())
 	return d, nil
 }
 
@@ -157,27 +181,41 @@ func (o *options) openLog(console io.Writer, onClose func(func())) (*slog.Logger
 // serve serves until a signal comes, and then until running operations have
 // ended. It returns nil where they could end.
 func (d *daemon) serve(signals <-chan os.Signal) error {
-	served := make(chan error, 1)
-	go func() { served <- d.server.Serve(d.listener) }()
+	doors := []door{{d.socket, func() error { return d.server.Serve(d.listener) }, d.server.Shutdown}}
+	if d.registry != nil {
+		doors = append(doors, door{d.registry.url(), d.registry.serve, d.registry.shutdown})
+	}
+	served := make(chan error, len(doors))
+	for _, door := range doors {
+		go func() {
+			err := door.serve()
+			if err != nil {
+				err = fmt.Errorf("serve at %s: %w", door.at, err)
+			}
+			served <- err
+		}()
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
 	select {
 	case err := <-served:
 		// What runs would hold up closing the store, and nobody can ask for more.
-		atOnce, cancel := context.WithCancel(context.Background())
 		cancel()
-		d.server.Shutdown(atOnce)
-		return fmt.Errorf("serve at %s: %w", d.socket, err)
+		shutdown(ctx, doors)
+		for range len(doors) - 1 {
+			<-served
+		}
+		return err
 	case s := <-signals:
 		d.log.Info("stop", "signal", s.String())
 	}
 
-	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel()
 	if d.shutdownTimeout > 0 {
 		ctx, cancel = context.WithTimeout(ctx, d.shutdownTimeout)
 		defer cancel()
 	}
 	stopped := make(chan error, 1)
-	go func() { stopped <- d.server.Shutdown(ctx) }()
+	go func() { stopped <- shutdown(ctx, doors) }()
 	var err error
 	select {
 	case err = <-stopped:
@@ -186,11 +224,35 @@ func (d *daemon) serve(signals <-chan os.Signal) error {
 		cancel()
 		err = <-stopped
 	}
-	<-served
+	for range doors {
+		<-served
+	}
 	if err != nil {
 		d.log.Warn("operations were cut off", "error", err.Error())
 		return fmt.Errorf("stop: operations that were running were cut off: %w", err)
 	}
 	d.log.Info("stopped")
 	return nil
+}
+
+// door is where content is asked for.
+type door struct {
+	at       string
+	serve    func() error // until shutdown; then it returns nil
+	shutdown func(context.Context) error
+}
+
+// shutdown shuts all doors, and returns the first error.
+func shutdown(ctx context.Context, doors []door) error {
+	stopped := make(chan error, len(doors))
+	for _, door := range doors {
+		go func() { stopped <- door.shutdown(ctx) }()
+	}
+	var first error
+	for range doors {
+		if err := <-stopped; err != nil && first == nil {
+			first = err
+		}
+	}
+	return first
 }

@@ -5,7 +5,9 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -20,25 +22,23 @@ import (
 	"github.com/dfcache/dfcache/p2p/rpc"
 )
 
-// running is a dfdaemon with an import under way.
+// running is a dfdaemon.
 type running struct {
-	t       *testing.T
-	home    string
-	socket  string
-	cmd     *exec.Cmd
-	console *bufio.Scanner // log records
-	stderr  bytes.Buffer
-	client  *rpc.Client
-	ingest  p2p.Ingest
-	content *io.PipeWriter // of the import
-	added   chan error     // the result of the import's Add
+	t        *testing.T
+	home     string
+	socket   string
+	registry string // its URL, or off
+	cmd      *exec.Cmd
+	console  *bufio.Scanner // log records
+	stderr   bytes.Buffer
 }
 
-func start(t *testing.T, args ...string) *running {
+// launch starts a dfdaemon.
+func launch(t *testing.T, args ...string) *running {
 	t.Helper()
 	// The name of a test's own directory can be too long for a socket.
 	home := t.TempDir()
-	r := &running{t: t, home: home, socket: filepath.Join(home, "r", "d.sock"), added: make(chan error, 1)}
+	r := &running{t: t, home: home, socket: filepath.Join(home, "r", "d.sock")}
 	r.cmd = exec.Command("dfdaemon", append([]string{"--workhome", home, "--daemon-sock", r.socket, "--console"}, args...)...)
 	stdout, err := r.cmd.StdoutPipe()
 	if err != nil {
@@ -57,8 +57,24 @@ func start(t *testing.T, args ...string) *running {
 		}
 	})
 	r.console = bufio.NewScanner(stdout)
-	r.waitLog("msg=start")
+	_, record, _ := strings.Cut(r.waitLog("msg=start"), " registry=")
+	r.registry, _, _ = strings.Cut(record, " ")
+	return r
+}
 
+// importing is a dfdaemon with an import under way.
+type importing struct {
+	*running
+	client  *rpc.Client
+	ingest  p2p.Ingest
+	content *io.PipeWriter // of the import
+	added   chan error     // the result of the import's Add
+}
+
+func start(t *testing.T, args ...string) *importing {
+	t.Helper()
+	r := &importing{running: launch(t, args...), added: make(chan error, 1)}
+	var err error
 	if r.client, err = rpc.Dial(t.Context(), r.socket); err != nil {
 		t.Fatal(err)
 	}
@@ -95,15 +111,16 @@ func (c closer) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// waitLog reads the log until a record has the text.
-func (r *running) waitLog(text string) {
+// waitLog reads the log until a record has the text, and returns the record.
+func (r *running) waitLog(text string) string {
 	r.t.Helper()
 	for r.console.Scan() {
 		if strings.Contains(r.console.Text(), text) {
-			return
+			return r.console.Text()
 		}
 	}
 	r.t.Fatalf("%q was not logged: %v\n%s", text, r.console.Err(), &r.stderr)
+	return ""
 }
 
 func (r *running) signal() {
@@ -125,7 +142,7 @@ func (r *running) wantExit(want int) {
 }
 
 // wantFailedImport checks that the import did not outlive the daemon.
-func (r *running) wantFailedImport() {
+func (r *importing) wantFailedImport() {
 	r.t.Helper()
 	r.content.CloseWithError(errors.New("the test is over"))
 	if err := <-r.added; err == nil {
@@ -148,16 +165,27 @@ func TestGracefulStop(t *testing.T) {
 	}
 	const want = "first, second"
 	task := p2p.Task{Digest: digest.SHA256.FromBytes([]byte(want))}
-	if err := r.ingest.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: task, Pinned: true}}}); err != nil {
+	if err := r.ingest.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: task, Keep: p2p.KeepPinned}}}); err != nil {
 		t.Fatal(err)
 	}
 	r.ingest.Close()
 	r.client.Close()
 	r.wantExit(0)
 
+	r.wantStored(len(want))
+}
+
+// wantStored checks, after the daemon's end, how many bytes it has, that they
+// are sound, and that nothing else is left.
+func (r *running) wantStored(size int) {
+	r.t.Helper()
 	out, err := exec.Command("dfdaemon", "fsck", "--workhome", r.home, "--format", "json").CombinedOutput()
-	if err != nil || !strings.Contains(string(out), `"bytes": 13`) {
-		t.Errorf("%v\n%s", err, out)
+	if err != nil || !strings.Contains(string(out), fmt.Sprintf(`"bytes": %d,`, size)) {
+		r.t.Errorf("want %d bytes: %v\n%s", size, err, out)
+	}
+	left, err := os.ReadDir(filepath.Join(paths.DataDir(r.home), "ingest"))
+	if err != nil || len(left) > 0 {
+		r.t.Errorf("ingest has %v, %v", left, err)
 	}
 }
 

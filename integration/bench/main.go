@@ -8,6 +8,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"flag"
@@ -38,6 +39,8 @@ func main() {
 	dir := flag.String("dir", "", "directory to work in; a temporary one if empty")
 	runs := flag.Int("runs", 7, "runs of each command")
 	many := flag.Int("many", 1_000_000, "blobs in the store that is only opened")
+	tools := flag.String("tools", "", "directory with oras and distribution's registry; empty leaves the registries out")
+	only := flag.String("only", "", "only this part of the report: files, stat, small, open or registry")
 	hash := flag.String("sha256", "", "only hash this file, as the process to compare with")
 	flag.Parse()
 	if *hash != "" {
@@ -49,7 +52,7 @@ func main() {
 		log.Fatal(err)
 	}
 	defer b.close()
-	b.report(*many)
+	b.report(*only, *many, *tools)
 	if *out == "" {
 		os.Stdout.Write(b.text.Bytes())
 	} else if err := os.WriteFile(*out, b.text.Bytes(), 0o644); err != nil {
@@ -73,6 +76,7 @@ func must[T any](v T, err error) T {
 
 type bench struct {
 	dir, self, dfcache, dfdaemon, socket string
+	registry                             string // address of dfdaemon's registry
 	runs                                 int
 	daemon                               *exec.Cmd
 	text                                 bytes.Buffer
@@ -87,7 +91,8 @@ func newBench(bin, dir string, runs int) (*bench, error) {
 		return nil, err
 	}
 	b := &bench{dir: dir, self: must(os.Executable()), runs: runs, socket: filepath.Join(dir, "run", "s"),
-		dfcache: filepath.Join(bin, "dfcache"), dfdaemon: filepath.Join(bin, "dfdaemon")}
+		dfcache: filepath.Join(bin, "dfcache"), dfdaemon: filepath.Join(bin, "dfdaemon"), registry: freeAddress()}
+	os.Setenv("DFDAEMON_REGISTRY", b.registry)
 	for k, v := range map[string]string{"WORKHOME": dir, "DAEMON_SOCK": b.socket, "CONFIG": os.DevNull} {
 		os.Setenv("DFCACHE_"+k, v)
 		os.Setenv("DFDAEMON_"+k, v)
@@ -124,6 +129,7 @@ type command struct {
 	name   string
 	before func() // not measured
 	args   []string
+	server int // pid of the server that works for it; 0 is dfdaemon
 }
 
 // measure runs the commands in turn, b.runs times, after one round that does
@@ -136,13 +142,14 @@ func (b *bench) measure(commands []command) map[string][]sample {
 				c.before()
 			}
 			cmd := exec.Command(c.args[0], c.args[1:]...)
+			server := cmp.Or(c.server, b.daemon.Process.Pid)
 			var stderr strings.Builder
 			cmd.Stderr = &stderr
-			busy, start := b.daemonCPU(), time.Now()
+			busy, start := cpuOf(server), time.Now()
 			if err := cmd.Run(); err != nil {
 				log.Panicf("%s: %v: %s", strings.Join(c.args, " "), err, stderr.String())
 			}
-			s := sample{time.Since(start), cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime(), b.daemonCPU() - busy}
+			s := sample{time.Since(start), cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime(), cpuOf(server) - busy}
 			if round > 0 {
 				samples[c.name] = append(samples[c.name], s)
 			}
@@ -151,21 +158,21 @@ func (b *bench) measure(commands []command) map[string][]sample {
 	return samples
 }
 
-// daemonCPU returns the CPU time that the daemon has used so far. It counts in hundredths of a second.
-func (b *bench) daemonCPU() time.Duration {
-	stat := string(must(os.ReadFile(fmt.Sprintf("/proc/%d/stat", b.daemon.Process.Pid))))
+// cpuOf returns the CPU time that a process has used so far. It counts in hundredths of a second.
+func cpuOf(pid int) time.Duration {
+	stat := string(must(os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))))
 	fields := strings.Fields(stat[strings.LastIndexByte(stat, ')')+2:])
 	return time.Duration(must(strconv.Atoi(fields[11]))+must(strconv.Atoi(fields[12]))) * 10 * time.Millisecond
 }
 
-// resetPeak makes the daemon's peak memory what it has now.
-func (b *bench) resetPeak() {
-	must(0, os.WriteFile(fmt.Sprintf("/proc/%d/clear_refs", b.daemon.Process.Pid), []byte("5"), 0))
+// resetPeak makes the peak memory of a process what it has now.
+func resetPeak(pid int) {
+	must(0, os.WriteFile(fmt.Sprintf("/proc/%d/clear_refs", pid), []byte("5"), 0))
 }
 
-// peak returns the most memory that the daemon had since resetPeak, in MiB.
-func (b *bench) peak() int {
-	for line := range strings.Lines(string(must(os.ReadFile(fmt.Sprintf("/proc/%d/status", b.daemon.Process.Pid))))) {
+// peakOf returns the most memory that a process had since resetPeak, in MiB.
+func peakOf(pid int) int {
+	for line := range strings.Lines(string(must(os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))))) {
 		if kib, ok := strings.CutPrefix(line, "VmHWM:"); ok {
 			return must(strconv.Atoi(strings.Fields(kib)[0])) / 1024
 		}
@@ -186,21 +193,34 @@ func wall(s sample) time.Duration { return s.wall }
 
 func (b *bench) printf(format string, args ...any) { fmt.Fprintf(&b.text, format, args...) }
 
-func (b *bench) report(many int) {
+func (b *bench) report(only string, many int, tools string) {
 	b.printf("# Benchmarks\n\nMade by `make bench`; do not edit. Medians of %d runs, after one that is not counted; the commands of a table take turns.\n"+
 		"Files are in the page cache, and memory for copies is at hand: before each run one is made and removed.\n"+
 		"Wall time of whole processes, unless it says otherwise.\n\n", b.runs)
 	b.machine()
-	for _, size := range []int64{1 << 20, 100 << 20, 1 << 30} {
-		log.Printf("%s", mib(size))
-		b.files(size)
+	for _, part := range []struct {
+		name string
+		run  func()
+	}{
+		{"files", func() {
+			for _, size := range []int64{1 << 20, 100 << 20, 1 << 30} {
+				b.files(size)
+			}
+		}},
+		{"stat", b.stat},
+		{"small", func() { b.small(10_000, 10<<10) }},
+		{"open", func() { b.open(many) }},
+		{"registry", func() {
+			if tools != "" {
+				b.registries(tools)
+			}
+		}},
+	} {
+		if only == "" || only == part.name {
+			log.Print(part.name)
+			part.run()
+		}
 	}
-	log.Print("stat")
-	b.stat()
-	log.Print("small files")
-	b.small(10_000, 10<<10)
-	log.Print("open")
-	b.open(many)
 }
 
 func (b *bench) machine() {
@@ -263,16 +283,16 @@ func (b *bench) files(size int64) {
 		fresh()
 	}
 	commands := []command{
-		{"`cp FILE COPY`", fresh, []string{"cp", file, copied}},
-		{"`cp FILE COPY && sync COPY`", fresh, []string{"sh", "-c", `cp "$0" "$1" && sync "$1"`, file, copied}},
-		{"Go sha256 of FILE", fresh, []string{b.self, "-sha256", file}},
-		{"`dfcache import -i sha256:… FILE`", gone, []string{b.dfcache, "import", "-i", digest, file}},
-		{"the same, when it is held already", fresh, []string{b.dfcache, "import", "-t", "again", "-i", digest, file}},
-		{"`dfcache export -i sha256:… COPY`", fresh, []string{b.dfcache, "export", "-i", digest, copied}},
+		{name: "`cp FILE COPY`", before: fresh, args: []string{"cp", file, copied}},
+		{name: "`cp FILE COPY && sync COPY`", before: fresh, args: []string{"sh", "-c", `cp "$0" "$1" && sync "$1"`, file, copied}},
+		{name: "Go sha256 of FILE", before: fresh, args: []string{b.self, "-sha256", file}},
+		{name: "`dfcache import -i sha256:… FILE`", before: gone, args: []string{b.dfcache, "import", "-i", digest, file}},
+		{name: "the same, when it is held already", before: fresh, args: []string{b.dfcache, "import", "-t", "again", "-i", digest, file}},
+		{name: "`dfcache export -i sha256:… COPY`", before: fresh, args: []string{b.dfcache, "export", "-i", digest, copied}},
 	}
-	b.resetPeak()
+	resetPeak(b.daemon.Process.Pid)
 	samples := b.measure(commands)
-	peak := b.peak()
+	peak := peakOf(b.daemon.Process.Pid)
 	for _, tag := range []string{"", "again"} {
 		must(0, exec.Command(b.dfcache, "delete", "-t", tag, "-i", digest).Run())
 	}
@@ -300,9 +320,9 @@ func (b *bench) stat() {
 	b.runs = 10 * runs
 	defer func() { b.runs = runs }()
 	commands := []command{
-		{"`true`", nil, []string{"/bin/true"}},
-		{"`dfcache version`", nil, []string{b.dfcache, "version"}},
-		{"`dfcache stat -i v1`", nil, []string{b.dfcache, "stat", "-i", "v1"}},
+		{name: "`true`", args: []string{"/bin/true"}},
+		{name: "`dfcache version`", args: []string{b.dfcache, "version"}},
+		{name: "`dfcache stat -i v1`", args: []string{b.dfcache, "stat", "-i", "v1"}},
 	}
 	samples := b.measure(commands)
 	b.printf("## A whole `dfcache stat`\n\nMedians of %d runs.\n\n| command | wall ms | min | CPU ms |\n|---|---:|---:|---:|\n", b.runs)
@@ -339,7 +359,7 @@ func (b *bench) small(n, size int) {
 		for _, callers := range []int{1, 16} {
 			run++
 			if callers == 16 {
-				b.resetPeak()
+				resetPeak(b.daemon.Process.Pid)
 			}
 			r := must(store.Repository(fmt.Sprintf("run%d", run)))
 			work := make(chan int)
@@ -363,7 +383,7 @@ func (b *bench) small(n, size int) {
 			b.printf("| %s | %d | %.2f | %.0f |\n", store.name, callers, took.Seconds(), float64(n)/took.Seconds())
 		}
 	}
-	b.printf("\nPeak memory of dfdaemon meanwhile: %d MiB.\n\n", b.peak())
+	b.printf("\nPeak memory of dfdaemon meanwhile: %d MiB.\n\n", peakOf(b.daemon.Process.Pid))
 }
 
 // open measures the opening of stores of few and of many blobs. They are made
@@ -380,7 +400,7 @@ func (b *bench) open(many int) {
 			var c p2p.Commit
 			for i := range together {
 				added := must(in.Add(strings.NewReader(strconv.Itoa(have+i)), p2p.AddOptions{}))
-				c.Tasks = append(c.Tasks, p2p.NewTask{Task: p2p.Task{Tag: "t", Digest: added.Digest}, Pinned: true})
+				c.Tasks = append(c.Tasks, p2p.NewTask{Task: p2p.Task{Tag: "t", Digest: added.Digest}, Keep: p2p.KeepPinned})
 			}
 			must(0, in.Commit(c))
 			must(0, in.Close())

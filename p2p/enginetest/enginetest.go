@@ -45,15 +45,28 @@ func Run(t *testing.T, open func(t *testing.T) p2p.Engine) {
 		"PinOutlivesName":           testPinOutlivesName,
 		"DeleteReferenced":          testDeleteReferenced,
 		"DeleteRemovesNames":        testDeleteRemovesNames,
+		"LooseTask":                 testLooseTask,
+		"LooseTaskIsAdopted":        testLooseTaskIsAdopted,
+		"NameOnly":                  testNameOnly,
+		"NameKeepsOld":              testNameKeepsOld,
+		"Needs":                     testNeeds,
+		"ManifestReplacesRefs":      testManifestReplacesRefs,
+		"InvalidManifest":           testInvalidManifest,
+		"Referrers":                 testReferrers,
+		"ReferrerBeforeSubject":     testReferrerBeforeSubject,
+		"StatManifest":              testStatManifest,
+		"Rehash":                    testRehash,
+		"CopyRange":                 testCopyRange,
 		"DeleteWhileOpen":           testDeleteWhileOpen,
 		"DeleteWhileIngested":       testDeleteWhileIngested,
 		"TaskKeepsItsImport":        testTaskKeepsItsImport,
 		"LastUsed":                  testLastUsed,
 		"List":                      testList,
+		"ListKinds":                 testListKinds,
 		"ListMany":                  testListMany,
 		"ListStops":                 testListStops,
 		"Progress":                  testProgress,
-		"CopyToFails":               testCopyToFails,
+		"CopyRangeFails":            testCopyRangeFails,
 		"CancelledBefore":           testCancelledBefore,
 		"CancelledWhileReading":     testCancelledWhileReading,
 		"CancelledWhileReadBlocks":  testCancelledWhileReadBlocks,
@@ -95,14 +108,14 @@ var sizes = []int{
 // Import stores data as a pinned task.
 func Import(t *testing.T, e p2p.Engine, tag string, data []byte) p2p.Task {
 	t.Helper()
-	task, err := importReader(t.Context(), e, tag, bytes.NewReader(data), p2p.AddOptions{}, true)
+	task, err := importReader(t.Context(), e, tag, bytes.NewReader(data), p2p.AddOptions{}, p2p.KeepPinned)
 	if err != nil {
 		t.Fatalf("import %d bytes: %v", len(data), err)
 	}
 	return task
 }
 
-func importReader(ctx context.Context, e p2p.Engine, tag string, src io.Reader, opts p2p.AddOptions, pinned bool) (p2p.Task, error) {
+func importReader(ctx context.Context, e p2p.Engine, tag string, src io.Reader, opts p2p.AddOptions, keep p2p.Keep) (p2p.Task, error) {
 	in, err := e.Ingest(ctx)
 	if err != nil {
 		return p2p.Task{}, err
@@ -113,7 +126,7 @@ func importReader(ctx context.Context, e p2p.Engine, tag string, src io.Reader, 
 		return p2p.Task{}, err
 	}
 	task := p2p.Task{Tag: tag, Digest: added.Digest}
-	return task, in.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: task, MediaType: "application/octet-stream", Pinned: pinned}}})
+	return task, in.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: task, MediaType: "application/octet-stream", Keep: keep}}})
 }
 
 // importArtifact stores an artifact: a manifest that refers to its layers, and a name for it.
@@ -140,12 +153,23 @@ func importArtifact(t *testing.T, e p2p.Engine, tag, name string, manifest []byt
 		c.Tasks = append(c.Tasks, p2p.NewTask{Task: task})
 	}
 	top := add(manifest)
-	c.Tasks = append(c.Tasks, p2p.NewTask{Task: top, MediaType: "application/vnd.oci.image.manifest.v1+json", Refs: refs})
+	c.Tasks = append(c.Tasks, p2p.NewTask{Task: top, MediaType: "application/vnd.oci.image.manifest.v1+json", Manifest: &p2p.NewManifest{Refs: refs}})
 	c.Names = []p2p.NewName{{Tag: tag, Name: name, Digest: top.Digest}}
 	if err := in.Commit(c); err != nil {
 		t.Fatalf("commit artifact %s: %v", name, err)
 	}
 	return top, tasks
+}
+
+// stat describes a task.
+func stat(ctx context.Context, e p2p.Engine, task p2p.Task) (p2p.Info, error) {
+	return e.Stat(ctx, task.Tag, digest.FromDigest(task.Digest), p2p.StatOptions{Scope: p2p.Local})
+}
+
+// resolve returns the task that id names.
+func resolve(ctx context.Context, e p2p.Engine, tag string, id digest.CID) (p2p.Task, error) {
+	info, err := e.Stat(ctx, tag, id, p2p.StatOptions{Scope: p2p.Local})
+	return info.Task, err
 }
 
 // RequireContent fails the test unless the task has exactly this content, however it is read.
@@ -165,7 +189,7 @@ func requireBlob(t *testing.T, blob p2p.Blob, want []byte) {
 		t.Fatalf("size is %d, want %d", blob.Size(), len(want))
 	}
 	var buf bytes.Buffer
-	if err := blob.CopyTo(t.Context(), &buf, nil); err != nil {
+	if err := blob.CopyRange(t.Context(), &buf, 0, blob.Size(), nil); err != nil {
 		t.Fatalf("copy: %v", err)
 	}
 	if !bytes.Equal(buf.Bytes(), want) {
@@ -189,7 +213,7 @@ func requireBlob(t *testing.T, blob p2p.Blob, want []byte) {
 
 func requireMissing(t *testing.T, e p2p.Engine, task p2p.Task) {
 	t.Helper()
-	if _, err := e.Stat(t.Context(), task, p2p.Local); !errors.Is(err, p2p.ErrNotFound) {
+	if _, err := stat(t.Context(), e, task); !errors.Is(err, p2p.ErrNotFound) {
 		t.Errorf("stat %s: %v; want not found", task, err)
 	}
 	if blob, err := e.Open(t.Context(), task, p2p.Local); !errors.Is(err, p2p.ErrNotFound) {
@@ -224,17 +248,17 @@ func testRoundTrip(t *testing.T, e p2p.Engine) {
 		if want := digest.SHA256.FromBytes(data); task.Digest != want {
 			t.Fatalf("%d bytes: digest is %s, want %s", size, task.Digest, want)
 		}
-		info, err := e.Stat(t.Context(), task, p2p.Local)
+		info, err := stat(t.Context(), e, task)
 		if err != nil {
 			t.Fatal(err)
 		}
 		table := digest.Table{Size: int64(size), PieceLength: digest.PieceLength(int64(size))}
 		if info.Task != task || info.Size != table.Size || info.PieceLength != table.PieceLength || info.Pieces != table.Pieces() ||
-			!info.Local() || !info.Pinned || info.MediaType != "application/octet-stream" || info.Imported.Before(before) || !info.LastUsed.IsZero() {
+			!info.Local() || info.Keep != p2p.KeepPinned || info.MediaType != "application/octet-stream" || info.Imported.Before(before) || !info.LastUsed.IsZero() {
 			t.Errorf("%d bytes: info is %+v", size, info)
 		}
 		RequireContent(t, e, task, data)
-		got, err := e.Resolve(t.Context(), "models", digest.FromDigest(task.Digest), p2p.Local)
+		got, err := resolve(t.Context(), e, "models", digest.FromDigest(task.Digest))
 		if err != nil || got != task {
 			t.Errorf("resolve the digest: %v, %v", got, err)
 		}
@@ -257,7 +281,7 @@ func testRoundTripFile(t *testing.T, e p2p.Engine) {
 			if _, err := f.Seek(off, io.SeekStart); err != nil {
 				t.Fatal(err)
 			}
-			task, err := importReader(t.Context(), e, "", f, p2p.AddOptions{}, true)
+			task, err := importReader(t.Context(), e, "", f, p2p.AddOptions{}, p2p.KeepPinned)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -266,7 +290,7 @@ func testRoundTripFile(t *testing.T, e p2p.Engine) {
 			if _, err := f.Seek(off, io.SeekStart); err != nil {
 				t.Fatal(err)
 			}
-			again, err := importReader(t.Context(), e, "again", f, p2p.AddOptions{Want: task.Digest}, true)
+			again, err := importReader(t.Context(), e, "again", f, p2p.AddOptions{Want: task.Digest}, p2p.KeepPinned)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -288,7 +312,7 @@ func testRoundTripPipe(t *testing.T, e p2p.Engine) {
 		defer w.Close()
 		w.Write(data)
 	})
-	task, err := importReader(t.Context(), e, "t", r, p2p.AddOptions{Want: digest.SHA256.FromBytes(data)}, true)
+	task, err := importReader(t.Context(), e, "t", r, p2p.AddOptions{Want: digest.SHA256.FromBytes(data)}, p2p.KeepPinned)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -299,7 +323,7 @@ func testAlgorithms(t *testing.T, e p2p.Engine) {
 	data := Content(3*digest.MinPieceLength+1, 1)
 	for _, alg := range []digest.Algorithm{digest.SHA256, digest.SHA384, digest.SHA512} {
 		for _, opts := range []p2p.AddOptions{{Algorithm: alg}, {Want: alg.FromBytes(data)}} {
-			task, err := importReader(t.Context(), e, "t", bytes.NewReader(data), opts, true)
+			task, err := importReader(t.Context(), e, "t", bytes.NewReader(data), opts, p2p.KeepPinned)
 			if err != nil {
 				t.Fatalf("%s: %v", alg, err)
 			}
@@ -313,7 +337,7 @@ func testAlgorithms(t *testing.T, e p2p.Engine) {
 
 func testMismatch(t *testing.T, e p2p.Engine) {
 	data, want := Content(100_000, 1), digest.SHA256.FromBytes([]byte("something else"))
-	_, err := importReader(t.Context(), e, "t", bytes.NewReader(data), p2p.AddOptions{Want: want}, true)
+	_, err := importReader(t.Context(), e, "t", bytes.NewReader(data), p2p.AddOptions{Want: want}, p2p.KeepPinned)
 	mismatch, ok := errors.AsType[*digest.MismatchError](err)
 	if !ok || mismatch.Want != want || mismatch.Got != digest.SHA256.FromBytes(data) {
 		t.Errorf("error is %v; want a mismatch with both digests", err)
@@ -336,7 +360,7 @@ func testMismatchOfHeldBlob(t *testing.T, e p2p.Engine) {
 			t.Fatal(err)
 		}
 		defer f.Close()
-		_, err = importReader(t.Context(), e, "other", f, p2p.AddOptions{Want: task.Digest}, true)
+		_, err = importReader(t.Context(), e, "other", f, p2p.AddOptions{Want: task.Digest}, p2p.KeepPinned)
 		requireError(t, "import of wrong content that claims to be what is held", err, digest.ErrMismatch)
 		requireMissing(t, e, p2p.Task{Tag: "other", Digest: task.Digest})
 	}
@@ -347,7 +371,7 @@ var errSource = errors.New("the source broke")
 
 func testSourceError(t *testing.T, e p2p.Engine) {
 	data := Content(300_000, 1)
-	_, err := importReader(t.Context(), e, "t", io.MultiReader(bytes.NewReader(data), failingReader{}), p2p.AddOptions{}, true)
+	_, err := importReader(t.Context(), e, "t", io.MultiReader(bytes.NewReader(data), failingReader{}), p2p.AddOptions{}, p2p.KeepPinned)
 	requireError(t, "import", err, errSource)
 	requireMissing(t, e, p2p.Task{Tag: "t", Digest: digest.SHA256.FromBytes(data)})
 }
@@ -359,13 +383,13 @@ func (failingReader) Read([]byte) (int, error) { return 0, errSource }
 func testInvalidInput(t *testing.T, e p2p.Engine) {
 	ctx, good := t.Context(), Import(t, e, "t", []byte("good"))
 	for _, task := range []p2p.Task{{Tag: "UPPER", Digest: good.Digest}, {Tag: "t", Digest: "sha256:xx"}, {Tag: "t"}, {Tag: "a\x00b", Digest: good.Digest}, {Tag: "../x", Digest: good.Digest}} {
-		_, err := e.Stat(ctx, task, p2p.Local)
+		_, err := stat(ctx, e, task)
 		requireError(t, fmt.Sprintf("stat %q", task), err, digest.ErrInvalid)
 		_, err = e.Open(ctx, task, p2p.Local)
 		requireError(t, fmt.Sprintf("open %q", task), err, digest.ErrInvalid)
-		_, err = e.Resolve(ctx, task.Tag, digest.FromDigest(task.Digest), p2p.Local)
+		_, err = resolve(ctx, e, task.Tag, digest.FromDigest(task.Digest))
 		requireError(t, fmt.Sprintf("resolve %q", task), err, digest.ErrInvalid)
-		_, err = e.Delete(ctx, task.Tag, digest.FromDigest(task.Digest), true)
+		_, err = e.Delete(ctx, task.Tag, digest.FromDigest(task.Digest), p2p.DeleteOptions{Force: true})
 		requireError(t, fmt.Sprintf("delete %q", task), err, digest.ErrInvalid)
 		in, err := e.Ingest(ctx)
 		if err != nil {
@@ -384,11 +408,11 @@ func testInvalidInput(t *testing.T, e p2p.Engine) {
 		in.Close()
 	}
 	for _, opts := range []p2p.AddOptions{{Want: "sha256:xx"}, {Want: "md5:d41d8cd98f00b204e9800998ecf8427e"}, {Algorithm: "md5"}} {
-		_, err := importReader(ctx, e, "t", strings.NewReader("x"), opts, true)
+		_, err := importReader(ctx, e, "t", strings.NewReader("x"), opts, p2p.KeepPinned)
 		requireError(t, fmt.Sprintf("add %+v", opts), err, digest.ErrInvalid)
 	}
 	bad := "UPPER"
-	for _, err := range e.List(ctx, &bad) {
+	for _, err := range e.List(ctx, p2p.Query{Tag: &bad}) {
 		requireError(t, "list", err, digest.ErrInvalid)
 	}
 }
@@ -402,14 +426,14 @@ func testNotFound(t *testing.T, e p2p.Engine) {
 	} {
 		requireMissing(t, e, task)
 		id := digest.FromDigest(task.Digest)
-		_, err := e.Resolve(t.Context(), task.Tag, id, p2p.Local)
+		_, err := resolve(t.Context(), e, task.Tag, id)
 		requireError(t, "resolve", err, p2p.ErrNotFound)
-		_, err = e.Delete(t.Context(), task.Tag, id, false)
+		_, err = e.Delete(t.Context(), task.Tag, id, p2p.DeleteOptions{})
 		requireError(t, "delete", err, p2p.ErrNotFound)
 	}
-	_, err := e.Resolve(t.Context(), "t", cid(t, "absent"), p2p.Local)
+	_, err := resolve(t.Context(), e, "t", cid(t, "absent"))
 	requireError(t, "resolve a name", err, p2p.ErrNotFound)
-	_, err = e.Delete(t.Context(), "t", cid(t, "absent"), false)
+	_, err = e.Delete(t.Context(), "t", cid(t, "absent"), p2p.DeleteOptions{})
 	requireError(t, "delete a name", err, p2p.ErrNotFound)
 	in, err := e.Ingest(t.Context())
 	if err != nil {
@@ -524,13 +548,13 @@ func testUncommittedIsDropped(t *testing.T, e p2p.Engine) {
 func testSharedAcrossTags(t *testing.T, e p2p.Engine) {
 	data := Content(200_000, 1)
 	a, b := Import(t, e, "a", data), Import(t, e, "b", data)
-	deleted, err := e.Delete(t.Context(), "a", digest.FromDigest(a.Digest), false)
+	deleted, err := e.Delete(t.Context(), "a", digest.FromDigest(a.Digest), p2p.DeleteOptions{})
 	if err != nil || deleted.Tasks != 1 || deleted.Freed != 0 {
 		t.Errorf("delete under the first tag: %+v, %v; want one task and nothing freed", deleted, err)
 	}
 	requireMissing(t, e, a)
 	RequireContent(t, e, b, data)
-	deleted, err = e.Delete(t.Context(), "b", digest.FromDigest(b.Digest), false)
+	deleted, err = e.Delete(t.Context(), "b", digest.FromDigest(b.Digest), p2p.DeleteOptions{})
 	if err != nil || deleted.Tasks != 1 || deleted.Freed != int64(len(data)) {
 		t.Errorf("delete under the last tag: %+v, %v; want one task and %d bytes freed", deleted, err, len(data))
 	}
@@ -556,29 +580,29 @@ func testCommitOfHeldBlob(t *testing.T, e p2p.Engine) {
 func testNames(t *testing.T, e p2p.Engine) {
 	layer, config := Content(1000, 1), []byte("{}")
 	manifest, parts := importArtifact(t, e, "t", "v1", []byte(`{"one":1}`), config, layer)
-	got, err := e.Resolve(t.Context(), "t", cid(t, "v1"), p2p.Local)
+	got, err := resolve(t.Context(), e, "t", cid(t, "v1"))
 	if err != nil || got != manifest {
 		t.Fatalf("resolve: %v, %v; want %v", got, err, manifest)
 	}
 	other, _ := importArtifact(t, e, "t", "v2", []byte(`{"two":2}`), config, Content(1000, 2))
-	deleted, err := e.Delete(t.Context(), "t", cid(t, "v1"), false)
+	deleted, err := e.Delete(t.Context(), "t", cid(t, "v1"), p2p.DeleteOptions{})
 	if err != nil || deleted.Tasks != 2 || deleted.Freed != int64(len(layer)+len(`{"one":1}`)) {
 		t.Errorf("delete: %+v, %v; want manifest and layer, but not the config that v2 shares", deleted, err)
 	}
 	requireMissing(t, e, manifest)
 	requireMissing(t, e, parts[1])
 	RequireContent(t, e, parts[0], config)
-	_, err = e.Resolve(t.Context(), "t", cid(t, "v1"), p2p.Local)
+	_, err = resolve(t.Context(), e, "t", cid(t, "v1"))
 	requireError(t, "resolve the deleted name", err, p2p.ErrNotFound)
 	RequireContent(t, e, other, []byte(`{"two":2}`))
-	_, err = e.Resolve(t.Context(), "u", cid(t, "v2"), p2p.Local)
+	_, err = resolve(t.Context(), e, "u", cid(t, "v2"))
 	requireError(t, "resolve under another tag", err, p2p.ErrNotFound)
 }
 
 func testNameMoves(t *testing.T, e p2p.Engine) {
 	before, parts := importArtifact(t, e, "t", "v1", []byte(`{"one":1}`), Content(1000, 1))
 	after, newParts := importArtifact(t, e, "t", "v1", []byte(`{"two":2}`), Content(1000, 2))
-	got, err := e.Resolve(t.Context(), "t", cid(t, "v1"), p2p.Local)
+	got, err := resolve(t.Context(), e, "t", cid(t, "v1"))
 	if err != nil || got != after {
 		t.Errorf("resolve: %v, %v; want %v", got, err, after)
 	}
@@ -597,7 +621,7 @@ func testPinOutlivesName(t *testing.T, e p2p.Engine) {
 	layer := Content(1000, 1)
 	pinned := Import(t, e, "t", layer)
 	manifest, _ := importArtifact(t, e, "t", "v1", []byte(`{"one":1}`), layer)
-	if deleted, err := e.Delete(t.Context(), "t", cid(t, "v1"), false); err != nil || deleted.Tasks != 1 {
+	if deleted, err := e.Delete(t.Context(), "t", cid(t, "v1"), p2p.DeleteOptions{}); err != nil || deleted.Tasks != 1 {
 		t.Errorf("delete: %+v, %v; want the manifest only", deleted, err)
 	}
 	requireMissing(t, e, manifest)
@@ -607,18 +631,18 @@ func testPinOutlivesName(t *testing.T, e p2p.Engine) {
 func testDeleteReferenced(t *testing.T, e p2p.Engine) {
 	manifest, parts := importArtifact(t, e, "t", "v1", []byte(`{"one":1}`), Content(1000, 1))
 	id := digest.FromDigest(parts[0].Digest)
-	_, err := e.Delete(t.Context(), "t", id, false)
+	_, err := e.Delete(t.Context(), "t", id, p2p.DeleteOptions{})
 	requireError(t, "delete a layer", err, p2p.ErrReferenced)
 	if err != nil && !strings.Contains(err.Error(), "v1") {
 		t.Errorf("error %q does not name what refers to it", err)
 	}
 	RequireContent(t, e, parts[0], Content(1000, 1))
-	if deleted, err := e.Delete(t.Context(), "t", id, true); err != nil || deleted.Tasks != 1 {
+	if deleted, err := e.Delete(t.Context(), "t", id, p2p.DeleteOptions{Force: true}); err != nil || deleted.Tasks != 1 {
 		t.Errorf("delete by force: %+v, %v", deleted, err)
 	}
 	requireMissing(t, e, parts[0])
 	RequireContent(t, e, manifest, []byte(`{"one":1}`))
-	if deleted, err := e.Delete(t.Context(), "t", cid(t, "v1"), false); err != nil || deleted.Tasks != 1 {
+	if deleted, err := e.Delete(t.Context(), "t", cid(t, "v1"), p2p.DeleteOptions{}); err != nil || deleted.Tasks != 1 {
 		t.Errorf("delete the name after that: %+v, %v", deleted, err)
 	}
 }
@@ -626,17 +650,430 @@ func testDeleteReferenced(t *testing.T, e p2p.Engine) {
 func testDeleteRemovesNames(t *testing.T, e p2p.Engine) {
 	manifest, parts := importArtifact(t, e, "t", "v1", []byte(`{"one":1}`), Content(1000, 1))
 	importArtifact(t, e, "t", "latest", []byte(`{"one":1}`), Content(1000, 1))
-	if deleted, err := e.Delete(t.Context(), "t", cid(t, "latest"), false); err != nil || deleted.Tasks != 0 {
+	if deleted, err := e.Delete(t.Context(), "t", cid(t, "latest"), p2p.DeleteOptions{}); err != nil || deleted.Tasks != 0 {
 		t.Errorf("delete one of two names: %+v, %v; want no task removed", deleted, err)
 	}
-	if deleted, err := e.Delete(t.Context(), "t", digest.FromDigest(manifest.Digest), false); err != nil || deleted.Tasks != 2 {
+	if deleted, err := e.Delete(t.Context(), "t", digest.FromDigest(manifest.Digest), p2p.DeleteOptions{}); err != nil || deleted.Tasks != 2 {
 		t.Errorf("delete the manifest: %+v, %v; want manifest and layer", deleted, err)
 	}
 	requireMissing(t, e, parts[0])
-	_, err := e.Resolve(t.Context(), "t", cid(t, "v1"), p2p.Local)
+	_, err := resolve(t.Context(), e, "t", cid(t, "v1"))
 	requireError(t, "resolve a name of the deleted manifest", err, p2p.ErrNotFound)
 	if entries := list(t, e, nil); len(entries) > 0 {
 		t.Errorf("list has %v", entries)
+	}
+}
+
+// push stores content that nothing holds yet; a manifest where m is not nil.
+func push(t *testing.T, e p2p.Engine, data []byte, m *p2p.NewManifest) p2p.Task {
+	t.Helper()
+	task, err := tryPush(t.Context(), e, data, m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return task
+}
+
+func tryPush(ctx context.Context, e p2p.Engine, data []byte, m *p2p.NewManifest, names ...p2p.NewName) (p2p.Task, error) {
+	in, err := e.Ingest(ctx)
+	if err != nil {
+		return p2p.Task{}, err
+	}
+	defer in.Close()
+	added, err := in.Add(bytes.NewReader(data), p2p.AddOptions{})
+	if err != nil {
+		return p2p.Task{}, err
+	}
+	task := p2p.Task{Tag: "t", Digest: added.Digest}
+	for i := range names {
+		names[i].Tag, names[i].Digest = task.Tag, task.Digest
+	}
+	return task, in.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: task, Keep: p2p.KeepLoose, Manifest: m}}, Names: names})
+}
+
+func refs(tasks ...p2p.Task) *p2p.NewManifest {
+	m := &p2p.NewManifest{}
+	for _, task := range tasks {
+		m.Refs = append(m.Refs, task.Digest)
+	}
+	return m
+}
+
+func requireKeep(t *testing.T, e p2p.Engine, task p2p.Task, want p2p.Keep) {
+	t.Helper()
+	if info, err := stat(t.Context(), e, task); err != nil || info.Keep != want {
+		t.Errorf("stat %s: kept as %v, %v; want %v", task, info.Keep, err, want)
+	}
+}
+
+func testLooseTask(t *testing.T, e p2p.Engine) {
+	layer := push(t, e, Content(1000, 1), nil)
+	requireKeep(t, e, layer, p2p.KeepLoose)
+	// Committed again it stays so; pinned it stays pinned.
+	push(t, e, Content(1000, 1), nil)
+	requireKeep(t, e, layer, p2p.KeepLoose)
+	Import(t, e, "t", Content(1000, 1))
+	push(t, e, Content(1000, 1), nil)
+	requireKeep(t, e, layer, p2p.KeepPinned)
+	if deleted, err := e.Delete(t.Context(), "t", digest.FromDigest(layer.Digest), p2p.DeleteOptions{}); err != nil || deleted.Tasks != 1 {
+		t.Errorf("delete: %+v, %v", deleted, err)
+	}
+	requireMissing(t, e, layer)
+}
+
+func testLooseTaskIsAdopted(t *testing.T, e p2p.Engine) {
+	shared, layer := push(t, e, Content(1000, 1), nil), push(t, e, Content(1000, 2), nil)
+	pinned := Import(t, e, "t", Content(1000, 3))
+	one := push(t, e, []byte(`{"one":1}`), refs(shared, layer, pinned))
+	two := push(t, e, []byte(`{"two":2}`), refs(shared))
+	requireKeep(t, e, layer, p2p.KeepHeld)
+	requireKeep(t, e, one, p2p.KeepLoose)
+	index := push(t, e, []byte(`{"index":1}`), refs(one))
+	requireKeep(t, e, one, p2p.KeepHeld)
+	_, err := e.Delete(t.Context(), "t", digest.FromDigest(one.Digest), p2p.DeleteOptions{})
+	requireError(t, "delete a manifest that an index refers to", err, p2p.ErrReferenced)
+	if deleted, err := e.Delete(t.Context(), "t", digest.FromDigest(index.Digest), p2p.DeleteOptions{}); err != nil || deleted.Tasks != 3 {
+		t.Errorf("delete the index: %+v, %v; want index, manifest and layer", deleted, err)
+	}
+	requireMissing(t, e, one)
+	requireMissing(t, e, layer)
+	RequireContent(t, e, shared, Content(1000, 1))
+	RequireContent(t, e, pinned, Content(1000, 3))
+	RequireContent(t, e, two, []byte(`{"two":2}`))
+
+	// What comes after that which refers to it is held from the start.
+	digestOf := func(data []byte) p2p.Task {
+		return p2p.Task{Tag: "t", Digest: digest.SHA256.FromBytes(data)}
+	}
+	late := Content(1000, 4)
+	push(t, e, []byte(`{"three":3}`), refs(digestOf(late)))
+	requireKeep(t, e, push(t, e, late, nil), p2p.KeepHeld)
+}
+
+func testNameOnly(t *testing.T, e p2p.Engine) {
+	manifest, parts := importArtifact(t, e, "t", "v1", []byte(`{"one":1}`), Content(1000, 1))
+	importArtifact(t, e, "t", "v2", []byte(`{"one":1}`), Content(1000, 1))
+	for i, name := range []string{"v1", "v2"} {
+		deleted, err := e.Delete(t.Context(), "t", cid(t, name), p2p.DeleteOptions{NameOnly: true})
+		if err != nil || deleted != (p2p.Deleted{}) {
+			t.Errorf("delete the name %s: %+v, %v; want nothing else gone", name, deleted, err)
+		}
+		_, err = resolve(t.Context(), e, "t", cid(t, name))
+		requireError(t, "resolve the deleted name", err, p2p.ErrNotFound)
+		requireKeep(t, e, manifest, []p2p.Keep{p2p.KeepHeld, p2p.KeepLoose}[i])
+	}
+	RequireContent(t, e, parts[0], Content(1000, 1))
+	_, err := e.Delete(t.Context(), "t", cid(t, "v1"), p2p.DeleteOptions{NameOnly: true})
+	requireError(t, "delete an absent name", err, p2p.ErrNotFound)
+	_, err = e.Delete(t.Context(), "t", digest.FromDigest(manifest.Digest), p2p.DeleteOptions{NameOnly: true})
+	requireError(t, "delete the name that is a digest", err, digest.ErrInvalid)
+	// With a name again, it goes with it.
+	importArtifact(t, e, "t", "v3", []byte(`{"one":1}`), Content(1000, 1))
+	if deleted, err := e.Delete(t.Context(), "t", cid(t, "v3"), p2p.DeleteOptions{}); err != nil || deleted.Tasks != 2 {
+		t.Errorf("delete: %+v, %v; want manifest and layer", deleted, err)
+	}
+}
+
+func testNameKeepsOld(t *testing.T, e p2p.Engine) {
+	tag := func(data string) p2p.Task {
+		t.Helper()
+		task, err := tryPush(t.Context(), e, []byte(data), refs(), p2p.NewName{Name: "v1", KeepOld: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		requireKeep(t, e, task, p2p.KeepHeld)
+		return task
+	}
+	first := tag(`{"one":1}`)
+	second := tag(`{"two":2}`)
+	requireKeep(t, e, first, p2p.KeepLoose)
+	if got, err := resolve(t.Context(), e, "t", cid(t, "v1")); err != nil || got != second {
+		t.Errorf("resolve: %v, %v; want %v", got, err, second)
+	}
+	// Tagged again as it is, nothing changes.
+	if again := tag(`{"two":2}`); again != second {
+		t.Errorf("the task is %v, was %v", again, second)
+	}
+	requireKeep(t, e, second, p2p.KeepHeld)
+}
+
+func testNeeds(t *testing.T, e p2p.Engine) {
+	here := push(t, e, Content(1000, 1), nil)
+	Import(t, e, "u", Content(1000, 2))
+	absent := p2p.Task{Tag: "t", Digest: digest.SHA256.FromBytes(Content(1000, 2))} // under another tag only
+	m := refs(here, absent)
+	m.Needs = m.Refs
+	task, err := tryPush(t.Context(), e, []byte(`{"one":1}`), m, p2p.NewName{Name: "v1"})
+	requireError(t, "commit a manifest that refers to what is absent", err, p2p.ErrMissingRef)
+	if err != nil && !strings.Contains(err.Error(), string(absent.Digest)) {
+		t.Errorf("error %q does not name what is missing", err)
+	}
+	requireMissing(t, e, task)
+	requireKeep(t, e, here, p2p.KeepLoose)
+	m.Needs = m.Refs[:1]
+	if _, err := tryPush(t.Context(), e, []byte(`{"one":1}`), m); err != nil {
+		t.Errorf("commit a manifest that refers to what is absent, and need not be there: %v", err)
+	}
+}
+
+func testManifestReplacesRefs(t *testing.T, e p2p.Engine) {
+	// A manifest that came as a blob is one as soon as it is pushed as one.
+	layer := push(t, e, Content(1000, 1), nil)
+	manifest := Import(t, e, "t", []byte(`{"one":1}`))
+	if info, err := stat(t.Context(), e, manifest); err != nil || info.IsManifest {
+		t.Errorf("stat of a blob: %+v, %v; want it to be no manifest", info, err)
+	}
+	push(t, e, []byte(`{"one":1}`), refs(layer))
+	if info, err := stat(t.Context(), e, manifest); err != nil || !info.IsManifest || info.Keep != p2p.KeepPinned {
+		t.Errorf("stat: %+v, %v; want a pinned manifest", info, err)
+	}
+	requireKeep(t, e, layer, p2p.KeepHeld)
+	// As a blob once more, it still is.
+	push(t, e, []byte(`{"one":1}`), nil)
+	if info, err := stat(t.Context(), e, manifest); err != nil || !info.IsManifest {
+		t.Errorf("stat: %+v, %v; want a manifest", info, err)
+	}
+	_, err := e.Delete(t.Context(), "t", digest.FromDigest(layer.Digest), p2p.DeleteOptions{})
+	requireError(t, "delete its layer", err, p2p.ErrReferenced)
+	// With other references what it referred to is let go.
+	push(t, e, []byte(`{"one":1}`), refs())
+	requireMissing(t, e, layer)
+}
+
+func testInvalidManifest(t *testing.T, e p2p.Engine) {
+	for name, m := range map[string]*p2p.NewManifest{
+		"reference": {Refs: []digest.Digest{"sha256:short"}},
+		"need":      {Needs: []digest.Digest{"md5:d41d8cd98f00b204e9800998ecf8427e"}},
+		"subject":   {Subject: "none"},
+		"itself":    {Refs: []digest.Digest{digest.SHA256.FromString(`{"one":1}`)}},
+	} {
+		_, err := tryPush(t.Context(), e, []byte(`{"one":1}`), m)
+		requireError(t, "commit a manifest with an invalid "+name, err, digest.ErrInvalid)
+	}
+	_, err := tryPush(t.Context(), e, Content(p2p.MaxManifest+1, 1), refs())
+	requireError(t, "commit a manifest that is too large", err, digest.ErrInvalid)
+	if entries := list(t, e, nil); len(entries) > 0 {
+		t.Errorf("list has %v", entries)
+	}
+}
+
+// about makes a manifest that is about subject.
+func about(subject p2p.Task, parts ...p2p.Task) *p2p.NewManifest {
+	m := refs(parts...)
+	m.Subject = subject.Digest
+	return m
+}
+
+// referring lists what refers to a task.
+func referring(t *testing.T, e p2p.Engine, to p2p.Task) []p2p.Task {
+	t.Helper()
+	var tasks []p2p.Task
+	for entry, err := range e.List(t.Context(), p2p.Query{Tag: &to.Tag, RefersTo: to.Digest}) {
+		if err != nil {
+			t.Fatalf("list what refers to %s: %v", to, err)
+		}
+		if entry.Name != "" || !entry.IsManifest {
+			t.Errorf("list what refers to %s: %+v; want manifests", to, entry)
+		}
+		tasks = append(tasks, entry.Task)
+	}
+	return tasks
+}
+
+func testReferrers(t *testing.T, e p2p.Engine) {
+	layer := push(t, e, Content(1000, 1), nil)
+	subject := push(t, e, []byte(`{"subject":1}`), refs(layer))
+	part := push(t, e, Content(1000, 2), nil)
+	signature := push(t, e, []byte(`{"signature":1}`), about(subject, part))
+	requireKeep(t, e, signature, p2p.KeepHeld)
+	if got := referring(t, e, layer); !slices.Equal(got, []p2p.Task{subject}) {
+		t.Errorf("to the layer refer %v, want the subject", got)
+	}
+	both := push(t, e, []byte(`{"both":1}`), about(subject, subject))
+	index := push(t, e, []byte(`{"index":1}`), refs(subject))
+	got, want := referring(t, e, subject), []p2p.Task{signature, both, index}
+	byDigest := func(a, b p2p.Task) int { return strings.Compare(string(a.Digest), string(b.Digest)) }
+	slices.SortFunc(got, byDigest)
+	slices.SortFunc(want, byDigest)
+	if !slices.Equal(got, want) {
+		t.Errorf("to the subject refer %v, want %v", got, want)
+	}
+	if got := referring(t, e, p2p.Task{Tag: "u", Digest: subject.Digest}); len(got) > 0 {
+		t.Errorf("under another tag there refer %v, want none", got)
+	}
+	for _, holder := range []p2p.Task{index, both} {
+		if _, err := e.Delete(t.Context(), "t", digest.FromDigest(holder.Digest), p2p.DeleteOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	requireMissing(t, e, subject) // the index was its last holder
+	requireMissing(t, e, signature)
+	requireMissing(t, e, part)
+	if entries := list(t, e, nil); len(entries) > 0 {
+		t.Errorf("list has %v", entries)
+	}
+
+	// What has a name or a pin of its own outlives its subject.
+	subject = push(t, e, []byte(`{"subject":1}`), refs())
+	named, err := tryPush(t.Context(), e, []byte(`{"signature":1}`), about(subject), p2p.NewName{Name: "sig"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if deleted, err := e.Delete(t.Context(), "t", digest.FromDigest(subject.Digest), p2p.DeleteOptions{}); err != nil || deleted.Tasks != 1 {
+		t.Errorf("delete the subject: %+v, %v; want only that to go", deleted, err)
+	}
+	requireKeep(t, e, named, p2p.KeepHeld)
+	if got := referring(t, e, subject); !slices.Equal(got, []p2p.Task{named}) {
+		t.Errorf("to the absent subject refer %v, want %v", got, named)
+	}
+}
+
+func testReferrerBeforeSubject(t *testing.T, e p2p.Engine) {
+	content := []byte(`{"subject":1}`)
+	subject := p2p.Task{Tag: "t", Digest: digest.SHA256.FromBytes(content)}
+	signature := push(t, e, []byte(`{"signature":1}`), about(subject))
+	requireKeep(t, e, signature, p2p.KeepLoose)
+	if got := referring(t, e, subject); !slices.Equal(got, []p2p.Task{signature}) {
+		t.Errorf("to the absent subject refer %v, want %v", got, signature)
+	}
+	push(t, e, content, refs())
+	requireKeep(t, e, signature, p2p.KeepHeld)
+	if deleted, err := e.Delete(t.Context(), "t", digest.FromDigest(signature.Digest), p2p.DeleteOptions{}); err != nil || deleted.Tasks != 1 {
+		t.Errorf("delete the referrer: %+v, %v", deleted, err)
+	}
+	if got := referring(t, e, subject); len(got) > 0 {
+		t.Errorf("to the subject refer %v, want none", got)
+	}
+	RequireContent(t, e, subject, content)
+}
+
+func testStatManifest(t *testing.T, e p2p.Engine) {
+	content := []byte(`{"one":1}`)
+	small, large := Content(1000, 1), Content(100_000, 2)
+	manifest, parts := importArtifact(t, e, "t", "v1", content, small, large)
+	for _, id := range []string{"v1", string(manifest.Digest)} {
+		info, err := e.Stat(t.Context(), "t", cid(t, id), p2p.StatOptions{Scope: p2p.Local, Manifest: true})
+		if err != nil || info.Task != manifest || info.Manifest == nil {
+			t.Fatalf("stat %s: %+v, %v; want the manifest %s", id, info, err, manifest)
+		}
+		if !bytes.Equal(info.Manifest.Content, content) {
+			t.Errorf("stat %s: its content is %q", id, info.Manifest.Content)
+		}
+		if refs := info.Manifest.Refs; len(refs) != 2 || refs[0].Task != parts[0] || refs[1].Task != parts[1] ||
+			refs[0].Size != 1000 || refs[1].Size != 100_000 || !refs[1].Local() {
+			t.Errorf("stat %s: it refers to %+v", id, refs)
+		}
+		if !info.LastUsed.IsZero() {
+			t.Errorf("stat %s counts as a use", id)
+		}
+		if info, err = e.Stat(t.Context(), "t", cid(t, id), p2p.StatOptions{Scope: p2p.Local}); err != nil || info.Manifest != nil {
+			t.Errorf("stat %s without the manifest: %+v, %v", id, info, err)
+		}
+	}
+	info, err := e.Stat(t.Context(), "t", digest.FromDigest(parts[0].Digest), p2p.StatOptions{Scope: p2p.Local, Manifest: true})
+	if err != nil || info.Manifest != nil {
+		t.Errorf("stat of a blob, with its manifest: %+v, %v; want none", info, err)
+	}
+	// What is not held is left out, and no more than MaxRefs are told.
+	many := &p2p.NewManifest{}
+	for i := range 2 * p2p.MaxRefs {
+		many.Refs = append(many.Refs, digest.SHA256.FromString(fmt.Sprint(i)))
+	}
+	many.Refs[1] = parts[0].Digest
+	many.Refs[p2p.MaxRefs] = parts[1].Digest
+	largest := Content(p2p.MaxManifest, 3)
+	task := push(t, e, largest, many)
+	info, err = e.Stat(t.Context(), "t", digest.FromDigest(task.Digest), p2p.StatOptions{Scope: p2p.Local, Manifest: true})
+	if err != nil || info.Manifest == nil || !bytes.Equal(info.Manifest.Content, largest) {
+		t.Fatalf("stat of the largest manifest: %v", err)
+	}
+	if refs := info.Manifest.Refs; len(refs) != 1 || refs[0].Task != parts[0] {
+		t.Errorf("it refers to %+v, want what is held of the first %d", refs, p2p.MaxRefs)
+	}
+}
+
+func testRehash(t *testing.T, e p2p.Engine) {
+	data := Content(3*digest.MinPieceLength+17, 1)
+	want := digest.SHA512.FromBytes(data)
+	rehash := func(want digest.Digest) error {
+		in, err := e.Ingest(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer in.Close()
+		added, err := in.Add(bytes.NewReader(data), p2p.AddOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		again, err := in.Rehash(added.Digest, want)
+		if err != nil {
+			return err
+		}
+		if again != (p2p.Added{Digest: want, Size: int64(len(data))}) {
+			t.Errorf("rehashed: %+v", again)
+		}
+		return in.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: p2p.Task{Tag: "t", Digest: want}}}})
+	}
+	if err := rehash(want); err != nil {
+		t.Fatal(err)
+	}
+	RequireContent(t, e, p2p.Task{Tag: "t", Digest: want}, data)
+	if entries := list(t, e, nil); len(entries) != 1 {
+		t.Errorf("list has %v; want only what was committed", entries)
+	}
+	// Where the blob is here under the first digest already, both are.
+	first := Import(t, e, "t", data)
+	if _, err := e.Delete(t.Context(), "t", digest.FromDigest(want), p2p.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if err := rehash(want); err != nil {
+		t.Fatal(err)
+	}
+	RequireContent(t, e, p2p.Task{Tag: "t", Digest: want}, data)
+	RequireContent(t, e, first, data)
+	requireError(t, "rehash under the digest of something else", rehash(digest.SHA512.FromString("other")), digest.ErrMismatch)
+	requireError(t, "rehash under no digest", rehash("sha512:none"), digest.ErrInvalid)
+	in, err := e.Ingest(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.Close()
+	_, err = in.Rehash(first.Digest, want)
+	requireError(t, "rehash what was not added", err, p2p.ErrNotFound)
+}
+
+func testCopyRange(t *testing.T, e p2p.Engine) {
+	const piece = digest.MinPieceLength
+	data := Content(3*piece+17, 1)
+	blob, err := e.Open(t.Context(), Import(t, e, "t", data), p2p.Local)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer blob.Close()
+	size := int64(len(data))
+	for _, r := range []struct{ off, n int64 }{{0, size}, {0, 0}, {size, 0}, {0, 1}, {size - 1, 1}, {piece - 1, 2}, {piece, piece}, {1, size - 2}, {3 * piece, 17}} {
+		// A file takes its bytes in another way than anything else does.
+		file, err := os.Create(filepath.Join(t.TempDir(), "out"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var buf bytes.Buffer
+		for _, w := range []io.Writer{&buf, file} {
+			last := int64(0)
+			if err := blob.CopyRange(t.Context(), w, r.off, r.n, func(n int64) { last = n }); err != nil || last != r.n {
+				t.Errorf("%d bytes from %d on to a %T: %v, the last progress was %d", r.n, r.off, w, err, last)
+			}
+		}
+		file.Close()
+		written, err := os.ReadFile(file.Name())
+		if want := data[r.off : r.off+r.n]; err != nil || !bytes.Equal(written, want) || !bytes.Equal(buf.Bytes(), want) {
+			t.Errorf("%d bytes from %d on are wrong (%v)", r.n, r.off, err)
+		}
+	}
+	for _, r := range []struct{ off, n int64 }{{-1, 1}, {0, -1}, {0, size + 1}, {size, 1}, {1 << 62, 1 << 62}} {
+		if err := blob.CopyRange(t.Context(), io.Discard, r.off, r.n, nil); err == nil {
+			t.Errorf("%d bytes from %d on of %d: no error", r.n, r.off, size)
+		}
 	}
 }
 
@@ -648,7 +1085,7 @@ func testDeleteWhileOpen(t *testing.T, e p2p.Engine) {
 		t.Fatal(err)
 	}
 	defer blob.Close()
-	if _, err := e.Delete(t.Context(), "t", digest.FromDigest(task.Digest), false); err != nil {
+	if _, err := e.Delete(t.Context(), "t", digest.FromDigest(task.Digest), p2p.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	requireMissing(t, e, task)
@@ -667,7 +1104,7 @@ func testDeleteWhileIngested(t *testing.T, e p2p.Engine) {
 		t.Fatal(err)
 	}
 	// The ingest has seen that the blob is here and relies on it.
-	if _, err := e.Delete(t.Context(), "a", digest.FromDigest(task.Digest), false); err != nil {
+	if _, err := e.Delete(t.Context(), "a", digest.FromDigest(task.Digest), p2p.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	other := p2p.Task{Tag: "b", Digest: task.Digest}
@@ -680,15 +1117,15 @@ func testDeleteWhileIngested(t *testing.T, e p2p.Engine) {
 
 func testTaskKeepsItsImport(t *testing.T, e p2p.Engine) {
 	task := Import(t, e, "t", []byte("data"))
-	first, err := e.Stat(t.Context(), task, p2p.Local)
+	first, err := stat(t.Context(), e, task)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := importReader(t.Context(), e, "t", strings.NewReader("data"), p2p.AddOptions{}, false); err != nil {
+	if _, err := importReader(t.Context(), e, "t", strings.NewReader("data"), p2p.AddOptions{}, p2p.KeepHeld); err != nil {
 		t.Fatal(err)
 	}
-	second, err := e.Stat(t.Context(), task, p2p.Local)
-	if err != nil || !second.Imported.Equal(first.Imported) || !second.Pinned {
+	second, err := stat(t.Context(), e, task)
+	if err != nil || !second.Imported.Equal(first.Imported) || second.Keep != p2p.KeepPinned {
 		t.Errorf("after a second import: %+v, %v; want time and pin of the first: %+v", second, err, first)
 	}
 }
@@ -697,7 +1134,7 @@ func testLastUsed(t *testing.T, e p2p.Engine) {
 	task := Import(t, e, "t", []byte("data"))
 	before := time.Now().Add(-time.Second)
 	RequireContent(t, e, task, []byte("data"))
-	info, err := e.Stat(t.Context(), task, p2p.Local)
+	info, err := stat(t.Context(), e, task)
 	if err != nil || info.LastUsed.Before(before) {
 		t.Errorf("last used is %v (%v); want a time after %v", info.LastUsed, err, before)
 	}
@@ -706,7 +1143,7 @@ func testLastUsed(t *testing.T, e p2p.Engine) {
 func list(t *testing.T, e p2p.Engine, tag *string) []string {
 	t.Helper()
 	var lines []string
-	for entry, err := range e.List(t.Context(), tag) {
+	for entry, err := range e.List(t.Context(), p2p.Query{Tag: tag}) {
 		if err != nil {
 			t.Fatalf("list: %v", err)
 		}
@@ -748,6 +1185,74 @@ func testList(t *testing.T, e p2p.Engine) {
 	}
 }
 
+func testListKinds(t *testing.T, e p2p.Engine) {
+	for _, tag := range []string{"b", "", "a-b", "a", "a/b"} {
+		importArtifact(t, e, tag, "v2", []byte(`{"one":1}`), Content(1000, 1))
+		importArtifact(t, e, tag, "v1", []byte(`{"two":2}`), Content(1000, 1))
+	}
+	tags := func(after string) []string {
+		got := []string{}
+		for entry, err := range e.List(t.Context(), p2p.Query{Kind: p2p.KindTags, After: after}) {
+			if err != nil {
+				t.Fatal(err)
+			}
+			got = append(got, entry.Task.Tag)
+		}
+		return got
+	}
+	if got, want := tags(""), []string{"", "a", "a-b", "a/b", "b"}; !slices.Equal(got, want) {
+		t.Errorf("tags are %q, want %q", got, want)
+	}
+	if got, want := tags("a-b"), []string{"a/b", "b"}; !slices.Equal(got, want) {
+		t.Errorf("tags after a-b are %q, want %q", got, want)
+	}
+	if got, want := tags("aa"), []string{"b"}; !slices.Equal(got, want) {
+		t.Errorf("tags after aa are %q, want %q", got, want)
+	}
+	names := func(q p2p.Query) []string {
+		q.Kind = p2p.KindNames
+		got := []string{}
+		for entry, err := range e.List(t.Context(), q) {
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !entry.IsManifest || entry.Total != 0 {
+				t.Errorf("entry %+v: want a manifest, and no total", entry)
+			}
+			got = append(got, entry.Task.Tag+":"+entry.Name)
+		}
+		return got
+	}
+	a := "a"
+	for _, c := range []struct {
+		q    p2p.Query
+		want []string
+	}{
+		{p2p.Query{Tag: &a}, []string{"a:v1", "a:v2"}},
+		{p2p.Query{Tag: &a, After: "v1"}, []string{"a:v2"}},
+		{p2p.Query{Tag: &a, After: "v"}, []string{"a:v1", "a:v2"}},
+		{p2p.Query{Tag: &a, After: "v2"}, []string{}},
+		{p2p.Query{}, []string{":v1", ":v2", "a:v1", "a:v2", "a-b:v1", "a-b:v2", "a/b:v1", "a/b:v2", "b:v1", "b:v2"}},
+	} {
+		if got := names(c.q); !slices.Equal(got, c.want) {
+			t.Errorf("names of %+v are %q, want %q", c.q, got, c.want)
+		}
+	}
+	d := digest.SHA256.FromString("")
+	for _, q := range []p2p.Query{
+		{Kind: -1},
+		{Kind: p2p.KindTags + 1},
+		{Kind: p2p.KindTags, Tag: &a},
+		{RefersTo: d},
+		{RefersTo: d, Tag: &a, Kind: p2p.KindNames},
+		{RefersTo: "none", Tag: &a},
+	} {
+		for _, err := range e.List(t.Context(), q) {
+			requireError(t, fmt.Sprintf("list %+v", q), err, digest.ErrInvalid)
+		}
+	}
+}
+
 func testListMany(t *testing.T, e p2p.Engine) {
 	// More than any implementation reads at once.
 	in, err := e.Ingest(t.Context())
@@ -780,7 +1285,7 @@ func testListStops(t *testing.T, e p2p.Engine) {
 		Import(t, e, tag, []byte("data"))
 	}
 	n := 0
-	for range e.List(t.Context(), nil) {
+	for range e.List(t.Context(), p2p.Query{}) {
 		n++
 		break
 	}
@@ -789,7 +1294,7 @@ func testListStops(t *testing.T, e p2p.Engine) {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	for _, err := range e.List(ctx, nil) {
+	for _, err := range e.List(ctx, p2p.Query{}) {
 		requireError(t, "list", err, context.Canceled)
 	}
 }
@@ -815,7 +1320,7 @@ func testProgress(t *testing.T, e p2p.Engine) {
 		}
 		defer f.Close()
 		last = 0
-		if _, err := importReader(t.Context(), e, "t", f, opts, true); err != nil || last != int64(len(data)) {
+		if _, err := importReader(t.Context(), e, "t", f, opts, p2p.KeepPinned); err != nil || last != int64(len(data)) {
 			t.Fatalf("progress of the import ends at %d of %d (%v)", last, len(data), err)
 		}
 	}
@@ -826,7 +1331,7 @@ func testProgress(t *testing.T, e p2p.Engine) {
 	}
 	defer blob.Close()
 	last = 0
-	if err := blob.CopyTo(t.Context(), io.Discard, progress); err != nil || last != int64(len(data)) {
+	if err := blob.CopyRange(t.Context(), io.Discard, 0, blob.Size(), progress); err != nil || last != int64(len(data)) {
 		t.Errorf("progress of the copy ends at %d of %d (%v)", last, len(data), err)
 	}
 }
@@ -837,16 +1342,16 @@ var errSink = errors.New("the sink broke")
 
 func (failingWriter) Write([]byte) (int, error) { return 0, errSink }
 
-func testCopyToFails(t *testing.T, e p2p.Engine) {
+func testCopyRangeFails(t *testing.T, e p2p.Engine) {
 	task := Import(t, e, "t", Content(10*digest.MinPieceLength, 1))
 	blob, err := e.Open(t.Context(), task, p2p.Local)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer blob.Close()
-	requireError(t, "copy to a sink that breaks", blob.CopyTo(t.Context(), failingWriter{}, nil), errSink)
+	requireError(t, "copy to a sink that breaks", blob.CopyRange(t.Context(), failingWriter{}, 0, blob.Size(), nil), errSink)
 	ctx, cancel := context.WithCancel(t.Context())
-	err = blob.CopyTo(ctx, io.Discard, func(int64) { cancel() })
+	err = blob.CopyRange(ctx, io.Discard, 0, blob.Size(), func(int64) { cancel() })
 	requireError(t, "copy with a context that ends", err, context.Canceled)
 }
 
@@ -855,15 +1360,15 @@ func testCancelledBefore(t *testing.T, e p2p.Engine) {
 	id := digest.FromDigest(task.Digest)
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	_, err := e.Stat(ctx, task, p2p.Local)
+	_, err := stat(ctx, e, task)
 	requireError(t, "stat", err, context.Canceled)
 	_, err = e.Open(ctx, task, p2p.Local)
 	requireError(t, "open", err, context.Canceled)
-	_, err = e.Resolve(ctx, "t", id, p2p.Local)
+	_, err = resolve(ctx, e, "t", id)
 	requireError(t, "resolve", err, context.Canceled)
-	_, err = e.Delete(ctx, "t", id, false)
+	_, err = e.Delete(ctx, "t", id, p2p.DeleteOptions{})
 	requireError(t, "delete", err, context.Canceled)
-	_, err = importReader(ctx, e, "t", strings.NewReader("x"), p2p.AddOptions{}, true)
+	_, err = importReader(ctx, e, "t", strings.NewReader("x"), p2p.AddOptions{}, p2p.KeepPinned)
 	requireError(t, "import", err, context.Canceled)
 	RequireContent(t, e, task, []byte("data"))
 }
@@ -964,7 +1469,7 @@ func testConcurrentSameContent(t *testing.T, e p2p.Engine) {
 			if i%2 == 0 {
 				opts.Want = digest.SHA256.FromBytes(data)
 			}
-			if _, err := importReader(t.Context(), e, fmt.Sprintf("t%d", i%4), bytes.NewReader(data), opts, true); err != nil {
+			if _, err := importReader(t.Context(), e, fmt.Sprintf("t%d", i%4), bytes.NewReader(data), opts, p2p.KeepPinned); err != nil {
 				t.Errorf("import %d: %v", i, err)
 			}
 		})
@@ -984,7 +1489,7 @@ func testConcurrentImportAndDelete(t *testing.T, e p2p.Engine) {
 			tag := fmt.Sprintf("t%d", worker)
 			for i := range 20 {
 				data := Content(1000+i%3, uint64(i%3))
-				task, err := importReader(t.Context(), e, tag, bytes.NewReader(data), p2p.AddOptions{}, true)
+				task, err := importReader(t.Context(), e, tag, bytes.NewReader(data), p2p.AddOptions{}, p2p.KeepPinned)
 				if err != nil {
 					t.Errorf("import: %v", err)
 					return
@@ -995,11 +1500,11 @@ func testConcurrentImportAndDelete(t *testing.T, e p2p.Engine) {
 					return
 				}
 				var buf bytes.Buffer
-				if err := blob.CopyTo(t.Context(), &buf, nil); err != nil || !bytes.Equal(buf.Bytes(), data) {
+				if err := blob.CopyRange(t.Context(), &buf, 0, blob.Size(), nil); err != nil || !bytes.Equal(buf.Bytes(), data) {
 					t.Errorf("content is not what was imported (%v)", err)
 				}
 				blob.Close()
-				if _, err := e.Delete(t.Context(), tag, digest.FromDigest(task.Digest), false); err != nil {
+				if _, err := e.Delete(t.Context(), tag, digest.FromDigest(task.Digest), p2p.DeleteOptions{}); err != nil {
 					t.Errorf("delete: %v", err)
 					return
 				}
@@ -1023,15 +1528,15 @@ func testClosed(t *testing.T, e p2p.Engine) {
 		t.Fatal(err)
 	}
 	requireBlob(t, blob, []byte("data"))
-	_, err = e.Stat(t.Context(), task, p2p.Local)
+	_, err = stat(t.Context(), e, task)
 	requireError(t, "stat", err, p2p.ErrClosed)
 	_, err = e.Open(t.Context(), task, p2p.Local)
 	requireError(t, "open", err, p2p.ErrClosed)
 	_, err = e.Ingest(t.Context())
 	requireError(t, "ingest", err, p2p.ErrClosed)
-	_, err = e.Delete(t.Context(), "t", digest.FromDigest(task.Digest), false)
+	_, err = e.Delete(t.Context(), "t", digest.FromDigest(task.Digest), p2p.DeleteOptions{})
 	requireError(t, "delete", err, p2p.ErrClosed)
-	for _, err := range e.List(t.Context(), nil) {
+	for _, err := range e.List(t.Context(), p2p.Query{}) {
 		requireError(t, "list", err, p2p.ErrClosed)
 	}
 }

@@ -131,6 +131,7 @@ func (c *checker) metadata() error {
 			{bucketHolders, func(p []string) bool { return exists(bucketTasks, p[1], p[0]) }},
 			{bucketNamed, func(p []string) bool { return exists(bucketNames, p[0], p[2]) }},
 			{bucketParents, func(p []string) bool { return exists(bucketTasks, p[0], p[2]) }},
+			{bucketReferrers, func(p []string) bool { return exists(bucketTasks, p[0], p[2]) }},
 			{bucketTables, func(p []string) bool { return exists(bucketBlobs, p[0]) }},
 		} {
 			scan(tx, index.name, nil, func(k, _ []byte) bool {
@@ -140,12 +141,21 @@ func (c *checker) metadata() error {
 				return c.ctx.Err() == nil
 			})
 		}
+		var stored int64
 		scan(tx, bucketBlobs, nil, func(k, _ []byte) bool {
+			blob, _, err := get[blobRecord](tx, bucketBlobs, k)
+			if err != nil {
+				c.foundMetadata("%v", err)
+			}
+			stored += blob.Size
 			if !hasAny(tx, bucketHolders, prefix(string(k))) && !exists(bucketLoose, string(k)) {
 				c.foundMetadata("blob %s is held by no tag", k)
 			}
 			return c.ctx.Err() == nil
 		})
+		if counted := storedBytes(tx); counted != stored && c.ctx.Err() == nil {
+			c.foundMetadata("the blobs have %d bytes, counted were %d", stored, counted)
+		}
 		return context.Cause(c.ctx)
 	})
 	if errors.Is(err, digest.ErrCorrupt) {

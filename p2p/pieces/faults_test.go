@@ -136,7 +136,7 @@ func importArtifact(ctx context.Context, s *Store, name string, data []byte) (p2
 	}
 	task := p2p.Task{Tag: "t", Digest: layer.Digest}
 	return task, in.Commit(p2p.Commit{
-		Tasks: []p2p.NewTask{{Task: task}, {Task: p2p.Task{Tag: "t", Digest: manifest.Digest}, Refs: []digest.Digest{layer.Digest}}},
+		Tasks: []p2p.NewTask{{Task: task}, {Task: p2p.Task{Tag: "t", Digest: manifest.Digest}, Manifest: &p2p.NewManifest{Refs: []digest.Digest{layer.Digest}}}},
 		Names: []p2p.NewName{{Tag: "t", Name: name, Digest: manifest.Digest}},
 	})
 }
@@ -179,7 +179,7 @@ var works = map[string]func(t *testing.T, s *Store) error{
 		return err
 	},
 	"delete": func(t *testing.T, s *Store) error {
-		_, err := s.Delete(t.Context(), "t", cacheID(t, "v0"), false)
+		_, err := s.Delete(t.Context(), "t", cacheID(t, "v0"), p2p.DeleteOptions{})
 		return err
 	},
 }
@@ -188,7 +188,8 @@ var works = map[string]func(t *testing.T, s *Store) error{
 func requireOutcome(t *testing.T, s *Store, work string, failed bool) {
 	t.Helper()
 	resolve := func(name string) error {
-		task, err := s.Resolve(t.Context(), "t", cacheID(t, name), p2p.Local)
+		info, err := s.Stat(t.Context(), "t", cacheID(t, name), p2p.StatOptions{})
+		task := info.Task
 		if err != nil {
 			return err
 		}
@@ -226,7 +227,7 @@ func TestOrder(t *testing.T) {
 		t.Errorf("an import does: %s; want: %s", got, want)
 	}
 	f.ops = nil
-	if _, err := s.Delete(t.Context(), "t", digest.FromDigest(task.Digest), false); err != nil {
+	if _, err := s.Delete(t.Context(), "t", digest.FromDigest(task.Digest), p2p.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	// task gone, records gone, out of blobs/, blocks freed
@@ -320,7 +321,7 @@ func TestCrashOfARecovery(t *testing.T) {
 		}
 		// The records are gone, the files are not; and an import got as far as its markers.
 		f.ops, f.at = nil, 2
-		if _, err := s.Delete(t.Context(), "t", cacheID(t, "v0"), false); err != nil {
+		if _, err := s.Delete(t.Context(), "t", cacheID(t, "v0"), p2p.DeleteOptions{}); err != nil {
 			t.Fatal(err)
 		}
 		s.abandon()
@@ -400,7 +401,7 @@ func TestDamage(t *testing.T) {
 			var out bytes.Buffer
 			blob, err := s.Open(t.Context(), task, p2p.Local)
 			if err == nil {
-				err = blob.CopyTo(t.Context(), &out, nil)
+				err = blob.CopyRange(t.Context(), &out, 0, blob.Size(), nil)
 				blob.Close()
 			}
 			corrupt, ok := errors.AsType[*digest.CorruptError](err)
@@ -411,7 +412,7 @@ func TestDamage(t *testing.T) {
 				t.Error("wrong bytes were handed out")
 			}
 			// What can be seen without reading, Stat tells too.
-			if _, err := s.Stat(t.Context(), task, p2p.Local); errors.Is(err, digest.ErrCorrupt) != (name != "flipped bit") {
+			if _, err := s.Stat(t.Context(), task.Tag, digest.FromDigest(task.Digest), p2p.StatOptions{}); errors.Is(err, digest.ErrCorrupt) != (name != "flipped bit") {
 				t.Errorf("stat: %v", err)
 			}
 			var found []Problem
@@ -620,12 +621,12 @@ func TestDamagedMetadata(t *testing.T) {
 				continue
 			}
 			var out bytes.Buffer
-			if err := blob.CopyTo(t.Context(), &out, nil); err == nil && !bytes.Equal(out.Bytes(), data) {
+			if err := blob.CopyRange(t.Context(), &out, 0, blob.Size(), nil); err == nil && !bytes.Equal(out.Bytes(), data) {
 				t.Errorf("page %d filled with %#x: %s has other content", off/page, fill, task)
 			}
 			blob.Close()
 		}
-		for range s.List(t.Context(), nil) {
+		for range s.List(t.Context(), p2p.Query{}) {
 		}
 		s.Check(t.Context(), func(Problem) {})
 		s.Close()
@@ -736,7 +737,7 @@ func TestLastUsedSurvives(t *testing.T) {
 	s := newStore(t)
 	task := enginetest.Import(t, s, "t", []byte("data"))
 	enginetest.RequireContent(t, s, task, []byte("data"))
-	before, err := s.Stat(t.Context(), task, p2p.Local)
+	before, err := s.Stat(t.Context(), task.Tag, digest.FromDigest(task.Digest), p2p.StatOptions{})
 	if err != nil || before.LastUsed.IsZero() {
 		t.Fatalf("%+v, %v", before, err)
 	}
@@ -746,7 +747,7 @@ func TestLastUsedSurvives(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer s.Close()
-	after, err := s.Stat(t.Context(), task, p2p.Local)
+	after, err := s.Stat(t.Context(), task.Tag, digest.FromDigest(task.Digest), p2p.StatOptions{})
 	if err != nil || !after.LastUsed.Equal(before.LastUsed) {
 		t.Errorf("last used was %v, is %v (%v)", before.LastUsed, after.LastUsed, err)
 	}
@@ -804,17 +805,17 @@ func FuzzRecords(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		s.Stat(t.Context(), task, p2p.Local)
-		s.Resolve(t.Context(), "t", cacheID(t, "v1"), p2p.Local)
+		s.Stat(t.Context(), task.Tag, digest.FromDigest(task.Digest), p2p.StatOptions{})
+		s.Stat(t.Context(), "t", cacheID(t, "v1"), p2p.StatOptions{Manifest: true})
 		if blob, err := s.Open(t.Context(), task, p2p.Local); err == nil {
 			blob.Close()
 		}
-		for range s.List(t.Context(), nil) {
+		for range s.List(t.Context(), p2p.Query{}) {
 		}
 		if _, err := s.Check(t.Context(), func(Problem) {}); err != nil {
 			t.Error(err)
 		}
-		s.Delete(t.Context(), "t", cacheID(t, "v1"), false)
-		s.Delete(t.Context(), "t", digest.FromDigest(task.Digest), true)
+		s.Delete(t.Context(), "t", cacheID(t, "v1"), p2p.DeleteOptions{})
+		s.Delete(t.Context(), "t", digest.FromDigest(task.Digest), p2p.DeleteOptions{Force: true})
 	})
 }

@@ -30,6 +30,7 @@ type ingest struct {
 type addition struct {
 	table  *digest.Table
 	f      *os.File // the copy in ingest/; nil where the blob is in the store
+	size   int64    // of f in bytes, as counted in incoming; 0 once it is counted in stored
 	name   string   // of f; "" once it is in blobs/
 	marker string   // the marker in ingest/ that says that the copy is moving into blobs/, or ""
 }
@@ -90,7 +91,7 @@ func (in *ingest) add(src io.Reader, alg digest.Algorithm, opts p2p.AddOptions) 
 		return nil, err
 	}
 	a := &addition{f: f, name: name}
-	if a.table, err = in.copy(f, src, alg, opts.Progress); err == nil && opts.Want != "" {
+	if a.table, err = in.copy(a, src, alg, opts.Progress); err == nil && opts.Want != "" {
 		err = match(opts.Want, a.table)
 	}
 	if err != nil {
@@ -129,7 +130,7 @@ func (in *ingest) compare(f *os.File, opts p2p.AddOptions) (*addition, error) {
 	var checking sync.WaitGroup
 	var damage error
 	checking.Go(func() {
-		if damage = blob.CopyTo(ctx, io.Discard, nil); damage != nil {
+		if damage = blob.CopyRange(ctx, io.Discard, 0, blob.Size(), nil); damage != nil {
 			cancel() // there is no use in reading the source to its end
 		}
 	})
@@ -185,7 +186,7 @@ func (s *Store) intact(ctx context.Context, d digest.Digest) bool {
 	}
 	if err == nil {
 		defer blob.Close()
-		err = blob.CopyTo(ctx, io.Discard, nil)
+		err = blob.CopyRange(ctx, io.Discard, 0, blob.Size(), nil)
 	}
 	if err != nil {
 		if ctx.Err() == nil {
@@ -196,8 +197,9 @@ func (s *Store) intact(ctx context.Context, d digest.Digest) bool {
 	return true
 }
 
-// copy copies src to f and returns the table of what f has then.
-func (in *ingest) copy(f *os.File, src io.Reader, alg digest.Algorithm, progress func(int64)) (*digest.Table, error) {
+// copy copies src to a's file and returns the table of what that has then.
+func (in *ingest) copy(a *addition, src io.Reader, alg digest.Algorithm, progress func(int64)) (*digest.Table, error) {
+	f := a.f
 	var interrupt func()
 	if d, ok := src.(interface{ SetReadDeadline(time.Time) error }); ok {
 		interrupt = func() { d.SetReadDeadline(time.Unix(1, 0)) }
@@ -206,7 +208,9 @@ func (in *ingest) copy(f *os.File, src io.Reader, alg digest.Algorithm, progress
 		defer r.Close()
 		source := src
 		go func() {
-			_, err := io.Copy(w, source)
+			space := buffers.Get().(*[1 << 20]byte)
+			defer buffers.Put(space)
+			_, err := io.CopyBuffer(w, struct{ io.Reader }{source}, space[:])
 			w.CloseWithError(err)
 		}()
 		src, interrupt = r, func() { r.CloseWithError(context.Cause(in.ctx)) }
@@ -239,6 +243,9 @@ func (in *ingest) copy(f *os.File, src io.Reader, alg digest.Algorithm, progress
 	})
 	var written int64
 	err := copyChunks(f, src, func(end int64) error {
+		if err := in.s.account(a, end); err != nil {
+			return err
+		}
 		if end-written >= chunk {
 			startWriteBack(f, written, end)
 			written = end
@@ -259,6 +266,69 @@ func (in *ingest) copy(f *os.File, src io.Reader, alg digest.Algorithm, progress
 		return nil, err
 	}
 	return recorder.Table()
+}
+
+// account counts the bytes that a's file has now, or refuses them where the
+// store has no room.
+func (s *Store) account(a *addition, size int64) error {
+	incoming := s.incoming.Add(size - a.size)
+	a.size = size
+	if total := incoming + s.stored.Load(); s.maxSize > 0 && total > s.maxSize {
+		return fmt.Errorf("%w: the store may have %d bytes, this would make it %d: delete something, or raise the limit", p2p.ErrNoSpace, s.maxSize, total)
+	}
+	return nil
+}
+
+// Rehash implements [p2p.Ingest].
+func (in *ingest) Rehash(d, want digest.Digest) (p2p.Added, error) {
+	if err := in.s.begin(in.ctx); err != nil {
+		return p2p.Added{}, err
+	}
+	defer in.s.end()
+	if _, err := digest.Parse(string(want)); err != nil {
+		return p2p.Added{}, err
+	}
+	a := in.added[d]
+	if a == nil {
+		return p2p.Added{}, fmt.Errorf("rehash %s: it was not added: %w", d, p2p.ErrNotFound)
+	}
+	a, err := in.rehash(a, want)
+	if cause := context.Cause(in.ctx); err != nil && cause != nil {
+		err = cause
+	}
+	if err != nil {
+		return p2p.Added{}, diskError(err)
+	}
+	return p2p.Added{Digest: a.table.Digest, Size: a.table.Size}, nil
+}
+
+func (in *ingest) rehash(a *addition, want digest.Digest) (*addition, error) {
+	if a.f == nil {
+		// Its file is that of the blob, which stays.
+		blob, err := in.s.openBlob(a.table.Digest)
+		if err != nil {
+			return nil, err
+		}
+		defer blob.Close()
+		return in.add(blob.f, want.Algorithm(), p2p.AddOptions{Want: want})
+	}
+	recorder := digest.NewRecorder(want.Algorithm())
+	if err := record(in.ctx, recorder, io.NewSectionReader(a.f, 0, a.table.Size), nil); err != nil {
+		return nil, err
+	}
+	table, err := recorder.Table()
+	if err == nil {
+		err = match(want, table)
+	}
+	if err != nil {
+		return nil, err
+	}
+	delete(in.added, a.table.Digest)
+	if err := in.s.letGo(a.table.Digest, false); err != nil {
+		return nil, errors.Join(err, a.discard(in.s))
+	}
+	a.table = table
+	return in.keep(a)
 }
 
 // keep makes a copy part of the ingest, or drops it where the store has the same, intact.
@@ -286,6 +356,8 @@ func (in *ingest) register(a *addition) *addition {
 
 // discard removes an addition's copy.
 func (a *addition) discard(s *Store) error {
+	s.incoming.Add(-a.size)
+	a.size = 0
 	return errors.Join(a.f.Close(), s.files.Remove(a.name))
 }
 
@@ -325,6 +397,8 @@ func (in *ingest) Commit(c p2p.Commit) error {
 	}
 	in.done = true
 	for _, a := range fresh {
+		in.s.incoming.Add(-a.size)
+		a.size = 0
 		if err := in.s.files.Remove(a.marker); err != nil {
 			in.s.log.Warn("could not remove a marker; the next start will", "error", err)
 		}
@@ -341,10 +415,8 @@ func validate(c p2p.Commit) error {
 		if err := n.Task.Validate(); err != nil {
 			return err
 		}
-		for _, d := range n.Refs {
-			if _, err := digest.Parse(string(d)); err != nil {
-				return err
-			}
+		if err := validateManifest(n); err != nil {
+			return err
 		}
 	}
 	for _, n := range c.Names {
@@ -355,6 +427,26 @@ func validate(c p2p.Commit) error {
 			return err
 		} else if cid.CacheID() == "" {
 			return fmt.Errorf("name %q: %w: it is a digest, want a cache ID", n.Name, digest.ErrInvalid)
+		}
+	}
+	return nil
+}
+
+func validateManifest(n p2p.NewTask) error {
+	m := n.Manifest
+	if m == nil {
+		return nil
+	}
+	all := append(slices.Clip(m.Refs), m.Needs...)
+	if m.Subject != "" {
+		all = append(all, m.Subject)
+	}
+	for _, d := range all {
+		if _, err := digest.Parse(string(d)); err != nil {
+			return err
+		}
+		if d == n.Task.Digest {
+			return fmt.Errorf("manifest %s: %w: it refers to itself", n.Task, digest.ErrInvalid)
 		}
 	}
 	return nil
@@ -414,6 +506,13 @@ func (r *removal) commit(tx *bbolt.Tx, c p2p.Commit, fresh []*addition, now time
 			return err
 		}
 		k := key(a.table.Digest)
+		before, _, err := get[blobRecord](tx, bucketBlobs, k) // of one that is damaged
+		if err != nil {
+			return err
+		}
+		if err := countBytes(tx, a.table.Size-before.Size); err != nil {
+			return err
+		}
 		if err := put(tx, bucketBlobs, k, blobRecord{Size: a.table.Size}); err != nil {
 			return err
 		}
@@ -434,6 +533,11 @@ func (r *removal) commit(tx *bbolt.Tx, c p2p.Commit, fresh []*addition, now time
 			released = append(released, p2p.Task{Tag: n.Task.Tag, Digest: d})
 		}
 	}
+	for _, n := range c.Tasks {
+		if err := checkManifest(tx, n); err != nil {
+			return err
+		}
+	}
 	for _, n := range c.Names {
 		t := p2p.Task{Tag: n.Tag, Digest: n.Digest}
 		if tx.Bucket(bucketTasks).Get(taskKey(t)) == nil {
@@ -443,8 +547,14 @@ func (r *removal) commit(tx *bbolt.Tx, c p2p.Commit, fresh []*addition, now time
 		if err != nil {
 			return err
 		}
-		if before != "" {
-			released = append(released, p2p.Task{Tag: n.Tag, Digest: before})
+		switch old := (p2p.Task{Tag: n.Tag, Digest: before}); {
+		case before == "":
+		case n.KeepOld:
+			if err := loosen(tx, old); err != nil {
+				return err
+			}
+		default:
+			released = append(released, old)
 		}
 	}
 	for _, t := range released {
@@ -454,6 +564,26 @@ func (r *removal) commit(tx *bbolt.Tx, c p2p.Commit, fresh []*addition, now time
 		}
 		if err := r.release(tx, t); err != nil {
 			return err
+		}
+	}
+	return nil
+}
+
+// checkManifest checks a manifest of a commit, when all tasks of that are there.
+func checkManifest(tx *bbolt.Tx, n p2p.NewTask) error {
+	if n.Manifest == nil {
+		return nil
+	}
+	blob, _, err := get[blobRecord](tx, bucketBlobs, key(n.Task.Digest))
+	if err != nil {
+		return err
+	}
+	if blob.Size > p2p.MaxManifest {
+		return fmt.Errorf("manifest %s: %w: it has %d bytes, the limit is %d", n.Task, digest.ErrInvalid, blob.Size, p2p.MaxManifest)
+	}
+	for _, d := range n.Manifest.Needs {
+		if t := (p2p.Task{Tag: n.Task.Tag, Digest: d}); tx.Bucket(bucketTasks).Get(taskKey(t)) == nil {
+			return fmt.Errorf("manifest %s %w: %s", n.Task.Digest, p2p.ErrMissingRef, t)
 		}
 	}
 	return nil
@@ -470,6 +600,7 @@ func (in *ingest) Close() error {
 	for d, a := range in.added {
 		if a.f != nil {
 			errs = append(errs, a.f.Close())
+			in.s.incoming.Add(-a.size)
 			if a.name != "" {
 				errs = append(errs, in.s.files.Remove(a.name))
 			}

@@ -25,19 +25,23 @@ const formatVersion = 1
 // The buckets of meta.db. Keys are text; the parts of a key are separated by a
 // zero byte, which no tag, digest or name contains.
 var (
-	bucketMeta    = []byte("meta")    // "version" -> version, 4 bytes, big-endian
-	bucketBlobs   = []byte("blobs")   // digest -> blobRecord
-	bucketTables  = []byte("tables")  // digest -> encoded digest.Table
-	bucketTasks   = []byte("tasks")   // tag, digest -> taskRecord
-	bucketHolders = []byte("holders") // digest, tag -> nothing: who holds a blob
-	bucketNames   = []byte("names")   // tag, name -> nameRecord
-	bucketNamed   = []byte("named")   // tag, digest, name -> nothing: which names point to a task
-	bucketParents = []byte("parents") // tag, child digest, parent digest -> nothing: which tasks refer to a task
-	bucketUsed    = []byte("used")    // tag, digest -> time of last use, nanoseconds since 1970, 8 bytes, big-endian
-	bucketLoose   = []byte("loose")   // digest -> nothing: blobs that may be held by nobody
+	bucketMeta      = []byte("meta")      // keyVersion -> version, 4 bytes; keyBytes -> bytes in all blobs, 8 bytes; both big-endian
+	bucketBlobs     = []byte("blobs")     // digest -> blobRecord
+	bucketTables    = []byte("tables")    // digest -> encoded digest.Table
+	bucketTasks     = []byte("tasks")     // tag, digest -> taskRecord
+	bucketHolders   = []byte("holders")   // digest, tag -> nothing: who holds a blob
+	bucketNames     = []byte("names")     // tag, name -> nameRecord
+	bucketNamed     = []byte("named")     // tag, digest, name -> nothing: which names point to a task
+	bucketParents   = []byte("parents")   // tag, child digest, parent digest -> nothing: which tasks refer to a task
+	bucketReferrers = []byte("referrers") // tag, subject digest, referrer digest -> nothing: which tasks are about a task
+	bucketUsed      = []byte("used")      // tag, digest -> time of last use, nanoseconds since 1970, 8 bytes, big-endian
+	bucketLoose     = []byte("loose")     // digest -> nothing: blobs that may be held by nobody
 
 	allBuckets = [][]byte{bucketMeta, bucketBlobs, bucketTables, bucketTasks, bucketHolders,
-		bucketNames, bucketNamed, bucketParents, bucketUsed, bucketLoose}
+		bucketNames, bucketNamed, bucketParents, bucketReferrers, bucketUsed, bucketLoose}
+
+	keyVersion = []byte("version")
+	keyBytes   = []byte("bytes")
 )
 
 // Records are JSON: any tool can read them, and a field can be added without a
@@ -50,8 +54,11 @@ type blobRecord struct {
 type taskRecord struct {
 	MediaType string          `json:"mediaType,omitempty"`
 	Pinned    bool            `json:"pinned,omitempty"`
+	Loose     bool            `json:"loose,omitempty"` // kept until something holds it
 	Imported  time.Time       `json:"imported"`
+	Manifest  bool            `json:"manifest,omitempty"`
 	Refs      []digest.Digest `json:"refs,omitempty"`
+	Subject   digest.Digest   `json:"subject,omitempty"`
 }
 
 type nameRecord struct {
@@ -168,16 +175,18 @@ func openMeta(path string) (db *bbolt.DB, err error) {
 		return nil, fmt.Errorf("metadata %s: %w", path, diskError(err))
 	}
 	var version []byte
+	complete := false
 	err = db.View(func(tx *bbolt.Tx) error {
 		if b := tx.Bucket(bucketMeta); b != nil {
-			version = bytes.Clone(b.Get([]byte("version")))
+			version = bytes.Clone(b.Get(keyVersion))
+			complete = b.Get(keyBytes) != nil
 		}
 		return nil
 	})
-	if err == nil && version == nil {
-		err = db.Update(initialise)
-	} else if err == nil && (len(version) != 4 || binary.BigEndian.Uint32(version) != formatVersion) {
+	if err == nil && version != nil && (len(version) != 4 || binary.BigEndian.Uint32(version) != formatVersion) {
 		err = fmt.Errorf("%w: its format is version %x, this program knows version %d: use the dfcache that wrote it, or another directory", p2p.ErrUnavailable, version, formatVersion)
+	} else if err == nil && !complete {
+		err = db.Update(initialise)
 	}
 	if err != nil {
 		db.Close()
@@ -192,7 +201,36 @@ func initialise(tx *bbolt.Tx) error {
 			return err
 		}
 	}
-	return tx.Bucket(bucketMeta).Put([]byte("version"), binary.BigEndian.AppendUint32(nil, formatVersion))
+	// A store that was made before there was a count of bytes gets it now.
+	var bytes int64
+	var err error
+	scan(tx, bucketBlobs, nil, func(k, _ []byte) bool {
+		var blob blobRecord
+		blob, _, err = get[blobRecord](tx, bucketBlobs, k)
+		bytes += blob.Size
+		return err == nil
+	})
+	if err != nil {
+		return err
+	}
+	if err := tx.Bucket(bucketMeta).Put(keyBytes, binary.BigEndian.AppendUint64(nil, uint64(bytes))); err != nil {
+		return err
+	}
+	return tx.Bucket(bucketMeta).Put(keyVersion, binary.BigEndian.AppendUint32(nil, formatVersion))
+}
+
+// storedBytes returns the count of bytes in all blobs.
+func storedBytes(tx *bbolt.Tx) int64 {
+	v := tx.Bucket(bucketMeta).Get(keyBytes)
+	if len(v) != 8 {
+		return 0
+	}
+	return int64(binary.BigEndian.Uint64(v))
+}
+
+// countBytes adds n to the count of bytes in all blobs.
+func countBytes(tx *bbolt.Tx, n int64) error {
+	return tx.Bucket(bucketMeta).Put(keyBytes, binary.BigEndian.AppendUint64(nil, uint64(storedBytes(tx)+n)))
 }
 
 // recoverDamage turns the panics with which bbolt meets damaged pages into errors.
@@ -230,11 +268,13 @@ func (s *Store) runUpdates(jobs []*job[func(*bbolt.Tx) error]) {
 	}
 	used, cleared := s.pending()
 	for {
+		var stored int64
 		var failed *job[func(*bbolt.Tx) error]
 		err := s.transaction(func(tx *bbolt.Tx) error {
 			if err := flush(tx, used, cleared); err != nil {
 				return err
 			}
+			defer func() { stored = storedBytes(tx) }()
 			for _, j := range jobs {
 				if j.err != nil {
 					continue // it failed in an earlier round
@@ -247,6 +287,7 @@ func (s *Store) runUpdates(jobs []*job[func(*bbolt.Tx) error]) {
 			return nil
 		})
 		if err == nil {
+			s.stored.Store(stored)
 			s.flushed(used, cleared)
 			return
 		}
@@ -283,35 +324,113 @@ func (s *Store) transaction(f func(tx *bbolt.Tx) error) (err error) {
 // and does not any more.
 func addTask(tx *bbolt.Tx, n p2p.NewTask, now time.Time) (released []digest.Digest, err error) {
 	k := taskKey(n.Task)
-	record, _, err := get[taskRecord](tx, bucketTasks, k)
+	record, found, err := get[taskRecord](tx, bucketTasks, k)
 	if err != nil {
 		return nil, err
 	}
-	if record.Imported.IsZero() {
+	if !found {
 		record.Imported = now
+		record.Loose = n.Keep == p2p.KeepLoose
 	}
-	record.Pinned = record.Pinned || n.Pinned
-	if n.MediaType != "" && (len(n.Refs) > 0 || len(record.Refs) == 0) {
+	record.Pinned = record.Pinned || n.Keep == p2p.KeepPinned
+	if n.MediaType != "" && (n.Manifest != nil || !record.isManifest()) {
 		record.MediaType = n.MediaType
 	}
-	if len(n.Refs) > 0 {
-		for _, child := range record.Refs {
-			if err := tx.Bucket(bucketParents).Delete(key(n.Task.Tag, string(child), string(n.Task.Digest))); err != nil {
-				return nil, err
-			}
-			released = append(released, child)
+	if m := n.Manifest; m != nil {
+		record.Manifest = true
+		released = record.Refs
+		if err := record.unlink(tx, n.Task); err != nil {
+			return nil, err
 		}
-		for _, child := range n.Refs {
-			if err := tx.Bucket(bucketParents).Put(key(n.Task.Tag, string(child), string(n.Task.Digest)), nil); err != nil {
-				return nil, err
-			}
+		record.Refs, record.Subject = m.Refs, m.Subject
+		if err := record.link(tx, n.Task); err != nil {
+			return nil, err
 		}
-		record.Refs = n.Refs
 	}
+	record.Loose = record.Loose && !record.held(tx, n.Task)
 	if err := put(tx, bucketTasks, k, record); err != nil {
 		return nil, err
 	}
+	// What is about this task, and came before it, is held by it now.
+	for _, referrer := range lastParts(tx, bucketReferrers, prefix(n.Task.Tag, string(n.Task.Digest))) {
+		if err := adopt(tx, p2p.Task{Tag: n.Task.Tag, Digest: digest.Digest(referrer)}); err != nil {
+			return nil, err
+		}
+	}
 	return released, tx.Bucket(bucketHolders).Put(key(string(n.Task.Digest), n.Task.Tag), nil)
+}
+
+// isManifest reports whether the task was committed as one. The first stores
+// said so by its references only.
+func (r *taskRecord) isManifest() bool { return r.Manifest || len(r.Refs) > 0 }
+
+// keep returns what keeps the task.
+func (r *taskRecord) keep() p2p.Keep {
+	switch {
+	case r.Pinned:
+		return p2p.KeepPinned
+	case r.Loose:
+		return p2p.KeepLoose
+	}
+	return p2p.KeepHeld
+}
+
+// link enters what the manifest t refers to in the indexes, and makes it its own.
+func (r *taskRecord) link(tx *bbolt.Tx, t p2p.Task) error {
+	for _, child := range r.Refs {
+		if err := tx.Bucket(bucketParents).Put(key(t.Tag, string(child), string(t.Digest)), nil); err != nil {
+			return err
+		}
+		if err := adopt(tx, p2p.Task{Tag: t.Tag, Digest: child}); err != nil {
+			return err
+		}
+	}
+	if r.Subject == "" {
+		return nil
+	}
+	return tx.Bucket(bucketReferrers).Put(key(t.Tag, string(r.Subject), string(t.Digest)), nil)
+}
+
+// unlink takes out of the indexes what the manifest t refers to.
+func (r *taskRecord) unlink(tx *bbolt.Tx, t p2p.Task) error {
+	for _, child := range r.Refs {
+		if err := removeKeys(tx, bucketParents, key(t.Tag, string(child), string(t.Digest))); err != nil {
+			return err
+		}
+	}
+	if r.Subject == "" {
+		return nil
+	}
+	return removeKeys(tx, bucketReferrers, key(t.Tag, string(r.Subject), string(t.Digest)))
+}
+
+// held reports whether a name, another task or its subject holds the task t.
+func (r *taskRecord) held(tx *bbolt.Tx, t p2p.Task) bool {
+	return hasAny(tx, bucketNamed, prefix(t.Tag, string(t.Digest))) ||
+		hasAny(tx, bucketParents, prefix(t.Tag, string(t.Digest))) ||
+		r.Subject != "" && tx.Bucket(bucketTasks).Get(key(t.Tag, string(r.Subject))) != nil
+}
+
+// adopt says that something holds the task t from now on, where t exists.
+func adopt(tx *bbolt.Tx, t p2p.Task) error { return setLoose(tx, t, false) }
+
+// setLoose says whether t, where it exists, is kept until something holds it.
+func setLoose(tx *bbolt.Tx, t p2p.Task, loose bool) error {
+	record, found, err := get[taskRecord](tx, bucketTasks, taskKey(t))
+	if err != nil || !found || record.Loose == loose {
+		return err
+	}
+	record.Loose = loose
+	return put(tx, bucketTasks, taskKey(t), record)
+}
+
+// loosen keeps a task that has lost a holder, where nothing else holds it.
+func loosen(tx *bbolt.Tx, t p2p.Task) error {
+	record, found, err := get[taskRecord](tx, bucketTasks, taskKey(t))
+	if err != nil || !found || record.held(tx, t) {
+		return err
+	}
+	return setLoose(tx, t, true)
 }
 
 // setName points a name to a task and returns the task it pointed to before, or "".
@@ -330,6 +449,9 @@ func setName(tx *bbolt.Tx, n p2p.NewName, now time.Time) (before digest.Digest, 
 	if err := put(tx, bucketNames, k, nameRecord{Digest: n.Digest, Updated: now}); err != nil {
 		return "", err
 	}
+	if err := adopt(tx, p2p.Task{Tag: n.Tag, Digest: n.Digest}); err != nil {
+		return "", err
+	}
 	return before, tx.Bucket(bucketNamed).Put(key(n.Tag, string(n.Digest), n.Name), nil)
 }
 
@@ -344,9 +466,7 @@ type removal struct {
 // another task; and then what only it held.
 func (r *removal) release(tx *bbolt.Tx, t p2p.Task) error {
 	record, found, err := get[taskRecord](tx, bucketTasks, taskKey(t))
-	if err != nil || !found || record.Pinned ||
-		hasAny(tx, bucketNamed, prefix(t.Tag, string(t.Digest))) ||
-		hasAny(tx, bucketParents, prefix(t.Tag, string(t.Digest))) {
+	if err != nil || !found || record.keep() != p2p.KeepHeld || record.held(tx, t) {
 		return err
 	}
 	return r.remove(tx, t)
@@ -378,11 +498,15 @@ func (r *removal) remove(tx *bbolt.Tx, t p2p.Task) error {
 			return err
 		}
 	}
-	for _, child := range record.Refs {
-		if err := removeKeys(tx, bucketParents, key(t.Tag, string(child), string(t.Digest))); err != nil {
-			return err
-		}
-		if err := r.release(tx, p2p.Task{Tag: t.Tag, Digest: child}); err != nil {
+	if err := record.unlink(tx, t); err != nil {
+		return err
+	}
+	released := record.Refs
+	for _, referrer := range lastParts(tx, bucketReferrers, prefix(t.Tag, string(t.Digest))) {
+		released = append(released, digest.Digest(referrer))
+	}
+	for _, d := range released {
+		if err := r.release(tx, p2p.Task{Tag: t.Tag, Digest: d}); err != nil {
 			return err
 		}
 	}

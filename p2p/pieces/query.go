@@ -3,7 +3,9 @@ package pieces
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"iter"
 	"os"
 	"strings"
@@ -14,23 +16,6 @@ import (
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
 )
-
-// Resolve implements [p2p.Engine].
-func (s *Store) Resolve(ctx context.Context, tag string, cid digest.CID, _ p2p.Scope) (p2p.Task, error) {
-	if err := s.begin(ctx); err != nil {
-		return p2p.Task{}, err
-	}
-	defer s.end()
-	if err := validateRef(tag, cid); err != nil {
-		return p2p.Task{}, err
-	}
-	var task p2p.Task
-	err := s.view(func(tx *bbolt.Tx) (err error) {
-		task, err = resolve(tx, tag, cid)
-		return err
-	})
-	return task, err
-}
 
 // validateRef guards the methods that take a cid against a zero one and against a tag that is none.
 func validateRef(tag string, cid digest.CID) error {
@@ -55,54 +40,120 @@ func resolve(tx *bbolt.Tx, tag string, cid digest.CID) (p2p.Task, error) {
 	return task, holdsTask(tx, task)
 }
 
+// statAttempts is how often a Stat looks again when what it found is deleted
+// under its hands.
+const statAttempts = 10
+
 // Stat implements [p2p.Engine]. Where the blob's file is missing or has another
-// size, the error is a [digest.CorruptError]; its bytes are not read.
-func (s *Store) Stat(ctx context.Context, task p2p.Task, _ p2p.Scope) (p2p.Info, error) {
+// size, the error is a [digest.CorruptError]; its bytes are not read, but for a
+// manifest that is asked for.
+func (s *Store) Stat(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions) (p2p.Info, error) {
 	if err := s.begin(ctx); err != nil {
 		return p2p.Info{}, err
 	}
 	defer s.end()
-	if err := task.Validate(); err != nil {
+	if err := validateRef(tag, cid); err != nil {
 		return p2p.Info{}, err
 	}
-	var info p2p.Info
-	err := s.view(func(tx *bbolt.Tx) (err error) {
-		info, err = s.info(tx, task)
-		return err
-	})
-	if err != nil {
-		return p2p.Info{}, err
-	}
-	file, err := os.Stat(s.blobPath(task.Digest))
-	switch {
-	case err == nil:
-		err = checkSize(&digest.Table{Digest: task.Digest, Size: info.Size, PieceLength: info.PieceLength}, file.Size())
-	case isMissing(err):
-		// It may have been deleted just now.
-		if err = s.view(func(tx *bbolt.Tx) error { return holdsTask(tx, task) }); err == nil {
-			err = errNoFile(task.Digest)
+	for attempt := 1; ; attempt++ {
+		info, refs, err := s.lookUp(tag, cid, opts.Manifest)
+		if err != nil {
+			return p2p.Info{}, err
+		}
+		if info.IsManifest && opts.Manifest {
+			info.Manifest, err = s.manifest(info.Task.Digest, refs)
+		} else {
+			err = s.checkFile(info)
+		}
+		if err == nil {
+			return info, nil
+		}
+		// It may have been deleted, or the name moved, just now.
+		if !errors.Is(err, p2p.ErrNotFound) || attempt == statAttempts {
+			return p2p.Info{}, err
 		}
 	}
-	if err != nil {
-		return p2p.Info{}, err
-	}
-	return info, nil
 }
 
-func (s *Store) info(tx *bbolt.Tx, task p2p.Task) (p2p.Info, error) {
+// lookUp describes what cid names and, where refs are wanted, those tasks that it refers to.
+func (s *Store) lookUp(tag string, cid digest.CID, withRefs bool) (info p2p.Info, refs []p2p.Info, err error) {
+	err = s.view(func(tx *bbolt.Tx) error {
+		task, err := resolve(tx, tag, cid)
+		if err != nil {
+			return err
+		}
+		var record taskRecord
+		if info, record, err = s.info(tx, task); err != nil || !withRefs {
+			return err
+		}
+		for _, d := range record.Refs[:min(len(record.Refs), p2p.MaxRefs)] {
+			ref, _, err := s.info(tx, p2p.Task{Tag: tag, Digest: d})
+			if errors.Is(err, p2p.ErrNotFound) {
+				continue
+			}
+			if err != nil {
+				return err
+			}
+			refs = append(refs, ref)
+		}
+		return nil
+	})
+	return info, refs, err
+}
+
+// checkFile looks whether the blob's file is there and has the right size. An
+// error that is [p2p.ErrNotFound] says that the blob has been deleted meanwhile.
+func (s *Store) checkFile(info p2p.Info) error {
+	d := info.Task.Digest
+	file, err := os.Stat(s.blobPath(d))
+	if err == nil {
+		return checkSize(&digest.Table{Digest: d, Size: info.Size, PieceLength: info.PieceLength}, file.Size())
+	}
+	if !isMissing(err) {
+		return err
+	}
+	if _, err := s.table(d); err != nil {
+		return err
+	}
+	return errNoFile(d)
+}
+
+// manifest reads a manifest. Of refs it leaves out what is not in place.
+func (s *Store) manifest(d digest.Digest, refs []p2p.Info) (*p2p.Manifest, error) {
+	blob, err := s.openBlob(d)
+	if err != nil {
+		return nil, err
+	}
+	defer blob.Close()
+	if blob.Size() > p2p.MaxManifest {
+		return nil, fmt.Errorf("manifest %s: %w: it has %d bytes, the limit is %d", d, digest.ErrInvalid, blob.Size(), p2p.MaxManifest)
+	}
+	m := &p2p.Manifest{Content: make([]byte, blob.Size())}
+	if _, err := io.ReadFull(io.NewSectionReader(blob, 0, blob.Size()), m.Content); err != nil {
+		return nil, err
+	}
+	for _, ref := range refs {
+		if s.checkFile(ref) == nil {
+			m.Refs = append(m.Refs, ref)
+		}
+	}
+	return m, nil
+}
+
+func (s *Store) info(tx *bbolt.Tx, task p2p.Task) (p2p.Info, taskRecord, error) {
 	record, found, err := get[taskRecord](tx, bucketTasks, taskKey(task))
 	if err != nil {
-		return p2p.Info{}, err
+		return p2p.Info{}, record, err
 	}
 	if !found {
-		return p2p.Info{}, fmt.Errorf("%s: %w", task, p2p.ErrNotFound)
+		return p2p.Info{}, record, fmt.Errorf("%s: %w", task, p2p.ErrNotFound)
 	}
 	blob, found, err := get[blobRecord](tx, bucketBlobs, key(task.Digest))
 	if err != nil {
-		return p2p.Info{}, err
+		return p2p.Info{}, record, err
 	}
 	if !found {
-		return p2p.Info{}, &digest.CorruptError{Digest: task.Digest, Piece: -1, Reason: "it has no record in the metadata"}
+		return p2p.Info{}, record, &digest.CorruptError{Digest: task.Digest, Piece: -1, Reason: "it has no record in the metadata"}
 	}
 	table := digest.Table{Size: blob.Size, PieceLength: digest.PieceLength(blob.Size)}
 	return p2p.Info{
@@ -112,10 +163,11 @@ func (s *Store) info(tx *bbolt.Tx, task p2p.Task) (p2p.Info, error) {
 		Pieces:      table.Pieces(),
 		Held:        table.Pieces(),
 		MediaType:   record.MediaType,
-		Pinned:      record.Pinned,
+		IsManifest:  record.isManifest(),
+		Keep:        record.keep(),
 		Imported:    record.Imported,
 		LastUsed:    s.lastUsed(tx, task),
-	}, nil
+	}, record, nil
 }
 
 func (s *Store) lastUsed(tx *bbolt.Tx, task p2p.Task) time.Time {
@@ -129,13 +181,16 @@ func (s *Store) lastUsed(tx *bbolt.Tx, task p2p.Task) time.Time {
 }
 
 // Delete implements [p2p.Engine].
-func (s *Store) Delete(ctx context.Context, tag string, cid digest.CID, force bool) (p2p.Deleted, error) {
+func (s *Store) Delete(ctx context.Context, tag string, cid digest.CID, opts p2p.DeleteOptions) (p2p.Deleted, error) {
 	if err := s.begin(ctx); err != nil {
 		return p2p.Deleted{}, err
 	}
 	defer s.end()
 	if err := validateRef(tag, cid); err != nil {
 		return p2p.Deleted{}, err
+	}
+	if opts.NameOnly && cid.CacheID() == "" {
+		return p2p.Deleted{}, fmt.Errorf("%s: %w: it is a digest, want the name that is to be deleted", cid, digest.ErrInvalid)
 	}
 	var removed removal
 	err := s.update(func(tx *bbolt.Tx) error {
@@ -148,9 +203,12 @@ func (s *Store) Delete(ctx context.Context, tag string, cid digest.CID, force bo
 			if err := removeKeys(tx, bucketNames, key(tag, name), bucketNamed, key(tag, string(task.Digest), name)); err != nil {
 				return err
 			}
+			if opts.NameOnly {
+				return loosen(tx, task)
+			}
 			return removed.release(tx, task)
 		}
-		if parents := lastParts(tx, bucketParents, prefix(tag, string(task.Digest))); len(parents) > 0 && !force {
+		if parents := lastParts(tx, bucketParents, prefix(tag, string(task.Digest))); len(parents) > 0 && !opts.Force {
 			return fmt.Errorf("%s: %w: %s: delete that first, or force it", task, p2p.ErrReferenced, describeParents(tx, tag, parents))
 		}
 		return removed.remove(tx, task)
@@ -185,19 +243,27 @@ func describeParents(tx *bbolt.Tx, tag string, parents []string) string {
 const listBatch = 256
 
 // List implements [p2p.Engine].
-func (s *Store) List(ctx context.Context, tag *string) iter.Seq2[p2p.Entry, error] {
+func (s *Store) List(ctx context.Context, q p2p.Query) iter.Seq2[p2p.Entry, error] {
 	return func(yield func(p2p.Entry, error) bool) {
-		l := lister{s: s, ctx: ctx}
-		if tag != nil {
-			if err := p2p.ValidateTag(*tag); err != nil {
-				yield(p2p.Entry{}, err)
-				return
-			}
-			l.list(*tag, yield)
+		l := lister{s: s, ctx: ctx, q: q}
+		if err := validateQuery(q); err != nil {
+			yield(p2p.Entry{}, err)
 			return
 		}
-		for tag := l.nextTag(""); tag != nil; tag = l.nextTag(*tag + "\x01") {
-			if !l.list(*tag, yield) {
+		if q.Tag != nil {
+			l.list(*q.Tag, yield)
+			return
+		}
+		from := ""
+		if q.Kind == p2p.KindTags && q.After != "" {
+			from = q.After + "\x01"
+		}
+		for tag := l.nextTag(from); tag != nil; tag = l.nextTag(*tag + "\x01") {
+			if q.Kind == p2p.KindTags {
+				if !yield(p2p.Entry{Info: p2p.Info{Task: p2p.Task{Tag: *tag}}}, nil) {
+					return
+				}
+			} else if !l.list(*tag, yield) {
 				return
 			}
 		}
@@ -207,10 +273,33 @@ func (s *Store) List(ctx context.Context, tag *string) iter.Seq2[p2p.Entry, erro
 	}
 }
 
+func validateQuery(q p2p.Query) error {
+	if q.Kind < p2p.KindAll || q.Kind > p2p.KindTags {
+		return fmt.Errorf("list: %w: there is no kind %d of entries", digest.ErrInvalid, q.Kind)
+	}
+	if q.Tag != nil {
+		if err := p2p.ValidateTag(*q.Tag); err != nil {
+			return err
+		}
+	}
+	if q.Kind == p2p.KindTags && q.Tag != nil {
+		return fmt.Errorf("list tags: %w: of one tag there is nothing to list", digest.ErrInvalid)
+	}
+	if q.RefersTo == "" {
+		return nil
+	}
+	if q.Tag == nil || q.Kind != p2p.KindAll {
+		return fmt.Errorf("list what refers to %s: %w: that is asked of one tag, and for tasks", q.RefersTo, digest.ErrInvalid)
+	}
+	_, err := digest.Parse(string(q.RefersTo))
+	return err
+}
+
 // lister is the state of one List.
 type lister struct {
 	s   *Store
 	ctx context.Context
+	q   p2p.Query
 	err error
 }
 
@@ -237,13 +326,22 @@ func (l *lister) nextTag(from string) (tag *string) {
 	return tag
 }
 
-// list yields names and tasks of one tag. It reports whether to go on; where
+// list yields what is wanted of one tag. It reports whether to go on; where
 // an error is the reason not to, it has yielded it.
 func (l *lister) list(tag string, yield func(p2p.Entry, error) bool) bool {
-	for _, bucket := range [][]byte{bucketNames, bucketTasks} {
-		for last := prefix(tag); last != nil; {
+	type part struct{ bucket, prefix, after []byte }
+	all := prefix(tag)
+	parts := []part{{bucketNames, all, all}, {bucketTasks, all, all}}
+	if l.q.RefersTo != "" {
+		to := prefix(tag, string(l.q.RefersTo))
+		parts = []part{{bucketParents, to, to}, {bucketReferrers, to, to}}
+	} else if l.q.Kind == p2p.KindNames {
+		parts = []part{{bucketNames, all, key(tag, l.q.After)}}
+	}
+	for _, p := range parts {
+		for last := p.after; last != nil; {
 			var batch []p2p.Entry
-			batch, last = l.batch(bucket, tag, last)
+			batch, last = l.batch(p.bucket, p.prefix, tag, last)
 			for _, e := range batch {
 				if !yield(e, nil) {
 					return false
@@ -258,20 +356,24 @@ func (l *lister) list(tag string, yield func(p2p.Entry, error) bool) bool {
 	return true
 }
 
-// batch returns the entries of bucket whose keys come after last, and the key
-// to go on after, or nil at the end.
-func (l *lister) batch(bucket []byte, tag string, last []byte) (batch []p2p.Entry, next []byte) {
+// batch returns the entries of those keys of bucket that start with all and
+// come after last, and the key to go on after, or nil at the end.
+func (l *lister) batch(bucket, all []byte, tag string, last []byte) (batch []p2p.Entry, next []byte) {
 	l.read(func(tx *bbolt.Tx) error {
 		c := tx.Bucket(bucket).Cursor()
-		for k := after(c, last); bytes.HasPrefix(k, prefix(tag)); k, _ = c.Next() {
+		for k := after(c, last); bytes.HasPrefix(k, all); k, _ = c.Next() {
 			if len(batch) == listBatch {
 				return nil
 			}
-			e, err := l.s.entry(tx, bucket, tag, lastPart(k))
+			next = bytes.Clone(k)
+			if bytes.Equal(bucket, bucketReferrers) && tx.Bucket(bucketParents).Get(k) != nil {
+				continue // it was among those
+			}
+			e, err := l.entry(tx, bucket, tag, lastPart(k))
 			if err != nil {
 				return err
 			}
-			batch, next = append(batch, e), bytes.Clone(k)
+			batch = append(batch, e)
 		}
 		next = nil
 		return nil
@@ -279,7 +381,7 @@ func (l *lister) batch(bucket []byte, tag string, last []byte) (batch []p2p.Entr
 	return batch, next
 }
 
-func (s *Store) entry(tx *bbolt.Tx, bucket []byte, tag, part string) (e p2p.Entry, err error) {
+func (l *lister) entry(tx *bbolt.Tx, bucket []byte, tag, part string) (e p2p.Entry, err error) {
 	task := p2p.Task{Tag: tag, Digest: digest.Digest(part)}
 	if bytes.Equal(bucket, bucketNames) {
 		record, _, err := get[nameRecord](tx, bucketNames, key(tag, part))
@@ -288,10 +390,12 @@ func (s *Store) entry(tx *bbolt.Tx, bucket []byte, tag, part string) (e p2p.Entr
 		}
 		e.Name, task.Digest = part, record.Digest
 	}
-	if e.Info, err = s.info(tx, task); err != nil {
+	if e.Info, _, err = l.s.info(tx, task); err != nil {
 		return e, err
 	}
-	e.Total, err = total(tx, task, map[digest.Digest]bool{})
+	if l.q.Kind == p2p.KindAll && l.q.RefersTo == "" {
+		e.Total, err = total(tx, task, map[digest.Digest]bool{})
+	}
 	return e, err
 }
 

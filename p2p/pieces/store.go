@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.etcd.io/bbolt"
@@ -32,6 +33,9 @@ type Options struct {
 	// Existing makes it an error that matches [fs.ErrNotExist] if there is no
 	// store in the directory, and leaves the directory as it is.
 	Existing bool
+	// MaxSize is how many bytes blobs and what is being taken in may have
+	// together; 0 is no limit. What goes beyond it fails with [p2p.ErrNoSpace].
+	MaxSize int64
 }
 
 // Store is a store in a directory of this machine. It implements [p2p.Engine]
@@ -42,6 +46,10 @@ type Store struct {
 	files files
 	lock  *os.File
 	db    *bbolt.DB
+
+	maxSize  int64        // 0 is no limit
+	stored   atomic.Int64 // bytes in all blobs
+	incoming atomic.Int64 // bytes in copies that are not blobs yet
 
 	updates    batch[func(*bbolt.Tx) error]
 	broken     error        // why the metadata can't be written any more; only touched within updates
@@ -91,6 +99,7 @@ func open(dir string, opts Options, files files) (_ *Store, err error) {
 		dir:      dir,
 		log:      opts.Log,
 		files:    files,
+		maxSize:  opts.MaxSize,
 		dirSyncs: map[digest.Algorithm]*batch[struct{}]{},
 		holds:    map[digest.Digest]*hold{},
 		used:     map[p2p.Task]time.Time{},
@@ -118,7 +127,14 @@ func open(dir string, opts Options, files files) (_ *Store, err error) {
 		s.lock.Close()
 		return nil, fmt.Errorf("open store: %w", err)
 	}
-	if err := s.recover(); err != nil {
+	err = s.view(func(tx *bbolt.Tx) error {
+		s.stored.Store(storedBytes(tx))
+		return nil
+	})
+	if err == nil {
+		err = s.recover()
+	}
+	if err != nil {
 		s.db.Close()
 		s.lock.Close()
 		return nil, fmt.Errorf("open store %s: recover: %w", dir, diskError(err))
@@ -236,7 +252,38 @@ func (s *Store) recover() error {
 	if len(entries) > 0 {
 		s.log.Info("removed what an interrupted import left", "files", len(entries))
 	}
-	return nil
+	return s.makeLayout()
+}
+
+// makeLayout makes the two files that make the directory an OCI image layout,
+// which other programs can read. What names stand for is in meta.db: the index
+// has none.
+func (s *Store) makeLayout() error {
+	made := false
+	for name, content := range map[string]string{
+		"oci-layout": `{"imageLayoutVersion":"1.0.0"}`,
+		"index.json": `{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[]}`,
+	} {
+		if _, err := os.Stat(s.path(name)); !isMissing(err) {
+			continue
+		}
+		f, err := s.files.Create(s.path("ingest", name))
+		if err != nil {
+			return err
+		}
+		_, err = f.WriteString(content + "\n")
+		if err = errors.Join(err, f.Close()); err != nil {
+			return err
+		}
+		if err := s.files.Rename(s.path("ingest", name), s.path(name)); err != nil {
+			return err
+		}
+		made = true
+	}
+	if !made {
+		return nil
+	}
+	return s.files.SyncDir(s.dir)
 }
 
 func (s *Store) path(elem ...string) string {
@@ -403,6 +450,15 @@ func (s *Store) unlink(blobs []digest.Digest) (trash []string, err error) {
 			}
 			if s.holds[d] != nil {
 				continue
+			}
+			blob, found, err := get[blobRecord](tx, bucketBlobs, key(d))
+			if err != nil {
+				return err
+			}
+			if found {
+				if err := countBytes(tx, -blob.Size); err != nil {
+					return err
+				}
 			}
 			if err := removeKeys(tx, bucketBlobs, key(d), bucketTables, key(d)); err != nil {
 				return err

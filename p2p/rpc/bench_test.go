@@ -36,7 +36,7 @@ func BenchmarkDialAndStat(b *testing.B) {
 		if err != nil {
 			b.Fatal(err)
 		}
-		if _, err := c.Stat(b.Context(), task, p2p.Local); err != nil {
+		if _, err := stat(b.Context(), c, task); err != nil {
 			b.Fatal(err)
 		}
 		c.Close()
@@ -47,7 +47,7 @@ func BenchmarkStat(b *testing.B) {
 	socket, task := benchmarkServer(b)
 	c := dial(b, socket)
 	for b.Loop() {
-		if _, err := c.Stat(b.Context(), task, p2p.Local); err != nil {
+		if _, err := stat(b.Context(), c, task); err != nil {
 			b.Fatal(err)
 		}
 	}

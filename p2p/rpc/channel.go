@@ -17,6 +17,11 @@ import (
 // idSize is the length of a message in the descriptor channel: a big-endian id.
 const idSize = 8
 
+// window is how many bytes of messages may be under way, those of one call and
+// those of all on a connection. Left to itself, gRPC pings with every message to
+// learn how much the connection holds.
+const window = 1 << 20
+
 // maxDescriptors is the number of descriptors in one message that there is
 // room for. The kernel closes what does not fit, and says that it did.
 const maxDescriptors = 2

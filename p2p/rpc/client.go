@@ -153,7 +153,9 @@ func (c *Client) connect(ctx context.Context) (*session, error) {
 		grpc.WithDisableServiceConfig(),
 		grpc.WithDisableRetry(),
 		grpc.WithIdleTimeout(0),
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage)),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxReply)),
+		grpc.WithStaticStreamWindowSize(window),
+		grpc.WithStaticConnWindowSize(window),
 	}, c.config.grpc...)
 	if s.cc, err = grpc.NewClient("passthrough:///dfdaemon", options...); err != nil {
 		s.conn.Close()
@@ -292,27 +294,9 @@ func (c *Client) Close() error {
 	return nil
 }
 
-// Resolve implements [p2p.Engine].
-func (c *Client) Resolve(ctx context.Context, tag string, cid digest.CID, scope p2p.Scope) (p2p.Task, error) {
-	req := &pb.ResolveRequest{Tag: tag, Cid: cid.String(), Scope: scopeMessage(scope)}
-	if _, _, err := parseResolve(req); err != nil {
-		return p2p.Task{}, err
-	}
-	s, end, err := c.begin(ctx)
-	if err != nil {
-		return p2p.Task{}, err
-	}
-	defer end()
-	reply, err := s.daemon.Resolve(ctx, req)
-	if err != nil {
-		return p2p.Task{}, c.callError(ctx, err)
-	}
-	return taskOf(reply.GetTask())
-}
-
-// Stat implements [p2p.Engine].
-func (c *Client) Stat(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.Info, error) {
-	req := &pb.StatRequest{Task: taskMessage(task), Scope: scopeMessage(scope)}
+// Stat implements [p2p.Engine]. It is one call, whatever it asks for.
+func (c *Client) Stat(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions) (p2p.Info, error) {
+	req := &pb.StatRequest{Tag: tag, Cid: cid.String(), Scope: scopes.message(opts.Scope), Manifest: opts.Manifest}
 	if _, _, err := parseStat(req); err != nil {
 		return p2p.Info{}, err
 	}
@@ -325,13 +309,13 @@ func (c *Client) Stat(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.
 	if err != nil {
 		return p2p.Info{}, c.callError(ctx, err)
 	}
-	return infoOf(reply.GetInfo())
+	return statOf(reply)
 }
 
 // Delete implements [p2p.Engine].
-func (c *Client) Delete(ctx context.Context, tag string, cid digest.CID, force bool) (p2p.Deleted, error) {
-	req := &pb.DeleteRequest{Tag: tag, Cid: cid.String(), Force: force}
-	if _, err := parseDelete(req); err != nil {
+func (c *Client) Delete(ctx context.Context, tag string, cid digest.CID, opts p2p.DeleteOptions) (p2p.Deleted, error) {
+	req := &pb.DeleteRequest{Tag: tag, Cid: cid.String(), Force: opts.Force, NameOnly: opts.NameOnly}
+	if _, _, err := parseDelete(req); err != nil {
 		return p2p.Deleted{}, err
 	}
 	s, end, err := c.begin(ctx)
@@ -348,9 +332,9 @@ func (c *Client) Delete(ctx context.Context, tag string, cid digest.CID, force b
 
 // List implements [p2p.Engine]. The loop over it is a call under way: Close
 // waits for its end.
-func (c *Client) List(ctx context.Context, tag *string) iter.Seq2[p2p.Entry, error] {
+func (c *Client) List(ctx context.Context, q p2p.Query) iter.Seq2[p2p.Entry, error] {
 	return func(yield func(p2p.Entry, error) bool) {
-		req := &pb.ListRequest{Tag: tag}
+		req := queryMessage(q)
 		if _, err := parseList(req); err != nil {
 			yield(p2p.Entry{}, err)
 			return
@@ -370,12 +354,8 @@ func (c *Client) List(ctx context.Context, tag *string) iter.Seq2[p2p.Entry, err
 				break
 			}
 			for _, e := range reply.GetEntries() {
-				info, err := infoOf(e.GetInfo())
-				if err != nil {
-					yield(p2p.Entry{}, err)
-					return
-				}
-				if !yield(p2p.Entry{Info: info, Name: e.GetName(), Total: e.GetTotal()}, nil) {
+				entry, err := entryOf(e, q.Kind)
+				if !yield(entry, err) || err != nil {
 					return
 				}
 			}
@@ -390,7 +370,7 @@ func (c *Client) List(ctx context.Context, tag *string) iter.Seq2[p2p.Entry, err
 // daemon's file, and reads and checks it in this process; it needs neither ctx
 // nor the client any more.
 func (c *Client) Open(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.Blob, error) {
-	req := &pb.OpenRequest{Task: taskMessage(task), Scope: scopeMessage(scope)}
+	req := &pb.OpenRequest{Task: taskMessage(task), Scope: scopes.message(scope)}
 	if _, _, err := parseOpen(req); err != nil {
 		return nil, err
 	}

@@ -37,6 +37,7 @@ var kinds = []struct {
 	{"CORRUPT", codes.DataLoss, digest.ErrCorrupt},
 	{"NOT_FOUND", codes.NotFound, p2p.ErrNotFound},
 	{"REFERENCED", codes.FailedPrecondition, p2p.ErrReferenced},
+	{"MISSING_REF", codes.FailedPrecondition, p2p.ErrMissingRef},
 	{"NO_SPACE", codes.ResourceExhausted, p2p.ErrNoSpace},
 	{"INVALID", codes.InvalidArgument, digest.ErrInvalid},
 	{"PERMISSION", codes.PermissionDenied, fs.ErrPermission},

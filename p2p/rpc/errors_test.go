@@ -28,6 +28,7 @@ func TestErrorsCrossTheSocket(t *testing.T) {
 	}{
 		"not found":   {fmt.Errorf("%s: %w", someTask, p2p.ErrNotFound), codes.NotFound, []error{p2p.ErrNotFound}},
 		"referenced":  {fmt.Errorf("%s: %w by x", someTask, p2p.ErrReferenced), codes.FailedPrecondition, []error{p2p.ErrReferenced}},
+		"missing ref": {fmt.Errorf("%s: %w: x", someTask, p2p.ErrMissingRef), codes.FailedPrecondition, []error{p2p.ErrMissingRef}},
 		"no space":    {fmt.Errorf("write: %w", p2p.ErrNoSpace), codes.ResourceExhausted, []error{p2p.ErrNoSpace}},
 		"unavailable": {fmt.Errorf("store: %w", p2p.ErrUnavailable), codes.Unavailable, []error{p2p.ErrUnavailable}},
 		"closed":      {fmt.Errorf("store: %w", p2p.ErrClosed), codes.Unavailable, []error{p2p.ErrClosed}},
@@ -53,9 +54,9 @@ func TestErrorsCrossTheSocket(t *testing.T) {
 				t.Errorf("code %s, want %s", code, test.code)
 			}
 			h := &hooked{Engine: newStore(t.TempDir())}
-			h.stat = func(context.Context, p2p.Task) (p2p.Info, error) { return p2p.Info{}, test.err }
+			h.stat = func(context.Context) (p2p.Info, error) { return p2p.Info{}, test.err }
 			c := pair(t, h)
-			_, got := c.Stat(t.Context(), someTask, p2p.Local)
+			_, got := stat(t.Context(), c, someTask)
 			if got == nil {
 				t.Fatal("no error")
 			}

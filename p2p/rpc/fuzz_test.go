@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
 	"slices"
 	"strings"
@@ -20,18 +21,25 @@ import (
 // FuzzRequests decodes bytes as each request, and checks it: no panic, every
 // refusal is ErrInvalid, and what passes is what the engine's contract allows.
 func FuzzRequests(f *testing.F) {
-	task := taskMessage(someTask)
+	task, info := taskMessage(someTask), infoMessage(p2p.Info{Task: someTask})
 	for _, m := range []proto.Message{
-		&pb.ResolveRequest{Tag: "models", Cid: "v1", Scope: pb.Scope_SCOPE_LOCAL},
-		&pb.StatRequest{Task: task, Scope: pb.Scope_SCOPE_NETWORK},
+		&pb.StatRequest{Tag: "models", Cid: "v1", Scope: pb.Scope_SCOPE_LOCAL, Manifest: true},
 		&pb.OpenRequest{Task: task, Scope: pb.Scope_SCOPE_NETWORK, DescriptorId: 7},
 		&pb.DeleteRequest{Cid: task.Digest, Force: true},
-		&pb.ListRequest{Tag: new(string)},
+		&pb.DeleteRequest{Tag: "models", Cid: "v1", NameOnly: true},
+		&pb.ListRequest{Tag: new(string), Kind: pb.Kind_KIND_ALL, RefersTo: task.Digest},
+		&pb.ListRequest{Kind: pb.Kind_KIND_TAGS, After: []byte("models")},
 		addRequest(1, 5),
+		&pb.IngestRequest{Request: &pb.IngestRequest_Rehash_{Rehash: &pb.IngestRequest_Rehash{Digest: task.Digest, Want: task.Digest}}},
 		&pb.IngestRequest{Request: &pb.IngestRequest_Commit_{Commit: &pb.IngestRequest_Commit{
-			Tasks: []*pb.NewTask{{Task: task, MediaType: "text/plain", Refs: []string{task.Digest}}},
-			Names: []*pb.NewName{{Tag: "models", Name: "v1", Digest: task.Digest}},
+			Tasks: []*pb.NewTask{{
+				Task: task, MediaType: "text/plain", Keep: pb.Keep_KEEP_PINNED,
+				Manifest: &pb.NewTask_Manifest{Refs: []string{task.Digest}, Needs: []string{task.Digest}, Subject: task.Digest},
+			}},
+			Names: []*pb.NewName{{Tag: "models", Name: "v1", Digest: task.Digest, KeepOld: true}},
 		}}},
+		&pb.StatReply{Info: info, Manifest: &pb.StatReply_Manifest{Content: []byte("{}"), Refs: []*pb.Info{info}}},
+		&pb.Entry{Info: info, Name: "v1", Total: 7},
 	} {
 		b, err := proto.Marshal(m)
 		if err != nil {
@@ -51,18 +59,14 @@ func FuzzRequests(f *testing.F) {
 				t.Errorf("%v is not ErrInvalid", err)
 			}
 		}
-		var resolve pb.ResolveRequest
-		if proto.Unmarshal(b, &resolve) == nil {
-			cid, _, err := parseResolve(&resolve)
-			check(err, func() error {
-				_, err := digest.ParseCID(cid.String())
-				return errors.Join(err, p2p.ValidateTag(resolve.Tag))
-			})
-		}
+		validDigest := func(d digest.Digest) error { _, err := digest.Parse(string(d)); return err }
 		var stat pb.StatRequest
 		if proto.Unmarshal(b, &stat) == nil {
-			task, _, err := parseStat(&stat)
-			check(err, task.Validate)
+			cid, _, err := parseStat(&stat)
+			check(err, func() error {
+				_, err := digest.ParseCID(cid.String())
+				return errors.Join(err, p2p.ValidateTag(stat.Tag))
+			})
 		}
 		var open pb.OpenRequest
 		if proto.Unmarshal(b, &open) == nil {
@@ -71,27 +75,55 @@ func FuzzRequests(f *testing.F) {
 		}
 		var del pb.DeleteRequest
 		if proto.Unmarshal(b, &del) == nil {
-			cid, err := parseDelete(&del)
-			check(err, func() error { _, err := digest.ParseCID(cid.String()); return err })
+			cid, opts, err := parseDelete(&del)
+			check(err, func() error {
+				if opts.NameOnly && (cid.CacheID() == "" || opts.Force) {
+					return fmt.Errorf("%+v of %s", opts, cid)
+				}
+				_, err := digest.ParseCID(cid.String())
+				return err
+			})
 		}
 		var list pb.ListRequest
 		if proto.Unmarshal(b, &list) == nil {
-			tag, err := parseList(&list)
-			check(err, func() error {
-				if tag == nil {
-					return nil
+			q, err := parseList(&list)
+			check(err, func() (err error) {
+				if q.Tag != nil {
+					err = p2p.ValidateTag(*q.Tag)
 				}
-				return p2p.ValidateTag(*tag)
+				if q.RefersTo != "" {
+					err = errors.Join(err, validDigest(q.RefersTo))
+				}
+				if len(q.After) > maxAfter || q.RefersTo != "" && (q.Tag == nil || q.Kind != p2p.KindAll) {
+					err = fmt.Errorf("%+v", q)
+				}
+				return err
 			})
 		}
 		var ingest pb.IngestRequest
 		if proto.Unmarshal(b, &ingest) == nil {
 			_, err := parseAdd(ingest.GetAdd())
 			check(err, func() error { return nil })
+			d, want, err := parseRehash(ingest.GetRehash())
+			check(err, func() error { return errors.Join(validDigest(d), validDigest(want)) })
 			var parser commitParser
 			check(parser.add(ingest.GetCommit()), func() (err error) {
 				for _, task := range parser.commit.Tasks {
 					err = errors.Join(err, task.Task.Validate())
+					if task.Manifest == nil {
+						continue
+					}
+					for _, d := range task.Manifest.Refs {
+						err = errors.Join(err, validDigest(d))
+					}
+					for _, d := range task.Manifest.Needs {
+						if !slices.Contains(task.Manifest.Refs, d) {
+							err = errors.Join(err, fmt.Errorf("%s is not among the refs", d))
+						}
+					}
+					if task.Manifest.Subject != "" {
+						err = errors.Join(err, validDigest(task.Manifest.Subject))
+					}
 				}
 				return err
 			})
@@ -104,9 +136,22 @@ func FuzzRequests(f *testing.F) {
 				t.Error("a table that is not whole passed")
 			}
 		}
-		var entry pb.Info
+		answer := func(err error) {
+			if errors.Is(err, digest.ErrInvalid) {
+				t.Errorf("%v is an error of the caller", err)
+			}
+		}
+		var described pb.StatReply
+		if proto.Unmarshal(b, &described) == nil {
+			_, err := statOf(&described)
+			answer(err)
+		}
+		var entry pb.Entry
 		if proto.Unmarshal(b, &entry) == nil {
-			infoOf(&entry)
+			for _, kind := range listKinds {
+				_, err := entryOf(&entry, kind)
+				answer(err)
+			}
 		}
 	})
 }
@@ -177,39 +222,76 @@ func TestParseRights(t *testing.T) {
 
 func TestValidate(t *testing.T) {
 	task := taskMessage(someTask)
-	d := task.Digest
+	d, other := task.Digest, string(digest.SHA512.FromString("other"))
 	commit := func(c *pb.IngestRequest_Commit) error { return new(commitParser).add(c) }
 	newTask := func(n *pb.NewTask) error {
 		n.Task = task
 		return commit(&pb.IngestRequest_Commit{Tasks: []*pb.NewTask{n}})
 	}
+	typed := func(s string) error { return newTask(&pb.NewTask{MediaType: s, Keep: pb.Keep_KEEP_HELD}) }
+	manifest := func(m *pb.NewTask_Manifest) error {
+		return newTask(&pb.NewTask{Keep: pb.Keep_KEEP_HELD, Manifest: m})
+	}
 	newName := func(n *pb.NewName) error { return commit(&pb.IngestRequest_Commit{Names: []*pb.NewName{n}}) }
 	stat := func(r *pb.StatRequest) error { _, _, err := parseStat(r); return err }
+	open := func(r *pb.OpenRequest) error { _, _, err := parseOpen(r); return err }
+	del := func(r *pb.DeleteRequest) error { _, _, err := parseDelete(r); return err }
+	list := func(r *pb.ListRequest) error { _, err := parseList(r); return err }
 	add := func(r *pb.IngestRequest_Add) error { _, err := parseAdd(r); return err }
+	rehash := func(r *pb.IngestRequest_Rehash) error { _, _, err := parseRehash(r); return err }
+	const local, all, names = pb.Scope_SCOPE_LOCAL, pb.Kind_KIND_ALL, pb.Kind_KIND_NAMES
 	for name, test := range map[string]struct {
 		err  error
 		text string // "" where it is valid
 	}{
-		"scope missing":       {stat(&pb.StatRequest{Task: task}), "scope 0"},
-		"scope unknown":       {stat(&pb.StatRequest{Task: task, Scope: 9}), "scope 9"},
-		"task missing":        {stat(&pb.StatRequest{Scope: pb.Scope_SCOPE_LOCAL}), "digest"},
-		"stat":                {stat(&pb.StatRequest{Task: task, Scope: pb.Scope_SCOPE_LOCAL}), ""},
-		"offset":              {add(&pb.IngestRequest_Add{Offset: -1}), "negative"},
-		"want":                {add(&pb.IngestRequest_Add{Want: "md5:00"}), "unknown algorithm"},
-		"algorithm":           {add(&pb.IngestRequest_Add{Algorithm: "md5"}), "unknown algorithm"},
-		"add":                 {add(&pb.IngestRequest_Add{Want: d, Algorithm: "sha512"}), ""},
-		"media type":          {newTask(&pb.NewTask{MediaType: strings.Repeat("x", 255)}), ""},
-		"long media type":     {newTask(&pb.NewTask{MediaType: strings.Repeat("x", 256)}), "256 characters"},
-		"media type with LF":  {newTask(&pb.NewTask{MediaType: "a\nb"}), "printable"},
-		"media type with é":   {newTask(&pb.NewTask{MediaType: "é"}), "printable"},
-		"refs":                {newTask(&pb.NewTask{Refs: slices.Repeat([]string{d}, maxRefs)}), ""},
-		"many refs":           {newTask(&pb.NewTask{Refs: slices.Repeat([]string{d}, maxRefs+1)}), "10001"},
-		"ref":                 {newTask(&pb.NewTask{Refs: []string{"v1"}}), "digest"},
-		"name":                {newName(&pb.NewName{Name: "v1", Digest: d}), ""},
-		"name without digest": {newName(&pb.NewName{Name: "v1"}), "digest"},
-		"name is a digest":    {newName(&pb.NewName{Name: d, Digest: d}), "can't be the name"},
-		"name is not one":     {newName(&pb.NewName{Name: "-", Digest: d}), "cache ID"},
-		"tag of a name":       {newName(&pb.NewName{Tag: "X", Name: "v1", Digest: d}), "tag"},
+		"scope missing":         {stat(&pb.StatRequest{Cid: d}), "scope 0"},
+		"scope unknown":         {stat(&pb.StatRequest{Cid: d, Scope: 9}), "scope 9"},
+		"cid missing":           {stat(&pb.StatRequest{Scope: local}), "cid"},
+		"tag of a stat":         {stat(&pb.StatRequest{Tag: "X", Cid: d, Scope: local}), "tag"},
+		"stat":                  {stat(&pb.StatRequest{Cid: d, Scope: local}), ""},
+		"task missing":          {open(&pb.OpenRequest{Scope: local}), "digest"},
+		"open without a scope":  {open(&pb.OpenRequest{Task: task}), "scope 0"},
+		"open":                  {open(&pb.OpenRequest{Task: task, Scope: local}), ""},
+		"delete":                {del(&pb.DeleteRequest{Cid: d, Force: true}), ""},
+		"delete a name":         {del(&pb.DeleteRequest{Cid: "v1", NameOnly: true}), ""},
+		"name only of a digest": {del(&pb.DeleteRequest{Cid: d, NameOnly: true}), "not a name"},
+		"name only by force":    {del(&pb.DeleteRequest{Cid: "v1", NameOnly: true, Force: true}), "force"},
+		"list":                  {list(&pb.ListRequest{Kind: all}), ""},
+		"tag of a list":         {list(&pb.ListRequest{Tag: proto.String("X"), Kind: all}), "tag"},
+		"kind missing":          {list(&pb.ListRequest{}), "kind 0"},
+		"kind unknown":          {list(&pb.ListRequest{Kind: 4}), "kind 4"},
+		"after":                 {list(&pb.ListRequest{Kind: names, After: make([]byte, 255)}), ""},
+		"long after":            {list(&pb.ListRequest{Kind: names, After: make([]byte, 256)}), "256"},
+		"refers to":             {list(&pb.ListRequest{Tag: &task.Tag, Kind: all, RefersTo: d}), ""},
+		"refers to, no tag":     {list(&pb.ListRequest{Kind: all, RefersTo: d}), "with a tag"},
+		"refers to, names":      {list(&pb.ListRequest{Tag: &task.Tag, Kind: names, RefersTo: d}), "kind"},
+		"refers to a name":      {list(&pb.ListRequest{Tag: &task.Tag, Kind: all, RefersTo: "v1"}), "digest"},
+		"offset":                {add(&pb.IngestRequest_Add{Offset: -1}), "negative"},
+		"want":                  {add(&pb.IngestRequest_Add{Want: "md5:00"}), "unknown algorithm"},
+		"algorithm":             {add(&pb.IngestRequest_Add{Algorithm: "md5"}), "unknown algorithm"},
+		"add":                   {add(&pb.IngestRequest_Add{Want: d, Algorithm: "sha512"}), ""},
+		"rehash":                {rehash(&pb.IngestRequest_Rehash{Digest: d, Want: other}), ""},
+		"rehash of a name":      {rehash(&pb.IngestRequest_Rehash{Digest: "v1", Want: other}), "digest"},
+		"rehash to nothing":     {rehash(&pb.IngestRequest_Rehash{Digest: d}), "digest"},
+		"media type":            {typed(strings.Repeat("x", 255)), ""},
+		"long media type":       {typed(strings.Repeat("x", 256)), "256 characters"},
+		"media type with LF":    {typed("a\nb"), "printable"},
+		"media type with é":     {typed("é"), "printable"},
+		"keep missing":          {newTask(&pb.NewTask{}), "keep 0"},
+		"keep unknown":          {newTask(&pb.NewTask{Keep: 4}), "keep 4"},
+		"refs":                  {manifest(&pb.NewTask_Manifest{Refs: slices.Repeat([]string{d}, maxRefs)}), ""},
+		"many refs":             {manifest(&pb.NewTask_Manifest{Refs: slices.Repeat([]string{d}, maxRefs+1)}), "10001"},
+		"ref":                   {manifest(&pb.NewTask_Manifest{Refs: []string{"v1"}}), "digest"},
+		"needs":                 {manifest(&pb.NewTask_Manifest{Refs: []string{d, other}, Needs: []string{other}}), ""},
+		"many needs":            {manifest(&pb.NewTask_Manifest{Refs: []string{d}, Needs: slices.Repeat([]string{d}, maxRefs+1)}), "10001"},
+		"needs what it lacks":   {manifest(&pb.NewTask_Manifest{Refs: []string{d}, Needs: []string{other}}), "does not refer"},
+		"subject":               {manifest(&pb.NewTask_Manifest{Subject: other}), ""},
+		"subject is a name":     {manifest(&pb.NewTask_Manifest{Subject: "v1"}), "digest"},
+		"name":                  {newName(&pb.NewName{Name: "v1", Digest: d}), ""},
+		"name without digest":   {newName(&pb.NewName{Name: "v1"}), "digest"},
+		"name is a digest":      {newName(&pb.NewName{Name: d, Digest: d}), "can't be the name"},
+		"name is not one":       {newName(&pb.NewName{Name: "-", Digest: d}), "cache ID"},
+		"tag of a name":         {newName(&pb.NewName{Tag: "X", Name: "v1", Digest: d}), "tag"},
 	} {
 		if test.text == "" {
 			if test.err != nil {
@@ -221,7 +303,9 @@ func TestValidate(t *testing.T) {
 	}
 
 	// All parts of a commit together.
-	part := &pb.IngestRequest_Commit{Tasks: []*pb.NewTask{{Task: task, Refs: slices.Repeat([]string{d}, maxRefs)}}}
+	part := &pb.IngestRequest_Commit{Tasks: []*pb.NewTask{{
+		Task: task, Keep: pb.Keep_KEEP_HELD, Manifest: &pb.NewTask_Manifest{Refs: slices.Repeat([]string{d}, maxRefs)},
+	}}}
 	var parser commitParser
 	var err error
 	for n := 0; err == nil; n += proto.Size(part) {
@@ -232,6 +316,28 @@ func TestValidate(t *testing.T) {
 	}
 	if !errors.Is(err, digest.ErrInvalid) {
 		t.Errorf("got %v", err)
+	}
+}
+
+// A daemon that answers nonsense gives an error, and not one of the caller.
+func TestBadAnswers(t *testing.T) {
+	bad := &pb.Info{Task: &pb.Task{Tag: "X", Digest: string(someTask.Digest)}, Keep: pb.Keep_KEEP_HELD}
+	kept := &pb.Info{Task: taskMessage(someTask), Keep: 9}
+	good := infoMessage(p2p.Info{Task: someTask})
+	stat := func(r *pb.StatReply) error { _, err := statOf(r); return err }
+	entry := func(e *pb.Entry, kind p2p.Kind) error { _, err := entryOf(e, kind); return err }
+	for name, err := range map[string]error{
+		"nothing": stat(&pb.StatReply{}),
+		"tag":     stat(&pb.StatReply{Info: bad}),
+		"keep":    stat(&pb.StatReply{Info: kept}),
+		"ref":     stat(&pb.StatReply{Info: good, Manifest: &pb.StatReply_Manifest{Refs: []*pb.Info{good, bad}}}),
+		"entry":   entry(&pb.Entry{Info: bad}, p2p.KindAll),
+		"name":    entry(&pb.Entry{Info: &pb.Info{Task: &pb.Task{Tag: "x"}}}, p2p.KindNames),
+		"tags":    entry(&pb.Entry{Info: bad}, p2p.KindTags),
+	} {
+		if err == nil || errors.Is(err, digest.ErrInvalid) || !strings.Contains(err.Error(), "daemon's answer") {
+			t.Errorf("%s: %v", name, err)
+		}
 	}
 }
 

@@ -335,10 +335,10 @@ func TestCallerIsKnown(t *testing.T) {
 	socket, log := serveLogged(t, newStore(t.TempDir()))
 	c := dial(t, socket)
 	task := add(t, c, "", strings.NewReader("x"))
-	if _, err := c.Delete(t.Context(), "", digest.FromDigest(task.Digest), false); err != nil {
+	if _, err := c.Delete(t.Context(), "", digest.FromDigest(task.Digest), p2p.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := c.Stat(t.Context(), task, p2p.Local); !errors.Is(err, p2p.ErrNotFound) {
+	if _, err := stat(t.Context(), c, task); !errors.Is(err, p2p.ErrNotFound) {
 		t.Fatal(err)
 	}
 	who := fmt.Sprintf("uid=%d pid=%d", os.Getuid(), os.Getpid())
@@ -354,7 +354,7 @@ func TestCallerIsKnown(t *testing.T) {
 	if strings.Contains(log.String(), "level=WARN") {
 		t.Errorf("warnings in %s", log)
 	}
-	req := &pb.StatRequest{Task: &pb.Task{Tag: "Bad"}}
+	req := &pb.StatRequest{Tag: "Bad"}
 	if _, err := c.current.daemon.Stat(t.Context(), req); status.Code(err) != codes.InvalidArgument {
 		t.Errorf("got %v", err)
 	}
@@ -456,6 +456,7 @@ func TestBadIngestStreams(t *testing.T) {
 		"empty request":         {{}},
 		"add within a commit":   {commit(true), addRequest(1, 0)},
 		"empty within a commit": {commit(true), {}},
+		"rehash of nothing":     {{Request: &pb.IngestRequest_Rehash_{}}},
 	} {
 		stream := rawIngest(t, c)
 		for _, r := range requests {

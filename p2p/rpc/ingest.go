@@ -136,6 +136,11 @@ func (i *ingest) add(req *pb.IngestRequest_Add, f *os.File, progress func(int64)
 	if err := i.send(&pb.IngestRequest{Request: &pb.IngestRequest_Add_{Add: req}}); err != nil {
 		return p2p.Added{}, err
 	}
+	return i.waitAdded(progress)
+}
+
+// waitAdded waits for the answer to an add or a rehash.
+func (i *ingest) waitAdded(progress func(int64)) (p2p.Added, error) {
 	last := int64(-1)
 	for {
 		reply, err := i.receive()
@@ -150,7 +155,7 @@ func (i *ingest) add(req *pb.IngestRequest_Add, f *os.File, progress func(int64)
 		case *pb.IngestReply_Added_:
 			added := p2p.Added{Digest: digest.Digest(r.Added.GetDigest()), Size: r.Added.GetSize()}
 			if _, err := digest.Parse(string(added.Digest)); err != nil {
-				return p2p.Added{}, fmt.Errorf("the daemon's answer: %s", err) // not the caller's error
+				return p2p.Added{}, answerError(err)
 			}
 			if progress != nil && last != added.Size {
 				progress(added.Size)
@@ -243,6 +248,26 @@ func (i *ingest) receive() (*pb.IngestReply, error) {
 		return nil, errors.New("the daemon ended the ingest without a word")
 	}
 	return reply, i.client.callError(i.ctx, err)
+}
+
+// Rehash implements [p2p.Ingest].
+func (i *ingest) Rehash(d, want digest.Digest) (added p2p.Added, err error) {
+	end, err := i.begin()
+	if err != nil {
+		return p2p.Added{}, err
+	}
+	defer end()
+	req := &pb.IngestRequest_Rehash{Digest: string(d), Want: string(want)}
+	if _, _, err = parseRehash(req); err == nil {
+		err = i.send(&pb.IngestRequest{Request: &pb.IngestRequest_Rehash_{Rehash: req}})
+	}
+	if err == nil {
+		added, err = i.waitAdded(nil)
+	}
+	if err != nil {
+		i.fail(err)
+	}
+	return added, err
 }
 
 // Commit implements [p2p.Ingest].

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"log/slog"
 	"maps"
 	"math/rand/v2"
@@ -25,6 +26,7 @@ import (
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/pieces"
 )
 
 func TestMain(m *testing.M) {
@@ -127,16 +129,21 @@ func add(t testing.TB, e p2p.Engine, tag string, src io.Reader) p2p.Task {
 		t.Fatal(err)
 	}
 	task := p2p.Task{Tag: tag, Digest: added.Digest}
-	if err := ingest.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: task, Pinned: true}}}); err != nil {
+	if err := ingest.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: task, Keep: p2p.KeepPinned}}}); err != nil {
 		t.Fatal(err)
 	}
 	return task
 }
 
+// stat describes a task.
+func stat(ctx context.Context, e p2p.Engine, task p2p.Task) (p2p.Info, error) {
+	return e.Stat(ctx, task.Tag, digest.FromDigest(task.Digest), p2p.StatOptions{Scope: p2p.Local})
+}
+
 func readAll(t testing.TB, b p2p.Blob) []byte {
 	t.Helper()
 	var buf bytes.Buffer
-	if err := b.CopyTo(t.Context(), &buf, nil); err != nil {
+	if err := b.CopyRange(t.Context(), &buf, 0, b.Size(), nil); err != nil {
 		t.Fatal(err)
 	}
 	return buf.Bytes()
@@ -257,7 +264,7 @@ func TestAddAndOpen(t *testing.T) {
 				t.Errorf("progress %v does not grow to %d", progress, added.Size)
 			}
 			task := p2p.Task{Tag: "a/b", Digest: added.Digest}
-			if _, err := c.Stat(t.Context(), task, p2p.Local); !errors.Is(err, p2p.ErrNotFound) {
+			if _, err := stat(t.Context(), c, task); !errors.Is(err, p2p.ErrNotFound) {
 				t.Errorf("before the commit: %v", err)
 			}
 			if err := ingest.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: task}}}); err != nil {
@@ -303,7 +310,7 @@ func TestBlobOutlivesEverything(t *testing.T) {
 		t.Fatal(err)
 	}
 	cancel()
-	deleted, err := c.Delete(t.Context(), "", digest.FromDigest(task.Digest), false)
+	deleted, err := c.Delete(t.Context(), "", digest.FromDigest(task.Digest), p2p.DeleteOptions{})
 	if want := (p2p.Deleted{Tasks: 1, Freed: int64(len(content))}); err != nil || deleted != want {
 		t.Fatalf("deleted %v, %v; want %v", deleted, err, want)
 	}
@@ -339,7 +346,7 @@ func TestOpenFindsDamage(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer blob.Close()
-	err = blob.CopyTo(t.Context(), io.Discard, nil)
+	err = blob.CopyRange(t.Context(), io.Discard, 0, blob.Size(), nil)
 	var corrupt *digest.CorruptError
 	if !errors.As(err, &corrupt) || corrupt.Piece != 1 || corrupt.Digest != task.Digest {
 		t.Errorf("got %v, want damage in piece 1", err)
@@ -383,7 +390,8 @@ func TestOpenRefusesBlob(t *testing.T) {
 }
 
 func TestCommitAndLookUp(t *testing.T) {
-	c := pair(t, newStore(t.TempDir()))
+	s := newStore(t.TempDir())
+	c := pair(t, s)
 	ingest, err := c.Ingest(t.Context())
 	if err != nil {
 		t.Fatal(err)
@@ -398,55 +406,272 @@ func TestCommitAndLookUp(t *testing.T) {
 		digests = append(digests, added.Digest)
 	}
 	tasks := []p2p.NewTask{
-		{Task: p2p.Task{Tag: "models", Digest: digests[0]}, MediaType: "application/x; a=b", Pinned: true, Refs: digests[1:]},
-		{Task: p2p.Task{Tag: "", Digest: digests[1]}, Refs: []digest.Digest{}},
+		{
+			Task: p2p.Task{Tag: "models", Digest: digests[0]}, MediaType: "application/x; a=b", Keep: p2p.KeepPinned,
+			Manifest: &p2p.NewManifest{
+				Refs:    []digest.Digest{digests[1], someTask.Digest},
+				Needs:   digests[1:],
+				Subject: digest.SHA512.FromString("subject"),
+			},
+		},
+		{Task: p2p.Task{Tag: "models", Digest: digests[1]}, Keep: p2p.KeepHeld},
+		{Task: p2p.Task{Tag: "", Digest: digests[1]}, Keep: p2p.KeepLoose, Manifest: &p2p.NewManifest{}},
 	}
-	names := []p2p.NewName{{Tag: "models", Name: "v1", Digest: digests[0]}}
+	names := []p2p.NewName{
+		{Tag: "models", Name: "v1", Digest: digests[0]},
+		{Tag: "models", Name: "v2", Digest: digests[0], KeepOld: true},
+	}
 	if err := ingest.Commit(p2p.Commit{Tasks: tasks, Names: names}); err != nil {
 		t.Fatal(err)
 	}
+	for _, task := range tasks {
+		if got := s.tasks[task.Task]; !reflect.DeepEqual(got, task) {
+			t.Errorf("the engine got %+v, want %+v", got, task)
+		}
+	}
+	for _, name := range names {
+		if got := s.names[nameKey(name.Tag, name.Name)]; got != name {
+			t.Errorf("the engine got %+v, want %+v", got, name)
+		}
+	}
 
+	info := func(task p2p.NewTask) p2p.Info {
+		return p2p.Info{
+			Task: task.Task, Size: 3, PieceLength: digest.PieceLength(3), Pieces: 1, Held: 1,
+			MediaType: task.MediaType, IsManifest: task.Manifest != nil, Keep: task.Keep, Imported: imported.Local(),
+		}
+	}
+	manifest := info(tasks[0])
+	manifest.Manifest = &p2p.Manifest{Content: []byte("one"), Refs: []p2p.Info{info(tasks[1])}}
+	empty := info(tasks[2])
+	empty.Manifest = &p2p.Manifest{Content: []byte("two")}
+	for _, test := range []struct {
+		tag, cid string
+		manifest bool
+		want     p2p.Info
+	}{
+		{"models", "v1", false, info(tasks[0])},
+		{"models", "v1", true, manifest},
+		{"models", string(digests[0]), true, manifest},
+		{"models", string(digests[1]), true, info(tasks[1])},
+		{"", string(digests[1]), true, empty},
+	} {
+		cid, err := digest.ParseCID(test.cid)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := c.Stat(t.Context(), test.tag, cid, p2p.StatOptions{Manifest: test.manifest})
+		if err != nil || !reflect.DeepEqual(got, test.want) {
+			t.Errorf("stat %s under %q: %+v, %v; want %+v", cid, test.tag, got, err, test.want)
+		}
+		if _, err := c.Stat(t.Context(), "none", cid, p2p.StatOptions{}); !errors.Is(err, p2p.ErrNotFound) {
+			t.Errorf("under another tag: %v", err)
+		}
+	}
+}
+
+// What dfcache stat does has to be one call: how long it takes depends on that.
+func TestStatIsOneCall(t *testing.T) {
+	var calls callNames
+	c := dial(t, serve(t, newStore(t.TempDir()), WithStatsHandler(&calls)))
+	ingest, err := c.Ingest(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ingest.Close()
+	added, err := ingest.Add(strings.NewReader("manifest"), p2p.AddOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	task := p2p.Task{Tag: "t", Digest: added.Digest}
+	if err := ingest.Commit(p2p.Commit{
+		Tasks: []p2p.NewTask{{Task: task, Manifest: &p2p.NewManifest{Refs: []digest.Digest{task.Digest}}}},
+		Names: []p2p.NewName{{Tag: "t", Name: "v1", Digest: task.Digest}},
+	}); err != nil {
+		t.Fatal(err)
+	}
+	calls.names = nil
 	cid, err := digest.ParseCID("v1")
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got, err := c.Resolve(t.Context(), "models", cid, p2p.Local); err != nil || got != tasks[0].Task {
-		t.Errorf("resolved %v, %v; want %v", got, err, tasks[0].Task)
+	info, err := c.Stat(t.Context(), "t", cid, p2p.StatOptions{Manifest: true})
+	if err != nil || string(info.Manifest.Content) != "manifest" || len(info.Manifest.Refs) != 1 {
+		t.Errorf("got %+v, %v", info, err)
 	}
-	if _, err := c.Resolve(t.Context(), "", cid, p2p.Network); !errors.Is(err, p2p.ErrNotFound) {
-		t.Errorf("resolved under another tag: %v", err)
+	if want := []string{"/dfcache.v1.Daemon/Stat"}; !slices.Equal(calls.names, want) {
+		t.Errorf("calls %v, want %v", calls.names, want)
 	}
-	info, err := c.Stat(t.Context(), tasks[0].Task, p2p.Local)
+}
+
+// The longest answer there can be, and the longest task to commit.
+func TestLargestManifest(t *testing.T) {
+	s := newStore(t.TempDir())
+	h := &hooked{Engine: s}
+	c := pair(t, h)
+	long := p2p.Info{
+		Task:       p2p.Task{Tag: strings.Repeat("a", p2p.MaxTag), Digest: digest.SHA512.FromString("")},
+		Size:       1<<63 - 1,
+		MediaType:  strings.Repeat("x", maxMediaType),
+		IsManifest: true,
+		Imported:   time.Unix(0, 1<<63-1),
+		LastUsed:   time.Unix(0, 1<<63-1),
+	}
+	long.PieceLength, long.Pieces, long.Held = long.Size, int(long.Size), int(long.Size)
+	info := long
+	info.Manifest = &p2p.Manifest{Content: random(p2p.MaxManifest), Refs: slices.Repeat([]p2p.Info{long}, p2p.MaxRefs)}
+	h.stat = func(context.Context) (p2p.Info, error) { return info, nil }
+	got, err := c.Stat(t.Context(), "", digest.FromDigest(someTask.Digest), p2p.StatOptions{Manifest: true})
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := p2p.Info{
-		Task: tasks[0].Task, Size: 3, PieceLength: digest.PieceLength(3), Pieces: 1, Held: 1,
-		MediaType: "application/x; a=b", Pinned: true, Imported: imported,
-	}
-	if !info.Imported.Equal(want.Imported) || !info.LastUsed.IsZero() {
-		t.Errorf("times %v, %v", info.Imported, info.LastUsed)
-	}
-	info.Imported = want.Imported
-	if info != want {
-		t.Errorf("info %+v, want %+v", info, want)
+	if !reflect.DeepEqual(got, info) {
+		t.Error("the manifest differs")
 	}
 
-	list := func(tag *string) (got []string) {
-		for e, err := range c.List(t.Context(), tag) {
+	ingest, err := c.Ingest(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ingest.Close()
+	added, err := ingest.Add(strings.NewReader("content"), p2p.AddOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	task := p2p.NewTask{Task: p2p.Task{Tag: long.Task.Tag, Digest: added.Digest}, MediaType: long.MediaType}
+	refs := slices.Repeat([]digest.Digest{long.Task.Digest}, maxRefs)
+	task.Manifest = &p2p.NewManifest{Refs: refs, Needs: refs, Subject: long.Task.Digest}
+	if err := ingest.Commit(p2p.Commit{Tasks: []p2p.NewTask{task}}); err != nil {
+		t.Fatal(err)
+	}
+	if !reflect.DeepEqual(s.tasks[task.Task], task) {
+		t.Error("the task differs")
+	}
+}
+
+func TestRehash(t *testing.T) {
+	s := newStore(t.TempDir())
+	c := pair(t, s)
+	ingest, err := c.Ingest(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ingest.Close()
+	added, err := ingest.Add(strings.NewReader("content"), p2p.AddOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := p2p.Added{Digest: digest.SHA512.FromString("content"), Size: 7}
+	if got, err := ingest.Rehash(added.Digest, want.Digest); err != nil || got != want {
+		t.Fatalf("got %v, %v; want %v", got, err, want)
+	}
+	task := p2p.Task{Digest: want.Digest}
+	if err := ingest.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: task}}}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := stat(t.Context(), c, task); err != nil {
+		t.Error(err)
+	}
+	if _, err := ingest.Rehash(added.Digest, want.Digest); err == nil {
+		t.Error("a rehash after the commit succeeds")
+	}
+
+	// One that fails ends the ingest.
+	if ingest, err = c.Ingest(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	defer ingest.Close()
+	if added, err = ingest.Add(strings.NewReader("other"), p2p.AddOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	_, err = ingest.Rehash(added.Digest, want.Digest)
+	var mismatch *digest.MismatchError
+	if !errors.As(err, &mismatch) || mismatch.Want != want.Digest || mismatch.Got != digest.SHA512.FromString("other") {
+		t.Errorf("got %v", err)
+	}
+	if err := ingest.Commit(p2p.Commit{}); !errors.Is(err, digest.ErrMismatch) {
+		t.Errorf("commit after it: %v", err)
+	}
+	s.waitIdle(t)
+}
+
+func TestDeleteOptions(t *testing.T) {
+	h := &hooked{Engine: newStore(t.TempDir())}
+	var got p2p.DeleteOptions
+	deleted := p2p.Deleted{Tasks: 3, Freed: 1 << 40}
+	h.delete = func(opts p2p.DeleteOptions) (p2p.Deleted, error) { got = opts; return deleted, nil }
+	c := pair(t, h)
+	cid, err := digest.ParseCID("v1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []p2p.DeleteOptions{{}, {Force: true}, {NameOnly: true}} {
+		if d, err := c.Delete(t.Context(), "t", cid, want); err != nil || d != deleted || got != want {
+			t.Errorf("the engine got %+v, want %+v; the client %v, %v", got, want, d, err)
+		}
+	}
+}
+
+func TestQuery(t *testing.T) {
+	h := &hooked{Engine: newStore(t.TempDir())}
+	var got p2p.Query
+	task := p2p.Entry{Info: p2p.Info{Task: someTask, Keep: p2p.KeepLoose}, Total: 5}
+	name := p2p.Entry{Info: p2p.Info{Task: someTask}, Name: "v1"}
+	tags := []p2p.Entry{{}, {Info: p2p.Info{Task: p2p.Task{Tag: "models"}}}}
+	var entries []p2p.Entry
+	h.list = func(q p2p.Query) iter.Seq2[p2p.Entry, error] {
+		got = q
+		return func(yield func(p2p.Entry, error) bool) {
+			for _, e := range entries {
+				if !yield(e, nil) {
+					return
+				}
+			}
+		}
+	}
+	c := pair(t, h)
+	empty := ""
+	for _, test := range []struct {
+		query   p2p.Query
+		entries []p2p.Entry
+	}{
+		{p2p.Query{}, []p2p.Entry{name, task}},
+		{p2p.Query{Tag: &empty}, nil},
+		{p2p.Query{Tag: &someTask.Tag, Kind: p2p.KindNames, After: "\xff"}, []p2p.Entry{name}},
+		{p2p.Query{Kind: p2p.KindTags, After: strings.Repeat("a", maxAfter)}, tags},
+		{p2p.Query{Tag: &empty, RefersTo: someTask.Digest}, []p2p.Entry{task}},
+	} {
+		entries = test.entries
+		var listed []p2p.Entry
+		for e, err := range c.List(t.Context(), test.query) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			got = append(got, fmt.Sprintf("%s %s %s %d", e.Task.Tag, e.Name, e.Task.Digest, e.Total))
+			listed = append(listed, e)
+		}
+		if !reflect.DeepEqual(got, test.query) || !reflect.DeepEqual(listed, test.entries) {
+			t.Errorf("the engine got %+v, want %+v; the client %+v, want %+v", got, test.query, listed, test.entries)
+		}
+	}
+}
+
+func TestListByTag(t *testing.T) {
+	c := pair(t, newStore(t.TempDir()))
+	one, two := add(t, c, "models", strings.NewReader("one")), add(t, c, "", strings.NewReader("two"))
+	list := func(tag *string) (got []p2p.Task) {
+		for e, err := range c.List(t.Context(), p2p.Query{Tag: tag}) {
+			if err != nil {
+				t.Fatal(err)
+			}
+			got = append(got, e.Task)
 		}
 		return got
 	}
-	name, one, two := fmt.Sprintf("models v1 %s 6", digests[0]), fmt.Sprintf("models  %s 3", digests[0]), fmt.Sprintf("  %s 3", digests[1])
 	empty, models, none := "", "models", "none"
 	for _, test := range []struct {
 		tag  *string
-		want []string
-	}{{nil, []string{two, name, one}}, {&empty, []string{two}}, {&models, []string{name, one}}, {&none, nil}} {
+		want []p2p.Task
+	}{{nil, []p2p.Task{two, one}}, {&empty, []p2p.Task{two}}, {&models, []p2p.Task{one}}, {&none, nil}} {
 		if got := list(test.tag); !slices.Equal(got, test.want) {
 			t.Errorf("list %v, want %v", got, test.want)
 		}
@@ -470,7 +695,7 @@ func TestManyTasks(t *testing.T) {
 	var commit p2p.Commit
 	for i := range n {
 		task := p2p.Task{Tag: fmt.Sprintf("tag%06d/%s", i, strings.Repeat("x", 100)), Digest: added.Digest}
-		commit.Tasks = append(commit.Tasks, p2p.NewTask{Task: task, Refs: []digest.Digest{}})
+		commit.Tasks = append(commit.Tasks, p2p.NewTask{Task: task})
 	}
 	if err := ingest.Commit(commit); err != nil {
 		t.Fatal(err)
@@ -483,7 +708,7 @@ func TestManyTasks(t *testing.T) {
 		t.Error("the tasks differ")
 	}
 	i := 0
-	for e, err := range c.List(t.Context(), nil) {
+	for e, err := range c.List(t.Context(), p2p.Query{}) {
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -495,21 +720,23 @@ func TestManyTasks(t *testing.T) {
 	if i != n {
 		t.Errorf("%d entries", i)
 	}
-	for range c.List(t.Context(), nil) {
+	for range c.List(t.Context(), p2p.Query{}) {
 		break // ends the call, so that Close does not wait for it
 	}
 }
 
 func TestListEndsWithError(t *testing.T) {
 	h := &hooked{Engine: newStore(t.TempDir())}
-	h.list = func(yield func(p2p.Entry, error) bool) {
-		if yield(p2p.Entry{Info: p2p.Info{Task: someTask}}, nil) {
-			yield(p2p.Entry{}, p2p.ErrUnavailable)
+	h.list = func(p2p.Query) iter.Seq2[p2p.Entry, error] {
+		return func(yield func(p2p.Entry, error) bool) {
+			if yield(p2p.Entry{Info: p2p.Info{Task: someTask}}, nil) {
+				yield(p2p.Entry{}, p2p.ErrUnavailable)
+			}
 		}
 	}
 	c := pair(t, h)
 	var got []error
-	for e, err := range c.List(t.Context(), nil) {
+	for e, err := range c.List(t.Context(), p2p.Query{}) {
 		if err == nil && e.Task != someTask {
 			t.Errorf("entry %v", e)
 		}
@@ -523,21 +750,30 @@ func TestListEndsWithError(t *testing.T) {
 func TestInvalidRequests(t *testing.T) {
 	c := pair(t, newStore(t.TempDir()))
 	bad := p2p.Task{Tag: "Not A Tag", Digest: someTask.Digest}
+	list := func(q p2p.Query) error {
+		for _, err := range c.List(t.Context(), q) {
+			return err
+		}
+		return nil
+	}
 	for name, call := range map[string]func() error{
-		"stat": func() error { _, err := c.Stat(t.Context(), bad, p2p.Local); return err },
+		"stat": func() error { _, err := stat(t.Context(), c, bad); return err },
 		"open": func() error { _, err := c.Open(t.Context(), bad, p2p.Local); return err },
-		"resolve": func() error {
-			_, err := c.Resolve(t.Context(), "\xff", digest.FromDigest(someTask.Digest), p2p.Local)
+		"tag that is not UTF-8": func() error {
+			_, err := stat(t.Context(), c, p2p.Task{Tag: "\xff", Digest: someTask.Digest})
 			return err
 		},
-		"scope":  func() error { _, err := c.Stat(t.Context(), someTask, 7); return err },
-		"delete": func() error { _, err := c.Delete(t.Context(), "", digest.CID{}, false); return err },
-		"list": func() error {
-			for _, err := range c.List(t.Context(), &bad.Tag) {
-				return err
-			}
-			return nil
+		"scope": func() error {
+			_, err := c.Stat(t.Context(), "", digest.FromDigest(someTask.Digest), p2p.StatOptions{Scope: 7})
+			return err
 		},
+		"delete": func() error { _, err := c.Delete(t.Context(), "", digest.CID{}, p2p.DeleteOptions{}); return err },
+		"delete of a digest by name only": func() error {
+			_, err := c.Delete(t.Context(), "", digest.FromDigest(someTask.Digest), p2p.DeleteOptions{NameOnly: true})
+			return err
+		},
+		"list":         func() error { return list(p2p.Query{Tag: &bad.Tag}) },
+		"kind of list": func() error { return list(p2p.Query{Kind: -1}) },
 		"add": func() error {
 			i, err := c.Ingest(t.Context())
 			if err != nil {
@@ -546,6 +782,23 @@ func TestInvalidRequests(t *testing.T) {
 			defer i.Close()
 			_, err = i.Add(strings.NewReader(""), p2p.AddOptions{Want: "sha256:xx"})
 			return err
+		},
+		"rehash": func() error {
+			i, err := c.Ingest(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer i.Close()
+			_, err = i.Rehash(someTask.Digest, "v1")
+			return err
+		},
+		"keep": func() error {
+			i, err := c.Ingest(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer i.Close()
+			return i.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: someTask, Keep: 9}}})
 		},
 		"commit": func() error {
 			i, err := c.Ingest(t.Context())
@@ -676,6 +929,9 @@ type addFunc func(io.Reader) error
 func (f addFunc) Add(src io.Reader, _ p2p.AddOptions) (p2p.Added, error) {
 	return p2p.Added{Digest: someTask.Digest}, f(src)
 }
+func (addFunc) Rehash(_, _ digest.Digest) (p2p.Added, error) {
+	return p2p.Added{}, errors.ErrUnsupported
+}
 func (addFunc) Commit(p2p.Commit) error { return nil }
 func (addFunc) Close() error            { return nil }
 
@@ -719,7 +975,7 @@ func TestIngestThatCannotBegin(t *testing.T) {
 func TestCancelReachesEngine(t *testing.T) {
 	h := &hooked{Engine: newStore(t.TempDir())}
 	began, ended := make(chan struct{}, 1), make(chan error, 1)
-	h.stat = func(ctx context.Context, _ p2p.Task) (p2p.Info, error) {
+	h.stat = func(ctx context.Context) (p2p.Info, error) {
 		began <- struct{}{}
 		<-ctx.Done()
 		ended <- ctx.Err()
@@ -730,7 +986,7 @@ func TestCancelReachesEngine(t *testing.T) {
 	why := errors.New("changed my mind")
 	ctx, cancel := context.WithCancelCause(t.Context())
 	go func() { <-began; cancel(why) }()
-	if _, err := c.Stat(ctx, someTask, p2p.Local); !errors.Is(err, why) {
+	if _, err := stat(ctx, c, someTask); !errors.Is(err, why) {
 		t.Errorf("got %v, want the cause", err)
 	}
 	if err := <-ended; !errors.Is(err, context.Canceled) {
@@ -739,13 +995,13 @@ func TestCancelReachesEngine(t *testing.T) {
 
 	ctx, cancelTimeout := context.WithTimeout(t.Context(), 20*time.Millisecond)
 	defer cancelTimeout()
-	if _, err := c.Stat(ctx, someTask, p2p.Local); !errors.Is(err, context.DeadlineExceeded) {
+	if _, err := stat(ctx, c, someTask); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("got %v", err)
 	}
 	if err := <-ended; err == nil {
 		t.Error("the engine was not told")
 	}
-	if _, err := c.Stat(ctx, someTask, p2p.Local); !errors.Is(err, context.DeadlineExceeded) {
+	if _, err := stat(ctx, c, someTask); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("with a context that has ended: %v", err)
 	}
 }
@@ -802,8 +1058,80 @@ func TestStalledSource(t *testing.T) {
 	if _, err := ingest.Add(src, p2p.AddOptions{}); !errors.Is(err, context.Canceled) {
 		t.Errorf("got %v", err)
 	}
-	s.waitIdle(t) // although nothing came through the pipe, and it is still open
+	s.waitIdle(t) // although src still blocks
 	close(src.release)
+}
+
+// watchedIngest says when it begins to add, and when it is closed.
+type watchedIngest struct {
+	p2p.Ingest
+	adding, closed chan struct{}
+}
+
+func (w watchedIngest) Add(src io.Reader, opts p2p.AddOptions) (p2p.Added, error) {
+	close(w.adding)
+	return w.Ingest.Add(src, opts)
+}
+
+func (w watchedIngest) Close() error {
+	defer close(w.closed)
+	return w.Ingest.Close()
+}
+
+// A source that does not come to its end does not hold up the daemon when the
+// call ends: a pipe that nobody writes to, and a file that takes forever.
+func TestAddEndsWithCall(t *testing.T) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	defer w.Close()
+	long := tempFile(t, nil)
+	if err := long.Truncate(1 << 38); err != nil {
+		t.Fatal(err)
+	}
+	for name, src := range map[string]*os.File{"pipe": r, "regular file": long} {
+		for how, end := range map[string]func(*Client, context.CancelFunc){
+			"cancelled":   func(_ *Client, cancel context.CancelFunc) { cancel() },
+			"client gone": func(c *Client, _ context.CancelFunc) { c.current.conn.Close() },
+		} {
+			t.Run(name+", "+how, func(t *testing.T) {
+				store, err := pieces.Open(t.TempDir(), pieces.Options{})
+				if err != nil {
+					t.Fatal(err)
+				}
+				t.Cleanup(func() { store.Close() })
+				h := &hooked{Engine: store}
+				adding, closed := make(chan struct{}), make(chan struct{})
+				h.ingest = func(ctx context.Context) (p2p.Ingest, error) {
+					ingest, err := store.Ingest(ctx)
+					return watchedIngest{ingest, adding, closed}, err
+				}
+				c := pair(t, h)
+				ctx, cancel := context.WithCancel(t.Context())
+				defer cancel()
+				stream, err := c.current.daemon.Ingest(ctx)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if err := c.current.conn.channel.send(ctx, 1, src); err != nil {
+					t.Fatal(err)
+				}
+				if err := stream.Send(addRequest(1, 0)); err != nil {
+					t.Fatal(err)
+				}
+				<-adding
+				end(c, cancel)
+				select {
+				case <-closed:
+				case <-time.After(30 * time.Second):
+					w.Close() // so that the test can end
+					t.Error("the daemon goes on after 30 s")
+				}
+			})
+		}
+	}
 }
 
 func TestConcurrentUse(t *testing.T) {
@@ -846,7 +1174,7 @@ func TestConcurrentUse(t *testing.T) {
 func TestClosedClient(t *testing.T) {
 	h := &hooked{Engine: newStore(t.TempDir())}
 	began, release := make(chan struct{}), make(chan struct{})
-	h.stat = func(context.Context, p2p.Task) (p2p.Info, error) {
+	h.stat = func(context.Context) (p2p.Info, error) {
 		close(began)
 		<-release
 		return p2p.Info{Task: someTask}, nil
@@ -859,13 +1187,13 @@ func TestClosedClient(t *testing.T) {
 	defer ingest.Close()
 	running, closed := make(chan error, 1), make(chan struct{})
 	go func() {
-		_, err := c.Stat(t.Context(), someTask, p2p.Local)
+		_, err := stat(t.Context(), c, someTask)
 		running <- err
 	}()
 	<-began
 	go func() { c.Close(); close(closed) }()
 	eventually(t, "the client closes", c.isClosed)
-	if _, err := c.Stat(t.Context(), someTask, p2p.Local); !errors.Is(err, p2p.ErrClosed) {
+	if _, err := stat(t.Context(), c, someTask); !errors.Is(err, p2p.ErrClosed) {
 		t.Errorf("a call after Close: %v", err)
 	}
 	if _, err := ingest.Add(strings.NewReader(""), p2p.AddOptions{}); !errors.Is(err, p2p.ErrClosed) {
@@ -924,14 +1252,14 @@ func TestDaemonComesBack(t *testing.T) {
 
 	// A call under way when the daemon goes away.
 	began := make(chan struct{})
-	h.stat = func(ctx context.Context, _ p2p.Task) (p2p.Info, error) {
+	h.stat = func(ctx context.Context) (p2p.Info, error) {
 		close(began)
 		<-ctx.Done()
 		return p2p.Info{}, context.Cause(ctx)
 	}
 	lost := make(chan error, 1)
 	go func() {
-		_, err := c.Stat(t.Context(), task, p2p.Local)
+		_, err := stat(t.Context(), c, task)
 		lost <- err
 	}()
 	<-began
@@ -943,7 +1271,7 @@ func TestDaemonComesBack(t *testing.T) {
 	if err := <-lost; !errors.Is(err, p2p.ErrUnavailable) || !strings.Contains(err.Error(), socket) || strings.Contains(err.Error(), "rpc error") {
 		t.Errorf("the call under way: %v", err)
 	}
-	if _, err := c.Stat(t.Context(), task, p2p.Local); !errors.Is(err, p2p.ErrUnavailable) {
+	if _, err := stat(t.Context(), c, task); !errors.Is(err, p2p.ErrUnavailable) {
 		t.Errorf("while it is away: %v", err)
 	}
 
@@ -980,7 +1308,7 @@ func TestShutdownLetsCallsEnd(t *testing.T) {
 
 	// The client goes on with the next daemon, and the ingest with the old one.
 	serveAt(t, h, socket)
-	if _, err := c.Stat(t.Context(), someTask, p2p.Local); !errors.Is(err, p2p.ErrNotFound) {
+	if _, err := stat(t.Context(), c, someTask); !errors.Is(err, p2p.ErrNotFound) {
 		t.Errorf("a call meanwhile: %v", err)
 	}
 	select {
@@ -995,7 +1323,7 @@ func TestShutdownLetsCallsEnd(t *testing.T) {
 	if err := <-stopped; err != nil {
 		t.Errorf("Shutdown: %v", err)
 	}
-	if _, err := c.Stat(t.Context(), task, p2p.Local); err != nil {
+	if _, err := stat(t.Context(), c, task); err != nil {
 		t.Errorf("after the commit: %v", err)
 	}
 }
@@ -1100,7 +1428,7 @@ func (c *callNames) HandleConn(context.Context, stats.ConnStats)                
 func TestStatsHandler(t *testing.T) {
 	var client, server callNames
 	c := dial(t, serve(t, newStore(t.TempDir()), WithStatsHandler(&server)), WithStatsHandler(&client))
-	if _, err := c.Stat(t.Context(), someTask, p2p.Local); !errors.Is(err, p2p.ErrNotFound) {
+	if _, err := stat(t.Context(), c, someTask); !errors.Is(err, p2p.ErrNotFound) {
 		t.Fatal(err)
 	}
 	want := []string{"/dfcache.v1.Daemon/Stat"}

@@ -79,7 +79,9 @@ func NewServer(engine p2p.Engine, log *slog.Logger, opts ...ServerOption) *Serve
 		grpc.Creds(serverCredentials{log}),
 		grpc.ConnectionTimeout(handshakeTimeout),
 		grpc.MaxConcurrentStreams(maxStreams),
-		grpc.MaxRecvMsgSize(maxMessage),
+		grpc.MaxRecvMsgSize(maxRequest),
+		grpc.StaticStreamWindowSize(window),
+		grpc.StaticConnWindowSize(window),
 		grpc.WaitForHandlers(true),
 		grpc.UnaryInterceptor(s.unary),
 		grpc.StreamInterceptor(s.stream),
@@ -218,36 +220,24 @@ type service struct {
 	log    *slog.Logger
 }
 
-func (s *service) Resolve(ctx context.Context, req *pb.ResolveRequest) (*pb.ResolveReply, error) {
-	cid, scope, err := parseResolve(req)
-	if err != nil {
-		return nil, err
-	}
-	task, err := s.engine.Resolve(ctx, req.GetTag(), cid, scope)
-	if err != nil {
-		return nil, err
-	}
-	return &pb.ResolveReply{Task: taskMessage(task)}, nil
-}
-
 func (s *service) Stat(ctx context.Context, req *pb.StatRequest) (*pb.StatReply, error) {
-	task, scope, err := parseStat(req)
+	cid, opts, err := parseStat(req)
 	if err != nil {
 		return nil, err
 	}
-	info, err := s.engine.Stat(ctx, task, scope)
+	info, err := s.engine.Stat(ctx, req.GetTag(), cid, opts)
 	if err != nil {
 		return nil, err
 	}
-	return &pb.StatReply{Info: infoMessage(info)}, nil
+	return &pb.StatReply{Info: infoMessage(info), Manifest: manifestMessage(info.Manifest)}, nil
 }
 
 func (s *service) Delete(ctx context.Context, req *pb.DeleteRequest) (*pb.DeleteReply, error) {
-	cid, err := parseDelete(req)
+	cid, opts, err := parseDelete(req)
 	if err != nil {
 		return nil, err
 	}
-	deleted, err := s.engine.Delete(ctx, req.GetTag(), cid, req.GetForce())
+	deleted, err := s.engine.Delete(ctx, req.GetTag(), cid, opts)
 	if err != nil {
 		return nil, err
 	}
@@ -256,7 +246,7 @@ func (s *service) Delete(ctx context.Context, req *pb.DeleteRequest) (*pb.Delete
 }
 
 func (s *service) List(req *pb.ListRequest, stream grpc.ServerStreamingServer[pb.ListReply]) error {
-	tag, err := parseList(req)
+	query, err := parseList(req)
 	if err != nil {
 		return err
 	}
@@ -269,7 +259,7 @@ func (s *service) List(req *pb.ListRequest, stream grpc.ServerStreamingServer[pb
 		batch = nil
 		return stream.Send(&pb.ListReply{Entries: entries})
 	}
-	for entry, err := range s.engine.List(stream.Context(), tag) {
+	for entry, err := range s.engine.List(stream.Context(), query) {
 		if err != nil {
 			return errors.Join(flush(), err)
 		}
@@ -355,10 +345,14 @@ func (s *service) Ingest(stream grpc.BidiStreamingServer[pb.IngestRequest, pb.In
 			if err := s.add(stream, ingest, r.Add); err != nil {
 				return err
 			}
+		case *pb.IngestRequest_Rehash_:
+			if err := s.rehash(stream, ingest, r.Rehash); err != nil {
+				return err
+			}
 		case *pb.IngestRequest_Commit_:
 			return s.commit(stream, ingest, r.Commit)
 		default:
-			return fmt.Errorf("ingest: %w: neither an add nor a commit: the client is newer than the daemon", digest.ErrInvalid)
+			return fmt.Errorf("ingest: %w: neither an add nor a rehash nor a commit: the client is newer than the daemon", digest.ErrInvalid)
 		}
 	}
 }
@@ -387,25 +381,31 @@ func (s *service) add(stream grpc.BidiStreamingServer[pb.IngestRequest, pb.Inges
 			stream.Send(&pb.IngestReply{Reply: &pb.IngestReply_Progress_{Progress: &pb.IngestReply_Progress{Bytes: taken}}})
 		}
 	}
-	var added p2p.Added
-	// A pipe that nobody writes to would hold the call. A regular file has no
-	// deadline, and needs none.
-	err = interruptible(ctx, src.SetReadDeadline, func() (err error) {
-		added, err = ingest.Add(src, opts)
-		return err
-	})
+	added, err := ingest.Add(src, opts)
 	if err != nil {
 		return err
 	}
-	return stream.Send(&pb.IngestReply{Reply: &pb.IngestReply_Added_{Added: &pb.IngestReply_Added{
-		Digest: string(added.Digest),
-		Size:   added.Size,
-	}}})
+	return stream.Send(addedMessage(added))
+}
+
+// rehash answers one Rehash of an ingest.
+func (s *service) rehash(stream grpc.BidiStreamingServer[pb.IngestRequest, pb.IngestReply], ingest p2p.Ingest, req *pb.IngestRequest_Rehash) error {
+	d, want, err := parseRehash(req)
+	if err != nil {
+		return err
+	}
+	added, err := ingest.Rehash(d, want)
+	if err != nil {
+		return err
+	}
+	return stream.Send(addedMessage(added))
 }
 
 // openSource makes a file of a descriptor that a client sent, which it takes
 // over. It is what the client has open, so that its own rights decided what it
-// can be; here it has to be something that ends, and that can be interrupted.
+// can be; here it has to be something that ends, and that the engine can
+// interrupt, by its SetReadDeadline: a pipe that nobody writes to. A regular file
+// has no deadline, and needs none.
 //
 // A regular file shares its offset with the client. It is set here because the
 // engine reads from where the file stands; the client waits meanwhile.

@@ -57,11 +57,12 @@ func (s *store) info(t p2p.Task) p2p.Info {
 	return p2p.Info{
 		Task: t, Size: table.Size, PieceLength: table.PieceLength,
 		Pieces: table.Pieces(), Held: table.Pieces(),
-		MediaType: s.tasks[t].MediaType, Pinned: s.tasks[t].Pinned, Imported: imported,
+		MediaType: s.tasks[t].MediaType, IsManifest: s.tasks[t].Manifest != nil, Keep: s.tasks[t].Keep,
+		Imported: imported,
 	}
 }
 
-func (s *store) Resolve(ctx context.Context, tag string, cid digest.CID, scope p2p.Scope) (p2p.Task, error) {
+func (s *store) Stat(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions) (p2p.Info, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	task := p2p.Task{Tag: tag, Digest: cid.Digest()}
@@ -69,18 +70,23 @@ func (s *store) Resolve(ctx context.Context, tag string, cid digest.CID, scope p
 		task.Digest = name.Digest
 	}
 	if _, ok := s.tasks[task]; !ok {
-		return p2p.Task{}, fmt.Errorf("%s: %w", p2p.Describe(tag, cid), p2p.ErrNotFound)
+		return p2p.Info{}, fmt.Errorf("%s: %w", p2p.Describe(tag, cid), p2p.ErrNotFound)
 	}
-	return task, nil
-}
-
-func (s *store) Stat(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.Info, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if _, ok := s.tasks[task]; !ok {
-		return p2p.Info{}, fmt.Errorf("%s: %w", task, p2p.ErrNotFound)
+	info := s.info(task)
+	if !opts.Manifest || !info.IsManifest {
+		return info, nil
 	}
-	return s.info(task), nil
+	content, err := os.ReadFile(s.path(task.Digest))
+	if err != nil {
+		return p2p.Info{}, err
+	}
+	info.Manifest = &p2p.Manifest{Content: content}
+	for _, ref := range s.tasks[task].Manifest.Refs {
+		if ref := (p2p.Task{Tag: tag, Digest: ref}); s.tasks[ref].Task == ref {
+			info.Manifest.Refs = append(info.Manifest.Refs, s.info(ref))
+		}
+	}
+	return info, nil
 }
 
 type storeBlob struct {
@@ -104,7 +110,7 @@ func (s *store) Open(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.B
 	return &storeBlob{digest.NewVerified(f, s.tables[task.Digest]), f}, nil
 }
 
-func (s *store) Delete(ctx context.Context, tag string, cid digest.CID, force bool) (p2p.Deleted, error) {
+func (s *store) Delete(ctx context.Context, tag string, cid digest.CID, _ p2p.DeleteOptions) (p2p.Deleted, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	task := p2p.Task{Tag: tag, Digest: cid.Digest()}
@@ -115,18 +121,19 @@ func (s *store) Delete(ctx context.Context, tag string, cid digest.CID, force bo
 	return p2p.Deleted{Tasks: 1, Freed: s.tables[task.Digest].Size}, os.Remove(s.path(task.Digest))
 }
 
-func (s *store) List(ctx context.Context, tag *string) iter.Seq2[p2p.Entry, error] {
+// List knows nothing of a query but its tag.
+func (s *store) List(ctx context.Context, q p2p.Query) iter.Seq2[p2p.Entry, error] {
 	return func(yield func(p2p.Entry, error) bool) {
 		s.mu.Lock()
 		var entries []p2p.Entry
 		for key, name := range s.names {
-			if tag == nil || key.Tag == *tag {
+			if q.Tag == nil || key.Tag == *q.Tag {
 				info := s.info(p2p.Task{Tag: key.Tag, Digest: name.Digest})
 				entries = append(entries, p2p.Entry{Info: info, Name: name.Name, Total: 2 * info.Size})
 			}
 		}
 		for task := range s.tasks {
-			if tag == nil || task.Tag == *tag {
+			if q.Tag == nil || task.Tag == *q.Tag {
 				info := s.info(task)
 				entries = append(entries, p2p.Entry{Info: info, Total: info.Size})
 			}
@@ -203,6 +210,15 @@ func (i *storeIngest) Add(src io.Reader, opts p2p.AddOptions) (p2p.Added, error)
 	return p2p.Added{Digest: table.Digest, Size: table.Size}, nil
 }
 
+func (i *storeIngest) Rehash(d, want digest.Digest) (p2p.Added, error) {
+	f, err := os.Open(i.added[d])
+	if err != nil {
+		return p2p.Added{}, err
+	}
+	defer f.Close()
+	return i.Add(struct{ io.Reader }{f}, p2p.AddOptions{Want: want})
+}
+
 func (i *storeIngest) Commit(c p2p.Commit) error {
 	i.s.mu.Lock()
 	defer i.s.mu.Unlock()
@@ -240,17 +256,18 @@ func (i *storeIngest) Close() error {
 // hooked is an engine of which a test replaces some methods.
 type hooked struct {
 	p2p.Engine
-	stat   func(ctx context.Context, task p2p.Task) (p2p.Info, error)
+	stat   func(ctx context.Context) (p2p.Info, error)
 	open   func(ctx context.Context, task p2p.Task) (p2p.Blob, error)
 	ingest func(ctx context.Context) (p2p.Ingest, error)
-	list   iter.Seq2[p2p.Entry, error]
+	delete func(opts p2p.DeleteOptions) (p2p.Deleted, error)
+	list   func(q p2p.Query) iter.Seq2[p2p.Entry, error]
 }
 
-func (h *hooked) Stat(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.Info, error) {
+func (h *hooked) Stat(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions) (p2p.Info, error) {
 	if h.stat == nil {
-		return h.Engine.Stat(ctx, task, scope)
+		return h.Engine.Stat(ctx, tag, cid, opts)
 	}
-	return h.stat(ctx, task)
+	return h.stat(ctx)
 }
 
 func (h *hooked) Open(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.Blob, error) {
@@ -267,9 +284,16 @@ func (h *hooked) Ingest(ctx context.Context) (p2p.Ingest, error) {
 	return h.ingest(ctx)
 }
 
-func (h *hooked) List(ctx context.Context, tag *string) iter.Seq2[p2p.Entry, error] {
-	if h.list == nil {
-		return h.Engine.List(ctx, tag)
+func (h *hooked) Delete(ctx context.Context, tag string, cid digest.CID, opts p2p.DeleteOptions) (p2p.Deleted, error) {
+	if h.delete == nil {
+		return h.Engine.Delete(ctx, tag, cid, opts)
 	}
-	return h.list
+	return h.delete(opts)
+}
+
+func (h *hooked) List(ctx context.Context, q p2p.Query) iter.Seq2[p2p.Entry, error] {
+	if h.list == nil {
+		return h.Engine.List(ctx, q)
+	}
+	return h.list(q)
 }

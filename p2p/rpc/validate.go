@@ -14,24 +14,60 @@ import (
 
 // The limits of what a request may hold.
 const (
-	maxMessage   = 4 << 20  // bytes of one message
+	maxRequest   = 4 << 20  // bytes of one message
 	maxMediaType = 255      // bytes
-	maxRefs      = 10_000   // of one task
+	maxRefs      = 10_000   // of one manifest
 	maxCommit    = 64 << 20 // bytes of all parts of a commit
+	maxAfter     = 255      // bytes: the longest tag; a name is shorter
 )
+
+// maxReply is the length in bytes of the longest message that a daemon sends: a
+// manifest with p2p.MaxRefs descriptions of what it refers to, each of which is
+// shorter than 1 KiB.
+const maxReply = p2p.MaxManifest + 1<<20
+
+// enum pairs an enumeration of the protocol with the engine's. In the protocol, 0
+// is none of the words: it says that a field is missing.
+type enum[M ~int32, E comparable] map[M]E
+
+var (
+	scopes = enum[pb.Scope, p2p.Scope]{
+		pb.Scope_SCOPE_NETWORK: p2p.Network,
+		pb.Scope_SCOPE_LOCAL:   p2p.Local,
+	}
+	keeps = enum[pb.Keep, p2p.Keep]{
+		pb.Keep_KEEP_HELD:   p2p.KeepHeld,
+		pb.Keep_KEEP_LOOSE:  p2p.KeepLoose,
+		pb.Keep_KEEP_PINNED: p2p.KeepPinned,
+	}
+	listKinds = enum[pb.Kind, p2p.Kind]{
+		pb.Kind_KIND_ALL:   p2p.KindAll,
+		pb.Kind_KIND_NAMES: p2p.KindNames,
+		pb.Kind_KIND_TAGS:  p2p.KindTags,
+	}
+)
+
+// message returns the protocol's word, or 0, which the other side refuses.
+func (e enum[M, E]) message(word E) M {
+	for m, w := range e {
+		if w == word {
+			return m
+		}
+	}
+	return 0
+}
+
+// parse returns the engine's word. what says in messages what it is.
+func (e enum[M, E]) parse(what string, m M) (word E, err error) {
+	word, ok := e[m]
+	if !ok {
+		err = fmt.Errorf("%s %d: %w: it is missing, or not known", what, m, digest.ErrInvalid)
+	}
+	return word, err
+}
 
 // Everything in a request is checked here, once, as it becomes the engine's
 // words. Errors wrap [digest.ErrInvalid].
-
-func parseScope(s pb.Scope) (p2p.Scope, error) {
-	switch s {
-	case pb.Scope_SCOPE_NETWORK:
-		return p2p.Network, nil
-	case pb.Scope_SCOPE_LOCAL:
-		return p2p.Local, nil
-	}
-	return 0, fmt.Errorf("scope %d: %w: it is neither local nor network", s, digest.ErrInvalid)
-}
 
 func parseTask(t *pb.Task) (p2p.Task, error) {
 	task := p2p.Task{Tag: t.GetTag(), Digest: digest.Digest(t.GetDigest())}
@@ -45,37 +81,57 @@ func parseName(tag, cid string) (digest.CID, error) {
 	return digest.ParseCID(cid)
 }
 
-func parseResolve(r *pb.ResolveRequest) (cid digest.CID, scope p2p.Scope, err error) {
+func parseStat(r *pb.StatRequest) (cid digest.CID, opts p2p.StatOptions, err error) {
+	opts.Manifest = r.GetManifest()
 	if cid, err = parseName(r.GetTag(), r.GetCid()); err != nil {
-		return cid, 0, err
+		return cid, opts, err
 	}
-	scope, err = parseScope(r.GetScope())
-	return cid, scope, err
-}
-
-func parseStat(r *pb.StatRequest) (task p2p.Task, scope p2p.Scope, err error) {
-	if task, err = parseTask(r.GetTask()); err != nil {
-		return task, 0, err
-	}
-	scope, err = parseScope(r.GetScope())
-	return task, scope, err
+	opts.Scope, err = scopes.parse("scope", r.GetScope())
+	return cid, opts, err
 }
 
 func parseOpen(r *pb.OpenRequest) (task p2p.Task, scope p2p.Scope, err error) {
 	if task, err = parseTask(r.GetTask()); err != nil {
 		return task, 0, err
 	}
-	scope, err = parseScope(r.GetScope())
+	scope, err = scopes.parse("scope", r.GetScope())
 	return task, scope, err
 }
 
-func parseDelete(r *pb.DeleteRequest) (digest.CID, error) { return parseName(r.GetTag(), r.GetCid()) }
-
-func parseList(r *pb.ListRequest) (tag *string, err error) {
-	if r.Tag == nil {
-		return nil, nil
+func parseDelete(r *pb.DeleteRequest) (cid digest.CID, opts p2p.DeleteOptions, err error) {
+	opts = p2p.DeleteOptions{Force: r.GetForce(), NameOnly: r.GetNameOnly()}
+	if cid, err = parseName(r.GetTag(), r.GetCid()); err != nil || !opts.NameOnly {
+		return cid, opts, err
 	}
-	return r.Tag, p2p.ValidateTag(*r.Tag)
+	if cid.CacheID() == "" {
+		err = fmt.Errorf("delete %s by name only: %w: a digest is not a name", cid, digest.ErrInvalid)
+	} else if opts.Force {
+		err = fmt.Errorf("delete %s by name only: %w: there is nothing to force", cid, digest.ErrInvalid)
+	}
+	return cid, opts, err
+}
+
+func parseList(r *pb.ListRequest) (q p2p.Query, err error) {
+	q = p2p.Query{Tag: r.Tag, After: string(r.GetAfter()), RefersTo: digest.Digest(r.GetRefersTo())}
+	if q.Kind, err = listKinds.parse("kind", r.GetKind()); err != nil {
+		return q, err
+	}
+	if q.Tag != nil {
+		if err := p2p.ValidateTag(*q.Tag); err != nil {
+			return q, err
+		}
+	}
+	if len(q.After) > maxAfter {
+		return q, fmt.Errorf("list after a name of %d bytes: %w: none has more than %d", len(q.After), digest.ErrInvalid, maxAfter)
+	}
+	if q.RefersTo == "" {
+		return q, nil
+	}
+	if q.Tag == nil || q.Kind != p2p.KindAll {
+		return q, fmt.Errorf("list what refers to %q: %w: it goes with a tag, and not with a kind", q.RefersTo, digest.ErrInvalid)
+	}
+	_, err = digest.Parse(string(q.RefersTo))
+	return q, err
 }
 
 func parseAdd(r *pb.IngestRequest_Add) (p2p.AddOptions, error) {
@@ -95,6 +151,14 @@ func parseAdd(r *pb.IngestRequest_Add) (p2p.AddOptions, error) {
 		}
 	}
 	return opts, nil
+}
+
+func parseRehash(r *pb.IngestRequest_Rehash) (d, want digest.Digest, err error) {
+	if d, err = digest.Parse(r.GetDigest()); err != nil {
+		return "", "", err
+	}
+	want, err = digest.Parse(r.GetWant())
+	return d, want, err
 }
 
 // commitParser puts the parts of a commit together.
@@ -132,16 +196,55 @@ func parseNewTask(t *pb.NewTask) (p2p.NewTask, error) {
 	if err := validateMediaType(t.GetMediaType()); err != nil {
 		return p2p.NewTask{}, fmt.Errorf("task %s: %w", task, err)
 	}
-	if n := len(t.GetRefs()); n > maxRefs {
-		return p2p.NewTask{}, fmt.Errorf("task %s: %w: it refers to %d others, at most %d can be kept", task, digest.ErrInvalid, n, maxRefs)
+	keep, err := keeps.parse("keep", t.GetKeep())
+	if err != nil {
+		return p2p.NewTask{}, fmt.Errorf("task %s: %w", task, err)
 	}
-	refs := make([]digest.Digest, len(t.GetRefs()))
-	for i, ref := range t.GetRefs() {
-		if refs[i], err = digest.Parse(ref); err != nil {
-			return p2p.NewTask{}, fmt.Errorf("task %s: %w", task, err)
+	manifest, err := parseNewManifest(t.GetManifest())
+	if err != nil {
+		return p2p.NewTask{}, fmt.Errorf("manifest %s: %w", task, err)
+	}
+	return p2p.NewTask{Task: task, MediaType: t.GetMediaType(), Keep: keep, Manifest: manifest}, nil
+}
+
+func parseNewManifest(m *pb.NewTask_Manifest) (manifest *p2p.NewManifest, err error) {
+	if m == nil {
+		return nil, nil
+	}
+	manifest = new(p2p.NewManifest)
+	if manifest.Refs, err = parseRefs(m.GetRefs()); err != nil {
+		return nil, err
+	}
+	if manifest.Needs, err = parseRefs(m.GetNeeds()); err != nil {
+		return nil, err
+	}
+	refs := make(map[digest.Digest]bool, len(manifest.Refs))
+	for _, d := range manifest.Refs {
+		refs[d] = true
+	}
+	for _, d := range manifest.Needs {
+		if !refs[d] {
+			return nil, fmt.Errorf("it needs %s: %w: it does not refer to it", d, digest.ErrInvalid)
 		}
 	}
-	return p2p.NewTask{Task: task, MediaType: t.GetMediaType(), Pinned: t.GetPinned(), Refs: refs}, nil
+	if m.GetSubject() != "" {
+		manifest.Subject, err = digest.Parse(m.GetSubject())
+	}
+	return manifest, err
+}
+
+func parseRefs(refs []string) (digests []digest.Digest, err error) {
+	if n := len(refs); n > maxRefs {
+		return nil, fmt.Errorf("%w: it refers to %d others, at most %d can be kept", digest.ErrInvalid, n, maxRefs)
+	}
+	for _, ref := range refs {
+		d, err := digest.Parse(ref)
+		if err != nil {
+			return nil, err
+		}
+		digests = append(digests, d)
+	}
+	return digests, nil
 }
 
 func parseNewName(n *pb.NewName) (p2p.NewName, error) {
@@ -153,7 +256,7 @@ func parseNewName(n *pb.NewName) (p2p.NewName, error) {
 	if err == nil && cid.CacheID() == "" {
 		err = fmt.Errorf("name %q: %w: a digest can't be the name of a task", n.GetName(), digest.ErrInvalid)
 	}
-	return p2p.NewName{Tag: task.Tag, Name: n.GetName(), Digest: task.Digest}, err
+	return p2p.NewName{Tag: task.Tag, Name: n.GetName(), Digest: task.Digest, KeepOld: n.GetKeepOld()}, err
 }
 
 func validateMediaType(s string) error {
@@ -170,16 +273,6 @@ func validateMediaType(s string) error {
 
 // The way back: the engine's words as messages.
 
-func scopeMessage(s p2p.Scope) pb.Scope {
-	switch s {
-	case p2p.Network:
-		return pb.Scope_SCOPE_NETWORK
-	case p2p.Local:
-		return pb.Scope_SCOPE_LOCAL
-	}
-	return pb.Scope_SCOPE_UNSPECIFIED // which the server refuses
-}
-
 func taskMessage(t p2p.Task) *pb.Task {
 	return &pb.Task{Tag: t.Tag, Digest: string(t.Digest)}
 }
@@ -192,10 +285,33 @@ func infoMessage(i p2p.Info) *pb.Info {
 		Pieces:           int64(i.Pieces),
 		Held:             int64(i.Held),
 		MediaType:        i.MediaType,
-		Pinned:           i.Pinned,
+		IsManifest:       i.IsManifest,
+		Keep:             keeps.message(i.Keep),
 		ImportedUnixNano: nanoseconds(i.Imported),
 		LastUsedUnixNano: nanoseconds(i.LastUsed),
 	}
+}
+
+func manifestMessage(m *p2p.Manifest) *pb.StatReply_Manifest {
+	if m == nil {
+		return nil
+	}
+	message := &pb.StatReply_Manifest{Content: m.Content}
+	for _, ref := range m.Refs {
+		message.Refs = append(message.Refs, infoMessage(ref))
+	}
+	return message
+}
+
+func addedMessage(a p2p.Added) *pb.IngestReply {
+	return &pb.IngestReply{Reply: &pb.IngestReply_Added_{Added: &pb.IngestReply_Added{
+		Digest: string(a.Digest),
+		Size:   a.Size,
+	}}}
+}
+
+func queryMessage(q p2p.Query) *pb.ListRequest {
+	return &pb.ListRequest{Tag: q.Tag, Kind: listKinds.message(q.Kind), After: []byte(q.After), RefersTo: string(q.RefersTo)}
 }
 
 func nanoseconds(t time.Time) int64 {
@@ -227,36 +343,48 @@ func commitParts(c p2p.Commit, part int) []*pb.IngestRequest_Commit {
 		size += n
 	}
 	for _, t := range c.Tasks {
-		m := &pb.NewTask{Task: taskMessage(t.Task), MediaType: t.MediaType, Pinned: t.Pinned, Refs: make([]string, len(t.Refs))}
-		for i, ref := range t.Refs {
-			m.Refs[i] = string(ref)
+		m := &pb.NewTask{Task: taskMessage(t.Task), MediaType: t.MediaType, Keep: keeps.message(t.Keep)}
+		if t.Manifest != nil {
+			m.Manifest = &pb.NewTask_Manifest{
+				Refs:    stringsOf(t.Manifest.Refs),
+				Needs:   stringsOf(t.Manifest.Needs),
+				Subject: string(t.Manifest.Subject),
+			}
 		}
 		grow(m)
 		now.Tasks = append(now.Tasks, m)
 	}
 	for _, n := range c.Names {
-		m := &pb.NewName{Tag: n.Tag, Name: n.Name, Digest: string(n.Digest)}
+		m := &pb.NewName{Tag: n.Tag, Name: n.Name, Digest: string(n.Digest), KeepOld: n.KeepOld}
 		grow(m)
 		now.Names = append(now.Names, m)
 	}
 	return parts
 }
 
+func stringsOf(digests []digest.Digest) []string {
+	s := make([]string, len(digests))
+	for i, d := range digests {
+		s[i] = string(d)
+	}
+	return s
+}
+
 // What a daemon answers is taken as it is, but for what would break the caller's
 // own rules.
 
-func taskOf(t *pb.Task) (p2p.Task, error) {
-	task, err := parseTask(t)
-	if err != nil {
-		return p2p.Task{}, fmt.Errorf("the daemon's answer: %s", err) // not the caller's error
-	}
-	return task, nil
-}
+// answerError makes of what a parser found in an answer an error that is not the
+// caller's own.
+func answerError(err error) error { return fmt.Errorf("the daemon's answer: %s", err) }
 
 func infoOf(i *pb.Info) (p2p.Info, error) {
-	task, err := taskOf(i.GetTask())
+	task, err := parseTask(i.GetTask())
 	if err != nil {
-		return p2p.Info{}, err
+		return p2p.Info{}, answerError(err)
+	}
+	keep, err := keeps.parse("keep", i.GetKeep())
+	if err != nil {
+		return p2p.Info{}, answerError(err)
 	}
 	return p2p.Info{
 		Task:        task,
@@ -265,10 +393,42 @@ func infoOf(i *pb.Info) (p2p.Info, error) {
 		Pieces:      int(i.GetPieces()),
 		Held:        int(i.GetHeld()),
 		MediaType:   i.GetMediaType(),
-		Pinned:      i.GetPinned(),
+		IsManifest:  i.GetIsManifest(),
+		Keep:        keep,
 		Imported:    timeOf(i.GetImportedUnixNano()),
 		LastUsed:    timeOf(i.GetLastUsedUnixNano()),
 	}, nil
+}
+
+func statOf(r *pb.StatReply) (p2p.Info, error) {
+	info, err := infoOf(r.GetInfo())
+	if err != nil || r.GetManifest() == nil {
+		return info, err
+	}
+	info.Manifest = &p2p.Manifest{Content: r.GetManifest().GetContent()}
+	for _, i := range r.GetManifest().GetRefs() {
+		ref, err := infoOf(i)
+		if err != nil {
+			return p2p.Info{}, err
+		}
+		info.Manifest.Refs = append(info.Manifest.Refs, ref)
+	}
+	return info, nil
+}
+
+func entryOf(e *pb.Entry, kind p2p.Kind) (p2p.Entry, error) {
+	if kind == p2p.KindTags {
+		tag := e.GetInfo().GetTask().GetTag()
+		if err := p2p.ValidateTag(tag); err != nil {
+			return p2p.Entry{}, answerError(err)
+		}
+		return p2p.Entry{Info: p2p.Info{Task: p2p.Task{Tag: tag}}}, nil
+	}
+	info, err := infoOf(e.GetInfo())
+	if err != nil {
+		return p2p.Entry{}, err
+	}
+	return p2p.Entry{Info: info, Name: e.GetName(), Total: e.GetTotal()}, nil
 }
 
 // maxChecksums is the number of checksums in one message of an Open.

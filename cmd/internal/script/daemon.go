@@ -50,6 +50,8 @@ func daemonCmd(ts *testscript.TestScript, neg bool, args []string) {
 	}
 	err := d.start(ts, args)
 	d.show(ts)
+	_, address, _ := strings.Cut(d.registry(ts), "://")
+	ts.Setenv("REGISTRY", address)
 	finish(ts, neg, err)
 }
 

@@ -12,7 +12,8 @@
 // with "!".
 //
 //	daemon [ARG...]           start "dfdaemon --workhome $WORK/home --daemon-sock $SOCK ARG...",
-//	                          in the background, and wait until it is ready
+//	                          in the background, and wait until it is ready. REGISTRY is
+//	                          set to the host and port of its registry, "" without one
 //	stopdaemon [SIGNAL]       send it a signal, by default TERM, wait until it has ended,
 //	                          and have its output checked by stdout and stderr. It fails
 //	                          when the daemon's exit code is not 0
@@ -28,6 +29,12 @@
 //	flipbit FILE OFFSET       invert the lowest bit of a byte
 //	filesame A B              compare two files of any size
 //	json FILE PATH VALUE      compare a field, as in "json stdout tasks.0.size 12"
+//	http [-ca FILE] [-user NAME:PASSWORD] [-body FILE] METHOD URL [HEADER:VALUE...]
+//	                          send a request; a URL that begins with "/" is of the running
+//	                          daemon's registry. The status line, headers and body of the
+//	                          answer go to stdout. It fails where there is no answer
+//	certificate CERT KEY      write a TLS certificate for 127.0.0.1, ::1 and localhost, which
+//	                          is its own authority, and its key
 package script
 
 import (
@@ -45,6 +52,12 @@ import (
 
 // bin is the directory of the commands under test.
 var bin string
+
+// Daemons of tests that run at once would fight for the default address.
+const (
+	registryVariable = "DFDAEMON_REGISTRY"
+	anyPort          = "127.0.0.1:0"
+)
 
 // Main is for TestMain: it builds dfcache and dfdaemon, with the race detector
 // where the test has it, runs the tests, looks for goroutines that they have
@@ -81,6 +94,7 @@ func run(m *testing.M, options []goleak.Option) (code int, err error) {
 	if err := os.Symlink(self, filepath.Join(bin, asUserName)); err != nil {
 		return 0, err
 	}
+	os.Setenv(registryVariable, anyPort)
 	os.Setenv("PATH", bin+string(os.PathListSeparator)+os.Getenv("PATH"))
 
 	if code = m.Run(); code != 0 {
@@ -124,10 +138,12 @@ func Run(t *testing.T, dir string) {
 		RequireUniqueNames:  true,
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"asuser":      asUserCmd,
+			"certificate": certificateCmd,
 			"daemon":      daemonCmd,
 			"exitcode":    exitCodeCmd,
 			"filesame":    fileSameCmd,
 			"flipbit":     flipBitCmd,
+			"http":        httpCmd,
 			"json":        jsonCmd,
 			"killdaemon":  killDaemonCmd,
 			"killstarted": killStartedCmd,
@@ -146,6 +162,7 @@ func setup(env *testscript.Env) error {
 	}
 	env.Setenv("HOME", home)
 	env.Setenv("XDG_RUNTIME_DIR", runtime)
+	env.Setenv(registryVariable, anyPort)
 	env.Setenv("SOCK", filepath.Join(env.WorkDir, "run", "d.sock"))
 	if env.Getenv("GORACE") == "" {
 		env.Setenv("GORACE", "atexit_sleep_ms=10") // by default it is a second

@@ -74,6 +74,112 @@ func (Scope) EnumDescriptor() ([]byte, []int) {
 	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{0}
 }
 
+// Keep says what keeps a task.
+type Keep int32
+
+const (
+	Keep_KEEP_UNSPECIFIED Keep = 0 // refused
+	Keep_KEEP_HELD        Keep = 1 // what leads to it
+	Keep_KEEP_LOOSE       Keep = 2 // nothing yet; until something leads to it
+	Keep_KEEP_PINNED      Keep = 3 // itself, until it is deleted
+)
+
+// Enum value maps for Keep.
+var (
+	Keep_name = map[int32]string{
+		0: "KEEP_UNSPECIFIED",
+		1: "KEEP_HELD",
+		2: "KEEP_LOOSE",
+		3: "KEEP_PINNED",
+	}
+	Keep_value = map[string]int32{
+		"KEEP_UNSPECIFIED": 0,
+		"KEEP_HELD":        1,
+		"KEEP_LOOSE":       2,
+		"KEEP_PINNED":      3,
+	}
+)
+
+func (x Keep) Enum() *Keep {
+	p := new(Keep)
+	*p = x
+	return p
+}
+
+func (x Keep) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Keep) Descriptor() protoreflect.EnumDescriptor {
+	return file_p2p_rpc_pb_daemon_proto_enumTypes[1].Descriptor()
+}
+
+func (Keep) Type() protoreflect.EnumType {
+	return &file_p2p_rpc_pb_daemon_proto_enumTypes[1]
+}
+
+func (x Keep) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Keep.Descriptor instead.
+func (Keep) EnumDescriptor() ([]byte, []int) {
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{1}
+}
+
+// Kind says which entries a list has.
+type Kind int32
+
+const (
+	Kind_KIND_UNSPECIFIED Kind = 0 // refused
+	Kind_KIND_ALL         Kind = 1 // names and tasks
+	Kind_KIND_NAMES       Kind = 2 // names
+	Kind_KIND_TAGS        Kind = 3 // one for every tag, of which only info.task.tag is set
+)
+
+// Enum value maps for Kind.
+var (
+	Kind_name = map[int32]string{
+		0: "KIND_UNSPECIFIED",
+		1: "KIND_ALL",
+		2: "KIND_NAMES",
+		3: "KIND_TAGS",
+	}
+	Kind_value = map[string]int32{
+		"KIND_UNSPECIFIED": 0,
+		"KIND_ALL":         1,
+		"KIND_NAMES":       2,
+		"KIND_TAGS":        3,
+	}
+)
+
+func (x Kind) Enum() *Kind {
+	p := new(Kind)
+	*p = x
+	return p
+}
+
+func (x Kind) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Kind) Descriptor() protoreflect.EnumDescriptor {
+	return file_p2p_rpc_pb_daemon_proto_enumTypes[2].Descriptor()
+}
+
+func (Kind) Type() protoreflect.EnumType {
+	return &file_p2p_rpc_pb_daemon_proto_enumTypes[2]
+}
+
+func (x Kind) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Kind.Descriptor instead.
+func (Kind) EnumDescriptor() ([]byte, []int) {
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{2}
+}
+
 // Task is a blob under a tag.
 type Task struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -127,121 +233,19 @@ func (x *Task) GetDigest() string {
 	return ""
 }
 
-type ResolveRequest struct {
+type StatRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Tag           string                 `protobuf:"bytes,1,opt,name=tag,proto3" json:"tag,omitempty"`
 	Cid           string                 `protobuf:"bytes,2,opt,name=cid,proto3" json:"cid,omitempty"` // a digest or a cache ID
 	Scope         Scope                  `protobuf:"varint,3,opt,name=scope,proto3,enum=dfcache.v1.Scope" json:"scope,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *ResolveRequest) Reset() {
-	*x = ResolveRequest{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[1]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *ResolveRequest) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*ResolveRequest) ProtoMessage() {}
-
-func (x *ResolveRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[1]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use ResolveRequest.ProtoReflect.Descriptor instead.
-func (*ResolveRequest) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{1}
-}
-
-func (x *ResolveRequest) GetTag() string {
-	if x != nil {
-		return x.Tag
-	}
-	return ""
-}
-
-func (x *ResolveRequest) GetCid() string {
-	if x != nil {
-		return x.Cid
-	}
-	return ""
-}
-
-func (x *ResolveRequest) GetScope() Scope {
-	if x != nil {
-		return x.Scope
-	}
-	return Scope_SCOPE_UNSPECIFIED
-}
-
-type ResolveReply struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Task          *Task                  `protobuf:"bytes,1,opt,name=task,proto3" json:"task,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *ResolveReply) Reset() {
-	*x = ResolveReply{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[2]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *ResolveReply) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*ResolveReply) ProtoMessage() {}
-
-func (x *ResolveReply) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[2]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use ResolveReply.ProtoReflect.Descriptor instead.
-func (*ResolveReply) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{2}
-}
-
-func (x *ResolveReply) GetTask() *Task {
-	if x != nil {
-		return x.Task
-	}
-	return nil
-}
-
-type StatRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Task          *Task                  `protobuf:"bytes,1,opt,name=task,proto3" json:"task,omitempty"`
-	Scope         Scope                  `protobuf:"varint,2,opt,name=scope,proto3,enum=dfcache.v1.Scope" json:"scope,omitempty"`
+	Manifest      bool                   `protobuf:"varint,4,opt,name=manifest,proto3" json:"manifest,omitempty"` // whether the reply is to have the content of a manifest
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *StatRequest) Reset() {
 	*x = StatRequest{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[3]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[1]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -253,7 +257,7 @@ func (x *StatRequest) String() string {
 func (*StatRequest) ProtoMessage() {}
 
 func (x *StatRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[3]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[1]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -266,14 +270,21 @@ func (x *StatRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatRequest.ProtoReflect.Descriptor instead.
 func (*StatRequest) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{3}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{1}
 }
 
-func (x *StatRequest) GetTask() *Task {
+func (x *StatRequest) GetTag() string {
 	if x != nil {
-		return x.Task
+		return x.Tag
 	}
-	return nil
+	return ""
+}
+
+func (x *StatRequest) GetCid() string {
+	if x != nil {
+		return x.Cid
+	}
+	return ""
 }
 
 func (x *StatRequest) GetScope() Scope {
@@ -283,16 +294,24 @@ func (x *StatRequest) GetScope() Scope {
 	return Scope_SCOPE_UNSPECIFIED
 }
 
+func (x *StatRequest) GetManifest() bool {
+	if x != nil {
+		return x.Manifest
+	}
+	return false
+}
+
 type StatReply struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Info          *Info                  `protobuf:"bytes,1,opt,name=info,proto3" json:"info,omitempty"`
+	Manifest      *StatReply_Manifest    `protobuf:"bytes,2,opt,name=manifest,proto3" json:"manifest,omitempty"` // absent unless it was asked for, and the task is a manifest
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *StatReply) Reset() {
 	*x = StatReply{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[4]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -304,7 +323,7 @@ func (x *StatReply) String() string {
 func (*StatReply) ProtoMessage() {}
 
 func (x *StatReply) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[4]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -317,12 +336,19 @@ func (x *StatReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatReply.ProtoReflect.Descriptor instead.
 func (*StatReply) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{4}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *StatReply) GetInfo() *Info {
 	if x != nil {
 		return x.Info
+	}
+	return nil
+}
+
+func (x *StatReply) GetManifest() *StatReply_Manifest {
+	if x != nil {
+		return x.Manifest
 	}
 	return nil
 }
@@ -336,16 +362,17 @@ type Info struct {
 	Pieces           int64                  `protobuf:"varint,4,opt,name=pieces,proto3" json:"pieces,omitempty"`                              // in all
 	Held             int64                  `protobuf:"varint,5,opt,name=held,proto3" json:"held,omitempty"`                                  // pieces that the daemon holds itself
 	MediaType        string                 `protobuf:"bytes,6,opt,name=media_type,json=mediaType,proto3" json:"media_type,omitempty"`
-	Pinned           bool                   `protobuf:"varint,7,opt,name=pinned,proto3" json:"pinned,omitempty"`
-	ImportedUnixNano int64                  `protobuf:"varint,8,opt,name=imported_unix_nano,json=importedUnixNano,proto3" json:"imported_unix_nano,omitempty"`   // nanoseconds since 1970, UTC; 0 where unknown
-	LastUsedUnixNano int64                  `protobuf:"varint,9,opt,name=last_used_unix_nano,json=lastUsedUnixNano,proto3" json:"last_used_unix_nano,omitempty"` // likewise; 0 where never
+	IsManifest       bool                   `protobuf:"varint,7,opt,name=is_manifest,json=isManifest,proto3" json:"is_manifest,omitempty"`
+	Keep             Keep                   `protobuf:"varint,8,opt,name=keep,proto3,enum=dfcache.v1.Keep" json:"keep,omitempty"`
+	ImportedUnixNano int64                  `protobuf:"varint,9,opt,name=imported_unix_nano,json=importedUnixNano,proto3" json:"imported_unix_nano,omitempty"`    // nanoseconds since 1970, UTC; 0 where unknown
+	LastUsedUnixNano int64                  `protobuf:"varint,10,opt,name=last_used_unix_nano,json=lastUsedUnixNano,proto3" json:"last_used_unix_nano,omitempty"` // likewise; 0 where never
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
 
 func (x *Info) Reset() {
 	*x = Info{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[5]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -357,7 +384,7 @@ func (x *Info) String() string {
 func (*Info) ProtoMessage() {}
 
 func (x *Info) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[5]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -370,7 +397,7 @@ func (x *Info) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Info.ProtoReflect.Descriptor instead.
 func (*Info) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{5}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Info) GetTask() *Task {
@@ -415,11 +442,18 @@ func (x *Info) GetMediaType() string {
 	return ""
 }
 
-func (x *Info) GetPinned() bool {
+func (x *Info) GetIsManifest() bool {
 	if x != nil {
-		return x.Pinned
+		return x.IsManifest
 	}
 	return false
+}
+
+func (x *Info) GetKeep() Keep {
+	if x != nil {
+		return x.Keep
+	}
+	return Keep_KEEP_UNSPECIFIED
 }
 
 func (x *Info) GetImportedUnixNano() int64 {
@@ -447,7 +481,7 @@ type OpenRequest struct {
 
 func (x *OpenRequest) Reset() {
 	*x = OpenRequest{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[6]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -459,7 +493,7 @@ func (x *OpenRequest) String() string {
 func (*OpenRequest) ProtoMessage() {}
 
 func (x *OpenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[6]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -472,7 +506,7 @@ func (x *OpenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenRequest.ProtoReflect.Descriptor instead.
 func (*OpenRequest) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{6}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *OpenRequest) GetTask() *Task {
@@ -512,7 +546,7 @@ type OpenReply struct {
 
 func (x *OpenReply) Reset() {
 	*x = OpenReply{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[7]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -524,7 +558,7 @@ func (x *OpenReply) String() string {
 func (*OpenReply) ProtoMessage() {}
 
 func (x *OpenReply) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[7]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -537,7 +571,7 @@ func (x *OpenReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenReply.ProtoReflect.Descriptor instead.
 func (*OpenReply) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{7}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *OpenReply) GetHeader() *OpenReply_Header {
@@ -566,6 +600,7 @@ type IngestRequest struct {
 	// Types that are valid to be assigned to Request:
 	//
 	//	*IngestRequest_Add_
+	//	*IngestRequest_Rehash_
 	//	*IngestRequest_Commit_
 	Request       isIngestRequest_Request `protobuf_oneof:"request"`
 	unknownFields protoimpl.UnknownFields
@@ -574,7 +609,7 @@ type IngestRequest struct {
 
 func (x *IngestRequest) Reset() {
 	*x = IngestRequest{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[8]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -586,7 +621,7 @@ func (x *IngestRequest) String() string {
 func (*IngestRequest) ProtoMessage() {}
 
 func (x *IngestRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[8]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -599,7 +634,7 @@ func (x *IngestRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IngestRequest.ProtoReflect.Descriptor instead.
 func (*IngestRequest) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{8}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *IngestRequest) GetRequest() isIngestRequest_Request {
@@ -613,6 +648,15 @@ func (x *IngestRequest) GetAdd() *IngestRequest_Add {
 	if x != nil {
 		if x, ok := x.Request.(*IngestRequest_Add_); ok {
 			return x.Add
+		}
+	}
+	return nil
+}
+
+func (x *IngestRequest) GetRehash() *IngestRequest_Rehash {
+	if x != nil {
+		if x, ok := x.Request.(*IngestRequest_Rehash_); ok {
+			return x.Rehash
 		}
 	}
 	return nil
@@ -635,11 +679,17 @@ type IngestRequest_Add_ struct {
 	Add *IngestRequest_Add `protobuf:"bytes,1,opt,name=add,proto3,oneof"`
 }
 
+type IngestRequest_Rehash_ struct {
+	Rehash *IngestRequest_Rehash `protobuf:"bytes,2,opt,name=rehash,proto3,oneof"`
+}
+
 type IngestRequest_Commit_ struct {
-	Commit *IngestRequest_Commit `protobuf:"bytes,2,opt,name=commit,proto3,oneof"`
+	Commit *IngestRequest_Commit `protobuf:"bytes,3,opt,name=commit,proto3,oneof"`
 }
 
 func (*IngestRequest_Add_) isIngestRequest_Request() {}
+
+func (*IngestRequest_Rehash_) isIngestRequest_Request() {}
 
 func (*IngestRequest_Commit_) isIngestRequest_Request() {}
 
@@ -647,15 +697,15 @@ type NewTask struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Task          *Task                  `protobuf:"bytes,1,opt,name=task,proto3" json:"task,omitempty"`
 	MediaType     string                 `protobuf:"bytes,2,opt,name=media_type,json=mediaType,proto3" json:"media_type,omitempty"`
-	Pinned        bool                   `protobuf:"varint,3,opt,name=pinned,proto3" json:"pinned,omitempty"`
-	Refs          []string               `protobuf:"bytes,4,rep,name=refs,proto3" json:"refs,omitempty"` // digests that the content refers to
+	Keep          Keep                   `protobuf:"varint,3,opt,name=keep,proto3,enum=dfcache.v1.Keep" json:"keep,omitempty"`
+	Manifest      *NewTask_Manifest      `protobuf:"bytes,4,opt,name=manifest,proto3" json:"manifest,omitempty"` // present where the content is a manifest
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *NewTask) Reset() {
 	*x = NewTask{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[9]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -667,7 +717,7 @@ func (x *NewTask) String() string {
 func (*NewTask) ProtoMessage() {}
 
 func (x *NewTask) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[9]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -680,7 +730,7 @@ func (x *NewTask) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NewTask.ProtoReflect.Descriptor instead.
 func (*NewTask) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{9}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *NewTask) GetTask() *Task {
@@ -697,16 +747,16 @@ func (x *NewTask) GetMediaType() string {
 	return ""
 }
 
-func (x *NewTask) GetPinned() bool {
+func (x *NewTask) GetKeep() Keep {
 	if x != nil {
-		return x.Pinned
+		return x.Keep
 	}
-	return false
+	return Keep_KEEP_UNSPECIFIED
 }
 
-func (x *NewTask) GetRefs() []string {
+func (x *NewTask) GetManifest() *NewTask_Manifest {
 	if x != nil {
-		return x.Refs
+		return x.Manifest
 	}
 	return nil
 }
@@ -716,13 +766,14 @@ type NewName struct {
 	Tag           string                 `protobuf:"bytes,1,opt,name=tag,proto3" json:"tag,omitempty"`
 	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"` // a cache ID
 	Digest        string                 `protobuf:"bytes,3,opt,name=digest,proto3" json:"digest,omitempty"`
+	KeepOld       bool                   `protobuf:"varint,4,opt,name=keep_old,json=keepOld,proto3" json:"keep_old,omitempty"` // keep what the name pointed to before
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *NewName) Reset() {
 	*x = NewName{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[10]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -734,7 +785,7 @@ func (x *NewName) String() string {
 func (*NewName) ProtoMessage() {}
 
 func (x *NewName) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[10]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -747,7 +798,7 @@ func (x *NewName) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NewName.ProtoReflect.Descriptor instead.
 func (*NewName) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{10}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *NewName) GetTag() string {
@@ -771,6 +822,13 @@ func (x *NewName) GetDigest() string {
 	return ""
 }
 
+func (x *NewName) GetKeepOld() bool {
+	if x != nil {
+		return x.KeepOld
+	}
+	return false
+}
+
 type IngestReply struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Reply:
@@ -785,7 +843,7 @@ type IngestReply struct {
 
 func (x *IngestReply) Reset() {
 	*x = IngestReply{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[11]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -797,7 +855,7 @@ func (x *IngestReply) String() string {
 func (*IngestReply) ProtoMessage() {}
 
 func (x *IngestReply) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[11]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -810,7 +868,7 @@ func (x *IngestReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IngestReply.ProtoReflect.Descriptor instead.
 func (*IngestReply) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{11}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *IngestReply) GetReply() isIngestReply_Reply {
@@ -872,15 +930,16 @@ func (*IngestReply_Committed_) isIngestReply_Reply() {}
 type DeleteRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Tag           string                 `protobuf:"bytes,1,opt,name=tag,proto3" json:"tag,omitempty"`
-	Cid           string                 `protobuf:"bytes,2,opt,name=cid,proto3" json:"cid,omitempty"`      // a digest or a cache ID
-	Force         bool                   `protobuf:"varint,3,opt,name=force,proto3" json:"force,omitempty"` // even where another task refers to it
+	Cid           string                 `protobuf:"bytes,2,opt,name=cid,proto3" json:"cid,omitempty"`                            // a digest or a cache ID
+	Force         bool                   `protobuf:"varint,3,opt,name=force,proto3" json:"force,omitempty"`                       // even where another task refers to it
+	NameOnly      bool                   `protobuf:"varint,4,opt,name=name_only,json=nameOnly,proto3" json:"name_only,omitempty"` // a cache ID alone, and not what it points to; not with force
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *DeleteRequest) Reset() {
 	*x = DeleteRequest{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[12]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -892,7 +951,7 @@ func (x *DeleteRequest) String() string {
 func (*DeleteRequest) ProtoMessage() {}
 
 func (x *DeleteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[12]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -905,7 +964,7 @@ func (x *DeleteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteRequest.ProtoReflect.Descriptor instead.
 func (*DeleteRequest) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{12}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *DeleteRequest) GetTag() string {
@@ -929,6 +988,13 @@ func (x *DeleteRequest) GetForce() bool {
 	return false
 }
 
+func (x *DeleteRequest) GetNameOnly() bool {
+	if x != nil {
+		return x.NameOnly
+	}
+	return false
+}
+
 type DeleteReply struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Tasks         int64                  `protobuf:"varint,1,opt,name=tasks,proto3" json:"tasks,omitempty"` // removed
@@ -939,7 +1005,7 @@ type DeleteReply struct {
 
 func (x *DeleteReply) Reset() {
 	*x = DeleteReply{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[13]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -951,7 +1017,7 @@ func (x *DeleteReply) String() string {
 func (*DeleteReply) ProtoMessage() {}
 
 func (x *DeleteReply) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[13]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -964,7 +1030,7 @@ func (x *DeleteReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteReply.ProtoReflect.Descriptor instead.
 func (*DeleteReply) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{13}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *DeleteReply) GetTasks() int64 {
@@ -984,13 +1050,16 @@ func (x *DeleteReply) GetFreed() int64 {
 type ListRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Tag           *string                `protobuf:"bytes,1,opt,name=tag,proto3,oneof" json:"tag,omitempty"` // every tag where it is absent
+	Kind          Kind                   `protobuf:"varint,2,opt,name=kind,proto3,enum=dfcache.v1.Kind" json:"kind,omitempty"`
+	After         []byte                 `protobuf:"bytes,3,opt,name=after,proto3" json:"after,omitempty"`                       // with KIND_NAMES and KIND_TAGS: only those that sort after it, byte by byte
+	RefersTo      string                 `protobuf:"bytes,4,opt,name=refers_to,json=refersTo,proto3" json:"refers_to,omitempty"` // only tasks that refer to this digest; with a tag and KIND_ALL only
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ListRequest) Reset() {
 	*x = ListRequest{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[14]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1002,7 +1071,7 @@ func (x *ListRequest) String() string {
 func (*ListRequest) ProtoMessage() {}
 
 func (x *ListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[14]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1015,12 +1084,33 @@ func (x *ListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
 func (*ListRequest) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{14}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ListRequest) GetTag() string {
 	if x != nil && x.Tag != nil {
 		return *x.Tag
+	}
+	return ""
+}
+
+func (x *ListRequest) GetKind() Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return Kind_KIND_UNSPECIFIED
+}
+
+func (x *ListRequest) GetAfter() []byte {
+	if x != nil {
+		return x.After
+	}
+	return nil
+}
+
+func (x *ListRequest) GetRefersTo() string {
+	if x != nil {
+		return x.RefersTo
 	}
 	return ""
 }
@@ -1034,7 +1124,7 @@ type ListReply struct {
 
 func (x *ListReply) Reset() {
 	*x = ListReply{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[15]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1046,7 +1136,7 @@ func (x *ListReply) String() string {
 func (*ListReply) ProtoMessage() {}
 
 func (x *ListReply) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[15]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1059,7 +1149,7 @@ func (x *ListReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReply.ProtoReflect.Descriptor instead.
 func (*ListReply) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{15}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ListReply) GetEntries() []*Entry {
@@ -1069,19 +1159,19 @@ func (x *ListReply) GetEntries() []*Entry {
 	return nil
 }
 
-// Entry is a name where name is not empty, else a task.
+// Entry is a name where name is not empty, else a task, or a tag.
 type Entry struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Info          *Info                  `protobuf:"bytes,1,opt,name=info,proto3" json:"info,omitempty"`
 	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
-	Total         int64                  `protobuf:"varint,3,opt,name=total,proto3" json:"total,omitempty"` // bytes of the blob and of all it refers to, as far as held
+	Total         int64                  `protobuf:"varint,3,opt,name=total,proto3" json:"total,omitempty"` // bytes of the blob and of all it refers to, as far as held; 0 with KIND_NAMES and refers_to
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[16]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1093,7 +1183,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[16]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1106,7 +1196,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{16}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Entry) GetInfo() *Info {
@@ -1130,6 +1220,59 @@ func (x *Entry) GetTotal() int64 {
 	return 0
 }
 
+// Manifest is the content of a manifest and what is known of what it refers to.
+type StatReply_Manifest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Content       []byte                 `protobuf:"bytes,1,opt,name=content,proto3" json:"content,omitempty"` // at most 4 MiB
+	Refs          []*Info                `protobuf:"bytes,2,rep,name=refs,proto3" json:"refs,omitempty"`       // those of its tasks that are held, in its order, at most 256
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StatReply_Manifest) Reset() {
+	*x = StatReply_Manifest{}
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StatReply_Manifest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StatReply_Manifest) ProtoMessage() {}
+
+func (x *StatReply_Manifest) ProtoReflect() protoreflect.Message {
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StatReply_Manifest.ProtoReflect.Descriptor instead.
+func (*StatReply_Manifest) Descriptor() ([]byte, []int) {
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{2, 0}
+}
+
+func (x *StatReply_Manifest) GetContent() []byte {
+	if x != nil {
+		return x.Content
+	}
+	return nil
+}
+
+func (x *StatReply_Manifest) GetRefs() []*Info {
+	if x != nil {
+		return x.Refs
+	}
+	return nil
+}
+
 type OpenReply_Header struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Size          int64                  `protobuf:"varint,1,opt,name=size,proto3" json:"size,omitempty"`                                  // of the blob, in bytes
@@ -1140,7 +1283,7 @@ type OpenReply_Header struct {
 
 func (x *OpenReply_Header) Reset() {
 	*x = OpenReply_Header{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[17]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1152,7 +1295,7 @@ func (x *OpenReply_Header) String() string {
 func (*OpenReply_Header) ProtoMessage() {}
 
 func (x *OpenReply_Header) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[17]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1165,7 +1308,7 @@ func (x *OpenReply_Header) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenReply_Header.ProtoReflect.Descriptor instead.
 func (*OpenReply_Header) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{7, 0}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{5, 0}
 }
 
 func (x *OpenReply_Header) GetSize() int64 {
@@ -1196,7 +1339,7 @@ type IngestRequest_Add struct {
 
 func (x *IngestRequest_Add) Reset() {
 	*x = IngestRequest_Add{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[18]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1208,7 +1351,7 @@ func (x *IngestRequest_Add) String() string {
 func (*IngestRequest_Add) ProtoMessage() {}
 
 func (x *IngestRequest_Add) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[18]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1221,7 +1364,7 @@ func (x *IngestRequest_Add) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IngestRequest_Add.ProtoReflect.Descriptor instead.
 func (*IngestRequest_Add) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{8, 0}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{6, 0}
 }
 
 func (x *IngestRequest_Add) GetDescriptorId() uint64 {
@@ -1248,6 +1391,59 @@ func (x *IngestRequest_Add) GetWant() string {
 func (x *IngestRequest_Add) GetAlgorithm() string {
 	if x != nil {
 		return x.Algorithm
+	}
+	return ""
+}
+
+// Rehash adds what was added once more, under a digest of another algorithm.
+type IngestRequest_Rehash struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Digest        string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"` // under which it was added, and may no longer be there afterwards
+	Want          string                 `protobuf:"bytes,2,opt,name=want,proto3" json:"want,omitempty"`     // the digest that the content has to have
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IngestRequest_Rehash) Reset() {
+	*x = IngestRequest_Rehash{}
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IngestRequest_Rehash) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IngestRequest_Rehash) ProtoMessage() {}
+
+func (x *IngestRequest_Rehash) ProtoReflect() protoreflect.Message {
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IngestRequest_Rehash.ProtoReflect.Descriptor instead.
+func (*IngestRequest_Rehash) Descriptor() ([]byte, []int) {
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{6, 1}
+}
+
+func (x *IngestRequest_Rehash) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+func (x *IngestRequest_Rehash) GetWant() string {
+	if x != nil {
+		return x.Want
 	}
 	return ""
 }
@@ -1290,7 +1486,7 @@ func (x *IngestRequest_Commit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IngestRequest_Commit.ProtoReflect.Descriptor instead.
 func (*IngestRequest_Commit) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{8, 1}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{6, 2}
 }
 
 func (x *IngestRequest_Commit) GetTasks() []*NewTask {
@@ -1314,6 +1510,67 @@ func (x *IngestRequest_Commit) GetMore() bool {
 	return false
 }
 
+// Manifest says what a manifest refers to, under its own tag.
+type NewTask_Manifest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Refs          []string               `protobuf:"bytes,1,rep,name=refs,proto3" json:"refs,omitempty"`       // digests of what it is made of
+	Needs         []string               `protobuf:"bytes,2,rep,name=needs,proto3" json:"needs,omitempty"`     // those of refs without which the commit fails
+	Subject       string                 `protobuf:"bytes,3,opt,name=subject,proto3" json:"subject,omitempty"` // the digest of the manifest that it is about; empty for none
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NewTask_Manifest) Reset() {
+	*x = NewTask_Manifest{}
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NewTask_Manifest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NewTask_Manifest) ProtoMessage() {}
+
+func (x *NewTask_Manifest) ProtoReflect() protoreflect.Message {
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NewTask_Manifest.ProtoReflect.Descriptor instead.
+func (*NewTask_Manifest) Descriptor() ([]byte, []int) {
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{7, 0}
+}
+
+func (x *NewTask_Manifest) GetRefs() []string {
+	if x != nil {
+		return x.Refs
+	}
+	return nil
+}
+
+func (x *NewTask_Manifest) GetNeeds() []string {
+	if x != nil {
+		return x.Needs
+	}
+	return nil
+}
+
+func (x *NewTask_Manifest) GetSubject() string {
+	if x != nil {
+		return x.Subject
+	}
+	return ""
+}
+
 // Progress counts what the add under way has taken in. It comes at most ten
 // times a second.
 type IngestReply_Progress struct {
@@ -1325,7 +1582,7 @@ type IngestReply_Progress struct {
 
 func (x *IngestReply_Progress) Reset() {
 	*x = IngestReply_Progress{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[20]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1337,7 +1594,7 @@ func (x *IngestReply_Progress) String() string {
 func (*IngestReply_Progress) ProtoMessage() {}
 
 func (x *IngestReply_Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[20]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1350,7 +1607,7 @@ func (x *IngestReply_Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IngestReply_Progress.ProtoReflect.Descriptor instead.
 func (*IngestReply_Progress) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{11, 0}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{9, 0}
 }
 
 func (x *IngestReply_Progress) GetBytes() int64 {
@@ -1360,7 +1617,7 @@ func (x *IngestReply_Progress) GetBytes() int64 {
 	return 0
 }
 
-// Added answers an add.
+// Added answers an add and a rehash.
 type IngestReply_Added struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Digest        string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
@@ -1371,7 +1628,7 @@ type IngestReply_Added struct {
 
 func (x *IngestReply_Added) Reset() {
 	*x = IngestReply_Added{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[21]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1383,7 +1640,7 @@ func (x *IngestReply_Added) String() string {
 func (*IngestReply_Added) ProtoMessage() {}
 
 func (x *IngestReply_Added) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[21]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1396,7 +1653,7 @@ func (x *IngestReply_Added) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IngestReply_Added.ProtoReflect.Descriptor instead.
 func (*IngestReply_Added) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{11, 1}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{9, 1}
 }
 
 func (x *IngestReply_Added) GetDigest() string {
@@ -1422,7 +1679,7 @@ type IngestReply_Committed struct {
 
 func (x *IngestReply_Committed) Reset() {
 	*x = IngestReply_Committed{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[22]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1434,7 +1691,7 @@ func (x *IngestReply_Committed) String() string {
 func (*IngestReply_Committed) ProtoMessage() {}
 
 func (x *IngestReply_Committed) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[22]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1447,7 +1704,7 @@ func (x *IngestReply_Committed) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IngestReply_Committed.ProtoReflect.Descriptor instead.
 func (*IngestReply_Committed) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{11, 2}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{9, 2}
 }
 
 var File_p2p_rpc_pb_daemon_proto protoreflect.FileDescriptor
@@ -1458,18 +1715,18 @@ const file_p2p_rpc_pb_daemon_proto_rawDesc = "" +
 	"dfcache.v1\"0\n" +
 	"\x04Task\x12\x10\n" +
 	"\x03tag\x18\x01 \x01(\tR\x03tag\x12\x16\n" +
-	"\x06digest\x18\x02 \x01(\tR\x06digest\"]\n" +
-	"\x0eResolveRequest\x12\x10\n" +
+	"\x06digest\x18\x02 \x01(\tR\x06digest\"v\n" +
+	"\vStatRequest\x12\x10\n" +
 	"\x03tag\x18\x01 \x01(\tR\x03tag\x12\x10\n" +
 	"\x03cid\x18\x02 \x01(\tR\x03cid\x12'\n" +
-	"\x05scope\x18\x03 \x01(\x0e2\x11.dfcache.v1.ScopeR\x05scope\"4\n" +
-	"\fResolveReply\x12$\n" +
-	"\x04task\x18\x01 \x01(\v2\x10.dfcache.v1.TaskR\x04task\"\\\n" +
-	"\vStatRequest\x12$\n" +
-	"\x04task\x18\x01 \x01(\v2\x10.dfcache.v1.TaskR\x04task\x12'\n" +
-	"\x05scope\x18\x02 \x01(\x0e2\x11.dfcache.v1.ScopeR\x05scope\"1\n" +
+	"\x05scope\x18\x03 \x01(\x0e2\x11.dfcache.v1.ScopeR\x05scope\x12\x1a\n" +
+	"\bmanifest\x18\x04 \x01(\bR\bmanifest\"\xb9\x01\n" +
 	"\tStatReply\x12$\n" +
-	"\x04info\x18\x01 \x01(\v2\x10.dfcache.v1.InfoR\x04info\"\xa3\x02\n" +
+	"\x04info\x18\x01 \x01(\v2\x10.dfcache.v1.InfoR\x04info\x12:\n" +
+	"\bmanifest\x18\x02 \x01(\v2\x1e.dfcache.v1.StatReply.ManifestR\bmanifest\x1aJ\n" +
+	"\bManifest\x12\x18\n" +
+	"\acontent\x18\x01 \x01(\fR\acontent\x12$\n" +
+	"\x04refs\x18\x02 \x03(\v2\x10.dfcache.v1.InfoR\x04refs\"\xd2\x02\n" +
 	"\x04Info\x12$\n" +
 	"\x04task\x18\x01 \x01(\v2\x10.dfcache.v1.TaskR\x04task\x12\x12\n" +
 	"\x04size\x18\x02 \x01(\x03R\x04size\x12!\n" +
@@ -1477,10 +1734,13 @@ const file_p2p_rpc_pb_daemon_proto_rawDesc = "" +
 	"\x06pieces\x18\x04 \x01(\x03R\x06pieces\x12\x12\n" +
 	"\x04held\x18\x05 \x01(\x03R\x04held\x12\x1d\n" +
 	"\n" +
-	"media_type\x18\x06 \x01(\tR\tmediaType\x12\x16\n" +
-	"\x06pinned\x18\a \x01(\bR\x06pinned\x12,\n" +
-	"\x12imported_unix_nano\x18\b \x01(\x03R\x10importedUnixNano\x12-\n" +
-	"\x13last_used_unix_nano\x18\t \x01(\x03R\x10lastUsedUnixNano\"\x81\x01\n" +
+	"media_type\x18\x06 \x01(\tR\tmediaType\x12\x1f\n" +
+	"\vis_manifest\x18\a \x01(\bR\n" +
+	"isManifest\x12$\n" +
+	"\x04keep\x18\b \x01(\x0e2\x10.dfcache.v1.KeepR\x04keep\x12,\n" +
+	"\x12imported_unix_nano\x18\t \x01(\x03R\x10importedUnixNano\x12-\n" +
+	"\x13last_used_unix_nano\x18\n" +
+	" \x01(\x03R\x10lastUsedUnixNano\"\x81\x01\n" +
 	"\vOpenRequest\x12$\n" +
 	"\x04task\x18\x01 \x01(\v2\x10.dfcache.v1.TaskR\x04task\x12'\n" +
 	"\x05scope\x18\x02 \x01(\x0e2\x11.dfcache.v1.ScopeR\x05scope\x12#\n" +
@@ -1491,30 +1751,39 @@ const file_p2p_rpc_pb_daemon_proto_rawDesc = "" +
 	"\x04sent\x18\x03 \x01(\bR\x04sent\x1a?\n" +
 	"\x06Header\x12\x12\n" +
 	"\x04size\x18\x01 \x01(\x03R\x04size\x12!\n" +
-	"\fpiece_length\x18\x02 \x01(\x03R\vpieceLength\"\xf3\x02\n" +
+	"\fpiece_length\x18\x02 \x01(\x03R\vpieceLength\"\xe5\x03\n" +
 	"\rIngestRequest\x121\n" +
 	"\x03add\x18\x01 \x01(\v2\x1d.dfcache.v1.IngestRequest.AddH\x00R\x03add\x12:\n" +
-	"\x06commit\x18\x02 \x01(\v2 .dfcache.v1.IngestRequest.CommitH\x00R\x06commit\x1at\n" +
+	"\x06rehash\x18\x02 \x01(\v2 .dfcache.v1.IngestRequest.RehashH\x00R\x06rehash\x12:\n" +
+	"\x06commit\x18\x03 \x01(\v2 .dfcache.v1.IngestRequest.CommitH\x00R\x06commit\x1at\n" +
 	"\x03Add\x12#\n" +
 	"\rdescriptor_id\x18\x01 \x01(\x04R\fdescriptorId\x12\x16\n" +
 	"\x06offset\x18\x02 \x01(\x03R\x06offset\x12\x12\n" +
 	"\x04want\x18\x03 \x01(\tR\x04want\x12\x1c\n" +
-	"\talgorithm\x18\x04 \x01(\tR\talgorithm\x1ar\n" +
+	"\talgorithm\x18\x04 \x01(\tR\talgorithm\x1a4\n" +
+	"\x06Rehash\x12\x16\n" +
+	"\x06digest\x18\x01 \x01(\tR\x06digest\x12\x12\n" +
+	"\x04want\x18\x02 \x01(\tR\x04want\x1ar\n" +
 	"\x06Commit\x12)\n" +
 	"\x05tasks\x18\x01 \x03(\v2\x13.dfcache.v1.NewTaskR\x05tasks\x12)\n" +
 	"\x05names\x18\x02 \x03(\v2\x13.dfcache.v1.NewNameR\x05names\x12\x12\n" +
 	"\x04more\x18\x03 \x01(\bR\x04moreB\t\n" +
-	"\arequest\"z\n" +
+	"\arequest\"\xfe\x01\n" +
 	"\aNewTask\x12$\n" +
 	"\x04task\x18\x01 \x01(\v2\x10.dfcache.v1.TaskR\x04task\x12\x1d\n" +
 	"\n" +
-	"media_type\x18\x02 \x01(\tR\tmediaType\x12\x16\n" +
-	"\x06pinned\x18\x03 \x01(\bR\x06pinned\x12\x12\n" +
-	"\x04refs\x18\x04 \x03(\tR\x04refs\"G\n" +
+	"media_type\x18\x02 \x01(\tR\tmediaType\x12$\n" +
+	"\x04keep\x18\x03 \x01(\x0e2\x10.dfcache.v1.KeepR\x04keep\x128\n" +
+	"\bmanifest\x18\x04 \x01(\v2\x1c.dfcache.v1.NewTask.ManifestR\bmanifest\x1aN\n" +
+	"\bManifest\x12\x12\n" +
+	"\x04refs\x18\x01 \x03(\tR\x04refs\x12\x14\n" +
+	"\x05needs\x18\x02 \x03(\tR\x05needs\x12\x18\n" +
+	"\asubject\x18\x03 \x01(\tR\asubject\"b\n" +
 	"\aNewName\x12\x10\n" +
 	"\x03tag\x18\x01 \x01(\tR\x03tag\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x16\n" +
-	"\x06digest\x18\x03 \x01(\tR\x06digest\"\xb4\x02\n" +
+	"\x06digest\x18\x03 \x01(\tR\x06digest\x12\x19\n" +
+	"\bkeep_old\x18\x04 \x01(\bR\akeepOld\"\xb4\x02\n" +
 	"\vIngestReply\x12>\n" +
 	"\bprogress\x18\x01 \x01(\v2 .dfcache.v1.IngestReply.ProgressH\x00R\bprogress\x125\n" +
 	"\x05added\x18\x02 \x01(\v2\x1d.dfcache.v1.IngestReply.AddedH\x00R\x05added\x12A\n" +
@@ -1525,16 +1794,20 @@ const file_p2p_rpc_pb_daemon_proto_rawDesc = "" +
 	"\x06digest\x18\x01 \x01(\tR\x06digest\x12\x12\n" +
 	"\x04size\x18\x02 \x01(\x03R\x04size\x1a\v\n" +
 	"\tCommittedB\a\n" +
-	"\x05reply\"I\n" +
+	"\x05reply\"f\n" +
 	"\rDeleteRequest\x12\x10\n" +
 	"\x03tag\x18\x01 \x01(\tR\x03tag\x12\x10\n" +
 	"\x03cid\x18\x02 \x01(\tR\x03cid\x12\x14\n" +
-	"\x05force\x18\x03 \x01(\bR\x05force\"9\n" +
+	"\x05force\x18\x03 \x01(\bR\x05force\x12\x1b\n" +
+	"\tname_only\x18\x04 \x01(\bR\bnameOnly\"9\n" +
 	"\vDeleteReply\x12\x14\n" +
 	"\x05tasks\x18\x01 \x01(\x03R\x05tasks\x12\x14\n" +
-	"\x05freed\x18\x02 \x01(\x03R\x05freed\",\n" +
+	"\x05freed\x18\x02 \x01(\x03R\x05freed\"\x85\x01\n" +
 	"\vListRequest\x12\x15\n" +
-	"\x03tag\x18\x01 \x01(\tH\x00R\x03tag\x88\x01\x01B\x06\n" +
+	"\x03tag\x18\x01 \x01(\tH\x00R\x03tag\x88\x01\x01\x12$\n" +
+	"\x04kind\x18\x02 \x01(\x0e2\x10.dfcache.v1.KindR\x04kind\x12\x14\n" +
+	"\x05after\x18\x03 \x01(\fR\x05after\x12\x1b\n" +
+	"\trefers_to\x18\x04 \x01(\tR\brefersToB\x06\n" +
 	"\x04_tag\"8\n" +
 	"\tListReply\x12+\n" +
 	"\aentries\x18\x01 \x03(\v2\x11.dfcache.v1.EntryR\aentries\"W\n" +
@@ -1545,9 +1818,20 @@ const file_p2p_rpc_pb_daemon_proto_rawDesc = "" +
 	"\x05Scope\x12\x15\n" +
 	"\x11SCOPE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rSCOPE_NETWORK\x10\x01\x12\x0f\n" +
-	"\vSCOPE_LOCAL\x10\x022\xf5\x02\n" +
-	"\x06Daemon\x12?\n" +
-	"\aResolve\x12\x1a.dfcache.v1.ResolveRequest\x1a\x18.dfcache.v1.ResolveReply\x126\n" +
+	"\vSCOPE_LOCAL\x10\x02*L\n" +
+	"\x04Keep\x12\x14\n" +
+	"\x10KEEP_UNSPECIFIED\x10\x00\x12\r\n" +
+	"\tKEEP_HELD\x10\x01\x12\x0e\n" +
+	"\n" +
+	"KEEP_LOOSE\x10\x02\x12\x0f\n" +
+	"\vKEEP_PINNED\x10\x03*I\n" +
+	"\x04Kind\x12\x14\n" +
+	"\x10KIND_UNSPECIFIED\x10\x00\x12\f\n" +
+	"\bKIND_ALL\x10\x01\x12\x0e\n" +
+	"\n" +
+	"KIND_NAMES\x10\x02\x12\r\n" +
+	"\tKIND_TAGS\x10\x032\xb4\x02\n" +
+	"\x06Daemon\x126\n" +
 	"\x04Stat\x12\x17.dfcache.v1.StatRequest\x1a\x15.dfcache.v1.StatReply\x128\n" +
 	"\x04Open\x12\x17.dfcache.v1.OpenRequest\x1a\x15.dfcache.v1.OpenReply0\x01\x12@\n" +
 	"\x06Ingest\x12\x19.dfcache.v1.IngestRequest\x1a\x17.dfcache.v1.IngestReply(\x010\x01\x12<\n" +
@@ -1566,13 +1850,13 @@ func file_p2p_rpc_pb_daemon_proto_rawDescGZIP() []byte {
 	return file_p2p_rpc_pb_daemon_proto_rawDescData
 }
 
-var file_p2p_rpc_pb_daemon_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_p2p_rpc_pb_daemon_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
+var file_p2p_rpc_pb_daemon_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
+var file_p2p_rpc_pb_daemon_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
 var file_p2p_rpc_pb_daemon_proto_goTypes = []any{
 	(Scope)(0),                    // 0: dfcache.v1.Scope
-	(*Task)(nil),                  // 1: dfcache.v1.Task
-	(*ResolveRequest)(nil),        // 2: dfcache.v1.ResolveRequest
-	(*ResolveReply)(nil),          // 3: dfcache.v1.ResolveReply
+	(Keep)(0),                     // 1: dfcache.v1.Keep
+	(Kind)(0),                     // 2: dfcache.v1.Kind
+	(*Task)(nil),                  // 3: dfcache.v1.Task
 	(*StatRequest)(nil),           // 4: dfcache.v1.StatRequest
 	(*StatReply)(nil),             // 5: dfcache.v1.StatReply
 	(*Info)(nil),                  // 6: dfcache.v1.Info
@@ -1587,50 +1871,55 @@ var file_p2p_rpc_pb_daemon_proto_goTypes = []any{
 	(*ListRequest)(nil),           // 15: dfcache.v1.ListRequest
 	(*ListReply)(nil),             // 16: dfcache.v1.ListReply
 	(*Entry)(nil),                 // 17: dfcache.v1.Entry
-	(*OpenReply_Header)(nil),      // 18: dfcache.v1.OpenReply.Header
-	(*IngestRequest_Add)(nil),     // 19: dfcache.v1.IngestRequest.Add
-	(*IngestRequest_Commit)(nil),  // 20: dfcache.v1.IngestRequest.Commit
-	(*IngestReply_Progress)(nil),  // 21: dfcache.v1.IngestReply.Progress
-	(*IngestReply_Added)(nil),     // 22: dfcache.v1.IngestReply.Added
-	(*IngestReply_Committed)(nil), // 23: dfcache.v1.IngestReply.Committed
+	(*StatReply_Manifest)(nil),    // 18: dfcache.v1.StatReply.Manifest
+	(*OpenReply_Header)(nil),      // 19: dfcache.v1.OpenReply.Header
+	(*IngestRequest_Add)(nil),     // 20: dfcache.v1.IngestRequest.Add
+	(*IngestRequest_Rehash)(nil),  // 21: dfcache.v1.IngestRequest.Rehash
+	(*IngestRequest_Commit)(nil),  // 22: dfcache.v1.IngestRequest.Commit
+	(*NewTask_Manifest)(nil),      // 23: dfcache.v1.NewTask.Manifest
+	(*IngestReply_Progress)(nil),  // 24: dfcache.v1.IngestReply.Progress
+	(*IngestReply_Added)(nil),     // 25: dfcache.v1.IngestReply.Added
+	(*IngestReply_Committed)(nil), // 26: dfcache.v1.IngestReply.Committed
 }
 var file_p2p_rpc_pb_daemon_proto_depIdxs = []int32{
-	0,  // 0: dfcache.v1.ResolveRequest.scope:type_name -> dfcache.v1.Scope
-	1,  // 1: dfcache.v1.ResolveReply.task:type_name -> dfcache.v1.Task
-	1,  // 2: dfcache.v1.StatRequest.task:type_name -> dfcache.v1.Task
-	0,  // 3: dfcache.v1.StatRequest.scope:type_name -> dfcache.v1.Scope
-	6,  // 4: dfcache.v1.StatReply.info:type_name -> dfcache.v1.Info
-	1,  // 5: dfcache.v1.Info.task:type_name -> dfcache.v1.Task
-	1,  // 6: dfcache.v1.OpenRequest.task:type_name -> dfcache.v1.Task
-	0,  // 7: dfcache.v1.OpenRequest.scope:type_name -> dfcache.v1.Scope
-	18, // 8: dfcache.v1.OpenReply.header:type_name -> dfcache.v1.OpenReply.Header
-	19, // 9: dfcache.v1.IngestRequest.add:type_name -> dfcache.v1.IngestRequest.Add
-	20, // 10: dfcache.v1.IngestRequest.commit:type_name -> dfcache.v1.IngestRequest.Commit
-	1,  // 11: dfcache.v1.NewTask.task:type_name -> dfcache.v1.Task
-	21, // 12: dfcache.v1.IngestReply.progress:type_name -> dfcache.v1.IngestReply.Progress
-	22, // 13: dfcache.v1.IngestReply.added:type_name -> dfcache.v1.IngestReply.Added
-	23, // 14: dfcache.v1.IngestReply.committed:type_name -> dfcache.v1.IngestReply.Committed
-	17, // 15: dfcache.v1.ListReply.entries:type_name -> dfcache.v1.Entry
-	6,  // 16: dfcache.v1.Entry.info:type_name -> dfcache.v1.Info
-	10, // 17: dfcache.v1.IngestRequest.Commit.tasks:type_name -> dfcache.v1.NewTask
-	11, // 18: dfcache.v1.IngestRequest.Commit.names:type_name -> dfcache.v1.NewName
-	2,  // 19: dfcache.v1.Daemon.Resolve:input_type -> dfcache.v1.ResolveRequest
-	4,  // 20: dfcache.v1.Daemon.Stat:input_type -> dfcache.v1.StatRequest
-	7,  // 21: dfcache.v1.Daemon.Open:input_type -> dfcache.v1.OpenRequest
-	9,  // 22: dfcache.v1.Daemon.Ingest:input_type -> dfcache.v1.IngestRequest
-	13, // 23: dfcache.v1.Daemon.Delete:input_type -> dfcache.v1.DeleteRequest
-	15, // 24: dfcache.v1.Daemon.List:input_type -> dfcache.v1.ListRequest
-	3,  // 25: dfcache.v1.Daemon.Resolve:output_type -> dfcache.v1.ResolveReply
-	5,  // 26: dfcache.v1.Daemon.Stat:output_type -> dfcache.v1.StatReply
-	8,  // 27: dfcache.v1.Daemon.Open:output_type -> dfcache.v1.OpenReply
-	12, // 28: dfcache.v1.Daemon.Ingest:output_type -> dfcache.v1.IngestReply
-	14, // 29: dfcache.v1.Daemon.Delete:output_type -> dfcache.v1.DeleteReply
-	16, // 30: dfcache.v1.Daemon.List:output_type -> dfcache.v1.ListReply
-	25, // [25:31] is the sub-list for method output_type
-	19, // [19:25] is the sub-list for method input_type
-	19, // [19:19] is the sub-list for extension type_name
-	19, // [19:19] is the sub-list for extension extendee
-	0,  // [0:19] is the sub-list for field type_name
+	0,  // 0: dfcache.v1.StatRequest.scope:type_name -> dfcache.v1.Scope
+	6,  // 1: dfcache.v1.StatReply.info:type_name -> dfcache.v1.Info
+	18, // 2: dfcache.v1.StatReply.manifest:type_name -> dfcache.v1.StatReply.Manifest
+	3,  // 3: dfcache.v1.Info.task:type_name -> dfcache.v1.Task
+	1,  // 4: dfcache.v1.Info.keep:type_name -> dfcache.v1.Keep
+	3,  // 5: dfcache.v1.OpenRequest.task:type_name -> dfcache.v1.Task
+	0,  // 6: dfcache.v1.OpenRequest.scope:type_name -> dfcache.v1.Scope
+	19, // 7: dfcache.v1.OpenReply.header:type_name -> dfcache.v1.OpenReply.Header
+	20, // 8: dfcache.v1.IngestRequest.add:type_name -> dfcache.v1.IngestRequest.Add
+	21, // 9: dfcache.v1.IngestRequest.rehash:type_name -> dfcache.v1.IngestRequest.Rehash
+	22, // 10: dfcache.v1.IngestRequest.commit:type_name -> dfcache.v1.IngestRequest.Commit
+	3,  // 11: dfcache.v1.NewTask.task:type_name -> dfcache.v1.Task
+	1,  // 12: dfcache.v1.NewTask.keep:type_name -> dfcache.v1.Keep
+	23, // 13: dfcache.v1.NewTask.manifest:type_name -> dfcache.v1.NewTask.Manifest
+	24, // 14: dfcache.v1.IngestReply.progress:type_name -> dfcache.v1.IngestReply.Progress
+	25, // 15: dfcache.v1.IngestReply.added:type_name -> dfcache.v1.IngestReply.Added
+	26, // 16: dfcache.v1.IngestReply.committed:type_name -> dfcache.v1.IngestReply.Committed
+	2,  // 17: dfcache.v1.ListRequest.kind:type_name -> dfcache.v1.Kind
+	17, // 18: dfcache.v1.ListReply.entries:type_name -> dfcache.v1.Entry
+	6,  // 19: dfcache.v1.Entry.info:type_name -> dfcache.v1.Info
+	6,  // 20: dfcache.v1.StatReply.Manifest.refs:type_name -> dfcache.v1.Info
+	10, // 21: dfcache.v1.IngestRequest.Commit.tasks:type_name -> dfcache.v1.NewTask
+	11, // 22: dfcache.v1.IngestRequest.Commit.names:type_name -> dfcache.v1.NewName
+	4,  // 23: dfcache.v1.Daemon.Stat:input_type -> dfcache.v1.StatRequest
+	7,  // 24: dfcache.v1.Daemon.Open:input_type -> dfcache.v1.OpenRequest
+	9,  // 25: dfcache.v1.Daemon.Ingest:input_type -> dfcache.v1.IngestRequest
+	13, // 26: dfcache.v1.Daemon.Delete:input_type -> dfcache.v1.DeleteRequest
+	15, // 27: dfcache.v1.Daemon.List:input_type -> dfcache.v1.ListRequest
+	5,  // 28: dfcache.v1.Daemon.Stat:output_type -> dfcache.v1.StatReply
+	8,  // 29: dfcache.v1.Daemon.Open:output_type -> dfcache.v1.OpenReply
+	12, // 30: dfcache.v1.Daemon.Ingest:output_type -> dfcache.v1.IngestReply
+	14, // 31: dfcache.v1.Daemon.Delete:output_type -> dfcache.v1.DeleteReply
+	16, // 32: dfcache.v1.Daemon.List:output_type -> dfcache.v1.ListReply
+	28, // [28:33] is the sub-list for method output_type
+	23, // [23:28] is the sub-list for method input_type
+	23, // [23:23] is the sub-list for extension type_name
+	23, // [23:23] is the sub-list for extension extendee
+	0,  // [0:23] is the sub-list for field type_name
 }
 
 func init() { file_p2p_rpc_pb_daemon_proto_init() }
@@ -1638,23 +1927,24 @@ func file_p2p_rpc_pb_daemon_proto_init() {
 	if File_p2p_rpc_pb_daemon_proto != nil {
 		return
 	}
-	file_p2p_rpc_pb_daemon_proto_msgTypes[8].OneofWrappers = []any{
+	file_p2p_rpc_pb_daemon_proto_msgTypes[6].OneofWrappers = []any{
 		(*IngestRequest_Add_)(nil),
+		(*IngestRequest_Rehash_)(nil),
 		(*IngestRequest_Commit_)(nil),
 	}
-	file_p2p_rpc_pb_daemon_proto_msgTypes[11].OneofWrappers = []any{
+	file_p2p_rpc_pb_daemon_proto_msgTypes[9].OneofWrappers = []any{
 		(*IngestReply_Progress_)(nil),
 		(*IngestReply_Added_)(nil),
 		(*IngestReply_Committed_)(nil),
 	}
-	file_p2p_rpc_pb_daemon_proto_msgTypes[14].OneofWrappers = []any{}
+	file_p2p_rpc_pb_daemon_proto_msgTypes[12].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_p2p_rpc_pb_daemon_proto_rawDesc), len(file_p2p_rpc_pb_daemon_proto_rawDesc)),
-			NumEnums:      1,
-			NumMessages:   23,
+			NumEnums:      3,
+			NumMessages:   24,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

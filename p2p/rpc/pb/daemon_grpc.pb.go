@@ -22,12 +22,11 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Daemon_Resolve_FullMethodName = "/dfcache.v1.Daemon/Resolve"
-	Daemon_Stat_FullMethodName    = "/dfcache.v1.Daemon/Stat"
-	Daemon_Open_FullMethodName    = "/dfcache.v1.Daemon/Open"
-	Daemon_Ingest_FullMethodName  = "/dfcache.v1.Daemon/Ingest"
-	Daemon_Delete_FullMethodName  = "/dfcache.v1.Daemon/Delete"
-	Daemon_List_FullMethodName    = "/dfcache.v1.Daemon/List"
+	Daemon_Stat_FullMethodName   = "/dfcache.v1.Daemon/Stat"
+	Daemon_Open_FullMethodName   = "/dfcache.v1.Daemon/Open"
+	Daemon_Ingest_FullMethodName = "/dfcache.v1.Daemon/Ingest"
+	Daemon_Delete_FullMethodName = "/dfcache.v1.Daemon/Delete"
+	Daemon_List_FullMethodName   = "/dfcache.v1.Daemon/List"
 )
 
 // DaemonClient is the client API for Daemon service.
@@ -38,16 +37,14 @@ const (
 // are not in these messages: they are read and written through file
 // descriptors, which travel over the descriptor channel of the same connection.
 type DaemonClient interface {
-	// Resolve tells which task a cid names under a tag.
-	Resolve(ctx context.Context, in *ResolveRequest, opts ...grpc.CallOption) (*ResolveReply, error)
-	// Stat describes a task.
+	// Stat describes what a cid names under a tag.
 	Stat(ctx context.Context, in *StatRequest, opts ...grpc.CallOption) (*StatReply, error)
 	// Open hands over a read-only descriptor of a task's blob, and the checksums
 	// of its pieces.
 	Open(ctx context.Context, in *OpenRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[OpenReply], error)
-	// Ingest takes in new content: any number of adds, then one commit. The
-	// stream is the session: when it ends without a commit, everything that was
-	// added is dropped. After an error the stream ends.
+	// Ingest takes in new content: any number of adds and rehashes, then one
+	// commit. The stream is the session: when it ends without a commit, everything
+	// that was added is dropped. After an error the stream ends.
 	Ingest(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[IngestRequest, IngestReply], error)
 	// Delete removes what a cid names under a tag.
 	Delete(ctx context.Context, in *DeleteRequest, opts ...grpc.CallOption) (*DeleteReply, error)
@@ -61,16 +58,6 @@ type daemonClient struct {
 
 func NewDaemonClient(cc grpc.ClientConnInterface) DaemonClient {
 	return &daemonClient{cc}
-}
-
-func (c *daemonClient) Resolve(ctx context.Context, in *ResolveRequest, opts ...grpc.CallOption) (*ResolveReply, error) {
-	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	out := new(ResolveReply)
-	err := c.cc.Invoke(ctx, Daemon_Resolve_FullMethodName, in, out, cOpts...)
-	if err != nil {
-		return nil, err
-	}
-	return out, nil
 }
 
 func (c *daemonClient) Stat(ctx context.Context, in *StatRequest, opts ...grpc.CallOption) (*StatReply, error) {
@@ -152,16 +139,14 @@ type Daemon_ListClient = grpc.ServerStreamingClient[ListReply]
 // are not in these messages: they are read and written through file
 // descriptors, which travel over the descriptor channel of the same connection.
 type DaemonServer interface {
-	// Resolve tells which task a cid names under a tag.
-	Resolve(context.Context, *ResolveRequest) (*ResolveReply, error)
-	// Stat describes a task.
+	// Stat describes what a cid names under a tag.
 	Stat(context.Context, *StatRequest) (*StatReply, error)
 	// Open hands over a read-only descriptor of a task's blob, and the checksums
 	// of its pieces.
 	Open(*OpenRequest, grpc.ServerStreamingServer[OpenReply]) error
-	// Ingest takes in new content: any number of adds, then one commit. The
-	// stream is the session: when it ends without a commit, everything that was
-	// added is dropped. After an error the stream ends.
+	// Ingest takes in new content: any number of adds and rehashes, then one
+	// commit. The stream is the session: when it ends without a commit, everything
+	// that was added is dropped. After an error the stream ends.
 	Ingest(grpc.BidiStreamingServer[IngestRequest, IngestReply]) error
 	// Delete removes what a cid names under a tag.
 	Delete(context.Context, *DeleteRequest) (*DeleteReply, error)
@@ -177,9 +162,6 @@ type DaemonServer interface {
 // pointer dereference when methods are called.
 type UnimplementedDaemonServer struct{}
 
-func (UnimplementedDaemonServer) Resolve(context.Context, *ResolveRequest) (*ResolveReply, error) {
-	return nil, status.Error(codes.Unimplemented, "method Resolve not implemented")
-}
 func (UnimplementedDaemonServer) Stat(context.Context, *StatRequest) (*StatReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method Stat not implemented")
 }
@@ -214,24 +196,6 @@ func RegisterDaemonServer(s grpc.ServiceRegistrar, srv DaemonServer) {
 		t.testEmbeddedByValue()
 	}
 	s.RegisterService(&Daemon_ServiceDesc, srv)
-}
-
-func _Daemon_Resolve_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
-	in := new(ResolveRequest)
-	if err := dec(in); err != nil {
-		return nil, err
-	}
-	if interceptor == nil {
-		return srv.(DaemonServer).Resolve(ctx, in)
-	}
-	info := &grpc.UnaryServerInfo{
-		Server:     srv,
-		FullMethod: Daemon_Resolve_FullMethodName,
-	}
-	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
-		return srv.(DaemonServer).Resolve(ctx, req.(*ResolveRequest))
-	}
-	return interceptor(ctx, in, info, handler)
 }
 
 func _Daemon_Stat_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
@@ -306,10 +270,6 @@ var Daemon_ServiceDesc = grpc.ServiceDesc{
 	ServiceName: "dfcache.v1.Daemon",
 	HandlerType: (*DaemonServer)(nil),
 	Methods: []grpc.MethodDesc{
-		{
-			MethodName: "Resolve",
-			Handler:    _Daemon_Resolve_Handler,
-		},
 		{
 			MethodName: "Stat",
 			Handler:    _Daemon_Stat_Handler,

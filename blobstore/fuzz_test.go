@@ -1,0 +1,146 @@
+package blobstore
+
+import (
+	"encoding/json"
+	"errors"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"oras.land/oras-go/v2/errdef"
+
+	"github.com/dfcache/dfcache/digest"
+)
+
+// FuzzParseManifest: whatever a client sends as a manifest is refused with
+// ErrInvalid, or all that is read out of it can be relied on.
+func FuzzParseManifest(f *testing.F) {
+	const layer = `{"mediaType":"a/b","digest":"sha256:853ff93762a06ddbf722c4ebe9ddd66d8f63ddaea97f521c3ecc20da7c976020","size":13`
+	for _, text := range []string{
+		"", "{}", " {}\n", "[]", "null", `"text"`, "{}{}", `{"layers":null}`, `{"layers":{}}`, `{"config":[]}`,
+		`{"schemaVersion":2,"mediaType":"application/vnd.oci.image.manifest.v1+json","config":` + layer + `},"layers":[` + layer + `}]}`,
+		`{"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[` + layer + `},` + layer + `,"platform":{"os":"linux"}}]}`,
+		`{"artifactType":"x","blobs":[` + layer + `}],"subject":` + layer + `},"annotations":{"a":"b"}}`,
+		`{"layers":[` + layer + `,"annotations":{"org.opencontainers.image.title":"a/../../b"}},` + layer + `,"annotations":{"org.opencontainers.image.title":"c"}}]}`,
+		`{"layers":[` + layer + `,"urls":["https://example.org"]}]}`,
+		`{"subject":{"digest":"sha256:x"}}`, `{"layers":[{"digest":"md5:d41d8cd98f00b204e9800998ecf8427e"}]}`,
+		`{"mediaType":"a/b\r\nX: y"}`, `{"LAYERS":[` + layer + `}]}`, `{"layers":[` + layer + `,"size":-1}]}`, `{"config":null,"subject":null}`,
+	} {
+		f.Add([]byte(text), "")
+		f.Add([]byte(text), "application/vnd.oci.image.manifest.v1+json; charset=utf-8")
+	}
+	f.Fuzz(func(t *testing.T, data []byte, mediaType string) {
+		m, err := parseManifest(data)
+		if err != nil {
+			if !errors.Is(err, ErrInvalid) {
+				t.Fatalf("error is %v", err)
+			}
+			return
+		}
+		if !json.Valid(data) {
+			t.Fatal("it is not JSON")
+		}
+		refs := m.refs(true)
+		seen := map[digest.Digest]bool{}
+		for _, d := range refs.Refs {
+			if _, err := digest.Parse(string(d)); err != nil || seen[d] {
+				t.Fatalf("it refers to %q, seen before: %t (%v)", d, seen[d], err)
+			}
+			seen[d] = true
+		}
+		for _, d := range refs.Needs {
+			if !seen[d] {
+				t.Fatalf("it needs %s and does not refer to it", d)
+			}
+		}
+		if _, err := digest.Parse(string(refs.Subject)); refs.Subject != "" && err != nil {
+			t.Fatal(err)
+		}
+		if len(m.refs(false).Needs) != 0 || !slices.Equal(m.refs(false).Refs, refs.Refs) {
+			t.Fatal("without a check it refers to something else")
+		}
+		if kind, err := m.mediaTypeOf(mediaType); err == nil {
+			given, _, _ := strings.Cut(mediaType, ";")
+			if kind == "" || strings.ContainsAny(kind, "\r\n\x00") || strings.TrimSpace(given) != "" && kind != strings.TrimSpace(given) {
+				t.Fatalf("pushed as %q its media type is %q", mediaType, kind)
+			}
+		} else if !errors.Is(err, ErrInvalid) {
+			t.Fatalf("error is %v", err)
+		}
+		layers, err := m.files()
+		if err != nil {
+			if !errors.Is(err, ErrInvalid) {
+				t.Fatalf("error is %v", err)
+			}
+			return
+		}
+		var files []File
+		for _, l := range layers {
+			files = append(files, File{Title: l.Annotations[ocispec.AnnotationTitle], Digest: l.Digest})
+		}
+		requireNames(t, files)
+	})
+}
+
+// requireNames fails the test unless the paths of files, where they get some,
+// are all below a directory, and none is another's or its directory.
+func requireNames(t *testing.T, files []File) {
+	names, err := fileNames(files)
+	if err != nil {
+		if !errors.Is(err, ErrInvalid) {
+			t.Fatalf("error is %v", err)
+		}
+		return
+	}
+	for i, name := range names {
+		path := filepath.Join("/dir", name)
+		if !strings.HasPrefix(path, "/dir/") || strings.ContainsRune(path, 0) {
+			t.Fatalf("title %q leads to %q", files[i].Title, path)
+		}
+		for j, other := range names {
+			if i != j && strings.HasPrefix(path+"/", filepath.Join("/dir", other)+"/") {
+				t.Fatalf("the titles %q and %q are in each other's way", files[i].Title, files[j].Title)
+			}
+		}
+	}
+}
+
+func FuzzTitles(f *testing.F) {
+	for _, titles := range [][2]string{
+		{"a", "b"}, {"a", "a/b"}, {"../x", ""}, {"/abs", "."}, {"a/../../x", ".."}, {"x\x00y", "a//b"}, {"a/./b", "a/b/"}, {"...", "..a"}, {"\xff", " "},
+	} {
+		f.Add(titles[0], titles[1])
+	}
+	f.Fuzz(func(t *testing.T, a, b string) {
+		requireNames(t, []File{{Title: a}, {Title: b}})
+	})
+}
+
+func FuzzReference(f *testing.F) {
+	for _, text := range []string{
+		"", "v1", "V1.0-rc_1", ".v1", "a/b", "a b", "sha256:x", "md5:d41d8cd98f00b204e9800998ecf8427e", "v1@sha256:x",
+		"sha256:853ff93762a06ddbf722c4ebe9ddd66d8f63ddaea97f521c3ecc20da7c976020", "dfcache/default", "library/models", "a//b", "A", "../x", strings.Repeat("a", 300),
+	} {
+		f.Add(text)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		switch cid, err := parseReference(text); {
+		case err == nil:
+			if cid.String() != text || cid.IsZero() {
+				t.Fatalf("reference %q is read as %q", text, cid)
+			}
+		case !errors.Is(err, ErrInvalid) || !errors.Is(err, errdef.ErrInvalidReference) && !errors.Is(err, errdef.ErrMissingReference):
+			t.Fatalf("reference %q: %v", text, err)
+		}
+		switch tag, err := TagOf(text); {
+		case err == nil:
+			if RepositoryName(tag) != text {
+				t.Fatalf("repository %q has the tag %q, whose name is %q", text, tag, RepositoryName(tag))
+			}
+		case !errors.Is(err, ErrInvalid):
+			t.Fatalf("repository %q: %v", text, err)
+		}
+	})
+}

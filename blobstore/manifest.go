@@ -1,0 +1,154 @@
+package blobstore
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"strings"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"oras.land/oras-go/v2/errdef"
+
+	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p"
+)
+
+// MaxManifest is the largest manifest in bytes that is stored and read: the
+// limit that the OCI distribution specification asks every registry for.
+const MaxManifest = p2p.MaxManifest
+
+// The media types of manifests that are not in the image specification.
+const (
+	mediaTypeDockerManifest   = "application/vnd.docker.distribution.manifest.v2+json"
+	mediaTypeDockerList       = "application/vnd.docker.distribution.manifest.list.v2+json"
+	mediaTypeArtifactManifest = "application/vnd.oci.artifact.manifest.v1+json" // of OCI 1.1's release candidates
+)
+
+// isManifestType reports whether content of this media type is a manifest,
+// which tells what it refers to.
+func isManifestType(mediaType string) bool {
+	switch mediaType {
+	case ocispec.MediaTypeImageManifest, ocispec.MediaTypeImageIndex,
+		mediaTypeDockerManifest, mediaTypeDockerList, mediaTypeArtifactManifest:
+		return true
+	}
+	return false
+}
+
+// isForeign reports whether a layer is one that need not be in a registry:
+// https://github.com/opencontainers/image-spec/blob/v1.1.1/layer.md#non-distributable-layers.
+func isForeign(d ocispec.Descriptor) bool {
+	return len(d.URLs) > 0 || strings.Contains(d.MediaType, ".nondistributable.") || strings.Contains(d.MediaType, ".foreign.")
+}
+
+// manifest is what all kinds of manifests have between them: an image has a
+// config and layers, an index manifests, an artifact of the release candidates blobs.
+type manifest struct {
+	SchemaVersion int                  `json:"schemaVersion"`
+	MediaType     string               `json:"mediaType"`
+	ArtifactType  string               `json:"artifactType"`
+	Config        *ocispec.Descriptor  `json:"config"`
+	Layers        []ocispec.Descriptor `json:"layers"`
+	Manifests     []ocispec.Descriptor `json:"manifests"`
+	Blobs         []ocispec.Descriptor `json:"blobs"`
+	Subject       *ocispec.Descriptor  `json:"subject"`
+	Annotations   map[string]string    `json:"annotations"`
+}
+
+// parseManifest reads a manifest. Errors match [ErrInvalid].
+func parseManifest(data []byte) (*manifest, error) {
+	if len(data) > MaxManifest {
+		return nil, fmt.Errorf("manifest: %w: it has %d bytes, the limit is %d", ErrInvalid, len(data), MaxManifest)
+	}
+	var m manifest
+	if !bytes.HasPrefix(bytes.TrimLeft(data, " \t\r\n"), []byte("{")) {
+		return nil, fmt.Errorf("manifest: %w: it is not a JSON object", ErrInvalid)
+	}
+	if err := json.Unmarshal(data, &m); err != nil {
+		return nil, fmt.Errorf("manifest: %w: it is not the JSON of one: %w", ErrInvalid, err)
+	}
+	if m.Subject != nil {
+		if _, err := digest.Parse(string(m.Subject.Digest)); err != nil {
+			return nil, fmt.Errorf("manifest: subject: %w", err)
+		}
+	}
+	for _, d := range m.children() {
+		if _, err := digest.Parse(string(d.Digest)); err != nil {
+			return nil, fmt.Errorf("manifest: descriptor of type %q: %w", d.MediaType, err)
+		}
+	}
+	return &m, nil
+}
+
+// children returns what the manifest is made of, but for its subject.
+func (m *manifest) children() []ocispec.Descriptor {
+	var all []ocispec.Descriptor
+	if m.Config != nil {
+		all = append(all, *m.Config)
+	}
+	all = append(all, m.Layers...)
+	all = append(all, m.Manifests...)
+	return append(all, m.Blobs...)
+}
+
+// refs returns the manifest as an engine keeps it. With check, what has to be
+// there is named.
+func (m *manifest) refs(check bool) *p2p.NewManifest {
+	refs := &p2p.NewManifest{}
+	seen := map[digest.Digest]bool{}
+	for _, d := range m.children() {
+		if seen[d.Digest] {
+			continue
+		}
+		seen[d.Digest] = true
+		refs.Refs = append(refs.Refs, d.Digest)
+		if check && !isForeign(d) {
+			refs.Needs = append(refs.Needs, d.Digest)
+		}
+	}
+	if m.Subject != nil {
+		refs.Subject = m.Subject.Digest
+	}
+	return refs
+}
+
+// artifactType returns the type that the referrers API gives for the manifest.
+func (m *manifest) artifactType() string {
+	if m.ArtifactType == "" && m.Config != nil {
+		return m.Config.MediaType
+	}
+	return m.ArtifactType
+}
+
+// mediaTypeOf returns the media type of a manifest: what was given, without
+// parameters, else what is in it, else that of an image or an index. Two that
+// differ are an error.
+func (m *manifest) mediaTypeOf(given string) (string, error) {
+	given, _, _ = strings.Cut(given, ";")
+	given = strings.TrimSpace(given)
+	found := given
+	switch {
+	case given != "" && m.MediaType != "" && !strings.EqualFold(m.MediaType, given):
+		return "", fmt.Errorf("manifest: %w: it is pushed as %q, but says that it is %.80q", ErrInvalid, given, m.MediaType)
+	case given != "":
+	case m.MediaType != "":
+		found = m.MediaType
+	case m.Manifests != nil:
+		found = ocispec.MediaTypeImageIndex
+	default:
+		found = ocispec.MediaTypeImageManifest
+	}
+	return found, checkMediaType(found)
+}
+
+// maxMediaType is the length of the longest media type in bytes, by RFC 6838.
+const maxMediaType = 255
+
+// checkMediaType reports a media type that can't be passed on.
+func checkMediaType(s string) error {
+	visible := func(r rune) bool { return ' ' <= r && r <= '~' }
+	if len(s) > maxMediaType || strings.IndexFunc(s, func(r rune) bool { return !visible(r) }) >= 0 {
+		return fmt.Errorf("media type %.80q: %w: %w: it has at most %d characters, of printable ASCII", s, errdef.ErrInvalidMediaType, ErrInvalid, maxMediaType)
+	}
+	return nil
+}

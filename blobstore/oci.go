@@ -1,0 +1,704 @@
+package blobstore
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"time"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"oras.land/oras-go/v2/content"
+	"oras.land/oras-go/v2/errdef"
+
+	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p"
+)
+
+// The methods in this file make a Repository what oras-go calls a target. Their
+// errors match the names of this package and those of oras-go (errdef, content).
+
+// ociError makes an error match what oras-go calls the same.
+type ociError struct {
+	error
+	is []error
+}
+
+func (e *ociError) Unwrap() []error { return e.is }
+
+// toOCI adds oras-go's names to an error.
+func toOCI(err error) error {
+	if err == nil {
+		return nil
+	}
+	e := &ociError{err, []error{err}}
+	for _, n := range []struct{ ours, theirs error }{
+		{ErrNotFound, errdef.ErrNotFound},
+		{ErrMismatch, content.ErrMismatchedDigest},
+	} {
+		if errors.Is(err, n.ours) && !errors.Is(err, n.theirs) {
+			e.is = append(e.is, n.theirs)
+		}
+	}
+	if len(e.is) == 1 {
+		return err
+	}
+	return e
+}
+
+// checkTarget reports a descriptor that can't be one of content.
+func checkTarget(d ocispec.Descriptor) error {
+	if _, err := digest.Parse(string(d.Digest)); err != nil {
+		return fmt.Errorf("%w: %w", errdef.ErrInvalidDigest, err)
+	}
+	return nil
+}
+
+// parseReference reads a reference: a tag, which is a cache ID, or a digest.
+func parseReference(reference string) (digest.CID, error) {
+	if reference == "" {
+		return digest.CID{}, fmt.Errorf("reference: %w: %w: pass a tag or a digest", errdef.ErrMissingReference, ErrInvalid)
+	}
+	cid, err := digest.ParseCID(reference)
+	if err != nil {
+		return digest.CID{}, fmt.Errorf("%w: %w", errdef.ErrInvalidReference, err)
+	}
+	return cid, nil
+}
+
+// descriptorOf describes a task as OCI does.
+func descriptorOf(info p2p.Info) ocispec.Descriptor {
+	d := ocispec.Descriptor{MediaType: info.MediaType, Digest: info.Task.Digest, Size: info.Size}
+	if d.MediaType == "" {
+		d.MediaType = blobMediaType
+	}
+	return d
+}
+
+// Exists implements [content.ReadOnlyStorage]. Content is what its digest says:
+// the size of target has no say in it, nor has its media type, but for one
+// thing. A manifest is there where it was stored as one: it then holds what it
+// refers to, as whoever skips a copy of it expects.
+//
+// Content of which is known that it is damaged is not there, so that it is
+// pushed again.
+func (r *Repository) Exists(ctx context.Context, target ocispec.Descriptor) (bool, error) {
+	if err := checkTarget(target); err != nil {
+		return false, err
+	}
+	info, err := r.engine.Stat(ctx, r.tag, digest.FromDigest(target.Digest), p2p.StatOptions{})
+	switch {
+	case errors.Is(err, ErrNotFound), errors.Is(err, ErrCorrupt):
+		return false, nil
+	case err != nil:
+		return false, err
+	}
+	return info.IsManifest || !isManifestType(target.MediaType), nil
+}
+
+// Fetch implements [content.Fetcher]. What it returns is a [*Reader], which
+// seeks, reads anywhere, and verifies what it hands out. The error matches
+// [errdef.ErrNotFound] where the content is not there.
+func (r *Repository) Fetch(ctx context.Context, target ocispec.Descriptor) (io.ReadCloser, error) {
+	if err := checkTarget(target); err != nil {
+		return nil, err
+	}
+	blob, err := r.engine.Open(ctx, r.task(target.Digest), p2p.Network)
+	if err != nil {
+		return nil, toOCI(fmt.Errorf("fetch: %w", err))
+	}
+	return newReader(blob, File{CID: target.Digest.String(), Tag: r.tag, Digest: target.Digest, Size: blob.Size()}), nil
+}
+
+// FetchReference implements [oras.land/oras-go/v2/registry.ReferenceFetcher].
+func (r *Repository) FetchReference(ctx context.Context, reference string) (ocispec.Descriptor, io.ReadCloser, error) {
+	for attempt := 1; ; attempt++ {
+		target, err := r.Resolve(ctx, reference)
+		if err != nil {
+			return ocispec.Descriptor{}, nil, err
+		}
+		content, err := r.Fetch(ctx, target)
+		// Where the reference has been moved meanwhile, there is another one.
+		if errors.Is(err, ErrNotFound) && attempt < findAttempts {
+			continue
+		}
+		return target, content, err
+	}
+}
+
+// Resolve implements [content.Resolver]: reference is a tag or a digest, of a
+// manifest or any other content.
+func (r *Repository) Resolve(ctx context.Context, reference string) (ocispec.Descriptor, error) {
+	cid, err := parseReference(reference)
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	info, err := r.engine.Stat(ctx, r.tag, cid, p2p.StatOptions{})
+	if err != nil {
+		return ocispec.Descriptor{}, toOCI(fmt.Errorf("resolve: %w", err))
+	}
+	return descriptorOf(info), nil
+}
+
+// Push implements [content.Pusher]: it stores what src has, which has to be as
+// expected says, and returns when it is durable.
+//
+// Where the content is there already, Push reads nothing and the error matches
+// [errdef.ErrAlreadyExists]. What is too short fails with
+// [io.ErrUnexpectedEOF], what is too long with [content.ErrTrailingData], what
+// has another digest with [content.ErrMismatchedDigest]; then, and when ctx
+// ends, nothing is stored. Of concurrent pushes of the same content each ends
+// with nil or ErrAlreadyExists.
+//
+// Content with the media type of a manifest is one: it holds what it refers to,
+// which may come later. Other content is kept until a manifest refers to it,
+// and then for as long as one does.
+func (r *Repository) Push(ctx context.Context, expected ocispec.Descriptor, src io.Reader) error {
+	if err := checkTarget(expected); err != nil {
+		return err
+	}
+	switch exists, err := r.Exists(ctx, expected); {
+	case err != nil:
+		return fmt.Errorf("push: %w", err)
+	case exists:
+		return fmt.Errorf("push: %s: %w", expected.Digest, errdef.ErrAlreadyExists)
+	}
+	if err := r.push(ctx, expected, src, nil); err != nil {
+		return toOCI(fmt.Errorf("push: %w", err))
+	}
+	return nil
+}
+
+// PushReference implements [oras.land/oras-go/v2/registry.ReferencePusher]: it
+// stores a manifest and tags it, in one step. A manifest that is there already
+// is only tagged. With its own digest as reference it gets no tag.
+func (r *Repository) PushReference(ctx context.Context, expected ocispec.Descriptor, src io.Reader, reference string) error {
+	if err := checkTarget(expected); err != nil {
+		return err
+	}
+	names, err := r.names(expected.Digest, reference)
+	if err != nil {
+		return err
+	}
+	exists, err := r.Exists(ctx, expected)
+	if err != nil {
+		return fmt.Errorf("push: %w", err)
+	}
+	if exists {
+		err = r.Tag(ctx, expected, reference)
+	}
+	if !exists || errors.Is(err, ErrNotFound) { // or it has been deleted just now
+		err = r.push(ctx, expected, src, names)
+	}
+	if err != nil {
+		return toOCI(fmt.Errorf("push: %w", err))
+	}
+	return nil
+}
+
+// names makes names of references, which point to nothing yet. Each has to be a
+// tag, or d, the digest of the content that it is for, which goes without a name.
+func (r *Repository) names(d digest.Digest, references ...string) ([]p2p.NewName, error) {
+	var names []p2p.NewName
+	for _, reference := range references {
+		cid, err := parseReference(reference)
+		switch {
+		case err != nil:
+			return nil, err
+		case cid.CacheID() != "":
+			names = append(names, p2p.NewName{Tag: r.tag, Name: reference, KeepOld: true})
+		case cid.Digest() != d:
+			return nil, fmt.Errorf("reference %s: %w: %w: it is a digest, want a tag", reference, errdef.ErrInvalidReference, ErrInvalid)
+		}
+	}
+	return names, nil
+}
+
+// push stores content and points names to it.
+func (r *Repository) push(ctx context.Context, expected ocispec.Descriptor, src io.Reader, names []p2p.NewName) error {
+	if expected.Size < 0 {
+		return fmt.Errorf("%w: %d: %w", content.ErrInvalidDescriptorSize, expected.Size, ErrInvalid)
+	}
+	if err := checkMediaType(expected.MediaType); err != nil {
+		return err
+	}
+	if isManifestType(expected.MediaType) {
+		if expected.Size > MaxManifest {
+			return fmt.Errorf("manifest %s: %w: %w: it has %d bytes, the limit is %d", expected.Digest, errdef.ErrSizeExceedsLimit, ErrInvalid, expected.Size, MaxManifest)
+		}
+		data, err := readAll(ctx, sized(src, expected.Size), expected.Size)
+		if err != nil {
+			return err
+		}
+		_, err = r.pushManifest(ctx, data, manifestPush{mediaType: expected.MediaType, want: expected.Digest, names: names})
+		return err
+	}
+	in, err := r.engine.Ingest(ctx)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	if _, err := in.Add(sized(src, expected.Size), p2p.AddOptions{Want: expected.Digest}); err != nil {
+		return err
+	}
+	return in.Commit(r.blobCommit(expected.Digest, expected.MediaType, names))
+}
+
+// blobCommit makes content visible that is no manifest.
+func (r *Repository) blobCommit(d digest.Digest, mediaType string, names []p2p.NewName) p2p.Commit {
+	if mediaType == "" {
+		mediaType = blobMediaType
+	}
+	for i := range names {
+		names[i].Digest = d
+	}
+	return p2p.Commit{
+		Tasks: []p2p.NewTask{{Task: r.task(d), MediaType: mediaType, Keep: p2p.KeepLoose}},
+		Names: names,
+	}
+}
+
+// readAll reads src, which has size bytes. A Read that blocks does not keep it
+// from returning when ctx ends.
+func readAll(ctx context.Context, src io.Reader, size int64) ([]byte, error) {
+	if d, ok := src.(interface{ SetReadDeadline(time.Time) error }); ok {
+		defer context.AfterFunc(ctx, func() { d.SetReadDeadline(time.Unix(1, 0)) })()
+		data, err := readSized(src, size)
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+		return data, err
+	}
+	type result struct {
+		data []byte
+		err  error
+	}
+	done := make(chan result, 1)
+	go func() {
+		data, err := readSized(src, size)
+		done <- result{data, err}
+	}()
+	select {
+	case r := <-done:
+		return r.data, r.err
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+}
+
+func readSized(src io.Reader, size int64) ([]byte, error) {
+	data := bytes.NewBuffer(make([]byte, 0, size+bytes.MinRead))
+	_, err := data.ReadFrom(src)
+	return data.Bytes(), err
+}
+
+// sizedReader reads from src, which has to have just so many bytes.
+type sizedReader struct {
+	src  io.Reader
+	left int64
+	err  error
+}
+
+// interruptibleReader is a sizedReader whose Read can be interrupted.
+type interruptibleReader struct {
+	*sizedReader
+	deadline interface{ SetReadDeadline(time.Time) error }
+}
+
+func (r interruptibleReader) SetReadDeadline(t time.Time) error {
+	return r.deadline.SetReadDeadline(t)
+}
+
+// sized returns a reader of src that fails with [io.ErrUnexpectedEOF] where src
+// is shorter than size, and with [content.ErrTrailingData] where it is longer.
+func sized(src io.Reader, size int64) io.Reader {
+	s := &sizedReader{src: src, left: size}
+	if d, ok := src.(interface{ SetReadDeadline(time.Time) error }); ok {
+		return interruptibleReader{s, d}
+	}
+	return s
+}
+
+func (r *sizedReader) Read(p []byte) (int, error) {
+	if r.err != nil {
+		return 0, r.err
+	}
+	if len(p) == 0 {
+		return 0, nil
+	}
+	if r.left == 0 {
+		var one [1]byte
+		n, err := io.ReadFull(r.src, one[:])
+		if n > 0 {
+			err = content.ErrTrailingData
+		}
+		r.err = err
+		return 0, err
+	}
+	n, err := r.src.Read(p[:min(int64(len(p)), r.left)])
+	r.left -= int64(n)
+	if errors.Is(err, io.EOF) {
+		// Whether there is nothing after the last byte is for the next Read.
+		if err = nil; r.left > 0 {
+			err = io.ErrUnexpectedEOF
+		}
+	}
+	r.err = err
+	return n, err
+}
+
+// Tag implements [content.Tagger]: it points the tag reference to content that
+// is there, or fails with [errdef.ErrNotFound]. What the tag pointed to before
+// stays. Content has its own digest for a tag without that.
+func (r *Repository) Tag(ctx context.Context, desc ocispec.Descriptor, reference string) error {
+	if err := checkTarget(desc); err != nil {
+		return err
+	}
+	names, err := r.names(desc.Digest, reference)
+	if err != nil {
+		return err
+	}
+	if len(names) == 0 {
+		_, err = r.engine.Stat(ctx, r.tag, digest.FromDigest(desc.Digest), p2p.StatOptions{})
+	} else {
+		err = r.tagAll(ctx, desc.Digest, names)
+	}
+	if err != nil {
+		return toOCI(fmt.Errorf("tag: %w", err))
+	}
+	return nil
+}
+
+// tagAll points names to what is there under d.
+func (r *Repository) tagAll(ctx context.Context, d digest.Digest, names []p2p.NewName) error {
+	for i := range names {
+		names[i].Digest = d
+	}
+	in, err := r.engine.Ingest(ctx)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	return in.Commit(p2p.Commit{Names: names})
+}
+
+// Untag implements [content.Untagger]: it removes the tag. What it pointed to
+// stays.
+func (r *Repository) Untag(ctx context.Context, reference string) error {
+	if _, err := r.names("", reference); err != nil {
+		return err
+	}
+	cid, err := parseReference(reference)
+	if err == nil {
+		_, err = r.engine.Delete(ctx, r.tag, cid, p2p.DeleteOptions{NameOnly: true})
+	}
+	if err != nil {
+		return toOCI(fmt.Errorf("untag: %w", err))
+	}
+	return nil
+}
+
+// Delete implements [content.Deleter]: it removes content, the tags that point
+// to it, and what only it held, its referrers too. Where a manifest refers to
+// it, the error matches [ErrReferenced].
+func (r *Repository) Delete(ctx context.Context, target ocispec.Descriptor) error {
+	if err := checkTarget(target); err != nil {
+		return err
+	}
+	if _, err := r.engine.Delete(ctx, r.tag, digest.FromDigest(target.Digest), p2p.DeleteOptions{}); err != nil {
+		return toOCI(fmt.Errorf("delete: %w", err))
+	}
+	return nil
+}
+
+// Predecessors implements [content.PredecessorFinder]: it returns the manifests
+// that refer to node, or have it as their subject, in no particular order.
+func (r *Repository) Predecessors(ctx context.Context, node ocispec.Descriptor) ([]ocispec.Descriptor, error) {
+	if checkTarget(node) != nil {
+		return nil, nil // nothing can refer to it
+	}
+	var found []ocispec.Descriptor
+	for entry, err := range r.engine.List(ctx, p2p.Query{Tag: &r.tag, RefersTo: node.Digest}) {
+		if err != nil {
+			return nil, fmt.Errorf("predecessors of %s: %w", node.Digest, err)
+		}
+		found = append(found, descriptorOf(entry.Info))
+	}
+	return found, nil
+}
+
+// referrersPage is the number of referrers that are given at once.
+const referrersPage = 256
+
+// Referrers implements [oras.land/oras-go/v2/registry.ReferrerLister]: it calls
+// fn with the manifests whose subject is desc, with their artifact type and
+// annotations, in order of digest, of one artifact type where that is not "".
+// The subject need not be there.
+func (r *Repository) Referrers(ctx context.Context, desc ocispec.Descriptor, artifactType string, fn func(referrers []ocispec.Descriptor) error) error {
+	if err := checkTarget(desc); err != nil {
+		return err
+	}
+	candidates, err := r.Predecessors(ctx, desc)
+	if err != nil {
+		return err
+	}
+	slices.SortFunc(candidates, func(a, b ocispec.Descriptor) int { return bytes.Compare([]byte(a.Digest), []byte(b.Digest)) })
+	var page []ocispec.Descriptor
+	for _, d := range candidates {
+		m, err := r.Manifest(ctx, d.Digest.String())
+		if errors.Is(err, ErrNotFound) {
+			continue // deleted just now
+		}
+		if err != nil {
+			return err
+		}
+		parsed, err := parseManifest(m.Content)
+		if err != nil {
+			return err
+		}
+		d.ArtifactType, d.Annotations = parsed.artifactType(), parsed.Annotations
+		if m.Subject != desc.Digest || artifactType != "" && d.ArtifactType != artifactType {
+			continue
+		}
+		if page = append(page, d); len(page) == referrersPage {
+			if err := fn(page); err != nil {
+				return err
+			}
+			page = nil
+		}
+	}
+	if len(page) == 0 {
+		return nil
+	}
+	return fn(page)
+}
+
+// tagsPage is the number of tags that are given at once.
+const tagsPage = 1000
+
+// Tags implements [oras.land/oras-go/v2/registry.TagLister]: it calls fn with
+// the repository's tags that sort after last, in order. An error of fn ends it.
+func (r *Repository) Tags(ctx context.Context, last string, fn func(tags []string) error) error {
+	return pages(r.engine.List(ctx, p2p.Query{Tag: &r.tag, Kind: p2p.KindNames, After: last}),
+		func(e p2p.Entry) string { return e.Name }, fn)
+}
+
+// Repositories calls fn with the tags of all repositories that hold something
+// and that sort after last, in order. An error of fn ends it.
+func (s *Store) Repositories(ctx context.Context, last string, fn func(tags []string) error) error {
+	return pages(s.engine.List(ctx, p2p.Query{Kind: p2p.KindTags, After: last}),
+		func(e p2p.Entry) string { return e.Task.Tag }, fn)
+}
+
+// pages calls fn with what text says of entries, page by page.
+func pages(entries func(func(p2p.Entry, error) bool), text func(p2p.Entry) string, fn func([]string) error) error {
+	var page []string
+	for entry, err := range entries {
+		if err != nil {
+			return err
+		}
+		if page = append(page, text(entry)); len(page) == tagsPage {
+			if err := fn(page); err != nil {
+				return err
+			}
+			page = nil
+		}
+	}
+	if len(page) == 0 {
+		return nil
+	}
+	return fn(page)
+}
+
+// Mount implements [oras.land/oras-go/v2/registry.Mounter]: it makes content of
+// another repository part of this one, without a copy. Where that does not hold
+// it, what getContent returns is pushed, or, without getContent, the error
+// matches [errdef.ErrNotFound]. fromRepo is named as a registry does:
+// [p2p.DefaultRepository] is that of the empty tag.
+func (r *Repository) Mount(ctx context.Context, desc ocispec.Descriptor, fromRepo string, getContent func() (io.ReadCloser, error)) error {
+	if err := checkTarget(desc); err != nil {
+		return err
+	}
+	err := r.mount(ctx, desc.Digest, fromRepo)
+	if errors.Is(err, ErrNotFound) && getContent != nil {
+		var src io.ReadCloser
+		if src, err = getContent(); err == nil {
+			defer src.Close()
+			if err = r.Push(ctx, desc, src); errors.Is(err, errdef.ErrAlreadyExists) {
+				err = nil
+			}
+		}
+	}
+	if err != nil {
+		return toOCI(fmt.Errorf("mount: %w", err))
+	}
+	return nil
+}
+
+func (r *Repository) mount(ctx context.Context, d digest.Digest, fromRepo string) error {
+	tag, err := TagOf(fromRepo)
+	if err != nil {
+		return err
+	}
+	// Until the commit the blob is held by the ingest, whoever deletes it.
+	from := &Repository{engine: r.engine, tag: tag}
+	info, err := r.engine.Stat(ctx, from.tag, digest.FromDigest(d), p2p.StatOptions{})
+	if err != nil {
+		return err
+	}
+	if info.IsManifest {
+		// It has to be known what it refers to.
+		m, err := from.Manifest(ctx, d.String())
+		if err == nil {
+			_, err = r.pushManifest(ctx, m.Content, manifestPush{mediaType: m.MediaType, want: d})
+		}
+		return err
+	}
+	in, err := r.engine.Ingest(ctx)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	return in.Commit(r.blobCommit(d, info.MediaType, nil))
+}
+
+// TagOf returns the tag of the repository that a registry calls name. Errors
+// match [ErrInvalid].
+func TagOf(name string) (string, error) {
+	switch name {
+	case p2p.DefaultRepository:
+		return "", nil
+	case "":
+		return "", fmt.Errorf("repository name: %w: it is empty", ErrInvalid)
+	}
+	return name, p2p.ValidateTag(name)
+}
+
+// RepositoryName returns what a registry calls the repository of a tag.
+func RepositoryName(tag string) string {
+	if tag == "" {
+		return p2p.DefaultRepository
+	}
+	return tag
+}
+
+// Manifest is a manifest with its content.
+type Manifest struct {
+	ocispec.Descriptor
+	Content []byte
+	Subject digest.Digest // of the manifest it is about, or ""
+}
+
+// Manifest returns the manifest that reference, a tag or a digest, names. Other
+// content is none: the error matches [ErrNotFound].
+func (r *Repository) Manifest(ctx context.Context, reference string) (Manifest, error) {
+	cid, err := parseReference(reference)
+	if err != nil {
+		return Manifest{}, err
+	}
+	info, err := r.engine.Stat(ctx, r.tag, cid, p2p.StatOptions{Manifest: true})
+	if err == nil && info.Manifest == nil {
+		err = fmt.Errorf("%s is not a manifest: %w", p2p.Describe(r.tag, cid), ErrNotFound)
+	}
+	if err != nil {
+		return Manifest{}, toOCI(err)
+	}
+	m := Manifest{Descriptor: descriptorOf(info), Content: info.Manifest.Content}
+	if parsed, err := parseManifest(m.Content); err == nil {
+		m.ArtifactType, m.Annotations = parsed.artifactType(), parsed.Annotations
+		if parsed.Subject != nil {
+			m.Subject = parsed.Subject.Digest
+		}
+	}
+	return m, nil
+}
+
+// ManifestOptions says how to push a manifest.
+type ManifestOptions struct {
+	// MediaType is the type as the client gives it; parameters are dropped.
+	// By default it is what the manifest says of itself.
+	MediaType string
+	// Digest is what the content has to match, or "" for its sha256.
+	Digest digest.Digest
+	// Tags are to point to the manifest.
+	Tags []string
+	// CheckRefs refuses the manifest, with [ErrMissingRef], where it refers to
+	// what the repository does not hold; its subject and layers that are not
+	// for distribution may be missing.
+	CheckRefs bool
+}
+
+// PushManifest stores a manifest and points tags to it, in one step, and
+// returns when that is durable. What is there already is only tagged. The error
+// matches [ErrInvalid] where content is not a manifest, also
+// [errdef.ErrSizeExceedsLimit] where it is larger than [MaxManifest], and
+// [ErrMismatch] where it is another one than wanted.
+func (r *Repository) PushManifest(ctx context.Context, content []byte, opts ManifestOptions) (Manifest, error) {
+	names, err := r.names("", opts.Tags...)
+	if err != nil {
+		return Manifest{}, err
+	}
+	if opts.Digest != "" {
+		if err := checkTarget(ocispec.Descriptor{Digest: opts.Digest}); err != nil {
+			return Manifest{}, err
+		}
+	}
+	m, err := r.pushManifest(ctx, content, manifestPush{mediaType: opts.MediaType, want: opts.Digest, names: names, check: opts.CheckRefs})
+	if err != nil {
+		return Manifest{}, toOCI(fmt.Errorf("push: %w", err))
+	}
+	return m, nil
+}
+
+// manifestPush says how to push a manifest.
+type manifestPush struct {
+	mediaType string
+	want      digest.Digest // "" is sha256
+	names     []p2p.NewName // to point to it
+	check     bool          // whether what it refers to has to be there
+}
+
+func (r *Repository) pushManifest(ctx context.Context, data []byte, push manifestPush) (Manifest, error) {
+	if len(data) > MaxManifest {
+		return Manifest{}, fmt.Errorf("manifest: %w: %w: it has %d bytes, the limit is %d", errdef.ErrSizeExceedsLimit, ErrInvalid, len(data), MaxManifest)
+	}
+	in, err := r.engine.Ingest(ctx)
+	if err != nil {
+		return Manifest{}, err
+	}
+	defer in.Close()
+	// The digest first: a client has to hear that it sent something else.
+	added, err := in.Add(bytes.NewReader(data), p2p.AddOptions{Want: push.want})
+	if err != nil {
+		return Manifest{}, err
+	}
+	parsed, err := parseManifest(data)
+	if err != nil {
+		return Manifest{}, err
+	}
+	mediaType, err := parsed.mediaTypeOf(push.mediaType)
+	if err != nil {
+		return Manifest{}, err
+	}
+	refs := parsed.refs(push.check)
+	for i := range push.names {
+		push.names[i].Digest = added.Digest
+	}
+	err = in.Commit(p2p.Commit{
+		Tasks: []p2p.NewTask{{Task: r.task(added.Digest), MediaType: mediaType, Keep: p2p.KeepLoose, Manifest: refs}},
+		Names: push.names,
+	})
+	if err != nil {
+		return Manifest{}, err
+	}
+	return Manifest{
+		Descriptor: ocispec.Descriptor{
+			MediaType: mediaType, Digest: added.Digest, Size: added.Size,
+			ArtifactType: parsed.artifactType(), Annotations: parsed.Annotations,
+		},
+		Content: data,
+		Subject: refs.Subject,
+	}, nil
+}

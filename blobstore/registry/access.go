@@ -1,0 +1,455 @@
+package registry
+
+import (
+	"context"
+	"crypto/hmac"
+	"crypto/rand"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/crypto/bcrypt"
+
+	"github.com/dfcache/dfcache/digest"
+)
+
+// Who says who has a right: anyone, all users of a password file, which is the
+// zero value, or some of them.
+type Who struct {
+	anyone bool
+	names  []string // of users; all of them where it is empty
+}
+
+// Anyone needs no password.
+var Anyone = Who{anyone: true}
+
+// Users are all users of the password file.
+var Users = Who{}
+
+// ParseWho reads "anyone", "users", or names of users with commas between
+// them. The error matches [digest.ErrInvalid].
+func ParseWho(s string) (Who, error) {
+	switch s {
+	case "anyone":
+		return Anyone, nil
+	case "users":
+		return Users, nil
+	}
+	var w Who
+	for name := range strings.SplitSeq(s, ",") {
+		name = strings.TrimSpace(name)
+		switch {
+		case name == "" || strings.Contains(name, ":"):
+			return Who{}, fmt.Errorf("%w: %q is no name of a user: want anyone, users, or names with commas between them", digest.ErrInvalid, name)
+		case name == "anyone" || name == "users":
+			return Who{}, fmt.Errorf("%w: %q stands alone, not in a list of names", digest.ErrInvalid, name)
+		}
+		w.names = append(w.names, name)
+	}
+	return w, nil
+}
+
+// Anyone reports whether no password is needed.
+func (w Who) Anyone() bool { return w.anyone }
+
+// String returns what [ParseWho] reads.
+func (w Who) String() string {
+	switch {
+	case w.anyone:
+		return "anyone"
+	case len(w.names) == 0:
+		return "users"
+	}
+	return strings.Join(w.names, ",")
+}
+
+// has reports whether a user of the password file has the right.
+func (w Who) has(user string) bool {
+	return w.anyone || len(w.names) == 0 || slices.Contains(w.names, user)
+}
+
+// AccessOptions says who may do what.
+type AccessOptions struct {
+	// Htpasswd is the path of a password file: lines of a user, a colon, and
+	// the password's bcrypt hash ($2y$, $2a$ or $2b$), as htpasswd -B writes
+	// them. Empty lines and those that begin with # are skipped. The file has
+	// 1 MiB at most. "" is none: then nobody can log in.
+	Htpasswd string
+	// Read is who may GET and HEAD. Who may write may read, too.
+	Read Who
+	// Write is who may do everything else.
+	Write Who
+	// LocalOnly refuses requests to other hosts than localhost and loopback
+	// addresses. Where no password protects a registry that this host alone
+	// can reach, it keeps out web pages: one of them can give its own host
+	// name the address 127.0.0.1, and the browser then takes the registry for
+	// part of the page (DNS rebinding).
+	LocalOnly bool
+	// Log gets failed logins and what becomes of a changed password file. The
+	// default is to be silent.
+	Log *slog.Logger
+}
+
+// Access is the access control of a registry: basic authentication (RFC 7617)
+// against a password file, with separate rights to read and to write. It is
+// safe for concurrent use.
+//
+// The password file is read again when it has changed, at most once a second.
+// Where that fails, what was read before stays, and the failure is logged.
+//
+// Wrong passwords are limited for each remote address, which for IPv6 is a /64
+// network: twenty at once, and one every three seconds after that.
+type Access struct {
+	path        string
+	read, write Who
+	localOnly   bool
+	log         *slog.Logger
+	now         func() time.Time
+
+	key    []byte        // of the passwords that are remembered
+	hashes chan struct{} // holds a value for each password that is being hashed
+	wrong  limiter
+
+	mu        sync.Mutex // guards what follows
+	passwords *passwords
+	looked    time.Time // when the file was last looked at
+	failed    string    // why the file could not be read again, as logged
+}
+
+// codeUnauthorized is the error code of the OCI distribution specification.
+const codeUnauthorized = "UNAUTHORIZED"
+
+const (
+	// lookInterval is the least time between two looks at the password file.
+	lookInterval = time.Second
+	// refuseTimeout is how long a client can take to receive an answer that
+	// refuses something.
+	refuseTimeout = 10 * time.Second
+	// maxLoggedName bounds, in bytes, what is logged of a name that a client sent.
+	maxLoggedName = 128
+)
+
+// NewAccess reads the password file. It fails with an error that matches
+// [digest.ErrInvalid] where a line of the file is no user with a bcrypt hash,
+// where there is no file and a right needs a password, or where anyone may
+// write but not read.
+func NewAccess(o AccessOptions) (*Access, error) {
+	a := &Access{path: o.Htpasswd, read: o.Read, write: o.Write, localOnly: o.LocalOnly, log: o.Log, now: time.Now}
+	if a.log == nil {
+		a.log = slog.New(slog.DiscardHandler)
+	}
+	if a.write.anyone && !a.read.anyone {
+		return nil, fmt.Errorf("%w: who may write may read, too: let anyone read where anyone may write", digest.ErrInvalid)
+	}
+	if a.path == "" {
+		if !a.read.anyone || !a.write.anyone {
+			return nil, fmt.Errorf("%w: read is for %s and write for %s, but without a password file nobody can log in", digest.ErrInvalid, a.read, a.write)
+		}
+		return a, nil
+	}
+	var err error
+	if a.passwords, err = readPasswords(a.path); err != nil {
+		return nil, err
+	}
+	for _, name := range slices.Concat(a.read.names, a.write.names) {
+		if a.passwords.users[name] == nil {
+			a.log.Warn("a user with rights is not in the password file", "user", name, "file", a.path)
+		}
+	}
+	a.looked = a.now()
+	a.key = make([]byte, sha256.Size)
+	rand.Read(a.key) // never fails
+	// Half of the processors are left to those who are logged in.
+	a.hashes = make(chan struct{}, max(1, runtime.GOMAXPROCS(0)/2))
+	return a, nil
+}
+
+// Wrap returns a handler that hands to next what its sender has the right to,
+// and answers the rest itself:
+//
+//   - 401 and UNAUTHORIZED, with a challenge, where a login is needed, and where
+//     one was sent that is wrong, needed or not
+//   - 403 and DENIED where the user lacks the right
+//   - 421 and DENIED where the request is to another host, and only local ones
+//     are answered
+//   - 429 and TOOMANYREQUESTS, with Retry-After, where too many wrong
+//     passwords came from the same address
+//
+// Without a password file logins are not looked at.
+//
+// "GET /v2/" asks for a login where any right needs one, even where anyone may
+// read: Docker, Podman, skopeo and CRI-O send passwords only to registries that
+// ask for them there. Of those that have none, all but Docker's classic image
+// store read on regardless. An empty name with an empty password is no login:
+// that is what Podman, skopeo and CRI-O send then.
+func (a *Access) Wrap(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if p := a.check(r); p != nil {
+			refuse(w, r, p)
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// check returns why a request gets no further, or nil.
+func (a *Access) check(r *http.Request) *problem {
+	if a.localOnly && !isLocal(r.Host) {
+		return newProblem(http.StatusMisdirectedRequest, codeDenied, "this registry answers only requests to localhost or a loopback address")
+	}
+	if a.path == "" {
+		return nil
+	}
+	name, password, sent := r.BasicAuth()
+	if r.Header.Get("Authorization") == "" || sent && name == "" && password == "" {
+		if a.needsLogin(r) {
+			return challenge("a login is needed")
+		}
+		return nil
+	}
+	if !sent {
+		return challenge("want a login with basic authentication")
+	}
+	switch wait, err := a.login(r, name, password); {
+	case errors.Is(err, errLimited):
+		return newProblem(http.StatusTooManyRequests, codeTooManyRequests, "too many failed logins from this address: wait, then try again").
+			with("Retry-After", strconv.Itoa(int(math.Ceil(wait.Seconds()))))
+	case err != nil: // or the sender has gone
+		return challenge("the user or the password is wrong")
+	case a.write.has(name) || isRead(r) && a.read.has(name):
+		return nil
+	default:
+		a.log.Info("denied", "user", name, "method", r.Method, "path", r.URL.Path)
+		return newProblem(http.StatusForbidden, codeDenied, "this user has no right to do that")
+	}
+}
+
+// isLocal reports whether a Host header names this host as such.
+func isLocal(host string) bool {
+	if name, _, err := net.SplitHostPort(host); err == nil {
+		host = name
+	}
+	host = strings.ToLower(strings.TrimSuffix(host, "."))
+	if host == "localhost" || strings.HasSuffix(host, ".localhost") { // RFC 6761
+		return true
+	}
+	ip, err := netip.ParseAddr(strings.Trim(host, "[]"))
+	return err == nil && ip.Unmap().IsLoopback()
+}
+
+func isRead(r *http.Request) bool { return r.Method == http.MethodGet || r.Method == http.MethodHead }
+
+// needsLogin reports whether the request is refused to who has not logged in.
+func (a *Access) needsLogin(r *http.Request) bool {
+	if isRead(r) && r.URL.Path != "/v2/" && r.URL.Path != "/v2" {
+		return !a.read.anyone
+	}
+	return !a.write.anyone
+}
+
+var (
+	errWrong   = errors.New("wrong user or password")
+	errLimited = errors.New("too many failed logins")
+)
+
+// login checks a password. It fails with errWrong, with errLimited and how long
+// to wait, or because the request's context has ended.
+func (a *Access) login(r *http.Request, name, password string) (wait time.Duration, err error) {
+	ctx, from := r.Context(), remote(r)
+	user, known := a.current().find(name)
+	if user.remembers(a.key, password) {
+		return 0, nil
+	}
+	if wait = a.wrong.full(from, a.now()); wait > 0 {
+		return wait, errLimited
+	}
+	select {
+	case a.hashes <- struct{}{}:
+		defer func() { <-a.hashes }()
+	case <-ctx.Done():
+		return 0, context.Cause(ctx)
+	}
+	// A client sends many requests at once: the one before may have been the
+	// same. Only now the attempt counts, or the right password, sent often,
+	// would be too much.
+	if user.remembers(a.key, password) {
+		return 0, nil
+	}
+	if wait = a.wrong.add(from, a.now()); wait > 0 {
+		return wait, errLimited
+	}
+	// A user that is not known takes the time of one that is.
+	if err := bcrypt.CompareHashAndPassword(user.hash, []byte(password)); err != nil || !known {
+		a.log.Warn("login failed", "user", name[:min(len(name), maxLoggedName)], "remote", r.RemoteAddr)
+		return 0, errWrong
+	}
+	a.wrong.takeBack(from)
+	user.remember(a.key, password)
+	return 0, nil
+}
+
+// current returns the passwords of the file as it is, or as it was last good.
+func (a *Access) current() *passwords {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	now := a.now()
+	if now.Sub(a.looked) < lookInterval {
+		return a.passwords
+	}
+	a.looked = now
+	info, err := os.Stat(a.path)
+	if err == nil && a.passwords.isOf(info) {
+		a.failed = ""
+		return a.passwords
+	}
+	var changed *passwords
+	if err == nil {
+		changed, err = readPasswords(a.path)
+	}
+	if err != nil {
+		if err.Error() != a.failed {
+			a.failed = err.Error()
+			a.log.Error("the password file can't be read again: the passwords before stay", "error", a.failed)
+		}
+		return a.passwords
+	}
+	changed.keep(a.passwords)
+	a.passwords, a.failed = changed, ""
+	a.log.Info("read the password file again", "file", a.path, "users", len(changed.users))
+	return changed
+}
+
+// remote returns the network that a request comes from, as far as it can be
+// taken for one sender. What is not known is one, too.
+func remote(r *http.Request) netip.Prefix {
+	address, err := netip.ParseAddrPort(r.RemoteAddr)
+	if err != nil {
+		return netip.Prefix{}
+	}
+	ip := address.Addr().Unmap()
+	bits := 64
+	if ip.Is4() {
+		bits = 32
+	}
+	prefix, _ := ip.WithZone("").Prefix(bits) // they are in range
+	return prefix
+}
+
+// challenge is the answer that asks for a login.
+func challenge(message string) *problem {
+	return newProblem(http.StatusUnauthorized, codeUnauthorized, "%s", message).with("WWW-Authenticate", `Basic realm="dfcache"`)
+}
+
+// refuse answers a request that gets no further.
+func refuse(hw http.ResponseWriter, r *http.Request, p *problem) {
+	control := http.NewResponseController(hw)
+	if r.ContentLength != 0 {
+		// net/http reads some of a body that is refused.
+		control.SetReadDeadline(time.Now().Add(refuseTimeout))
+	}
+	hw.Header().Set("Docker-Distribution-API-Version", "registry/2.0")
+	p.send(&response{ResponseWriter: hw, control: control, stall: refuseTimeout, headOnly: r.Method == http.MethodHead})
+}
+
+// limiter counts wrong passwords. Each sender has room for maxWrong, and gets
+// one of them back every wrongInterval.
+type limiter struct {
+	mu      sync.Mutex
+	senders map[netip.Prefix]wrongs
+}
+
+// wrongs is a count at a time. It has decreased since.
+type wrongs struct {
+	count float64
+	at    time.Time
+}
+
+const (
+	maxWrong      = 20
+	wrongInterval = 3 * time.Second
+	// maxSenders bounds the memory. Above it, who was wrong the least goes
+	// free: an attacker with so many addresses is not held up by a limit.
+	maxSenders = 4096
+)
+
+func (w wrongs) now(now time.Time) float64 {
+	return max(0, w.count-now.Sub(w.at).Seconds()/wrongInterval.Seconds())
+}
+
+// full returns how long a sender has to wait until there is room for one more,
+// 0 where there is.
+func (l *limiter) full(from netip.Prefix, now time.Time) time.Duration {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return excess(l.senders[from].now(now))
+}
+
+func excess(count float64) time.Duration {
+	return time.Duration(max(0, count+1-maxWrong) * float64(wrongInterval))
+}
+
+// add counts one, where there is room. Otherwise it returns how long to wait.
+func (l *limiter) add(from netip.Prefix, now time.Time) time.Duration {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	w, known := l.senders[from]
+	count := w.now(now)
+	if wait := excess(count); wait > 0 {
+		return wait
+	}
+	if !known && len(l.senders) >= maxSenders {
+		l.dropOne(now)
+	}
+	if l.senders == nil {
+		l.senders = map[netip.Prefix]wrongs{}
+	}
+	l.senders[from] = wrongs{count + 1, now}
+	return 0
+}
+
+// dropOne drops the sender with the lowest count, and all that are at zero.
+func (l *limiter) dropOne(now time.Time) {
+	var least netip.Prefix
+	lowest := math.Inf(1)
+	for from, w := range l.senders {
+		count := w.now(now)
+		if count == 0 {
+			delete(l.senders, from)
+		}
+		if count < lowest {
+			least, lowest = from, count
+		}
+	}
+	delete(l.senders, least)
+}
+
+// takeBack takes back what add counted.
+func (l *limiter) takeBack(from netip.Prefix) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	w := l.senders[from]
+	if w.count--; w.count <= 0 {
+		delete(l.senders, from)
+	} else {
+		l.senders[from] = w
+	}
+}
+
+// mac binds a password to a key that only this process has.
+func mac(key []byte, password string) [sha256.Size]byte {
+	h := hmac.New(sha256.New, key)
+	h.Write([]byte(password))
+	return [sha256.Size]byte(h.Sum(nil))
+}

@@ -1,0 +1,138 @@
+package registry
+
+import (
+	"net/http"
+	"strconv"
+	"strings"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/dfcache/dfcache/blobstore"
+	"github.com/dfcache/dfcache/digest"
+)
+
+// blobMediaType is the type of all blobs: what they are is said where a
+// manifest refers to them.
+const blobMediaType = "application/octet-stream"
+
+// describe sets the headers that tell of content.
+func (w *response) describe(d ocispec.Descriptor) {
+	h := w.Header()
+	h.Set("Content-Type", d.MediaType)
+	h.Set("Content-Length", strconv.FormatInt(d.Size, 10))
+	h.Set("Docker-Content-Digest", d.Digest.String())
+	h.Set("Etag", etag(d.Digest))
+}
+
+func etag(d digest.Digest) string { return `"` + d.String() + `"` }
+
+// isKnown reports whether the client says, with If-None-Match, that it has the
+// content already, and answers the request if so.
+func (w *response) isKnown(r *request, d digest.Digest) bool {
+	for candidate := range strings.SplitSeq(strings.Join(r.Header.Values("If-None-Match"), ","), ",") {
+		candidate = strings.TrimPrefix(strings.TrimSpace(candidate), "W/")
+		if candidate == "*" || candidate == etag(d) {
+			w.Header().Del("Content-Length")
+			w.WriteHeader(http.StatusNotModified)
+			return true
+		}
+	}
+	return false
+}
+
+// headBlob says whether there is a blob.
+func (h *Handler) headBlob(w *response, r *request) error {
+	d, err := parseDigest(r.reference)
+	if err != nil {
+		return err
+	}
+	found, err := r.repo.Resolve(r.Context(), d.String())
+	if err != nil {
+		return err
+	}
+	found.MediaType = blobMediaType
+	w.describe(found)
+	w.Header().Set("Accept-Ranges", "bytes")
+	if !w.isKnown(r, d) {
+		w.WriteHeader(http.StatusOK)
+	}
+	return nil
+}
+
+// getBlob sends a blob or a range of it.
+func (h *Handler) getBlob(w *response, r *request) error {
+	d, err := parseDigest(r.reference)
+	if err != nil {
+		return err
+	}
+	found := ocispec.Descriptor{MediaType: blobMediaType, Digest: d}
+	opened, err := r.repo.Fetch(r.Context(), found)
+	if err != nil {
+		return err
+	}
+	defer opened.Close()
+	content := opened.(*blobstore.Reader)
+	found.Size = content.Size()
+	w.describe(found)
+	w.Header().Set("Accept-Ranges", "bytes")
+	if w.isKnown(r, d) {
+		return nil
+	}
+	header := r.Header.Get("Range")
+	if match := r.Header.Get("If-Range"); match != "" && match != etag(d) {
+		header = ""
+	}
+	off, n, partial, err := parseRange(header, found.Size)
+	if err != nil {
+		return newProblem(http.StatusRequestedRangeNotSatisfiable, codeSizeInvalid,
+			"range %.80q has nothing of the blob's %d bytes, or is malformed: ask for bytes=<first>-<last>, bytes=<first>- or bytes=-<count>", header, found.Size).
+			with("Content-Range", "bytes */"+strconv.FormatInt(found.Size, 10))
+	}
+	if partial {
+		w.success = http.StatusPartialContent
+		w.Header().Set("Content-Length", strconv.FormatInt(n, 10))
+		w.Header().Set("Content-Range", "bytes "+strconv.FormatInt(off, 10)+"-"+strconv.FormatInt(off+n-1, 10)+"/"+strconv.FormatInt(found.Size, 10))
+	}
+	if err := content.CopyRange(r.Context(), w.writer(r.Request), off, n); err != nil {
+		return err
+	}
+	w.begin() // nothing was written of an empty blob
+	return nil
+}
+
+// deleteBlob removes a blob from the repository.
+func (h *Handler) deleteBlob(w *response, r *request) error {
+	d, err := parseDigest(r.reference)
+	if err != nil {
+		return err
+	}
+	if err := r.repo.Delete(r.Context(), ocispec.Descriptor{Digest: d}); err != nil {
+		return err
+	}
+	r.change, r.digest = "blob deleted", d
+	w.sendEmpty(http.StatusAccepted)
+	return nil
+}
+
+// sendEmpty answers without a body.
+func (w *response) sendEmpty(status int) {
+	if status != http.StatusNoContent {
+		w.Header().Set("Content-Length", "0")
+	}
+	w.WriteHeader(status)
+}
+
+// created answers that content is stored, and where.
+func (w *response) created(path string, d digest.Digest) {
+	w.Header().Set("Location", path)
+	w.Header().Set("Docker-Content-Digest", d.String())
+	w.sendEmpty(http.StatusCreated)
+}
+
+// sendJSON answers with a document.
+func (w *response) sendJSON(mediaType string, document []byte) error {
+	w.Header().Set("Content-Type", mediaType)
+	w.Header().Set("Content-Length", strconv.Itoa(len(document)))
+	_, err := w.Write(document)
+	return err
+}

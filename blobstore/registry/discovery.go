@@ -1,0 +1,224 @@
+package registry
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"net/http"
+	"net/url"
+	"slices"
+	"strconv"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/dfcache/dfcache/blobstore"
+)
+
+const (
+	// maxList is the number of tags or repositories in one answer.
+	maxList = 10_000
+	// maxIndex is the size in bytes of an answer with referrers, unless a
+	// single one is larger: clients read no more.
+	maxIndex = 4 << 20
+)
+
+// defaultName is what a registry calls the repository of the empty tag.
+var defaultName = blobstore.RepositoryName("")
+
+// errEnough ends a list.
+var errEnough = errors.New("enough")
+
+// listSize reads how many entries a client wants.
+func listSize(r *request) (int, error) {
+	query := r.URL.Query()
+	if !query.Has("n") {
+		return maxList, nil
+	}
+	n, ok := parseNumber(query.Get("n"))
+	if !ok {
+		return 0, newProblem(http.StatusBadRequest, codeUnsupported, "n is %.40q: want the number of entries", query.Get("n"))
+	}
+	return int(min(n, maxList)), nil
+}
+
+// collect returns the first n of what list gives page by page, and whether
+// there are more.
+func collect(n int, list func(fn func([]string) error) error) (all []string, more bool, err error) {
+	if n == 0 {
+		return nil, false, nil
+	}
+	err = list(func(page []string) error {
+		all = append(all, page...)
+		if len(all) > n {
+			return errEnough
+		}
+		return nil
+	})
+	if errors.Is(err, errEnough) {
+		return all[:n], true, nil
+	}
+	return all, false, err
+}
+
+// linkNext says where the list goes on.
+func (w *response) linkNext(r *request, query url.Values) {
+	next := url.URL{Path: r.URL.Path, RawQuery: query.Encode()}
+	w.Header().Set("Link", "<"+next.String()+`>; rel="next"`)
+}
+
+func (w *response) linkAfter(r *request, n int, last string) {
+	w.linkNext(r, url.Values{"n": {strconv.Itoa(n)}, "last": {last}})
+}
+
+// tags lists the tags of a repository.
+func (h *Handler) tags(w *response, r *request) error {
+	n, err := listSize(r)
+	if err != nil {
+		return err
+	}
+	last := r.URL.Query().Get("last")
+	tags, more, err := collect(n, func(fn func([]string) error) error { return r.repo.Tags(r.Context(), last, fn) })
+	if err != nil {
+		return err
+	}
+	if len(tags) == 0 {
+		if err := checkHolds(r); err != nil {
+			return err
+		}
+	}
+	if more {
+		w.linkAfter(r, n, tags[n-1])
+	}
+	return w.sendValue(struct {
+		Name string   `json:"name"`
+		Tags []string `json:"tags"`
+	}{r.name, append([]string{}, tags...)})
+}
+
+// checkHolds fails where the repository holds nothing: there is no other way
+// for a registry's client to hear that a name is wrong.
+func checkHolds(r *request) error {
+	for _, err := range r.repo.List(r.Context()) {
+		return err
+	}
+	return newProblem(http.StatusNotFound, codeNameUnknown, "repository %s holds nothing", r.name)
+}
+
+// catalog lists the repositories.
+func (h *Handler) catalog(w *response, r *request) error {
+	n, err := listSize(r)
+	if err != nil {
+		return err
+	}
+	last := r.URL.Query().Get("last")
+	var names []string
+	var more bool
+	if n > 0 {
+		if names, more, err = h.repositories(r.Context(), n, last); err != nil {
+			return err
+		}
+	}
+	if more {
+		w.linkAfter(r, n, names[len(names)-1])
+	}
+	return w.sendValue(struct {
+		Repositories []string `json:"repositories"`
+	}{append([]string{}, names...)})
+}
+
+// repositories returns the names of the first n repositories after last, and
+// whether there are more. The empty tag is the first of all tags, and its name
+// has another place.
+func (h *Handler) repositories(ctx context.Context, n int, last string) (names []string, more bool, err error) {
+	names, more, err = collect(n+1, func(fn func([]string) error) error { return h.store.Repositories(ctx, last, fn) })
+	if err != nil {
+		return nil, false, err
+	}
+	if len(names) > 0 && names[0] == "" {
+		names = names[1:]
+	}
+	if last < defaultName {
+		holds, err := h.defaultHolds(ctx)
+		if err != nil {
+			return nil, false, err
+		}
+		if i, _ := slices.BinarySearch(names, defaultName); holds && (i < len(names) || !more) {
+			names = slices.Insert(names, i, defaultName)
+		}
+	}
+	if len(names) > n {
+		return names[:n], true, nil
+	}
+	return names, more, nil
+}
+
+// defaultHolds reports whether there is something under the empty tag.
+func (h *Handler) defaultHolds(ctx context.Context) (bool, error) {
+	repo, err := h.store.Repository("")
+	if err != nil {
+		return false, err
+	}
+	for _, err := range repo.List(ctx) {
+		return err == nil, err
+	}
+	return false, nil
+}
+
+// referrers lists the manifests whose subject a digest is, as an image index.
+func (h *Handler) referrers(w *response, r *request) error {
+	d, err := parseDigest(r.reference)
+	if err != nil {
+		return err
+	}
+	query := r.URL.Query()
+	artifactType, last := query.Get("artifactType"), query.Get("last")
+	document := bytes.NewBufferString(`{"schemaVersion":2,"mediaType":"` + ocispec.MediaTypeImageIndex + `","manifests":[`)
+	const end = "]}"
+	encoder := json.NewEncoder(document)
+	encoder.SetEscapeHTML(false) // it would make text longer than it is in the manifest
+	count, latest := 0, ""
+	err = r.repo.Referrers(r.Context(), ocispec.Descriptor{Digest: d}, artifactType, func(page []ocispec.Descriptor) error {
+		for _, referrer := range page {
+			if referrer.Digest.String() <= last {
+				continue
+			}
+			before := document.Len()
+			if count > 0 {
+				document.WriteByte(',')
+			}
+			if err := encoder.Encode(referrer); err != nil {
+				return err
+			}
+			if count > 0 && document.Len()+len(end) > maxIndex {
+				document.Truncate(before)
+				return errEnough
+			}
+			count, latest = count+1, referrer.Digest.String()
+		}
+		return nil
+	})
+	if errors.Is(err, errEnough) {
+		next := url.Values{"last": {latest}}
+		if artifactType != "" {
+			next.Set("artifactType", artifactType)
+		}
+		w.linkNext(r, next)
+	} else if err != nil {
+		return err
+	}
+	document.WriteString(end)
+	if artifactType != "" {
+		w.Header().Set("OCI-Filters-Applied", "artifactType")
+	}
+	return w.sendJSON(ocispec.MediaTypeImageIndex, document.Bytes())
+}
+
+// sendValue answers with JSON.
+func (w *response) sendValue(v any) error {
+	document, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	return w.sendJSON("application/json", document)
+}

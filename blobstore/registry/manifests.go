@@ -1,0 +1,139 @@
+package registry
+
+import (
+	"io"
+	"mime"
+	"net/http"
+	"strings"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/dfcache/dfcache/blobstore"
+	"github.com/dfcache/dfcache/digest"
+)
+
+// getManifest sends a manifest, or says that there is one.
+func (h *Handler) getManifest(w *response, r *request) error {
+	if _, err := manifestReference(r); err != nil {
+		return err
+	}
+	m, err := r.repo.Manifest(r.Context(), r.reference)
+	if err != nil {
+		return err
+	}
+	w.describe(m.Descriptor)
+	if w.isKnown(r, m.Digest) {
+		return nil
+	}
+	_, err = w.Write(m.Content)
+	return err
+}
+
+// manifestReference reads the reference of a manifest. What can't be a tag names
+// nothing, and can't be pushed.
+func manifestReference(r *request) (digest.CID, error) {
+	cid, err := digest.ParseCID(r.reference)
+	switch {
+	case err == nil:
+		return cid, nil
+	case strings.Contains(r.reference, ":"):
+		return cid, newProblem(http.StatusBadRequest, codeDigestInvalid, "%v", err)
+	case r.Method == http.MethodPut:
+		return cid, newProblem(http.StatusBadRequest, codeManifestInvalid, "the tag: %v", err)
+	}
+	return cid, newProblem(http.StatusNotFound, codeManifestUnknown, "the tag: %v", err)
+}
+
+// putManifest stores a manifest and points tags to it.
+func (h *Handler) putManifest(w *response, r *request) error {
+	cid, err := manifestReference(r)
+	if err != nil {
+		return err
+	}
+	opts := blobstore.ManifestOptions{Digest: cid.Digest(), Tags: r.URL.Query()["tag"], CheckRefs: true}
+	for _, tag := range opts.Tags {
+		if id, err := digest.ParseCID(tag); err != nil || id.CacheID() == "" {
+			return newProblem(http.StatusBadRequest, codeManifestInvalid, "tag %.140q is none: want letters, digits, \"_\", and after the first character \".\" and \"-\", 128 at most", tag)
+		}
+	}
+	if name := cid.CacheID(); name != "" {
+		if len(opts.Tags) > 0 {
+			return newProblem(http.StatusBadRequest, codeUnsupported, "tags are parameters where a manifest is pushed by digest, not by tag")
+		}
+		opts.Tags = []string{name}
+	}
+	if opts.MediaType, err = manifestType(r.Header.Get("Content-Type")); err != nil {
+		return err
+	}
+	content, err := readManifest(r)
+	if err != nil {
+		return err
+	}
+	m, err := r.repo.PushManifest(r.Context(), content, opts)
+	if err != nil {
+		return err
+	}
+	if m.Subject != "" {
+		w.Header().Set("OCI-Subject", m.Subject.String())
+	}
+	if cid.CacheID() == "" {
+		for _, tag := range opts.Tags {
+			w.Header().Add("OCI-Tag", tag)
+		}
+	}
+	r.change, r.digest = "manifest pushed", m.Digest
+	w.created(manifestPath(r.name, m.Digest.String()), m.Digest)
+	return nil
+}
+
+// manifestType reads the Content-Type of a manifest. Its parameters are
+// dropped; "" leaves it to the manifest.
+func manifestType(header string) (string, error) {
+	if header == "" {
+		return "", nil
+	}
+	mediaType, _, err := mime.ParseMediaType(header)
+	switch {
+	case err != nil:
+		return "", newProblem(http.StatusBadRequest, codeManifestInvalid, "Content-Type %.80q: %v", header, err)
+	case strings.HasPrefix(mediaType, "application/vnd.docker.distribution.manifest.v1+"):
+		return "", newProblem(http.StatusBadRequest, codeUnsupported, "manifests of Docker's schema 1 are not supported: push with a newer client")
+	}
+	return mediaType, nil
+}
+
+// readManifest reads the body of a request, up to the largest manifest.
+func readManifest(r *request) ([]byte, error) {
+	tooLarge := newProblem(http.StatusRequestEntityTooLarge, codeManifestInvalid, "a manifest can have %d bytes at most", blobstore.MaxManifest)
+	if r.ContentLength > blobstore.MaxManifest {
+		return nil, tooLarge
+	}
+	content, err := io.ReadAll(io.LimitReader(r.body, blobstore.MaxManifest+1))
+	switch {
+	case err != nil:
+		return nil, bodyProblem(r, err)
+	case len(content) > blobstore.MaxManifest:
+		return nil, tooLarge
+	}
+	return content, nil
+}
+
+// deleteManifest removes a tag, or a manifest with the tags that point to it.
+func (h *Handler) deleteManifest(w *response, r *request) error {
+	cid, err := manifestReference(r)
+	if err != nil {
+		return err
+	}
+	r.change = "tag deleted"
+	if d := cid.Digest(); d == "" {
+		err = r.repo.Untag(r.Context(), r.reference)
+	} else if _, err = r.repo.Manifest(r.Context(), r.reference); err == nil { // not a blob
+		r.change, r.digest = "manifest deleted", d
+		err = r.repo.Delete(r.Context(), ocispec.Descriptor{Digest: d})
+	}
+	if err != nil {
+		return err
+	}
+	w.sendEmpty(http.StatusAccepted)
+	return nil
+}

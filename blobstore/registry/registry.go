@@ -1,0 +1,227 @@
+package registry
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/dfcache/dfcache/blobstore"
+	"github.com/dfcache/dfcache/digest"
+)
+
+// Options are how a Handler works. The zero value has the defaults.
+type Options struct {
+	// Log gets every request: at debug level, at info what changes the store,
+	// at warn what fails. The default is to be silent.
+	Log *slog.Logger
+	// UploadTimeout is how long an upload session can be idle until it ends,
+	// by default an hour.
+	UploadTimeout time.Duration
+	// MaxUploads is the number of upload sessions at once, by default 1000.
+	// A client that begins one more is told to come back later.
+	MaxUploads int
+	// StallTimeout is how long a client can take to send a byte, or to receive
+	// 256 KiB, until it is cut off, by default a minute.
+	StallTimeout time.Duration
+}
+
+// Handler serves a store as a registry. It is safe for concurrent use.
+type Handler struct {
+	store  *blobstore.Store
+	opts   Options
+	log    *slog.Logger
+	origin *http.CrossOriginProtection
+
+	ctx     context.Context // of all upload sessions
+	stop    context.CancelCauseFunc
+	sweeper sync.WaitGroup
+
+	mu      sync.Mutex
+	uploads map[string]*session
+}
+
+// New returns a Handler that serves store, which stays the caller's to close,
+// after the Handler. The caller closes the Handler.
+func New(store *blobstore.Store, opts Options) *Handler {
+	if opts.Log == nil {
+		opts.Log = slog.New(slog.DiscardHandler)
+	}
+	if opts.UploadTimeout <= 0 {
+		opts.UploadTimeout = time.Hour
+	}
+	if opts.MaxUploads <= 0 {
+		opts.MaxUploads = 1000
+	}
+	if opts.StallTimeout <= 0 {
+		opts.StallTimeout = time.Minute
+	}
+	h := &Handler{
+		store: store, opts: opts, log: opts.Log,
+		origin:  http.NewCrossOriginProtection(),
+		uploads: map[string]*session{},
+	}
+	h.ctx, h.stop = context.WithCancelCause(context.Background())
+	h.sweeper.Go(h.sweep)
+	return h
+}
+
+// Close ends all upload sessions, also those that a request is using, and waits
+// for that. Requests for uploads are refused from then on. It always returns nil.
+func (h *Handler) Close() error {
+	h.stop(errShutdown)
+	h.sweeper.Wait()
+	return nil
+}
+
+// request is a request and what is known of it.
+type request struct {
+	*http.Request
+	target
+	repo *blobstore.Repository // of target.name, where the endpoint has one
+	body *body
+
+	// For the log: what was done to the store, where something was.
+	change string
+	digest digest.Digest
+}
+
+// handlerFunc answers a request. An error is sent by its caller, where nothing
+// has been sent.
+type handlerFunc func(h *Handler, w *response, r *request) error
+
+// handlers are what answers a method at an endpoint.
+var handlers = map[endpoint]map[string]handlerFunc{
+	endpointBase:      {"GET": (*Handler).base, "HEAD": (*Handler).base},
+	endpointCatalog:   {"GET": (*Handler).catalog, "HEAD": (*Handler).catalog},
+	endpointTags:      {"GET": (*Handler).tags, "HEAD": (*Handler).tags},
+	endpointReferrers: {"GET": (*Handler).referrers, "HEAD": (*Handler).referrers},
+	endpointManifest: {
+		"GET": (*Handler).getManifest, "HEAD": (*Handler).getManifest,
+		"PUT": (*Handler).putManifest, "DELETE": (*Handler).deleteManifest,
+	},
+	endpointBlob:    {"GET": (*Handler).getBlob, "HEAD": (*Handler).headBlob, "DELETE": (*Handler).deleteBlob},
+	endpointUploads: {"POST": (*Handler).postUpload},
+	endpointUpload: {
+		"GET": (*Handler).getUpload, "HEAD": (*Handler).getUpload,
+		"PATCH": (*Handler).patchUpload, "PUT": (*Handler).putUpload, "DELETE": (*Handler).deleteUpload,
+	},
+}
+
+// ServeHTTP implements [http.Handler]. It has to get paths as they were sent:
+// an [http.ServeMux] before it would answer some with a redirect. Where the
+// connection has to be cut, it panics with [http.ErrAbortHandler].
+func (h *Handler) ServeHTTP(hw http.ResponseWriter, hr *http.Request) {
+	start := time.Now()
+	control := http.NewResponseController(hw)
+	w := &response{ResponseWriter: hw, control: control, stall: h.opts.StallTimeout, headOnly: hr.Method == http.MethodHead}
+	r := &request{
+		Request: hr, target: parsePath(hr.URL),
+		body: &body{src: hr.Body, control: control, stall: h.opts.StallTimeout},
+	}
+	if hr.ContentLength != 0 {
+		// Also where a body is refused: net/http reads some of it then.
+		control.SetReadDeadline(start.Add(h.opts.StallTimeout))
+	}
+	var failure error
+	defer func() {
+		r.body.finish()
+		h.logRequest(w, r, start, failure)
+	}()
+	header := w.Header()
+	header.Set("Docker-Distribution-API-Version", "registry/2.0")
+	// Whoever pushes has a say in types and content: no browser is to act on it.
+	header.Set("X-Content-Type-Options", "nosniff")
+	header.Set("Content-Security-Policy", "default-src 'none'; sandbox")
+	if failure = h.serve(w, r); failure == nil {
+		return
+	}
+	if w.status != 0 {
+		panic(http.ErrAbortHandler) // the client must not take it for whole
+	}
+	problemOf(failure, r.target).send(w)
+}
+
+func (h *Handler) serve(w *response, r *request) error {
+	if err := h.origin.Check(r.Request); err != nil {
+		return newProblem(http.StatusForbidden, codeDenied, "requests of web pages of other sites are refused")
+	}
+	if r.endpoint == endpointNone {
+		return newProblem(http.StatusNotFound, codeUnsupported, "there is no such path in the API of the OCI distribution specification: want /v2/, then the name of a repository, then what is asked for")
+	}
+	methods := handlers[r.endpoint]
+	handle, ok := methods[r.Method]
+	if !ok {
+		var allow []string
+		for method := range methods {
+			allow = append(allow, method)
+		}
+		slices.Sort(allow)
+		list := strings.Join(allow, ", ")
+		return newProblem(http.StatusMethodNotAllowed, codeUnsupported, "%.20q is not a method of this path, use one of %s", r.Method, list).with("Allow", list)
+	}
+	if r.endpoint != endpointBase && r.endpoint != endpointCatalog {
+		tag, err := blobstore.TagOf(r.name)
+		if err == nil {
+			r.repo, err = h.store.Repository(tag)
+		}
+		if err != nil {
+			return newProblem(http.StatusBadRequest, codeNameInvalid, "the name of the repository: %v", err)
+		}
+	}
+	return handle(h, w, r)
+}
+
+// base says that this is a registry.
+func (h *Handler) base(w *response, r *request) error {
+	return w.sendJSON("application/json", []byte("{}"))
+}
+
+// logRequest logs a request and what became of it.
+func (h *Handler) logRequest(w *response, r *request, start time.Time, failure error) {
+	level, message := slog.LevelDebug, "request"
+	switch {
+	case failure == nil && r.change != "":
+		level, message = slog.LevelInfo, r.change
+	case failure == nil, r.Context().Err() != nil, w.err != nil: // well, or nobody waits for it
+	case w.status == http.StatusNotFound, w.status == http.StatusRequestedRangeNotSatisfiable: // clients ask, and learn
+	default:
+		level = slog.LevelWarn
+	}
+	if !h.log.Enabled(r.Context(), level) {
+		return
+	}
+	attrs := []slog.Attr{
+		slog.String("method", r.Method),
+		slog.String("path", r.URL.Path),
+		slog.Int("status", w.status),
+		slog.Int64("sent", w.sent),
+		slog.Int64("received", r.body.received),
+		slog.Duration("duration", time.Since(start)),
+		slog.String("remote", r.RemoteAddr),
+	}
+	if r.change != "" {
+		attrs = append(attrs, slog.String("repository", r.name), slog.Any("digest", r.digest))
+	}
+	if failure != nil {
+		// What the client was told, and behind that what it was not.
+		attrs = append(attrs, slog.Any("error", failure))
+		if p, ok := errors.AsType[*problem](failure); ok && p.cause != nil {
+			attrs = append(attrs, slog.Any("cause", p.cause))
+		}
+	}
+	h.log.LogAttrs(r.Context(), level, message, attrs...)
+}
+
+// parseDigest reads a digest that a client sent.
+func parseDigest(s string) (digest.Digest, error) {
+	d, err := digest.Parse(s)
+	if err != nil {
+		return "", newProblem(http.StatusBadRequest, codeDigestInvalid, "%v", err)
+	}
+	return d, nil
+}

@@ -1,0 +1,170 @@
+package registry
+
+import (
+	"errors"
+	"io"
+	"net/http"
+	"os"
+	"sync"
+	"time"
+)
+
+// stepSize is how many bytes are sent at most until the deadline is moved: who
+// receives less than that within the stall timeout is cut off.
+const stepSize = 256 << 10
+
+// response sends an answer, remembers what was sent, and cuts off a receiver
+// that stalls: it moves the write deadline on before every step.
+type response struct {
+	http.ResponseWriter
+	control *http.ResponseController
+	stall   time.Duration
+
+	headOnly bool // the answer has no body, whatever is written
+
+	success int   // the status of an answer that begins with Write, 0 is 200
+	status  int   // as sent, 0 where nothing was
+	sent    int64 // bytes of the body
+	err     error // the first of a write
+}
+
+// Unwrap lets [http.ResponseController] find the connection.
+func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+// WriteHeader implements [http.ResponseWriter].
+func (w *response) WriteHeader(status int) {
+	w.status = status
+	w.moveDeadline()
+	w.ResponseWriter.WriteHeader(status)
+}
+
+func (w *response) moveDeadline() { w.control.SetWriteDeadline(time.Now().Add(w.stall)) }
+
+// begin sends the header where that has not been done.
+func (w *response) begin() {
+	if w.status == 0 {
+		w.WriteHeader(max(w.success, http.StatusOK))
+	}
+}
+
+// Write implements [http.ResponseWriter].
+func (w *response) Write(p []byte) (done int, err error) {
+	w.begin()
+	if w.headOnly {
+		return len(p), nil
+	}
+	for len(p) > 0 && err == nil {
+		var n int
+		w.moveDeadline()
+		n, err = w.ResponseWriter.Write(p[:min(len(p), stepSize)])
+		p, done = p[n:], done+n
+	}
+	w.wrote(int64(done), err)
+	return done, err
+}
+
+func (w *response) wrote(n int64, err error) {
+	w.sent += n
+	if w.err == nil {
+		w.err = err
+	}
+}
+
+// writer returns where the body is written to. Over plain TCP it takes files in the kernel.
+func (w *response) writer(r *http.Request) io.Writer {
+	if from, ok := w.ResponseWriter.(io.ReaderFrom); ok && r.TLS == nil && r.ProtoMajor == 1 {
+		return &fileResponse{w, from}
+	}
+	return w
+}
+
+// fileResponse is a response that takes files.
+type fileResponse struct {
+	*response
+	from io.ReaderFrom
+}
+
+// ReadFrom implements [io.ReaderFrom].
+func (w *fileResponse) ReadFrom(src io.Reader) (done int64, err error) {
+	w.begin()
+	// net/http recognises a file within one LimitedReader, not within two.
+	limit, limited := src.(*io.LimitedReader)
+	if limited {
+		src = limit.R
+	}
+	for {
+		step := int64(stepSize)
+		if limited {
+			step = min(step, limit.N)
+		}
+		w.moveDeadline()
+		var n int64
+		n, err = w.from.ReadFrom(&io.LimitedReader{R: src, N: step})
+		done += n
+		if limited {
+			limit.N -= n
+		}
+		if err != nil || n < stepSize {
+			break
+		}
+	}
+	w.wrote(done, err)
+	return done, err
+}
+
+// body is the body of a request. It cuts off a sender that stalls.
+type body struct {
+	src     io.Reader
+	control *http.ResponseController
+	stall   time.Duration
+
+	received int64
+	err      error // that ended it, but for io.EOF
+
+	mu   sync.Mutex
+	over bool // whether its deadline is not to be moved any more
+}
+
+// Read implements [io.Reader].
+func (b *body) Read(p []byte) (int, error) {
+	b.mu.Lock()
+	if !b.over {
+		b.control.SetReadDeadline(time.Now().Add(b.stall))
+	}
+	b.mu.Unlock()
+	n, err := b.src.Read(p)
+	b.received += int64(n)
+	if err != nil {
+		b.finish() // net/http watches the connection from now on
+	}
+	if err != nil && !errors.Is(err, io.EOF) {
+		b.err = err
+	}
+	return n, err
+}
+
+// SetReadDeadline ends a Read under way, and those that come, where the
+// deadline is in the past: the only use of it there is.
+func (b *body) SetReadDeadline(t time.Time) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.over {
+		return nil
+	}
+	b.over = true
+	return b.control.SetReadDeadline(t)
+}
+
+// interrupt ends a Read under way, and those that come.
+func (b *body) interrupt() { b.SetReadDeadline(time.Unix(1, 0)) }
+
+// finish says that the connection is not the body's any more: at its end, and
+// before the handler of the request returns.
+func (b *body) finish() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.over = true
+}
+
+// stalled reports whether the sender was cut off.
+func (b *body) stalled() bool { return errors.Is(b.err, os.ErrDeadlineExceeded) }

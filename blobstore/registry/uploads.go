@@ -1,0 +1,435 @@
+package registry
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"strconv"
+	"time"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"oras.land/oras-go/v2/errdef"
+
+	"github.com/dfcache/dfcache/blobstore"
+	"github.com/dfcache/dfcache/digest"
+)
+
+// session is an upload session. One request at a time uses it: the one that has
+// put something into turn. All fields below that are its.
+type session struct {
+	id   string
+	name string // of the repository
+	ctx  context.Context
+	end  context.CancelCauseFunc
+	turn chan struct{} // of capacity 1
+
+	alg  digest.Algorithm  // that the client said it would use, or ""
+	in   *blobstore.Upload // nil until bytes come
+	used time.Time         // when a request last ended
+	over bool              // it has been committed, cancelled or given up
+}
+
+// Why the context of a session ended.
+var (
+	errShutdown  = errors.New("the registry is shutting down")
+	errCancelled = errors.New("the upload was cancelled")
+	errOver      = errors.New("the upload is over")
+)
+
+// size returns how many bytes have come.
+func (u *session) size() int64 {
+	if u.in == nil {
+		return 0
+	}
+	return u.in.Size()
+}
+
+// state sets the headers that say how far the upload is.
+func (u *session) state(header http.Header) {
+	header.Set("Location", uploadPath(u.name, u.id))
+	// An upload that has nothing has to say the same as one with a byte.
+	header.Set("Range", "0-"+strconv.FormatInt(max(0, u.size()-1), 10))
+	header.Set("Docker-Upload-UUID", u.id)
+}
+
+func errUnknownUpload(t target) *problem {
+	return newProblem(http.StatusNotFound, codeBlobUploadUnknown,
+		"there is no upload %.40q in repository %s: it was finished, cancelled, or idle for too long: begin a new one", t.reference, t.name)
+}
+
+// beginUpload makes a session. It is cheap: nothing is stored before bytes come.
+func (h *Handler) beginUpload(name string, alg digest.Algorithm) (*session, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	switch {
+	case h.ctx.Err() != nil:
+		return nil, newProblem(http.StatusServiceUnavailable, codeUnknown, "%v: try again later", errShutdown).with("Retry-After", "5")
+	case len(h.uploads) >= h.opts.MaxUploads:
+		return nil, newProblem(http.StatusTooManyRequests, codeTooManyRequests, "there are %d uploads already: try again later", len(h.uploads)).with("Retry-After", "10")
+	}
+	u := &session{id: rand.Text(), name: name, alg: alg, turn: make(chan struct{}, 1), used: time.Now()}
+	u.ctx, u.end = context.WithCancelCause(h.ctx)
+	h.uploads[u.id] = u
+	return u, nil
+}
+
+// findUpload returns the session that a request names.
+func (h *Handler) findUpload(t target) (*session, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if u := h.uploads[t.reference]; u != nil && u.name == t.name {
+		return u, nil
+	}
+	return nil, errUnknownUpload(t)
+}
+
+// takeTurn waits until no other request uses the session. A request whose
+// connection is broken is over within the stall timeout, so that a client that
+// comes back after a break can go on; it is not waited for longer.
+func (h *Handler) takeTurn(ctx context.Context, u *session) error {
+	timer := time.NewTimer(h.opts.StallTimeout + h.opts.StallTimeout/8)
+	defer timer.Stop()
+	select {
+	case u.turn <- struct{}{}:
+		return nil
+	case <-timer.C:
+		return newProblem(http.StatusConflict, codeBlobUploadInvalid, "another request is using this upload: wait until it ends, or cancel the upload")
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// withUpload calls use with the session that a request names, for it alone.
+func (h *Handler) withUpload(r *request, use func(*session) error) error {
+	u, err := h.findUpload(r.target)
+	if err != nil {
+		return err
+	}
+	if err := h.takeTurn(r.Context(), u); err != nil {
+		return err
+	}
+	defer func() {
+		u.used = time.Now()
+		<-u.turn
+	}()
+	if u.over || u.ctx.Err() != nil {
+		return errUnknownUpload(r.target)
+	}
+	err = use(u)
+	if err == nil {
+		return nil
+	}
+	switch cause := context.Cause(u.ctx); cause {
+	case errCancelled: // and use was broken off
+		return errUnknownUpload(r.target)
+	case errShutdown:
+		return newProblem(http.StatusServiceUnavailable, codeUnknown, "%v: try again later", cause)
+	}
+	return err
+}
+
+// drop ends a session whose turn the caller has, with what has come.
+func (h *Handler) drop(u *session) {
+	u.over = true
+	u.end(errOver)
+	if u.in != nil {
+		if err := u.in.Close(); err != nil {
+			h.log.Warn("an upload could not be cleaned up", "repository", u.name, "error", err)
+		}
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	delete(h.uploads, u.id)
+}
+
+func (h *Handler) allUploads() []*session {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	var all []*session
+	for _, u := range h.uploads {
+		all = append(all, u)
+	}
+	return all
+}
+
+// sweep ends sessions that are idle for too long, and all of them when the
+// handler is closed.
+func (h *Handler) sweep() {
+	tick := time.NewTicker(min(max(h.opts.UploadTimeout/8, time.Millisecond), time.Minute))
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+		case <-h.ctx.Done():
+			for _, u := range h.allUploads() {
+				u.turn <- struct{}{} // whoever has it is interrupted by the context
+				h.drop(u)
+				<-u.turn
+			}
+			return
+		}
+		for _, u := range h.allUploads() {
+			select {
+			case u.turn <- struct{}{}:
+			default:
+				continue // in use
+			}
+			if !u.over && time.Since(u.used) > h.opts.UploadTimeout {
+				size := u.size()
+				h.drop(u)
+				h.log.Info("upload expired", "repository", u.name, "received", size)
+			}
+			<-u.turn
+		}
+	}
+}
+
+// postUpload mounts a blob, takes in one whole, or begins a session.
+func (h *Handler) postUpload(w *response, r *request) error {
+	query := r.URL.Query()
+	if mount := query.Get("mount"); mount != "" {
+		d, err := parseDigest(mount)
+		if err != nil {
+			return err
+		}
+		// Without a source it may be here already. A source that can't be one holds nothing.
+		from := query.Get("from")
+		if _, err := blobstore.TagOf(from); err != nil {
+			from = r.name
+		}
+		err = r.repo.Mount(r.Context(), ocispec.Descriptor{MediaType: blobMediaType, Digest: d}, from, nil)
+		if err == nil {
+			r.change, r.digest = "blob mounted", d
+			w.created(blobPath(r.name, d.String()), d)
+			return nil
+		}
+		if !errors.Is(err, blobstore.ErrNotFound) {
+			return err
+		}
+	} else if query.Has("digest") {
+		d, err := parseDigest(query.Get("digest"))
+		if err != nil {
+			return err
+		}
+		if err := h.takeWhole(r.Context(), r, d); err != nil {
+			return err
+		}
+		r.change, r.digest = "blob pushed", d
+		w.created(blobPath(r.name, d.String()), d)
+		return nil
+	}
+	var alg digest.Algorithm
+	if hint := query.Get("digest-algorithm"); hint != "" {
+		var err error
+		if alg, err = digest.ParseAlgorithm(hint); err != nil {
+			return newProblem(http.StatusBadRequest, codeDigestInvalid, "digest-algorithm: %v", err)
+		}
+	}
+	u, err := h.beginUpload(r.name, alg)
+	if err != nil {
+		return err
+	}
+	u.state(w.Header())
+	w.sendEmpty(http.StatusAccepted)
+	return nil
+}
+
+// takeWhole stores a blob that arrives in one request.
+func (h *Handler) takeWhole(ctx context.Context, r *request, d digest.Digest) error {
+	var err error
+	if r.ContentLength >= 0 {
+		err = r.repo.Push(ctx, ocispec.Descriptor{MediaType: blobMediaType, Digest: d, Size: r.ContentLength}, r.body)
+		if errors.Is(err, errdef.ErrAlreadyExists) && r.body.received == 0 {
+			err = compareBody(r, d)
+		} else if errors.Is(err, errdef.ErrAlreadyExists) {
+			err = nil // somebody else was faster with the same
+		}
+	} else {
+		err = takeStream(ctx, r, d)
+	}
+	return bodyProblem(r, err)
+}
+
+// compareBody reads a body that need not be stored. To answer at once would
+// break off the sending, and say of wrong content that it is stored.
+func compareBody(r *request, d digest.Digest) error {
+	v := d.Verifier()
+	if _, err := io.Copy(v, r.body); err != nil {
+		return err
+	}
+	if !v.Verified() {
+		return fmt.Errorf("%w: it is not what is stored under %s", blobstore.ErrMismatch, d)
+	}
+	return nil
+}
+
+// takeStream stores a blob of unknown size.
+func takeStream(ctx context.Context, r *request, d digest.Digest) error {
+	in, err := r.repo.NewUpload(ctx, d.Algorithm())
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	if _, err := in.Append(r.body); err != nil {
+		return err
+	}
+	_, err = in.Commit(d)
+	return err
+}
+
+// bodyProblem makes a problem of an error that comes from reading the body.
+func bodyProblem(r *request, err error) error {
+	switch {
+	case err == nil || r.body.err == nil:
+		return err
+	case r.body.stalled():
+		return newProblem(http.StatusRequestTimeout, codeBlobUploadInvalid, "nothing came for too long: go on from what the upload has, or begin again").because(err)
+	}
+	return newProblem(http.StatusBadRequest, codeSizeInvalid, "the body ended before its length: go on from what the upload has, or begin again").because(err)
+}
+
+// getUpload says how far an upload is.
+func (h *Handler) getUpload(w *response, r *request) error {
+	return h.withUpload(r, func(u *session) error {
+		u.state(w.Header())
+		w.sendEmpty(http.StatusNoContent)
+		return nil
+	})
+}
+
+// deleteUpload cancels an upload. A request that is sending to it is broken off.
+func (h *Handler) deleteUpload(w *response, r *request) error {
+	u, err := h.findUpload(r.target)
+	if err != nil {
+		return err
+	}
+	u.end(errCancelled)
+	if err := h.takeTurn(r.Context(), u); err != nil {
+		return err
+	}
+	defer func() { <-u.turn }()
+	if u.over {
+		return errUnknownUpload(r.target) // it was finished just now
+	}
+	h.drop(u)
+	w.sendEmpty(http.StatusNoContent)
+	return nil
+}
+
+// patchUpload takes in a chunk.
+func (h *Handler) patchUpload(w *response, r *request) error {
+	return h.withUpload(r, func(u *session) error {
+		if err := h.takeChunk(r, u, u.alg); err != nil {
+			return err
+		}
+		u.state(w.Header())
+		w.sendEmpty(http.StatusAccepted)
+		return nil
+	})
+}
+
+// putUpload takes in the last chunk, where there is one, and ends the upload.
+func (h *Handler) putUpload(w *response, r *request) error {
+	return h.withUpload(r, func(u *session) error {
+		d, err := parseDigest(r.URL.Query().Get("digest"))
+		if err != nil {
+			return err
+		}
+		if u.in == nil && r.ContentLength >= 0 && r.Header.Get("Content-Range") == "" {
+			err = h.finishWhole(r, u, d)
+		} else {
+			err = h.finishChunks(r, u, d)
+		}
+		if err != nil {
+			return err
+		}
+		r.change, r.digest = "blob pushed", d
+		w.created(blobPath(r.name, d.String()), d)
+		return nil
+	})
+}
+
+// finishWhole ends an upload all of which is in one request. Where the request
+// breaks off, the upload goes on with nothing.
+func (h *Handler) finishWhole(r *request, u *session, d digest.Digest) error {
+	ctx, cancel := context.WithCancelCause(r.Context())
+	defer cancel(nil)
+	defer context.AfterFunc(u.ctx, func() { cancel(context.Cause(u.ctx)) })()
+	err := h.takeWhole(ctx, r, d)
+	if r.body.err == nil {
+		h.dropAfter(u, err)
+	}
+	return err
+}
+
+// finishChunks takes in the last chunk and commits what has come.
+func (h *Handler) finishChunks(r *request, u *session, d digest.Digest) error {
+	if err := h.takeChunk(r, u, d.Algorithm()); err != nil {
+		return err
+	}
+	_, err := u.in.Commit(d)
+	h.dropAfter(u, err)
+	return err
+}
+
+// dropAfter ends a session that has been committed or has failed. One that was
+// broken off is ended by who did that.
+func (h *Handler) dropAfter(u *session, err error) {
+	if err == nil || u.ctx.Err() == nil {
+		h.drop(u)
+	}
+}
+
+// takeChunk appends a request's body to an upload, whose bytes are hashed with
+// alg where these are the first. What comes before the body breaks off is kept.
+func (h *Handler) takeChunk(r *request, u *session, alg digest.Algorithm) error {
+	var src io.Reader = r.body
+	want := int64(-1)
+	if header := r.Header.Get("Content-Range"); header != "" {
+		off, n, ok := parseContentRange(header)
+		switch {
+		case !ok:
+			return newProblem(http.StatusBadRequest, codeBlobUploadInvalid, "Content-Range %.80q is malformed: want <first>-<last>, the offsets of the chunk's first and last byte", header)
+		case off != u.size():
+			p := newProblem(http.StatusRequestedRangeNotSatisfiable, codeBlobUploadInvalid, "the chunk begins at byte %d, but the upload has %d: go on from there", off, u.size())
+			p.header = http.Header{}
+			u.state(p.header)
+			return p
+		case r.ContentLength >= 0 && r.ContentLength != n:
+			return newProblem(http.StatusBadRequest, codeSizeInvalid, "Content-Range says %d bytes, Content-Length %d", n, r.ContentLength)
+		}
+		// A body of unknown length may turn out longer.
+		src, want = io.LimitReader(r.body, n), n
+	}
+	if u.in == nil {
+		in, err := r.repo.NewUpload(u.ctx, alg)
+		if err != nil {
+			return err
+		}
+		u.in = in
+	}
+	defer context.AfterFunc(u.ctx, r.body.interrupt)()
+	taken, err := u.in.Append(src)
+	switch {
+	case err != nil && r.body.err == nil:
+		h.dropAfter(u, err) // the store has failed: what came is lost
+		return err
+	case err != nil:
+		return bodyProblem(r, err)
+	case want >= 0 && !exactly(r.body, taken, want):
+		return newProblem(http.StatusBadRequest, codeSizeInvalid, "Content-Range says %d bytes, the body has another number: go on from the %d that the upload has", want, u.size())
+	}
+	return nil
+}
+
+// exactly reports whether a body, of which taken bytes have been read, has want.
+func exactly(b *body, taken, want int64) bool {
+	if taken != want {
+		return false
+	}
+	n, err := io.ReadFull(b, make([]byte, 1))
+	return n == 0 && errors.Is(err, io.EOF)
+}

@@ -1,0 +1,292 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"github.com/dfcache/dfcache/blobstore"
+	"github.com/dfcache/dfcache/blobstore/registry"
+	"github.com/dfcache/dfcache/cmd/internal/exit"
+	"github.com/dfcache/dfcache/p2p"
+)
+
+const (
+	// headerTimeout bounds the time in which a client has to send a request's
+	// header, and make a TLS connection.
+	headerTimeout = 10 * time.Second
+	// idleTimeout is how long a connection without a request is kept.
+	idleTimeout = 2 * time.Minute
+	// maxHeader bounds a request's header, in bytes.
+	maxHeader = 64 << 10
+)
+
+// registryOptions are the values of the flags of the registry.
+type registryOptions struct {
+	address       string
+	cert, key     string
+	htpasswd      string
+	read, write   string
+	insecure      bool
+	uploadTimeout time.Duration
+}
+
+func (o *registryOptions) flags(flags *pflag.FlagSet) {
+	flags.StringVar(&o.address, "registry", "127.0.0.1:65001", "`address` at which to serve the content as an OCI registry; port 0 is any free port, which is printed; off is none")
+	flags.StringVar(&o.cert, "registry-cert", "", "`file` of the registry's TLS certificate, with the chain, in PEM")
+	flags.StringVar(&o.key, "registry-key", "", "`file` of the key of --registry-cert")
+	flags.StringVar(&o.htpasswd, "registry-htpasswd", "", "`file` of the registry's users and their passwords, as htpasswd -B writes it")
+	flags.StringVar(&o.read, "registry-read", "", "`who` may read: anyone, users (those of --registry-htpasswd), or names with commas between them (default users with --registry-htpasswd, else anyone)")
+	flags.StringVar(&o.write, "registry-write", "", "`who` may write and read, in the words of --registry-read (default users with --registry-htpasswd, else anyone)")
+	flags.BoolVar(&o.insecure, "registry-insecure", false, "allow a registry without TLS at an address that other hosts can reach")
+	flags.DurationVar(&o.uploadTimeout, "registry-upload-timeout", time.Hour, "how long an unfinished upload is kept that no request uses")
+}
+
+// registryServer is a registry on its way: prepared, then with its files read,
+// then listening.
+type registryServer struct {
+	registryOptions
+	rights   registry.AccessOptions
+	network  string // tcp, or tcp4 to keep Go from making [::] of 0.0.0.0
+	at       string // what to listen at
+	chosen   bool   // whether somebody has said where
+	access   *registry.Access
+	tls      *tls.Config // nil without
+	listener net.Listener
+	handler  *registry.Handler
+	server   *http.Server
+	cancel   context.CancelFunc // ends requests that run
+}
+
+// prepare finds what is wrong with the flags alone. It returns nil where there
+// is to be no registry.
+func (o registryOptions) prepare(cmd *cobra.Command) (*registryServer, error) {
+	if o.address == "off" {
+		return nil, nil
+	}
+	s := &registryServer{registryOptions: o, chosen: cmd.Flags().Changed("registry")}
+	if err := s.check(); err != nil {
+		return nil, exit.FlagError(cmd, err)
+	}
+	loopback, byAddress, err := s.resolve(cmd.Context())
+	if err != nil {
+		return nil, err
+	}
+	if !loopback {
+		if err := s.checkExposed(); err != nil {
+			return nil, exit.FlagError(cmd, err)
+		}
+	}
+	// Whoever gives a name, a certificate or the right to read wants it to be
+	// reached by other names, too.
+	s.rights.LocalOnly = loopback && byAddress && o.cert == "" && o.htpasswd == "" && o.read == ""
+	return s, nil
+}
+
+// check makes the values of the flags complete.
+func (s *registryServer) check() error {
+	if s.uploadTimeout <= 0 {
+		return fmt.Errorf("--registry-upload-timeout %s: want a duration above zero, such as 1h", s.uploadTimeout)
+	}
+	if (s.cert == "") != (s.key == "") {
+		return errors.New("--registry-cert and --registry-key belong together: give both, or none of them")
+	}
+	for _, path := range []*string{&s.cert, &s.key, &s.htpasswd} {
+		if *path == "" {
+			continue
+		}
+		var err error
+		if *path, err = filepath.Abs(*path); err != nil {
+			return err
+		}
+	}
+	fallback := "anyone"
+	if s.htpasswd != "" {
+		fallback = "users"
+	}
+	s.rights.Htpasswd = s.htpasswd
+	for _, right := range []struct {
+		flag, value string
+		who         *registry.Who
+	}{
+		{"--registry-read", s.read, &s.rights.Read},
+		{"--registry-write", s.write, &s.rights.Write},
+	} {
+		value := cmp.Or(right.value, fallback)
+		var err error
+		if *right.who, err = registry.ParseWho(value); err != nil {
+			return fmt.Errorf("%s: %w", right.flag, err)
+		}
+		if s.htpasswd == "" && !right.who.Anyone() {
+			return fmt.Errorf("%s %s needs passwords: give --registry-htpasswd, too", right.flag, value)
+		}
+	}
+	if s.rights.Write.Anyone() && !s.rights.Read.Anyone() {
+		return errors.New("who may write may read, too: with --registry-write anyone, give --registry-read anyone")
+	}
+	return nil
+}
+
+// resolve finds out what to listen at. It returns whether none but this host
+// can reach that, and whether it was named by an address, or as localhost.
+func (s *registryServer) resolve(ctx context.Context) (loopback, byAddress bool, err error) {
+	host, port, err := net.SplitHostPort(s.address)
+	if err != nil {
+		return false, false, exit.Usage(fmt.Errorf("--registry %q: want HOST:PORT, such as 127.0.0.1:65001, or off", s.address))
+	}
+	if _, err := strconv.ParseUint(port, 10, 16); err != nil {
+		return false, false, exit.Usage(fmt.Errorf("--registry %q: the port is no number from 0 to 65535", s.address))
+	}
+	s.network = "tcp"
+	if host == "" {
+		s.at = s.address
+		return false, true, nil
+	}
+	addresses, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+	if err != nil {
+		return false, false, fmt.Errorf("--registry %s: %w", s.address, err)
+	}
+	loopback = !slices.ContainsFunc(addresses, func(a netip.Addr) bool { return !a.Unmap().IsLoopback() })
+	// Of several addresses one is listened at, as Go does it: that which comes
+	// first, of IPv4 where there is one. It is one of those that were looked at.
+	ip := addresses[0]
+	if i := slices.IndexFunc(addresses, func(a netip.Addr) bool { return a.Unmap().Is4() }); i >= 0 {
+		ip, s.network = addresses[i].Unmap(), "tcp4"
+	}
+	s.at = net.JoinHostPort(ip.String(), port)
+	_, err = netip.ParseAddr(host)
+	return loopback, err == nil || host == "localhost", nil
+}
+
+// checkExposed refuses what would open the content to other hosts without
+// somebody having said so.
+func (s *registryServer) checkExposed() error {
+	var missing []string
+	if s.cert == "" && !s.insecure {
+		missing = append(missing, "--registry-cert and --registry-key, or --registry-insecure to let content and passwords pass in the clear")
+	}
+	var open []string
+	if s.rights.Read.Anyone() && s.read == "" {
+		open = append(open, "--registry-read anyone")
+	}
+	if s.rights.Write.Anyone() && s.write == "" {
+		open = append(open, "--registry-write anyone")
+	}
+	if len(open) > 0 {
+		missing = append(missing, "--registry-htpasswd, or "+strings.Join(open, " and ")+" to ask for no password")
+	}
+	if len(missing) == 0 {
+		return nil
+	}
+	return fmt.Errorf("--registry %s can be reached from other hosts, so it needs %s", s.address, strings.Join(missing, "; and "))
+}
+
+// readFiles reads the files that the flags name.
+func (s *registryServer) readFiles(log *slog.Logger) error {
+	s.rights.Log = log
+	var err error
+	if s.access, err = registry.NewAccess(s.rights); err != nil {
+		return exit.Usage(fmt.Errorf("--registry-htpasswd: %w", err))
+	}
+	if s.cert == "" {
+		return nil
+	}
+	certificate, err := readCertificate(s.cert, s.key, log)
+	if err != nil {
+		return exit.Usage(fmt.Errorf("--registry-cert and --registry-key: %w", err))
+	}
+	s.tls = &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: certificate.get}
+	return nil
+}
+
+// listen opens the registry of store, which can serve then. The caller closes
+// it. It returns false where it has to be done without: nobody has said where
+// to listen, and the default can't be had, of which warn is told.
+func (s *registryServer) listen(store *blobstore.Store, log *slog.Logger, warn func(string)) (bool, error) {
+	var err error
+	if s.listener, err = net.Listen(s.network, s.at); err != nil {
+		const advice = "choose another address with --registry, or --registry off"
+		switch {
+		case !s.chosen:
+			warn(fmt.Sprintf("going on without a registry: %v: %s", err, advice))
+			return false, nil
+		case errors.Is(err, syscall.EADDRINUSE):
+			return false, fmt.Errorf("--registry %s: %w: another process listens there (%w): stop that one, or %s", s.address, p2p.ErrUnavailable, err, advice)
+		}
+		return false, fmt.Errorf("--registry %s: %w: %s", s.address, err, advice)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	s.cancel = cancel
+	s.handler = registry.New(store, registry.Options{Log: log, UploadTimeout: s.uploadTimeout})
+	s.server = &http.Server{
+		Handler:           s.access.Wrap(s.handler),
+		TLSConfig:         s.tls,
+		ReadHeaderTimeout: headerTimeout,
+		IdleTimeout:       idleTimeout,
+		MaxHeaderBytes:    maxHeader,
+		BaseContext:       func(net.Listener) context.Context { return ctx },
+		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+	}
+	return true, nil
+}
+
+// url returns where the registry is, or "off" where there is none.
+func (s *registryServer) url() string {
+	if s == nil {
+		return "off"
+	}
+	scheme := "http"
+	if s.tls != nil {
+		scheme = "https"
+	}
+	return scheme + "://" + s.listener.Addr().String()
+}
+
+// serve serves until the registry is shut down; it then returns nil.
+func (s *registryServer) serve() error {
+	var err error
+	if s.tls != nil {
+		err = s.server.ServeTLS(s.listener, "", "") // the certificate is in the configuration
+	} else {
+		err = s.server.Serve(s.listener)
+	}
+	if errors.Is(err, http.ErrServerClosed) {
+		return nil
+	}
+	return err
+}
+
+// shutdown takes no more requests, and lets those that run end. When ctx ends
+// first, it cuts them off, and returns the cause of ctx.
+func (s *registryServer) shutdown(ctx context.Context) error {
+	err := s.server.Shutdown(ctx)
+	s.cancel()
+	if err == nil {
+		return nil
+	}
+	s.server.Close()
+	return context.Cause(ctx)
+}
+
+// close ends what is left. It is not called while requests run that may end.
+func (s *registryServer) close() {
+	s.cancel()
+	s.server.Close()
+	s.listener.Close() // done already where it served
+	s.handler.Close()  // never fails
+}
