@@ -267,7 +267,8 @@ const (
 	KindTags              // one entry for every tag, of which only Info.Task.Tag is set
 )
 
-// Entry is one line of a List: a name where Name is not "", else a task.
+// Entry is one line of a List: a name where Name is not "", else a task. A name
+// was last used when anything that it leads to was.
 type Entry struct {
 	Info
 	Name string

@@ -1138,6 +1138,22 @@ func testLastUsed(t *testing.T, e p2p.Engine) {
 	if err != nil || info.LastUsed.Before(before) {
 		t.Errorf("last used is %v (%v); want a time after %v", info.LastUsed, err, before)
 	}
+	// A name was used when what it leads to was.
+	before = time.Time{}
+	_, parts := importArtifact(t, e, "u", "v1", []byte(`{"one":1}`), Content(1000, 1))
+	u := "u"
+	for range 2 {
+		for entry, err := range e.List(t.Context(), p2p.Query{Tag: &u}) {
+			if err != nil {
+				t.Fatal(err)
+			}
+			if entry.Name != "" && entry.LastUsed.IsZero() != before.IsZero() {
+				t.Errorf("the name was last used at %v", entry.LastUsed)
+			}
+		}
+		RequireContent(t, e, parts[0], Content(1000, 1))
+		before = time.Now()
+	}
 }
 
 func list(t *testing.T, e p2p.Engine, tag *string) []string {

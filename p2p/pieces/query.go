@@ -394,29 +394,37 @@ func (l *lister) entry(tx *bbolt.Tx, bucket []byte, tag, part string) (e p2p.Ent
 		return e, err
 	}
 	if l.q.Kind == p2p.KindAll && l.q.RefersTo == "" {
-		e.Total, err = total(tx, task, map[digest.Digest]bool{})
+		var used time.Time
+		e.Total, used, err = l.s.total(tx, task, map[digest.Digest]bool{})
+		if e.Name != "" {
+			e.LastUsed = used
+		}
 	}
 	return e, err
 }
 
-// total sums up the sizes of a task's blob and of all it refers to, as far as it is held.
-func total(tx *bbolt.Tx, task p2p.Task, seen map[digest.Digest]bool) (int64, error) {
+// total sums up the sizes of a task's blob and of all it refers to, as far as it
+// is held, and tells when any of it was last used.
+func (s *Store) total(tx *bbolt.Tx, task p2p.Task, seen map[digest.Digest]bool) (sum int64, used time.Time, err error) {
 	record, found, err := get[taskRecord](tx, bucketTasks, taskKey(task))
 	if err != nil || !found || seen[task.Digest] {
-		return 0, err
+		return 0, used, err
 	}
 	seen[task.Digest] = true
 	blob, _, err := get[blobRecord](tx, bucketBlobs, key(task.Digest))
 	if err != nil {
-		return 0, err
+		return 0, used, err
 	}
-	sum := blob.Size
+	sum, used = blob.Size, s.lastUsed(tx, task)
 	for _, child := range record.Refs {
-		n, err := total(tx, p2p.Task{Tag: task.Tag, Digest: child}, seen)
+		n, at, err := s.total(tx, p2p.Task{Tag: task.Tag, Digest: child}, seen)
 		if err != nil {
-			return 0, err
+			return 0, used, err
 		}
 		sum += n
+		if at.After(used) {
+			used = at
+		}
 	}
-	return sum, nil
+	return sum, used, nil
 }
