@@ -118,10 +118,13 @@ var handlers = map[endpoint]map[string]handlerFunc{
 func (h *Handler) ServeHTTP(hw http.ResponseWriter, hr *http.Request) {
 	start := time.Now()
 	control := http.NewResponseController(hw)
-	w := &response{ResponseWriter: hw, control: control, stall: h.opts.StallTimeout, headOnly: hr.Method == http.MethodHead}
 	r := &request{
 		Request: hr, target: parsePath(hr.URL),
 		body: &body{src: hr.Body, control: control, stall: h.opts.StallTimeout},
+	}
+	w := &response{
+		ResponseWriter: hw, control: control, stall: h.opts.StallTimeout,
+		request: r.body, headOnly: hr.Method == http.MethodHead,
 	}
 	if hr.ContentLength != 0 {
 		// Also where a body is refused: net/http reads some of it then.

@@ -19,6 +19,7 @@ type response struct {
 	http.ResponseWriter
 	control *http.ResponseController
 	stall   time.Duration
+	request *body // of the request; nil where it has not been read
 
 	headOnly bool // the answer has no body, whatever is written
 
@@ -34,6 +35,9 @@ func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 // WriteHeader implements [http.ResponseWriter].
 func (w *response) WriteHeader(status int) {
 	w.status = status
+	if w.request != nil && w.request.finish() {
+		w.Header().Set("Connection", "close")
+	}
 	w.moveDeadline()
 	w.ResponseWriter.WriteHeader(status)
 }
@@ -121,8 +125,9 @@ type body struct {
 	received int64
 	err      error // that ended it, but for io.EOF
 
-	mu   sync.Mutex
-	over bool // whether its deadline is not to be moved any more
+	mu          sync.Mutex
+	over        bool // its deadline is not to be moved any more
+	interrupted bool
 }
 
 // Read implements [io.Reader].
@@ -151,19 +156,22 @@ func (b *body) SetReadDeadline(t time.Time) error {
 	if b.over {
 		return nil
 	}
-	b.over = true
+	b.over, b.interrupted = true, true
 	return b.control.SetReadDeadline(t)
 }
 
 // interrupt ends a Read under way, and those that come.
 func (b *body) interrupt() { b.SetReadDeadline(time.Unix(1, 0)) }
 
-// finish says that the connection is not the body's any more: at its end, and
-// before the handler of the request returns.
-func (b *body) finish() {
+// finish says that the body has nothing to do with the connection any more: at
+// its end, and when the request is answered. It reports whether a Read was
+// interrupted. Where that came just when the body ended, net/http takes the
+// connection for broken, and gives up every request on it: it is of no more use.
+func (b *body) finish() (interrupted bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.over = true
+	return b.interrupted
 }
 
 // stalled reports whether the sender was cut off.

@@ -60,13 +60,17 @@ func errUnknownUpload(t target) *problem {
 		"there is no upload %.40q in repository %s: it was finished, cancelled, or idle for too long: begin a new one", t.reference, t.name)
 }
 
+func errClosed() *problem {
+	return newProblem(http.StatusServiceUnavailable, codeUnknown, "%v: try again later", errShutdown).with("Retry-After", "5")
+}
+
 // beginUpload makes a session. It is cheap: nothing is stored before bytes come.
 func (h *Handler) beginUpload(name string, alg digest.Algorithm) (*session, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	switch {
 	case h.ctx.Err() != nil:
-		return nil, newProblem(http.StatusServiceUnavailable, codeUnknown, "%v: try again later", errShutdown).with("Retry-After", "5")
+		return nil, errClosed()
 	case len(h.uploads) >= h.opts.MaxUploads:
 		return nil, newProblem(http.StatusTooManyRequests, codeTooManyRequests, "there are %d uploads already: try again later", len(h.uploads)).with("Retry-After", "10")
 	}
@@ -122,11 +126,11 @@ func (h *Handler) withUpload(r *request, use func(*session) error) error {
 	if err == nil {
 		return nil
 	}
-	switch cause := context.Cause(u.ctx); cause {
+	switch context.Cause(u.ctx) {
 	case errCancelled: // and use was broken off
 		return errUnknownUpload(r.target)
 	case errShutdown:
-		return newProblem(http.StatusServiceUnavailable, codeUnknown, "%v: try again later", cause)
+		return errClosed()
 	}
 	return err
 }
