@@ -11,9 +11,10 @@
 // # The life of a blob
 //
 // [Ingest.Add] copies the source into a file in ingest/, in the kernel where
-// it can. A second goroutine follows it, reads the copied bytes back from the
-// page cache and hashes them, so that what is hashed is what is stored; write-back to the
-// disk is started on the way. When the content turns out to be here already, the stored blob
+// it can. A second goroutine follows it and hashes: what the kernel has copied
+// is read back from the page cache, so that what is hashed is what is stored,
+// whoever writes to the source meanwhile. Write-back to the disk is started on
+// the way. When the content turns out to be here already, the stored blob
 // is checked and the copy is dropped.
 //
 // [Ingest.Commit] makes it durable, in an order of which every step can be

@@ -66,12 +66,19 @@ func diskError(err error) error {
 // is looked at, and write-back is started.
 const chunk = 8 << 20
 
-// copyChunks copies src to dst up to its end. After each chunk it calls done
-// with the count of bytes that dst has; where done returns an error it stops.
-// A regular file is copied in the kernel, from its current offset on: cloned,
-// where the file system can share blocks, else with copy_file_range. What dst
-// has is the same either way.
-func copyChunks(dst *os.File, src io.Reader, done func(end int64) error) error {
+// copied is news of a copy: how many bytes it has now, and where they passed
+// through memory, the latest of them.
+type copied struct {
+	end  int64
+	part []byte
+	used *[1 << 20]byte // what part is in, to be given back to buffers
+}
+
+// copyChunks copies src to dst up to its end. Now and then it calls done with
+// how far it is; where done returns an error it stops. A regular file is copied
+// in the kernel, from its current offset on: cloned, where the file system can
+// share blocks, else with copy_file_range. What dst has is the same either way.
+func copyChunks(dst *os.File, src io.Reader, done func(copied) error) error {
 	if in, ok := src.(*os.File); ok {
 		if info, err := in.Stat(); err == nil && info.Mode().IsRegular() {
 			return copyFile(dst, in, done)
@@ -80,7 +87,7 @@ func copyChunks(dst *os.File, src io.Reader, done func(end int64) error) error {
 	return copyReader(dst, src, done)
 }
 
-func copyFile(dst, src *os.File, done func(end int64) error) error {
+func copyFile(dst, src *os.File, done func(copied) error) error {
 	start, err := src.Seek(0, io.SeekCurrent)
 	if err != nil {
 		return err
@@ -92,7 +99,7 @@ func copyFile(dst, src *os.File, done func(end int64) error) error {
 		}
 		for end := int64(0); end < info.Size(); {
 			end = min(end+chunk, info.Size())
-			if err := done(end); err != nil {
+			if err := done(copied{end: end}); err != nil {
 				return err
 			}
 		}
@@ -116,7 +123,7 @@ func copyFile(dst, src *os.File, done func(end int64) error) error {
 			return nil
 		}
 		end += int64(n)
-		if err := done(end); err != nil {
+		if err := done(copied{end: end}); err != nil {
 			return err
 		}
 	}
@@ -125,19 +132,19 @@ func copyFile(dst, src *os.File, done func(end int64) error) error {
 // buffers are what bytes pass through on their way to a file or a hash.
 var buffers = sync.Pool{New: func() any { return new([1 << 20]byte) }}
 
-// copyReader copies through memory.
-func copyReader(dst *os.File, src io.Reader, done func(end int64) error) error {
-	space := buffers.Get().(*[1 << 20]byte)
-	defer buffers.Put(space)
-	buf := space[:]
+// copyReader copies through memory. Who is told of a part gives its buffer back.
+func copyReader(dst *os.File, src io.Reader, done func(copied) error) error {
 	for end := int64(0); ; {
-		n, err := io.ReadAtLeast(src, buf, 1)
-		if n > 0 {
-			if _, err := dst.WriteAt(buf[:n], end); err != nil {
+		space := buffers.Get().(*[1 << 20]byte)
+		n, err := io.ReadAtLeast(src, space[:], 1)
+		if n == 0 {
+			buffers.Put(space)
+		} else {
+			if _, err := dst.WriteAt(space[:n], end); err != nil {
 				return err
 			}
 			end += int64(n)
-			if err := done(end); err != nil {
+			if err := done(copied{end, space[:n], space}); err != nil {
 				return err
 			}
 		}

@@ -219,22 +219,19 @@ func (in *ingest) copy(a *addition, src io.Reader, alg digest.Algorithm, progres
 	ctx, cancel := context.WithCancelCause(in.ctx)
 	defer cancel(nil)
 	recorder := digest.NewRecorder(alg)
-	// How far the copying may be ahead: its bytes should still be in the page
-	// cache when the hashing reads them.
-	copied := make(chan int64, 8)
+	// How far the copying may be ahead: what is read back should still be in
+	// the page cache, and what is in memory is not to be much.
+	news := make(chan copied, 4)
 	var hashing sync.WaitGroup
 	hashing.Go(func() {
-		space := buffers.Get().(*[1 << 20]byte)
-		defer buffers.Put(space)
-		buf := space[:]
-		for end := range copied {
-			for recorder.Size() < end && ctx.Err() == nil {
-				p := buf[:min(int64(len(buf)), end-recorder.Size())]
-				if _, err := f.ReadAt(p, recorder.Size()); err != nil {
-					cancel(fmt.Errorf("read back what was copied: %w", err))
-				} else if _, err := recorder.Write(p); err != nil {
+		for c := range news {
+			if ctx.Err() == nil {
+				if err := hash(ctx, recorder, f, c); err != nil {
 					cancel(err)
 				}
+			}
+			if c.used != nil {
+				buffers.Put(c.used)
 			}
 			if progress != nil && ctx.Err() == nil {
 				progress(recorder.Size())
@@ -242,22 +239,22 @@ func (in *ingest) copy(a *addition, src io.Reader, alg digest.Algorithm, progres
 		}
 	})
 	var written int64
-	err := copyChunks(f, src, func(end int64) error {
-		if err := in.s.account(a, end); err != nil {
+	err := copyChunks(f, src, func(c copied) error {
+		if err := in.s.account(a, c.end); err != nil {
 			return err
 		}
-		if end-written >= chunk {
-			startWriteBack(f, written, end)
-			written = end
+		if c.end-written >= chunk {
+			startWriteBack(f, written, c.end)
+			written = c.end
 		}
 		select {
-		case copied <- end:
+		case news <- c:
 			return context.Cause(ctx)
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}
 	})
-	close(copied)
+	close(news)
 	hashing.Wait()
 	if err == nil {
 		err = context.Cause(ctx)
@@ -266,6 +263,27 @@ func (in *ingest) copy(a *addition, src io.Reader, alg digest.Algorithm, progres
 		return nil, err
 	}
 	return recorder.Table()
+}
+
+// hash feeds a recorder up to c: with what passed through memory, or, where the
+// kernel has copied, with what the file has then.
+func hash(ctx context.Context, recorder *digest.Recorder, f *os.File, c copied) error {
+	if c.part != nil {
+		_, err := recorder.Write(c.part)
+		return err
+	}
+	space := buffers.Get().(*[1 << 20]byte)
+	defer buffers.Put(space)
+	for recorder.Size() < c.end && ctx.Err() == nil {
+		p := space[:min(int64(len(space)), c.end-recorder.Size())]
+		if _, err := f.ReadAt(p, recorder.Size()); err != nil {
+			return fmt.Errorf("read back what was copied: %w", err)
+		}
+		if _, err := recorder.Write(p); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // account counts the bytes that a's file has now, or refuses them where the
