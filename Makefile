@@ -11,7 +11,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo deve
 COMMIT  ?= $(shell git rev-parse HEAD 2>/dev/null)
 LDFLAGS := -s -w -X $(BUILD).version=$(VERSION) -X $(BUILD).commit=$(COMMIT)
 
-.PHONY: build demo test lint generate crash fuzz bench clean help
+.PHONY: build demo test clients lint generate crash fuzz bench clean help
 
 # Without gRPC's own trace pages a process starts faster.
 build: ## build dfcache and dfdaemon into bin/
@@ -21,8 +21,11 @@ demo: build ## import, stat, export, compare and delete a real file
 	@PATH="$(BIN):$$PATH" sh integration/demo.sh
 
 # Tests build and run the programs, of which go's cache of test results knows nothing.
-test: lint ## everything that has to hold
+test: lint clients ## everything that has to hold
 	$(GO) test -race -count=1 -timeout 15m ./...
+
+# The tests find them in .cache/tools. Others are Debian's packages: see .ci/run.
+clients: $(TOOLS)/oras $(TOOLS)/crane $(TOOLS)/regctl ## registry clients that tests use
 
 lint: $(TOOLS)/staticcheck ## formatting, go vet, staticcheck
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go' 2>/dev/null || find . -name '*.go')); \

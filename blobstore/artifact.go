@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"path"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	specs "github.com/opencontainers/image-spec/specs-go"
@@ -53,14 +54,14 @@ func titleOf(name, fallback string) string {
 // files returns the layers that are files of an artifact: its only layer, or
 // those that have a title, as `oras pull` takes them.
 func (m *manifest) files() ([]ocispec.Descriptor, error) {
-	layers := append(m.Layers, m.Blobs...)
+	layers := slices.Concat(m.Layers, m.Blobs)
 	if len(layers) == 1 {
-		return layers, nil
+		return []ocispec.Descriptor{layers[0].Descriptor}, nil
 	}
 	var files []ocispec.Descriptor
 	for _, l := range layers {
 		if l.Annotations[ocispec.AnnotationTitle] != "" {
-			files = append(files, l)
+			files = append(files, l.Descriptor)
 		}
 	}
 	if len(files) > 0 {

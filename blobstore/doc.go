@@ -15,7 +15,24 @@
 //	...
 //	_, err = models.ExportFile(ctx, "v1", "/srv/model.bin", blobstore.ExportOptions{})
 //
-// What holds: content is compared with its digest before it is stored, and
+// # OCI
+//
+// A Repository is what oras-go (oras.land/oras-go/v2) calls a target, so that
+// oras.Copy works in both directions between it and any other one. It
+// implements content.Storage, TagResolver, Untagger, Deleter and
+// PredecessorFinder, and of package registry TagLister, ReferrerLister,
+// ReferenceFetcher, ReferencePusher and Mounter. Package
+// [github.com/dfcache/dfcache/blobstore/registry] serves all of a Store to
+// other programs over HTTP; package storagetest is the suite for the contract.
+//
+// What is pushed is kept until a manifest refers to it, and from then on as long
+// as one does. A manifest is kept by its tags, by indexes that refer to it, and by
+// its subject; one that nothing has held yet is kept, too. What was imported
+// under its digest is kept until that is deleted.
+//
+// # What holds
+//
+// Content is compared with its digest before it is stored, and
 // checked against bit rot whenever it is read. An import that has returned
 // survives kill -9 and a power cut; one that has not leaves nothing. An export
 // makes a whole file or none.

@@ -10,6 +10,11 @@ import (
 	"path/filepath"
 	"strings"
 
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"oras.land/oras-go/v2"
+	"oras.land/oras-go/v2/content"
+	"oras.land/oras-go/v2/content/memory"
+
 	"github.com/dfcache/dfcache/blobstore"
 )
 
@@ -153,4 +158,93 @@ func ExampleRepository_List() {
 	// Output:
 	// models v1
 	// models v2
+}
+
+// A repository is a target of oras-go. An artifact is copied from another
+// target, here one in memory, into an embedded store; then it is a file like
+// one that was imported.
+func Example_copyIn() {
+	ctx := context.Background()
+	src := memory.New()
+	layer, err := oras.PushBytes(ctx, src, "text/plain", []byte("hello, world\n"))
+	if err != nil {
+		log.Fatal(err)
+	}
+	layer.Annotations = map[string]string{ocispec.AnnotationTitle: "hello.txt"}
+	manifest, err := oras.PackManifest(ctx, src, oras.PackManifestVersion1_1, "application/vnd.example.greeting", oras.PackManifestOptions{
+		Layers: []ocispec.Descriptor{layer},
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	if err := src.Tag(ctx, manifest, "v1"); err != nil {
+		log.Fatal(err)
+	}
+
+	dir, err := os.MkdirTemp("", "example")
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	store, err := blobstore.Open(dir)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer store.Close()
+	greetings, err := store.Repository("greetings")
+	if err != nil {
+		log.Fatal(err)
+	}
+	if _, err := oras.Copy(ctx, src, "v1", greetings, "v1", oras.DefaultCopyOptions); err != nil {
+		log.Fatal(err)
+	}
+
+	file, err := greetings.Export(ctx, "v1", os.Stdout, blobstore.ExportOptions{})
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(file.Title, file.Digest == layer.Digest)
+	// Output:
+	// hello, world
+	// hello.txt true
+}
+
+// What was imported under a cache ID is an artifact, which oras-go copies to any
+// other target.
+func Example_copyOut() {
+	ctx := context.Background()
+	dir, err := os.MkdirTemp("", "example")
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	store, err := blobstore.Open(dir)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer store.Close()
+	models, err := store.Repository("models")
+	if err != nil {
+		log.Fatal(err)
+	}
+	if _, err := models.Import(ctx, "v1", strings.NewReader("weights"), blobstore.ImportOptions{Title: "model.bin"}); err != nil {
+		log.Fatal(err)
+	}
+
+	dst := memory.New()
+	manifest, err := oras.Copy(ctx, models, "v1", dst, "latest", oras.DefaultCopyOptions)
+	if err != nil {
+		log.Fatal(err)
+	}
+	parts, err := content.Successors(ctx, dst, manifest)
+	if err != nil {
+		log.Fatal(err)
+	}
+	layer := parts[1] // after the config
+	data, err := content.FetchAll(ctx, dst, layer)
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Printf("%s: %s\n", layer.Annotations[ocispec.AnnotationTitle], data)
+	// Output: model.bin: weights
 }

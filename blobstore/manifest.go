@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"slices"
 	"strings"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -44,15 +45,30 @@ func isForeign(d ocispec.Descriptor) bool {
 // manifest is what all kinds of manifests have between them: an image has a
 // config and layers, an index manifests, an artifact of the release candidates blobs.
 type manifest struct {
-	SchemaVersion int                  `json:"schemaVersion"`
-	MediaType     string               `json:"mediaType"`
-	ArtifactType  string               `json:"artifactType"`
-	Config        *ocispec.Descriptor  `json:"config"`
-	Layers        []ocispec.Descriptor `json:"layers"`
-	Manifests     []ocispec.Descriptor `json:"manifests"`
-	Blobs         []ocispec.Descriptor `json:"blobs"`
-	Subject       *ocispec.Descriptor  `json:"subject"`
-	Annotations   map[string]string    `json:"annotations"`
+	SchemaVersion int               `json:"schemaVersion"`
+	MediaType     string            `json:"mediaType"`
+	ArtifactType  string            `json:"artifactType"`
+	Config        *descriptor       `json:"config"`
+	Layers        []descriptor      `json:"layers"`
+	Manifests     []descriptor      `json:"manifests"`
+	Blobs         []descriptor      `json:"blobs"`
+	Subject       *descriptor       `json:"subject"`
+	Annotations   map[string]string `json:"annotations"`
+}
+
+// descriptor is one that has a digest. It is checked as soon as it is read:
+// a manifest has room for a million that have none.
+type descriptor struct{ ocispec.Descriptor }
+
+// UnmarshalJSON implements [json.Unmarshaler].
+func (d *descriptor) UnmarshalJSON(data []byte) error {
+	if err := json.Unmarshal(data, &d.Descriptor); err != nil {
+		return err
+	}
+	if _, err := digest.Parse(string(d.Digest)); err != nil {
+		return fmt.Errorf("descriptor of type %.80q: %w", d.MediaType, err)
+	}
+	return nil
 }
 
 // parseManifest reads a manifest. Errors match [ErrInvalid].
@@ -60,22 +76,13 @@ func parseManifest(data []byte) (*manifest, error) {
 	if len(data) > MaxManifest {
 		return nil, fmt.Errorf("manifest: %w: it has %d bytes, the limit is %d", ErrInvalid, len(data), MaxManifest)
 	}
-	var m manifest
 	if !bytes.HasPrefix(bytes.TrimLeft(data, " \t\r\n"), []byte("{")) {
 		return nil, fmt.Errorf("manifest: %w: it is not a JSON object", ErrInvalid)
 	}
+	var m manifest
 	if err := json.Unmarshal(data, &m); err != nil {
-		return nil, fmt.Errorf("manifest: %w: it is not the JSON of one: %w", ErrInvalid, err)
-	}
-	if m.Subject != nil {
-		if _, err := digest.Parse(string(m.Subject.Digest)); err != nil {
-			return nil, fmt.Errorf("manifest: subject: %w", err)
-		}
-	}
-	for _, d := range m.children() {
-		if _, err := digest.Parse(string(d.Digest)); err != nil {
-			return nil, fmt.Errorf("manifest: descriptor of type %q: %w", d.MediaType, err)
-		}
+		// What is wrong may be quoted, at any length.
+		return nil, fmt.Errorf("manifest: %w: it is not the JSON of one: %.300s", ErrInvalid, err)
 	}
 	return &m, nil
 }
@@ -84,11 +91,12 @@ func parseManifest(data []byte) (*manifest, error) {
 func (m *manifest) children() []ocispec.Descriptor {
 	var all []ocispec.Descriptor
 	if m.Config != nil {
-		all = append(all, *m.Config)
+		all = append(all, m.Config.Descriptor)
 	}
-	all = append(all, m.Layers...)
-	all = append(all, m.Manifests...)
-	return append(all, m.Blobs...)
+	for _, d := range slices.Concat(m.Layers, m.Manifests, m.Blobs) {
+		all = append(all, d.Descriptor)
+	}
+	return all
 }
 
 // refs returns the manifest as an engine keeps it. With check, what has to be
@@ -129,7 +137,7 @@ func (m *manifest) mediaTypeOf(given string) (string, error) {
 	found := given
 	switch {
 	case given != "" && m.MediaType != "" && !strings.EqualFold(m.MediaType, given):
-		return "", fmt.Errorf("manifest: %w: it is pushed as %q, but says that it is %.80q", ErrInvalid, given, m.MediaType)
+		return "", fmt.Errorf("manifest: %w: it is pushed as %.80q, but says that it is %.80q", ErrInvalid, given, m.MediaType)
 	case given != "":
 	case m.MediaType != "":
 		found = m.MediaType

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/dfcache/dfcache/blobstore"
 	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p"
 )
 
 // blob describes text as a layer.
@@ -278,6 +280,9 @@ func TestCheckRefs(t *testing.T) {
 			if !errors.Is(err, blobstore.ErrMissingRef) || !strings.Contains(err.Error(), blob(missing).Digest.String()) {
 				t.Errorf("push: %v; want %v of %s", err, blobstore.ErrMissingRef, missing)
 			}
+			if e, ok := errors.AsType[*p2p.MissingRefError](err); !ok || e.Missing != blob(missing).Digest || e.Manifest != digest.SHA256.FromBytes(m) {
+				t.Errorf("push: %+v; want a MissingRefError of %s", e, missing)
+			}
 			requireGone(t, r, digest.SHA256.FromBytes(m))
 			pushBlobs(t, r, missing)
 		}
@@ -304,4 +309,44 @@ func TestCheckRefs(t *testing.T) {
 		// Without the check anything goes.
 		mustPushManifest(t, r, index(absent), "unchecked")
 	})
+}
+
+// TestHostileManifest: what is wrong with a manifest is said in a few words,
+// and what little text can be made of is not made in memory.
+func TestHostileManifest(t *testing.T) {
+	s, err := blobstore.Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	r := repository(t, s, "t")
+	long := strings.Repeat("9", blobstore.MaxManifest-1000)
+	good := blob("config").Digest
+	for what, text := range map[string]string{
+		"descriptors without a digest": `{"layers":[{}` + strings.Repeat(",{}", blobstore.MaxManifest/3-10) + `]}`,
+		"descriptors that are null":    `{"manifests":[null` + strings.Repeat(",null", blobstore.MaxManifest/5-10) + `]}`,
+		"a long digest":                `{"config":{"digest":"sha256:` + long + `"}}`,
+		"a long algorithm":             `{"config":{"digest":"` + long + `:x"}}`,
+		"a long media type":            `{"config":{"digest":"x","mediaType":"` + long + `"}}`,
+		"a long media type of its own": `{"mediaType":"` + long + `"}`,
+		"a long number":                `{"schemaVersion":` + long + `}`,
+		"a long size":                  fmt.Sprintf(`{"config":{"digest":%q,"size":%s}}`, good, long),
+		"a long string for a number":   `{"schemaVersion":"` + long + `"}`,
+		"deep nesting":                 `{"x":` + strings.Repeat("[", blobstore.MaxManifest/2-10) + strings.Repeat("]", blobstore.MaxManifest/2-10) + `}`,
+	} {
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		_, err := r.PushManifest(t.Context(), []byte(text), blobstore.ManifestOptions{})
+		runtime.ReadMemStats(&after)
+		if !errors.Is(err, blobstore.ErrInvalid) {
+			t.Errorf("%s: %.300v", what, err)
+			continue
+		}
+		if n := len(err.Error()); n > 1000 {
+			t.Errorf("%s: the error has %d bytes: %.300v", what, n, err)
+		}
+		if made := after.TotalAlloc - before.TotalAlloc; made > 32*blobstore.MaxManifest {
+			t.Errorf("%s: %d MiB were made of it in memory", what, made>>20)
+		}
+	}
 }

@@ -88,7 +88,12 @@ func (r *Repository) Exists(ctx context.Context, target ocispec.Descriptor) (boo
 	if err := checkTarget(target); err != nil {
 		return false, err
 	}
-	info, err := r.engine.Stat(ctx, r.tag, digest.FromDigest(target.Digest), p2p.StatOptions{})
+	return r.has(ctx, target, p2p.Network)
+}
+
+// has reports whether target is there, as Exists does, within scope.
+func (r *Repository) has(ctx context.Context, target ocispec.Descriptor, scope p2p.Scope) (bool, error) {
+	info, err := r.engine.Stat(ctx, r.tag, digest.FromDigest(target.Digest), p2p.StatOptions{Scope: scope})
 	switch {
 	case errors.Is(err, ErrNotFound), errors.Is(err, ErrCorrupt):
 		return false, nil
@@ -159,7 +164,7 @@ func (r *Repository) Push(ctx context.Context, expected ocispec.Descriptor, src 
 	if err := checkTarget(expected); err != nil {
 		return err
 	}
-	switch exists, err := r.Exists(ctx, expected); {
+	switch exists, err := r.has(ctx, expected, p2p.Local); {
 	case err != nil:
 		return fmt.Errorf("push: %w", err)
 	case exists:
@@ -182,7 +187,7 @@ func (r *Repository) PushReference(ctx context.Context, expected ocispec.Descrip
 	if err != nil {
 		return err
 	}
-	exists, err := r.Exists(ctx, expected)
+	exists, err := r.has(ctx, expected, p2p.Local)
 	if err != nil {
 		return fmt.Errorf("push: %w", err)
 	}
@@ -429,8 +434,9 @@ func (r *Repository) Predecessors(ctx context.Context, node ocispec.Descriptor) 
 	return found, nil
 }
 
-// referrersPage is the number of referrers that are given at once.
-const referrersPage = 256
+// referrersPage is how many bytes of manifests are given at once, about: each
+// comes with its annotations.
+const referrersPage = 1 << 20
 
 // Referrers implements [oras.land/oras-go/v2/registry.ReferrerLister]: it calls
 // fn with the manifests whose subject is desc, with their artifact type and
@@ -446,6 +452,7 @@ func (r *Repository) Referrers(ctx context.Context, desc ocispec.Descriptor, art
 	}
 	slices.SortFunc(candidates, func(a, b ocispec.Descriptor) int { return bytes.Compare([]byte(a.Digest), []byte(b.Digest)) })
 	var page []ocispec.Descriptor
+	var size int64
 	for _, d := range candidates {
 		m, err := r.Manifest(ctx, d.Digest.String())
 		if errors.Is(err, ErrNotFound) {
@@ -454,19 +461,15 @@ func (r *Repository) Referrers(ctx context.Context, desc ocispec.Descriptor, art
 		if err != nil {
 			return err
 		}
-		parsed, err := parseManifest(m.Content)
-		if err != nil {
-			return err
-		}
-		d.ArtifactType, d.Annotations = parsed.artifactType(), parsed.Annotations
-		if m.Subject != desc.Digest || artifactType != "" && d.ArtifactType != artifactType {
+		if m.Subject != desc.Digest || artifactType != "" && m.ArtifactType != artifactType {
 			continue
 		}
-		if page = append(page, d); len(page) == referrersPage {
+		page, size = append(page, m.Descriptor), size+m.Size
+		if size >= referrersPage {
 			if err := fn(page); err != nil {
 				return err
 			}
-			page = nil
+			page, size = nil, 0
 		}
 	}
 	if len(page) == 0 {
@@ -516,7 +519,7 @@ func pages(entries func(func(p2p.Entry, error) bool), text func(p2p.Entry) strin
 // another repository part of this one, without a copy. Where that does not hold
 // it, what getContent returns is pushed, or, without getContent, the error
 // matches [errdef.ErrNotFound]. fromRepo is named as a registry does:
-// [p2p.DefaultRepository] is that of the empty tag.
+// [p2p.DefaultRepository] is that of the empty tag, "" is any that holds it.
 func (r *Repository) Mount(ctx context.Context, desc ocispec.Descriptor, fromRepo string, getContent func() (io.ReadCloser, error)) error {
 	if err := checkTarget(desc); err != nil {
 		return err
@@ -538,11 +541,10 @@ func (r *Repository) Mount(ctx context.Context, desc ocispec.Descriptor, fromRep
 }
 
 func (r *Repository) mount(ctx context.Context, d digest.Digest, fromRepo string) error {
-	tag, err := TagOf(fromRepo)
+	tag, err := r.holder(ctx, d, fromRepo)
 	if err != nil {
 		return err
 	}
-	// Until the commit the blob is held by the ingest, whoever deletes it.
 	from := &Repository{engine: r.engine, tag: tag}
 	info, err := r.engine.Stat(ctx, from.tag, digest.FromDigest(d), p2p.StatOptions{})
 	if err != nil {
@@ -562,6 +564,18 @@ func (r *Repository) mount(ctx context.Context, d digest.Digest, fromRepo string
 	}
 	defer in.Close()
 	return in.Commit(r.blobCommit(d, info.MediaType, nil))
+}
+
+// holder returns the tag of the repository fromRepo, or, where that is "", of one
+// that holds d.
+func (r *Repository) holder(ctx context.Context, d digest.Digest, fromRepo string) (string, error) {
+	if fromRepo != "" {
+		return TagOf(fromRepo)
+	}
+	for entry, err := range r.engine.List(ctx, p2p.Query{Kind: p2p.KindTags, Holds: d}) {
+		return entry.Task.Tag, err
+	}
+	return "", fmt.Errorf("%s: %w", d, ErrNotFound)
 }
 
 // TagOf returns the tag of the repository that a registry calls name. Errors

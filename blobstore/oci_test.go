@@ -2,6 +2,7 @@ package blobstore_test
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -22,6 +23,7 @@ import (
 	"github.com/dfcache/dfcache/blobstore/storagetest"
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/pieces"
 )
 
 // What a Repository is to oras-go.
@@ -272,10 +274,11 @@ func TestPages(t *testing.T) {
 
 		// Referrers.
 		var digests []string
-		for i := range 600 {
+		for i := range 300 {
 			m := mustPushManifest(t, r, image(ocispec.Manifest{
 				Config: blob("config"), Subject: &subject.Descriptor,
-				ArtifactType: []string{"application/x-a", "application/x-b"}[i%2], Annotations: map[string]string{"number": fmt.Sprint(i)},
+				ArtifactType: []string{"application/x-a", "application/x-b"}[i%2],
+				Annotations:  map[string]string{"number": fmt.Sprint(i), "text": strings.Repeat("x", 10_000)},
 			}))
 			digests = append(digests, m.Digest.String())
 		}
@@ -297,8 +300,8 @@ func TestPages(t *testing.T) {
 		if n, got := pages("", referrers("")); n < 2 || !slices.Equal(got, digests) {
 			t.Errorf("there are %d pages of %d referrers, want more than one of %d, sorted", n, len(got), len(digests))
 		}
-		if _, got := pages("", referrers("application/x-b")); len(got) != 300 || !slices.IsSorted(got) {
-			t.Errorf("there are %d referrers of one type, want 300, sorted", len(got))
+		if _, got := pages("", referrers("application/x-b")); len(got) != 150 || !slices.IsSorted(got) {
+			t.Errorf("there are %d referrers of one type, want 150, sorted", len(got))
 		}
 	})
 }
@@ -364,6 +367,26 @@ func TestMountManifest(t *testing.T) {
 				t.Error(err)
 			}
 			requireGone(t, to, m.Digest, blob("config").Digest)
+		}
+	})
+}
+
+// TestMountFromAnywhere: without a repository's name any that holds it will do.
+func TestMountFromAnywhere(t *testing.T) {
+	eachStore(t, func(t *testing.T, s *blobstore.Store) {
+		to := repository(t, s, "to")
+		if err := to.Mount(t.Context(), blob("layer"), "", nil); !errors.Is(err, errdef.ErrNotFound) {
+			t.Errorf("mount of what is nowhere: %v", err)
+		}
+		for i, tag := range []string{"", "from"} {
+			text := fmt.Sprintf("layer %d", i)
+			pushBlobs(t, repository(t, s, tag), text)
+			if err := to.Mount(t.Context(), blob(text), "", nil); err != nil {
+				t.Errorf("mount from %q: %v", tag, err)
+			}
+			if got, err := content.FetchAll(t.Context(), to, blob(text)); err != nil || string(got) != text {
+				t.Errorf("mounted from %q: %q, %v", tag, got, err)
+			}
 		}
 	})
 }
@@ -523,4 +546,50 @@ func TestPushAndImportMeet(t *testing.T) {
 			t.Errorf("stat of what was pushed: %v", err)
 		}
 	})
+}
+
+// vanishing is an engine in which everything is deleted as soon as it has been
+// looked at.
+type vanishing struct{ p2p.Engine }
+
+func (v vanishing) Stat(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions) (p2p.Info, error) {
+	info, err := v.Engine.Stat(ctx, tag, cid, opts)
+	if err == nil {
+		_, err = v.Engine.Delete(ctx, tag, digest.FromDigest(info.Task.Digest), p2p.DeleteOptions{Force: true})
+	}
+	return info, err
+}
+
+// TestDeletedMeanwhile: what is deleted between a look at it and its use is
+// pushed, or not there, but nothing else.
+func TestDeletedMeanwhile(t *testing.T) {
+	engine, err := pieces.Open(t.TempDir(), pieces.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := blobstore.New(engine)
+	defer s.Close()
+	calm, hasty := repository(t, s, "t"), repository(t, blobstore.New(vanishing{engine}), "t")
+	data := image(ocispec.Manifest{Config: blob("config")})
+	d := content.NewDescriptorFromBytes(ocispec.MediaTypeImageManifest, data)
+	mustPushManifest(t, calm, data, "v1")
+	if err := hasty.PushReference(t.Context(), d, bytes.NewReader(data), "v2"); err != nil {
+		t.Errorf("push: %v", err)
+	}
+	if got, err := calm.Resolve(t.Context(), "v2"); err != nil || !content.Equal(got, d) {
+		t.Errorf("resolve: %+v, %v", got, err)
+	}
+	if _, _, err := hasty.FetchReference(t.Context(), "v2"); !errors.Is(err, errdef.ErrNotFound) {
+		t.Errorf("fetch: %v", err)
+	}
+	pushBlobs(t, calm, "layer")
+	give := func() (io.ReadCloser, error) { return io.NopCloser(strings.NewReader("layer")), nil }
+	to := repository(t, blobstore.New(vanishing{engine}), "to")
+	if err := to.Mount(t.Context(), blob("layer"), "t", give); err != nil {
+		t.Errorf("mount: %v", err)
+	}
+	requireGone(t, calm, blob("layer").Digest)
+	if got, err := content.FetchAll(t.Context(), repository(t, s, "to"), blob("layer")); err != nil || string(got) != "layer" {
+		t.Errorf("what was mounted is %q, %v", got, err)
+	}
 }

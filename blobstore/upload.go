@@ -46,7 +46,8 @@ var errUploadOver = errors.New("the upload is over")
 
 // NewUpload begins an upload. ctx bounds all of it. alg is the algorithm of the
 // digest that is expected at its end, sha256 where it is ""; another one costs
-// a second pass over the bytes then. The caller closes the upload.
+// a second pass over the bytes then. The caller closes the upload; closing the
+// store waits for that.
 func (r *Repository) NewUpload(ctx context.Context, alg digest.Algorithm) (*Upload, error) {
 	if alg != "" {
 		if _, err := digest.ParseAlgorithm(alg.String()); err != nil {
@@ -105,7 +106,8 @@ func (r *partReader) SetReadDeadline(time.Time) error { return nil }
 // uploadBuffers are what parts pass through.
 var uploadBuffers = sync.Pool{New: func() any { return new([1 << 20]byte) }}
 
-// Append takes in src to its end and returns how many bytes that were. Where
+// Append takes in src to its end and returns how many bytes that were. That the
+// last of them find no room may come out only with the next Append or Commit. Where
 // reading src fails, what came before stays, and another Append can go on after
 // it; the error is that of src. When the upload is over, or its context ends,
 // Append fails as soon as src gives something; it does not interrupt a Read.

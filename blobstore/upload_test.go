@@ -17,6 +17,7 @@ import (
 
 	"github.com/dfcache/dfcache/blobstore"
 	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p/pieces"
 )
 
 func newUpload(t *testing.T, r *blobstore.Repository, alg digest.Algorithm) *blobstore.Upload {
@@ -354,4 +355,41 @@ func TestUploadIsOnDisk(t *testing.T) {
 	if files, err := os.ReadDir(filepath.Join(dir, "ingest")); err != nil || len(files) != 0 {
 		t.Errorf("ingest/ has %v, %v; want nothing", files, err)
 	}
+}
+
+// TestNoSpace: who has no room hears it at once, whatever is still to come.
+func TestNoSpace(t *testing.T) {
+	dir := t.TempDir()
+	engine, err := pieces.Open(dir, pieces.Options{MaxSize: 2 << 20})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := blobstore.New(engine)
+	r := repository(t, s, "t")
+	pushBlobs(t, r, "small")
+	data := bytesOf(8<<20, 1)
+	u := newUpload(t, r, "")
+	if n, err := u.Append(bytes.NewReader(data)); !errors.Is(err, blobstore.ErrNoSpace) || n >= int64(len(data)) {
+		t.Errorf("append: %d, %v", n, err)
+	}
+	if n, err := u.Append(strings.NewReader("more")); n != 0 || !errors.Is(err, blobstore.ErrNoSpace) {
+		t.Errorf("append after that: %d, %v", n, err)
+	}
+	if _, err := u.Commit(digest.SHA256.FromBytes(data)); !errors.Is(err, blobstore.ErrNoSpace) {
+		t.Errorf("commit: %v", err)
+	}
+	d := content.NewDescriptorFromBytes("application/x-test", data)
+	if err := r.Push(t.Context(), d, bytes.NewReader(data)); !errors.Is(err, blobstore.ErrNoSpace) {
+		t.Errorf("push: %v", err)
+	}
+	large := append([]byte("{}"), bytes.Repeat([]byte(" "), 3<<20)...)
+	if _, err := r.PushManifest(t.Context(), large, blobstore.ManifestOptions{}); !errors.Is(err, blobstore.ErrNoSpace) {
+		t.Errorf("push of a manifest: %v", err)
+	}
+	requireGone(t, r, d.Digest, digest.SHA256.FromBytes(large))
+	pushBlobs(t, r, "another") // there is room for it
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+	requireInOrder(t, dir)
 }

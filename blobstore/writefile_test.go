@@ -60,3 +60,53 @@ func TestNoOverwriteAtTheLastMoment(t *testing.T) {
 		t.Errorf("%v; the file has %q", err, got)
 	}
 }
+
+// TestMoveFilesUndone: what can't be moved into an empty directory as a whole
+// is not there at all.
+func TestMoveFilesUndone(t *testing.T) {
+	dir := t.TempDir()
+	names := []string{"a", "sub/b", "sub/dir/c", "d"}
+	for _, name := range names {
+		path := filepath.Join(dir, "temp", name)
+		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o700), os.WriteFile(path, nil, 0o600)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// It appears at the last moment.
+	if err := os.WriteFile(filepath.Join(dir, "d"), []byte("somebody else's"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := moveFiles(dir, "temp", names, false); !errors.Is(err, fs.ErrExist) {
+		t.Errorf("move over a file: %v", err)
+	}
+	left, err := os.ReadDir(dir)
+	if err != nil || len(left) != 2 || left[0].Name() != "d" || left[1].Name() != "temp" {
+		t.Errorf("the directory has %v, %v", left, err)
+	}
+	if got, err := os.ReadFile(filepath.Join(dir, "d")); err != nil || string(got) != "somebody else's" {
+		t.Errorf("the file has %q, %v", got, err)
+	}
+	if err := moveFiles(dir, "temp", names, true); err != nil {
+		t.Errorf("move with overwrite: %v", err)
+	}
+	for _, name := range names {
+		if got, err := os.ReadFile(filepath.Join(dir, name)); err != nil || len(got) != 0 {
+			t.Errorf("%s has %q, %v", name, got, err)
+		}
+	}
+}
+
+// TestDirectoryAppears: somebody else makes the directory while it is written.
+func TestDirectoryAppears(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "dir")
+	files := []File{{Title: "a"}, {Title: "b"}}
+	err := writeDir(path, false, files, func(File, *os.File) error {
+		return os.MkdirAll(filepath.Join(path, "theirs"), 0o700)
+	})
+	if left, _ := os.ReadDir(path); !errors.Is(err, fs.ErrExist) || len(left) != 1 || left[0].Name() != "theirs" {
+		t.Errorf("%v; the directory has %v", err, left)
+	}
+	if left, _ := os.ReadDir(filepath.Dir(path)); len(left) != 1 {
+		t.Errorf("beside it are %v", left)
+	}
+}

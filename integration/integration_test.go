@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"syscall"
@@ -50,10 +51,14 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
+// quickExit keeps programs with the race detector from sleeping for a second
+// when they end.
+const quickExit = "GORACE=atexit_sleep_ms=10"
+
 // environ is the environment of every program under test: nothing of the
 // tester's own settings.
 func environ(home string) []string {
-	env := []string{"HOME=" + home, "XDG_RUNTIME_DIR=" + home}
+	env := []string{"HOME=" + home, "XDG_RUNTIME_DIR=" + home, "DFDAEMON_REGISTRY=127.0.0.1:0", quickExit}
 	for _, v := range os.Environ() {
 		name, _, _ := strings.Cut(v, "=")
 		if strings.HasPrefix(name, "DFCACHE_") || strings.HasPrefix(name, "DFDAEMON_") ||
@@ -70,11 +75,19 @@ type daemon struct {
 	cmd    *exec.Cmd
 	home   string // has everything: home/data, home/logs, home/run/s
 	socket string
+	says   string // what it prints when it starts
+	host   string // of its registry: localhost and the port
 }
 
 // startDaemon starts a dfdaemon with everything below home and waits until it
 // serves. wrap, where it is not empty, is a command that runs it.
 func startDaemon(t *testing.T, home string, wrap ...string) *daemon {
+	t.Helper()
+	return startDaemonWith(t, home, nil, wrap...)
+}
+
+// startDaemonWith is startDaemon with further flags of the daemon.
+func startDaemonWith(t *testing.T, home string, flags []string, wrap ...string) *daemon {
 	t.Helper()
 	d := &daemon{home: home, socket: filepath.Join(home, "run", "s")}
 	r, w, err := os.Pipe()
@@ -82,20 +95,29 @@ func startDaemon(t *testing.T, home string, wrap ...string) *daemon {
 		t.Fatal(err)
 	}
 	defer r.Close()
-	args := append(wrap, dfdaemon, "--workhome", home, "--daemon-sock", d.socket, "--config", os.DevNull, "--ready-fd", "3")
-	d.cmd = exec.Command(args[0], args[1:]...)
-	d.cmd.Env, d.cmd.ExtraFiles = environ(home), []*os.File{w}
-	if testing.Verbose() {
-		d.cmd.Stderr = os.Stderr
+	// It prints to a file, which has all of it when the daemon is ready.
+	stderr, err := os.Create(filepath.Join(home, "stderr"))
+	if err != nil {
+		t.Fatal(err)
 	}
+	defer stderr.Close()
+	args := slices.Concat(wrap, []string{dfdaemon, "--workhome", home, "--daemon-sock", d.socket, "--config", os.DevNull, "--ready-fd", "3"}, flags)
+	d.cmd = exec.Command(args[0], args[1:]...)
+	d.cmd.Env, d.cmd.ExtraFiles, d.cmd.Stderr = environ(home), []*os.File{w}, stderr
 	if err := d.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
 	w.Close()
-	if line, err := bufio.NewReader(r).ReadString('\n'); strings.TrimSpace(line) != "ready" {
+	line, readErr := bufio.NewReader(r).ReadString('\n')
+	said, err := os.ReadFile(stderr.Name())
+	if strings.TrimSpace(line) != "ready" || err != nil {
 		d.cmd.Process.Kill()
 		d.cmd.Wait()
-		t.Fatalf("dfdaemon did not start: %q, %v", line, err)
+		t.Fatalf("dfdaemon did not start: %q, %v, %v\n%s", line, readErr, err, said)
+	}
+	d.says = string(said)
+	if at := regexp.MustCompile(`, registry https?://[^ ]+:(\d+),`).FindStringSubmatch(d.says); at != nil {
+		d.host = "localhost:" + at[1]
 	}
 	return d
 }
@@ -110,8 +132,12 @@ func (d *daemon) stop(t *testing.T, sig syscall.Signal) {
 		t.Errorf("signal dfdaemon: %v", err)
 	}
 	err := d.cmd.Wait()
+	said, readErr := os.ReadFile(filepath.Join(d.home, "stderr"))
 	if sig == syscall.SIGTERM && err != nil {
 		t.Errorf("dfdaemon ends with %v", err)
+	}
+	if more := strings.TrimPrefix(string(said), d.says); more != "" || readErr != nil {
+		t.Errorf("dfdaemon printed %s %v", more, readErr)
 	}
 }
 

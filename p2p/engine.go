@@ -197,7 +197,7 @@ type NewManifest struct {
 	// of an index. It holds them. They need not be there.
 	Refs []digest.Digest
 	// Needs are those of Refs without which the commit fails, with
-	// ErrMissingRef.
+	// a [MissingRefError].
 	Needs []digest.Digest
 	// Subject is the digest of the manifest that this one is about, or "". It
 	// need not be there. Where it is, it holds this one: both go together.
@@ -256,6 +256,8 @@ type Query struct {
 	// RefersTo is a digest: only tasks under Tag that refer to it, or have it
 	// as their subject, are listed, and no names. It is not for KindNames and KindTags.
 	RefersTo digest.Digest
+	// Holds is a digest: only tags that hold it are listed. It is for KindTags.
+	Holds digest.Digest
 }
 
 // Kind says which entries a List yields.

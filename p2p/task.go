@@ -26,6 +26,20 @@ var (
 	ErrClosed = errors.New("closed")
 )
 
+// MissingRefError says what a manifest refers to that is not held. It matches
+// [ErrMissingRef].
+type MissingRefError struct {
+	Manifest digest.Digest
+	Missing  digest.Digest
+}
+
+func (e *MissingRefError) Error() string {
+	return fmt.Sprintf("manifest %s %v: %s", e.Manifest, ErrMissingRef, e.Missing)
+}
+
+// Unwrap returns [ErrMissingRef].
+func (e *MissingRefError) Unwrap() error { return ErrMissingRef }
+
 // DefaultRepository is the name that the empty tag has where a tag has to be
 // a repository: in the registry view. It can't be used as a tag itself, so that
 // every task has one tag and every repository one name.

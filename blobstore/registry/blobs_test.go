@@ -269,12 +269,16 @@ func TestMount(t *testing.T) {
 	s.do("GET", "/v2/to0/blobs/"+raw, nil).want(http.StatusOK).content(data)
 	// Where there is nothing to mount, an upload begins.
 	for _, query := range []string{
-		"mount=" + raw, "mount=" + raw + "&from=from/here", "mount=" + raw + "&from=nobody", "mount=" + raw + "&from=Not..Valid",
+		"mount=" + raw + "&from=from/here", "mount=" + raw + "&from=nobody", "mount=" + raw + "&from=Not..Valid",
 	} {
 		a := s.do("POST", "/v2/new/blobs/uploads/?"+query, nil).want(http.StatusAccepted, "Range", "0-0")
 		s.do("PUT", a.header.Get("Location")+"?digest="+encoded, data).want(http.StatusCreated, "Docker-Content-Digest", raw)
 		s.do("DELETE", "/v2/new/blobs/"+raw, nil).want(http.StatusAccepted)
 	}
+	// Without a source, what any repository has.
+	s.do("POST", "/v2/new/blobs/uploads/?mount="+raw, nil).want(http.StatusCreated)
+	s.do("GET", "/v2/new/blobs/"+raw, nil).want(http.StatusOK).content(data)
+	s.do("POST", "/v2/new/blobs/uploads/?mount="+digest.SHA256.FromString("nowhere").String(), nil).want(http.StatusAccepted)
 	s.do("POST", "/v2/new/blobs/uploads/?mount=sha256:bad&from=to", nil).fails(http.StatusBadRequest, "DIGEST_INVALID")
 }
 

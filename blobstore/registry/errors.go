@@ -12,6 +12,7 @@ import (
 
 	"github.com/dfcache/dfcache/blobstore"
 	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p"
 )
 
 // The error codes of the OCI distribution specification that are used here.
@@ -96,7 +97,9 @@ func problemOf(err error, t target) *problem {
 		p = newProblem(http.StatusMethodNotAllowed, codeDenied, "%v", err).with("Allow", "GET, HEAD")
 	case errors.Is(err, blobstore.ErrMissingRef):
 		p = newProblem(http.StatusNotFound, codeManifestBlobUnknown, "%v: push that first", err)
-		p.detail = map[string]string{"reason": err.Error()}
+		if m, ok := errors.AsType[*p2p.MissingRefError](err); ok {
+			p.detail = map[string]string{"digest": m.Missing.String()}
+		}
 	case errors.Is(err, errdef.ErrSizeExceedsLimit):
 		p = newProblem(http.StatusRequestEntityTooLarge, codeManifestInvalid, "a manifest can have %d bytes at most", blobstore.MaxManifest)
 	case errors.Is(err, blobstore.ErrInvalid):

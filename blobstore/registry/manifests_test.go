@@ -173,8 +173,8 @@ func TestMissingReferences(t *testing.T) {
 	} {
 		a := s.do("PUT", "/v2/a/manifests/v1", manifest).fails(http.StatusNotFound, "MANIFEST_BLOB_UNKNOWN")
 		a.contains(d.String())
-		var detail struct{ Reason string }
-		if err := json.Unmarshal(a.problem().Detail, &detail); err != nil || !strings.Contains(detail.Reason, d.String()) {
+		var detail struct{ Digest string }
+		if err := json.Unmarshal(a.problem().Detail, &detail); err != nil || detail.Digest != d.String() {
 			t.Errorf("%s: the detail does not name %s: %s", what, d, a.body)
 		}
 		s.do("GET", "/v2/a/manifests/v1", nil).fails(http.StatusNotFound, "MANIFEST_UNKNOWN")

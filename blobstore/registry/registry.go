@@ -120,7 +120,7 @@ func (h *Handler) ServeHTTP(hw http.ResponseWriter, hr *http.Request) {
 	control := http.NewResponseController(hw)
 	r := &request{
 		Request: hr, target: parsePath(hr.URL),
-		body: &body{src: hr.Body, control: control, stall: h.opts.StallTimeout},
+		body: &body{src: hr.Body, control: control, stall: h.opts.StallTimeout, ended: hr.ContentLength == 0},
 	}
 	w := &response{
 		ResponseWriter: hw, control: control, stall: h.opts.StallTimeout,
@@ -146,7 +146,22 @@ func (h *Handler) ServeHTTP(hw http.ResponseWriter, hr *http.Request) {
 	if w.status != 0 {
 		panic(http.ErrAbortHandler) // the client must not take it for whole
 	}
-	problemOf(failure, r.target).send(w)
+	sendProblem(w, r, problemOf(failure, r.target))
+}
+
+// sendProblem answers with a problem. A client that is still sending gets the answer
+// at once, and the time to read it: closing the connection on what it sends
+// would reset it, and the answer be lost.
+func sendProblem(w *response, r *request, p *problem) {
+	if !r.body.unread() || r.ProtoMajor != 1 || w.control.EnableFullDuplex() != nil {
+		p.send(w)
+		return
+	}
+	w.Header().Set("Connection", "close")
+	p.send(w)
+	if w.control.Flush() == nil {
+		r.body.discard()
+	}
 }
 
 func (h *Handler) serve(w *response, r *request) error {

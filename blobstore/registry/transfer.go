@@ -123,6 +123,7 @@ type body struct {
 	stall   time.Duration
 
 	received int64
+	ended    bool  // it has been read to its end, or broke
 	err      error // that ended it, but for io.EOF
 
 	mu          sync.Mutex
@@ -140,6 +141,7 @@ func (b *body) Read(p []byte) (int, error) {
 	n, err := b.src.Read(p)
 	b.received += int64(n)
 	if err != nil {
+		b.ended = true
 		b.finish() // net/http watches the connection from now on
 	}
 	if err != nil && !errors.Is(err, io.EOF) {
@@ -172,6 +174,21 @@ func (b *body) finish() (interrupted bool) {
 	defer b.mu.Unlock()
 	b.over = true
 	return b.interrupted
+}
+
+// lingerTime is how long a client that was refused may go on sending, until the
+// connection is closed whether it has read the answer or not.
+const lingerTime = 10 * time.Second
+
+// unread reports whether the client may still be sending.
+func (b *body) unread() bool { return !b.ended }
+
+// discard reads what is left of the body for a while. The caller has it for itself.
+func (b *body) discard() {
+	b.finish()
+	b.control.SetReadDeadline(time.Now().Add(lingerTime))
+	n, _ := io.Copy(io.Discard, b.src) // whatever ends it, nothing is left to be said
+	b.received += n
 }
 
 // stalled reports whether the sender was cut off.

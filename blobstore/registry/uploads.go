@@ -199,9 +199,10 @@ func (h *Handler) postUpload(w *response, r *request) error {
 		if err != nil {
 			return err
 		}
-		// Without a source it may be here already. A source that can't be one holds nothing.
+		// Without a source any that has it will do: whoever may push may read all
+		// of them. A source that can't be one holds nothing.
 		from := query.Get("from")
-		if _, err := blobstore.TagOf(from); err != nil {
+		if _, err := blobstore.TagOf(from); err != nil && from != "" {
 			from = r.name
 		}
 		err = r.repo.Mount(r.Context(), ocispec.Descriptor{MediaType: blobMediaType, Digest: d}, from, nil)
@@ -415,8 +416,9 @@ func (h *Handler) takeChunk(r *request, u *session, alg digest.Algorithm) error 
 		}
 		u.in = in
 	}
-	defer context.AfterFunc(u.ctx, r.body.interrupt)()
+	stop := context.AfterFunc(u.ctx, r.body.interrupt)
 	taken, err := u.in.Append(src)
+	stop() // what ends the session from here on must not break off the answer
 	switch {
 	case err != nil && r.body.err == nil:
 		h.dropAfter(u, err) // the store has failed: what came is lost

@@ -9,8 +9,8 @@
 //
 // Tests of an interface that the store does not have are skipped:
 // [content.Deleter], [content.PredecessorFinder], [content.Untagger],
-// [registry.TagLister], [registry.ReferrerLister], [registry.ReferenceFetcher],
-// [registry.ReferencePusher] and [registry.Mounter]. Who has to have one
+// registry.TagLister, registry.ReferrerLister, registry.ReferenceFetcher,
+// registry.ReferencePusher and registry.Mounter. Who has to have one
 // asserts that where the type is declared.
 package storagetest
 
@@ -50,7 +50,7 @@ type Options struct {
 
 	// UncheckedDigests: only Push refuses a digest that is malformed or of an
 	// unknown algorithm, with an error of its own; nothing else is found under
-	// it. Otherwise all operations fail with [errdef.ErrInvalidDigest].
+	// it. Otherwise all operations fail with errdef.ErrInvalidDigest.
 	// oras-go's memory store.
 	UncheckedDigests bool
 
@@ -58,7 +58,7 @@ type Options struct {
 	ResolvesTagsOnly bool
 
 	// TakesEmptyReference: "" is a tag like any other. Otherwise it fails with
-	// [errdef.ErrMissingReference]. oras-go's memory store.
+	// errdef.ErrMissingReference. oras-go's memory store.
 	TakesEmptyReference bool
 
 	// KeepsBadManifests: content with the media type of a manifest that is none
@@ -72,8 +72,8 @@ type Options struct {
 	KeepsUnreferenced bool
 }
 
-// Run runs the suite. open returns a new, empty store; what has to be closed,
-// it closes by t.Cleanup.
+// Run runs the suite, its tests in parallel. open returns a new, empty store;
+// what has to be closed, it closes by t.Cleanup.
 func Run(t *testing.T, open func(t *testing.T) oras.Target, opts Options) {
 	s := &suite{open: open, opts: opts}
 	for _, c := range []struct {
@@ -126,7 +126,10 @@ func Run(t *testing.T, open func(t *testing.T) oras.Target, opts Options) {
 		{"OrasFetch", s.testOrasFetch},
 		{"PackManifest", s.testPackManifest},
 	} {
-		t.Run(c.name, func(t *testing.T) { c.test(t, open(t)) })
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			c.test(t, open(t))
+		})
 	}
 }
 

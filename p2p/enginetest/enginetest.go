@@ -805,7 +805,7 @@ func testNeeds(t *testing.T, e p2p.Engine) {
 	m.Needs = m.Refs
 	task, err := tryPush(t.Context(), e, []byte(`{"one":1}`), m, p2p.NewName{Name: "v1"})
 	requireError(t, "commit a manifest that refers to what is absent", err, p2p.ErrMissingRef)
-	if err != nil && !strings.Contains(err.Error(), string(absent.Digest)) {
+	if missing, ok := errors.AsType[*p2p.MissingRefError](err); !ok || missing.Missing != absent.Digest || missing.Manifest != task.Digest {
 		t.Errorf("error %q does not name what is missing", err)
 	}
 	requireMissing(t, e, task)
@@ -1225,6 +1225,27 @@ func testListKinds(t *testing.T, e p2p.Engine) {
 	if got, want := tags("aa"), []string{"b"}; !slices.Equal(got, want) {
 		t.Errorf("tags after aa are %q, want %q", got, want)
 	}
+	Import(t, e, "a-b", []byte("only here"))
+	Import(t, e, "", []byte("only here"))
+	holds := digest.SHA256.FromString("only here")
+	for _, c := range []struct {
+		after string
+		want  []string
+	}{{"", []string{"", "a-b"}}, {"a", []string{"a-b"}}, {"a-b", nil}} {
+		var got []string
+		for entry, err := range e.List(t.Context(), p2p.Query{Kind: p2p.KindTags, Holds: holds, After: c.after}) {
+			if err != nil {
+				t.Fatal(err)
+			}
+			got = append(got, entry.Task.Tag)
+		}
+		if !slices.Equal(got, c.want) {
+			t.Errorf("tags after %q that hold the blob are %q, want %q", c.after, got, c.want)
+		}
+	}
+	for _, err := range e.List(t.Context(), p2p.Query{Kind: p2p.KindTags, Holds: digest.SHA256.FromString("nowhere")}) {
+		t.Errorf("what is nowhere is held (%v)", err)
+	}
 	names := func(q p2p.Query) []string {
 		q.Kind = p2p.KindNames
 		got := []string{}
@@ -1262,6 +1283,8 @@ func testListKinds(t *testing.T, e p2p.Engine) {
 		{RefersTo: d},
 		{RefersTo: d, Tag: &a, Kind: p2p.KindNames},
 		{RefersTo: "none", Tag: &a},
+		{Holds: "none", Kind: p2p.KindTags},
+		{Holds: d},
 	} {
 		for _, err := range e.List(t.Context(), q) {
 			requireError(t, fmt.Sprintf("list %+v", q), err, digest.ErrInvalid)

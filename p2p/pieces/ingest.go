@@ -601,7 +601,7 @@ func checkManifest(tx *bbolt.Tx, n p2p.NewTask) error {
 	}
 	for _, d := range n.Manifest.Needs {
 		if t := (p2p.Task{Tag: n.Task.Tag, Digest: d}); tx.Bucket(bucketTasks).Get(taskKey(t)) == nil {
-			return fmt.Errorf("manifest %s %w: %s", n.Task.Digest, p2p.ErrMissingRef, t)
+			return &p2p.MissingRefError{Manifest: n.Task.Digest, Missing: d}
 		}
 	}
 	return nil

@@ -254,6 +254,10 @@ func (s *Store) List(ctx context.Context, q p2p.Query) iter.Seq2[p2p.Entry, erro
 			l.list(*q.Tag, yield)
 			return
 		}
+		if q.Holds != "" {
+			l.holders(yield)
+			return
+		}
 		from := ""
 		if q.Kind == p2p.KindTags && q.After != "" {
 			from = q.After + "\x01"
@@ -284,6 +288,14 @@ func validateQuery(q p2p.Query) error {
 	}
 	if q.Kind == p2p.KindTags && q.Tag != nil {
 		return fmt.Errorf("list tags: %w: of one tag there is nothing to list", digest.ErrInvalid)
+	}
+	if q.Holds != "" {
+		if q.Kind != p2p.KindTags {
+			return fmt.Errorf("list who holds %s: %w: that is asked for tags", q.Holds, digest.ErrInvalid)
+		}
+		if _, err := digest.Parse(string(q.Holds)); err != nil {
+			return err
+		}
 	}
 	if q.RefersTo == "" {
 		return nil
@@ -324,6 +336,23 @@ func (l *lister) nextTag(from string) (tag *string) {
 		return nil
 	})
 	return tag
+}
+
+// holders yields the tags that hold q.Holds.
+func (l *lister) holders(yield func(p2p.Entry, error) bool) {
+	var tags []string
+	l.read(func(tx *bbolt.Tx) error {
+		tags = lastParts(tx, bucketHolders, prefix(string(l.q.Holds)))
+		return nil
+	})
+	if l.err != nil {
+		yield(p2p.Entry{}, l.err)
+	}
+	for _, tag := range tags {
+		if (l.q.After == "" || tag > l.q.After) && !yield(p2p.Entry{Info: p2p.Info{Task: p2p.Task{Tag: tag}}}, nil) {
+			return
+		}
+	}
 }
 
 // list yields what is wanted of one tag. It reports whether to go on; where

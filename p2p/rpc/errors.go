@@ -83,6 +83,10 @@ func toStatus(err error) error {
 					"reason": text(e.Reason),
 				}
 			}
+		case p2p.ErrMissingRef:
+			if e, ok := errors.AsType[*p2p.MissingRefError](err); ok {
+				info.Metadata = map[string]string{"manifest": text(string(e.Manifest)), "missing": text(string(e.Missing))}
+			}
 		}
 		if len(details) == 0 {
 			code = k.code
@@ -134,6 +138,8 @@ func fromStatus(st *status.Status) error {
 					piece = -1
 				}
 				is = &digest.CorruptError{Digest: digest.Digest(data["digest"]), Piece: piece, Reason: data["reason"]}
+			case k.err == p2p.ErrMissingRef:
+				is = &p2p.MissingRefError{Manifest: digest.Digest(data["manifest"]), Missing: digest.Digest(data["missing"])}
 			}
 			e.is = append(e.is, is)
 		}

@@ -112,7 +112,7 @@ func parseDelete(r *pb.DeleteRequest) (cid digest.CID, opts p2p.DeleteOptions, e
 }
 
 func parseList(r *pb.ListRequest) (q p2p.Query, err error) {
-	q = p2p.Query{Tag: r.Tag, After: string(r.GetAfter()), RefersTo: digest.Digest(r.GetRefersTo())}
+	q = p2p.Query{Tag: r.Tag, After: string(r.GetAfter()), RefersTo: digest.Digest(r.GetRefersTo()), Holds: digest.Digest(r.GetHolds())}
 	if q.Kind, err = listKinds.parse("kind", r.GetKind()); err != nil {
 		return q, err
 	}
@@ -123,6 +123,14 @@ func parseList(r *pb.ListRequest) (q p2p.Query, err error) {
 	}
 	if len(q.After) > maxAfter {
 		return q, fmt.Errorf("list after a name of %d bytes: %w: none has more than %d", len(q.After), digest.ErrInvalid, maxAfter)
+	}
+	if q.Holds != "" {
+		if q.Kind != p2p.KindTags {
+			return q, fmt.Errorf("list who holds %q: %w: it goes with tags as the kind", q.Holds, digest.ErrInvalid)
+		}
+		if _, err := digest.Parse(string(q.Holds)); err != nil {
+			return q, err
+		}
 	}
 	if q.RefersTo == "" {
 		return q, nil
@@ -311,7 +319,7 @@ func addedMessage(a p2p.Added) *pb.IngestReply {
 }
 
 func queryMessage(q p2p.Query) *pb.ListRequest {
-	return &pb.ListRequest{Tag: q.Tag, Kind: listKinds.message(q.Kind), After: []byte(q.After), RefersTo: string(q.RefersTo)}
+	return &pb.ListRequest{Tag: q.Tag, Kind: listKinds.message(q.Kind), After: []byte(q.After), RefersTo: string(q.RefersTo), Holds: string(q.Holds)}
 }
 
 func nanoseconds(t time.Time) int64 {

@@ -1053,6 +1053,7 @@ type ListRequest struct {
 	Kind          Kind                   `protobuf:"varint,2,opt,name=kind,proto3,enum=dfcache.v1.Kind" json:"kind,omitempty"`
 	After         []byte                 `protobuf:"bytes,3,opt,name=after,proto3" json:"after,omitempty"`                       // with KIND_NAMES and KIND_TAGS: only those that sort after it, byte by byte
 	RefersTo      string                 `protobuf:"bytes,4,opt,name=refers_to,json=refersTo,proto3" json:"refers_to,omitempty"` // only tasks that refer to this digest; with a tag and KIND_ALL only
+	Holds         string                 `protobuf:"bytes,5,opt,name=holds,proto3" json:"holds,omitempty"`                       // only tags that hold this digest; with KIND_TAGS only
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1111,6 +1112,13 @@ func (x *ListRequest) GetAfter() []byte {
 func (x *ListRequest) GetRefersTo() string {
 	if x != nil {
 		return x.RefersTo
+	}
+	return ""
+}
+
+func (x *ListRequest) GetHolds() string {
+	if x != nil {
+		return x.Holds
 	}
 	return ""
 }
@@ -1802,12 +1810,13 @@ const file_p2p_rpc_pb_daemon_proto_rawDesc = "" +
 	"\tname_only\x18\x04 \x01(\bR\bnameOnly\"9\n" +
 	"\vDeleteReply\x12\x14\n" +
 	"\x05tasks\x18\x01 \x01(\x03R\x05tasks\x12\x14\n" +
-	"\x05freed\x18\x02 \x01(\x03R\x05freed\"\x85\x01\n" +
+	"\x05freed\x18\x02 \x01(\x03R\x05freed\"\x9b\x01\n" +
 	"\vListRequest\x12\x15\n" +
 	"\x03tag\x18\x01 \x01(\tH\x00R\x03tag\x88\x01\x01\x12$\n" +
 	"\x04kind\x18\x02 \x01(\x0e2\x10.dfcache.v1.KindR\x04kind\x12\x14\n" +
 	"\x05after\x18\x03 \x01(\fR\x05after\x12\x1b\n" +
-	"\trefers_to\x18\x04 \x01(\tR\brefersToB\x06\n" +
+	"\trefers_to\x18\x04 \x01(\tR\brefersTo\x12\x14\n" +
+	"\x05holds\x18\x05 \x01(\tR\x05holdsB\x06\n" +
 	"\x04_tag\"8\n" +
 	"\tListReply\x12+\n" +
 	"\aentries\x18\x01 \x03(\v2\x11.dfcache.v1.EntryR\aentries\"W\n" +
