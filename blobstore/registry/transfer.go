@@ -186,7 +186,7 @@ func (b *body) unread() bool { return !b.ended }
 // discard reads what is left of the body for a while. The caller has it for itself.
 func (b *body) discard() {
 	b.finish()
-	b.control.SetReadDeadline(time.Now().Add(lingerTime))
+	b.control.SetReadDeadline(time.Now().Add(min(lingerTime, b.stall)))
 	n, _ := io.Copy(io.Discard, b.src) // whatever ends it, nothing is left to be said
 	b.received += n
 }
