@@ -305,7 +305,7 @@ func newReader(blob p2p.Blob, file File) *Reader {
 
 // CopyRange writes the n bytes from off on to w. Each piece is verified before
 // bytes of it are written. Where w can read from an [*os.File] by itself, as
-// connections and files do, the bytes stay in the kernel. It ends with ctx.
+// connections do, the bytes stay in the kernel. It ends with ctx.
 func (r *Reader) CopyRange(ctx context.Context, w io.Writer, off, n int64) error {
 	return r.blob.CopyRange(ctx, w, off, n, nil)
 }

@@ -114,9 +114,9 @@ func (v *Verified) readPiece(i int, p []byte) error {
 // cause: at the next piece, or, where w has a SetWriteDeadline method as pipes
 // and connections do, at once.
 //
-// A connection, an [net/http.ResponseWriter] or a file takes the bytes from the
-// blob's file by itself, in the kernel: they are read to be checked, but not
-// copied again.
+// A connection or an [net/http.ResponseWriter] takes the bytes from the blob's
+// file by itself, in the kernel: they are read to be checked, but not copied
+// again.
 func (v *Verified) CopyRange(ctx context.Context, w io.Writer, off, n int64, progress func(written int64)) error {
 	if off < 0 || n < 0 || off > v.t.Size-n {
 		return fmt.Errorf("read blob %s: %d bytes from %d on: it has %d", v.t.Digest, n, off, v.t.Size)
@@ -206,13 +206,16 @@ func (v *Verified) CopyRange(ctx context.Context, w io.Writer, off, n int64, pro
 }
 
 // kernelCopy returns w and the file that r is, from off on, where w takes bytes
-// from a file without a way through this process; else nil.
+// from a file without a way through this process; else nil. A file could, too,
+// but gets what is in memory already faster from there.
 func kernelCopy(w io.Writer, r io.ReaderAt, off int64) (io.ReaderFrom, *os.File) {
 	to, ok := w.(io.ReaderFrom)
 	if !ok {
 		return nil, nil
 	}
 	switch w.(type) {
+	case *os.File:
+		return nil, nil
 	case interface{ SetWriteDeadline(time.Time) error }, interface{ WriteHeader(int) }:
 	default:
 		return nil, nil // bytes.Buffer and the like read as anybody does

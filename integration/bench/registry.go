@@ -37,20 +37,22 @@ func (b *bench) distribution(tools string) (s server, stop func()) {
 	data, address := filepath.Join(b.dir, "distribution"), freeAddress()
 	config := filepath.Join(b.dir, "distribution.yml")
 	must(0, os.WriteFile(config, fmt.Appendf(nil, `version: 0.1
-log: {level: panic, accesslog: {disabled: true}}
+log: {level: error, accesslog: {disabled: true}}
 storage: {filesystem: {rootdirectory: %s}, delete: {enabled: true}}
 http: {addr: %q}
 `, data, address), 0o644))
 	cmd := exec.Command(filepath.Join(tools, "registry"), "serve", config)
 	cmd.Env = append(os.Environ(), "OTEL_TRACES_EXPORTER=none")
 	must(0, cmd.Start())
-	for {
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
 		answer, err := http.Get("http://" + address + "/v2/")
 		if err == nil {
 			answer.Body.Close()
 			break
 		}
-		time.Sleep(10 * time.Millisecond)
+		if time.Now().After(deadline) {
+			log.Panicf("distribution does not start: %v", err)
+		}
 	}
 	return server{"distribution", address, cmd.Process.Pid, func() { must(0, os.RemoveAll(data)) }}, func() {
 		cmd.Process.Signal(syscall.SIGTERM)
