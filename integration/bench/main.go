@@ -47,6 +47,9 @@ func main() {
 		hashFile(*hash)
 		return
 	}
+	if *out != "" {
+		*out = must(filepath.Abs(*out)) // the working directory changes
+	}
 	b, err := newBench(*bin, *dir, *runs)
 	if err != nil {
 		log.Fatal(err)
@@ -415,4 +418,5 @@ func (b *bench) open(many int) {
 		}
 		b.printf("| %d | %.2f |\n", want, float64(median(samples, wall).Microseconds())/1000)
 	}
+	b.printf("\n")
 }
