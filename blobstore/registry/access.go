@@ -354,13 +354,7 @@ func challenge(message string) *problem {
 
 // refuse answers a request that gets no further.
 func refuse(hw http.ResponseWriter, r *http.Request, p *problem) {
-	control := http.NewResponseController(hw)
-	if r.ContentLength != 0 {
-		// net/http reads some of a body that is refused.
-		control.SetReadDeadline(time.Now().Add(refuseTimeout))
-	}
-	hw.Header().Set("Docker-Distribution-API-Version", "registry/2.0")
-	p.send(&response{ResponseWriter: hw, control: control, stall: refuseTimeout, headOnly: r.Method == http.MethodHead})
+	p.send(newResponse(hw, r, refuseTimeout))
 }
 
 // limiter counts wrong passwords. Each sender has room for maxWrong, and gets

@@ -1,6 +1,7 @@
 package registry
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/base64"
@@ -10,6 +11,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
@@ -697,4 +699,30 @@ func ExampleParseWho() {
 	who, err := ParseWho("alice,bob")
 	fmt.Println(who, who.Anyone(), err)
 	// Output: alice,bob false <nil>
+}
+
+// TestRefusedWhileSending: who is refused in the middle of a push hears why, also
+// where it sends everything before it listens.
+func TestRefusedWhileSending(t *testing.T) {
+	d := newDoor(t, "users", "users")
+	server := httptest.NewServer(d.Wrap(d))
+	defer server.Close()
+	conn, err := net.Dial("tcp", server.Listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	const size = 64 << 20
+	fmt.Fprintf(conn, "POST /v2/a/blobs/uploads/ HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n", size)
+	if _, err := conn.Write(make([]byte, size)); err != nil {
+		t.Errorf("send all of a push without a login: %v", err)
+	}
+	answer, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		t.Fatalf("hear of a push without a login: %v", err)
+	}
+	answer.Body.Close()
+	if answer.StatusCode != http.StatusUnauthorized {
+		t.Errorf("push without a login: %s", answer.Status)
+	}
 }

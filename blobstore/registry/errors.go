@@ -114,7 +114,9 @@ func problemOf(err error, t target) *problem {
 	return p.because(err)
 }
 
-// send answers a request with the problem.
+// send answers a request with the problem. A client that is still sending gets
+// the answer at once, and the time to read it: closing the connection on what it
+// sends would reset it, and the answer be lost.
 func (p *problem) send(w *response) {
 	type entry struct {
 		Code    string `json:"code"`
@@ -133,8 +135,15 @@ func (p *problem) send(w *response) {
 	for key, values := range p.header {
 		h[key] = values
 	}
+	linger := !w.request.ended && w.control.EnableFullDuplex() == nil
+	if linger {
+		h.Set("Connection", "close")
+	}
 	h.Set("Content-Type", "application/json")
 	h.Set("Content-Length", strconv.Itoa(len(body)))
 	w.WriteHeader(p.status)
 	w.Write(body) // who does not take it in is gone
+	if linger && w.control.Flush() == nil {
+		w.request.discard()
+	}
 }

@@ -85,9 +85,11 @@ type request struct {
 	repo *blobstore.Repository // of target.name, where the endpoint has one
 	body *body
 
-	// For the log: what was done to the store, where something was.
+	// For the log: what was done to the store, where something was, and whether
+	// the client had gone before there was an answer.
 	change string
 	digest digest.Digest
+	gone   bool
 }
 
 // handlerFunc answers a request. An error is sent by its caller, where nothing
@@ -117,51 +119,26 @@ var handlers = map[endpoint]map[string]handlerFunc{
 // connection has to be cut, it panics with [http.ErrAbortHandler].
 func (h *Handler) ServeHTTP(hw http.ResponseWriter, hr *http.Request) {
 	start := time.Now()
-	control := http.NewResponseController(hw)
-	r := &request{
-		Request: hr, target: parsePath(hr.URL),
-		body: &body{src: hr.Body, control: control, stall: h.opts.StallTimeout, ended: hr.ContentLength == 0},
-	}
-	w := &response{
-		ResponseWriter: hw, control: control, stall: h.opts.StallTimeout,
-		request: r.body, headOnly: hr.Method == http.MethodHead,
-	}
-	if hr.ContentLength != 0 {
-		// Also where a body is refused: net/http reads some of it then.
-		control.SetReadDeadline(start.Add(h.opts.StallTimeout))
-	}
+	w := newResponse(hw, hr, h.opts.StallTimeout)
+	r := &request{Request: hr, target: parsePath(hr.URL), body: w.request}
 	var failure error
 	defer func() {
 		r.body.finish()
 		h.logRequest(w, r, start, failure)
 	}()
 	header := w.Header()
-	header.Set("Docker-Distribution-API-Version", "registry/2.0")
 	// Whoever pushes has a say in types and content: no browser is to act on it.
 	header.Set("X-Content-Type-Options", "nosniff")
 	header.Set("Content-Security-Policy", "default-src 'none'; sandbox")
-	if failure = h.serve(w, r); failure == nil {
+	failure = h.serve(w, r)
+	r.gone = hr.Context().Err() != nil
+	if failure == nil {
 		return
 	}
 	if w.status != 0 {
 		panic(http.ErrAbortHandler) // the client must not take it for whole
 	}
-	sendProblem(w, r, problemOf(failure, r.target))
-}
-
-// sendProblem answers with a problem. A client that is still sending gets the answer
-// at once, and the time to read it: closing the connection on what it sends
-// would reset it, and the answer be lost.
-func sendProblem(w *response, r *request, p *problem) {
-	if !r.body.unread() || r.ProtoMajor != 1 || w.control.EnableFullDuplex() != nil {
-		p.send(w)
-		return
-	}
-	w.Header().Set("Connection", "close")
-	p.send(w)
-	if w.control.Flush() == nil {
-		r.body.discard()
-	}
+	problemOf(failure, r.target).send(w)
 }
 
 func (h *Handler) serve(w *response, r *request) error {
@@ -205,7 +182,7 @@ func (h *Handler) logRequest(w *response, r *request, start time.Time, failure e
 	switch {
 	case failure == nil && r.change != "":
 		level, message = slog.LevelInfo, r.change
-	case failure == nil, r.Context().Err() != nil, w.err != nil: // well, or nobody waits for it
+	case failure == nil, r.gone, w.err != nil: // well, or nobody waits for it
 	case w.status == http.StatusNotFound, w.status == http.StatusRequestedRangeNotSatisfiable: // clients ask, and learn
 	default:
 		level = slog.LevelWarn

@@ -19,7 +19,7 @@ type response struct {
 	http.ResponseWriter
 	control *http.ResponseController
 	stall   time.Duration
-	request *body // of the request; nil where it has not been read
+	request *body // of the request
 
 	headOnly bool // the answer has no body, whatever is written
 
@@ -29,13 +29,28 @@ type response struct {
 	err     error // the first of a write
 }
 
+// newResponse returns the response to a request, and in it the request's body,
+// where neither moves on without a byte for longer than stall.
+func newResponse(hw http.ResponseWriter, r *http.Request, stall time.Duration) *response {
+	control := http.NewResponseController(hw)
+	if r.ContentLength != 0 {
+		// Also where a body is refused: net/http reads some of it then.
+		control.SetReadDeadline(time.Now().Add(stall))
+	}
+	hw.Header().Set("Docker-Distribution-API-Version", "registry/2.0")
+	return &response{
+		ResponseWriter: hw, control: control, stall: stall, headOnly: r.Method == http.MethodHead,
+		request: &body{src: r.Body, control: control, stall: stall, ended: r.ContentLength == 0 || r.ProtoMajor != 1},
+	}
+}
+
 // Unwrap lets [http.ResponseController] find the connection.
 func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 
 // WriteHeader implements [http.ResponseWriter].
 func (w *response) WriteHeader(status int) {
 	w.status = status
-	if w.request != nil && w.request.finish() {
+	if w.request.finish() {
 		w.Header().Set("Connection", "close")
 	}
 	w.moveDeadline()
@@ -123,7 +138,7 @@ type body struct {
 	stall   time.Duration
 
 	received int64
-	ended    bool  // it has been read to its end, or broke
+	ended    bool  // it has been read to its end, or broke, or HTTP/2 sees to that
 	err      error // that ended it, but for io.EOF
 
 	mu          sync.Mutex
@@ -179,9 +194,6 @@ func (b *body) finish() (interrupted bool) {
 // lingerTime is how long a client that was refused may go on sending, until the
 // connection is closed whether it has read the answer or not.
 const lingerTime = 10 * time.Second
-
-// unread reports whether the client may still be sending.
-func (b *body) unread() bool { return !b.ended }
 
 // discard reads what is left of the body for a while. The caller has it for itself.
 func (b *body) discard() {
