@@ -256,13 +256,18 @@ func (r *Repository) blobCommit(d digest.Digest, mediaType string, names []p2p.N
 	if mediaType == "" {
 		mediaType = blobMediaType
 	}
+	return p2p.Commit{
+		Tasks: []p2p.NewTask{{Task: r.task(d), MediaType: mediaType, Keep: p2p.KeepLoose}},
+		Names: pointing(names, d),
+	}
+}
+
+// pointing makes names point to d, and returns them.
+func pointing(names []p2p.NewName, d digest.Digest) []p2p.NewName {
 	for i := range names {
 		names[i].Digest = d
 	}
-	return p2p.Commit{
-		Tasks: []p2p.NewTask{{Task: r.task(d), MediaType: mediaType, Keep: p2p.KeepLoose}},
-		Names: names,
-	}
+	return names
 }
 
 // readAll reads src, which has size bytes. A Read that blocks does not keep it
@@ -378,15 +383,12 @@ func (r *Repository) Tag(ctx context.Context, desc ocispec.Descriptor, reference
 
 // tagAll points names to what is there under d.
 func (r *Repository) tagAll(ctx context.Context, d digest.Digest, names []p2p.NewName) error {
-	for i := range names {
-		names[i].Digest = d
-	}
 	in, err := r.engine.Ingest(ctx)
 	if err != nil {
 		return err
 	}
 	defer in.Close()
-	return in.Commit(p2p.Commit{Names: names})
+	return in.Commit(p2p.Commit{Names: pointing(names, d)})
 }
 
 // Untag implements [content.Untagger]: it removes the tag. What it pointed to
@@ -697,12 +699,9 @@ func (r *Repository) pushManifest(ctx context.Context, data []byte, push manifes
 		return Manifest{}, err
 	}
 	refs := parsed.refs(push.check)
-	for i := range push.names {
-		push.names[i].Digest = added.Digest
-	}
 	err = in.Commit(p2p.Commit{
 		Tasks: []p2p.NewTask{{Task: r.task(added.Digest), MediaType: mediaType, Keep: p2p.KeepLoose, Manifest: refs}},
-		Names: push.names,
+		Names: pointing(push.names, added.Digest),
 	})
 	if err != nil {
 		return Manifest{}, err

@@ -26,16 +26,22 @@ var (
 	crashSeed   = flag.Uint64("crash.seed", 0, "seed of TestCrash; 0 takes a new one")
 )
 
-// TestCrash kills the daemon with SIGKILL at random moments of imports,
-// deletes and exports, again and again on one data directory. After every
-// start, what was acknowledged is there and right, what was not is there whole
-// or not at all, nothing is left in ingest/, and no export has made a part of a file.
-func TestCrash(t *testing.T) {
+// logSeed returns the seed of a run, and logs how to have the same again.
+func logSeed(t *testing.T) uint64 {
 	seed := *crashSeed
 	if seed == 0 {
 		seed = uint64(time.Now().UnixNano())
 	}
 	t.Logf("-crash.seed=%d", seed)
+	return seed
+}
+
+// TestCrash kills the daemon with SIGKILL at random moments of imports,
+// deletes and exports, again and again on one data directory. After every
+// start, what was acknowledged is there and right, what was not is there whole
+// or not at all, nothing is left in ingest/, and no export has made a part of a file.
+func TestCrash(t *testing.T) {
+	seed := logSeed(t)
 	random := rand.New(rand.NewPCG(seed, 0))
 	home := tempHome(t)
 	var tags []*crashTag

@@ -29,11 +29,7 @@ import (
 // deleted is gone, and nothing is left of the rest: when all is deleted, the
 // data directory has no blob.
 func TestPushCrash(t *testing.T) {
-	seed := *crashSeed
-	if seed == 0 {
-		seed = uint64(time.Now().UnixNano())
-	}
-	t.Logf("-crash.seed=%d", seed)
+	seed := logSeed(t)
 	random := rand.New(rand.NewPCG(seed, 0))
 	home := tempHome(t)
 	var pushers []*pusher

@@ -213,7 +213,7 @@ func initialise(tx *bbolt.Tx) error {
 	if err != nil {
 		return err
 	}
-	if err := tx.Bucket(bucketMeta).Put(keyBytes, binary.BigEndian.AppendUint64(nil, uint64(bytes))); err != nil {
+	if err := countBytes(tx, bytes); err != nil {
 		return err
 	}
 	return tx.Bucket(bucketMeta).Put(keyVersion, binary.BigEndian.AppendUint32(nil, formatVersion))
