@@ -16,8 +16,9 @@ import (
 // [CorruptError], never wrong data. It is safe for concurrent use where the
 // underlying reader is, and holds at most one piece in memory.
 type Verified struct {
-	r io.ReaderAt
-	t *Table
+	r     io.ReaderAt
+	t     *Table
+	await func(ctx context.Context, piece int) error // nil where every piece is there
 
 	mu    sync.Mutex
 	piece int    // the piece in buf, -1 where none is
@@ -28,6 +29,14 @@ type Verified struct {
 // holds. It does not close r.
 func NewVerified(r io.ReaderAt, t *Table) *Verified {
 	return &Verified{r: r, t: t, piece: -1}
+}
+
+// NewArriving returns a reader of a blob whose pieces are still arriving. Before
+// piece i is read, await(ctx, i) is called, from several goroutines at a time; it
+// returns nil when the piece is in r and t.CRC[i] is set, for as long as it is to
+// be trusted. Reads return its errors.
+func NewArriving(r io.ReaderAt, t *Table, await func(ctx context.Context, piece int) error) *Verified {
+	return &Verified{r: r, t: t, await: await, piece: -1}
 }
 
 // Table returns the table that v checks pieces with.
@@ -53,7 +62,7 @@ func (v *Verified) ReadAt(p []byte, off int64) (int, error) {
 		rest := p[done:]
 		if at == start && int64(len(rest)) >= end-start {
 			// A whole piece is wanted: it is checked where it is wanted.
-			if err := v.readPiece(i, rest[:end-start]); err != nil {
+			if err := v.readPiece(context.Background(), i, rest[:end-start]); err != nil {
 				return done, err
 			}
 			done += int(end - start)
@@ -70,6 +79,9 @@ func (v *Verified) ReadAt(p []byte, off int64) (int, error) {
 
 // readPart copies what piece i has from off on to p.
 func (v *Verified) readPart(i int, p []byte, off int64) (int, error) {
+	if err := v.arrive(context.Background(), i); err != nil {
+		return 0, err
+	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	if v.piece != i {
@@ -79,7 +91,7 @@ func (v *Verified) readPart(i int, p []byte, off int64) (int, error) {
 			v.buf = make([]byte, end-start)
 		}
 		v.buf = v.buf[:end-start]
-		if err := v.readPiece(i, v.buf); err != nil {
+		if err := v.checkedPiece(i, v.buf); err != nil {
 			return 0, err
 		}
 		v.piece = i
@@ -87,9 +99,25 @@ func (v *Verified) readPart(i int, p []byte, off int64) (int, error) {
 	return copy(p, v.buf[off:]), nil
 }
 
-// readPiece fills p, which is as long as piece i, and checks it. On failure p
+// arrive waits for piece i.
+func (v *Verified) arrive(ctx context.Context, i int) error {
+	if v.await == nil {
+		return nil
+	}
+	return v.await(ctx, i)
+}
+
+// readPiece waits for piece i, and fills p with it.
+func (v *Verified) readPiece(ctx context.Context, i int, p []byte) error {
+	if err := v.arrive(ctx, i); err != nil {
+		return err
+	}
+	return v.checkedPiece(i, p)
+}
+
+// checkedPiece fills p, which is as long as piece i, and checks it. On failure p
 // is cleared, so that a caller that overlooks the error holds no wrong data.
-func (v *Verified) readPiece(i int, p []byte) error {
+func (v *Verified) checkedPiece(i int, p []byte) error {
 	start, _ := v.t.Bounds(i)
 	n, err := v.r.ReadAt(p, start)
 	if n == len(p) {
@@ -171,7 +199,7 @@ func (v *Verified) CopyRange(ctx context.Context, w io.Writer, off, n int64, pro
 				buf = make([]byte, end-start)
 			}
 			buf = buf[:end-start]
-			err := v.readPiece(i, buf)
+			err := v.readPiece(ctx, i, buf)
 			select {
 			case ready <- checked{buf, buf[max(off, start)-start : min(off+n, end)-start], err}:
 			case <-ctx.Done():

@@ -7,9 +7,10 @@
 // A [Task] is a blob under a tag: what is looked up, fetched and deleted. A
 // name is a cache ID under a tag, and points to a task.
 //
-// Two engines exist: package pieces keeps blobs in a directory of this
-// machine, and package rpc reaches a dfdaemon over its socket. Both pass the
-// suite in package enginetest.
+// Three engines exist: package pieces keeps blobs in a directory of this
+// machine, package swarm finds and trades them with other peers on top of that,
+// and package rpc reaches a dfdaemon over its socket. All pass the suite in
+// package enginetest.
 package p2p
 
 import (
@@ -27,17 +28,23 @@ import (
 //
 // Errors that a caller can act on match, by errors.Is, [ErrNotFound],
 // [ErrReferenced], [ErrMissingRef], [digest.ErrInvalid], [digest.ErrMismatch],
-// [digest.ErrCorrupt], [ErrNoSpace], [ErrUnavailable], [ErrClosed] or the
-// context's own errors.
+// [digest.ErrCorrupt], [ErrNoSpace], [ErrUnavailable], [ErrUnreachable],
+// [ErrClosed] or the context's own errors.
+//
+// Only calls with [Network] as their scope, Delete and Replicate ask peers.
 type Engine interface {
 	// Stat describes what cid names under tag: the task of the digest itself,
-	// or the one that the cache ID points to. It fails with ErrNotFound where
-	// the tag holds no such task. It is not a use of the blob: Info.LastUsed
-	// stays.
+	// or the one that the cache ID points to. Of a name that several peers
+	// know, the newest counts. It fails with ErrNotFound where the tag holds
+	// no such task, and with ErrUnreachable where it is not here and no peer
+	// could be asked. It is not a use of the blob: Info.LastUsed stays.
 	Stat(ctx context.Context, tag string, cid digest.CID, opts StatOptions) (Info, error)
 
 	// Open opens a task's blob for reading. The blob stays readable until it
-	// is closed, even when it is deleted meanwhile. The caller closes it.
+	// is closed, even when it is deleted meanwhile. One that is not here is
+	// fetched from the peers that hold it, and kept; Open returns as soon as
+	// its size is known. ctx bounds the call, and with it that fetch as far
+	// as only this blob's readers wait for it. The caller closes it.
 	Open(ctx context.Context, task Task, scope Scope) (Blob, error)
 
 	// Ingest begins to take in new content. ctx bounds the whole ingest, not
@@ -48,14 +55,25 @@ type Engine interface {
 	// everything that only it held. A digest goes with the names that point
 	// to it and what only it held; where another task refers to it, Delete
 	// fails with ErrReferenced unless it is forced. Bytes are freed when no
-	// tag holds the blob any more. It fails with ErrNotFound where there is
-	// nothing of that name.
+	// tag holds the blob any more. Peers do the same; who is away learns of it
+	// later. It fails with ErrNotFound where there is nothing of that name,
+	// here or on any peer that was reached.
 	Delete(ctx context.Context, tag string, cid digest.CID, opts DeleteOptions) (Deleted, error)
 
 	// List yields what the engine holds itself, in order of tag; within a tag
 	// first names, then tasks, each in order. The sequence ends after the
 	// first error.
 	List(ctx context.Context, q Query) iter.Seq2[Entry, error]
+
+	// Replicate makes n other peers hold what cid names under tag, with all
+	// that it refers to, and returns their IDs when they do. It fails with
+	// ErrUnreachable where there are not so many peers that can, and says how
+	// many did.
+	Replicate(ctx context.Context, tag string, cid digest.CID, n int) ([]string, error)
+
+	// Peers describes the peers that are known, the connected ones first. An
+	// engine without peers has none.
+	Peers(ctx context.Context) ([]Peer, error)
 
 	// Close lets go of everything the engine holds open. Calls under way end
 	// first; later ones fail with ErrClosed.
@@ -76,6 +94,12 @@ type StatOptions struct {
 	// Manifest asks for Info.Manifest, where the task is a manifest: enough to
 	// follow a cache ID to its files in one call.
 	Manifest bool
+	// Keep asks that the name, and the manifest that it points to, be kept
+	// here where peers have them. It needs Manifest and Network.
+	Keep bool
+	// Holders asks for Info.Holders, for which every peer is asked. It needs
+	// Network.
+	Holders bool
 }
 
 // Info describes a task.
@@ -85,18 +109,30 @@ type Info struct {
 	PieceLength int64     // of every piece but the last, in bytes
 	Pieces      int       // in all; an empty blob has none
 	Held        int       // pieces held by this engine; all of them unless a download is under way
+	Remote      bool      // nothing of it is held by this engine: peers have told of it, and Size is their word
 	MediaType   string    // as given when the task was committed
 	IsManifest  bool      // committed as a manifest, with what it refers to
 	Keep        Keep      // what keeps it
-	Imported    time.Time // when the task was committed here
+	Origin      time.Time // when it was imported or pushed, on whatever host that was
+	Imported    time.Time // when the task was committed here; zero where it is not here
 	LastUsed    time.Time // when the blob was last opened here; zero where never
 
 	// Manifest is nil unless it was asked for, and the task is a manifest.
 	Manifest *Manifest
+	// Holders is nil unless it was asked for.
+	Holders *Holders
+}
+
+// Holders counts the other peers that have answered for a task.
+type Holders struct {
+	Some   int // hold it, or a part of it
+	Whole  int // of these, hold all of it
+	Asked  int // were asked
+	Silent int // of these, did not answer in time
 }
 
 // Local reports whether the whole blob is held by this engine.
-func (i Info) Local() bool { return i.Held == i.Pieces }
+func (i Info) Local() bool { return !i.Remote && i.Held == i.Pieces }
 
 // Manifest is the content of a manifest and what is known of what it refers to.
 type Manifest struct {
@@ -116,6 +152,12 @@ const (
 // Blob is an open blob. Every byte it hands out has been verified: damage
 // gives a [digest.CorruptError], never wrong data. ReadAt and CopyRange are safe
 // for concurrent use.
+//
+// Of a blob that is still arriving from peers, reads wait for the pieces they
+// want, and have them fetched first; a CopyRange of all of it returns nil only
+// when the whole is proven against the digest. Should a peer have lied in such a
+// way that this fails, reads end with an error that matches [digest.ErrMismatch];
+// opened again, the blob is fetched from others.
 type Blob interface {
 	io.ReaderAt
 	io.Closer
@@ -127,6 +169,17 @@ type Blob interface {
 	// blob, and calls progress, where it is not nil, with the count of bytes
 	// written so far.
 	CopyRange(ctx context.Context, w io.Writer, off, n int64, progress func(written int64)) error
+
+	// Sources says from which peers the blob's bytes have come since it was
+	// opened; nil where it was here.
+	Sources() []Source
+}
+
+// Source is a peer that has given bytes of a blob.
+type Source struct {
+	Peer    string // its ID
+	Address string // where it was reached
+	Bytes   int64
 }
 
 // Ingest takes in new content: any number of Adds, then one Commit. Until the
@@ -186,6 +239,9 @@ type NewTask struct {
 	Task      Task
 	MediaType string
 	Keep      Keep
+	// Origin is when the task was imported or pushed first, where that was on
+	// another host. The default is now.
+	Origin time.Time
 	// Manifest, where it is not nil, says that the content is a manifest, and
 	// what it refers to.
 	Manifest *NewManifest
@@ -224,6 +280,10 @@ type NewName struct {
 	Tag    string
 	Name   string        // a cache ID
 	Digest digest.Digest // of a task that is held under Tag, or committed together with the name
+	// Updated is when the name was pointed there, where that was on another
+	// host: it is not moved if it has been pointed elsewhere later. The default
+	// is now.
+	Updated time.Time
 	// KeepOld keeps what the name pointed to before, as KeepLoose where
 	// nothing else holds it.
 	KeepOld bool
@@ -240,9 +300,42 @@ type DeleteOptions struct {
 
 // Deleted says what a Delete did.
 type Deleted struct {
-	Tasks int   // tasks removed, here
-	Freed int64 // bytes freed here, because no tag held them any more
+	Tasks   int      // tasks removed, here
+	Freed   int64    // bytes freed here, because no tag held them any more
+	Reached int      // other peers that were told, and do not hold it any more
+	Removed int      // of these, that had something to remove
+	Missed  []Missed // peers that were not reached, or refused
 }
+
+// Missed is a peer that a Delete was not done on.
+type Missed struct {
+	Peer    string // its ID
+	Address string // where it was last seen, or ""
+	Reason  string // why not
+}
+
+// Peer is another dfdaemon.
+type Peer struct {
+	ID        string // its libp2p peer ID
+	Addresses []string
+	State     PeerState
+	Mode      string        // "full", "seed-only" or "never-serve"; "" where it has not told
+	Gave      int64         // bytes of blobs it has given to this one
+	Took      int64         // bytes of blobs it has taken from this one
+	Latency   time.Duration // of a request and its answer, smoothed; 0 where unknown
+	LastSeen  time.Time
+	Faults    int    // lies and stalls it was caught with
+	Reason    string // of the last fault
+}
+
+// PeerState says how it stands with a peer.
+type PeerState string
+
+const (
+	PeerConnected PeerState = "connected"
+	PeerAway      PeerState = "away"    // known, and not connected now
+	PeerShunned   PeerState = "shunned" // caught with lies: it is asked for nothing for a while
+)
 
 // Query says what to list. Its zero value lists everything.
 type Query struct {
@@ -258,6 +351,8 @@ type Query struct {
 	RefersTo digest.Digest
 	// Holds is a digest: only tags that hold it are listed. It is for KindTags.
 	Holds digest.Digest
+	// FromPeers, with RefersTo, first brings here what peers have that refers to it.
+	FromPeers bool
 }
 
 // Kind says which entries a List yields.

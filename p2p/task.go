@@ -22,6 +22,8 @@ var (
 	ErrNoSpace = errors.New("no space left")
 	// ErrUnavailable: the daemon, or the store's directory, can't be reached or used.
 	ErrUnavailable = errors.New("unavailable")
+	// ErrUnreachable: it is not here, and there was no peer that could be asked.
+	ErrUnreachable = errors.New("no peer can be reached")
 	// ErrClosed: the engine has been closed.
 	ErrClosed = errors.New("closed")
 )

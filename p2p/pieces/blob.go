@@ -20,6 +20,9 @@ type Blob struct {
 // File returns the blob's file, open for reading only. It belongs to the Blob.
 func (b *Blob) File() *os.File { return b.f }
 
+// Sources implements [p2p.Blob]: the blob was here.
+func (b *Blob) Sources() []p2p.Source { return nil }
+
 // Close closes the blob.
 func (b *Blob) Close() error { return b.f.Close() }
 

@@ -457,3 +457,20 @@ func (s *Store) total(tx *bbolt.Tx, task p2p.Task, seen map[digest.Digest]bool) 
 	}
 	return sum, used, nil
 }
+
+// Replicate implements [p2p.Engine]: a store on its own has no peers.
+func (s *Store) Replicate(ctx context.Context, tag string, cid digest.CID, n int) ([]string, error) {
+	if _, err := s.Stat(ctx, tag, cid, p2p.StatOptions{Scope: p2p.Local}); err != nil || n <= 0 {
+		return nil, err
+	}
+	return nil, fmt.Errorf("replicate %s: %w: this store is not part of a swarm", p2p.Describe(tag, cid), p2p.ErrUnreachable)
+}
+
+// Peers implements [p2p.Engine]: a store on its own has none.
+func (s *Store) Peers(ctx context.Context) ([]p2p.Peer, error) {
+	if err := s.begin(ctx); err != nil {
+		return nil, err
+	}
+	defer s.end()
+	return nil, nil
+}
