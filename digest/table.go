@@ -82,36 +82,81 @@ var errBrokenLink = errors.New("piece and hash chain do not fit")
 // every other link of the chain is proven too. A failure wraps [ErrMismatch]:
 // either the piece or the chain is not of this blob.
 func (t *Table) VerifyPiece(i int, p []byte) error {
-	start, end := t.Bounds(i)
-	if int64(len(p)) != end-start {
-		return fmt.Errorf("piece %d of %s: %w: it has %d bytes, want %d", i, t.Digest, ErrMismatch, len(p), end-start)
+	v, err := t.Verifier(i)
+	if err != nil {
+		return err
 	}
+	v.Write(p)
+	_, err = v.Verify()
+	return err
+}
+
+// Verifier hashes a piece as it arrives, to verify it as [Table.VerifyPiece]
+// does. It is not safe for concurrent use.
+type Verifier struct {
+	t    *Table
+	i    int
+	h    hash.Hash
+	crc  uint32
+	size int64
+}
+
+// Verifier returns a Verifier for piece i. It fails where t has no hash chain.
+func (t *Table) Verifier(i int) (*Verifier, error) {
 	alg := t.Digest.Algorithm()
 	n := stateSize(alg)
-	if len(t.Chain) != n*max(t.Pieces()-1, 0) {
-		return fmt.Errorf("piece %d of %s: %w: there is no hash chain to verify it with", i, t.Digest, ErrMismatch)
+	if i < 0 || i >= t.Pieces() {
+		return nil, fmt.Errorf("piece %d of %s: %w: it has %d pieces", i, t.Digest, ErrInvalid, t.Pieces())
+	}
+	if len(t.Chain) != ChainSize(alg, t.Size) {
+		return nil, fmt.Errorf("piece %d of %s: %w: there is no hash chain to verify it with", i, t.Digest, ErrMismatch)
 	}
 	h := alg.Hash()
 	if i > 0 {
+		start, _ := t.Bounds(i)
 		if err := setState(h, t.Chain[(i-1)*n:i*n], start); err != nil {
-			return fmt.Errorf("piece %d of %s: %w", i, t.Digest, err)
+			return nil, fmt.Errorf("piece %d of %s: %w", i, t.Digest, err)
 		}
 	}
-	h.Write(p)
+	return &Verifier{t: t, i: i, h: h}, nil
+}
+
+// Write hashes the next bytes of the piece. It never fails.
+func (v *Verifier) Write(p []byte) (int, error) {
+	v.crc = crc32.Update(v.crc, castagnoli(), p)
+	v.size += int64(len(p))
+	return v.h.Write(p)
+}
+
+// Verify says whether what was written is the piece, and returns its CRC32C. A
+// failure wraps [ErrMismatch].
+func (v *Verifier) Verify() (crc uint32, err error) {
+	t, i := v.t, v.i
+	start, end := t.Bounds(i)
+	if v.size != end-start {
+		return 0, fmt.Errorf("piece %d of %s: %w: it has %d bytes, want %d", i, t.Digest, ErrMismatch, v.size, end-start)
+	}
+	alg := t.Digest.Algorithm()
+	n := stateSize(alg)
 	ok := false
 	if i == t.Pieces()-1 {
-		ok = Digest(alg.String()+":"+alg.Encode(h.Sum(nil))) == t.Digest
+		ok = Digest(alg.String()+":"+alg.Encode(v.h.Sum(nil))) == t.Digest
 	} else {
-		state, err := appendState(nil, h)
+		state, err := appendState(nil, v.h)
 		if err != nil {
-			return fmt.Errorf("piece %d of %s: %w", i, t.Digest, err)
+			return 0, fmt.Errorf("piece %d of %s: %w", i, t.Digest, err)
 		}
 		ok = bytes.Equal(state, t.Chain[i*n:(i+1)*n])
 	}
 	if !ok {
-		return fmt.Errorf("piece %d of %s: %w: %w", i, t.Digest, ErrMismatch, errBrokenLink)
+		return 0, fmt.Errorf("piece %d of %s: %w: %w", i, t.Digest, ErrMismatch, errBrokenLink)
 	}
-	return nil
+	return v.crc, nil
+}
+
+// ChainSize returns the length in bytes of the hash chain of a blob of size bytes.
+func ChainSize(alg Algorithm, size int64) int {
+	return stateSize(alg) * max(pieceCount(size, PieceLength(size))-1, 0)
 }
 
 // stateSize returns the length in bytes of a hash's chaining value.

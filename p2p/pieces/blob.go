@@ -46,6 +46,31 @@ func (s *Store) Open(ctx context.Context, task p2p.Task, _ p2p.Scope) (p2p.Blob,
 	return blob, nil
 }
 
+// OpenForPeers opens a task's blob as Open does, but is not a use of it.
+func (s *Store) OpenForPeers(ctx context.Context, task p2p.Task) (*Blob, error) {
+	if err := s.begin(ctx); err != nil {
+		return nil, err
+	}
+	defer s.end()
+	if err := s.view(func(tx *bbolt.Tx) error { return holdsTask(tx, task) }); err != nil {
+		return nil, err
+	}
+	return s.openBlob(task.Digest)
+}
+
+// Holds reports whether a blob is here, whatever tag it is under.
+func (s *Store) Holds(ctx context.Context, d digest.Digest) (held bool, err error) {
+	if err := s.begin(ctx); err != nil {
+		return false, err
+	}
+	defer s.end()
+	err = s.view(func(tx *bbolt.Tx) error {
+		held = tx.Bucket(bucketBlobs).Get(key(d)) != nil
+		return nil
+	})
+	return held, err
+}
+
 func holdsTask(tx *bbolt.Tx, task p2p.Task) error {
 	if tx.Bucket(bucketTasks).Get(taskKey(task)) == nil {
 		return fmt.Errorf("%s: %w", task, p2p.ErrNotFound)

@@ -25,7 +25,7 @@ const formatVersion = 1
 // The buckets of meta.db. Keys are text; the parts of a key are separated by a
 // zero byte, which no tag, digest or name contains.
 var (
-	bucketMeta      = []byte("meta")      // keyVersion -> version, 4 bytes; keyBytes -> bytes in all blobs, 8 bytes; both big-endian
+	bucketMeta      = []byte("meta")      // keyVersion -> version, 4 bytes; keyBytes -> bytes in all blobs, 8 bytes; both big-endian; keyDeletes -> sum over deletes
 	bucketBlobs     = []byte("blobs")     // digest -> blobRecord
 	bucketTables    = []byte("tables")    // digest -> encoded digest.Table
 	bucketTasks     = []byte("tasks")     // tag, digest -> taskRecord
@@ -36,12 +36,15 @@ var (
 	bucketReferrers = []byte("referrers") // tag, subject digest, referrer digest -> nothing: which tasks are about a task
 	bucketUsed      = []byte("used")      // tag, digest -> time of last use, nanoseconds since 1970, 8 bytes, big-endian
 	bucketLoose     = []byte("loose")     // digest -> nothing: blobs that may be held by nobody
+	bucketDeletes   = []byte("deletes")   // tag, cid -> deleteRecord: what was deleted in the swarm
+	bucketDeleteLog = []byte("deletelog") // number, 8 bytes, big-endian -> key in deletes, in the order in which this store learned of them
 
 	allBuckets = [][]byte{bucketMeta, bucketBlobs, bucketTables, bucketTasks, bucketHolders,
-		bucketNames, bucketNamed, bucketParents, bucketReferrers, bucketUsed, bucketLoose}
+		bucketNames, bucketNamed, bucketParents, bucketReferrers, bucketUsed, bucketLoose, bucketDeletes, bucketDeleteLog}
 
 	keyVersion = []byte("version")
 	keyBytes   = []byte("bytes")
+	keyDeletes = []byte("deletes")
 )
 
 // Records are JSON: any tool can read them, and a field can be added without a
@@ -56,6 +59,8 @@ type taskRecord struct {
 	Pinned    bool            `json:"pinned,omitempty"`
 	Loose     bool            `json:"loose,omitempty"` // kept until something holds it
 	Imported  time.Time       `json:"imported"`
+	Origin    time.Time       `json:"origin,omitzero"`   // when it was imported or pushed, wherever that was; zero: Imported
+	Fetched   bool            `json:"fetched,omitempty"` // it came from peers, and nobody has imported it here
 	Manifest  bool            `json:"manifest,omitempty"`
 	Refs      []digest.Digest `json:"refs,omitempty"`
 	Subject   digest.Digest   `json:"subject,omitempty"`
@@ -180,6 +185,9 @@ func openMeta(path string) (db *bbolt.DB, err error) {
 		if b := tx.Bucket(bucketMeta); b != nil {
 			version = bytes.Clone(b.Get(keyVersion))
 			complete = b.Get(keyBytes) != nil
+		}
+		for _, name := range allBuckets {
+			complete = complete && tx.Bucket(name) != nil
 		}
 		return nil
 	})
@@ -328,10 +336,16 @@ func addTask(tx *bbolt.Tx, n p2p.NewTask, now time.Time) (released []digest.Dige
 	if err != nil {
 		return nil, err
 	}
+	before := record.origin()
 	if !found {
 		record.Imported = now
 		record.Loose = n.Keep == p2p.KeepLoose
+		record.Fetched = !n.Origin.IsZero()
 	}
+	if record.Origin, err = origin(tx, n, before, now); err != nil {
+		return nil, err
+	}
+	record.Fetched = record.Fetched && !n.Origin.IsZero()
 	record.Pinned = record.Pinned || n.Keep == p2p.KeepPinned
 	if n.MediaType != "" && (n.Manifest != nil || !record.isManifest()) {
 		record.MediaType = n.MediaType
@@ -358,6 +372,14 @@ func addTask(tx *bbolt.Tx, n p2p.NewTask, now time.Time) (released []digest.Dige
 		}
 	}
 	return released, tx.Bucket(bucketHolders).Put(key(string(n.Task.Digest), n.Task.Tag), nil)
+}
+
+// origin returns when the task was imported or pushed, on whatever host.
+func (r *taskRecord) origin() time.Time {
+	if r.Origin.IsZero() {
+		return r.Imported
+	}
+	return r.Origin
 }
 
 // isManifest reports whether the task was committed as one. The first stores
@@ -433,12 +455,20 @@ func loosen(tx *bbolt.Tx, t p2p.Task) error {
 	return setLoose(tx, t, true)
 }
 
-// setName points a name to a task and returns the task it pointed to before, or "".
+// setName points a name to a task and returns the task it pointed to before, or
+// "". What came from a peer does not replace what is newer.
 func setName(tx *bbolt.Tx, n p2p.NewName, now time.Time) (before digest.Digest, err error) {
 	k := key(n.Tag, n.Name)
 	record, found, err := get[nameRecord](tx, bucketNames, k)
 	if err != nil {
 		return "", err
+	}
+	at, err := updated(tx, n, record.Updated, now)
+	if err != nil {
+		return "", err
+	}
+	if found && !n.Updated.IsZero() && !NewerName(n.Digest, at, record.Digest, record.Updated) {
+		return "", nil
 	}
 	if found && record.Digest != n.Digest {
 		before = record.Digest
@@ -446,7 +476,7 @@ func setName(tx *bbolt.Tx, n p2p.NewName, now time.Time) (before digest.Digest, 
 			return "", err
 		}
 	}
-	if err := put(tx, bucketNames, k, nameRecord{Digest: n.Digest, Updated: now}); err != nil {
+	if err := put(tx, bucketNames, k, nameRecord{Digest: n.Digest, Updated: at}); err != nil {
 		return "", err
 	}
 	if err := adopt(tx, p2p.Task{Tag: n.Tag, Digest: n.Digest}); err != nil {
@@ -455,12 +485,14 @@ func setName(tx *bbolt.Tx, n p2p.NewName, now time.Time) (before digest.Digest, 
 	return before, tx.Bucket(bucketNamed).Put(key(n.Tag, string(n.Digest), n.Name), nil)
 }
 
-// removal counts what a change takes away.
+// removal is what a change takes away.
 type removal struct {
-	tasks int
+	tasks []p2p.Task
 	loose int   // blobs that no task is left of
 	freed int64 // bytes in them
 }
+
+func (r *removal) deleted() p2p.Deleted { return p2p.Deleted{Tasks: len(r.tasks), Freed: r.freed} }
 
 // release removes a task that nothing holds, neither a pin nor a name nor
 // another task; and then what only it held.
@@ -486,7 +518,7 @@ func (r *removal) remove(tx *bbolt.Tx, t p2p.Task) error {
 	if err := removeKeys(tx, bucketTasks, taskKey(t), bucketUsed, taskKey(t), bucketHolders, key(string(t.Digest), t.Tag)); err != nil {
 		return err
 	}
-	r.tasks++
+	r.tasks = append(r.tasks, t)
 	if !hasAny(tx, bucketHolders, prefix(string(t.Digest))) {
 		blob, _, err := get[blobRecord](tx, bucketBlobs, key(t.Digest))
 		if err != nil {

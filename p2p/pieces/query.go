@@ -165,6 +165,7 @@ func (s *Store) info(tx *bbolt.Tx, task p2p.Task) (p2p.Info, taskRecord, error) 
 		MediaType:   record.MediaType,
 		IsManifest:  record.isManifest(),
 		Keep:        record.keep(),
+		Origin:      record.origin(),
 		Imported:    record.Imported,
 		LastUsed:    s.lastUsed(tx, task),
 	}, record, nil
@@ -186,32 +187,13 @@ func (s *Store) Delete(ctx context.Context, tag string, cid digest.CID, opts p2p
 		return p2p.Deleted{}, err
 	}
 	defer s.end()
-	if err := validateRef(tag, cid); err != nil {
+	if err := validateDelete(tag, cid, opts); err != nil {
 		return p2p.Deleted{}, err
-	}
-	if opts.NameOnly && cid.CacheID() == "" {
-		return p2p.Deleted{}, fmt.Errorf("%s: %w: it is a digest, want the name that is to be deleted", cid, digest.ErrInvalid)
 	}
 	var removed removal
 	err := s.update(func(tx *bbolt.Tx) error {
 		removed = removal{}
-		task, err := resolve(tx, tag, cid)
-		if err != nil {
-			return err
-		}
-		if name := cid.CacheID(); name != "" {
-			if err := removeKeys(tx, bucketNames, key(tag, name), bucketNamed, key(tag, string(task.Digest), name)); err != nil {
-				return err
-			}
-			if opts.NameOnly {
-				return loosen(tx, task)
-			}
-			return removed.release(tx, task)
-		}
-		if parents := lastParts(tx, bucketParents, prefix(tag, string(task.Digest))); len(parents) > 0 && !opts.Force {
-			return fmt.Errorf("%s: %w: %s: delete that first, or force it", task, p2p.ErrReferenced, describeParents(tx, tag, parents))
-		}
-		return removed.remove(tx, task)
+		return removed.delete(tx, tag, cid, opts)
 	})
 	if err != nil {
 		return p2p.Deleted{}, err
@@ -219,7 +201,28 @@ func (s *Store) Delete(ctx context.Context, tag string, cid digest.CID, opts p2p
 	if removed.loose > 0 {
 		s.dropLoose()
 	}
-	return p2p.Deleted{Tasks: removed.tasks, Freed: removed.freed}, nil
+	return removed.deleted(), nil
+}
+
+// delete removes what cid names.
+func (r *removal) delete(tx *bbolt.Tx, tag string, cid digest.CID, opts p2p.DeleteOptions) error {
+	task, err := resolve(tx, tag, cid)
+	if err != nil {
+		return err
+	}
+	if name := cid.CacheID(); name != "" {
+		if err := removeKeys(tx, bucketNames, key(tag, name), bucketNamed, key(tag, string(task.Digest), name)); err != nil {
+			return err
+		}
+		if opts.NameOnly {
+			return loosen(tx, task)
+		}
+		return r.release(tx, task)
+	}
+	if parents := lastParts(tx, bucketParents, prefix(tag, string(task.Digest))); len(parents) > 0 && !opts.Force {
+		return fmt.Errorf("%s: %w: %s: delete that first, or force it", task, p2p.ErrReferenced, describeParents(tx, tag, parents))
+	}
+	return r.remove(tx, task)
 }
 
 // describeParents names what refers to a task: by its names where it has some.

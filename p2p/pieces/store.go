@@ -69,6 +69,9 @@ type Store struct {
 	used    map[p2p.Task]time.Time // uses that are not in the metadata yet
 	saved   time.Time              // when they were last written there
 	cleared map[digest.Digest]bool // loose blobs that are gone, to be taken off the list
+
+	partials map[digest.Digest]bool  // those that are open
+	unopened map[digest.Digest]int64 // those that are not, and how many bytes they have
 }
 
 // hold is what keeps a blob from being dropped.
@@ -105,6 +108,8 @@ func open(dir string, opts Options, files files) (_ *Store, err error) {
 		used:     map[p2p.Task]time.Time{},
 		saved:    time.Now(),
 		cleared:  map[digest.Digest]bool{},
+		partials: map[digest.Digest]bool{},
+		unopened: map[digest.Digest]int64{},
 	}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
@@ -134,6 +139,9 @@ func open(dir string, opts Options, files files) (_ *Store, err error) {
 	if err == nil {
 		err = s.recover()
 	}
+	if err == nil {
+		err = s.findPartials()
+	}
 	if err != nil {
 		s.db.Close()
 		s.lock.Close()
@@ -148,7 +156,7 @@ func (s *Store) makeDirs() error {
 	if err := os.MkdirAll(s.dir, 0o750); err != nil {
 		return err
 	}
-	dirs := []string{s.path("ingest"), s.path("blobs")}
+	dirs := []string{s.path("ingest"), s.path("partial"), s.path("blobs")}
 	for _, alg := range []digest.Algorithm{digest.SHA256, digest.SHA384, digest.SHA512} {
 		s.dirSyncs[alg] = new(batch[struct{}])
 		dirs = append(dirs, s.path("blobs", alg.String()))

@@ -1,0 +1,401 @@
+package pieces
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p"
+)
+
+// Partial is a blob that arrives in pieces, in any order, and is not one of the
+// store yet. Nothing that has not been verified is written, and nothing is
+// believed of what an earlier process has left: it is verified again. It is
+// safe for concurrent use.
+type Partial struct {
+	s    *Store
+	d    digest.Digest
+	name string // of the file; its piece table is in name + tableSuffix
+	f    *os.File
+
+	mu    sync.Mutex
+	table *digest.Table // nil until Use
+	held  []bool
+	count int // of held
+	a     *addition
+}
+
+// tableSuffix ends the name of the file with a partial's piece table.
+const tableSuffix = ".table"
+
+// ErrStale says that a piece was verified with a hash chain that is not used any more.
+var ErrStale = errors.New("the hash chain has been replaced")
+
+func (s *Store) partialPath(d digest.Digest) string {
+	return s.path("partial", d.Algorithm().String()+"."+d.Encoded())
+}
+
+// Partial opens what there is of a blob that is not in the store yet, or begins
+// with nothing. A blob can have one Partial open at a time. The caller closes
+// it, which keeps what has arrived, or commits or removes it.
+func (s *Store) Partial(ctx context.Context, d digest.Digest) (*Partial, error) {
+	if _, err := digest.Parse(string(d)); err != nil {
+		return nil, err
+	}
+	if err := s.begin(ctx); err != nil {
+		return nil, err
+	}
+	defer s.end()
+	p := &Partial{s: s, d: d, name: s.partialPath(d)}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.partials[d] {
+		return nil, fmt.Errorf("partial blob %s: it is open already", d)
+	}
+	f, err := os.OpenFile(p.name, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, diskError(err)
+	}
+	s.partials[d] = true
+	p.f = f
+	p.a = &addition{f: f, size: s.unopened[d]}
+	delete(s.unopened, d)
+	return p, nil
+}
+
+// Saved returns the piece table that was used last, without checksums, or nil.
+// It is a hint, as one from a peer is.
+func (p *Partial) Saved() *digest.Table {
+	b, err := os.ReadFile(p.name + tableSuffix)
+	if err != nil {
+		return nil
+	}
+	t, err := digest.DecodeTable(p.d, b)
+	if err != nil {
+		return nil
+	}
+	return t
+}
+
+// Use says what the blob's size and hash chain are. Pieces that are there are
+// verified with that; others are dropped, and have to arrive anew. It may be
+// called again, with another chain. Its checksums are ignored.
+func (p *Partial) Use(ctx context.Context, size int64, chain []byte) error {
+	t := &digest.Table{Digest: p.d, Size: size, PieceLength: digest.PieceLength(size), Chain: chain}
+	if size < 0 || len(chain) != digest.ChainSize(p.d.Algorithm(), size) {
+		return fmt.Errorf("partial blob %s: %w: a hash chain of %d bytes does not fit %d bytes", p.d, digest.ErrInvalid, len(chain), size)
+	}
+	t.CRC = make([]uint32, t.Pieces())
+	p.mu.Lock()
+	p.table, p.held, p.count = t, make([]bool, t.Pieces()), 0
+	p.mu.Unlock()
+	if info, err := p.f.Stat(); err != nil {
+		return err
+	} else if info.Size() > size {
+		if err := p.f.Truncate(size); err != nil {
+			return diskError(err)
+		}
+	}
+	if err := p.verify(ctx, t); err != nil {
+		return err
+	}
+	b, err := t.AppendBinary(nil)
+	if err != nil {
+		return err
+	}
+	temporary := p.name + ".new"
+	if err := os.WriteFile(temporary, b, 0o600); err != nil {
+		return diskError(err)
+	}
+	return os.Rename(temporary, p.name+tableSuffix)
+}
+
+// verify finds out which pieces are there.
+func (p *Partial) verify(ctx context.Context, t *digest.Table) error {
+	buf := make([]byte, t.PieceLength)
+	var counted int64
+	for from := int64(0); from < t.Size; {
+		start, end, err := p.dataFrom(from)
+		if err != nil {
+			return err
+		}
+		if start >= t.Size {
+			break
+		}
+		for i := int(start / t.PieceLength); i < t.Pieces(); i++ {
+			if err := context.Cause(ctx); err != nil {
+				return err
+			}
+			begin, stop := t.Bounds(i)
+			if begin >= end {
+				break
+			}
+			from = stop
+			piece := buf[:stop-begin]
+			if n, err := p.f.ReadAt(piece, begin); n < len(piece) && err != nil {
+				continue
+			}
+			v, err := t.Verifier(i)
+			if err != nil {
+				return err
+			}
+			v.Write(piece)
+			if crc, err := v.Verify(); err == nil {
+				p.hold(t, i, crc)
+				counted += stop - begin
+			}
+		}
+		from = max(from, end)
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.s.account(p.a, counted)
+}
+
+// dataFrom returns the bounds of the next run of bytes in the file that is not a hole.
+func (p *Partial) dataFrom(from int64) (start, end int64, err error) {
+	const far = 1 << 62
+	fd := int(p.f.Fd())
+	start, err = unix.Seek(fd, from, unix.SEEK_DATA)
+	if errors.Is(err, unix.ENXIO) {
+		return far, far, nil // there is nothing behind from
+	}
+	if err != nil {
+		return 0, 0, fmt.Errorf("partial blob %s: %w", p.d, err)
+	}
+	end, err = unix.Seek(fd, start, unix.SEEK_HOLE)
+	if err != nil {
+		return 0, 0, fmt.Errorf("partial blob %s: %w", p.d, err)
+	}
+	return start, end, nil
+}
+
+// hold notes that a piece is there.
+func (p *Partial) hold(t *digest.Table, i int, crc uint32) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.table != t {
+		return false
+	}
+	if !p.held[i] {
+		t.CRC[i] = crc
+		p.held[i] = true
+		p.count++
+	}
+	return true
+}
+
+// receiveChunk is how much of a piece is read before it is hashed: what is
+// hashed should still be near the processor.
+const receiveChunk = 128 << 10
+
+// Receive reads piece i from r, into buf, which holds a piece, verifies it, and
+// writes it. It reads the piece's length and no more. What is not the piece
+// fails with an error that matches [digest.ErrMismatch], and errors of r are
+// returned as they are.
+func (p *Partial) Receive(i int, r io.Reader, buf []byte) error {
+	p.mu.Lock()
+	t := p.table
+	p.mu.Unlock()
+	v, err := t.Verifier(i)
+	if err != nil {
+		return err
+	}
+	start, end := t.Bounds(i)
+	piece := buf[:end-start]
+	for done := 0; done < len(piece); {
+		n, err := io.ReadFull(r, piece[done:min(len(piece), done+receiveChunk)])
+		v.Write(piece[done : done+n])
+		done += n
+		if err != nil {
+			return err
+		}
+	}
+	crc, err := v.Verify()
+	if err != nil {
+		return err
+	}
+	p.mu.Lock()
+	stale, there := p.table != t, p.held[i]
+	if !stale && !there {
+		err = p.s.account(p.a, p.a.size+end-start)
+	}
+	p.mu.Unlock()
+	switch {
+	case stale:
+		return ErrStale
+	case there || err != nil:
+		return err
+	}
+	if _, err := p.f.WriteAt(piece, start); err != nil {
+		return diskError(err)
+	}
+	if !p.hold(t, i, crc) {
+		return ErrStale
+	}
+	return nil
+}
+
+// Table returns the piece table in use, or nil. Of the checksums those of the
+// pieces that are held are set.
+func (p *Partial) Table() *digest.Table {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.table
+}
+
+// Held reports whether piece i has arrived.
+func (p *Partial) Held(i int) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return i >= 0 && i < len(p.held) && p.held[i]
+}
+
+// Complete reports whether all pieces have arrived: the blob is proven then.
+func (p *Partial) Complete() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.table != nil && p.count == len(p.held)
+}
+
+// File opens the blob's file for reading, as far as it is there. The caller closes it.
+func (p *Partial) File() (*os.File, error) {
+	f, err := os.Open(p.f.Name())
+	if err == nil || !isMissing(err) {
+		return f, err
+	}
+	return os.Open(p.s.blobPath(p.d)) // it has been committed
+}
+
+// Commit makes a complete blob one of the store, durably, with the tasks of c.
+// The Partial is closed.
+func (p *Partial) Commit(ctx context.Context, c p2p.Commit) (err error) {
+	if err := p.s.begin(ctx); err != nil {
+		return errors.Join(err, p.Close())
+	}
+	defer p.s.end()
+	if !p.Complete() {
+		return errors.Join(fmt.Errorf("partial blob %s: %w: it is not complete", p.d, digest.ErrInvalid), p.Close())
+	}
+	in := &ingest{ctx: ctx, s: p.s, added: map[digest.Digest]*addition{}}
+	defer func() { err = errors.Join(err, in.Close()) }()
+	a := p.a
+	a.table, a.name = p.Table(), p.s.path("ingest", newName())
+	if p.f == nil {
+		return fmt.Errorf("partial blob %s: it is closed", p.d)
+	}
+	err = p.f.Chmod(0o444)
+	if err == nil {
+		err = p.s.files.Rename(p.name, a.name)
+	}
+	if err != nil {
+		return errors.Join(diskError(err), p.Close())
+	}
+	os.Remove(p.name + tableSuffix) // of no use any more; one that stays is removed as a partial
+	p.f = nil                       // it is the ingest's
+	p.forget(0)
+	if _, err := in.keep(a); err != nil {
+		return diskError(err)
+	}
+	return in.Commit(c)
+}
+
+// Close closes the Partial and keeps what has arrived.
+func (p *Partial) Close() error {
+	if p.f == nil {
+		return nil
+	}
+	err := p.f.Close()
+	p.f = nil
+	p.forget(p.a.size)
+	return err
+}
+
+// Remove closes the Partial and removes what has arrived.
+func (p *Partial) Remove() error {
+	if p.f == nil {
+		return nil
+	}
+	err := errors.Join(p.f.Close(), removePartial(p.name))
+	p.f = nil
+	p.s.incoming.Add(-p.a.size)
+	p.forget(0)
+	return err
+}
+
+// forget lets the blob have another Partial. size is what it has on disk.
+func (p *Partial) forget(size int64) {
+	p.s.mu.Lock()
+	defer p.s.mu.Unlock()
+	delete(p.s.partials, p.d)
+	if size > 0 {
+		p.s.unopened[p.d] = size
+	}
+}
+
+func removePartial(name string) error {
+	err := os.Remove(name)
+	if e := os.Remove(name + tableSuffix); e != nil && !isMissing(e) {
+		err = errors.Join(err, e)
+	}
+	return err
+}
+
+// findPartials counts what earlier processes have left of partial blobs.
+func (s *Store) findPartials() error {
+	entries, err := os.ReadDir(s.path("partial"))
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		alg, hex, _ := strings.Cut(e.Name(), ".")
+		d, err := digest.Parse(alg + ":" + hex)
+		if err != nil {
+			if base, isTable := strings.CutSuffix(e.Name(), tableSuffix); isTable {
+				if _, err := os.Stat(s.path("partial", base)); err == nil {
+					continue
+				}
+			}
+			if err := os.Remove(s.path("partial", e.Name())); err != nil && !isMissing(err) {
+				return err
+			}
+			continue
+		}
+		var stat unix.Stat_t
+		if err := unix.Stat(s.partialPath(d), &stat); err != nil {
+			return err
+		}
+		s.unopened[d] = stat.Blocks * 512
+		s.incoming.Add(stat.Blocks * 512)
+	}
+	return nil
+}
+
+// DropPartials removes what has arrived of blobs that nobody has open and of
+// which nothing has arrived since a time.
+func (s *Store) DropPartials(since time.Time) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var errs []error
+	for d, size := range s.unopened {
+		info, err := os.Stat(s.partialPath(d))
+		if err == nil && !info.ModTime().Before(since) {
+			continue
+		}
+		if err := removePartial(s.partialPath(d)); err != nil && !isMissing(err) {
+			errs = append(errs, err)
+			continue
+		}
+		delete(s.unopened, d)
+		s.incoming.Add(-size)
+	}
+	return errors.Join(errs...)
+}

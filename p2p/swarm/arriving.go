@@ -1,0 +1,337 @@
+package swarm
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"iter"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/swarm/schedule"
+)
+
+// Arriving is a blob that comes from peers, piece by piece. It implements
+// [p2p.Blob]. It is safe for concurrent use.
+type Arriving struct {
+	v    *digest.Verified
+	d    *download
+	file *os.File
+	stop func() bool
+
+	// Guarded by d.mu.
+	table  *digest.Table // with the checksums of the pieces in given
+	given  *schedule.Set // pieces that were handed out
+	err    error         // why nothing can be read any more
+	closed bool
+
+	closing sync.Once
+}
+
+var _ p2p.Blob = (*Arriving)(nil)
+
+// newArriving returns a reader of what d fetches. d.mu is held.
+func newArriving(d *download) (*Arriving, error) {
+	file, err := d.partial.File()
+	if err != nil {
+		return nil, err
+	}
+	table := *d.table
+	table.CRC = make([]uint32, table.Pieces())
+	a := &Arriving{d: d, file: file, table: &table, given: schedule.NewSet(table.Pieces())}
+	a.v = digest.NewArriving(file, a.table, a.await)
+	return a, nil
+}
+
+// check ends a reader that was given what is not true. d.mu is held.
+func (a *Arriving) check(table *digest.Table, have *schedule.Set) {
+	if table.Size != a.table.Size || a.given.Clone().AndNot(have).Count() > 0 {
+		a.err = fmt.Errorf("blob %s: %w: a peer has lied about what was read of it: read it again", a.d.digest, digest.ErrMismatch)
+	}
+}
+
+// fail ends a reader.
+func (a *Arriving) fail(err error) {
+	a.d.mu.Lock()
+	if a.err == nil {
+		a.err = err
+	}
+	a.d.changed()
+	a.d.mu.Unlock()
+	a.release()
+}
+
+// await waits for piece i.
+func (a *Arriving) await(ctx context.Context, i int) error {
+	d := a.d
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for {
+		switch {
+		case a.err != nil:
+			return a.err
+		case a.given.Has(i):
+			return nil
+		case d.have.Has(i):
+			a.table.CRC[i] = d.table.CRC[i]
+			a.given.Add(i)
+			return nil
+		case d.err != nil:
+			return d.err
+		}
+		if err := d.waitChange(ctx); err != nil {
+			return err
+		}
+	}
+}
+
+// waitChange waits until something has changed. d.mu is held, and let go of meanwhile.
+func (d *download) waitChange(ctx context.Context) error {
+	more := d.more
+	d.mu.Unlock()
+	defer d.mu.Lock()
+	select {
+	case <-more:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// whole waits until the whole is proven.
+func (a *Arriving) whole(ctx context.Context) error {
+	d := a.d
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for {
+		switch {
+		case a.err != nil:
+			return a.err
+		case d.proven:
+			return nil
+		case d.err != nil:
+			return d.err
+		}
+		if err := d.waitChange(ctx); err != nil {
+			return err
+		}
+	}
+}
+
+// stored waits until the blob is one of the store.
+func (a *Arriving) stored(ctx context.Context) error {
+	if err := a.whole(ctx); err != nil {
+		return err
+	}
+	select {
+	case <-a.d.ended:
+		return a.d.storeErr
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// Size implements [p2p.Blob].
+func (a *Arriving) Size() int64 { return a.table.Size }
+
+// ReadAt implements [io.ReaderAt].
+func (a *Arriving) ReadAt(p []byte, off int64) (int, error) {
+	if off >= 0 && off < a.Size() && len(p) > 0 {
+		a.wantBytes(off, int64(len(p)))
+	}
+	return a.v.ReadAt(p, off)
+}
+
+// CopyRange implements [p2p.Blob].
+func (a *Arriving) CopyRange(ctx context.Context, w io.Writer, off, n int64, progress func(int64)) error {
+	whole := off == 0 && n == a.Size()
+	if off >= 0 && n > 0 && off < a.Size() {
+		if whole {
+			a.Want(0, 0) // so that it begins; all in order would harm the swarm
+		} else {
+			a.wantBytes(off, n)
+		}
+	}
+	if err := a.v.CopyRange(ctx, w, off, n, progress); err != nil || !whole {
+		return err
+	}
+	return a.whole(ctx)
+}
+
+func (a *Arriving) wantBytes(off, n int64) {
+	end := min(off+n, a.Size())
+	a.Want(int(off/a.table.PieceLength), int((end-1)/a.table.PieceLength))
+}
+
+// Want has the pieces first to last fetched before others.
+func (a *Arriving) Want(first, last int) {
+	d := a.d
+	d.mu.Lock()
+	there := true
+	for i := first; i <= last && there; i++ {
+		there = d.have.Has(i)
+	}
+	table := d.table
+	d.mu.Unlock()
+	if there || first < 0 || last < first || last >= table.Pieces() {
+		return
+	}
+	d.post(func() {
+		if d.sched != nil && d.sched.Held().Len() == table.Pieces() {
+			d.sched.Prefer(first, last)
+		}
+	})
+}
+
+// File returns the file that the blob arrives in, open for reading only. It
+// belongs to the Arriving.
+func (a *Arriving) File() *os.File { return a.file }
+
+// Table returns the blob's piece table. The checksum of a piece is valid once
+// Arrived has yielded it.
+func (a *Arriving) Table() *digest.Table { return a.table }
+
+// Arrived yields every piece as it can be read, those that are there first, each
+// once. It ends when the whole is proven, or with the error that ends the download.
+func (a *Arriving) Arrived(ctx context.Context) iter.Seq2[int, error] {
+	return func(yield func(int, error) bool) {
+		d := a.d
+		told := schedule.NewSet(a.table.Pieces())
+		for told.Count() < told.Len() {
+			d.mu.Lock()
+			have := d.have
+			var err error
+			if have.Len() != told.Len() || have.Clone().AndNot(told).Count() == 0 {
+				if err = a.err; err == nil {
+					err = d.err
+				}
+				if err == nil {
+					err = d.waitChange(ctx)
+				}
+				d.mu.Unlock()
+				if err != nil {
+					yield(0, err)
+					return
+				}
+				continue
+			}
+			d.mu.Unlock()
+			for i := range have.All() {
+				if told.Has(i) {
+					continue
+				}
+				if err := a.await(ctx, i); err != nil {
+					yield(0, err)
+					return
+				}
+				told.Add(i)
+				if !yield(i, nil) {
+					return
+				}
+			}
+		}
+		if err := a.whole(ctx); err != nil {
+			yield(0, err)
+		}
+	}
+}
+
+// Sources implements [p2p.Blob].
+func (a *Arriving) Sources() []p2p.Source {
+	a.d.mu.Lock()
+	defer a.d.mu.Unlock()
+	var all []p2p.Source
+	for p, n := range a.d.taken {
+		all = append(all, p2p.Source{Peer: p.String(), Address: a.d.s.peers.get(p).lastAddress(), Bytes: n})
+	}
+	slices.SortFunc(all, func(a, b p2p.Source) int { return strings.Compare(a.Peer, b.Peer) })
+	return all
+}
+
+// release takes the reader away from its download.
+func (a *Arriving) release() {
+	a.closing.Do(func() {
+		d := a.d
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		delete(d.readers, a)
+		d.stopIfUnwanted()
+	})
+}
+
+// Close closes the reader. A download that nobody else waits for ends; what has
+// arrived is kept.
+func (a *Arriving) Close() error {
+	a.stop()
+	a.fail(fmt.Errorf("blob %s: %w", a.d.digest, os.ErrClosed))
+	return a.file.Close()
+}
+
+// partialSource is a blob that is arriving, as the source of an upload.
+type partialSource struct {
+	d     *download
+	file  *os.File
+	table *digest.Table
+}
+
+func (s *partialSource) have() (*schedule.Set, <-chan struct{}) {
+	s.d.mu.Lock()
+	defer s.d.mu.Unlock()
+	if s.d.table != s.table || s.d.err != nil {
+		return schedule.NewSet(s.table.Pieces()), nil // it goes by another chain now, or is over
+	}
+	if s.d.have.Full() {
+		return s.d.have, nil
+	}
+	return s.d.have, s.d.more
+}
+
+func (s *partialSource) read(i int, p []byte) error {
+	start, _ := s.table.Bounds(i)
+	if _, err := s.file.ReadAt(p, start); err != nil && err != io.EOF {
+		return err
+	}
+	return s.table.CheckPiece(i, p)
+}
+
+func (s *partialSource) close() error { return s.file.Close() }
+
+// upload returns the upload of a task's blob. The caller calls done.
+func (s *Swarm) upload(ctx context.Context, task p2p.Task) (*upload, func(), error) {
+	if s.opts.Mode == NeverServe {
+		return nil, nil, errNeverServe
+	}
+	// Whoever asks has to name a tag that the blob is under here.
+	_, err := s.store.Stat(ctx, task.Tag, digest.FromDigest(task.Digest), p2p.StatOptions{Scope: p2p.Local})
+	d := s.downloadOf(task)
+	if err != nil && d == nil {
+		return nil, nil, err
+	}
+	return s.uploads.use(task.Digest, func() (*upload, error) {
+		if err == nil {
+			blob, err := s.store.OpenForPeers(ctx, task)
+			if err != nil {
+				return nil, err
+			}
+			table := blob.Table()
+			return &upload{
+				links: links{table.Size, table.Chain}.hash(task.Digest), table: table,
+				src: stored{blob, schedule.FullSet(table.Pieces())},
+			}, nil
+		}
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		if d.table == nil {
+			return nil, fmt.Errorf("%s: %w: nothing of it is here yet", task, p2p.ErrNotFound)
+		}
+		file, err := d.partial.File()
+		if err != nil {
+			return nil, err
+		}
+		return &upload{links: d.links, table: d.table, src: &partialSource{d, file, d.table}}, nil
+	})
+}

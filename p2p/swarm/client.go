@@ -1,0 +1,365 @@
+package swarm
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/crypto"
+	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/multiformats/go-multiaddr"
+	manet "github.com/multiformats/go-multiaddr/net"
+
+	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p"
+)
+
+func parseAddr(s string) (multiaddr.Multiaddr, error) { return multiaddr.NewMultiaddr(s) }
+
+// client speaks the peer API with others.
+type client struct {
+	security *security
+	network  Network
+	peers    *peerTable
+	http     *http.Client // over connections of its own where that can be, else over libp2p
+	streams  *http.Client // over libp2p only
+}
+
+const (
+	// idleTimeout is how long a connection is kept that nothing is asked on.
+	idleTimeout = 90 * time.Second
+	// directTimeout is how long one address of a peer is tried.
+	directTimeout = 3 * time.Second
+	// retryDirect is how long a peer whose addresses can't be reached is talked
+	// to over libp2p before they are tried again.
+	retryDirect = time.Minute
+)
+
+func newClient(security *security, network Network, peers *peerTable) *client {
+	c := &client{security: security, network: network, peers: peers}
+	transport := func(dial func(context.Context, peer.ID) (net.Conn, error)) *http.Client {
+		return &http.Client{Transport: &http.Transport{
+			DialContext: func(ctx context.Context, _, address string) (net.Conn, error) {
+				host, _, err := net.SplitHostPort(address)
+				if err != nil {
+					return nil, err
+				}
+				id, err := peer.Decode(host)
+				if err != nil {
+					return nil, err
+				}
+				return dial(ctx, id)
+			},
+			MaxIdleConnsPerHost: 8,
+			IdleConnTimeout:     idleTimeout,
+			DisableCompression:  true,
+			ReadBufferSize:      64 << 10,
+			WriteBufferSize:     16 << 10,
+		}}
+	}
+	c.http = transport(c.dial)
+	c.streams = transport(network.Dial)
+	return c
+}
+
+func (c *client) close() {
+	c.http.CloseIdleConnections()
+	c.streams.CloseIdleConnections()
+}
+
+// hostOf is a peer in a URL: host names are not case-sensitive, so it is not in base58.
+func hostOf(p peer.ID) string { return peer.ToCid(p).String() }
+
+// dial connects to a peer: directly, or else through libp2p.
+func (c *client) dial(ctx context.Context, p peer.ID) (net.Conn, error) {
+	entry := c.peers.get(p)
+	h, failed := entry.direct()
+	if h == nil {
+		var err error
+		if h, err = c.hello(ctx, p); err != nil {
+			return nil, err
+		}
+	}
+	var errs []error
+	if time.Since(failed) > retryDirect {
+		for _, address := range directAddresses(h, c.network.Addresses(p)) {
+			conn, err := c.dialDirect(ctx, address, h.Plain, p)
+			if err == nil {
+				entry.reached(address)
+				return conn, nil
+			}
+			errs = append(errs, err)
+			if ctx.Err() != nil {
+				return nil, context.Cause(ctx)
+			}
+		}
+		entry.unreached()
+	}
+	conn, err := c.network.Dial(ctx, p)
+	if err != nil {
+		return nil, errors.Join(append(errs, err)...)
+	}
+	entry.reached("libp2p")
+	return conn, nil
+}
+
+// dialDirect makes a connection to an address. It is proven to be p, or, with
+// an empty p, some member of the swarm.
+func (c *client) dialDirect(ctx context.Context, address string, plain bool, p peer.ID) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, directTimeout)
+	defer cancel()
+	raw, err := (&net.Dialer{}).DialContext(ctx, "tcp", address)
+	if err != nil {
+		return nil, err
+	}
+	stop := context.AfterFunc(ctx, func() { raw.SetDeadline(time.Unix(1, 0)) })
+	conn, _, err := c.security.secure(ctx, raw, true, plain, p)
+	if !stop() && err == nil {
+		err = context.Cause(ctx)
+	}
+	if err != nil {
+		raw.Close()
+		return nil, fmt.Errorf("%s: %w", address, err)
+	}
+	return conn, nil
+}
+
+// directAddresses returns where a peer may take connections for pieces, the
+// likeliest first: where it says itself, or, where it says any address, at those where
+// libp2p knows it.
+func directAddresses(h *hello, info peer.AddrInfo) []string {
+	var all []string
+	add := func(a string) {
+		if !slices.Contains(all, a) && len(all) < 8 {
+			all = append(all, a)
+		}
+	}
+	for _, pieces := range h.Pieces {
+		ap, err := netip.ParseAddrPort(pieces)
+		if err != nil {
+			continue
+		}
+		if !ap.Addr().IsUnspecified() {
+			add(ap.String())
+			continue
+		}
+		for _, m := range info.Addrs {
+			if _, err := m.ValueForProtocol(multiaddr.P_CIRCUIT); err == nil {
+				continue // the address of a relay
+			}
+			if ip, err := manet.ToIP(m); err == nil {
+				add(net.JoinHostPort(ip.String(), strconv.Itoa(int(ap.Port()))))
+			}
+		}
+	}
+	return all
+}
+
+// hello asks a peer who it is, over libp2p, and remembers it.
+func (c *client) hello(ctx context.Context, p peer.ID) (*hello, error) {
+	var h hello
+	if err := c.call(ctx, c.streams, p, http.MethodGet, pathHello, nil, &h); err != nil {
+		return nil, err
+	}
+	c.peers.get(p).introduce(&h)
+	return &h, nil
+}
+
+// NewResolver returns a function that asks whoever takes connections for pieces
+// at an address (host:port) which peer it is. It fails where that is not of the
+// swarm with this secret.
+func NewResolver(identity crypto.PrivKey, secret []byte, plain bool) (func(ctx context.Context, address string) (peer.AddrInfo, error), error) {
+	security, err := newSecurity(identity, secret, plain)
+	if err != nil {
+		return nil, err
+	}
+	c := &client{security: security, peers: newPeerTable()}
+	return c.resolve, nil
+}
+
+func (c *client) resolve(ctx context.Context, address string) (peer.AddrInfo, error) {
+	var h hello
+	ask := func(plain bool) error {
+		once := &http.Client{Transport: &http.Transport{
+			DisableKeepAlives: true,
+			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+				return c.dialDirect(ctx, address, plain, "")
+			},
+		}}
+		return c.call(ctx, once, "", http.MethodGet, pathHello, nil, &h)
+	}
+	err := ask(false)
+	if err != nil && c.security.plain && ctx.Err() == nil {
+		err = ask(true)
+	}
+	if err != nil {
+		return peer.AddrInfo{}, fmt.Errorf("ask %s which peer it is: %w", address, err)
+	}
+	return hint{h.ID, h.Addrs}.addrInfo()
+}
+
+// statusError is an answer that is a refusal.
+type statusError struct {
+	code int
+	text string
+}
+
+func (e *statusError) Error() string { return fmt.Sprintf("%d: %s", e.code, e.text) }
+
+// do sends a request and returns the answer, which is 200. The caller closes its body.
+func (c *client) do(ctx context.Context, over *http.Client, p peer.ID, method, path string, query url.Values, body []byte) (*http.Response, error) {
+	host := "peer"
+	if p != "" {
+		host = hostOf(p)
+	}
+	u := url.URL{Scheme: "http", Host: host, Path: path, RawQuery: query.Encode()}
+	req, err := http.NewRequestWithContext(ctx, method, u.String(), bytes.NewReader(body))
+	if err != nil {
+		return nil, err
+	}
+	if c.http == over && isIdempotent(path) {
+		req.Header["Idempotency-Key"] = nil // a connection that was closed while idle is not a failure
+	}
+	resp, err := over.Do(req)
+	if err != nil {
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+		if e, ok := errors.AsType[*url.Error](err); ok {
+			err = e.Err
+		}
+		return nil, err
+	}
+	if resp.StatusCode != http.StatusOK {
+		defer resp.Body.Close()
+		text, _ := io.ReadAll(io.LimitReader(resp.Body, 1024))
+		return nil, &statusError{resp.StatusCode, strings.TrimSpace(string(text))}
+	}
+	return resp, nil
+}
+
+// isIdempotent reports whether a POST may be sent twice.
+func isIdempotent(path string) bool {
+	return path == pathFind || path == pathPieces || path == pathDeletes
+}
+
+// call sends a message, where in is not nil, and decodes the answer into out.
+func (c *client) call(ctx context.Context, over *http.Client, p peer.ID, method, path string, in, out any) error {
+	return c.callQuery(ctx, over, p, method, path, nil, in, out)
+}
+
+func (c *client) callQuery(ctx context.Context, over *http.Client, p peer.ID, method, path string, query url.Values, in, out any) error {
+	var body []byte
+	if in != nil {
+		var err error
+		if body, err = json.Marshal(in); err != nil {
+			return err
+		}
+	}
+	start := time.Now()
+	resp, err := c.do(ctx, over, p, method, path, query, body)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if p != "" {
+		c.peers.get(p).answered(time.Since(start))
+	}
+	if out == nil {
+		return nil
+	}
+	stop := context.AfterFunc(ctx, func() { resp.Body.Close() })
+	defer stop()
+	if err := decodeJSON(resp.Body, out); err != nil {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		return err
+	}
+	io.Copy(io.Discard, io.LimitReader(resp.Body, 1024)) // so that the connection can be used again
+	return nil
+}
+
+// find asks a peer what it has. The answer is as long as the request.
+func (c *client) find(ctx context.Context, p peer.ID, req *findRequest) (*findReply, error) {
+	var reply findReply
+	if err := c.call(ctx, c.http, p, http.MethodPost, pathFind, req, &reply); err != nil {
+		return nil, err
+	}
+	if len(reply.Tasks) != len(req.Tasks) || len(reply.Names) != len(req.Names) || len(reply.Referrers) != len(req.Referrers) {
+		return nil, fmt.Errorf("%w: an answer to something else", errMessage)
+	}
+	for _, t := range reply.Tasks {
+		if t == nil {
+			continue
+		}
+		if _, err := t.pieces(); err != nil {
+			return nil, err
+		}
+		t.Hints = t.Hints[:min(len(t.Hints), maxHints)]
+	}
+	for _, n := range reply.Names {
+		if n == nil || n.Digest == "" {
+			continue
+		}
+		if _, err := digest.Parse(string(n.Digest)); err != nil {
+			return nil, fmt.Errorf("%w: %w", errMessage, err)
+		}
+		if n.Updated.After(time.Now().Add(maxClockSkew)) {
+			return nil, fmt.Errorf("%w: a name of %s: the peer's clock is wrong", errMessage, n.Updated)
+		}
+	}
+	for _, list := range reply.Referrers {
+		if len(list) > maxReferrers {
+			return nil, fmt.Errorf("%w: %d referrers", errMessage, len(list))
+		}
+		for _, d := range list {
+			if _, err := digest.Parse(string(d)); err != nil {
+				return nil, fmt.Errorf("%w: %w", errMessage, err)
+			}
+		}
+	}
+	return &reply, nil
+}
+
+func taskQuery(t p2p.Task) url.Values {
+	return url.Values{"tag": {t.Tag}, "digest": {t.Digest.String()}}
+}
+
+// blob gets a whole blob of at most limit bytes, and proves it.
+func (c *client) blob(ctx context.Context, p peer.ID, t p2p.Task, limit int64) ([]byte, error) {
+	resp, err := c.do(ctx, c.http, p, http.MethodGet, pathBlob, taskQuery(t), nil)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(io.LimitReader(resp.Body, limit+1))
+	if err != nil {
+		return nil, err
+	}
+	if got := t.Digest.Algorithm().FromBytes(b); got != t.Digest {
+		return nil, &digest.MismatchError{Want: t.Digest, Got: got}
+	}
+	return b, nil
+}
+
+// links gets the size and the hash chain of a blob.
+func (c *client) links(ctx context.Context, p peer.ID, t p2p.Task) (links, error) {
+	resp, err := c.do(ctx, c.http, p, http.MethodGet, pathLinks, taskQuery(t), nil)
+	if err != nil {
+		return links{}, err
+	}
+	defer resp.Body.Close()
+	return readLinks(resp.Body, t.Digest)
+}

@@ -1,0 +1,415 @@
+package swarm
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/peer"
+
+	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/pieces"
+)
+
+const (
+	// maxAsked is how many connected peers one lookup asks directly. A swarm
+	// of no more is searched so alone; a larger one through what is announced.
+	maxAsked = 64
+	// maxProviders is how many peers that have announced something are asked.
+	maxProviders = 20
+	// announcedGrace is how long a lookup goes on looking for announcements
+	// when all connected peers have answered.
+	announcedGrace = 500 * time.Millisecond
+)
+
+// taskKey is what a holder of a task announces.
+func taskKey(t p2p.Task) Key {
+	return sha256.Sum256([]byte("dfcache announce task\x00" + t.Tag + "\x00" + string(t.Digest)))
+}
+
+// nameKey is what a holder of a name announces.
+func nameKey(tag, name string) Key {
+	return sha256.Sum256([]byte("dfcache announce name\x00" + tag + "\x00" + name))
+}
+
+// answer is what a peer has answered in a lookup.
+type answer struct {
+	peer  peer.ID
+	reply *findReply
+}
+
+// lookup asks peers at once. Its answers come in the order in which they come.
+type lookup struct {
+	answers chan answer // closed at the end
+	cancel  context.CancelFunc
+
+	mu     sync.Mutex
+	asked  int
+	silent int
+	failed error // of a peer that was silent
+}
+
+// lookup asks all connected peers, or some of them where there are many, and
+// those that have announced key, until all have answered or ctx ends. Where quick
+// is set and all connected peers are asked, announcements are not looked for.
+// The caller reads the answers up to the end, or calls end or missed.
+func (s *Swarm) lookup(ctx context.Context, req *findRequest, key Key, quick bool) *lookup {
+	ctx, cancel := context.WithCancel(ctx)
+	l := &lookup{answers: make(chan answer), cancel: cancel}
+	seen := map[peer.ID]bool{s.network.Self(): true}
+	var asking, connected sync.WaitGroup
+	ask := func(p peer.AddrInfo, done func()) {
+		defer done()
+		if len(p.Addrs) > 0 {
+			if err := s.network.Connect(ctx, p); err != nil {
+				return // an announcement that has outlived its peer
+			}
+		}
+		reply, err := s.client.find(ctx, p.ID, req)
+		l.note(err)
+		if err != nil {
+			s.log.Debug("a peer did not answer", "peer", p.ID.String(), "error", err)
+			return
+		}
+		select {
+		case l.answers <- answer{p.ID, reply}:
+		case <-ctx.Done():
+		}
+	}
+	peers := s.network.Connected()
+	rand.Shuffle(len(peers), func(i, j int) { peers[i], peers[j] = peers[j], peers[i] })
+	for _, p := range peers {
+		if len(seen) > maxAsked {
+			break
+		}
+		if seen[p] || s.peers.get(p).isShunned() {
+			continue
+		}
+		seen[p] = true
+		asking.Add(1)
+		connected.Add(1)
+		go ask(peer.AddrInfo{ID: p}, func() { connected.Done(); asking.Done() })
+	}
+	small := len(peers) <= maxAsked
+	announced, stop := context.WithCancel(ctx)
+	asking.Go(func() {
+		defer stop()
+		if len(peers) == 0 || small && quick {
+			return
+		}
+		n := 0
+		for p := range s.network.Providers(announced, key) {
+			if seen[p.ID] || s.peers.get(p.ID).isShunned() {
+				continue
+			}
+			seen[p.ID] = true
+			asking.Add(1)
+			go ask(p, asking.Done)
+			if n++; n == maxProviders {
+				return
+			}
+		}
+	})
+	if small {
+		asking.Go(func() {
+			connected.Wait()
+			t := time.NewTimer(announcedGrace)
+			defer t.Stop()
+			select {
+			case <-t.C:
+				stop()
+			case <-announced.Done():
+			}
+		})
+	}
+	s.background.Go(func() {
+		defer cancel()
+		asking.Wait()
+		close(l.answers)
+	})
+	return l
+}
+
+func (l *lookup) note(err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.asked++
+	if err != nil {
+		l.silent++
+		l.failed = err
+	}
+}
+
+// end cancels what is left of a lookup and says how many were asked, and how
+// many of them did not answer.
+func (l *lookup) end() (asked, silent int) {
+	l.cancel()
+	for range l.answers {
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.asked, l.silent
+}
+
+// missed is the error of a lookup that has found nothing.
+func (l *lookup) missed(what string) error {
+	asked, silent := l.end()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	switch {
+	case asked == 0:
+		return fmt.Errorf("%s is not here, and %w: none is connected", what, p2p.ErrUnreachable)
+	case asked == silent:
+		return fmt.Errorf("%s is not here, and %w: none of %d answered: %w", what, p2p.ErrUnreachable, asked, l.failed)
+	case silent > 0:
+		return fmt.Errorf("%s: %w here or on %d peers; %d more did not answer", what, p2p.ErrNotFound, asked-silent, silent)
+	}
+	return fmt.Errorf("%s: %w here or on %d peers", what, p2p.ErrNotFound, asked)
+}
+
+// within bounds a lookup.
+func (s *Swarm) within(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(ctx, s.opts.LookupTimeout)
+}
+
+// accept reports whether what a peer has of a task counts. What was deleted
+// does not; the peer has missed that, and is told.
+func (s *Swarm) accept(ctx context.Context, from peer.ID, task p2p.Task, state *taskState) bool {
+	if state == nil {
+		return false
+	}
+	cid := digest.FromDigest(task.Digest)
+	deleted, err := s.store.Deleted(ctx, task.Tag, cid)
+	if err != nil || deleted.IsZero() || state.Origin.After(deleted) {
+		return err == nil
+	}
+	s.tell(from, pieces.Delete{Tag: task.Tag, CID: cid, At: deleted})
+	return false
+}
+
+// statTask asks the network for a task.
+func (s *Swarm) statTask(ctx context.Context, task p2p.Task, holders bool) (info p2p.Info, from peer.ID, err error) {
+	lookupCtx, cancel := s.within(ctx)
+	defer cancel()
+	l := s.lookup(lookupCtx, &findRequest{Tasks: []taskRef{taskRef(task)}}, taskKey(task), false)
+	counted := &p2p.Holders{}
+	found := false
+	for a := range l.answers {
+		state := a.reply.Tasks[0]
+		if !s.accept(ctx, a.peer, task, state) {
+			continue
+		}
+		counted.Some++
+		if state.whole() {
+			counted.Whole++
+		}
+		if !found || state.whole() && from == "" {
+			info = infoOf(task, state)
+			if state.whole() {
+				from = a.peer
+			}
+		}
+		found = true
+		if !holders && from != "" {
+			break
+		}
+	}
+	if !found {
+		if err := context.Cause(ctx); err != nil {
+			l.end()
+			return info, "", err
+		}
+		return info, "", l.missed(task.String())
+	}
+	counted.Asked, counted.Silent = l.end()
+	if holders {
+		info.Holders = counted
+	}
+	return info, from, nil
+}
+
+// infoOf describes a task of which only a peer has told.
+func infoOf(task p2p.Task, state *taskState) p2p.Info {
+	table := digest.Table{Size: state.Size, PieceLength: digest.PieceLength(state.Size)}
+	info := p2p.Info{
+		Task: task, Size: state.Size, PieceLength: table.PieceLength, Pieces: table.Pieces(), Remote: true,
+		MediaType: state.MediaType, IsManifest: state.Manifest, Origin: state.Origin, Keep: p2p.KeepLoose,
+	}
+	if state.Pinned {
+		info.Keep = p2p.KeepPinned
+	}
+	return info
+}
+
+// taskState says what this daemon has of a task, or nil.
+func (s *Swarm) taskState(ctx context.Context, task p2p.Task, asker peer.ID) (*taskState, error) {
+	if s.opts.Mode == NeverServe {
+		return nil, nil
+	}
+	var state *taskState
+	info, err := s.store.Stat(ctx, task.Tag, digest.FromDigest(task.Digest), p2p.StatOptions{Scope: p2p.Local})
+	switch {
+	case err == nil:
+		state = &taskState{
+			Size: info.Size, MediaType: info.MediaType, Manifest: info.IsManifest,
+			Pinned: info.Keep == p2p.KeepPinned, Origin: info.Origin,
+		}
+	case errors.Is(err, p2p.ErrNotFound):
+		if d := s.downloadOf(task); d != nil {
+			state = d.state(task)
+		}
+	case errors.Is(err, digest.ErrCorrupt):
+		s.log.Error("a blob is damaged, and not served", "task", task.String(), "error", err)
+	default:
+		return nil, err
+	}
+	if state == nil {
+		return nil, nil
+	}
+	for _, p := range s.uploads.askers(task.Digest, asker) {
+		if info := s.network.Addresses(p); len(info.Addrs) > 0 {
+			state.Hints = append(state.Hints, hintOf(info))
+		}
+	}
+	return state, nil
+}
+
+// nameState says what this daemon knows of a name, or nil.
+func (s *Swarm) nameState(ctx context.Context, tag, name string) (*nameState, error) {
+	cid, err := digest.ParseCID(name)
+	if err != nil {
+		return nil, err
+	}
+	if cid.CacheID() == "" {
+		return nil, fmt.Errorf("%w: name %s", errMessage, name)
+	}
+	if err := p2p.ValidateTag(tag); err != nil {
+		return nil, err
+	}
+	var state nameState
+	if state.Deleted, err = s.store.Deleted(ctx, tag, cid); err != nil {
+		return nil, err
+	}
+	state.Digest, state.Updated, err = s.store.Name(ctx, tag, name)
+	if errors.Is(err, p2p.ErrNotFound) {
+		err = nil
+	}
+	if err != nil || state == (nameState{}) {
+		return nil, err
+	}
+	return &state, nil
+}
+
+// resolved is what a name stands for.
+type resolved struct {
+	digest  digest.Digest
+	updated time.Time
+	from    peer.ID // who told; "" where it is known here
+}
+
+// resolve finds what a name stands for: of what this daemon and its peers know,
+// the newest (see [pieces.NewerName]); nothing, where it was deleted since.
+func (s *Swarm) resolve(ctx context.Context, tag, name string) (resolved, error) {
+	cid, err := digest.ParseCID(name)
+	if err != nil {
+		return resolved{}, err
+	}
+	mine, err := s.nameState(ctx, tag, name)
+	if err != nil {
+		return resolved{}, err
+	}
+	timeout := s.opts.LookupTimeout
+	var best resolved
+	var deleted time.Time
+	if mine != nil {
+		best, deleted = resolved{digest: mine.Digest, updated: mine.Updated}, mine.Deleted
+	}
+	if best.digest != "" {
+		// It is here: whoever is slow to say that it is older is not waited for.
+		timeout = min(timeout, newerTimeout)
+	}
+	lookupCtx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	l := s.lookup(lookupCtx, &findRequest{Names: []nameRef{{tag, name}}}, nameKey(tag, name), best.digest != "")
+	for a := range l.answers {
+		n := a.reply.Names[0]
+		if n == nil {
+			continue
+		}
+		if n.Deleted.After(deleted) {
+			deleted = n.Deleted
+		}
+		if n.Digest != "" && (best.digest == "" || pieces.NewerName(n.Digest, n.Updated, best.digest, best.updated)) {
+			best = resolved{n.Digest, n.Updated, a.peer}
+		}
+	}
+	if err := context.Cause(ctx); err != nil {
+		l.end()
+		return resolved{}, err
+	}
+	what := p2p.Describe(tag, cid)
+	if best.digest == "" {
+		return resolved{}, l.missed(what)
+	}
+	l.end()
+	if !best.updated.After(deleted) {
+		return resolved{}, fmt.Errorf("%s: %w: it has been deleted", what, p2p.ErrNotFound)
+	}
+	return best, nil
+}
+
+// newerTimeout is how long peers are waited for to tell of a newer version of a
+// name that is here.
+const newerTimeout = 500 * time.Millisecond
+
+// referrers lists what refers to a task here.
+func (s *Swarm) referrers(ctx context.Context, task p2p.Task) ([]digest.Digest, error) {
+	if err := task.Validate(); err != nil {
+		return nil, err
+	}
+	all := []digest.Digest{}
+	for e, err := range s.store.List(ctx, p2p.Query{Tag: &task.Tag, RefersTo: task.Digest}) {
+		if err != nil {
+			return nil, err
+		}
+		if e.IsManifest && len(all) < maxReferrers {
+			all = append(all, e.Task.Digest)
+		}
+	}
+	return all, nil
+}
+
+// bringReferrers brings the manifests here that peers have and that refer to a task.
+func (s *Swarm) bringReferrers(ctx context.Context, task p2p.Task) error {
+	lookupCtx, cancel := s.within(ctx)
+	defer cancel()
+	l := s.lookup(lookupCtx, &findRequest{Referrers: []taskRef{taskRef(task)}}, taskKey(task), true)
+	who := map[digest.Digest]peer.ID{}
+	for a := range l.answers {
+		for _, d := range a.reply.Referrers[0] {
+			if len(who) < maxReferrers {
+				who[d] = a.peer
+			}
+		}
+	}
+	l.end()
+	for d, from := range who {
+		t := p2p.Task{Tag: task.Tag, Digest: d}
+		if _, err := s.store.Stat(ctx, t.Tag, digest.FromDigest(d), p2p.StatOptions{Scope: p2p.Local}); !errors.Is(err, p2p.ErrNotFound) {
+			continue
+		}
+		err := s.bring(ctx, t, from)
+		if err != nil {
+			if ctx.Err() != nil {
+				return context.Cause(ctx)
+			}
+			s.log.Warn("a manifest that refers to another one could not be fetched", "task", t.String(), "peer", from.String(), "error", err)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,288 @@
+package swarm
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/url"
+	"sync"
+
+	"github.com/libp2p/go-libp2p/core/peer"
+
+	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p"
+)
+
+// manifestCache has the manifests that were fetched last and not kept, so that
+// who looks at one and then keeps it does not fetch it twice.
+type manifestCache struct {
+	mu    sync.Mutex
+	order []digest.Digest // the oldest first
+	all   map[digest.Digest][]byte
+	bytes int
+}
+
+// maxCached bounds the bytes in a manifestCache.
+const maxCached = 2 * p2p.MaxManifest
+
+func newManifestCache() *manifestCache {
+	return &manifestCache{all: map[digest.Digest][]byte{}}
+}
+
+func (c *manifestCache) get(d digest.Digest) []byte {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.all[d]
+}
+
+func (c *manifestCache) put(d digest.Digest, content []byte) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.all[d] != nil {
+		return
+	}
+	c.all[d] = content
+	c.order = append(c.order, d)
+	for c.bytes += len(content); c.bytes > maxCached; c.order = c.order[1:] {
+		c.bytes -= len(c.all[c.order[0]])
+		delete(c.all, c.order[0])
+	}
+}
+
+// fetchManifest gets the content of a manifest from a peer that has all of it,
+// and proves it. It does not keep it.
+func (s *Swarm) fetchManifest(ctx context.Context, task p2p.Task, from peer.ID) ([]byte, error) {
+	if content := s.manifests.get(task.Digest); content != nil {
+		return content, nil
+	}
+	if from == "" {
+		return nil, fmt.Errorf("%s: %w: no peer has all of it", task, p2p.ErrNotFound)
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, s.opts.StallTimeout, errStalled)
+	defer cancel()
+	content, err := s.client.blob(ctx, from, task, p2p.MaxManifest)
+	if errors.Is(err, digest.ErrMismatch) {
+		s.peers.get(from).fault(err.Error(), true)
+		s.metrics.faults.WithLabelValues(from.String()).Inc()
+		s.log.Warn("a peer has sent a manifest that is another one", "peer", from.String(), "task", task.String(), "error", err)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("fetch manifest %s from peer %s: %w", task, from, err)
+	}
+	s.manifests.put(task.Digest, content)
+	return content, nil
+}
+
+// parseManifest reads what a manifest refers to; nil where it is none.
+func (s *Swarm) parseManifest(mediaType string, content []byte) *p2p.NewManifest {
+	if s.opts.ParseManifest == nil {
+		return nil
+	}
+	m, err := s.opts.ParseManifest(mediaType, content)
+	if err != nil {
+		s.log.Warn("what a peer says is a manifest is none", "error", err)
+		return nil
+	}
+	return m
+}
+
+// keep stores a manifest that was fetched, and the name that led to it.
+func (s *Swarm) keep(ctx context.Context, info p2p.Info, content []byte, name *p2p.NewName) error {
+	in, err := s.store.Ingest(ctx)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	if _, err := in.Add(bytes.NewReader(content), p2p.AddOptions{Want: info.Task.Digest}); err != nil {
+		return err
+	}
+	n := newTask(info)
+	n.Manifest = s.parseManifest(info.MediaType, content)
+	c := p2p.Commit{Tasks: []p2p.NewTask{n}}
+	if name != nil {
+		c.Names = []p2p.NewName{*name}
+	}
+	if err := in.Commit(c); err != nil {
+		return err
+	}
+	s.announce(c)
+	return nil
+}
+
+// bring fetches a manifest from a peer and keeps it.
+func (s *Swarm) bring(ctx context.Context, task p2p.Task, from peer.ID) error {
+	reply, err := s.client.find(ctx, from, &findRequest{Tasks: []taskRef{taskRef(task)}})
+	if err != nil {
+		return err
+	}
+	state := reply.Tasks[0]
+	if !s.accept(ctx, from, task, state) {
+		return fmt.Errorf("%s: %w", task, p2p.ErrNotFound)
+	}
+	content, err := s.fetchManifest(ctx, task, from)
+	if err != nil {
+		return err
+	}
+	return s.keep(ctx, infoOf(task, state), content, nil)
+}
+
+// adopt makes a task of a blob that is here under another tag.
+func (s *Swarm) adopt(ctx context.Context, info p2p.Info) error {
+	n := newTask(info)
+	if info.IsManifest {
+		content, err := s.readBlob(ctx, info.Task.Digest)
+		if err != nil {
+			return err
+		}
+		n.Manifest = s.parseManifest(info.MediaType, content)
+	}
+	return s.commit(ctx, p2p.Commit{Tasks: []p2p.NewTask{n}})
+}
+
+// readBlob reads a manifest that is here under some tag.
+func (s *Swarm) readBlob(ctx context.Context, d digest.Digest) ([]byte, error) {
+	for e, err := range s.store.List(ctx, p2p.Query{Kind: p2p.KindTags, Holds: d}) {
+		if err != nil {
+			return nil, err
+		}
+		blob, err := s.store.OpenForPeers(ctx, p2p.Task{Tag: e.Task.Tag, Digest: d})
+		if err != nil {
+			return nil, err
+		}
+		defer blob.Close()
+		content := make([]byte, min(blob.Size(), p2p.MaxManifest))
+		_, err = blob.ReadAt(content, 0)
+		return content, err
+	}
+	return nil, fmt.Errorf("blob %s: %w", d, p2p.ErrNotFound)
+}
+
+// hold makes this daemon hold what cid names, with all that it refers to,
+// durably.
+func (s *Swarm) hold(ctx context.Context, tag string, cid digest.CID) error {
+	if err := s.begin(ctx); err != nil {
+		return err
+	}
+	defer s.calls.Done()
+	return s.holdAll(ctx, tag, cid, map[digest.Digest]bool{})
+}
+
+func (s *Swarm) holdAll(ctx context.Context, tag string, cid digest.CID, seen map[digest.Digest]bool) error {
+	var info p2p.Info
+	var err error
+	opts := p2p.StatOptions{Manifest: true, Keep: true}
+	if cid.CacheID() != "" {
+		info, err = s.statName(ctx, tag, cid, opts)
+	} else {
+		info, err = s.statDigest(ctx, p2p.Task{Tag: tag, Digest: cid.Digest()}, opts, nil)
+	}
+	if err != nil || seen[info.Task.Digest] {
+		return err
+	}
+	seen[info.Task.Digest] = true
+	if info.Manifest == nil {
+		return s.holdTask(ctx, info.Task)
+	}
+	if m := s.parseManifest(info.MediaType, info.Manifest.Content); m != nil {
+		for _, d := range m.Refs {
+			// What a manifest refers to may never have been there: layers that
+			// are not distributed.
+			if err := s.holdAll(ctx, tag, digest.FromDigest(d), seen); err != nil && !errors.Is(err, p2p.ErrNotFound) {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func (s *Swarm) holdTask(ctx context.Context, task p2p.Task) error {
+	if _, err := s.store.Stat(ctx, task.Tag, digest.FromDigest(task.Digest), p2p.StatOptions{Scope: p2p.Local}); err == nil || !errors.Is(err, p2p.ErrNotFound) {
+		return err
+	}
+	a, err := s.fetch(ctx, task)
+	if err != nil || a == nil {
+		return err
+	}
+	defer a.Close()
+	return a.stored(ctx)
+}
+
+// Replicate implements [p2p.Engine].
+func (s *Swarm) Replicate(ctx context.Context, tag string, cid digest.CID, n int) ([]string, error) {
+	if err := s.begin(ctx); err != nil {
+		return nil, err
+	}
+	defer s.calls.Done()
+	info, err := s.store.Stat(ctx, tag, cid, p2p.StatOptions{Scope: p2p.Local})
+	if err != nil || n <= 0 {
+		return nil, err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	candidates := s.candidates(ctx, info.Task)
+	type result struct {
+		peer peer.ID
+		err  error
+	}
+	results := make(chan result)
+	var done []string
+	var failed error
+	under := 0
+	for len(done) < n {
+		for under < n-len(done) && len(candidates) > 0 {
+			p := candidates[0]
+			candidates = candidates[1:]
+			under++
+			s.background.Go(func() {
+				query := url.Values{"tag": {tag}, "cid": {cid.String()}}
+				err := s.client.callQuery(ctx, s.client.http, p, http.MethodPost, pathReplicate, query, nil, nil)
+				select {
+				case results <- result{p, err}:
+				case <-ctx.Done():
+				}
+			})
+		}
+		if under == 0 {
+			err := fmt.Errorf("replicate %s: %w that can hold it: %d of %d do", p2p.Describe(tag, cid), p2p.ErrUnreachable, len(done), n)
+			if failed != nil {
+				err = fmt.Errorf("%w: %w", err, failed)
+			}
+			return done, err
+		}
+		select {
+		case r := <-results:
+			under--
+			if r.err == nil {
+				done = append(done, r.peer.String())
+			} else {
+				failed = fmt.Errorf("peer %s: %w", r.peer, r.err)
+				s.log.Warn("a peer does not hold what it was asked to", "what", p2p.Describe(tag, cid), "peer", r.peer.String(), "error", r.err)
+			}
+		case <-ctx.Done():
+			return done, context.Cause(ctx)
+		case <-s.ctx.Done():
+			return done, context.Cause(s.ctx)
+		}
+	}
+	return done, nil
+}
+
+// candidates returns the peers that may hold a task, those first that do already.
+func (s *Swarm) candidates(ctx context.Context, task p2p.Task) []peer.ID {
+	lookupCtx, cancel := s.within(ctx)
+	defer cancel()
+	l := s.lookup(lookupCtx, &findRequest{Tasks: []taskRef{taskRef(task)}}, taskKey(task), true)
+	var first, others []peer.ID
+	for a := range l.answers {
+		switch e := s.peers.get(a.peer); {
+		case a.reply.Tasks[0] != nil && a.reply.Tasks[0].whole():
+			first = append(first, a.peer)
+		case e.mode() == Full, e.mode() == "":
+			others = append(others, a.peer)
+		}
+	}
+	l.end()
+	return append(first, others...)
+}

@@ -1,0 +1,211 @@
+package swarm
+
+import (
+	"maps"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/peer"
+
+	"github.com/dfcache/dfcache/p2p"
+)
+
+// Mode says what a daemon does for others and for its own callers.
+type Mode string
+
+const (
+	Full       Mode = "full"        // fetches and serves
+	SeedOnly   Mode = "seed-only"   // serves what was imported or pushed here, and fetches nothing
+	NeverServe Mode = "never-serve" // fetches, and serves nothing
+)
+
+const (
+	// shunFor is how long a peer that was caught with a lie is asked for
+	// nothing. It doubles with each further one, up to maxShun.
+	shunFor = 10 * time.Minute
+	maxShun = 24 * time.Hour
+	// maxPeers bounds how many peers are remembered; those that were seen last stay.
+	maxPeers = 4096
+)
+
+// peerTable is what is known of other peers. It is safe for concurrent use.
+type peerTable struct {
+	now func() time.Time
+
+	mu  sync.Mutex
+	all map[peer.ID]*peerEntry
+}
+
+func newPeerTable() *peerTable {
+	return &peerTable{now: time.Now, all: map[peer.ID]*peerEntry{}}
+}
+
+// peerEntry is what is known of one.
+type peerEntry struct {
+	now func() time.Time
+
+	mu      sync.Mutex
+	said    *hello    // nil where it has not been asked yet
+	failed  time.Time // when its direct addresses could not be reached
+	address string    // where it was reached last
+	latency time.Duration
+	seen    time.Time
+	gave    int64
+	took    int64
+	faults  int
+	reason  string
+	shunned time.Time // until when
+}
+
+// get returns the entry of a peer, a new one where there is none.
+func (t *peerTable) get(p peer.ID) *peerEntry {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	e := t.all[p]
+	if e == nil {
+		if len(t.all) >= maxPeers {
+			t.dropOldest()
+		}
+		e = &peerEntry{now: t.now, seen: t.now()}
+		t.all[p] = e
+	}
+	return e
+}
+
+func (t *peerTable) dropOldest() {
+	var oldest peer.ID
+	var when time.Time
+	for p, e := range t.all {
+		e.mu.Lock()
+		seen := e.seen
+		e.mu.Unlock()
+		if oldest == "" || seen.Before(when) {
+			oldest, when = p, seen
+		}
+	}
+	delete(t.all, oldest)
+}
+
+// known returns all peers.
+func (t *peerTable) known() []peer.ID {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return slices.Collect(maps.Keys(t.all))
+}
+
+func (e *peerEntry) introduce(h *hello) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.said, e.failed, e.seen = h, time.Time{}, e.now()
+}
+
+// direct returns what the peer has said of itself, and when it could not be
+// reached so.
+func (e *peerEntry) direct() (*hello, time.Time) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.said, e.failed
+}
+
+func (e *peerEntry) reached(address string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.address, e.seen = address, e.now()
+}
+
+func (e *peerEntry) unreached() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.failed = e.now()
+}
+
+// answered notes how long an answer took.
+func (e *peerEntry) answered(took time.Duration) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.seen = e.now()
+	if e.latency == 0 {
+		e.latency = took
+	}
+	e.latency += (took - e.latency) / 8
+}
+
+func (e *peerEntry) addGave(n int64) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.gave += n
+}
+
+func (e *peerEntry) addTook(n int64) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.took += n
+	e.seen = e.now()
+}
+
+// fault notes that the peer was caught. A lie has it shunned.
+func (e *peerEntry) fault(reason string, lie bool) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.faults++
+	e.reason = reason
+	if lie {
+		e.shunned = e.now().Add(min(shunFor<<min(e.faults-1, 10), maxShun))
+	}
+}
+
+func (e *peerEntry) isShunned() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.now().Before(e.shunned)
+}
+
+func (e *peerEntry) mode() Mode {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.said == nil {
+		return ""
+	}
+	return e.said.Mode
+}
+
+func (e *peerEntry) lastAddress() string {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.address
+}
+
+// seenSince reports whether the peer was seen within a span of time.
+func (e *peerEntry) seenSince(span time.Duration) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.now().Sub(e.seen) < span
+}
+
+// describe says what is known of a peer.
+func (e *peerEntry) describe(info peer.AddrInfo, connected bool) p2p.Peer {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	p := p2p.Peer{
+		ID: info.ID.String(), State: p2p.PeerAway,
+		Gave: e.gave, Took: e.took, Latency: e.latency, LastSeen: e.seen,
+		Faults: e.faults, Reason: e.reason,
+	}
+	if connected {
+		p.State, p.LastSeen = p2p.PeerConnected, e.now()
+	}
+	if e.now().Before(e.shunned) {
+		p.State = p2p.PeerShunned
+	}
+	if e.said != nil {
+		p.Mode = string(e.said.Mode)
+	}
+	if e.address != "" {
+		p.Addresses = append(p.Addresses, e.address)
+	}
+	for _, a := range info.Addrs {
+		p.Addresses = append(p.Addresses, a.String())
+	}
+	return p
+}

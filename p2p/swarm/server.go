@@ -1,0 +1,265 @@
+package swarm
+
+import (
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"strconv"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/peer"
+
+	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p"
+)
+
+// handler serves the peer API. Who asks has been proven by then.
+func (s *Swarm) handler() http.Handler {
+	mux := http.NewServeMux()
+	handle := func(method, path string, h func(http.ResponseWriter, *http.Request, peer.ID) error) {
+		mux.HandleFunc(method+" "+path, func(w http.ResponseWriter, r *http.Request) {
+			from := peerOf(r)
+			if from == "" {
+				http.Error(w, "not a peer", http.StatusForbidden)
+				return
+			}
+			if err := h(w, r, from); err != nil {
+				s.refuse(w, r, from, err)
+			}
+		})
+	}
+	handle("GET", pathHello, s.serveHello)
+	handle("POST", pathFind, s.serveFind)
+	handle("GET", pathBlob, s.serveBlob)
+	handle("GET", pathLinks, s.serveLinks)
+	handle("POST", pathPieces, s.servePieces)
+	handle("GET", pathDeletes, s.serveDeletes)
+	handle("POST", pathDeletes, s.takeDeletes)
+	handle("POST", pathReplicate, s.serveReplicate)
+	return mux
+}
+
+// refuse answers with an error.
+func (s *Swarm) refuse(w http.ResponseWriter, r *http.Request, from peer.ID, err error) {
+	code := http.StatusInternalServerError
+	text := err.Error()
+	if e, ok := errors.AsType[*statusError](err); ok {
+		code, text = e.code, e.text
+	} else if errors.Is(err, p2p.ErrNotFound) {
+		code = http.StatusNotFound
+	} else if errors.Is(err, digest.ErrInvalid) || errors.Is(err, errMessage) {
+		code = http.StatusBadRequest
+	}
+	if code >= 500 && r.Context().Err() == nil {
+		s.log.Warn("a peer's request failed", "peer", from.String(), "path", r.URL.Path, "error", err.Error())
+	} else {
+		s.log.Debug("a peer's request was refused", "peer", from.String(), "path", r.URL.Path, "error", err.Error())
+	}
+	if len(w.Header()) > 0 {
+		panic(http.ErrAbortHandler) // the answer has begun: all that is left is to cut it off
+	}
+	http.Error(w, text, code)
+}
+
+func readBody(r *http.Request) ([]byte, error) {
+	b, err := io.ReadAll(io.LimitReader(r.Body, maxJSON+1))
+	if err == nil && len(b) > maxJSON {
+		err = fmt.Errorf("%w: it is longer than %d bytes", errMessage, maxJSON)
+	}
+	return b, err
+}
+
+func readJSON(r *http.Request, v any) error { return decodeJSON(r.Body, v) }
+
+func writeJSON(w http.ResponseWriter, v any) error {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	http.NewResponseController(w).SetWriteDeadline(time.Now().Add(sendTimeout))
+	w.Header().Set("Content-Type", "application/json")
+	_, err = w.Write(b)
+	return err
+}
+
+func parseTaskQuery(r *http.Request) (p2p.Task, error) {
+	q := r.URL.Query()
+	t := p2p.Task{Tag: q.Get("tag"), Digest: digest.Digest(q.Get("digest"))}
+	return t, t.Validate()
+}
+
+func (s *Swarm) serveHello(w http.ResponseWriter, _ *http.Request, _ peer.ID) error {
+	return writeJSON(w, s.hello())
+}
+
+// hello is what this daemon says of itself.
+func (s *Swarm) hello() *hello {
+	h := &hello{
+		ID: s.network.Self().String(), Pieces: s.advertise,
+		Plain: s.security.plain, Mode: s.opts.Mode, Version: s.opts.Version,
+	}
+	for _, a := range s.network.Addresses(s.network.Self()).Addrs {
+		h.Addrs = append(h.Addrs, a.String())
+	}
+	return h
+}
+
+func (s *Swarm) serveFind(w http.ResponseWriter, r *http.Request, from peer.ID) error {
+	var req findRequest
+	if err := readJSON(r, &req); err != nil {
+		return err
+	}
+	if len(req.Tasks)+len(req.Names)+len(req.Referrers) > maxFind {
+		return fmt.Errorf("%w: more than %d questions", errMessage, maxFind)
+	}
+	reply := findReply{
+		Tasks:     make([]*taskState, len(req.Tasks)),
+		Names:     make([]*nameState, len(req.Names)),
+		Referrers: make([][]digest.Digest, len(req.Referrers)),
+	}
+	ctx := r.Context()
+	var err error
+	for i, t := range req.Tasks {
+		task := p2p.Task(t)
+		if err := task.Validate(); err != nil {
+			return err
+		}
+		if reply.Tasks[i], err = s.taskState(ctx, task, from); err != nil {
+			return err
+		}
+	}
+	for i, n := range req.Names {
+		if reply.Names[i], err = s.nameState(ctx, n.Tag, n.Name); err != nil {
+			return err
+		}
+	}
+	for i, t := range req.Referrers {
+		if reply.Referrers[i], err = s.referrers(ctx, p2p.Task(t)); err != nil {
+			return err
+		}
+	}
+	return writeJSON(w, &reply)
+}
+
+// serveBlob sends a small blob at once: a manifest.
+func (s *Swarm) serveBlob(w http.ResponseWriter, r *http.Request, from peer.ID) error {
+	if s.opts.Mode == NeverServe {
+		return errNeverServe
+	}
+	task, err := parseTaskQuery(r)
+	if err != nil {
+		return err
+	}
+	blob, err := s.store.Open(r.Context(), task, p2p.Local)
+	if err != nil {
+		return err
+	}
+	defer blob.Close()
+	if blob.Size() > p2p.MaxManifest {
+		return fmt.Errorf("%w: %s has %d bytes: ask for its pieces", errMessage, task, blob.Size())
+	}
+	b := make([]byte, blob.Size())
+	if _, err := io.ReadFull(io.NewSectionReader(blob, 0, blob.Size()), b); err != nil {
+		return err
+	}
+	if err := wait(r.Context(), s.uploads.limiter, len(b)); err != nil {
+		return err
+	}
+	http.NewResponseController(w).SetWriteDeadline(time.Now().Add(sendTimeout))
+	w.Header().Set("Content-Length", strconv.Itoa(len(b)))
+	_, err = w.Write(b)
+	s.peers.get(from).addTook(int64(len(b)))
+	s.metrics.sent.Add(float64(len(b)))
+	return err
+}
+
+// serveLinks sends the size and the hash chain of a blob.
+func (s *Swarm) serveLinks(w http.ResponseWriter, r *http.Request, _ peer.ID) error {
+	task, err := parseTaskQuery(r)
+	if err != nil {
+		return err
+	}
+	up, done, err := s.upload(r.Context(), task)
+	if err != nil {
+		return err
+	}
+	defer done()
+	b := links{up.table.Size, up.table.Chain}.append(nil)
+	http.NewResponseController(w).SetWriteDeadline(time.Now().Add(sendTimeout))
+	w.Header().Set("Content-Length", strconv.Itoa(len(b)))
+	_, err = w.Write(b)
+	return err
+}
+
+func (s *Swarm) serveDeletes(w http.ResponseWriter, r *http.Request, _ peer.ID) error {
+	q := r.URL.Query()
+	after, err := strconv.ParseUint(q.Get("after"), 10, 64)
+	if err != nil {
+		return fmt.Errorf("%w: after: %w", errMessage, err)
+	}
+	sum, err := s.store.DeletesSum(r.Context())
+	if err != nil {
+		return err
+	}
+	if after == 0 && q.Get("sum") == hex.EncodeToString(sum[:]) {
+		return writeJSON(w, &deletesReply{Same: true})
+	}
+	deletes, next, err := s.store.Deletes(r.Context(), after, maxDeletes)
+	if err != nil {
+		return err
+	}
+	reply := deletesReply{Deletes: []deleteMessage{}}
+	if len(deletes) == maxDeletes {
+		reply.Next = next
+	}
+	for _, d := range deletes {
+		reply.Deletes = append(reply.Deletes, deleteMessageOf(d))
+	}
+	return writeJSON(w, &reply)
+}
+
+func (s *Swarm) takeDeletes(w http.ResponseWriter, r *http.Request, from peer.ID) error {
+	var req deletesRequest
+	if err := readJSON(r, &req); err != nil {
+		return err
+	}
+	if len(req.Deletes) > maxDeletes {
+		return fmt.Errorf("%w: more than %d deletes", errMessage, maxDeletes)
+	}
+	var result deletesResult
+	for _, m := range req.Deletes {
+		d, err := m.parse()
+		if err != nil {
+			return err
+		}
+		applied, err := s.applyDelete(r.Context(), d, from)
+		one := deleteResult{Found: applied.Found, Removed: applied.Tasks}
+		if err != nil {
+			one.Refused = err.Error()
+		}
+		result.Results = append(result.Results, one)
+	}
+	return writeJSON(w, &result)
+}
+
+func (s *Swarm) serveReplicate(w http.ResponseWriter, r *http.Request, from peer.ID) error {
+	q := r.URL.Query()
+	cid, err := digest.ParseCID(q.Get("cid"))
+	if err != nil {
+		return err
+	}
+	if err := p2p.ValidateTag(q.Get("tag")); err != nil {
+		return err
+	}
+	if s.opts.Mode != Full {
+		return &statusError{http.StatusForbidden, "this daemon is " + string(s.opts.Mode)}
+	}
+	if err := s.hold(r.Context(), q.Get("tag"), cid); err != nil {
+		return err
+	}
+	s.log.Info("holds what a peer has asked to", "what", p2p.Describe(q.Get("tag"), cid), "peer", from.String())
+	return writeJSON(w, struct{}{})
+}

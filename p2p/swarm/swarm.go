@@ -1,0 +1,580 @@
+package swarm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"iter"
+	"log/slog"
+	"net"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/crypto"
+	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sync/semaphore"
+	"golang.org/x/time/rate"
+
+	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/pieces"
+)
+
+// Options says how to be part of a swarm. Where a number is 0, its default counts.
+type Options struct {
+	// Identity proves who this daemon is: an ed25519 key, of which the peer ID is made.
+	Identity crypto.PrivKey
+	// Secret proves that this daemon is of the swarm.
+	Secret []byte
+	// Listen are the addresses, host:port, where peers connect for pieces.
+	Listen []string
+	// Plain has pieces move unencrypted between this daemon and others that have it set, too.
+	Plain bool
+	// Mode says what this daemon does for others and for its own callers. The default is Full.
+	Mode Mode
+	// Version is told to peers.
+	Version string
+
+	LookupTimeout time.Duration // of asking the network what it has; 3 s
+	StallTimeout  time.Duration // without a byte, after which a peer is given up; 10 s
+	UploadRate    int64         // bytes a second; 0 is no limit
+	DownloadRate  int64         // bytes a second; 0 is no limit
+	UploadSlots   int           // uploads of one blob at once; 4
+	MaxUploads    int           // uploads at once; 64
+	MaxRequests   int           // requests for pieces of one blob at once; 8
+	MaxConns      int           // connections that peers may have open here; 1024
+	Memory        int64         // bytes of pieces in memory, for uploads and for downloads each; 64 MiB
+
+	// RememberDeletes is how long deletes are remembered: a peer that is away
+	// for longer brings back what was deleted. 30 days.
+	RememberDeletes time.Duration
+	// KeepPartial is how long what has arrived of a blob is kept when nobody
+	// wants it any more. 24 h.
+	KeepPartial time.Duration
+
+	// ParseManifest reads what a manifest refers to.
+	ParseManifest func(mediaType string, content []byte) (*p2p.NewManifest, error)
+	// Log gets what an operator should know. The default is to be silent.
+	Log *slog.Logger
+	// Metrics, where it is not nil, gets the metrics.
+	Metrics prometheus.Registerer
+}
+
+func (o *Options) setDefaults() {
+	def := func(n *int, d int) {
+		if *n == 0 {
+			*n = d
+		}
+	}
+	span := func(n *time.Duration, d time.Duration) {
+		if *n == 0 {
+			*n = d
+		}
+	}
+	span(&o.LookupTimeout, 3*time.Second)
+	span(&o.StallTimeout, 10*time.Second)
+	span(&o.RememberDeletes, 30*24*time.Hour)
+	span(&o.KeepPartial, 24*time.Hour)
+	def(&o.UploadSlots, 4)
+	def(&o.MaxUploads, 64)
+	def(&o.MaxRequests, 8)
+	def(&o.MaxConns, 1024)
+	if o.Memory == 0 {
+		o.Memory = 64 << 20
+	}
+	if o.Mode == "" {
+		o.Mode = Full
+	}
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+}
+
+// Errors of modes.
+var (
+	errNeverServe = &statusError{http.StatusForbidden, "this daemon serves nothing"}
+	errSeedOnly   = fmt.Errorf("%w: this daemon is seed-only, and fetches nothing", p2p.ErrNotFound)
+)
+
+// Swarm is a store that asks its peers for what it does not have, and gives
+// them what it has. It implements [p2p.Engine] and is safe for concurrent use.
+type Swarm struct {
+	opts      Options
+	store     *pieces.Store
+	network   Network
+	security  *security
+	client    *client
+	peers     *peerTable
+	uploads   *uploads
+	buffers   *buffers
+	limit     *rate.Limiter // of what is fetched; nil: none
+	log       *slog.Logger
+	metrics   *metrics
+	advertise []string // where peers connect for pieces
+	manifests *manifestCache
+
+	server *http.Server
+
+	ctx        context.Context // ends with Close
+	cancel     context.CancelCauseFunc
+	background sync.WaitGroup // goroutines that are no call
+
+	callMu sync.Mutex
+	calls  sync.WaitGroup
+	closed bool
+
+	mu        sync.Mutex
+	downloads map[digest.Digest]*download
+	told      chan toldDelete // what is to be told to peers
+}
+
+var _ p2p.Engine = (*Swarm)(nil)
+
+// New makes a store part of a swarm. The Swarm takes over store and network: it
+// closes them. What the store holds is announced.
+func New(store *pieces.Store, network Network, opts Options) (_ *Swarm, err error) {
+	opts.setDefaults()
+	security, err := newSecurity(opts.Identity, opts.Secret, opts.Plain)
+	if err != nil {
+		return nil, err
+	}
+	s := &Swarm{
+		opts:     opts,
+		store:    store,
+		network:  network,
+		security: security,
+		peers:    newPeerTable(),
+		uploads: &uploads{
+			slots:   opts.UploadSlots,
+			all:     semaphore.NewWeighted(int64(opts.MaxUploads)),
+			limiter: limiter(opts.UploadRate),
+			buffers: newBuffers(opts.Memory),
+			active:  map[digest.Digest]*upload{},
+		},
+		buffers:   newBuffers(opts.Memory),
+		limit:     limiter(opts.DownloadRate),
+		log:       opts.Log,
+		manifests: newManifestCache(),
+		downloads: map[digest.Digest]*download{},
+		told:      make(chan toldDelete, 1024),
+	}
+	s.metrics = newMetrics(opts.Metrics, s)
+	s.client = newClient(security, network, s.peers)
+	s.ctx, s.cancel = context.WithCancelCause(context.Background())
+
+	limit := make(chan struct{}, opts.MaxConns)
+	listeners := []net.Listener{&listener{network.Listener(), security, true, limit}}
+	for _, address := range opts.Listen {
+		l, err := net.Listen("tcp", address)
+		if err != nil {
+			for _, l := range listeners[1:] {
+				l.Close()
+			}
+			return nil, fmt.Errorf("listen for peers: %w: choose another address", err)
+		}
+		s.advertise = append(s.advertise, l.Addr().String())
+		listeners = append(listeners, &listener{l, security, false, limit})
+	}
+	s.server = &http.Server{
+		Handler:           s.handler(),
+		ConnContext:       withConn,
+		ReadHeaderTimeout: 20 * time.Second,
+		IdleTimeout:       2 * idleTimeout, // the client's ends first
+		MaxHeaderBytes:    64 << 10,
+		ErrorLog:          slog.NewLogLogger(opts.Log.Handler(), slog.LevelDebug),
+	}
+	for _, l := range listeners {
+		s.background.Go(func() { s.server.Serve(l) })
+	}
+	s.background.Go(s.announceAll)
+	s.background.Go(s.tend)
+	s.background.Go(s.tellAll)
+	network.OnConnect(func(p peer.ID) {
+		if s.begin(s.ctx) != nil {
+			return
+		}
+		s.background.Go(func() { s.syncDeletes(p) })
+		s.calls.Done()
+	})
+	return s, nil
+}
+
+// begin announces a call. Where it returns nil, the caller calls s.calls.Done.
+func (s *Swarm) begin(ctx context.Context) error {
+	if err := context.Cause(ctx); err != nil {
+		return err
+	}
+	s.callMu.Lock()
+	defer s.callMu.Unlock()
+	if s.closed {
+		return fmt.Errorf("swarm: %w", p2p.ErrClosed)
+	}
+	s.calls.Add(1)
+	return nil
+}
+
+// Close leaves the swarm and closes the store. Downloads end; what has arrived
+// of them is kept.
+func (s *Swarm) Close() error {
+	s.callMu.Lock()
+	closed := s.closed
+	s.closed = true
+	s.callMu.Unlock()
+	if closed {
+		return nil
+	}
+	s.cancel(fmt.Errorf("swarm: %w", p2p.ErrClosed))
+	s.calls.Wait()
+	s.server.Close()
+	s.client.close()
+	err := s.network.Close()
+	s.background.Wait()
+	s.uploads.sweep(true)
+	return errors.Join(err, s.store.Close())
+}
+
+// tend does what is to be done now and then.
+func (s *Swarm) tend() {
+	tick := time.NewTicker(uploadIdle / 2)
+	defer tick.Stop()
+	var housekept time.Time
+	for {
+		s.uploads.sweep(false)
+		if time.Since(housekept) > time.Hour {
+			housekept = time.Now()
+			if err := s.store.DropPartials(housekept.Add(-s.opts.KeepPartial)); err != nil {
+				s.log.Warn("what has arrived of blobs that nobody wants could not be removed", "error", err)
+			}
+			if n, err := s.store.ForgetDeletes(s.ctx, housekept.Add(-s.opts.RememberDeletes)); err != nil && s.ctx.Err() == nil {
+				s.log.Warn("old deletes could not be forgotten", "error", err)
+			} else if n > 0 {
+				s.log.Info("forgot old deletes", "deletes", n)
+			}
+		}
+		select {
+		case <-tick.C:
+		case <-s.ctx.Done():
+			return
+		}
+	}
+}
+
+// announceAll announces what the store holds.
+func (s *Swarm) announceAll() {
+	if s.opts.Mode == NeverServe {
+		return
+	}
+	const batch = 1024
+	var keys []Key
+	for e, err := range s.store.List(s.ctx, p2p.Query{}) {
+		if err != nil {
+			if s.ctx.Err() == nil {
+				s.log.Error("not all that is here could be announced", "error", err)
+			}
+			return
+		}
+		if e.Name != "" {
+			keys = append(keys, nameKey(e.Task.Tag, e.Name))
+		} else {
+			keys = append(keys, taskKey(e.Task))
+		}
+		if len(keys) == batch {
+			s.network.Announce(keys...)
+			keys = nil
+		}
+	}
+	s.network.Announce(keys...)
+}
+
+// announce announces what has just been committed.
+func (s *Swarm) announce(c p2p.Commit) {
+	if s.opts.Mode == NeverServe {
+		return
+	}
+	var keys []Key
+	for _, n := range c.Tasks {
+		keys = append(keys, taskKey(n.Task))
+	}
+	for _, n := range c.Names {
+		keys = append(keys, nameKey(n.Tag, n.Name))
+	}
+	s.network.Announce(keys...)
+}
+
+// Stat implements [p2p.Engine].
+func (s *Swarm) Stat(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions) (p2p.Info, error) {
+	if err := s.begin(ctx); err != nil {
+		return p2p.Info{}, err
+	}
+	defer s.calls.Done()
+	if opts.Scope == p2p.Local || s.opts.Mode == SeedOnly {
+		return s.statLocal(ctx, tag, cid, opts)
+	}
+	if _, err := digest.ParseCID(cid.String()); err != nil {
+		return p2p.Info{}, err
+	}
+	if err := p2p.ValidateTag(tag); err != nil {
+		return p2p.Info{}, err
+	}
+	if cid.CacheID() != "" {
+		return s.statName(ctx, tag, cid, opts)
+	}
+	return s.statDigest(ctx, p2p.Task{Tag: tag, Digest: cid.Digest()}, opts, nil)
+}
+
+// statLocal describes what is here, or has begun to arrive.
+func (s *Swarm) statLocal(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions) (p2p.Info, error) {
+	info, err := s.store.Stat(ctx, tag, cid, opts)
+	if errors.Is(err, p2p.ErrNotFound) && cid.Digest() != "" {
+		task := p2p.Task{Tag: tag, Digest: cid.Digest()}
+		if d := s.downloadOf(task); d != nil {
+			if info, ok := d.info(task); ok {
+				return info, nil
+			}
+		}
+	}
+	return info, err
+}
+
+// statName describes what a name stands for.
+func (s *Swarm) statName(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions) (p2p.Info, error) {
+	name, err := s.resolve(ctx, tag, cid.CacheID())
+	if err != nil {
+		return p2p.Info{}, err
+	}
+	if name.from == "" {
+		// It may be moved right now: the store has the last word on what is here.
+		local := opts
+		local.Scope, local.Keep, local.Holders = p2p.Local, false, false
+		info, err := s.store.Stat(ctx, tag, cid, local)
+		if err != nil || !opts.Holders {
+			return s.withRefs(ctx, info, opts, ""), err
+		}
+		return s.statDigest(ctx, info.Task, opts, nil)
+	}
+	return s.statDigest(ctx, p2p.Task{Tag: tag, Digest: name.digest}, opts, &p2p.NewName{Tag: tag, Name: cid.CacheID(), Digest: name.digest, Updated: name.updated})
+}
+
+// statDigest describes a task. name is what led to it where that is not here.
+func (s *Swarm) statDigest(ctx context.Context, task p2p.Task, opts p2p.StatOptions, name *p2p.NewName) (p2p.Info, error) {
+	local := opts
+	local.Scope, local.Keep, local.Holders = p2p.Local, false, false
+	info, err := s.statLocal(ctx, task.Tag, digest.FromDigest(task.Digest), local)
+	here := err == nil
+	// What is damaged here may be whole elsewhere.
+	if !here && !errors.Is(err, p2p.ErrNotFound) && !errors.Is(err, digest.ErrCorrupt) {
+		return info, err
+	}
+	var from peer.ID
+	if !here || opts.Holders {
+		var remote p2p.Info
+		remote, from, err = s.statTask(ctx, task, opts.Holders)
+		switch {
+		case err == nil && here:
+			info.Holders = remote.Holders
+		case err == nil:
+			info = remote
+		case !here:
+			return info, err
+		case errors.Is(err, p2p.ErrNotFound), errors.Is(err, p2p.ErrUnreachable):
+			info.Holders = &p2p.Holders{}
+		default:
+			return info, err
+		}
+	}
+	if !opts.Manifest || !info.IsManifest {
+		return info, nil
+	}
+	if info.Manifest == nil {
+		content, err := s.fetchManifest(ctx, task, from)
+		if err != nil {
+			return info, err
+		}
+		info.Manifest = &p2p.Manifest{Content: content}
+		if opts.Keep {
+			if err := s.keep(ctx, info, content, name); err != nil {
+				return info, err
+			}
+			info.Remote, info.Held = false, info.Pieces
+		}
+	} else if opts.Keep && name != nil {
+		if err := s.commit(ctx, p2p.Commit{Names: []p2p.NewName{*name}}); err != nil {
+			return info, err
+		}
+	}
+	return s.withRefs(ctx, info, opts, from), nil
+}
+
+// withRefs completes what is known of what a manifest refers to with what peers
+// know.
+func (s *Swarm) withRefs(ctx context.Context, info p2p.Info, opts p2p.StatOptions, from peer.ID) p2p.Info {
+	if info.Manifest == nil || s.opts.ParseManifest == nil {
+		return info
+	}
+	parsed, err := s.opts.ParseManifest(info.MediaType, info.Manifest.Content)
+	if err != nil {
+		return info
+	}
+	known := map[digest.Digest]p2p.Info{}
+	for _, ref := range info.Manifest.Refs {
+		known[ref.Task.Digest] = ref
+	}
+	var refs []p2p.Info
+	var missing []taskRef
+	for _, d := range parsed.Refs[:min(len(parsed.Refs), p2p.MaxRefs)] {
+		task := p2p.Task{Tag: info.Task.Tag, Digest: d}
+		ref, found := known[d]
+		if !found {
+			ref, err = s.statLocal(ctx, task.Tag, digest.FromDigest(d), p2p.StatOptions{Scope: p2p.Local})
+			found = err == nil
+		}
+		if found {
+			known[d] = ref
+		} else {
+			missing = append(missing, taskRef(task))
+		}
+		if opts.Holders {
+			if remote, _, err := s.statTask(ctx, task, true); err == nil {
+				if !found {
+					ref = remote
+				}
+				ref.Holders = remote.Holders
+				known[d] = ref
+			} else if found {
+				ref.Holders = &p2p.Holders{}
+				known[d] = ref
+			}
+		}
+	}
+	if len(missing) > 0 && from != "" && !opts.Holders {
+		askCtx, cancel := s.within(ctx)
+		defer cancel()
+		if reply, err := s.client.find(askCtx, from, &findRequest{Tasks: missing}); err == nil {
+			for i, state := range reply.Tasks {
+				if task := p2p.Task(missing[i]); s.accept(ctx, from, task, state) {
+					known[task.Digest] = infoOf(task, state)
+				}
+			}
+		}
+	}
+	for _, d := range parsed.Refs[:min(len(parsed.Refs), p2p.MaxRefs)] {
+		if ref, found := known[d]; found {
+			refs = append(refs, ref)
+		}
+	}
+	info.Manifest.Refs = refs
+	return info
+}
+
+// Open implements [p2p.Engine]. A blob that is here is a [*pieces.Blob], one
+// that is not a [*Arriving].
+func (s *Swarm) Open(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.Blob, error) {
+	if err := s.begin(ctx); err != nil {
+		return nil, err
+	}
+	defer s.calls.Done()
+	blob, err := s.store.Open(ctx, task, p2p.Local)
+	if err == nil || scope == p2p.Local || !errors.Is(err, p2p.ErrNotFound) && !errors.Is(err, digest.ErrCorrupt) {
+		return blob, err
+	}
+	if s.opts.Mode == SeedOnly {
+		return nil, fmt.Errorf("%s: %w", task, errSeedOnly)
+	}
+	arriving, err := s.fetch(ctx, task)
+	if err != nil {
+		return nil, err
+	}
+	if arriving == nil { // its bytes were here, under another tag
+		return s.store.Open(ctx, task, p2p.Local)
+	}
+	return arriving, nil
+}
+
+// Ingest implements [p2p.Engine].
+func (s *Swarm) Ingest(ctx context.Context) (p2p.Ingest, error) {
+	if err := s.begin(ctx); err != nil {
+		return nil, err
+	}
+	defer s.calls.Done()
+	in, err := s.store.Ingest(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return &ingest{in, s}, nil
+}
+
+// ingest announces what is committed.
+type ingest struct {
+	p2p.Ingest
+	s *Swarm
+}
+
+func (in *ingest) Commit(c p2p.Commit) error {
+	if err := in.Ingest.Commit(c); err != nil {
+		return err
+	}
+	if in.s.begin(context.Background()) == nil {
+		in.s.announce(c)
+		in.s.calls.Done()
+	}
+	return nil
+}
+
+// commit commits what needs no new content.
+func (s *Swarm) commit(ctx context.Context, c p2p.Commit) error {
+	in, err := s.store.Ingest(ctx)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	if err := in.Commit(c); err != nil {
+		return err
+	}
+	s.announce(c)
+	return nil
+}
+
+// List implements [p2p.Engine].
+func (s *Swarm) List(ctx context.Context, q p2p.Query) iter.Seq2[p2p.Entry, error] {
+	return func(yield func(p2p.Entry, error) bool) {
+		if q.FromPeers && q.RefersTo != "" && q.Tag != nil && s.opts.Mode != SeedOnly {
+			if err := s.begin(ctx); err != nil {
+				yield(p2p.Entry{}, err)
+				return
+			}
+			err := s.bringReferrers(ctx, p2p.Task{Tag: *q.Tag, Digest: q.RefersTo})
+			s.calls.Done()
+			if err != nil {
+				yield(p2p.Entry{}, err)
+				return
+			}
+		}
+		for e, err := range s.store.List(ctx, q) {
+			if !yield(e, err) {
+				return
+			}
+		}
+	}
+}
+
+// Peers implements [p2p.Engine].
+func (s *Swarm) Peers(ctx context.Context) ([]p2p.Peer, error) {
+	if err := s.begin(ctx); err != nil {
+		return nil, err
+	}
+	defer s.calls.Done()
+	var connected, others []p2p.Peer
+	seen := map[peer.ID]bool{s.network.Self(): true}
+	for _, p := range s.network.Connected() {
+		seen[p] = true
+		connected = append(connected, s.peers.get(p).describe(s.network.Addresses(p), true))
+	}
+	for _, p := range s.peers.known() {
+		if !seen[p] {
+			others = append(others, s.peers.get(p).describe(s.network.Addresses(p), false))
+		}
+	}
+	return append(connected, others...), nil
+}

@@ -1,0 +1,336 @@
+package swarm
+
+import (
+	"bytes"
+	"context"
+	"crypto/hmac"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/crypto"
+	"github.com/libp2p/go-libp2p/core/peer"
+	libp2ptls "github.com/libp2p/go-libp2p/p2p/security/tls"
+)
+
+// Connections for pieces are TCP connections of their own, outside of libp2p,
+// which would cost twice the CPU time. Both ends prove two things before a byte
+// of HTTP passes: that they are who they say, by their libp2p identity, and that
+// they have the swarm's key, by an HMAC over what is unique to the connection.
+//
+// With TLS 1.3 the identity is in the certificates, as libp2p has it, and the
+// unique thing is the exporter value (RFC 8446, 7.5). Plain connections, which
+// have to be asked for, sign and authenticate two nonces instead: what passes
+// can be read and, by who controls the network, be changed; blobs are proven
+// against their digests all the same.
+
+// plainMagic begins a plain connection. A TLS one begins with 0x16.
+const plainMagic = "dfcache plain 1\n"
+
+const (
+	handshakeTimeout = 10 * time.Second
+	nonceSize        = 32
+	proofSize        = sha256.Size
+)
+
+// errNotMember says that the other end does not have this swarm's key.
+var errNotMember = errors.New("it is not of this swarm: the swarm keys differ")
+
+// security is what a connection is proven with.
+type security struct {
+	identity crypto.PrivKey // ed25519
+	tls      *libp2ptls.Identity
+	secret   []byte
+	plain    bool // take plain connections, too
+}
+
+func newSecurity(identity crypto.PrivKey, secret []byte, plain bool) (*security, error) {
+	if identity.Type() != crypto.Ed25519 {
+		return nil, fmt.Errorf("identity: want an ed25519 key, not one of type %s", identity.Type())
+	}
+	id, err := libp2ptls.NewIdentity(identity)
+	if err != nil {
+		return nil, fmt.Errorf("identity: %w", err)
+	}
+	return &security{identity: identity, tls: id, secret: secret, plain: plain}, nil
+}
+
+// proof is what the end with the role sends, over binding, which is unique to the connection.
+func (s *security) proof(role string, binding []byte) []byte {
+	mac := hmac.New(sha256.New, s.secret)
+	fmt.Fprintf(mac, "dfcache member %s\x00", role)
+	mac.Write(binding)
+	return mac.Sum(nil)
+}
+
+// prove exchanges proofs. The client's goes first, so that who does not have
+// the key learns nothing from a server.
+func (s *security) prove(c net.Conn, client bool, binding []byte) error {
+	mine, theirs := "server", "client"
+	if client {
+		mine, theirs = theirs, mine
+		if _, err := c.Write(s.proof(mine, binding)); err != nil {
+			return err
+		}
+	}
+	var got [proofSize]byte
+	if _, err := io.ReadFull(c, got[:]); err != nil {
+		if client {
+			return fmt.Errorf("%w (%w)", errNotMember, err)
+		}
+		return err
+	}
+	if !hmac.Equal(got[:], s.proof(theirs, binding)) {
+		return errNotMember
+	}
+	if !client {
+		if _, err := c.Write(s.proof(mine, binding)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// secure proves both ends of a TCP connection. want is the peer that a client
+// wants to reach, or "" for any.
+func (s *security) secure(ctx context.Context, raw net.Conn, client, plain bool, want peer.ID) (net.Conn, peer.ID, error) {
+	if plain {
+		return s.securePlain(raw, client, want)
+	}
+	config, keys := s.tls.ConfigForPeer(want)
+	config.NextProtos = []string{"http/1.1"}
+	var c *tls.Conn
+	if client {
+		c = tls.Client(raw, config)
+	} else {
+		c = tls.Server(raw, config)
+	}
+	if err := c.HandshakeContext(ctx); err != nil {
+		return nil, "", err
+	}
+	var key crypto.PubKey
+	select {
+	case key = <-keys:
+	default:
+	}
+	if key == nil {
+		return nil, "", errors.New("the peer has no identity")
+	}
+	id, err := peer.IDFromPublicKey(key)
+	if err != nil {
+		return nil, "", err
+	}
+	state := c.ConnectionState()
+	binding, err := state.ExportKeyingMaterial("EXPORTER-dfcache-swarm", nil, nonceSize)
+	if err != nil {
+		return nil, "", err
+	}
+	return c, id, s.prove(c, client, binding)
+}
+
+// securePlain proves both ends without encrypting what follows.
+func (s *security) securePlain(c net.Conn, client bool, want peer.ID) (net.Conn, peer.ID, error) {
+	public, err := s.identity.GetPublic().Raw()
+	if err != nil {
+		return nil, "", err
+	}
+	mine := make([]byte, nonceSize, nonceSize+len(public))
+	rand.Read(mine)
+	mine = append(mine, public...)
+	opening := mine
+	if client {
+		opening = append([]byte(plainMagic), mine...)
+	}
+	theirs := make([]byte, len(mine))
+	// Who is asked answers only to who is a member, and in the order in which
+	// each can check the other.
+	if _, err := c.Write(opening); err != nil {
+		return nil, "", err
+	}
+	if _, err := io.ReadFull(c, theirs); err != nil {
+		return nil, "", err
+	}
+	key, err := crypto.UnmarshalEd25519PublicKey(theirs[nonceSize:])
+	if err != nil {
+		return nil, "", err
+	}
+	id, err := peer.IDFromPublicKey(key)
+	if err != nil {
+		return nil, "", err
+	}
+	if want != "" && id != want {
+		return nil, "", fmt.Errorf("it is peer %s, want %s", id, want)
+	}
+	first, second := mine, theirs
+	if !client {
+		first, second = theirs, mine
+	}
+	binding := sha256Sum([]byte("dfcache plain binding\x00"), first, second)
+	if err := s.prove(c, client, binding); err != nil {
+		return nil, "", err
+	}
+	role, other := byte('s'), byte('c')
+	if client {
+		role, other = other, role
+	}
+	signature, err := s.identity.Sign(append([]byte{role}, binding...))
+	if err != nil {
+		return nil, "", err
+	}
+	if _, err := c.Write(signature); err != nil {
+		return nil, "", err
+	}
+	got := make([]byte, len(signature))
+	if _, err := io.ReadFull(c, got); err != nil {
+		return nil, "", err
+	}
+	if ok, err := key.Verify(append([]byte{other}, binding...), got); err != nil || !ok {
+		return nil, "", fmt.Errorf("peer %s has not signed the connection", id)
+	}
+	return c, id, nil
+}
+
+func sha256Sum(parts ...[]byte) []byte {
+	h := sha256.New()
+	for _, p := range parts {
+		h.Write(p)
+	}
+	return h.Sum(nil)
+}
+
+// inbound is a connection that was accepted. It is proven with its first Read,
+// in the goroutine that serves it.
+type inbound struct {
+	net.Conn // the raw one; c once it is proven
+	s        *security
+	once     sync.Once
+	c        net.Conn
+	id       peer.ID
+	err      error
+	release  func()
+	closing  sync.Once
+}
+
+func (c *inbound) handshake() error {
+	c.once.Do(func() {
+		if c.c != nil {
+			return // it came proven
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), handshakeTimeout)
+		defer cancel()
+		c.Conn.SetDeadline(time.Now().Add(handshakeTimeout))
+		defer func() {
+			c.Conn.SetDeadline(time.Time{})
+			c.Conn.SetReadDeadline(time.Now().Add(handshakeTimeout)) // for the first request; the server sets its own then
+		}()
+		var first [1]byte
+		if _, c.err = io.ReadFull(c.Conn, first[:]); c.err != nil {
+			return
+		}
+		raw := &prefixed{c.Conn, first[:]}
+		switch {
+		case first[0] == plainMagic[0] && c.s.plain:
+			magic := make([]byte, len(plainMagic))
+			if _, c.err = io.ReadFull(raw, magic); c.err == nil && !bytes.Equal(magic, []byte(plainMagic)) {
+				c.err = fmt.Errorf("%w: not a peer", errMessage)
+			}
+			if c.err == nil {
+				c.c, c.id, c.err = c.s.securePlain(c.Conn, false, "")
+			}
+		case first[0] == 0x16:
+			c.c, c.id, c.err = c.s.secure(ctx, raw, false, false, "")
+		default:
+			c.err = fmt.Errorf("%w: neither TLS nor a plain connection that is allowed", errMessage)
+		}
+	})
+	return c.err
+}
+
+func (c *inbound) Read(p []byte) (int, error) {
+	if err := c.handshake(); err != nil {
+		return 0, err
+	}
+	return c.c.Read(p)
+}
+
+func (c *inbound) Write(p []byte) (int, error) {
+	if err := c.handshake(); err != nil {
+		return 0, err
+	}
+	return c.c.Write(p)
+}
+
+// Close closes the connection, with a TLS alert where there is a proven one.
+func (c *inbound) Close() error {
+	defer c.closing.Do(c.release)
+	return c.Conn.Close()
+}
+
+// prefixed is a connection of which the first bytes have been read already.
+type prefixed struct {
+	net.Conn
+	first []byte
+}
+
+func (c *prefixed) Read(p []byte) (int, error) {
+	if len(c.first) > 0 {
+		n := copy(p, c.first)
+		c.first = c.first[n:]
+		return n, nil
+	}
+	return c.Conn.Read(p)
+}
+
+// listener makes inbound connections of what it accepts.
+type listener struct {
+	net.Listener
+	s      *security
+	proven bool          // what it accepts is proven by libp2p, and the remote address is the peer's ID
+	limit  chan struct{} // holds a token for every connection that is open
+}
+
+func (l *listener) Accept() (net.Conn, error) {
+	for {
+		raw, err := l.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		select {
+		case l.limit <- struct{}{}:
+		default:
+			raw.Close() // too many: the peer tries again, or asks another one
+			continue
+		}
+		c := &inbound{Conn: raw, s: l.s, release: func() { <-l.limit }}
+		if l.proven {
+			if c.id, err = peer.Decode(raw.RemoteAddr().String()); err != nil {
+				c.Close()
+				continue
+			}
+			c.c = raw
+		}
+		return c, nil
+	}
+}
+
+type peerKey struct{}
+
+// withConn is the ConnContext of the server: handlers find the connection with peerOf.
+func withConn(ctx context.Context, c net.Conn) context.Context {
+	return context.WithValue(ctx, peerKey{}, c)
+}
+
+// peerOf returns who a request is from.
+func peerOf(r *http.Request) peer.ID {
+	if c, ok := r.Context().Value(peerKey{}).(*inbound); ok && c.handshake() == nil {
+		return c.id
+	}
+	return ""
+}

@@ -1,0 +1,424 @@
+package swarm
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"net/http"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/peer"
+	"golang.org/x/sync/semaphore"
+	"golang.org/x/time/rate"
+
+	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p/pieces"
+	"github.com/dfcache/dfcache/p2p/swarm/schedule"
+)
+
+const (
+	// uploadIdle is how long an upload is remembered that nobody asks for: how
+	// often each piece was sent, and who asked.
+	uploadIdle = time.Minute
+	// maxWaiting is how many requests for one blob may wait.
+	maxWaiting = 1024
+	// maxNewsWait is how long a request for news is kept waiting.
+	maxNewsWait = 10 * time.Second
+	// sendChunk is what is sent at a time, and sendTimeout how long that may take.
+	sendChunk   = 256 << 10
+	sendTimeout = 20 * time.Second
+)
+
+// uploads are the blobs that peers are asking for. It is safe for concurrent use.
+type uploads struct {
+	slots   int                 // at once, of each blob
+	all     *semaphore.Weighted // at once, of all
+	limiter *rate.Limiter       // nil: no limit
+	buffers *buffers
+
+	mu     sync.Mutex
+	active map[digest.Digest]*upload
+}
+
+// upload is one blob that peers are asking for.
+type upload struct {
+	links linksHash
+	table *digest.Table // size and piece length
+	slots *semaphore.Weighted
+	src   uploadSource
+
+	mu      sync.Mutex
+	sched   *sentCounts
+	damaged *schedule.Set // pieces that can't be read any more
+	waiting int
+	askers  map[peer.ID]time.Time // who asked, and when last
+	users   int
+	used    time.Time
+	closed  bool
+}
+
+// uploadSource is where an upload reads from: a blob of the store, or one that
+// is being downloaded.
+type uploadSource interface {
+	// have returns the set of pieces that are there, which is not to be
+	// changed, and a channel that is closed when there are more; nil where all are.
+	have() (*schedule.Set, <-chan struct{})
+	// read fills p with piece i, checked.
+	read(i int, p []byte) error
+	close() error
+}
+
+// stored is a blob of the store as the source of an upload.
+type stored struct {
+	blob *pieces.Blob
+	full *schedule.Set
+}
+
+func (s stored) have() (*schedule.Set, <-chan struct{}) { return s.full, nil }
+func (s stored) close() error                           { return s.blob.Close() }
+
+func (s stored) read(i int, p []byte) error {
+	start, _ := s.blob.Table().Bounds(i)
+	_, err := s.blob.ReadAt(p, start)
+	return err
+}
+
+// use returns the upload of d, made with open where there is none. The caller
+// calls done.
+func (u *uploads) use(d digest.Digest, open func() (*upload, error)) (_ *upload, done func(), err error) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	up := u.active[d]
+	if up == nil || up.isClosed() {
+		if up, err = open(); err != nil {
+			return nil, nil, err
+		}
+		up.slots = semaphore.NewWeighted(int64(u.slots))
+		up.sched = &sentCounts{make([]uint32, up.table.Pieces())}
+		up.damaged = schedule.NewSet(up.table.Pieces())
+		up.askers = map[peer.ID]time.Time{}
+		u.active[d] = up
+	}
+	up.mu.Lock()
+	up.users++
+	up.mu.Unlock()
+	return up, func() {
+		up.mu.Lock()
+		defer up.mu.Unlock()
+		up.users--
+		up.used = time.Now()
+		up.tryClose()
+	}, nil
+}
+
+func (up *upload) isClosed() bool {
+	up.mu.Lock()
+	defer up.mu.Unlock()
+	return up.closed
+}
+
+// tryClose closes the source of an upload that is not to be used any more.
+func (up *upload) tryClose() {
+	if up.closed && up.users == 0 && up.src != nil {
+		up.src.close()
+		up.src = nil
+	}
+}
+
+// drop ends an upload for new requests: its source is not what it was.
+func (u *uploads) drop(d digest.Digest) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if up := u.active[d]; up != nil {
+		delete(u.active, d)
+		up.mu.Lock()
+		defer up.mu.Unlock()
+		up.closed = true
+		up.tryClose()
+	}
+}
+
+// sweep forgets uploads that nobody asks for; all of them where that is to be.
+func (u *uploads) sweep(all bool) {
+	u.mu.Lock()
+	var idle []digest.Digest
+	for d, up := range u.active {
+		up.mu.Lock()
+		if all || up.users == 0 && time.Since(up.used) > uploadIdle {
+			idle = append(idle, d)
+		}
+		up.mu.Unlock()
+	}
+	u.mu.Unlock()
+	for _, d := range idle {
+		u.drop(d)
+	}
+}
+
+// askedBy notes who asks, and returns some others who do.
+func (up *upload) askedBy(p peer.ID) []peer.ID {
+	up.mu.Lock()
+	defer up.mu.Unlock()
+	now := time.Now()
+	_, known := up.askers[p]
+	up.askers[p] = now
+	var others []peer.ID
+	for id, at := range up.askers {
+		switch {
+		case now.Sub(at) > uploadIdle:
+			delete(up.askers, id)
+		case id != p:
+			others = append(others, id)
+		}
+	}
+	// Who comes back has been told; now and then it is told of those who came since.
+	if known && rand.IntN(8) != 0 {
+		return nil
+	}
+	rand.Shuffle(len(others), func(i, j int) { others[i], others[j] = others[j], others[i] })
+	return others[:min(len(others), maxHints)]
+}
+
+// askers returns peers that have asked for a blob, but for one of them.
+func (u *uploads) askers(d digest.Digest, not peer.ID) []peer.ID {
+	u.mu.Lock()
+	up := u.active[d]
+	u.mu.Unlock()
+	if up == nil {
+		return nil
+	}
+	up.mu.Lock()
+	defer up.mu.Unlock()
+	var all []peer.ID
+	for id, at := range up.askers {
+		if id != not && time.Since(at) <= uploadIdle && len(all) < maxHints {
+			all = append(all, id)
+		}
+	}
+	return all
+}
+
+// there returns the pieces that can be sent.
+func (up *upload) there() (*schedule.Set, <-chan struct{}) {
+	have, more := up.src.have()
+	up.mu.Lock()
+	defer up.mu.Unlock()
+	if up.damaged.Count() > 0 {
+		have = have.Clone().AndNot(up.damaged)
+	}
+	return have, more
+}
+
+// pick waits until it is the turn of a request, and picks the piece to send. It
+// returns -1 where there is none that is wanted. The caller calls release.
+func (u *uploads) pick(ctx context.Context, up *upload, want *schedule.Set) (piece int, release func(), err error) {
+	up.mu.Lock()
+	if up.waiting >= maxWaiting {
+		up.mu.Unlock()
+		return -1, nil, &statusError{http.StatusServiceUnavailable, "too many requests for this blob"}
+	}
+	up.waiting++
+	up.mu.Unlock()
+	defer func() {
+		up.mu.Lock()
+		up.waiting--
+		up.mu.Unlock()
+	}()
+	if err := up.slots.Acquire(ctx, 1); err != nil {
+		return -1, nil, err
+	}
+	if err := u.all.Acquire(ctx, 1); err != nil {
+		up.slots.Release(1)
+		return -1, nil, err
+	}
+	release = func() {
+		u.all.Release(1)
+		up.slots.Release(1)
+	}
+	have, _ := up.there()
+	up.mu.Lock()
+	defer up.mu.Unlock()
+	piece, ok := up.sched.Pick(want, have)
+	if !ok {
+		piece = -1
+	}
+	return piece, release, nil
+}
+
+// unsent says that a piece was picked and not sent. damaged says that it never can be.
+func (up *upload) unsent(piece int, damaged bool) {
+	up.mu.Lock()
+	defer up.mu.Unlock()
+	up.sched.Undo(piece)
+	if damaged {
+		up.damaged.Add(piece)
+	}
+}
+
+// news waits until there is one of the pieces that are wanted.
+func (up *upload) news(ctx context.Context, want *schedule.Set) {
+	timeout := time.NewTimer(maxNewsWait)
+	defer timeout.Stop()
+	for {
+		have, more := up.there()
+		if have.Intersects(want) || more == nil {
+			return
+		}
+		select {
+		case <-more:
+		case <-timeout.C:
+			return
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// servePieces answers one request for a piece.
+func (s *Swarm) servePieces(w http.ResponseWriter, r *http.Request, from peer.ID) error {
+	task, err := parseTaskQuery(r)
+	if err != nil {
+		return err
+	}
+	body, err := readBody(r)
+	if err != nil {
+		return err
+	}
+	req, err := parsePieceRequest(body)
+	if err != nil {
+		return err
+	}
+	ctx := r.Context()
+	up, done, err := s.upload(ctx, task)
+	if err != nil {
+		return err
+	}
+	defer done()
+	if up.links != req.links {
+		return &statusError{http.StatusConflict, fmt.Sprintf("%x", up.links)}
+	}
+	if req.want.Len() != up.table.Pieces() {
+		return fmt.Errorf("%w: it has %d pieces", errMessage, up.table.Pieces())
+	}
+	reply := pieceReply{piece: -1}
+	for _, p := range up.askedBy(from) {
+		if info := s.network.Addresses(p); len(info.Addrs) > 0 {
+			reply.hints = append(reply.hints, hintOf(info))
+		}
+	}
+	if req.news {
+		up.news(ctx, req.want)
+		return s.sendPiece(w, up, &reply, nil, from)
+	}
+	for {
+		piece, release, err := s.uploads.pick(ctx, up, req.want)
+		if err != nil {
+			return err
+		}
+		if piece < 0 {
+			release()
+			return s.sendPiece(w, up, &reply, nil, from)
+		}
+		start, end := up.table.Bounds(piece)
+		buf, err := s.uploads.buffers.get(ctx, int(end-start))
+		if err != nil {
+			release()
+			up.unsent(piece, false)
+			return err
+		}
+		if err := up.src.read(piece, buf); err != nil {
+			s.uploads.buffers.put(buf)
+			release()
+			up.unsent(piece, true)
+			s.log.Error("a piece is damaged, and not served: import the file again, or delete it", "task", task.String(), "piece", piece, "error", err)
+			continue
+		}
+		reply.piece = piece
+		err = s.sendPiece(w, up, &reply, buf, from)
+		s.uploads.buffers.put(buf)
+		release()
+		if err != nil {
+			up.unsent(piece, false)
+		}
+		return err
+	}
+}
+
+// sendPiece sends an answer and, where there is one, a piece.
+func (s *Swarm) sendPiece(w http.ResponseWriter, up *upload, reply *pieceReply, piece []byte, to peer.ID) error {
+	reply.have, _ = up.there()
+	header, err := reply.append(nil)
+	if err != nil {
+		return err
+	}
+	control := http.NewResponseController(w)
+	control.SetWriteDeadline(time.Now().Add(sendTimeout))
+	w.Header().Set("Content-Length", fmt.Sprint(len(header)+len(piece)))
+	if _, err := w.Write(header); err != nil {
+		return err
+	}
+	entry := s.peers.get(to)
+	for chunk := range slices.Chunk(piece, sendChunk) {
+		if err := wait(context.Background(), s.uploads.limiter, len(chunk)); err != nil {
+			return err
+		}
+		control.SetWriteDeadline(time.Now().Add(sendTimeout))
+		n, err := w.Write(chunk)
+		entry.addTook(int64(n))
+		s.metrics.sent.Add(float64(n))
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// wait waits until n bytes may pass.
+func wait(ctx context.Context, l *rate.Limiter, n int) error {
+	for l != nil && n > 0 {
+		part := min(n, l.Burst())
+		if err := l.WaitN(ctx, part); err != nil {
+			return err
+		}
+		n -= part
+	}
+	return nil
+}
+
+// limiter makes a limiter of bytes in a second; 0 is no limit.
+func limiter(perSecond int64) *rate.Limiter {
+	if perSecond <= 0 {
+		return nil
+	}
+	return rate.NewLimiter(rate.Limit(perSecond), int(max(min(perSecond/20, sendChunk), 16<<10)))
+}
+
+// buffers are what pieces pass through. Their sum is bounded: who wants one waits.
+type buffers struct {
+	room *semaphore.Weighted
+	pool sync.Pool
+}
+
+func newBuffers(bytes int64) *buffers {
+	return &buffers{room: semaphore.NewWeighted(max(bytes, digest.MaxPieceLength))}
+}
+
+// get returns a buffer of n bytes, at most a piece. It waits where there is no
+// room, until ctx ends.
+func (b *buffers) get(ctx context.Context, n int) ([]byte, error) {
+	if err := b.room.Acquire(ctx, int64(n)); err != nil {
+		return nil, err
+	}
+	if buf, ok := b.pool.Get().(*[]byte); ok && cap(*buf) >= n {
+		return (*buf)[:n], nil
+	}
+	return make([]byte, n), nil
+}
+
+// put gives a buffer back, in the length that it was got with.
+func (b *buffers) put(buf []byte) {
+	b.room.Release(int64(len(buf)))
+	b.pool.Put(&buf)
+}

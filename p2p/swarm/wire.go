@@ -1,0 +1,386 @@
+package swarm
+
+import (
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/peer"
+
+	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/pieces"
+	"github.com/dfcache/dfcache/p2p/swarm/schedule"
+)
+
+// The API that peers speak with each other: HTTP/1.1 with JSON, on connections
+// whose both ends are proven. Pieces are binary. docs/swarm.md describes it.
+const (
+	pathHello     = "/v1/hello"     // GET: hello
+	pathFind      = "/v1/find"      // POST findRequest: findReply
+	pathBlob      = "/v1/blob"      // GET ?tag&digest: a small blob
+	pathLinks     = "/v1/links"     // GET ?tag&digest: size and hash chain
+	pathPieces    = "/v1/pieces"    // POST ?tag&digest pieceRequest: pieceReply and a piece
+	pathDeletes   = "/v1/deletes"   // GET ?after&sum: deletesReply; POST deletesRequest: deletesResult
+	pathReplicate = "/v1/replicate" // POST ?tag&cid: nothing, when it is held
+)
+
+// Bounds of what a peer may send.
+const (
+	maxFind      = 512      // tasks, names and subjects in one request
+	maxReferrers = 1024     // in one answer
+	maxHints     = 16       // peers named in one answer
+	maxDeletes   = 1024     // in one message
+	maxJSON      = 4 << 20  // bytes of any JSON message
+	maxPieces    = 16 << 20 // pieces of one blob: 64 TiB
+)
+
+// Errors of messages.
+var errMessage = errors.New("malformed message")
+
+// hello is what a peer says of itself.
+type hello struct {
+	ID      string   `json:"id"`
+	Addrs   []string `json:"addrs"`  // libp2p multiaddrs
+	Pieces  []string `json:"pieces"` // host:port where it takes connections for pieces; an unspecified host stands for any of Addrs
+	Plain   bool     `json:"plain"`  // those are not encrypted
+	Mode    Mode     `json:"mode"`
+	Version string   `json:"version"`
+}
+
+type taskRef struct {
+	Tag    string        `json:"tag"`
+	Digest digest.Digest `json:"digest"`
+}
+
+type nameRef struct {
+	Tag  string `json:"tag"`
+	Name string `json:"name"`
+}
+
+// findRequest asks what a peer has.
+type findRequest struct {
+	Tasks     []taskRef `json:"tasks,omitempty"`
+	Names     []nameRef `json:"names,omitempty"`
+	Referrers []taskRef `json:"referrers,omitempty"` // what refers to these, or has them as subject
+}
+
+// findReply answers in the order of the request.
+type findReply struct {
+	Tasks     []*taskState      `json:"tasks,omitempty"` // null for what it does not have
+	Names     []*nameState      `json:"names,omitempty"`
+	Referrers [][]digest.Digest `json:"referrers,omitempty"`
+}
+
+// taskState is what a peer has of a task.
+type taskState struct {
+	Size      int64     `json:"size"`
+	Held      []byte    `json:"held,omitempty"` // set of pieces; empty: all
+	MediaType string    `json:"mediaType,omitempty"`
+	Manifest  bool      `json:"manifest,omitempty"`
+	Pinned    bool      `json:"pinned,omitempty"`
+	Origin    time.Time `json:"origin"`
+	Hints     []hint    `json:"hints,omitempty"` // who else has it, or a part of it
+}
+
+// whole reports whether the peer has all of it.
+func (t *taskState) whole() bool { return len(t.Held) == 0 }
+
+// pieces returns the set of pieces that the peer has.
+func (t *taskState) pieces() (*schedule.Set, error) {
+	n, err := pieceCount(t.Size)
+	if err != nil {
+		return nil, err
+	}
+	if t.whole() {
+		return schedule.FullSet(n), nil
+	}
+	return schedule.ParseSet(n, t.Held)
+}
+
+// nameState is what a peer knows of a name.
+type nameState struct {
+	Digest  digest.Digest `json:"digest,omitempty"` // empty: it only knows that it was deleted
+	Updated time.Time     `json:"updated"`
+	Deleted time.Time     `json:"deleted"` // zero: not that it knows
+}
+
+// hint says where a peer may be found.
+type hint struct {
+	ID    string   `json:"id"`
+	Addrs []string `json:"addrs"`
+}
+
+func hintOf(p peer.AddrInfo) hint {
+	h := hint{ID: p.ID.String()}
+	for _, a := range p.Addrs {
+		if len(h.Addrs) < 8 {
+			h.Addrs = append(h.Addrs, a.String())
+		}
+	}
+	return h
+}
+
+// addrInfo returns what a hint says.
+func (h hint) addrInfo() (peer.AddrInfo, error) {
+	id, err := peer.Decode(h.ID)
+	if err != nil {
+		return peer.AddrInfo{}, fmt.Errorf("%w: peer %q: %w", errMessage, h.ID, err)
+	}
+	info := peer.AddrInfo{ID: id}
+	for _, s := range h.Addrs[:min(len(h.Addrs), 16)] {
+		if a, err := parseAddr(s); err == nil {
+			info.Addrs = append(info.Addrs, a)
+		}
+	}
+	return info, nil
+}
+
+// deleteMessage is a delete as peers tell it.
+type deleteMessage struct {
+	Tag      string    `json:"tag"`
+	CID      string    `json:"cid"`
+	At       time.Time `json:"at"`
+	Force    bool      `json:"force,omitempty"`
+	NameOnly bool      `json:"nameOnly,omitempty"`
+	Soft     bool      `json:"soft,omitempty"`
+}
+
+func deleteMessageOf(d pieces.Delete) deleteMessage {
+	return deleteMessage{d.Tag, d.CID.String(), d.At, d.Force, d.NameOnly, d.Soft}
+}
+
+func (m deleteMessage) parse() (pieces.Delete, error) {
+	if err := p2p.ValidateTag(m.Tag); err != nil {
+		return pieces.Delete{}, err
+	}
+	cid, err := digest.ParseCID(m.CID)
+	if err != nil {
+		return pieces.Delete{}, err
+	}
+	if m.Soft && cid.Digest() == "" || m.NameOnly && cid.CacheID() == "" {
+		return pieces.Delete{}, fmt.Errorf("%w: delete of %s", errMessage, cid)
+	}
+	// A clock that is far ahead would delete what is not made yet.
+	if m.At.IsZero() || m.At.After(time.Now().Add(maxClockSkew)) {
+		return pieces.Delete{}, fmt.Errorf("%w: delete of %s at %s: the peer's clock is wrong", errMessage, cid, m.At)
+	}
+	return pieces.Delete{Tag: m.Tag, CID: cid, At: m.At, Force: m.Force, NameOnly: m.NameOnly, Soft: m.Soft}, nil
+}
+
+// maxClockSkew is how far a peer's clock may be ahead.
+const maxClockSkew = time.Hour
+
+type deletesRequest struct {
+	Deletes []deleteMessage `json:"deletes"`
+}
+
+// deletesResult answers in the order of the request.
+type deletesResult struct {
+	Results []deleteResult `json:"results"`
+}
+
+type deleteResult struct {
+	Found   bool   `json:"found"`             // there was something of that name
+	Removed int    `json:"removed"`           // tasks
+	Refused string `json:"refused,omitempty"` // why it was not done
+}
+
+// deletesReply is a part of what a peer knows of deletes.
+type deletesReply struct {
+	Same    bool            `json:"same"` // as much as the asker
+	Deletes []deleteMessage `json:"deletes"`
+	Next    uint64          `json:"next"` // to go on after; 0 at the end
+}
+
+// decodeJSON reads one JSON message. Unknown fields are ignored: a later version may have more.
+func decodeJSON(r io.Reader, v any) error {
+	limited := &io.LimitedReader{R: r, N: maxJSON + 1}
+	if err := json.NewDecoder(limited).Decode(v); err != nil {
+		if limited.N <= 0 {
+			return fmt.Errorf("%w: it is longer than %d bytes", errMessage, maxJSON)
+		}
+		return fmt.Errorf("%w: %w", errMessage, err)
+	}
+	return nil
+}
+
+// pieceCount returns the number of pieces of a blob, as far as one can be
+// that a peer tells of.
+func pieceCount(size int64) (int, error) {
+	if size < 0 || size > maxPieces*digest.MaxPieceLength {
+		return 0, fmt.Errorf("%w: a blob of %d bytes", errMessage, size)
+	}
+	t := digest.Table{Size: size, PieceLength: digest.PieceLength(size)}
+	return t.Pieces(), nil
+}
+
+// linksHash names a size and a hash chain: peers that mean the same blob have the same.
+type linksHash [32]byte
+
+// pieceRequest asks for one piece, any of those that are wanted.
+type pieceRequest struct {
+	links linksHash
+	news  bool // wait until there is one of those that are wanted, and send none
+	want  *schedule.Set
+}
+
+const (
+	pieceVersion = 1
+
+	flagNews  = 1 // of a request
+	flagWhole = 1 // of a reply: all pieces are there
+	flagPiece = 2 // of a reply: a piece follows
+
+	pieceRequestHeader = 1 + 1 + len(linksHash{}) + 4
+	pieceReplyHeader   = 1 + 1 + 4 + 4 + 4
+)
+
+func (r *pieceRequest) append(b []byte) []byte {
+	flags := byte(0)
+	if r.news {
+		flags = flagNews
+	}
+	b = append(b, pieceVersion, flags)
+	b = append(b, r.links[:]...)
+	b = binary.BigEndian.AppendUint32(b, uint32(r.want.Len()))
+	b, _ = r.want.AppendBinary(b) // it never fails
+	return b
+}
+
+// parsePieceRequest parses what pieceRequest.append made.
+func parsePieceRequest(b []byte) (*pieceRequest, error) {
+	if len(b) < pieceRequestHeader || b[0] != pieceVersion {
+		return nil, fmt.Errorf("%w: not a request for pieces of version %d", errMessage, pieceVersion)
+	}
+	r := &pieceRequest{news: b[1]&flagNews != 0}
+	copy(r.links[:], b[2:])
+	n := binary.BigEndian.Uint32(b[pieceRequestHeader-4:])
+	if n > maxPieces {
+		return nil, fmt.Errorf("%w: %d pieces", errMessage, n)
+	}
+	var err error
+	if r.want, err = schedule.ParseSet(int(n), b[pieceRequestHeader:]); err != nil {
+		return nil, fmt.Errorf("%w: %w", errMessage, err)
+	}
+	return r, nil
+}
+
+// pieceReply stands before a piece.
+type pieceReply struct {
+	piece int           // -1: none follows
+	have  *schedule.Set // what the peer has
+	hints []hint        // who else asks for the blob
+}
+
+func (r *pieceReply) append(b []byte) ([]byte, error) {
+	var flags byte
+	var have, hints []byte
+	if r.have.Full() {
+		flags |= flagWhole
+	} else {
+		have, _ = r.have.AppendBinary(nil) // it never fails
+	}
+	if r.piece >= 0 {
+		flags |= flagPiece
+	}
+	if len(r.hints) > 0 {
+		var err error
+		if hints, err = json.Marshal(r.hints); err != nil {
+			return nil, err
+		}
+	}
+	b = append(b, pieceVersion, flags)
+	b = binary.BigEndian.AppendUint32(b, uint32(max(r.piece, 0)))
+	b = binary.BigEndian.AppendUint32(b, uint32(len(have)))
+	b = binary.BigEndian.AppendUint32(b, uint32(len(hints)))
+	b = append(b, have...)
+	return append(b, hints...), nil
+}
+
+// maxHintBytes bounds the hints of one reply.
+const maxHintBytes = 64 << 10
+
+// readPieceReply reads what pieceReply.append made, about a blob of n pieces.
+func readPieceReply(r io.Reader, n int) (*pieceReply, error) {
+	var header [pieceReplyHeader]byte
+	if _, err := io.ReadFull(r, header[:]); err != nil {
+		return nil, err
+	}
+	if header[0] != pieceVersion {
+		return nil, fmt.Errorf("%w: answer of version %d", errMessage, header[0])
+	}
+	flags := header[1]
+	reply := &pieceReply{piece: -1}
+	if flags&flagPiece != 0 {
+		piece := binary.BigEndian.Uint32(header[2:])
+		if int64(piece) >= int64(n) {
+			return nil, fmt.Errorf("%w: piece %d of %d", errMessage, piece, n)
+		}
+		reply.piece = int(piece)
+	}
+	haveSize, hintSize := binary.BigEndian.Uint32(header[6:]), binary.BigEndian.Uint32(header[10:])
+	if int64(haveSize) > int64(n+7)/8 || hintSize > maxHintBytes {
+		return nil, fmt.Errorf("%w: header of %d and %d bytes", errMessage, haveSize, hintSize)
+	}
+	rest := make([]byte, haveSize+hintSize)
+	if _, err := io.ReadFull(r, rest); err != nil {
+		return nil, err
+	}
+	var err error
+	if flags&flagWhole != 0 {
+		reply.have = schedule.FullSet(n)
+	} else if reply.have, err = schedule.ParseSet(n, rest[:haveSize]); err != nil {
+		return nil, fmt.Errorf("%w: %w", errMessage, err)
+	}
+	if hintSize > 0 {
+		if err := json.Unmarshal(rest[haveSize:], &reply.hints); err != nil {
+			return nil, fmt.Errorf("%w: %w", errMessage, err)
+		}
+		reply.hints = reply.hints[:min(len(reply.hints), maxHints)]
+	}
+	return reply, nil
+}
+
+// links is the size of a blob and the hash chain of its pieces.
+type links struct {
+	size  int64
+	chain []byte
+}
+
+func (l links) hash(d digest.Digest) linksHash {
+	b := fmt.Appendf(nil, "dfcache links\x00%s\x00%d\x00", d, l.size)
+	return linksHash(sha256Sum(b, l.chain))
+}
+
+// append returns the form in which links are sent: the size in 8 bytes, big-endian, and the chain.
+func (l links) append(b []byte) []byte {
+	return append(binary.BigEndian.AppendUint64(b, uint64(l.size)), l.chain...)
+}
+
+// readLinks reads what links.append made, of the blob d.
+func readLinks(r io.Reader, d digest.Digest) (links, error) {
+	var header [8]byte
+	if _, err := io.ReadFull(r, header[:]); err != nil {
+		return links{}, err
+	}
+	l := links{size: int64(binary.BigEndian.Uint64(header[:]))}
+	if _, err := pieceCount(l.size); err != nil {
+		return links{}, err
+	}
+	// The chain is read before there is room for all of it: a size that is a
+	// lie costs its sender the bytes.
+	want := digest.ChainSize(d.Algorithm(), l.size)
+	chain, err := io.ReadAll(io.LimitReader(r, int64(want)+1))
+	if err != nil {
+		return links{}, err
+	}
+	if len(chain) != want {
+		return links{}, fmt.Errorf("%w: a hash chain of %d bytes for a blob of %d", errMessage, len(chain), l.size)
+	}
+	l.chain = chain
+	return l, nil
+}
