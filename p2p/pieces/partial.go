@@ -93,6 +93,9 @@ func (p *Partial) Use(ctx context.Context, size int64, chain []byte) error {
 	if size < 0 || len(chain) != digest.ChainSize(p.d.Algorithm(), size) {
 		return fmt.Errorf("partial blob %s: %w: a hash chain of %d bytes does not fit %d bytes", p.d, digest.ErrInvalid, len(chain), size)
 	}
+	if empty := p.d.Algorithm().FromBytes(nil); size == 0 && empty != p.d {
+		return fmt.Errorf("partial blob %s: %w: it is not empty", p.d, digest.ErrMismatch) // there is no piece that could tell
+	}
 	t.CRC = make([]uint32, t.Pieces())
 	p.mu.Lock()
 	p.table, p.held, p.count = t, make([]bool, t.Pieces()), 0

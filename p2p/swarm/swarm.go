@@ -60,6 +60,8 @@ type Options struct {
 	Log *slog.Logger
 	// Metrics, where it is not nil, gets the metrics.
 	Metrics prometheus.Registerer
+
+	tamper func(http.Handler) http.Handler // for tests: what the peer API is replaced with
 }
 
 func (o *Options) setDefaults() {
@@ -177,8 +179,12 @@ func New(store *pieces.Store, network Network, opts Options) (_ *Swarm, err erro
 		s.advertise = append(s.advertise, l.Addr().String())
 		listeners = append(listeners, &listener{l, security, false, limit})
 	}
+	handler := s.handler()
+	if opts.tamper != nil {
+		handler = opts.tamper(handler)
+	}
 	s.server = &http.Server{
-		Handler:           s.handler(),
+		Handler:           handler,
 		ConnContext:       withConn,
 		ReadHeaderTimeout: 20 * time.Second,
 		IdleTimeout:       2 * idleTimeout, // the client's ends first
