@@ -12,6 +12,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"sync"
@@ -75,6 +76,7 @@ func Run(t *testing.T, open func(t *testing.T) p2p.Engine) {
 		"CancelledBeforeCommit":     testCancelledBeforeCommit,
 		"ConcurrentSameContent":     testConcurrentSameContent,
 		"ConcurrentImportAndDelete": testConcurrentImportAndDelete,
+		"NoPeers":                   testNoPeers,
 		"Closed":                    testClosed,
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -188,6 +190,9 @@ func requireBlob(t *testing.T, blob p2p.Blob, want []byte) {
 	t.Helper()
 	if blob.Size() != int64(len(want)) {
 		t.Fatalf("size is %d, want %d", blob.Size(), len(want))
+	}
+	if s := blob.Sources(); s != nil {
+		t.Errorf("the blob was here, and came from %v", s)
 	}
 	var buf bytes.Buffer
 	if err := blob.CopyRange(t.Context(), &buf, 0, blob.Size(), nil); err != nil {
@@ -756,7 +761,7 @@ func testNameOnly(t *testing.T, e p2p.Engine) {
 	importArtifact(t, e, "t", "v2", []byte(`{"one":1}`), Content(1000, 1))
 	for i, name := range []string{"v1", "v2"} {
 		deleted, err := e.Delete(t.Context(), "t", cid(t, name), p2p.DeleteOptions{NameOnly: true})
-		if err != nil || deleted != (p2p.Deleted{}) {
+		if err != nil || !reflect.DeepEqual(deleted, p2p.Deleted{}) {
 			t.Errorf("delete the name %s: %+v, %v; want nothing else gone", name, deleted, err)
 		}
 		_, err = resolve(t.Context(), e, "t", cid(t, name))
@@ -1599,4 +1604,70 @@ func testClosed(t *testing.T, e p2p.Engine) {
 	for _, err := range e.List(t.Context(), p2p.Query{}) {
 		requireError(t, "list", err, p2p.ErrClosed)
 	}
+	_, err = e.Replicate(t.Context(), "t", digest.FromDigest(task.Digest), 1)
+	requireError(t, "replicate", err, p2p.ErrClosed)
+	_, err = e.Peers(t.Context())
+	requireError(t, "peers", err, p2p.ErrClosed)
+}
+
+// testNoPeers is for what an engine says that has no peers, or none yet.
+func testNoPeers(t *testing.T, e p2p.Engine) {
+	ctx := t.Context()
+	peers, err := e.Peers(ctx)
+	if err != nil || len(peers) != 0 {
+		t.Errorf("peers are %v, %v; want none", peers, err)
+	}
+	task := Import(t, e, "t", []byte("data"))
+	layer := Content(1000, 1)
+	manifest, parts := importArtifact(t, e, "t", "v1", []byte(`{"one":1}`), layer)
+
+	// What is here is found at any distance.
+	for _, id := range []digest.CID{digest.FromDigest(task.Digest), cid(t, "v1")} {
+		info, err := e.Stat(ctx, "t", id, p2p.StatOptions{Manifest: true, Keep: true})
+		if err != nil || info.Remote || !info.Local() || info.Holders != nil {
+			t.Errorf("stat %s: %+v, %v", id, info, err)
+		}
+	}
+	for _, task := range []p2p.Task{task, manifest, parts[0]} {
+		blob, err := e.Open(ctx, task, p2p.Network)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if s := blob.Sources(); s != nil {
+			t.Errorf("%s came from %v", task, s)
+		}
+		blob.Close()
+	}
+	entries := 0
+	tag := "t"
+	for entry, err := range e.List(ctx, p2p.Query{Tag: &tag, RefersTo: parts[0].Digest, FromPeers: true}) {
+		if entries++; err != nil || entry.Task != manifest {
+			t.Errorf("what refers to the layer: %v, %v", entry.Task, err)
+		}
+	}
+	if entries != 1 {
+		t.Errorf("%d tasks refer to the layer, want 1", entries)
+	}
+
+	for _, id := range []digest.CID{digest.FromDigest(task.Digest), cid(t, "v1")} {
+		holders, err := e.Replicate(ctx, "t", id, 1)
+		requireError(t, "replicate "+id.String(), err, p2p.ErrUnreachable)
+		if len(holders) != 0 {
+			t.Errorf("replicate %s: on %v", id, holders)
+		}
+	}
+	_, err = e.Replicate(ctx, "t", cid(t, "absent"), 1)
+	requireError(t, "replicate what is not here", err, p2p.ErrNotFound)
+	_, err = e.Replicate(ctx, "UPPER", cid(t, "v1"), 1)
+	requireError(t, "replicate under a bad tag", err, digest.ErrInvalid)
+	deleted, err := e.Delete(ctx, "t", digest.FromDigest(task.Digest), p2p.DeleteOptions{})
+	if want := (p2p.Deleted{Tasks: 1, Freed: 4}); err != nil || !reflect.DeepEqual(deleted, want) {
+		t.Errorf("deleted %+v, %v; want %+v", deleted, err, want)
+	}
+	ended, cancel := context.WithCancel(ctx)
+	cancel()
+	_, err = e.Replicate(ended, "t", cid(t, "v1"), 1)
+	requireError(t, "replicate, cancelled", err, context.Canceled)
+	_, err = e.Peers(ended)
+	requireError(t, "peers, cancelled", err, context.Canceled)
 }

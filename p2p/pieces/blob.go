@@ -71,6 +71,19 @@ func (s *Store) Holds(ctx context.Context, d digest.Digest) (held bool, err erro
 	return held, err
 }
 
+// Referenced reports whether another task, under the same tag, refers to a task.
+func (s *Store) Referenced(ctx context.Context, task p2p.Task) (referenced bool, err error) {
+	if err := s.begin(ctx); err != nil {
+		return false, err
+	}
+	defer s.end()
+	err = s.view(func(tx *bbolt.Tx) error {
+		referenced = hasAny(tx, bucketParents, prefix(task.Tag, string(task.Digest)))
+		return nil
+	})
+	return referenced, err
+}
+
 func holdsTask(tx *bbolt.Tx, task p2p.Task) error {
 	if tx.Bucket(bucketTasks).Get(taskKey(task)) == nil {
 		return fmt.Errorf("%s: %w", task, p2p.ErrNotFound)

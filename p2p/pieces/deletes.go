@@ -100,20 +100,20 @@ func stamp(tx *bbolt.Tx, tag, cid string, given, before, now time.Time) (time.Ti
 }
 
 // Deleted returns when the swarm has deleted cid under tag, as far as it is
-// known here; zero where it has not.
-func (s *Store) Deleted(ctx context.Context, tag string, cid digest.CID) (at time.Time, err error) {
+// known here, and whether by force; zero where it has not.
+func (s *Store) Deleted(ctx context.Context, tag string, cid digest.CID) (at time.Time, force bool, err error) {
 	if err := s.begin(ctx); err != nil {
-		return at, err
+		return at, false, err
 	}
 	defer s.end()
 	err = s.view(func(tx *bbolt.Tx) error {
 		record, found, err := get[deleteRecord](tx, bucketDeletes, key(tag, cid.String()))
 		if found {
-			at = record.At
+			at, force = record.At, record.Force
 		}
 		return err
 	})
-	return at, err
+	return at, force, err
 }
 
 // DeleteResult says what a delete did.

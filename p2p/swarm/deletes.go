@@ -40,6 +40,11 @@ func (s *Swarm) Delete(ctx context.Context, tag string, cid digest.CID, opts p2p
 		return p2p.Deleted{}, err
 	}
 	defer s.calls.Done()
+	if cid.Digest() != "" && !opts.Force {
+		if err := s.checkReferred(ctx, p2p.Task{Tag: tag, Digest: cid.Digest()}); err != nil {
+			return p2p.Deleted{}, err
+		}
+	}
 	result, deletes, err := s.store.DeleteForAll(ctx, tag, cid, opts)
 	if err != nil {
 		return p2p.Deleted{}, err
@@ -51,6 +56,24 @@ func (s *Swarm) Delete(ctx context.Context, tag string, cid digest.CID, opts p2p
 		return result.Deleted, cmp.Or(context.Cause(ctx), err)
 	}
 	return result.Deleted, nil
+}
+
+// checkReferred refuses what another task refers to on some peer, before it is
+// deleted on others.
+func (s *Swarm) checkReferred(ctx context.Context, task p2p.Task) error {
+	if err := task.Validate(); err != nil {
+		return err
+	}
+	lookupCtx, cancel := s.within(ctx)
+	defer cancel()
+	l := s.lookup(lookupCtx, &findRequest{Tasks: []taskRef{taskRef(task)}}, taskKey(task), true)
+	defer l.end()
+	for a := range l.answers {
+		if state := a.reply.Tasks[0]; state != nil && state.Referred {
+			return fmt.Errorf("%s: %w: by other content on peer %s (%s): delete that first, or force it", task, p2p.ErrReferenced, a.peer, s.peers.get(a.peer).lastAddress())
+		}
+	}
+	return context.Cause(ctx)
 }
 
 // forget ends what is under way with what has been deleted here.

@@ -178,15 +178,20 @@ func (s *Swarm) within(ctx context.Context) (context.Context, context.CancelFunc
 }
 
 // accept reports whether what a peer has of a task counts. What was deleted
-// does not; the peer has missed that, and is told.
+// does not; the peer has missed that, and is told. But what another task refers
+// to there, which only force deletes, is as good as new.
 func (s *Swarm) accept(ctx context.Context, from peer.ID, task p2p.Task, state *taskState) bool {
 	if state == nil {
 		return false
 	}
 	cid := digest.FromDigest(task.Digest)
-	deleted, err := s.store.Deleted(ctx, task.Tag, cid)
+	deleted, force, err := s.store.Deleted(ctx, task.Tag, cid)
 	if err != nil || deleted.IsZero() || state.Origin.After(deleted) {
 		return err == nil
+	}
+	if state.Referred && !force {
+		state.Origin = deleted.Add(1)
+		return true
 	}
 	s.tell(from, pieces.Delete{Tag: task.Tag, CID: cid, At: deleted})
 	return false
@@ -224,7 +229,9 @@ func (s *Swarm) statTask(ctx context.Context, task p2p.Task, holders bool) (info
 			l.end()
 			return info, "", err
 		}
-		return info, "", l.missed(task.String())
+		missed := l.missed(task.String())
+		counted.Asked, counted.Silent = l.end()
+		return p2p.Info{Holders: counted}, "", missed
 	}
 	counted.Asked, counted.Silent = l.end()
 	if holders {
@@ -259,6 +266,9 @@ func (s *Swarm) taskState(ctx context.Context, task p2p.Task, asker peer.ID) (*t
 			Size: info.Size, MediaType: info.MediaType, Manifest: info.IsManifest,
 			Pinned: info.Keep == p2p.KeepPinned, Origin: info.Origin,
 		}
+		if state.Referred, err = s.store.Referenced(ctx, task); err != nil {
+			return nil, err
+		}
 	case errors.Is(err, p2p.ErrNotFound):
 		if d := s.downloadOf(task); d != nil {
 			state = d.state(task)
@@ -292,7 +302,7 @@ func (s *Swarm) nameState(ctx context.Context, tag, name string) (*nameState, er
 		return nil, err
 	}
 	var state nameState
-	if state.Deleted, err = s.store.Deleted(ctx, tag, cid); err != nil {
+	if state.Deleted, _, err = s.store.Deleted(ctx, tag, cid); err != nil {
 		return nil, err
 	}
 	state.Digest, state.Updated, err = s.store.Name(ctx, tag, name)

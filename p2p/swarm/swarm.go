@@ -385,7 +385,7 @@ func (s *Swarm) statDigest(ctx context.Context, task p2p.Task, opts p2p.StatOpti
 		case !here:
 			return info, err
 		case errors.Is(err, p2p.ErrNotFound), errors.Is(err, p2p.ErrUnreachable):
-			info.Holders = &p2p.Holders{}
+			info.Holders = remote.Holders
 		default:
 			return info, err
 		}
@@ -442,14 +442,11 @@ func (s *Swarm) withRefs(ctx context.Context, info p2p.Info, opts p2p.StatOption
 			missing = append(missing, taskRef(task))
 		}
 		if opts.Holders {
-			if remote, _, err := s.statTask(ctx, task, true); err == nil {
+			if remote, _, err := s.statTask(ctx, task, true); err == nil || found {
 				if !found {
 					ref = remote
 				}
 				ref.Holders = remote.Holders
-				known[d] = ref
-			} else if found {
-				ref.Holders = &p2p.Holders{}
 				known[d] = ref
 			}
 		}

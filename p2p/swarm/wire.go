@@ -83,6 +83,7 @@ type taskState struct {
 	Manifest  bool      `json:"manifest,omitempty"`
 	Pinned    bool      `json:"pinned,omitempty"`
 	Origin    time.Time `json:"origin"`
+	Referred  bool      `json:"referred,omitempty"` // another task refers to it there
 	Hints     []hint    `json:"hints,omitempty"` // who else has it, or a part of it
 }
 

@@ -1,0 +1,363 @@
+package swarm
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/peer"
+
+	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p"
+)
+
+const manifestType = "application/vnd.oci.image.manifest.v1+json"
+
+// parseTestManifest reads manifests of these tests: what they refer to, as JSON.
+func parseTestManifest(mediaType string, content []byte) (*p2p.NewManifest, error) {
+	var m p2p.NewManifest
+	if mediaType != manifestType {
+		return nil, errors.New("no manifest")
+	}
+	err := json.Unmarshal(content, &m)
+	return &m, err
+}
+
+func withManifests(o *Options) { o.ParseManifest = parseTestManifest }
+
+// push stores a manifest of files under a name, and the files.
+func (p *testPeer) push(t testing.TB, tag, name string, subject digest.Digest, files ...[]byte) p2p.Task {
+	t.Helper()
+	in, err := p.Ingest(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.Close()
+	add := func(b []byte) digest.Digest {
+		added, err := in.Add(bytes.NewReader(b), p2p.AddOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return added.Digest
+	}
+	m := p2p.NewManifest{Subject: subject}
+	var c p2p.Commit
+	for _, f := range files {
+		d := add(f)
+		m.Refs = append(m.Refs, d)
+		c.Tasks = append(c.Tasks, p2p.NewTask{Task: p2p.Task{Tag: tag, Digest: d}, MediaType: "application/octet-stream"})
+	}
+	b, err := json.Marshal(m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	task := p2p.Task{Tag: tag, Digest: add(b)}
+	c.Tasks = append(c.Tasks, p2p.NewTask{Task: task, MediaType: manifestType, Manifest: &m})
+	if name != "" {
+		c.Names = []p2p.NewName{{Tag: tag, Name: name, Digest: task.Digest}}
+	}
+	if err := in.Commit(c); err != nil {
+		t.Fatal(err)
+	}
+	return task
+}
+
+func cidOf(t testing.TB, s string) digest.CID {
+	t.Helper()
+	cid, err := digest.ParseCID(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cid
+}
+
+// statName asks for a name.
+func (p *testPeer) statName(t testing.TB, tag, name string, opts p2p.StatOptions) (p2p.Info, error) {
+	t.Helper()
+	return p.Stat(t.Context(), tag, cidOf(t, name), opts)
+}
+
+func TestNames(t *testing.T) {
+	h := newHub()
+	a, b, c := h.start(t, withManifests), h.start(t, withManifests), h.start(t, withManifests)
+	first := a.push(t, "models", "v1", "", []byte("one"), []byte("two"))
+
+	info, err := b.statName(t, "models", "v1", p2p.StatOptions{Manifest: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if info.Task != first || !info.Remote || info.Local() || !info.IsManifest || info.Manifest == nil || len(info.Manifest.Refs) != 2 || info.Manifest.Refs[0].Size != 3 || !info.Manifest.Refs[0].Remote {
+		t.Errorf("the name on another host is %+v", info)
+	}
+	if _, err := b.statName(t, "models", "v1", p2p.StatOptions{Scope: p2p.Local}); !errors.Is(err, p2p.ErrNotFound) {
+		t.Errorf("it was kept where nobody asked for that: %v", err)
+	}
+
+	// Kept, it is served on when the first host has gone, with its layers.
+	if info, err = b.statName(t, "models", "v1", p2p.StatOptions{Manifest: true, Keep: true}); err != nil || info.Remote {
+		t.Fatalf("kept: %+v, %v", info, err)
+	}
+	layer := p2p.Task{Tag: "models", Digest: digest.SHA256.FromBytes([]byte("one"))}
+	b.want(t, layer, []byte("one"))
+	if info := b.wantStored(t, layer); info.Keep != p2p.KeepHeld {
+		t.Errorf("the layer is kept by %v, want by its manifest", info.Keep)
+	}
+	a.Close()
+	if info, err = c.statName(t, "models", "v1", p2p.StatOptions{Manifest: true}); err != nil || info.Task != first {
+		t.Errorf("from the second host: %+v, %v", info, err)
+	}
+	c.want(t, layer, []byte("one"))
+
+	// The newest counts, wherever it was pointed there.
+	second := c.push(t, "models", "v1", "", []byte("three"))
+	if info, err = b.statName(t, "models", "v1", p2p.StatOptions{Manifest: true}); err != nil || info.Task != second {
+		t.Errorf("after it was moved elsewhere: %+v, %v", info, err)
+	}
+	if info, err = b.statName(t, "models", "v1", p2p.StatOptions{Scope: p2p.Local}); err != nil || info.Task != first {
+		t.Errorf("on this host alone: %+v, %v, want what it was here", info, err)
+	}
+	if info, err = b.statName(t, "models", "v1", p2p.StatOptions{Manifest: true, Keep: true}); err != nil || info.Task != second {
+		t.Errorf("after it was moved elsewhere: %+v, %v", info, err)
+	}
+	c.Close()
+	if info, err = b.statName(t, "models", "v1", p2p.StatOptions{Manifest: true}); err != nil || info.Task != second {
+		t.Errorf("alone again: %+v, %v", info, err)
+	}
+}
+
+func TestReferrersFollow(t *testing.T) {
+	h := newHub()
+	a, b := h.start(t, withManifests), h.start(t, withManifests)
+	image := a.push(t, "models", "v1", "", []byte("layer"))
+	signature := a.push(t, "models", "", image.Digest, []byte("signature"))
+	tag := "models"
+	list := func(fromPeers bool) (all []digest.Digest) {
+		for e, err := range b.List(t.Context(), p2p.Query{Tag: &tag, RefersTo: image.Digest, FromPeers: fromPeers}) {
+			if err != nil {
+				t.Fatal(err)
+			}
+			all = append(all, e.Task.Digest)
+		}
+		return all
+	}
+	if got := list(false); len(got) != 0 {
+		t.Errorf("here there are %v", got)
+	}
+	if got := list(true); !slices.Equal(got, []digest.Digest{signature.Digest}) {
+		t.Errorf("from peers there are %v, want %s", got, signature.Digest)
+	}
+	a.Close()
+	if got := list(true); !slices.Equal(got, []digest.Digest{signature.Digest}) {
+		t.Errorf("later there are %v, want %s", got, signature.Digest)
+	}
+}
+
+func TestStatHolders(t *testing.T) {
+	h := newHub()
+	a, b, c := h.start(t), h.start(t), h.start(t)
+	data := content(100_000, 3)
+	task := a.add(t, "", data)
+	cid := digest.FromDigest(task.Digest)
+	holders := func(p *testPeer, want p2p.Holders) {
+		t.Helper()
+		info, err := p.Stat(t.Context(), "", cid, p2p.StatOptions{Holders: true})
+		if err != nil || info.Holders == nil || *info.Holders != want {
+			t.Errorf("holders are %+v, %v; want %+v", info.Holders, err, want)
+		}
+	}
+	holders(a, p2p.Holders{Asked: 2})
+	holders(b, p2p.Holders{Some: 1, Whole: 1, Asked: 2})
+	b.want(t, task, data)
+	b.wantStored(t, task)
+	holders(a, p2p.Holders{Some: 1, Whole: 1, Asked: 2})
+	holders(c, p2p.Holders{Some: 2, Whole: 2, Asked: 2})
+}
+
+// deleted runs a delete.
+func (p *testPeer) delete(t testing.TB, tag, cid string, opts p2p.DeleteOptions) p2p.Deleted {
+	t.Helper()
+	deleted, err := p.Delete(t.Context(), tag, cidOf(t, cid), opts)
+	if err != nil {
+		t.Fatalf("delete %s: %v", cid, err)
+	}
+	return deleted
+}
+
+// gone waits until a peer does not have a task any more.
+func (p *testPeer) gone(t testing.TB, tag, cid string) {
+	t.Helper()
+	deadline := time.Now().Add(20 * time.Second)
+	for {
+		_, err := p.store.Stat(t.Context(), tag, cidOf(t, cid), p2p.StatOptions{Scope: p2p.Local})
+		if errors.Is(err, p2p.ErrNotFound) {
+			return
+		}
+		if err != nil || time.Now().After(deadline) {
+			t.Fatalf("%s is still there: %v", cid, err)
+		}
+		<-time.After(time.Millisecond)
+	}
+}
+
+func TestDeleteEverywhere(t *testing.T) {
+	h := newHub()
+	a, b, c := h.start(t), h.start(t), h.start(t)
+	data := content(300_000, 4)
+	task := a.add(t, "models", data)
+	kept := a.add(t, "other", data)
+	b.want(t, task, data)
+	b.wantStored(t, task)
+	deleted := c.delete(t, "models", string(task.Digest), p2p.DeleteOptions{})
+	if deleted.Tasks != 0 || deleted.Reached != 2 || deleted.Removed != 2 || len(deleted.Missed) != 0 {
+		t.Errorf("deleted is %+v, want 2 reached, and removed on both", deleted)
+	}
+	for _, p := range []*testPeer{a, b, c} {
+		p.gone(t, "models", string(task.Digest))
+	}
+	b.want(t, kept, data) // what another tag holds stays
+	if _, err := b.read(t.Context(), task); !errors.Is(err, p2p.ErrNotFound) {
+		t.Errorf("after the delete: %v, want %v", err, p2p.ErrNotFound)
+	}
+	if _, err := c.Delete(t.Context(), "models", digest.FromDigest(task.Digest), p2p.DeleteOptions{}); !errors.Is(err, p2p.ErrNotFound) {
+		t.Errorf("once more: %v, want %v", err, p2p.ErrNotFound)
+	}
+	// It can be imported again, and is everywhere again.
+	c.add(t, "models", data)
+	a.want(t, task, data)
+	b.want(t, task, data)
+}
+
+func TestDeleteName(t *testing.T) {
+	h := newHub()
+	a, b := h.start(t, withManifests), h.start(t, withManifests)
+	layer := []byte("the layer")
+	task := p2p.Task{Tag: "models", Digest: digest.SHA256.FromBytes(layer)}
+	manifest := a.push(t, "models", "v1", "", layer)
+	if _, err := b.statName(t, "models", "v1", p2p.StatOptions{Manifest: true, Keep: true}); err != nil {
+		t.Fatal(err)
+	}
+	b.want(t, task, layer)
+	b.wantStored(t, task)
+	deleted := a.delete(t, "models", "v1", p2p.DeleteOptions{})
+	if deleted.Tasks != 2 || deleted.Reached != 1 || deleted.Removed != 1 {
+		t.Errorf("deleted is %+v", deleted)
+	}
+	for _, p := range []*testPeer{a, b} {
+		p.gone(t, "models", "v1")
+		p.gone(t, "models", string(manifest.Digest))
+		p.gone(t, "models", string(task.Digest))
+	}
+	if _, err := b.statName(t, "models", "v1", p2p.StatOptions{}); !errors.Is(err, p2p.ErrNotFound) {
+		t.Errorf("the name: %v, want %v", err, p2p.ErrNotFound)
+	}
+	a.push(t, "models", "v1", "", layer)
+	if _, err := b.statName(t, "models", "v1", p2p.StatOptions{}); err != nil {
+		t.Errorf("the name that is back: %v", err)
+	}
+}
+
+// Who was away learns of a delete when it returns, and gives nobody what was deleted.
+func TestDeleteWhileAway(t *testing.T) {
+	h := newHub()
+	a, b, c, d := h.start(t), h.start(t), h.start(t), h.start(t)
+	data := content(300_000, 5)
+	task := a.add(t, "models", data)
+	for _, p := range []*testPeer{b, c} {
+		p.want(t, task, data)
+		p.wantStored(t, task)
+	}
+	// b is cut off; c has stopped.
+	h.setCut(func(x, y peer.ID) bool { return x == b.id || y == b.id })
+	c.Close()
+	deleted := a.delete(t, "models", string(task.Digest), p2p.DeleteOptions{})
+	if deleted.Tasks != 1 || deleted.Reached != 1 || deleted.Removed != 0 || len(deleted.Missed) != 2 {
+		t.Errorf("deleted is %+v, want two missed", deleted)
+	}
+	h.setCut(nil)
+	b.gone(t, "models", string(task.Digest))
+	c.restart(t, h)
+	c.gone(t, "models", string(task.Digest))
+	if _, err := d.read(t.Context(), task); !errors.Is(err, p2p.ErrNotFound) {
+		t.Errorf("after all have met again: %v, want %v", err, p2p.ErrNotFound)
+	}
+}
+
+// What was fetched while the delete could not be known goes, too: it is not newer.
+func TestDeleteOutlivesCopies(t *testing.T) {
+	h := newHub()
+	a, b, c := h.start(t), h.start(t), h.start(t)
+	data := content(100_000, 6)
+	task := a.add(t, "models", data)
+	b.want(t, task, data)
+	b.wantStored(t, task)
+	apart := func(x, y peer.ID) bool { return (x == a.id) != (y == a.id) }
+	h.setCut(apart)
+	a.delete(t, "models", string(task.Digest), p2p.DeleteOptions{})
+	c.want(t, task, data)
+	c.wantStored(t, task)
+	h.setCut(nil)
+	b.gone(t, "models", string(task.Digest))
+	c.gone(t, "models", string(task.Digest))
+
+	// What was imported anew meanwhile stays.
+	h.setCut(apart)
+	c.add(t, "models", data)
+	h.setCut(nil)
+	a.want(t, task, data)
+	b.want(t, task, data)
+}
+
+func TestDeleteRefused(t *testing.T) {
+	h := newHub()
+	a, b := h.start(t, withManifests), h.start(t, withManifests)
+	layer := []byte("the layer")
+	b.push(t, "models", "v1", "", layer)
+	task := a.add(t, "models", layer)
+	if _, err := a.Delete(t.Context(), "models", digest.FromDigest(task.Digest), p2p.DeleteOptions{}); !errors.Is(err, p2p.ErrReferenced) {
+		t.Errorf("error is %v, want %v", err, p2p.ErrReferenced)
+	}
+	a.wantStored(t, task)
+	b.wantStored(t, task)
+
+	// One that learns of it later refuses, too; who has deleted it can have it again.
+	h.setCut(func(x, y peer.ID) bool { return true })
+	a.delete(t, "models", string(task.Digest), p2p.DeleteOptions{})
+	h.setCut(nil)
+	a.want(t, task, layer)
+	a.wantStored(t, task)
+	b.wantStored(t, task)
+	deleted := a.delete(t, "models", string(task.Digest), p2p.DeleteOptions{Force: true})
+	if deleted.Reached != 1 || deleted.Removed != 1 {
+		t.Errorf("by force, deleted is %+v", deleted)
+	}
+	b.gone(t, "models", string(task.Digest))
+}
+
+func TestReplicate(t *testing.T) {
+	h := newHub()
+	a := h.start(t, withManifests)
+	manifest := a.push(t, "models", "v1", "", content(1_000_000, 7), []byte("config"))
+	if _, err := a.Replicate(t.Context(), "models", cidOf(t, "v1"), 1); !errors.Is(err, p2p.ErrUnreachable) {
+		t.Errorf("alone: %v, want %v", err, p2p.ErrUnreachable)
+	}
+	b, c := h.start(t, withManifests), h.start(t, withManifests)
+	h.start(t, func(o *Options) { o.Mode = SeedOnly })
+	done, err := a.Replicate(t.Context(), "models", cidOf(t, "v1"), 2)
+	if err != nil || len(done) != 2 {
+		t.Fatalf("replicated to %v, %v", done, err)
+	}
+	a.Close()
+	for _, p := range []*testPeer{b, c} {
+		info, err := p.statName(t, "models", "v1", p2p.StatOptions{Scope: p2p.Local, Manifest: true})
+		if err != nil || info.Task != manifest || len(info.Manifest.Refs) != 2 {
+			t.Errorf("a replica is %+v, %v", info, err)
+		}
+	}
+	done, err = b.Replicate(t.Context(), "models", cidOf(t, "v1"), 3)
+	if !errors.Is(err, p2p.ErrUnreachable) || len(done) != 1 {
+		t.Errorf("more than there are: %v, %v, want 1 and %v", done, err, p2p.ErrUnreachable)
+	}
+}
