@@ -14,6 +14,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"go.etcd.io/bbolt"
 
@@ -178,6 +179,22 @@ var works = map[string]func(t *testing.T, s *Store) error{
 		_, err := importArtifact(t.Context(), s, "v0", []byte("new"))
 		return err
 	},
+	"fetch": func(t *testing.T, s *Store) error {
+		p, err := fetchPartial(t, s, []byte("new"))
+		if err != nil {
+			return err
+		}
+		task := p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("new")}
+		if err := p.Commit(t.Context(), p2p.Commit{Tasks: []p2p.NewTask{{Task: task, Keep: p2p.KeepLoose, Origin: time.Now()}}}); err != nil {
+			return err
+		}
+		_, err = importArtifact(t.Context(), s, "v1", []byte("new"))
+		return err
+	},
+	"delete for all": func(t *testing.T, s *Store) error {
+		_, _, err := s.DeleteForAll(t.Context(), "t", cacheID(t, "v0"), p2p.DeleteOptions{})
+		return err
+	},
 	"delete": func(t *testing.T, s *Store) error {
 		_, err := s.Delete(t.Context(), "t", cacheID(t, "v0"), p2p.DeleteOptions{})
 		return err
@@ -208,10 +225,10 @@ func requireOutcome(t *testing.T, s *Store, work string, failed bool) {
 		return nil
 	}
 	v0, v1 := resolve("v0"), resolve("v1")
-	if gone := !failed && work == "delete"; errors.Is(v0, p2p.ErrNotFound) != gone {
+	if gone := !failed && strings.HasPrefix(work, "delete"); errors.Is(v0, p2p.ErrNotFound) != gone {
 		t.Errorf("v0: %v", v0)
 	}
-	if there := !failed && work == "import"; (v1 == nil) != there {
+	if there := !failed && (work == "import" || work == "fetch"); (v1 == nil) != there {
 		t.Errorf("v1: %v", v1)
 	}
 }

@@ -111,14 +111,20 @@ func (d *plan) Next() (planRequest, bool) {
 		return d.claim(s, stride(avail, quota)), true
 	}
 	if free.Count() == 0 {
-		again := schedule.NewSet(d.missing.Len())
-		for i := range d.missing.All() {
-			if d.claims[i] < 2 {
-				again.Add(i)
+		// Each of the last pieces is asked of a second source.
+		for _, src := range d.sources {
+			if src.failed || src.requests > 0 {
+				continue
 			}
-		}
-		if s := d.choose(again, 1); s != nil {
-			return d.claim(s, again.And(s.have)), true
+			again := schedule.NewSet(d.missing.Len())
+			for i := range d.missing.All() {
+				if d.claims[i] < 2 && src.have.Has(i) {
+					again.Add(i)
+				}
+			}
+			if again.Count() > 0 {
+				return d.claim(src, again), true
+			}
 		}
 	}
 	return planRequest{}, false

@@ -207,6 +207,9 @@ func New(store *pieces.Store, network Network, opts Options) (_ *Swarm, err erro
 	return s, nil
 }
 
+// ID returns the ID of this daemon among peers.
+func (s *Swarm) ID() string { return s.network.Self().String() }
+
 // begin announces a call. Where it returns nil, the caller calls s.calls.Done.
 func (s *Swarm) begin(ctx context.Context) error {
 	if err := context.Cause(ctx); err != nil {

@@ -403,3 +403,25 @@ func TestReadAtWhileArriving(t *testing.T) {
 		}
 	}
 }
+
+// damage flips a byte of a stored blob.
+func damage(t testing.TB, dir string, d digest.Digest, at int64) {
+	t.Helper()
+	name := dir + "/blobs/" + d.Algorithm().String() + "/" + d.Encoded()
+	if err := os.Chmod(name, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.OpenFile(name, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	b := make([]byte, 1)
+	if _, err := f.ReadAt(b, at); err != nil {
+		t.Fatal(err)
+	}
+	b[0] ^= 1
+	if _, err := f.WriteAt(b, at); err != nil {
+		t.Fatal(err)
+	}
+}

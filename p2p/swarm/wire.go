@@ -84,7 +84,7 @@ type taskState struct {
 	Pinned    bool      `json:"pinned,omitempty"`
 	Origin    time.Time `json:"origin"`
 	Referred  bool      `json:"referred,omitempty"` // another task refers to it there
-	Hints     []hint    `json:"hints,omitempty"` // who else has it, or a part of it
+	Hints     []hint    `json:"hints,omitempty"`    // who else has it, or a part of it
 }
 
 // whole reports whether the peer has all of it.

@@ -1,0 +1,207 @@
+package pieces
+
+import (
+	"errors"
+	"testing"
+	"time"
+
+	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/enginetest"
+)
+
+func fetched(t *testing.T, s *Store, task p2p.Task, data []byte, origin time.Time) error {
+	t.Helper()
+	p, err := fetchPartial(t, s, data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p.Commit(t.Context(), p2p.Commit{Tasks: []p2p.NewTask{{Task: task, Keep: p2p.KeepLoose, Origin: origin}}})
+}
+
+func holds(t *testing.T, s *Store, tag string, cid digest.CID) bool {
+	t.Helper()
+	_, err := s.Stat(t.Context(), tag, cid, p2p.StatOptions{})
+	if err != nil && !errors.Is(err, p2p.ErrNotFound) {
+		t.Fatal(err)
+	}
+	return err == nil
+}
+
+func TestDeleteForAll(t *testing.T) {
+	s := newStore(t)
+	layer, err := importArtifact(t.Context(), s, "v0", []byte("old"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	v0 := cacheID(t, "v0")
+	result, deletes, err := s.DeleteForAll(t.Context(), "t", v0, p2p.DeleteOptions{})
+	if err != nil || !result.Found || result.Tasks != 2 || len(deletes) != 3 || deletes[0].CID != v0 || deletes[0].Soft || !deletes[1].Soft || !deletes[2].Soft {
+		t.Fatalf("result is %+v, deletes are %+v, %v", result, deletes, err)
+	}
+	if result, _, err = s.DeleteForAll(t.Context(), "t", v0, p2p.DeleteOptions{}); err != nil || result.Found {
+		t.Errorf("once more: %+v, %v", result, err)
+	}
+
+	// A peer with the same artifact, and one with a copy of the layer that nothing holds.
+	peer, copies := newStore(t), newStore(t)
+	if _, err := importArtifact(t.Context(), peer, "v0", []byte("old")); err != nil {
+		t.Fatal(err)
+	}
+	if err := fetched(t, copies, layer, []byte("old"), deletes[0].At.Add(-time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	for _, d := range deletes {
+		d.At = d.At.Add(time.Hour) // after what the peer has
+		for _, other := range []*Store{peer, copies} {
+			if result, err := other.ApplyDelete(t.Context(), d); err != nil || !result.News {
+				t.Errorf("apply %+v: %+v, %v", d, result, err)
+			}
+			if result, err := other.ApplyDelete(t.Context(), d); err != nil || result.News {
+				t.Errorf("apply %+v again: %+v, %v", d, result, err)
+			}
+		}
+	}
+	if holds(t, peer, "t", v0) || holds(t, peer, "t", digest.FromDigest(layer.Digest)) || holds(t, copies, "t", digest.FromDigest(layer.Digest)) {
+		t.Error("it is still there")
+	}
+	a, err := peer.DeletesSum(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b, err := copies.DeletesSum(t.Context()); err != nil || a != b || a == ([32]byte{}) {
+		t.Errorf("who knows the same has the sums %x and %x, %v", a, b, err)
+	}
+	if c, err := s.DeletesSum(t.Context()); err != nil || a == c {
+		t.Errorf("who knows others has the same sum, %v", err)
+	}
+	all, last, err := peer.Deletes(t.Context(), 0, 2)
+	if err != nil || len(all) != 2 || last != 2 || all[0].CID != v0 {
+		t.Errorf("the first deletes are %+v, %d, %v", all, last, err)
+	}
+	if all, _, err = peer.Deletes(t.Context(), last, 2); err != nil || len(all) != 1 || !all[0].Soft {
+		t.Errorf("the rest is %+v, %v", all, err)
+	}
+
+	// What is forgotten is, and leaves nothing.
+	if n, err := peer.ForgetDeletes(t.Context(), time.Now().Add(2*time.Hour)); err != nil || n != 3 {
+		t.Errorf("forgot %d, %v", n, err)
+	}
+	if sum, err := peer.DeletesSum(t.Context()); err != nil || sum != ([32]byte{}) {
+		t.Errorf("the sum of nothing is %x, %v", sum, err)
+	}
+}
+
+func TestDeleteAndOrigin(t *testing.T) {
+	s := newStore(t)
+	data := []byte("data")
+	task := p2p.Task{Tag: "t", Digest: digest.SHA256.FromBytes(data)}
+	cid := digest.FromDigest(task.Digest)
+	now := time.Now().UTC()
+	ahead := now.Add(time.Hour) // by a clock that is ahead
+	if _, err := s.ApplyDelete(t.Context(), Delete{Tag: "t", CID: cid, At: ahead}); err != nil {
+		t.Fatal(err)
+	}
+	if at, force, err := s.Deleted(t.Context(), "t", cid); err != nil || !at.Equal(ahead) || force {
+		t.Errorf("it was deleted at %s, %t, %v", at, force, err)
+	}
+	// What is older does not come back from a peer.
+	if err := fetched(t, s, task, data, ahead); !errors.Is(err, p2p.ErrNotFound) || holds(t, s, "t", cid) {
+		t.Errorf("what was deleted is fetched: %v", err)
+	}
+	// What is imported here does, and is newer than the delete, whatever the clock says.
+	enginetest.Import(t, s, "t", data)
+	info, err := s.Stat(t.Context(), "t", cid, p2p.StatOptions{})
+	if err != nil || !info.Origin.After(ahead) {
+		t.Errorf("imported again: %+v, %v", info, err)
+	}
+	if result, err := s.ApplyDelete(t.Context(), Delete{Tag: "t", CID: cid, At: ahead.Add(-time.Second)}); err != nil || result.News || !holds(t, s, "t", cid) {
+		t.Errorf("an older delete: %+v, %v", result, err)
+	}
+	// A copy has the origin of what it is a copy of.
+	other := newStore(t)
+	if err := fetched(t, other, task, data, info.Origin); err != nil {
+		t.Fatal(err)
+	}
+	if copied, err := other.Stat(t.Context(), "t", cid, p2p.StatOptions{}); err != nil || !copied.Origin.Equal(info.Origin) {
+		t.Errorf("the copy is %+v, %v", copied, err)
+	}
+	// Soft deletes are for copies only.
+	for store, gone := range map[*Store]bool{s: false, other: true} {
+		if _, err := store.ApplyDelete(t.Context(), Delete{Tag: "t", CID: cid, At: info.Origin.Add(time.Hour), Soft: true}); err != nil {
+			t.Fatal(err)
+		}
+		if holds(t, store, "t", cid) == gone {
+			t.Errorf("after a soft delete it is there: %t", !gone)
+		}
+	}
+}
+
+func TestNewerName(t *testing.T) {
+	now := time.Now()
+	a, b := digest.SHA256.FromString("a"), digest.SHA256.FromString("b")
+	if a > b {
+		a, b = b, a
+	}
+	for _, c := range []struct {
+		d    digest.Digest
+		at   time.Time
+		than digest.Digest
+		when time.Time
+		want bool
+	}{
+		{a, now.Add(1), b, now, true},
+		{a, now, b, now.Add(1), false},
+		{b, now, a, now, true},
+		{a, now, b, now, false},
+		{a, now, a, now, false},
+	} {
+		if got := NewerName(c.d, c.at, c.than, c.when); got != c.want {
+			t.Errorf("%s at %s counts before %s at %s: %t", c.d, c.at, c.than, c.when, got)
+		}
+	}
+}
+
+// A name from a peer does not replace a newer one; of two at one time all agree.
+func TestNameFromPeer(t *testing.T) {
+	s := newStore(t)
+	one, two := enginetest.Import(t, s, "t", []byte("one")), enginetest.Import(t, s, "t", []byte("two"))
+	set := func(d digest.Digest, at time.Time) error {
+		in, err := s.Ingest(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer in.Close()
+		return in.Commit(p2p.Commit{Names: []p2p.NewName{{Tag: "t", Name: "v", Digest: d, Updated: at}}})
+	}
+	want := func(d digest.Digest) {
+		t.Helper()
+		if got, _, err := s.Name(t.Context(), "t", "v"); err != nil || got != d {
+			t.Errorf("the name points to %s, %v; want %s", got, err, d)
+		}
+	}
+	now := time.Now().UTC()
+	for _, step := range []struct {
+		d    digest.Digest
+		at   time.Time
+		want digest.Digest
+	}{
+		{one.Digest, now, one.Digest},
+		{two.Digest, now.Add(-time.Second), one.Digest},
+		{two.Digest, now.Add(time.Second), two.Digest},
+		{one.Digest, now.Add(time.Second), max(one.Digest, two.Digest)},
+		{two.Digest, now.Add(time.Second), max(one.Digest, two.Digest)},
+		{one.Digest, time.Time{}, one.Digest}, // here and now: it is the newest
+	} {
+		if err := set(step.d, step.at); err != nil {
+			t.Fatal(err)
+		}
+		want(step.want)
+	}
+	if _, _, err := s.DeleteForAll(t.Context(), "t", cacheID(t, "v"), p2p.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if err := set(one.Digest, now.Add(time.Second)); !errors.Is(err, p2p.ErrNotFound) {
+		t.Errorf("a name that was deleted comes from a peer: %v", err)
+	}
+}

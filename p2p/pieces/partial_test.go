@@ -1,0 +1,286 @@
+package pieces
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/enginetest"
+)
+
+func randomContent(n int, seed byte) []byte {
+	b := make([]byte, n)
+	rand.NewChaCha8([32]byte{seed}).Read(b)
+	return b
+}
+
+// tableOf makes the piece table of data.
+func tableOf(t testing.TB, data []byte) *digest.Table {
+	t.Helper()
+	r := digest.NewRecorder(digest.SHA256)
+	r.Write(data)
+	table, err := r.Table()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return table
+}
+
+// fetchPartial fills a Partial with all of data.
+func fetchPartial(t testing.TB, s *Store, data []byte) (*Partial, error) {
+	t.Helper()
+	table := tableOf(t, data)
+	p, err := s.Partial(t.Context(), table.Digest)
+	if err != nil {
+		return nil, err
+	}
+	if err := p.Use(t.Context(), table.Size, table.Chain); err != nil {
+		return nil, errors.Join(err, p.Close())
+	}
+	for i := range table.Pieces() {
+		if err := receive(p, table, data, i); err != nil {
+			return nil, errors.Join(err, p.Close())
+		}
+	}
+	return p, nil
+}
+
+func receive(p *Partial, table *digest.Table, data []byte, i int) error {
+	start, end := table.Bounds(i)
+	return p.Receive(i, bytes.NewReader(data[start:end]), make([]byte, table.PieceLength))
+}
+
+func held(p *Partial) (all []int) {
+	for i := range p.Table().Pieces() {
+		if p.Held(i) {
+			all = append(all, i)
+		}
+	}
+	return all
+}
+
+func TestPartial(t *testing.T) {
+	dir := t.TempDir()
+	s, err := Open(dir, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	data := randomContent(5*digest.MinPieceLength+1000, 1)
+	table := tableOf(t, data)
+	p, err := s.Partial(t.Context(), table.Digest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Partial(t.Context(), table.Digest); err == nil {
+		t.Error("a second one could be opened")
+	}
+	if err := p.Use(t.Context(), table.Size, table.Chain); err != nil {
+		t.Fatal(err)
+	}
+	for _, i := range []int{4, 1, 5} {
+		if err := receive(p, table, data, i); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// What is wrong is told and not written.
+	start, _ := table.Bounds(2)
+	wrong := bytes.Clone(data[start : start+digest.MinPieceLength])
+	wrong[7] ^= 1
+	if err := p.Receive(2, bytes.NewReader(wrong), make([]byte, len(wrong))); !errors.Is(err, digest.ErrMismatch) {
+		t.Errorf("a wrong piece: %v, want %v", err, digest.ErrMismatch)
+	}
+	if err := p.Receive(2, bytes.NewReader(wrong[:10]), make([]byte, len(wrong))); !errors.Is(err, io.ErrUnexpectedEOF) {
+		t.Errorf("a short piece: %v", err)
+	}
+	if got := held(p); !slices.Equal(got, []int{1, 4, 5}) || p.Complete() {
+		t.Errorf("held are %v", got)
+	}
+	if err := p.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+
+	// A later process finds it, and believes nothing of it.
+	name := filepath.Join(dir, "partial", "sha256."+table.Digest.Encoded())
+	f, err := os.OpenFile(name, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.WriteAt([]byte{data[4*digest.MinPieceLength] ^ 1}, 4*digest.MinPieceLength)
+	f.Close()
+	if s, err = Open(dir, Options{}); err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	if p, err = s.Partial(t.Context(), table.Digest); err != nil {
+		t.Fatal(err)
+	}
+	saved := p.Saved()
+	if saved == nil || saved.Size != table.Size || !bytes.Equal(saved.Chain, table.Chain) {
+		t.Fatalf("the table that was saved is %+v", saved)
+	}
+	if err := p.Use(t.Context(), saved.Size, saved.Chain); err != nil {
+		t.Fatal(err)
+	}
+	if got := held(p); !slices.Equal(got, []int{1, 5}) {
+		t.Errorf("held are %v, want those that were not damaged", got)
+	}
+	for i := range table.Pieces() {
+		if err := receive(p, table, data, i); err != nil {
+			t.Fatal(err)
+		}
+	}
+	task := p2p.Task{Tag: "t", Digest: table.Digest}
+	if err := p.Commit(t.Context(), p2p.Commit{Tasks: []p2p.NewTask{{Task: task, Keep: p2p.KeepLoose, Origin: time.Now()}}}); err != nil {
+		t.Fatal(err)
+	}
+	enginetest.RequireContent(t, s, task, data)
+	if left, err := os.ReadDir(filepath.Join(dir, "partial")); err != nil || len(left) > 0 {
+		t.Errorf("left are %v, %v", left, err)
+	}
+	if n := s.incoming.Load(); n != 0 {
+		t.Errorf("%d bytes are counted as incoming, want none", n)
+	}
+}
+
+// Another chain has everything verified again.
+func TestPartialOtherChain(t *testing.T) {
+	s := newStore(t)
+	data := randomContent(4*digest.MinPieceLength, 2)
+	table := tableOf(t, data)
+	forged := bytes.Clone(table.Chain)
+	forged[32] ^= 1 // the state between pieces 1 and 2
+	p, err := s.Partial(t.Context(), table.Digest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Remove()
+	if err := p.Use(t.Context(), table.Size, forged); err != nil {
+		t.Fatal(err)
+	}
+	for i, fits := range []bool{true, false, false, true} {
+		if err := receive(p, table, data, i); (err == nil) != fits {
+			t.Errorf("piece %d with the forged chain: %v", i, err)
+		}
+	}
+	if err := p.Use(t.Context(), table.Size, table.Chain); err != nil {
+		t.Fatal(err)
+	}
+	if got := held(p); !slices.Equal(got, []int{0, 3}) {
+		t.Errorf("held are %v with the true chain, want 0 and 3", got)
+	}
+	for _, c := range []struct {
+		size  int64
+		chain []byte
+	}{{-1, nil}, {table.Size, table.Chain[1:]}, {0, table.Chain}} {
+		if err := p.Use(t.Context(), c.size, c.chain); !errors.Is(err, digest.ErrInvalid) {
+			t.Errorf("size %d and a chain of %d bytes: %v, want %v", c.size, len(c.chain), err, digest.ErrInvalid)
+		}
+	}
+	if err := p.Use(t.Context(), 0, nil); !errors.Is(err, digest.ErrMismatch) {
+		t.Errorf("an empty blob of this digest: %v, want %v", err, digest.ErrMismatch)
+	}
+}
+
+func TestPartialConcurrently(t *testing.T) {
+	s := newStore(t)
+	data := randomContent(64*digest.MinPieceLength, 3)
+	table := tableOf(t, data)
+	p, err := s.Partial(t.Context(), table.Digest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Use(t.Context(), table.Size, table.Chain); err != nil {
+		t.Fatal(err)
+	}
+	var receiving sync.WaitGroup
+	for w := range 4 {
+		receiving.Go(func() {
+			for i := range table.Pieces() {
+				if i%2 == w%2 {
+					if err := receive(p, table, data, i); err != nil {
+						t.Error(err)
+					}
+				}
+			}
+		})
+	}
+	receiving.Wait()
+	task := p2p.Task{Tag: "t", Digest: table.Digest}
+	if err := p.Commit(t.Context(), p2p.Commit{Tasks: []p2p.NewTask{{Task: task, Keep: p2p.KeepPinned, Origin: time.Now()}}}); err != nil {
+		t.Fatal(err)
+	}
+	enginetest.RequireContent(t, s, task, data)
+}
+
+func TestPartialRoom(t *testing.T) {
+	dir := t.TempDir()
+	s, err := Open(dir, Options{MaxSize: 3 * digest.MinPieceLength})
+	if err != nil {
+		t.Fatal(err)
+	}
+	data := randomContent(4*digest.MinPieceLength, 4)
+	if _, err := fetchPartial(t, s, data); !errors.Is(err, p2p.ErrNoSpace) {
+		t.Errorf("more than there is room for: %v, want %v", err, p2p.ErrNoSpace)
+	}
+	s.Close()
+	// What is left of it counts, until it is dropped.
+	if s, err = Open(dir, Options{MaxSize: 3 * digest.MinPieceLength}); err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	add := func() error {
+		in, err := s.Ingest(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer in.Close()
+		_, err = in.Add(bytes.NewReader(data[:digest.MinPieceLength]), p2p.AddOptions{})
+		return err
+	}
+	if err := add(); !errors.Is(err, p2p.ErrNoSpace) {
+		t.Errorf("beside what has arrived: %v, want %v", err, p2p.ErrNoSpace)
+	}
+	if err := s.DropPartials(time.Now().Add(-time.Hour)); err != nil {
+		t.Fatal(err)
+	}
+	if err := add(); !errors.Is(err, p2p.ErrNoSpace) {
+		t.Errorf("what has just arrived was dropped: %v", err)
+	}
+	if err := s.DropPartials(time.Now().Add(time.Hour)); err != nil {
+		t.Fatal(err)
+	}
+	if err := add(); err != nil {
+		t.Errorf("after it was dropped: %v", err)
+	}
+}
+
+func TestPartialCancelled(t *testing.T) {
+	s := newStore(t)
+	data := randomContent(4*digest.MinPieceLength, 5)
+	p, err := fetchPartial(t, s, data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	table := tableOf(t, data)
+	if err := p.Use(ctx, table.Size, table.Chain); !errors.Is(err, context.Canceled) {
+		t.Errorf("error is %v, want %v", err, context.Canceled)
+	}
+	if err := p.Remove(); err != nil {
+		t.Error(err)
+	}
+}

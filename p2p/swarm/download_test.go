@@ -1,0 +1,332 @@
+package swarm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"github.com/libp2p/go-libp2p/core/peer"
+
+	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p"
+)
+
+// gate lets pieces pass, so many of them, and then holds them back.
+type gate struct {
+	mu     sync.Mutex
+	left   int
+	opened chan struct{}
+	passed atomic.Int64
+}
+
+func newGate(n int) *gate { return &gate{left: n, opened: make(chan struct{})} }
+
+// open lets all pass.
+func (g *gate) open() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	select {
+	case <-g.opened:
+	default:
+		close(g.opened)
+	}
+}
+
+func (g *gate) pass(ctx context.Context) {
+	g.mu.Lock()
+	if g.left > 0 {
+		g.left--
+		g.mu.Unlock()
+		g.passed.Add(1)
+		return
+	}
+	g.mu.Unlock()
+	select {
+	case <-g.opened:
+		g.passed.Add(1)
+	case <-ctx.Done():
+	}
+}
+
+// through makes a peer give its pieces through the gate.
+func (g *gate) through(o *Options) {
+	o.tamper = func(honest http.Handler) http.Handler {
+		return edit(honest, pathPieces, func(w http.ResponseWriter, r *http.Request, answer *httptest.ResponseRecorder) {
+			if answer.Body.Len() > 1000 {
+				g.pass(r.Context())
+			}
+			send(w, answer)
+		})
+	}
+}
+
+// arrive reads n pieces of a blob that is arriving, in whatever order they come.
+func arrive(t testing.TB, a *Arriving, n int) {
+	t.Helper()
+	for _, err := range a.Arrived(t.Context()) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n--; n == 0 {
+			return
+		}
+	}
+}
+
+func (p *testPeer) open(t testing.TB, ctx context.Context, task p2p.Task) *Arriving {
+	t.Helper()
+	blob, err := p.Open(ctx, task, p2p.Network)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, ok := blob.(*Arriving)
+	if !ok {
+		t.Fatalf("the blob is a %T, want one that arrives", blob)
+	}
+	return a
+}
+
+const (
+	gateSize   = 2 << 20
+	gatePieces = gateSize / digest.MinPieceLength
+)
+
+// A daemon that stops in the middle of a download goes on at the missing pieces.
+func TestResume(t *testing.T) {
+	h := newHub()
+	g := newGate(10)
+	a, b := h.start(t, g.through), h.start(t)
+	data := content(gateSize, 8)
+	task := a.add(t, "", data)
+	blob := b.open(t, t.Context(), task)
+	arrive(t, blob, 10)
+	info, err := b.Stat(t.Context(), "", digest.FromDigest(task.Digest), p2p.StatOptions{Scope: p2p.Local})
+	if err != nil || info.Held != 10 || info.Pieces != gatePieces || info.Local() || info.Remote {
+		t.Errorf("while it arrives it is %+v, %v", info, err)
+	}
+	b.Close()
+	if _, err := blob.ReadAt(make([]byte, gateSize), 0); !errors.Is(err, p2p.ErrClosed) {
+		t.Errorf("a reader of a daemon that has stopped gets %v, want %v", err, p2p.ErrClosed)
+	}
+	blob.Close()
+	g.open()
+	b.restart(t, h)
+	b.want(t, task, data)
+	peers, err := b.Peers(t.Context())
+	if err != nil || len(peers) != 1 || peers[0].Gave != gateSize-10*digest.MinPieceLength {
+		t.Errorf("after the restart a peer gave %+v, %v; want the pieces that were missing", peers, err)
+	}
+	b.wantStored(t, task)
+}
+
+// However many wait for it, a blob is fetched once; the last one that goes stops it.
+func TestOneDownload(t *testing.T) {
+	h := newHub()
+	g := newGate(5)
+	a, b := h.start(t, g.through), h.start(t)
+	data := content(gateSize, 9)
+	task := a.add(t, "", data)
+	first, cancel := context.WithCancel(t.Context())
+	one := b.open(t, first, task)
+	two := b.open(t, t.Context(), task)
+	arrive(t, one, 5)
+	d := one.d
+	if two.d != d {
+		t.Fatal("it is fetched twice")
+	}
+	cancel()
+	if _, err := one.ReadAt(make([]byte, gateSize), 0); !errors.Is(err, context.Canceled) {
+		t.Errorf("a reader whose context has ended gets %v", err)
+	}
+	one.Close()
+	select {
+	case <-d.ended:
+		t.Error("the download ended although somebody waits for it")
+	default:
+	}
+	two.Close()
+	<-d.ended
+	if b.downloadOf(task) != nil {
+		t.Error("the download goes on although nobody waits for it")
+	}
+	g.open()
+	before := g.passed.Load()
+	var reading sync.WaitGroup
+	for range 20 {
+		reading.Go(func() { b.want(t, task, data) })
+	}
+	reading.Wait()
+	if got := g.passed.Load() - before; got > gatePieces-5+5 { // those that were under way may have passed
+		t.Errorf("%d pieces were given, want %d", got, gatePieces-5)
+	}
+}
+
+// A source that vanishes costs what was under way, no more.
+func TestSourceVanishes(t *testing.T) {
+	h := newHub()
+	g := newGate(10)
+	a, b, c := h.start(t, g.through), h.start(t), h.start(t)
+	data := content(gateSize, 10)
+	task := a.add(t, "", data)
+	blob := b.open(t, t.Context(), task)
+	defer blob.Close()
+	arrive(t, blob, 10)
+	c.add(t, "", data) // another one appears
+	a.Close()
+	if got, err := b.read(t.Context(), task); err != nil || string(got) != string(data) {
+		t.Fatalf("read %d bytes, %v", len(got), err)
+	}
+	var fromA, fromC int64
+	for _, s := range blob.Sources() {
+		switch s.Peer {
+		case a.id.String():
+			fromA = s.Bytes
+		case c.id.String():
+			fromC = s.Bytes
+		}
+	}
+	if fromA != 10*digest.MinPieceLength || fromC != gateSize-10*digest.MinPieceLength {
+		t.Errorf("%d bytes came from the one that vanished and %d from the other, want 10 pieces and the rest", fromA, fromC)
+	}
+}
+
+// Who has a part of a blob gives it on, and all of it can be had from those who
+// have parts.
+func TestPartsAreEnough(t *testing.T) {
+	h := newHub()
+	g := newGate(10)
+	a, b, c := h.start(t, g.through), h.start(t), h.start(t)
+	data := content(gateSize, 11)
+	task := a.add(t, "", data)
+	one := b.open(t, t.Context(), task)
+	defer one.Close()
+	arrive(t, one, 10)
+	// c can't reach a, and gets what b has.
+	h.setCut(func(x, y peer.ID) bool { return x == c.id && y == a.id || x == a.id && y == c.id })
+	two := c.open(t, t.Context(), task)
+	defer two.Close()
+	arrive(t, two, 10)
+	g.open()
+	got := make([]byte, gateSize)
+	if _, err := io.ReadFull(io.NewSectionReader(two, 0, gateSize), got); err != nil || string(got) != string(data) {
+		t.Errorf("what came by way of another one: %v", err)
+	}
+	for _, s := range two.Sources() {
+		if s.Peer != b.id.String() {
+			t.Errorf("%d bytes came from %s, which can't be reached", s.Bytes, s.Peer)
+		}
+	}
+}
+
+func TestFlashCrowd(t *testing.T) {
+	h := newHub()
+	seed := h.start(t)
+	data := content(4<<20, 12)
+	task := seed.add(t, "", data)
+	var all []*testPeer
+	for range 8 {
+		all = append(all, h.start(t))
+	}
+	var fetching sync.WaitGroup
+	for _, p := range all {
+		fetching.Go(func() { p.want(t, task, data) })
+	}
+	fetching.Wait()
+	peers, err := seed.Peers(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var took int64
+	for _, p := range peers {
+		took += p.Took
+	}
+	if took >= int64(len(all)*len(data)) {
+		t.Errorf("the seed gave %d bytes, want less than %d times the blob", took, len(all))
+	}
+}
+
+func TestModes(t *testing.T) {
+	h := newHub()
+	full := h.start(t)
+	seed := h.start(t, func(o *Options) { o.Mode = SeedOnly })
+	never := h.start(t, func(o *Options) { o.Mode = NeverServe })
+	data := content(100_000, 13)
+	task := seed.add(t, "", data)
+	secret := never.add(t, "", content(100_000, 14))
+	elsewhere := full.add(t, "", content(100_000, 15))
+	never.want(t, task, data)
+	full.want(t, task, data)
+	if _, err := full.read(t.Context(), secret); !errors.Is(err, p2p.ErrNotFound) {
+		t.Errorf("from one that serves nothing: %v, want %v", err, p2p.ErrNotFound)
+	}
+	if _, err := seed.read(t.Context(), elsewhere); !errors.Is(err, p2p.ErrNotFound) {
+		t.Errorf("by one that fetches nothing: %v, want %v", err, p2p.ErrNotFound)
+	}
+}
+
+func TestRates(t *testing.T) {
+	h := newHub()
+	a := h.start(t, func(o *Options) { o.UploadRate = 4 << 20 })
+	b := h.start(t, func(o *Options) { o.DownloadRate = 4 << 20 })
+	data := content(1<<20, 16)
+	b.want(t, a.add(t, "", data), data)
+}
+
+func TestOtherTag(t *testing.T) {
+	h := newHub()
+	a, b := h.start(t), h.start(t)
+	data := content(100_000, 17)
+	task := a.add(t, "one", data)
+	b.want(t, task, data)
+	b.wantStored(t, task)
+	other := p2p.Task{Tag: "two", Digest: task.Digest}
+	if _, err := b.read(t.Context(), other); !errors.Is(err, p2p.ErrNotFound) {
+		t.Errorf("under a tag that nobody has: %v, want %v", err, p2p.ErrNotFound)
+	}
+	a.add(t, "two", data)
+	before, _ := b.Peers(t.Context())
+	b.want(t, other, data)
+	after, _ := b.Peers(t.Context())
+	if before[0].Gave != after[0].Gave {
+		t.Errorf("%d bytes were fetched that were here", after[0].Gave-before[0].Gave)
+	}
+	b.wantStored(t, other)
+}
+
+// Damage on the disk of a peer is not served, and not fetched by others.
+func TestDamagedSource(t *testing.T) {
+	h := newHub()
+	a, b, c := h.start(t), h.start(t), h.start(t)
+	data := content(1<<20, 18)
+	task := a.add(t, "", data)
+	c.add(t, "", data)
+	damage(t, a.dir, task.Digest, 300_000)
+	b.want(t, task, data)
+	b.wantStored(t, task)
+	for p, name := range map[*testPeer]string{a: "the damaged one", c: "the other one"} {
+		if e := b.peers.get(p.id); e.isShunned() {
+			t.Errorf("%s is shunned", name)
+		}
+	}
+}
+
+func TestManyBlobs(t *testing.T) {
+	h := newHub()
+	a, b := h.start(t), h.start(t)
+	var fetching sync.WaitGroup
+	tasks := map[p2p.Task][]byte{}
+	for i := range 100 {
+		data := fmt.Appendf(nil, "blob %d", i)
+		tasks[a.add(t, "many", data)] = data
+	}
+	for task, data := range tasks {
+		fetching.Go(func() { b.want(t, task, data) })
+	}
+	fetching.Wait()
+}
