@@ -30,12 +30,12 @@ const (
 
 // Bounds of what a peer may send.
 const (
-	maxFind      = 512      // tasks, names and subjects in one request
-	maxReferrers = 1024     // in one answer
-	maxHints     = 16       // peers named in one answer
-	maxDeletes   = 1024     // in one message
-	maxJSON      = 4 << 20  // bytes of any JSON message
-	maxPieces    = 16 << 20 // pieces of one blob: 64 TiB
+	maxFind      = 512     // tasks, names and subjects in one request
+	maxReferrers = 1024    // in one answer
+	maxHints     = 16      // peers named in one answer
+	maxDeletes   = 1024    // in one message
+	maxJSON      = 4 << 20 // bytes of any JSON message
+	maxPieces    = 1 << 20 // pieces of one blob: 4 TiB, whose hash chain has 32 MiB
 )
 
 // Errors of messages.

@@ -1,0 +1,180 @@
+package swarm
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"testing"
+
+	"github.com/libp2p/go-libp2p/core/crypto"
+	"github.com/libp2p/go-libp2p/core/peer"
+
+	"github.com/dfcache/dfcache/p2p"
+)
+
+func testSecurity(t testing.TB, secret string, plain bool) (*security, peer.ID) {
+	t.Helper()
+	key, _, err := crypto.GenerateEd25519Key(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	id, err := peer.IDFromPrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := newSecurity(key, []byte(secret), plain)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s, id
+}
+
+// meet connects two ends and returns what each of them thinks of it.
+func meet(t testing.TB, client, server *security, plain bool, want peer.ID) (c, s error, seen, dialled peer.ID) {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	in := &listener{l, server, false, make(chan struct{}, 1)}
+	defer in.Close()
+	accepted := make(chan *inbound, 1)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		conn, err := in.Accept()
+		if err != nil {
+			return
+		}
+		i := conn.(*inbound)
+		if i.handshake() != nil {
+			i.Close() // as the server does
+		}
+		accepted <- i
+	}()
+	raw, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer raw.Close()
+	_, dialled, c = client.secure(t.Context(), raw, true, plain, want)
+	if c != nil {
+		raw.Close()
+	}
+	i := <-accepted
+	<-done
+	defer i.Close()
+	return c, i.err, i.id, dialled
+}
+
+func TestMembership(t *testing.T) {
+	server, serverID := testSecurity(t, "one", true)
+	tlsOnly, _ := testSecurity(t, "one", false)
+	member, memberID := testSecurity(t, "one", true)
+	stranger, strangerID := testSecurity(t, "two", true)
+	for _, plain := range []bool{false, true} {
+		c, s, seen, dialled := meet(t, member, server, plain, serverID)
+		if c != nil || s != nil || seen != memberID || dialled != serverID {
+			t.Errorf("plain %t: two members: %v, %v, seen %s, dialled %s", plain, c, s, seen, dialled)
+		}
+		if c, s, _, dialled := meet(t, member, server, plain, ""); c != nil || s != nil || dialled != serverID {
+			t.Errorf("plain %t: any member: %v, %v, dialled %s", plain, c, s, dialled)
+		}
+		if c, s, _, _ := meet(t, stranger, server, plain, serverID); !errors.Is(c, errNotMember) || s == nil {
+			t.Errorf("plain %t: a stranger calls: %v, %v", plain, c, s)
+		}
+		if c, s, _, _ := meet(t, member, stranger, plain, strangerID); c == nil || s == nil {
+			t.Errorf("plain %t: a stranger is called: %v, %v", plain, c, s)
+		}
+		if c, _, _, _ := meet(t, member, server, plain, strangerID); c == nil {
+			t.Errorf("plain %t: another peer answers, and nobody minds", plain)
+		}
+	}
+	if c, s, _, _ := meet(t, member, tlsOnly, true, ""); c == nil || s == nil {
+		t.Errorf("a plain connection to who wants TLS: %v, %v", c, s)
+	}
+}
+
+func TestGarbageIsNoHandshake(t *testing.T) {
+	server, _ := testSecurity(t, "one", true)
+	for _, opening := range []string{"", "GET / HTTP/1.1\r\n\r\n", "\x16\x03\x01\x00\x05hello", plainMagic, plainMagic + "short", "d", "dfcache plain 2\n0123456789"} {
+		mine, theirs := net.Pipe()
+		i := &inbound{Conn: theirs, s: server, release: func() {}}
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			go io.Copy(io.Discard, mine)
+			mine.Write([]byte(opening))
+			mine.Close()
+		}()
+		if _, err := i.Read(make([]byte, 1)); err == nil {
+			t.Errorf("%q is taken for a handshake", opening)
+		}
+		i.Close()
+		<-done
+	}
+}
+
+// Who does not have the key gets nothing from a daemon, and nothing to it.
+func TestStrangers(t *testing.T) {
+	h := newHub()
+	a := h.start(t)
+	stranger := h.start(t, func(o *Options) { o.Secret = []byte("another swarm") })
+	task := a.add(t, "", []byte("data"))
+	for _, request := range []struct{ method, path string }{
+		{http.MethodGet, pathHello}, {http.MethodPost, pathFind}, {http.MethodGet, pathBlob}, {http.MethodGet, pathLinks},
+		{http.MethodPost, pathPieces}, {http.MethodGet, pathDeletes}, {http.MethodPost, pathDeletes}, {http.MethodPost, pathReplicate},
+	} {
+		direct := &http.Client{Transport: &http.Transport{
+			DisableKeepAlives: true,
+			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+				return stranger.client.dialDirect(ctx, a.advertise[0], false, a.id)
+			},
+		}}
+		if _, err := stranger.client.do(t.Context(), direct, a.id, request.method, request.path, taskQuery(task), nil); !errors.Is(err, errNotMember) {
+			t.Errorf("%s %s by a stranger: %v, want %v", request.method, request.path, err, errNotMember)
+		}
+		// Without any handshake.
+		resp, err := http.Get("http://" + a.advertise[0] + request.path)
+		if err == nil {
+			resp.Body.Close()
+			t.Errorf("%s without a handshake: %s", request.path, resp.Status)
+		}
+	}
+	if _, err := a.store.Stat(t.Context(), "", cidOf(t, string(task.Digest)), p2p.StatOptions{}); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestConnectionLimit(t *testing.T) {
+	h := newHub()
+	a := h.start(t, func(o *Options) { o.MaxConns = 3 })
+	var open []net.Conn
+	for range 10 {
+		c, err := net.Dial("tcp", a.advertise[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		open = append(open, c)
+	}
+	// All but three are closed at once.
+	closed := make(chan int, len(open))
+	for i, c := range open {
+		go func() {
+			c.Read(make([]byte, 1))
+			closed <- i
+		}()
+	}
+	for range 7 {
+		<-closed
+	}
+	for _, c := range open {
+		c.Close()
+	}
+	for range 3 {
+		<-closed
+	}
+}
