@@ -38,6 +38,8 @@ type options struct {
 
 	socket          string
 	registry        registryOptions
+	swarmKey        string
+	swarm           swarmOptions
 	maxSize         size
 	shutdownTimeout time.Duration
 	pprofPort       int
@@ -59,6 +61,9 @@ running operations end; a second signal ends them at once.
 It serves the same content as an OCI registry at --registry, to every user of this
 host by default. At an address that other hosts can reach, it wants TLS, and users
 with passwords, unless the flags say that it goes without.
+
+With a swarm key it trades content with the other daemons that have the same
+('dfdaemon help swarm').
 
 SETTINGS
 ========
@@ -89,9 +94,12 @@ value counts. An unknown key in the file is an error.
 	all.BoolVar(&o.console, "console", false, "print log records, too: to stdout, or to stderr where stdout has a result")
 	all.BoolVar(&o.verbose, "verbose", false, "log at debug level")
 
+	all.StringVar(&o.swarmKey, "swarm-key", "", "`file` with the key of the swarm of daemons to be part of; off is none (default /etc/dragonfly/swarm.key for root, else dragonfly/swarm.key in the XDG configuration directory; without that file there is no swarm)")
+
 	flags := root.Flags()
 	flags.StringVar(&o.socket, "daemon-sock", "", "unix `socket` to listen at (default dfdaemon.sock in /run/dragonfly for root, else in dragonfly in the XDG runtime directory)")
 	o.registry.flags(flags)
+	o.swarm.flags(flags)
 	flags.Var(&o.maxSize, "max-size", "`bytes` that blobs and unfinished uploads may take on disk, such as 500GiB; 0 is no limit")
 	flags.DurationVar(&o.shutdownTimeout, "shutdown-timeout", 30*time.Second, "how long running operations may take after SIGTERM; 0 is as long as they need")
 	flags.IntVar(&o.pprofPort, "pprof-port", -1, "serve pprof profiles on this `port` of 127.0.0.1; 0 is any free port, which is printed; -1 is off")
@@ -100,7 +108,7 @@ value counts. An unknown key in the file is an error.
 	flags.IntVar(&o.readyFD, "ready-fd", -1, "file descriptor to tell whoever starts the daemon that it is ready, or why not")
 	flags.Lookup("ready-fd").Hidden = true
 
-	root.AddCommand(newFsck(o), newVersion())
+	root.AddCommand(newFsck(o), newSwarm(o), newVersion())
 	manual.Add(root)
 	return root
 }
@@ -113,6 +121,9 @@ func (o *options) load(cmd *cobra.Command) error {
 	}
 	if o.shutdownTimeout < 0 {
 		return exit.FlagError(cmd, fmt.Errorf("--shutdown-timeout %s is negative: pass a duration such as 30s, or 0 for no limit", o.shutdownTimeout))
+	}
+	if err := o.swarm.check(); err != nil {
+		return exit.FlagError(cmd, err)
 	}
 	if o.logDir == "" {
 		o.logDir = paths.LogDir()

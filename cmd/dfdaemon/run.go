@@ -12,6 +12,7 @@ import (
 	"os/signal"
 	"syscall"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
 	"google.golang.org/grpc/stats"
 
@@ -49,7 +50,8 @@ type daemon struct {
 	listener net.Listener
 	server   *rpc.Server
 	registry *registryServer // nil where there is none
-	closers  []func()        // to be called in reverse order
+	metrics  *prometheus.Registry
+	closers  []func() // to be called in reverse order
 }
 
 func (d *daemon) onClose(f func()) { d.closers = append(d.closers, f) }
@@ -69,7 +71,7 @@ func (o *options) start(cmd *cobra.Command) (_ *daemon, err error) {
 	if err != nil {
 		return nil, err
 	}
-	d := &daemon{options: o}
+	d := &daemon{options: o, metrics: prometheus.NewRegistry()}
 	defer func() {
 		if err != nil {
 			d.close()
@@ -119,9 +121,25 @@ func (o *options) start(cmd *cobra.Command) (_ *daemon, err error) {
 	}
 	d.onClose(stop)
 
-	engine, err := pieces.Open(o.dataDir, pieces.Options{Log: d.log, Address: o.socket, MaxSize: int64(o.maxSize)})
+	key, inSwarm, err := o.readKey(cmd)
 	if err != nil {
 		return nil, err
+	}
+	if err := d.serveMetrics(); err != nil {
+		return nil, err
+	}
+	local, err := pieces.Open(o.dataDir, pieces.Options{Log: d.log, Address: o.socket, MaxSize: int64(o.maxSize)})
+	if err != nil {
+		return nil, err
+	}
+	var engine p2p.Engine = local
+	peer := "none"
+	if inSwarm {
+		joined, err := d.joinSwarm(local, key)
+		if err != nil {
+			return nil, errors.Join(err, local.Close())
+		}
+		engine, peer = joined, joined.ID()
 	}
 	store := blobstore.New(engine)
 	d.onClose(func() {
@@ -151,8 +169,8 @@ func (o *options) start(cmd *cobra.Command) (_ *daemon, err error) {
 	}
 
 	version := build.Get().Version
-	d.log.Info("start", "version", version, "data", o.dataDir, "socket", o.socket, "registry", d.registry.url(), "pid", os.Getpid())
-	fmt.Fprintf(stderr, "dfdaemon %s: data %s, socket %s, registry %s, pid %d\n", version, o.dataDir, o.socket, d.registry.url(), os.Getpid())
+	d.log.Info("start", "version", version, "data", o.dataDir, "socket", o.socket, "registry", d.registry.url(), "peer", peer, "pid", os.Getpid())
+	fmt.Fprintf(stderr, "dfdaemon %s: data %s, socket %s, registry %s, peer %s, pid %d\n", version, o.dataDir, o.socket, d.registry.url(), peer, os.Getpid())
 	return d, nil
 }
 

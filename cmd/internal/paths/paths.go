@@ -27,6 +27,9 @@ func LogDir() string { return logDir(isRoot()) }
 // /etc/dragonfly, or a user's own where there is one.
 func Config(name string) string { return config(isRoot(), name) }
 
+// SwarmKey is the key file of the swarm.
+func SwarmKey() string { return swarmKey(isRoot()) }
+
 // DataDir is where the daemon keeps content, below its working directory.
 func DataDir(workHome string) string { return filepath.Join(workHome, "data") }
 
@@ -67,6 +70,14 @@ func config(root bool, name string) string {
 		}
 	}
 	return filepath.Join("/etc/dragonfly", name+".yaml")
+}
+
+func swarmKey(root bool) string {
+	const name = "swarm.key"
+	if root {
+		return filepath.Join("/etc/dragonfly", name)
+	}
+	return filepath.Join(xdg("XDG_CONFIG_HOME", ".config"), "dragonfly", name)
 }
 
 func stateDir() string { return filepath.Join(xdg("XDG_STATE_HOME", ".local/state"), "dragonfly") }
