@@ -30,10 +30,20 @@
 // its subject; one that nothing has held yet is kept, too. What was imported
 // under its digest is kept until that is deleted.
 //
+// # Peers
+//
+// Where the dfdaemon has peers, what is not on this host is found on theirs: by its
+// digest, or by a cache ID, of which the newest counts. Reading it fetches and keeps
+// it, and an artifact's name with it, so that this host can give it to others.
+// [Lookup] keeps an operation on this host. That nobody has it is [ErrNotFound];
+// that it is not here, and nobody could be asked, [ErrUnreachable]. [Repository.Remove]
+// removes it everywhere, [Repository.Replicate] copies it to so many hosts, and
+// [Store.Peers] says who they are.
+//
 // # What holds
 //
 // Content is compared with its digest before it is stored, and
 // checked against bit rot whenever it is read. An import that has returned
 // survives kill -9 and a power cut; one that has not leaves nothing. An export
-// makes a whole file or none.
+// makes a whole file or none, wherever its pieces came from.
 package blobstore

@@ -71,6 +71,21 @@ func (d *descriptor) UnmarshalJSON(data []byte) error {
 	return nil
 }
 
+// ParseManifest returns what a manifest refers to: all it is made of, and its
+// subject; Needs is empty. mediaType is what the manifest is stored as, or "" for
+// what it says of itself. Errors match [ErrInvalid]. It is for engines that fetch
+// manifests from elsewhere.
+func ParseManifest(mediaType string, content []byte) (*p2p.NewManifest, error) {
+	m, err := parseManifest(content)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := m.mediaTypeOf(mediaType); err != nil {
+		return nil, err
+	}
+	return m.refs(false), nil
+}
+
 // parseManifest reads a manifest. Errors match [ErrInvalid].
 func parseManifest(data []byte) (*manifest, error) {
 	if len(data) > MaxManifest {

@@ -83,7 +83,8 @@ func descriptorOf(info p2p.Info) ocispec.Descriptor {
 // refers to, as whoever skips a copy of it expects.
 //
 // Content of which is known that it is damaged is not there, so that it is
-// pushed again.
+// pushed again. Nor is what only peers could have, where none can be asked:
+// pushing has to work on a host that is on its own.
 func (r *Repository) Exists(ctx context.Context, target ocispec.Descriptor) (bool, error) {
 	if err := checkTarget(target); err != nil {
 		return false, err
@@ -91,14 +92,18 @@ func (r *Repository) Exists(ctx context.Context, target ocispec.Descriptor) (boo
 	return r.has(ctx, target, p2p.Network)
 }
 
-// has reports whether target is there, as Exists does, within scope.
+// has reports whether target is there, as Exists does, within scope. On this host
+// that is all of it: what is arriving may never do so.
 func (r *Repository) has(ctx context.Context, target ocispec.Descriptor, scope p2p.Scope) (bool, error) {
 	info, err := r.engine.Stat(ctx, r.tag, digest.FromDigest(target.Digest), p2p.StatOptions{Scope: scope})
 	switch {
-	case errors.Is(err, ErrNotFound), errors.Is(err, ErrCorrupt):
+	case errors.Is(err, ErrNotFound), errors.Is(err, ErrCorrupt), errors.Is(err, ErrUnreachable):
 		return false, nil
 	case err != nil:
 		return false, err
+	}
+	if scope == p2p.Local && !info.Local() {
+		return false, nil
 	}
 	return info.IsManifest || !isManifestType(target.MediaType), nil
 }
@@ -421,15 +426,29 @@ func (r *Repository) Delete(ctx context.Context, target ocispec.Descriptor) erro
 }
 
 // Predecessors implements [content.PredecessorFinder]: it returns the manifests
-// that refer to node, or have it as their subject, in no particular order.
+// that refer to node, or have it as their subject, in no particular order. Those
+// that peers have are brought here first.
 func (r *Repository) Predecessors(ctx context.Context, node ocispec.Descriptor) ([]ocispec.Descriptor, error) {
 	if checkTarget(node) != nil {
 		return nil, nil // nothing can refer to it
 	}
-	var found []ocispec.Descriptor
-	for entry, err := range r.engine.List(ctx, p2p.Query{Tag: &r.tag, RefersTo: node.Digest}) {
+	found, err := r.referring(ctx, node.Digest, true)
+	if errors.Is(err, ErrUnreachable) {
+		// What is here is an answer, too: nobody can tell whether it is all there is.
+		found, err = r.referring(ctx, node.Digest, false)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("predecessors of %s: %w", node.Digest, err)
+	}
+	return found, nil
+}
+
+// referring returns the manifests that refer to d. Those that peers have are
+// brought here first where that is wanted.
+func (r *Repository) referring(ctx context.Context, d digest.Digest, fromPeers bool) (found []ocispec.Descriptor, err error) {
+	for entry, err := range r.engine.List(ctx, p2p.Query{Tag: &r.tag, RefersTo: d, FromPeers: fromPeers}) {
 		if err != nil {
-			return nil, fmt.Errorf("predecessors of %s: %w", node.Digest, err)
+			return nil, err
 		}
 		found = append(found, descriptorOf(entry.Info))
 	}
@@ -548,7 +567,10 @@ func (r *Repository) mount(ctx context.Context, d digest.Digest, fromRepo string
 		return err
 	}
 	from := &Repository{engine: r.engine, tag: tag}
-	info, err := r.engine.Stat(ctx, from.tag, digest.FromDigest(d), p2p.StatOptions{})
+	info, err := r.engine.Stat(ctx, from.tag, digest.FromDigest(d), p2p.StatOptions{Scope: p2p.Local})
+	if err == nil && !info.Local() {
+		err = fmt.Errorf("%s is still arriving: %w", from.task(d), ErrNotFound)
+	}
 	if err != nil {
 		return err
 	}
@@ -610,11 +632,21 @@ type Manifest struct {
 // Manifest returns the manifest that reference, a tag or a digest, names. Other
 // content is none: the error matches [ErrNotFound].
 func (r *Repository) Manifest(ctx context.Context, reference string) (Manifest, error) {
+	return r.manifest(ctx, reference, p2p.StatOptions{Manifest: true})
+}
+
+// KeepManifest is Manifest for whoever means to fetch what it is made of: where
+// peers have it, the manifest is kept on this host, with the tag.
+func (r *Repository) KeepManifest(ctx context.Context, reference string) (Manifest, error) {
+	return r.manifest(ctx, reference, p2p.StatOptions{Manifest: true, Keep: true})
+}
+
+func (r *Repository) manifest(ctx context.Context, reference string, opts p2p.StatOptions) (Manifest, error) {
 	cid, err := parseReference(reference)
 	if err != nil {
 		return Manifest{}, err
 	}
-	info, err := r.engine.Stat(ctx, r.tag, cid, p2p.StatOptions{Manifest: true})
+	info, err := r.engine.Stat(ctx, r.tag, cid, opts)
 	if err == nil && info.Manifest == nil {
 		err = fmt.Errorf("%s is not a manifest: %w", p2p.Describe(r.tag, cid), ErrNotFound)
 	}
@@ -641,8 +673,9 @@ type ManifestOptions struct {
 	// Tags are to point to the manifest.
 	Tags []string
 	// CheckRefs refuses the manifest, with [ErrMissingRef], where it refers to
-	// what the repository does not hold; its subject and layers that are not
-	// for distribution may be missing.
+	// what neither the repository holds nor a peer does; its subject and layers
+	// that are not for distribution may be missing. What peers have is fetched:
+	// a client that was told of it does not push it.
 	CheckRefs bool
 }
 
@@ -699,10 +732,15 @@ func (r *Repository) pushManifest(ctx context.Context, data []byte, push manifes
 		return Manifest{}, err
 	}
 	refs := parsed.refs(push.check)
-	err = in.Commit(p2p.Commit{
+	commit := p2p.Commit{
 		Tasks: []p2p.NewTask{{Task: r.task(added.Digest), MediaType: mediaType, Keep: p2p.KeepLoose, Manifest: refs}},
 		Names: pointing(push.names, added.Digest),
-	})
+	}
+	err = in.Commit(commit)
+	if errors.Is(err, ErrMissingRef) && r.bring(ctx, refs.Needs) {
+		// An ingest can't go on after an error.
+		err = r.commitAgain(ctx, data, added.Digest, commit)
+	}
 	if err != nil {
 		return Manifest{}, err
 	}
@@ -714,4 +752,33 @@ func (r *Repository) pushManifest(ctx context.Context, data []byte, push manifes
 		Content: data,
 		Subject: refs.Subject,
 	}, nil
+}
+
+// bring fetches those of digests that are not on this host from peers, until one
+// of them can't be had. It reports whether any came.
+func (r *Repository) bring(ctx context.Context, digests []digest.Digest) (some bool) {
+	for _, d := range digests {
+		info, err := r.engine.Stat(ctx, r.tag, digest.FromDigest(d), p2p.StatOptions{Scope: p2p.Local})
+		if errors.Is(err, ErrNotFound) || err == nil && !info.Local() {
+			_, err = r.copyBlob(ctx, d, io.Discard, p2p.Network, nil)
+			some = some || err == nil
+		}
+		if err != nil {
+			return some
+		}
+	}
+	return some
+}
+
+// commitAgain adds a manifest and commits it.
+func (r *Repository) commitAgain(ctx context.Context, data []byte, d digest.Digest, commit p2p.Commit) error {
+	in, err := r.engine.Ingest(ctx)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	if _, err := in.Add(bytes.NewReader(data), p2p.AddOptions{Want: d}); err != nil {
+		return err
+	}
+	return in.Commit(commit)
 }

@@ -10,6 +10,7 @@ import (
 	"io"
 	"iter"
 	"os"
+	"slices"
 	"time"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -39,22 +40,45 @@ type File struct {
 	PieceLength int64         // in bytes, of every piece but the last
 	Held        int           // pieces that are on this host
 	Local       bool          // whether all of them are
-	Imported    time.Time     // when it came to this host; zero where that was not asked for
+	Imported    time.Time     // when it came to this host; zero where it is not here, or that was not asked for
 	LastUsed    time.Time     // when it was last read on this host; zero where never
 
+	// Holders counts the peers that hold the file. It is nil unless
+	// Lookup.Holders asked for it.
+	Holders *Holders
+	// Sources are the peers that an export got the file from; none where it was
+	// on this host. What is said of pieces is how it was before.
+	Sources []Source
+
 	// Files are those of an artifact that has several. Digest is that of its
-	// manifest then; Size, Pieces and Held are sums; PieceLength is 0.
+	// manifest then; Size, Pieces and Held are sums; PieceLength is 0. Holders
+	// are those of the file that the fewest peers hold whole.
 	Files []File
 }
 
 // MarshalJSON makes an object that always has all fields, with null for a time
-// that is not known.
+// that is not known, and for Holders that were not asked for.
 func (f File) MarshalJSON() ([]byte, error) {
 	known := func(t time.Time) *time.Time {
 		if t.IsZero() {
 			return nil
 		}
 		return &t
+	}
+	type holders struct {
+		Some   int `json:"some"`
+		Whole  int `json:"whole"`
+		Asked  int `json:"asked"`
+		Silent int `json:"silent"`
+	}
+	type source struct {
+		Peer    string `json:"peer"`
+		Address string `json:"address"`
+		Bytes   int64  `json:"bytes"`
+	}
+	sources := []source{}
+	for _, s := range f.Sources {
+		sources = append(sources, source(s))
 	}
 	return json.Marshal(struct {
 		CID         string        `json:"cid"`
@@ -69,14 +93,22 @@ func (f File) MarshalJSON() ([]byte, error) {
 		Local       bool          `json:"local"`
 		Imported    *time.Time    `json:"imported"`
 		LastUsed    *time.Time    `json:"lastUsed"`
+		Holders     *holders      `json:"holders"`
+		Sources     []source      `json:"sources"`
 		Files       []File        `json:"files"`
-	}{f.CID, f.Tag, f.Digest, f.Size, f.Title, f.Manifest, f.Pieces, f.PieceLength, f.Held, f.Local, known(f.Imported), known(f.LastUsed), append([]File{}, f.Files...)})
+	}{
+		f.CID, f.Tag, f.Digest, f.Size, f.Title, f.Manifest, f.Pieces, f.PieceLength, f.Held, f.Local,
+		known(f.Imported), known(f.LastUsed), (*holders)(f.Holders), sources, append([]File{}, f.Files...),
+	})
 }
 
 // Lookup says how far an operation may look for content.
 type Lookup struct {
 	// Local keeps the lookup on this host. Without it peers are asked too.
 	Local bool
+	// Holders has a Stat ask every peer who holds the file. It goes without
+	// Local.
+	Holders bool
 }
 
 func (l Lookup) scope() p2p.Scope {
@@ -177,47 +209,79 @@ func (r *Repository) artifact(in p2p.Ingest, name string, file p2p.Added, title 
 
 func (r *Repository) task(d digest.Digest) p2p.Task { return p2p.Task{Tag: r.tag, Digest: d} }
 
-// Stat says what is known of the file that cid names, or fails with [ErrNotFound].
+// Stat says what is known of the file that cid names, or fails with [ErrNotFound],
+// or with [ErrUnreachable] where it is not on this host and no peer could be asked.
 func (r *Repository) Stat(ctx context.Context, cid string, l Lookup) (File, error) {
-	file, err := r.find(ctx, cid, l, func(File) error { return nil })
+	f, err := r.find(ctx, cid, l, func(*found) error { return nil })
 	if err != nil {
 		return File{}, fmt.Errorf("stat: %w", err)
 	}
-	return file, nil
+	return f.File, nil
 }
 
-// findAttempts is how often what a name points to is looked up again, when it
-// is gone before it could be used.
-const findAttempts = 10
+const (
+	// findAttempts is how often what a name points to is looked up again, when it
+	// is gone before it could be used.
+	findAttempts = 10
+	// goneAttempts is how often of these it may point to the same.
+	goneAttempts = 3
+)
+
+// found is a file that was found.
+type found struct {
+	File
+	here   bool            // all of it, and its name, were on this host
+	others []digest.Digest // what its manifest refers to besides files
+}
 
 // find finds the file that cid names and calls use with it: a digest is the
 // file's own, a cache ID leads to it through a manifest. Whoever imports another
 // file under the same cache ID meanwhile takes all of that away; it is then
 // looked up anew, so that either the one file is found or the other.
-func (r *Repository) find(ctx context.Context, cid string, l Lookup, use func(File) error) (File, error) {
+func (r *Repository) find(ctx context.Context, cid string, l Lookup, use func(*found) error) (*found, error) {
 	id, err := digest.ParseCID(cid)
 	if err != nil {
-		return File{}, err
+		return nil, err
 	}
-	for attempt := 1; ; attempt++ {
-		info, err := r.engine.Stat(ctx, r.tag, id, p2p.StatOptions{Scope: l.scope(), Manifest: id.CacheID() != ""})
+	if l.Local && l.Holders {
+		return nil, fmt.Errorf("%s: %w: peers are to be counted, and not to be asked", p2p.Describe(r.tag, id), ErrInvalid)
+	}
+	named := id.CacheID() != ""
+	var before digest.Digest
+	for attempt, same := 1, 0; ; attempt++ {
+		info, err := r.engine.Stat(ctx, r.tag, id, p2p.StatOptions{Scope: l.scope(), Manifest: named, Holders: l.Holders && !named})
 		if err != nil {
-			return File{}, err
+			return nil, err
 		}
-		file := File{CID: cid, Tag: r.tag, Digest: info.Task.Digest}
+		if info.Task.Digest != before {
+			before, same = info.Task.Digest, 0
+		}
+		same++
+		f := &found{File: File{CID: cid, Tag: r.tag, Digest: info.Task.Digest}, here: !info.Remote}
 		if info.Manifest == nil {
-			file.fill(info)
-		} else if err = r.followManifest(ctx, &file, info.Manifest, l); err != nil {
+			if named && l.Holders {
+				info.Holders, err = r.holders(ctx, info.Task.Digest)
+			}
+			f.fill(info)
+			f.here = f.Local
+		} else if err = r.followManifest(ctx, f, info.Manifest, l); err != nil {
 			err = fmt.Errorf("%s: %w", p2p.Describe(r.tag, id), err)
 		}
 		if err == nil {
-			err = use(file)
+			err = use(f)
 		}
-		// What a name leads to is missing for good only where a part was deleted by force.
-		if !errors.Is(err, ErrNotFound) || attempt == findAttempts || id.CacheID() == "" {
-			return file, err
+		// What a name leads to is missing for good only where a part was deleted
+		// by force, or no peer has it any more.
+		if !errors.Is(err, ErrNotFound) || attempt == findAttempts || same == goneAttempts || !named {
+			return f, err
 		}
 	}
+}
+
+// holders counts the peers that hold d.
+func (r *Repository) holders(ctx context.Context, d digest.Digest) (*Holders, error) {
+	info, err := r.engine.Stat(ctx, r.tag, digest.FromDigest(d), p2p.StatOptions{Holders: true})
+	return info.Holders, err
 }
 
 // fill fills in what the engine knows of a file.
@@ -225,10 +289,11 @@ func (f *File) fill(info p2p.Info) {
 	f.Size, f.Pieces, f.PieceLength = info.Size, info.Pieces, info.PieceLength
 	f.Held, f.Local = info.Held, info.Local()
 	f.Imported, f.LastUsed = info.Imported, info.LastUsed
+	f.Holders = info.Holders
 }
 
 // followManifest fills in what a cache ID leads to.
-func (r *Repository) followManifest(ctx context.Context, file *File, manifest *p2p.Manifest, l Lookup) error {
+func (r *Repository) followManifest(ctx context.Context, file *found, manifest *p2p.Manifest, l Lookup) error {
 	parsed, err := parseManifest(manifest.Content)
 	if err != nil {
 		return err
@@ -242,40 +307,86 @@ func (r *Repository) followManifest(ctx context.Context, file *File, manifest *p
 		known[info.Task.Digest] = info
 	}
 	file.Manifest = file.Digest
+	isFile := map[digest.Digest]bool{}
 	for _, layer := range layers {
+		isFile[layer.Digest] = true
 		info, found := known[layer.Digest]
-		if !found {
+		if !found || l.Holders {
 			// It was too far down the list, or it is damaged or missing, which this tells.
-			if info, err = r.engine.Stat(ctx, r.tag, digest.FromDigest(layer.Digest), p2p.StatOptions{Scope: l.scope()}); err != nil {
+			if info, err = r.engine.Stat(ctx, r.tag, digest.FromDigest(layer.Digest), p2p.StatOptions{Scope: l.scope(), Holders: l.Holders}); err != nil {
 				return fmt.Errorf("leads to: %w", err)
 			}
+			known[layer.Digest] = info
 		}
 		f := File{CID: file.CID, Tag: r.tag, Digest: layer.Digest, Title: layer.Annotations[ocispec.AnnotationTitle], Manifest: file.Manifest}
 		f.fill(info)
 		file.Files = append(file.Files, f)
+		file.here = file.here && f.Local
+	}
+	for _, d := range parsed.refs(false).Refs {
+		if !isFile[d] {
+			file.others = append(file.others, d)
+		}
 	}
 	if len(file.Files) == 1 {
-		*file = file.Files[0]
+		file.File = file.Files[0]
 		return nil
 	}
 	file.Local = true
 	for _, f := range file.Files {
 		file.Size, file.Pieces, file.Held = file.Size+f.Size, file.Pieces+f.Pieces, file.Held+f.Held
 		file.Local = file.Local && f.Local
-		file.Imported = f.Imported
+		if file.Imported.Before(f.Imported) {
+			file.Imported = f.Imported
+		}
 		if file.LastUsed.Before(f.LastUsed) {
 			file.LastUsed = f.LastUsed
+		}
+		if file.Holders == nil || f.Holders != nil && f.Holders.Whole < file.Holders.Whole {
+			file.Holders = f.Holders
 		}
 	}
 	return nil
 }
 
+// maxKept is the size in bytes of what an artifact has besides its files, a
+// config, that is fetched to be kept with it.
+const maxKept = MaxManifest
+
+// keep keeps the artifact that id names, and that was not all here, so that this
+// host can serve it when those that it came from are gone: its name, its manifest,
+// and what else it is made of besides its files, which have been fetched already.
+// What of that fails is no failure of whoever wanted the files, and has nowhere to
+// be reported: the next one who fetches the artifact tries again.
+func (r *Repository) keep(ctx context.Context, f *found, l Lookup) {
+	id, err := digest.ParseCID(f.CID)
+	if err != nil || id.CacheID() == "" || f.here || l.Local {
+		return
+	}
+	if _, err := r.engine.Stat(ctx, r.tag, id, p2p.StatOptions{Manifest: true, Keep: true}); err != nil {
+		return
+	}
+	for _, d := range f.others {
+		blob, err := r.engine.Open(ctx, r.task(d), p2p.Network)
+		if err != nil {
+			continue
+		}
+		if blob.Size() <= maxKept {
+			_ = blob.CopyRange(ctx, io.Discard, 0, blob.Size(), nil)
+		}
+		blob.Close()
+	}
+}
+
 // Open opens the file that cid names for reading, or fails with [ErrNotFound].
 // An artifact of several files can't be opened: the error matches [ErrInvalid].
 // The caller closes the Reader.
+//
+// A file that peers have is read while it comes from them, and kept on this host.
+// ctx bounds that as far as only this Reader waits for it.
 func (r *Repository) Open(ctx context.Context, cid string, l Lookup) (*Reader, error) {
 	var blob p2p.Blob
-	file, err := r.find(ctx, cid, l, func(f File) (err error) {
+	f, err := r.find(ctx, cid, l, func(f *found) (err error) {
 		if len(f.Files) > 0 {
 			return fmt.Errorf("%s: %w: it has %d files: export it to a directory, or name one of them by its digest", f.CID, ErrInvalid, len(f.Files))
 		}
@@ -285,7 +396,8 @@ func (r *Repository) Open(ctx context.Context, cid string, l Lookup) (*Reader, e
 	if err != nil {
 		return nil, fmt.Errorf("open: %w", err)
 	}
-	return newReader(blob, file), nil
+	r.keep(ctx, f, l)
+	return newReader(blob, f.File), nil
 }
 
 // Reader reads a file of a repository. Every byte has been verified before it
@@ -293,6 +405,11 @@ func (r *Repository) Open(ctx context.Context, cid string, l Lookup) (*Reader, e
 // stays readable until the Reader is closed, even when it is deleted
 // meanwhile. ReadAt and CopyRange are safe for concurrent use, Read and Seek
 // are not.
+//
+// Reads of a file that is still coming from peers wait for what they want, and
+// have it fetched first. Only a copy of the whole proves the whole: where a peer
+// has lied so that this fails, the error matches [ErrMismatch], and the file is to
+// be opened again.
 type Reader struct {
 	*io.SectionReader
 	blob p2p.Blob
@@ -304,7 +421,8 @@ func newReader(blob p2p.Blob, file File) *Reader {
 }
 
 // CopyRange writes the n bytes from off on to w. Each piece is verified before
-// bytes of it are written. Where w can read from an [*os.File] by itself, as
+// bytes of it are written, and a copy of the whole ends with success only when
+// the whole is proven. Where w can read from an [*os.File] by itself, as
 // connections do, the bytes stay in the kernel. It ends with ctx.
 func (r *Reader) CopyRange(ctx context.Context, w io.Writer, off, n int64) error {
 	return r.blob.CopyRange(ctx, w, off, n, nil)
@@ -312,6 +430,10 @@ func (r *Reader) CopyRange(ctx context.Context, w io.Writer, off, n int64) error
 
 // File returns what was known of the file when it was opened.
 func (r *Reader) File() File { return r.file }
+
+// Sources says from which peers the file has come, when all of it has; nil where
+// it was on this host.
+func (r *Reader) Sources() []Source { return r.blob.Sources() }
 
 // WriteTo implements [io.WriterTo]: it writes what is left of the file to w.
 func (r *Reader) WriteTo(w io.Writer) (int64, error) {
@@ -350,6 +472,7 @@ func (r *Repository) Export(ctx context.Context, cid string, w io.Writer, opts E
 	if err := in.blob.CopyRange(ctx, w, 0, in.Size(), opts.Progress); err != nil {
 		return File{}, fmt.Errorf("export %s: %w", cid, err)
 	}
+	in.file.Sources = in.Sources()
 	return in.file, nil
 }
 
@@ -364,41 +487,84 @@ func (r *Repository) Export(ctx context.Context, cid string, w io.Writer, opts E
 // and verified; other files in it stay. A file whose name would lead out of the
 // directory is refused, with [ErrInvalid].
 func (r *Repository) ExportFile(ctx context.Context, cid, path string, opts ExportOptions) (File, error) {
-	file, err := r.find(ctx, cid, opts.Lookup, func(f File) error {
+	f, err := r.find(ctx, cid, opts.Lookup, func(f *found) error {
 		if len(f.Files) == 0 {
-			return writeFile(path, opts.Overwrite, func(out *os.File) error {
-				return r.copyFile(ctx, f, out, opts.Lookup, opts.Progress)
+			return writeFile(path, opts.Overwrite, func(out *os.File) (err error) {
+				f.Sources, err = r.copyFile(ctx, f.File, out, opts.Lookup, opts.Progress)
+				return err
 			})
 		}
-		return r.writeDir(ctx, f, path, opts)
+		return r.writeDir(ctx, &f.File, path, opts)
 	})
 	if err != nil {
 		return File{}, fmt.Errorf("export %s: %w", cid, err)
 	}
-	return file, nil
+	r.keep(ctx, f, opts.Lookup)
+	return f.File, nil
 }
 
 // writeDir writes the files of an artifact to a directory at path.
-func (r *Repository) writeDir(ctx context.Context, artifact File, path string, opts ExportOptions) error {
+func (r *Repository) writeDir(ctx context.Context, artifact *File, path string, opts ExportOptions) error {
 	var written int64
-	return writeDir(path, opts.Overwrite, artifact.Files, func(f File, out *os.File) error {
+	next := 0
+	err := writeDir(path, opts.Overwrite, artifact.Files, func(f File, out *os.File) error {
 		progress := opts.Progress
 		if before := written; progress != nil {
 			progress = func(n int64) { opts.Progress(before + n) }
 		}
-		written += f.Size
-		return r.copyFile(ctx, f, out, opts.Lookup, progress)
+		sources, err := r.copyFile(ctx, f, out, opts.Lookup, progress)
+		artifact.Files[next].Sources = sources
+		written, next = written+f.Size, next+1
+		return err
 	})
-}
-
-// copyFile copies the content of f to out.
-func (r *Repository) copyFile(ctx context.Context, f File, out *os.File, l Lookup, progress func(int64)) error {
-	blob, err := r.engine.Open(ctx, r.task(f.Digest), l.scope())
 	if err != nil {
 		return err
 	}
+	artifact.Sources = nil
+	for _, f := range artifact.Files {
+		for _, s := range f.Sources {
+			i := slices.IndexFunc(artifact.Sources, func(known Source) bool { return known.Peer == s.Peer && known.Address == s.Address })
+			if i < 0 {
+				artifact.Sources = append(artifact.Sources, s)
+			} else {
+				artifact.Sources[i].Bytes += s.Bytes
+			}
+		}
+	}
+	return nil
+}
+
+// copyFile copies the content of f to out, which is empty, and says which peers
+// it came from.
+func (r *Repository) copyFile(ctx context.Context, f File, out *os.File, l Lookup, progress func(int64)) ([]Source, error) {
+	for attempt := 1; ; attempt++ {
+		sources, err := r.copyBlob(ctx, f.Digest, out, l.scope(), progress)
+		if !errors.Is(err, ErrMismatch) || attempt == copyAttempts {
+			return sources, err
+		}
+		// Nobody has seen what was written.
+		if err := out.Truncate(0); err != nil {
+			return nil, err
+		}
+		if _, err := out.Seek(0, io.SeekStart); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// copyAttempts is how often a blob is copied from the beginning where a peer has
+// lied so that its proof fails: it is fetched from others then.
+const copyAttempts = 3
+
+// copyBlob copies a blob to w.
+func (r *Repository) copyBlob(ctx context.Context, d digest.Digest, w io.Writer, scope p2p.Scope, progress func(int64)) ([]Source, error) {
+	blob, err := r.engine.Open(ctx, r.task(d), scope)
+	if err != nil {
+		return nil, err
+	}
 	defer blob.Close()
-	return blob.CopyRange(ctx, out, 0, blob.Size(), progress)
+	err = blob.CopyRange(ctx, w, 0, blob.Size(), progress)
+	return blob.Sources(), err
 }
 
 // DeleteOptions says how to delete.
@@ -413,8 +579,9 @@ type Deleted = p2p.Deleted
 // Remove removes what cid names. A cache ID goes with everything that only it
 // held. A digest that a manifest refers to is an error that matches
 // [ErrReferenced], unless opts.Force is set. Bytes are freed when no tag holds
-// them any more; who has them open can read on. It fails with [ErrNotFound]
-// where there is nothing to remove.
+// them any more; who has them open can read on. Peers do the same; the result
+// names those that were not reached, and that learn of it when they return. It
+// fails with [ErrNotFound] where there is nothing to remove.
 func (r *Repository) Remove(ctx context.Context, cid string, opts DeleteOptions) (Deleted, error) {
 	id, err := digest.ParseCID(cid)
 	if err != nil {
@@ -425,6 +592,21 @@ func (r *Repository) Remove(ctx context.Context, cid string, opts DeleteOptions)
 		return Deleted{}, fmt.Errorf("delete: %w", err)
 	}
 	return deleted, nil
+}
+
+// Replicate makes n other peers hold what cid names whole, with all that belongs
+// to it, and returns their IDs when they do. It fails with [ErrUnreachable] where
+// there are not so many peers that can, and says how many did; ctx bounds it.
+func (r *Repository) Replicate(ctx context.Context, cid string, n int) ([]string, error) {
+	id, err := digest.ParseCID(cid)
+	if err != nil {
+		return nil, fmt.Errorf("replicate: %w", err)
+	}
+	peers, err := r.engine.Replicate(ctx, r.tag, id, n)
+	if err != nil {
+		return nil, fmt.Errorf("replicate: %w", err)
+	}
+	return peers, nil
 }
 
 // List yields what the repository holds on this host: names, then blobs, each

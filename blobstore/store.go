@@ -25,6 +25,7 @@ var (
 	ErrMissingRef  = p2p.ErrMissingRef  // a manifest refers to what is not there
 	ErrNoSpace     = p2p.ErrNoSpace     // a disk or a quota is full
 	ErrUnavailable = p2p.ErrUnavailable // the daemon can't be reached, or another process holds the directory
+	ErrUnreachable = p2p.ErrUnreachable // it is not on this host, and no peer could be asked
 	ErrClosed      = p2p.ErrClosed      // the Store has been closed
 )
 
@@ -110,6 +111,19 @@ func (s *Store) List(ctx context.Context) iter.Seq2[Entry, error] {
 	return s.engine.List(ctx, p2p.Query{})
 }
 
+// Peers are other dfdaemons, and what they have and did.
+type (
+	Peer      = p2p.Peer      // another dfdaemon
+	PeerState = p2p.PeerState // how it stands with one
+	Holders   = p2p.Holders   // how many of them hold a file
+	Source    = p2p.Source    // one that gave bytes of a file
+	Missed    = p2p.Missed    // one that a Remove was not done on
+)
+
+// Peers describes the other dfdaemons that this host's knows, the connected ones
+// first. An embedded store has none.
+func (s *Store) Peers(ctx context.Context) ([]Peer, error) { return s.engine.Peers(ctx) }
+
 // Close closes the Store. Operations under way end first; open [Reader]s stay
-// readable.
+// readable, but for those of files that are still coming from peers.
 func (s *Store) Close() error { return s.engine.Close() }

@@ -154,8 +154,8 @@ const (
 // for concurrent use.
 //
 // Of a blob that is still arriving from peers, reads wait for the pieces they
-// want, and have them fetched first; a CopyRange of all of it returns nil only
-// when the whole is proven against the digest. Should a peer have lied in such a
+// want, and have them fetched first; a CopyRange of all of it writes the last
+// piece only when the whole is proven against the digest. Should a peer have lied in such a
 // way that this fails, reads end with an error that matches [digest.ErrMismatch];
 // opened again, the blob is fetched from others.
 type Blob interface {

@@ -106,6 +106,11 @@ func problemOf(err error, t target) *problem {
 		p = newProblem(http.StatusBadRequest, invalid, "%v", err)
 	case errors.Is(err, blobstore.ErrNotFound):
 		p = newProblem(http.StatusNotFound, unknown, "%s is not in repository %s", t.reference, t.name)
+	case errors.Is(err, blobstore.ErrUnreachable):
+		// Not 503: a client that pushes asks first whether there is content, and has
+		// to go on where this host is on its own; one that pulls through a mirror
+		// looks elsewhere after a 404, and gives up or tries for long after a 503.
+		p = newProblem(http.StatusNotFound, unknown, "%s is not on this host, in repository %s, and no peer could be asked for it", t.reference, t.name)
 	case errors.Is(err, blobstore.ErrUnavailable), errors.Is(err, blobstore.ErrClosed):
 		p = newProblem(http.StatusServiceUnavailable, codeUnknown, "the store can't be reached now: try again later").with("Retry-After", "5")
 	default:

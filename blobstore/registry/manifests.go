@@ -17,7 +17,11 @@ func (h *Handler) getManifest(w *response, r *request) error {
 	if _, err := manifestReference(r); err != nil {
 		return err
 	}
-	m, err := r.repo.Manifest(r.Context(), r.reference)
+	get := r.repo.KeepManifest
+	if r.Method == http.MethodHead {
+		get = r.repo.Manifest
+	}
+	m, err := get(r.Context(), r.reference)
 	if err != nil {
 		return err
 	}

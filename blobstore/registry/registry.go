@@ -183,6 +183,8 @@ func (h *Handler) logRequest(w *response, r *request, start time.Time, failure e
 	case failure == nil && r.change != "":
 		level, message = slog.LevelInfo, r.change
 	case failure == nil, r.gone, w.err != nil: // well, or nobody waits for it
+	case errors.Is(failure, blobstore.ErrUnreachable): // a 404, too, and the operator's to mend
+		level = slog.LevelWarn
 	case w.status == http.StatusNotFound, w.status == http.StatusRequestedRangeNotSatisfiable: // clients ask, and learn
 	default:
 		level = slog.LevelWarn

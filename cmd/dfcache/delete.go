@@ -1,7 +1,9 @@
 package main
 
 import (
+	"cmp"
 	"context"
+	"fmt"
 
 	"github.com/spf13/cobra"
 
@@ -13,8 +15,23 @@ import (
 type deletion struct {
 	CID   string `json:"cid"`
 	Tag   string `json:"tag"`
-	Tasks int    `json:"tasks"` // blobs that the tag has let go
-	Freed int64  `json:"freed"` // bytes
+	Tasks int    `json:"tasks"` // blobs that the tag has let go, here
+	Freed int64  `json:"freed"` // bytes, here
+
+	Reached int      `json:"reached"` // peers that do not hold it any more
+	Removed int      `json:"removed"` // of these, that had something to remove
+	Missed  []missed `json:"missed"`
+}
+
+// missed is a peer that a delete was not done on.
+type missed struct {
+	Peer    string `json:"peer"`
+	Address string `json:"address"`
+	Reason  string `json:"reason"`
+}
+
+func (m missed) String() string {
+	return fmt.Sprintf("%s %s: %s", printable(m.Peer), printable(cmp.Or(m.Address, "(no address)")), printable(m.Reason))
 }
 
 func (a *app) deleteCommand() *cobra.Command {
@@ -30,6 +47,12 @@ the manifest leads nowhere.
 
 Bytes are freed when no tag holds them any more. Who reads the file at the time
 can read on.
+
+All peers do the same. The result says how many were reached, on how many of these
+there was something to remove, and which were missed: they are named on stderr,
+too, and do it when they return, so that this is a success.
+
+As JSON, "missed" is an array of objects with "peer", "address" and "reason".
 
 ` + storeStatus(exit.NotFound, exit.Referenced),
 		Example: `  dfcache delete -i testid -t testtag`,
@@ -64,11 +87,25 @@ func (s *session) delete(ctx context.Context, opts blobstore.DeleteOptions) erro
 	if s.tag != "" {
 		text.add("tag", "%s", s.tag)
 	}
-	blobs := "blobs"
-	if deleted.Tasks == 1 {
-		blobs = "blob"
-	}
-	text.add("removed", "%d %s", deleted.Tasks, blobs)
+	text.add("removed", "%s", count(deleted.Tasks, "blob", "blobs"))
 	text.add("freed", "%s", bytesAndHuman(deleted.Freed))
-	return s.result.print(s.stdout, deletion{s.cid, s.tag, deleted.Tasks, deleted.Freed}, text.String())
+	result := deletion{
+		CID: s.cid, Tag: s.tag, Tasks: deleted.Tasks, Freed: deleted.Freed,
+		Reached: deleted.Reached, Removed: deleted.Removed, Missed: []missed{},
+	}
+	if deleted.Reached > 0 || len(deleted.Missed) > 0 {
+		text.add("peers", "reached %d, removed on %d", deleted.Reached, deleted.Removed)
+	}
+	for _, m := range deleted.Missed {
+		result.Missed = append(result.Missed, missed(m))
+		text.add("missed", "%s", missed(m))
+	}
+	if len(result.Missed) > 0 {
+		s.log.Warn("peers were missed", "count", len(result.Missed))
+		fmt.Fprintf(s.stderr, "dfcache: warning: %s not reached, and delete it when they return:\n", count(len(result.Missed), "peer was", "peers were"))
+		for _, m := range result.Missed {
+			fmt.Fprintf(s.stderr, "  %s\n", m)
+		}
+	}
+	return s.result.print(s.stdout, result, text.String())
 }

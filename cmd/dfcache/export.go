@@ -1,8 +1,10 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
+	"slices"
 
 	"github.com/spf13/cobra"
 
@@ -22,6 +24,11 @@ is verified before the new file can be seen; a failure leaves no file behind. An
 existing file is left as it is, unless --overwrite is given. The new file belongs
 to who runs the command.
 
+What is not on this host is fetched from the peers that have it, from all of them
+at once, and is kept on this host; a cache ID is kept with it, so that this host
+can serve the file on. The result says where the bytes came from. With --local
+nobody is asked.
+
 A cache ID can lead to several files, where a registry client has pushed it so:
 they are exported under their own names to a new or empty directory OUTPUT, all
 of them or none. With --overwrite the directory may have other files, too.
@@ -29,7 +36,11 @@ of them or none. With --overwrite the directory may have other files, too.
 The output "-" is stdout. What a failed export has written there by then can't be
 taken back, so check the exit status. The result goes to stderr.
 
-` + storeStatus(exit.NotFound, exit.NoSpace, exit.Corrupt, exit.OutputExists),
+As JSON, "sources" is an array of the peers that bytes came from, with "peer",
+"address" and "bytes"; it is empty where the file was here, and "local" and "held"
+are how it was before.
+
+` + storeStatus(exit.NotFound, exit.Mismatch, exit.NoSpace, exit.Corrupt, exit.OutputExists, exit.Unreachable),
 		Example: `  dfcache export --tag models --cid v1 -O /tmp/model.bin
 
   # only if this host has it
@@ -94,6 +105,36 @@ func (s *session) exportFile(ctx context.Context, output string, opts blobstore.
 	}
 	var text facts
 	text.describe(file)
+	text.from(file)
 	text.files(file)
 	return s.result.print(result, file, text.String())
+}
+
+// maxSources is the number of peers that are named as those a file came from.
+const maxSources = 10
+
+// from adds where the bytes of a file came from.
+func (f *facts) from(file blobstore.File) {
+	rest := file.Size
+	for _, s := range file.Sources {
+		rest -= s.Bytes
+	}
+	if len(file.Sources) == 0 {
+		f.add("from", "this host")
+		return
+	}
+	sources := slices.SortedFunc(slices.Values(file.Sources), func(a, b blobstore.Source) int { return cmp.Compare(b.Bytes, a.Bytes) })
+	for _, s := range sources[:min(len(sources), maxSources)] {
+		f.add("from", "peer %s (%s), %s", printable(s.Address), printable(s.Peer), bytesAndHuman(s.Bytes))
+	}
+	if len(sources) > maxSources {
+		var n int64
+		for _, s := range sources[maxSources:] {
+			n += s.Bytes
+		}
+		f.add("from", "%d more peers, %s", len(sources)-maxSources, bytesAndHuman(n))
+	}
+	if rest > 0 {
+		f.add("from", "this host, %s", bytesAndHuman(rest))
+	}
 }

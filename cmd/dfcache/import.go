@@ -1,11 +1,14 @@
 package main
 
 import (
+	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os"
+	"strings"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -17,6 +20,7 @@ import (
 
 func (a *app) importCommand() *cobra.Command {
 	var input, algorithm string
+	var replicas int
 	cmd := &cobra.Command{
 		Use:   "import [-i CID] {FILE | -I FILE}",
 		Short: "Import a file into the P2P cache",
@@ -29,12 +33,20 @@ stored. Where it is a cache ID, it names the file from now on, and if it was the
 name of another file, that one is let go. Without --cid the file is stored under
 its sha256, or the digest that --algorithm says, which is printed.
 
-` + storeStatus(exit.Mismatch, exit.NoSpace),
+With --replicas the command returns when so many peers, too, hold the file whole. It
+fails where there are not so many that can, or when --timeout is over; the file
+is stored on this host then all the same. As JSON, "replicas" is an array of the
+IDs of these peers.
+
+` + storeStatus(exit.Mismatch, exit.NoSpace, exit.Unreachable),
 		Example: `  # under a name of your own
   dfcache import --tag models --cid v1 /srv/model.bin
 
   # under its digest, which is computed and printed
   dfcache import --tag models /srv/model.bin
+
+  # on this host and two others
+  dfcache import --tag models --cid v1 --replicas 2 --timeout 10m /srv/model.bin
 
   # from stdin, checked
   curl -sSL https://example.com/file | dfcache import --cid sha256:2cf2...9824 -`,
@@ -51,19 +63,23 @@ its sha256, or the digest that --algorithm says, which is printed.
 				// Most likely a variable that has no value.
 				return exit.FlagError(cmd, errors.New("--cid is empty: give it a value, or leave it out to store the file under its digest"))
 			}
+			if replicas < 0 {
+				return exit.FlagError(cmd, fmt.Errorf("--replicas %d is negative: pass how many peers are to hold the file, or 0", replicas))
+			}
 			return a.session(cmd, a.consoleFile(false), func(ctx context.Context, s *session) error {
-				return s.importFile(ctx, input, algorithm)
+				return s.importFile(ctx, input, algorithm, replicas)
 			})
 		},
 	}
 	a.result.flags(cmd)
 	cmd.Flags().StringVarP(&input, "input", "I", "", "import the given `file`, - is stdin")
 	cmd.Flags().StringVar(&algorithm, "algorithm", string(digest.SHA256), "digest `algorithm` where --cid is no digest: sha256, sha384 or sha512")
+	cmd.Flags().IntVar(&replicas, "replicas", 0, "return when `N` peers, too, hold the file whole")
 	complete(cmd, "algorithm", string(digest.SHA256), string(digest.SHA384), string(digest.SHA512))
 	return cmd
 }
 
-func (s *session) importFile(ctx context.Context, input, algorithm string) error {
+func (s *session) importFile(ctx context.Context, input, algorithm string, replicas int) error {
 	alg, err := digest.ParseAlgorithm(algorithm)
 	if err != nil {
 		return fmt.Errorf("--algorithm: %w", err)
@@ -101,8 +117,70 @@ func (s *session) importFile(ctx context.Context, input, algorithm string) error
 	}
 	var text facts
 	text.describe(file)
-	return s.result.print(s.stdout, file, text.String())
+	result := imported{File: file, replicas: []string{}}
+	if replicas > 0 {
+		result.replicas, err = repo.Replicate(ctx, file.CID, replicas)
+		if err != nil {
+			return s.notReplicated(ctx, repo, file, replicas, err)
+		}
+		text.add("replicas", "%d: %s", len(result.replicas), strings.Join(result.replicas, ", "))
+	}
+	return s.result.print(s.stdout, result, text.String())
 }
+
+// imported is the result of an import.
+type imported struct {
+	blobstore.File
+	replicas []string // IDs of the peers that hold it, too
+}
+
+// MarshalJSON adds "replicas" to what a file is as JSON.
+func (i imported) MarshalJSON() ([]byte, error) {
+	file, err := json.Marshal(i.File)
+	if err != nil {
+		return nil, err
+	}
+	replicas, err := json.Marshal(i.replicas)
+	if err != nil {
+		return nil, err
+	}
+	file = append(bytes.TrimSuffix(file, []byte("}")), `,"replicas":`...)
+	return append(append(file, replicas...), '}'), nil
+}
+
+// holdersWithin bounds how long peers are asked who holds a file, when the time
+// for the command is over.
+const holdersWithin = stuckAfter / 2
+
+// notReplicated says that a file is stored, although the command fails: err is why
+// there are too few peers that hold it.
+func (s *session) notReplicated(ctx context.Context, repo *blobstore.Repository, file blobstore.File, replicas int, err error) error {
+	why, code := err.Error(), exit.Code(err)
+	switch {
+	case code == exit.Interrupted:
+		why = "interrupted"
+	case code == exit.Timeout && s.timeout > 0: // which the daemon can notice first
+		why = fmt.Sprintf("--timeout %s was not enough", s.timeout)
+	}
+	if code == exit.Interrupted || code == exit.Timeout {
+		// The engine had no time to say it.
+		counting, cancel := context.WithTimeout(context.WithoutCancel(ctx), holdersWithin)
+		defer cancel()
+		if f, statErr := repo.Stat(counting, file.CID, blobstore.Lookup{Holders: true}); statErr == nil && f.Holders != nil {
+			why += ", and " + count(f.Holders.Whole, "peer holds it", "peers hold it") + " whole by now"
+		}
+	}
+	if code == exit.Unreachable {
+		why += ": " + unreachableAdvice
+	}
+	return &storedError{toldError{
+		fmt.Sprintf("import: the file is stored on this host as %s, but not on %s, too: %s", file.CID, count(replicas, "peer", "peers"), why),
+		err,
+	}}
+}
+
+// storedError says that an import failed although the file is stored.
+type storedError struct{ toldError }
 
 // isClosed reports whether a standard file was closed when the process began.
 // Go opens /dev/null for reading and writing in its place then, which is not

@@ -1,5 +1,5 @@
 // Command dfcache imports files into a peer-to-peer cache, and exports, looks
-// up, lists and deletes what is in it. It has no store of its own: a dfdaemon
+// up, lists and deletes what is in it, and shows the peers. It has no store of its own: a dfdaemon
 // does the work.
 //
 // This package holds flags and output only; the work is done by package blobstore.

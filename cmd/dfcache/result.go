@@ -169,6 +169,14 @@ func printable(s string) string {
 	return quoted
 }
 
+// count prints how many there are of something.
+func count(n int, one, many string) string {
+	if n == 1 {
+		return "1 " + one
+	}
+	return fmt.Sprintf("%d %s", n, many)
+}
+
 // bytesAndHuman prints a size exactly, and as people read it.
 func bytesAndHuman(n int64) string {
 	if n < 1024 {

@@ -16,8 +16,9 @@ func (a *app) root() *cobra.Command {
 		Short: "P2P cache for files that are named by their content, or by you",
 		Long: `
 dfcache imports files into a peer-to-peer cache and exports them from it. It
-talks to the dfdaemon of this host, which holds the files, and starts one when
-none answers at the default socket.
+talks to the dfdaemon of this host, which holds the files, trades them with the
+dfdaemons of other hosts, its peers, and is started when none answers at the
+default socket.
 
 A file is named by a cid (--cid): an OCI digest of its content, which is checked
 whenever the file is imported or exported, or a cache ID, which is a name of
@@ -46,6 +47,7 @@ EXIT STATUS
   dfcache stat --tag models --cid v1
   dfcache export --tag models --cid v1 -O /tmp/model.bin
   dfcache list
+  dfcache peers
   dfcache delete --tag models --cid v1`,
 		Args:          a.unknownCommand,
 		SilenceErrors: true,
@@ -57,7 +59,7 @@ EXIT STATUS
 	root.SetFlagErrorFunc(exit.FlagError)
 	a.globalFlags(root)
 	root.AddCommand(
-		a.importCommand(), a.exportCommand(), a.statCommand(), a.deleteCommand(), a.listCommand(),
+		a.importCommand(), a.exportCommand(), a.statCommand(), a.deleteCommand(), a.listCommand(), a.peersCommand(),
 		a.pluginCommand(), a.versionCommand(),
 	)
 	manual.Add(root)

@@ -115,6 +115,9 @@ func wait(ctx context.Context, done <-chan error) error {
 
 // explain adds to an error what the user can do about it.
 func (a *app) explain(ctx context.Context, cmd *cobra.Command, err error) error {
+	if _, ok := errors.AsType[*storedError](err); ok {
+		return err
+	}
 	switch exit.Code(err) {
 	case exit.Timeout:
 		if ctx.Err() != nil {
@@ -133,9 +136,14 @@ func (a *app) explain(ctx context.Context, cmd *cobra.Command, err error) error 
 		return fmt.Errorf("%w: import the file again, and see what else is damaged with 'dfdaemon fsck'", err)
 	case exit.Referenced:
 		return fmt.Errorf("%w (--force)", err)
+	case exit.Unreachable:
+		return fmt.Errorf("%w; another host may have it: %s", err, unreachableAdvice)
 	}
 	return err
 }
+
+// unreachableAdvice is what can be done where peers can't be reached.
+const unreachableAdvice = "see 'dfcache peers', and check dfdaemon's bootstrap addresses and swarm key"
 
 // toldError has words of its own for an error.
 type toldError struct {

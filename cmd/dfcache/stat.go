@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"fmt"
 
 	"github.com/spf13/cobra"
 
@@ -17,9 +18,20 @@ func (a *app) statCommand() *cobra.Command {
 		Long: `
 The "stat" command prints what is known of the file that a cid names: digest and
 size, the pieces that it is transferred and verified in, whether this host has
-it, when it was imported here and when it was last used here.
+it, when it came here and when it was last used here.
 
-` + storeStatus(exit.NotFound, exit.Corrupt),
+It also asks all peers, and prints how many of them hold the file or a part of it,
+how many hold it whole, and how many did not answer. Of several files the one is
+meant that the fewest peers hold whole. Nothing is fetched. With --local nobody is
+asked.
+
+That no peer has the file is "not found"; that it is not here, and none could be
+asked, is "unreachable".
+
+As JSON, "holders" is null where peers were not asked, else an object of the
+counts "some" (hold it, or a part), "whole", "asked" and "silent".
+
+` + storeStatus(exit.NotFound, exit.Corrupt, exit.Unreachable),
 		Example: `  dfcache stat --cid testid          # ask peers, too
   dfcache stat --cid testid --local  # only look at this host
 
@@ -48,6 +60,7 @@ func (s *session) stat(ctx context.Context, lookup blobstore.Lookup) error {
 		return err
 	}
 	defer done()
+	lookup.Holders = !lookup.Local
 	file, err := repo.Stat(ctx, s.cid, lookup)
 	if err != nil {
 		return err
@@ -62,15 +75,33 @@ func (s *session) stat(ctx context.Context, lookup blobstore.Lookup) error {
 	default:
 		text.add("pieces", "none: the file is empty")
 	}
-	local := "yes"
-	if !file.Local {
-		local = "no"
+	switch {
+	case file.Local:
+		text.add("local", "yes (held %d of %d)", file.Held, file.Pieces)
+	case file.Held > 0:
+		text.add("local", "no (held %d of %d)", file.Held, file.Pieces)
+	default:
+		text.add("local", "no")
 	}
-	text.add("local", "%s (held %d of %d)", local, file.Held, file.Pieces)
+	if h := file.Holders; h != nil {
+		text.add("peers", "%s", holders(*h))
+	}
 	if !file.Imported.IsZero() {
 		text.add("imported", "%s", moment(file.Imported))
 		text.add("last used", "%s", moment(file.LastUsed))
 	}
 	text.files(file)
 	return s.result.print(s.stdout, file, text.String())
+}
+
+// holders says how many peers hold a file.
+func holders(h blobstore.Holders) string {
+	if h.Asked == 0 {
+		return "none to ask"
+	}
+	text := fmt.Sprintf("%d (%d whole)", h.Some, h.Whole)
+	if h.Silent > 0 {
+		text += fmt.Sprintf(", %d of %d did not answer", h.Silent, h.Asked)
+	}
+	return text
 }

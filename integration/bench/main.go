@@ -40,9 +40,14 @@ func main() {
 	runs := flag.Int("runs", 7, "runs of each command")
 	many := flag.Int("many", 1_000_000, "blobs in the store that is only opened")
 	tools := flag.String("tools", "", "directory with oras and distribution's registry; empty leaves the registries out")
-	only := flag.String("only", "", "only this part of the report: files, stat, small, open or registry")
+	only := flag.String("only", "", "only this part of the report: files, stat, small, open, registry or swarm")
 	hash := flag.String("sha256", "", "only hash this file, as the process to compare with")
+	served := flag.String("serve", "", "only serve this file over HTTP and HTTPS, as the process to compare with")
 	flag.Parse()
+	if *served != "" {
+		serve(*served)
+		return
+	}
 	if *hash != "" {
 		hashFile(*hash)
 		return
@@ -218,6 +223,7 @@ func (b *bench) report(only string, many int, tools string) {
 				b.registries(tools)
 			}
 		}},
+		{"swarm", b.swarm},
 	} {
 		if only == "" || only == part.name {
 			log.Print(part.name)
@@ -299,7 +305,7 @@ func (b *bench) files(size int64) {
 	for _, tag := range []string{"", "again"} {
 		must(0, exec.Command(b.dfcache, "delete", "-t", tag, "-i", digest).Run())
 	}
-	ms := func(d time.Duration) string { return fmt.Sprintf("%.1f", float64(d.Microseconds())/1000) }
+	ms := func(d time.Duration) string { return fmt.Sprintf("%.1f", ms(d)) }
 	ratio := func(a, b time.Duration) string { return fmt.Sprintf("%.2f", float64(a)/float64(b)) }
 	b.printf("## One file of %s\n\n| command | wall ms | min | max | CPU ms | of it dfdaemon | / cp | / Go sha256 |\n|---|---:|---:|---:|---:|---:|---:|---:|\n", mib(size))
 	cp, sha := median(samples[commands[0].name], wall), median(samples[commands[2].name], wall)

@@ -125,7 +125,6 @@ func (b *bench) pushAndPull(what string, files int, size int64, oras string, ser
 		s.empty()
 	}
 	os.RemoveAll(out)
-	ms := func(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
 	cpu := func(s sample) time.Duration { return s.daemon }
 	for _, verb := range []string{"push", "pull"} {
 		base := samples[row{verb, servers[len(servers)-1].name}]

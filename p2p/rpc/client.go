@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"io"
 	"iter"
+	"maps"
 	"net"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -71,7 +73,9 @@ type Client struct {
 	retired []*session // those before it that may still have calls under way
 	closed  bool
 	calls   sync.WaitGroup // under way; begun under mu, and not when closed
-	ending  sync.WaitGroup // the Close under way
+	// downloads are the calls among them that tell of blobs that are arriving.
+	downloads map[*download]struct{}
+	ending    sync.WaitGroup // the Close under way
 }
 
 var _ p2p.Engine = (*Client)(nil)
@@ -102,7 +106,7 @@ func Dial(ctx context.Context, socket string, opts ...DialOption) (*Client, erro
 	if len(socket) > maxSocketPath {
 		return nil, socketPathError(socket)
 	}
-	c := &Client{socket: socket, dialing: make(chan struct{}, 1)}
+	c := &Client{socket: socket, dialing: make(chan struct{}, 1), downloads: make(map[*download]struct{})}
 	for _, o := range opts {
 		o.dial(&c.config)
 	}
@@ -272,8 +276,10 @@ func (c *Client) isClosed() bool {
 }
 
 // Close closes the connection. Calls under way end first; an ingest that is
-// open is dropped. Blobs that were opened stay readable. It is safe to call
-// more than once.
+// open is dropped. Blobs that were opened stay readable, but for those that are
+// still arriving from peers: reading them fails with [p2p.ErrClosed] from then on,
+// and their download is given up where nobody else waits for it. It is safe to
+// call more than once.
 func (c *Client) Close() error {
 	c.mu.Lock()
 	first := !c.closed
@@ -281,7 +287,12 @@ func (c *Client) Close() error {
 		c.ending.Add(1)
 	}
 	c.closed = true
+	downloads := slices.Collect(maps.Keys(c.downloads))
 	c.mu.Unlock()
+	for _, d := range downloads {
+		d.finish(c.closedError())
+		d.cancel()
+	}
 	if !first {
 		c.ending.Wait()
 		return nil
@@ -296,7 +307,10 @@ func (c *Client) Close() error {
 
 // Stat implements [p2p.Engine]. It is one call, whatever it asks for.
 func (c *Client) Stat(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions) (p2p.Info, error) {
-	req := &pb.StatRequest{Tag: tag, Cid: cid.String(), Scope: scopes.message(opts.Scope), Manifest: opts.Manifest}
+	req := &pb.StatRequest{
+		Tag: tag, Cid: cid.String(), Scope: scopes.message(opts.Scope),
+		Manifest: opts.Manifest, Keep: opts.Keep, Holders: opts.Holders,
+	}
 	if _, _, err := parseStat(req); err != nil {
 		return p2p.Info{}, err
 	}
@@ -327,7 +341,46 @@ func (c *Client) Delete(ctx context.Context, tag string, cid digest.CID, opts p2
 	if err != nil {
 		return p2p.Deleted{}, c.callError(ctx, err)
 	}
-	return p2p.Deleted{Tasks: int(reply.GetTasks()), Freed: reply.GetFreed()}, nil
+	return deletedOf(reply)
+}
+
+// Replicate implements [p2p.Engine]. It takes as long as ctx allows.
+func (c *Client) Replicate(ctx context.Context, tag string, cid digest.CID, n int) ([]string, error) {
+	req := &pb.ReplicateRequest{Tag: tag, Cid: cid.String(), N: int64(n)}
+	if _, _, err := parseReplicate(req); err != nil {
+		return nil, err
+	}
+	s, end, err := c.begin(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	reply, err := s.daemon.Replicate(ctx, req)
+	if err != nil {
+		return nil, c.callError(ctx, err)
+	}
+	return reply.GetPeers(), nil
+}
+
+// Peers implements [p2p.Engine].
+func (c *Client) Peers(ctx context.Context) (peers []p2p.Peer, err error) {
+	s, end, err := c.begin(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	reply, err := s.daemon.Peers(ctx, &pb.PeersRequest{})
+	if err != nil {
+		return nil, c.callError(ctx, err)
+	}
+	for _, m := range reply.GetPeers() {
+		p, err := parsePeer(m)
+		if err != nil {
+			return nil, err
+		}
+		peers = append(peers, p)
+	}
+	return peers, nil
 }
 
 // List implements [p2p.Engine]. The loop over it is a call under way: Close
@@ -367,8 +420,10 @@ func (c *Client) List(ctx context.Context, q p2p.Query) iter.Seq2[p2p.Entry, err
 }
 
 // Open implements [p2p.Engine]. The blob has a descriptor of its own on the
-// daemon's file, and reads and checks it in this process; it needs neither ctx
-// nor the client any more.
+// daemon's file, and reads and checks it in this process. One that is whole needs
+// neither ctx nor the client any more. One that is arriving from peers needs both
+// until it is whole: its pieces are announced by a call that goes on until then,
+// or until ctx ends, the blob is closed, or the client is.
 func (c *Client) Open(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.Blob, error) {
 	req := &pb.OpenRequest{Task: taskMessage(task), Scope: scopes.message(scope)}
 	if _, _, err := parseOpen(req); err != nil {
@@ -378,19 +433,42 @@ func (c *Client) Open(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.
 	if err != nil {
 		return nil, err
 	}
-	defer end()
-	id := s.lastID.Add(1)
-	req.DescriptorId = id
-	if err := s.conn.channel.expect(id); err != nil {
-		return nil, c.lostError(err)
-	}
-	defer s.conn.channel.forget(id)
-
 	call, cancel := context.WithCancel(ctx)
+	stream, file, parser, err := c.open(call, s, req)
+	if err == nil && parser.arriving {
+		return c.follow(ctx, newDownload(parser.table, file), stream, cancel, end)
+	}
+	defer end()
 	defer cancel()
-	stream, err := s.daemon.Open(call, req)
 	if err != nil {
 		return nil, c.callError(ctx, err)
+	}
+	if _, err := stream.Recv(); err != io.EOF { // the call's end, which is on its way
+		file.Close()
+		if err == nil {
+			return nil, errors.New("the daemon's answer does not end")
+		}
+		return nil, c.callError(ctx, err)
+	}
+	return &blob{digest.NewVerified(file, parser.table), file}, nil
+}
+
+// openStream is the stream of an Open.
+type openStream = grpc.BidiStreamingClient[pb.OpenRequest, pb.OpenReply]
+
+// open makes an Open call, and returns what has come when the descriptor has.
+func (c *Client) open(ctx context.Context, s *session, req *pb.OpenRequest) (openStream, *os.File, *tableParser, error) {
+	req.DescriptorId = s.lastID.Add(1)
+	if err := s.conn.channel.expect(req.DescriptorId); err != nil {
+		return nil, nil, nil, c.lostError(err)
+	}
+	defer s.conn.channel.forget(req.DescriptorId)
+	stream, err := s.daemon.Open(ctx)
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	if err := stream.Send(req); err != nil && err != io.EOF { // of which Recv has the cause
+		return nil, nil, nil, err
 	}
 	var parser tableParser
 	for sent := false; !sent; {
@@ -398,31 +476,19 @@ func (c *Client) Open(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.
 		if err == io.EOF {
 			err = errors.New("the daemon's answer ends too early")
 		}
-		if err != nil {
-			return nil, c.callError(ctx, err)
+		if err == nil {
+			err = parser.add(digest.Digest(req.GetTask().GetDigest()), reply)
 		}
-		if err := parser.add(task.Digest, reply); err != nil {
-			return nil, err
+		if err != nil {
+			return nil, nil, nil, err
 		}
 		sent = reply.GetSent()
 	}
-	fd, err := s.conn.channel.take(ctx, id)
+	fd, err := s.conn.channel.take(ctx, req.DescriptorId)
 	if err != nil {
-		if ctx.Err() != nil {
-			return nil, context.Cause(ctx)
-		}
-		return nil, c.lostError(err)
+		return nil, nil, nil, c.lostError(err)
 	}
-	b := &blob{file: os.NewFile(uintptr(fd), "blob "+task.Digest.String())}
-	b.Verified = digest.NewVerified(b.file, parser.table)
-	if _, err := stream.Recv(); err != io.EOF { // the call's end, which is on its way
-		b.Close()
-		if err == nil {
-			return nil, errors.New("the daemon's answer does not end")
-		}
-		return nil, c.callError(ctx, err)
-	}
-	return b, nil
+	return stream, os.NewFile(uintptr(fd), "blob "+req.GetTask().GetDigest()), &parser, nil
 }
 
 // blob is an open blob: the daemon's file, read here.
@@ -430,5 +496,8 @@ type blob struct {
 	*digest.Verified
 	file *os.File
 }
+
+// Sources implements [p2p.Blob]: the blob was here.
+func (b *blob) Sources() []p2p.Source { return nil }
 
 func (b *blob) Close() error { return b.file.Close() }

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io/fs"
 	"strconv"
-	"strings"
 
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
@@ -42,6 +41,7 @@ var kinds = []struct {
 	{"INVALID", codes.InvalidArgument, digest.ErrInvalid},
 	{"PERMISSION", codes.PermissionDenied, fs.ErrPermission},
 	{"CLOSED", codes.Unavailable, p2p.ErrClosed},
+	{"UNREACHABLE", codes.Unavailable, p2p.ErrUnreachable},
 	{"UNAVAILABLE", codes.Unavailable, p2p.ErrUnavailable},
 	{"UNSUPPORTED", codes.Unimplemented, errors.ErrUnsupported},
 	{"TIMEOUT", codes.DeadlineExceeded, context.DeadlineExceeded},
@@ -60,9 +60,6 @@ func toStatus(err error) error {
 	if _, ok := err.(interface{ GRPCStatus() *status.Status }); ok {
 		return err // of gRPC itself: a message that is too large, for example
 	}
-	// The text of an error can hold anything, a file name for example; that of
-	// a message is UTF-8.
-	text := func(s string) string { return strings.ToValidUTF8(s, "\uFFFD") }
 	code := codes.Internal
 	var details []protoadapt.MessageV1
 	for _, k := range kinds {
@@ -73,19 +70,19 @@ func toStatus(err error) error {
 		switch k.err {
 		case digest.ErrMismatch:
 			if e, ok := errors.AsType[*digest.MismatchError](err); ok {
-				info.Metadata = map[string]string{"want": text(string(e.Want)), "got": text(string(e.Got))}
+				info.Metadata = map[string]string{"want": valid(string(e.Want)), "got": valid(string(e.Got))}
 			}
 		case digest.ErrCorrupt:
 			if e, ok := errors.AsType[*digest.CorruptError](err); ok {
 				info.Metadata = map[string]string{
-					"digest": text(string(e.Digest)),
+					"digest": valid(string(e.Digest)),
 					"piece":  strconv.Itoa(e.Piece),
-					"reason": text(e.Reason),
+					"reason": valid(e.Reason),
 				}
 			}
 		case p2p.ErrMissingRef:
 			if e, ok := errors.AsType[*p2p.MissingRefError](err); ok {
-				info.Metadata = map[string]string{"manifest": text(string(e.Manifest)), "missing": text(string(e.Missing))}
+				info.Metadata = map[string]string{"manifest": valid(string(e.Manifest)), "missing": valid(string(e.Missing))}
 			}
 		}
 		if len(details) == 0 {
@@ -96,7 +93,7 @@ func toStatus(err error) error {
 	if len(details) == 0 {
 		details = append(details, &errdetails.ErrorInfo{Reason: reasonInternal, Domain: errorDomain})
 	}
-	st := status.New(code, text(err.Error()))
+	st := status.New(code, valid(err.Error()))
 	if detailed, detailErr := st.WithDetails(details...); detailErr == nil {
 		st = detailed
 	}

@@ -31,6 +31,7 @@ func TestErrorsCrossTheSocket(t *testing.T) {
 		"missing ref": {fmt.Errorf("%s: %w: x", someTask, p2p.ErrMissingRef), codes.FailedPrecondition, []error{p2p.ErrMissingRef}},
 		"no space":    {fmt.Errorf("write: %w", p2p.ErrNoSpace), codes.ResourceExhausted, []error{p2p.ErrNoSpace}},
 		"unavailable": {fmt.Errorf("store: %w", p2p.ErrUnavailable), codes.Unavailable, []error{p2p.ErrUnavailable}},
+		"unreachable": {fmt.Errorf("stat: %w: all 3 bootstrap peers are away", p2p.ErrUnreachable), codes.Unavailable, []error{p2p.ErrUnreachable}},
 		"closed":      {fmt.Errorf("store: %w", p2p.ErrClosed), codes.Unavailable, []error{p2p.ErrClosed}},
 		"invalid":     {invalid, codes.InvalidArgument, []error{digest.ErrInvalid}},
 		"permission":  {fmt.Errorf("open: %w", syscall.EACCES), codes.PermissionDenied, []error{fs.ErrPermission}},
@@ -54,7 +55,7 @@ func TestErrorsCrossTheSocket(t *testing.T) {
 				t.Errorf("code %s, want %s", code, test.code)
 			}
 			h := &hooked{Engine: newStore(t.TempDir())}
-			h.stat = func(context.Context) (p2p.Info, error) { return p2p.Info{}, test.err }
+			h.stat = func(context.Context, p2p.StatOptions) (p2p.Info, error) { return p2p.Info{}, test.err }
 			c := pair(t, h)
 			_, got := stat(t.Context(), c, someTask)
 			if got == nil {

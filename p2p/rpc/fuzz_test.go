@@ -24,7 +24,14 @@ func FuzzRequests(f *testing.F) {
 	task, info := taskMessage(someTask), infoMessage(p2p.Info{Task: someTask})
 	for _, m := range []proto.Message{
 		&pb.StatRequest{Tag: "models", Cid: "v1", Scope: pb.Scope_SCOPE_LOCAL, Manifest: true},
+		&pb.StatRequest{Cid: "v1", Scope: pb.Scope_SCOPE_NETWORK, Manifest: true, Keep: true, Holders: true},
 		&pb.OpenRequest{Task: task, Scope: pb.Scope_SCOPE_NETWORK, DescriptorId: 7},
+		&pb.OpenRequest{Want: &pb.OpenRequest_Want{First: 1, Last: 3}},
+		&pb.OpenReply{Header: &pb.OpenReply_Header{Size: 100, PieceLength: digest.MinPieceLength, Arriving: true}, Sent: true},
+		&pb.OpenReply{Pieces: []*pb.OpenReply_Piece{{Index: 1, Crc32C: 7}}, Done: &pb.OpenReply_Done{Sources: []*pb.Source{{Peer: "p", Address: "a", Bytes: 7}}}},
+		&pb.ReplicateRequest{Tag: "models", Cid: "v1", N: 2},
+		&pb.PeersReply{Peers: []*pb.Peer{{Id: "p", Addresses: []string{"a"}, State: pb.PeerState_PEER_STATE_AWAY, LatencyNano: 7}}},
+		&pb.DeleteReply{Tasks: 1, Reached: 2, Removed: 1, Missed: []*pb.DeleteReply_Missed{{Peer: "p", Reason: "away"}}},
 		&pb.DeleteRequest{Cid: task.Digest, Force: true},
 		&pb.DeleteRequest{Tag: "models", Cid: "v1", NameOnly: true},
 		&pb.ListRequest{Tag: new(string), Kind: pb.Kind_KIND_ALL, RefersTo: task.Digest},
@@ -33,12 +40,12 @@ func FuzzRequests(f *testing.F) {
 		&pb.IngestRequest{Request: &pb.IngestRequest_Rehash_{Rehash: &pb.IngestRequest_Rehash{Digest: task.Digest, Want: task.Digest}}},
 		&pb.IngestRequest{Request: &pb.IngestRequest_Commit_{Commit: &pb.IngestRequest_Commit{
 			Tasks: []*pb.NewTask{{
-				Task: task, MediaType: "text/plain", Keep: pb.Keep_KEEP_PINNED,
+				Task: task, MediaType: "text/plain", Keep: pb.Keep_KEEP_PINNED, OriginUnixNano: 7,
 				Manifest: &pb.NewTask_Manifest{Refs: []string{task.Digest}, Needs: []string{task.Digest}, Subject: task.Digest},
 			}},
-			Names: []*pb.NewName{{Tag: "models", Name: "v1", Digest: task.Digest, KeepOld: true}},
+			Names: []*pb.NewName{{Tag: "models", Name: "v1", Digest: task.Digest, KeepOld: true, UpdatedUnixNano: 7}},
 		}}},
-		&pb.StatReply{Info: info, Manifest: &pb.StatReply_Manifest{Content: []byte("{}"), Refs: []*pb.Info{info}}},
+		&pb.StatReply{Info: info, Holders: &pb.Holders{Some: 1, Asked: 2}, Manifest: &pb.StatReply_Manifest{Content: []byte("{}"), Refs: []*pb.Info{info}}},
 		&pb.Entry{Info: info, Name: "v1", Total: 7},
 	} {
 		b, err := proto.Marshal(m)
@@ -62,8 +69,11 @@ func FuzzRequests(f *testing.F) {
 		validDigest := func(d digest.Digest) error { _, err := digest.Parse(string(d)); return err }
 		var stat pb.StatRequest
 		if proto.Unmarshal(b, &stat) == nil {
-			cid, _, err := parseStat(&stat)
+			cid, opts, err := parseStat(&stat)
 			check(err, func() error {
+				if opts.Scope != p2p.Network && (opts.Keep || opts.Holders) || opts.Keep && !opts.Manifest {
+					return fmt.Errorf("%+v", opts)
+				}
 				_, err := digest.ParseCID(cid.String())
 				return errors.Join(err, p2p.ValidateTag(stat.Tag))
 			})
@@ -72,6 +82,24 @@ func FuzzRequests(f *testing.F) {
 		if proto.Unmarshal(b, &open) == nil {
 			task, _, err := parseOpen(&open)
 			check(err, task.Validate)
+			first, last, err := parseWant(&open, 4)
+			check(err, func() error {
+				if first < 0 || last < first || last > 3 {
+					return fmt.Errorf("pieces %d to %d of 4", first, last)
+				}
+				return nil
+			})
+		}
+		var replicate pb.ReplicateRequest
+		if proto.Unmarshal(b, &replicate) == nil {
+			cid, n, err := parseReplicate(&replicate)
+			check(err, func() error {
+				if n < 0 || n > maxReplicas {
+					return fmt.Errorf("%d peers", n)
+				}
+				_, err := digest.ParseCID(cid.String())
+				return err
+			})
 		}
 		var del pb.DeleteRequest
 		if proto.Unmarshal(b, &del) == nil {
@@ -97,7 +125,7 @@ func FuzzRequests(f *testing.F) {
 				if q.Holds != "" {
 					err = errors.Join(err, validDigest(q.Holds))
 				}
-				if len(q.After) > maxAfter || q.RefersTo != "" && (q.Tag == nil || q.Kind != p2p.KindAll) || q.Holds != "" && q.Kind != p2p.KindTags {
+				if len(q.After) > maxAfter || q.RefersTo != "" && (q.Tag == nil || q.Kind != p2p.KindAll) || q.Holds != "" && q.Kind != p2p.KindTags || q.FromPeers && q.RefersTo == "" {
 					err = fmt.Errorf("%+v", q)
 				}
 				return err
@@ -138,6 +166,10 @@ func FuzzRequests(f *testing.F) {
 			if parser.add(someTask.Digest, &reply) == nil && reply.Sent && len(parser.table.CRC) != parser.table.Pieces() {
 				t.Error("a table that is not whole passed")
 			}
+			d := newDownload(&digest.Table{Size: 4 * digest.MinPieceLength, PieceLength: digest.MinPieceLength, CRC: make([]uint32, 4)}, nil)
+			if whole, err := d.add(&reply); err == nil && whole != (reply.Done != nil) || whole && d.missing != 0 {
+				t.Errorf("whole is %t, %d pieces are missing", whole, d.missing)
+			}
 		}
 		answer := func(err error) {
 			if errors.Is(err, digest.ErrInvalid) {
@@ -148,6 +180,18 @@ func FuzzRequests(f *testing.F) {
 		if proto.Unmarshal(b, &described) == nil {
 			_, err := statOf(&described)
 			answer(err)
+		}
+		var deleted pb.DeleteReply
+		if proto.Unmarshal(b, &deleted) == nil {
+			_, err := deletedOf(&deleted)
+			answer(err)
+		}
+		var peers pb.PeersReply
+		if proto.Unmarshal(b, &peers) == nil {
+			for _, p := range peers.Peers {
+				_, err := parsePeer(p)
+				answer(err)
+			}
 		}
 		var entry pb.Entry
 		if proto.Unmarshal(b, &entry) == nil {
@@ -242,6 +286,9 @@ func TestValidate(t *testing.T) {
 	list := func(r *pb.ListRequest) error { _, err := parseList(r); return err }
 	add := func(r *pb.IngestRequest_Add) error { _, err := parseAdd(r); return err }
 	rehash := func(r *pb.IngestRequest_Rehash) error { _, _, err := parseRehash(r); return err }
+	want := func(r *pb.OpenRequest) error { _, _, err := parseWant(r, 4); return err }
+	replicate := func(r *pb.ReplicateRequest) error { _, _, err := parseReplicate(r); return err }
+	const network = pb.Scope_SCOPE_NETWORK
 	const local, all, names = pb.Scope_SCOPE_LOCAL, pb.Kind_KIND_ALL, pb.Kind_KIND_NAMES
 	for name, test := range map[string]struct {
 		err  error
@@ -252,6 +299,28 @@ func TestValidate(t *testing.T) {
 		"cid missing":           {stat(&pb.StatRequest{Scope: local}), "cid"},
 		"tag of a stat":         {stat(&pb.StatRequest{Tag: "X", Cid: d, Scope: local}), "tag"},
 		"stat":                  {stat(&pb.StatRequest{Cid: d, Scope: local}), ""},
+		"keep":                  {stat(&pb.StatRequest{Cid: d, Scope: network, Manifest: true, Keep: true}), ""},
+		"keep, local":           {stat(&pb.StatRequest{Cid: d, Scope: local, Manifest: true, Keep: true}), "network"},
+		"keep, no manifest":     {stat(&pb.StatRequest{Cid: d, Scope: network, Keep: true}), "manifest"},
+		"holders":               {stat(&pb.StatRequest{Cid: d, Scope: network, Holders: true}), ""},
+		"holders, local":        {stat(&pb.StatRequest{Cid: d, Scope: local, Holders: true}), "network"},
+		"want pieces":           {want(&pb.OpenRequest{Want: &pb.OpenRequest_Want{First: 1, Last: 3}}), ""},
+		"want of one":           {want(&pb.OpenRequest{Want: &pb.OpenRequest_Want{First: 3, Last: 3}}), ""},
+		"want past the end":     {want(&pb.OpenRequest{Want: &pb.OpenRequest_Want{First: 3, Last: 4}}), "the blob has 4"},
+		"want backwards":        {want(&pb.OpenRequest{Want: &pb.OpenRequest_Want{First: 2, Last: 1}}), "pieces 2 to 1"},
+		"want at first":         {open(&pb.OpenRequest{Task: task, Scope: local, Want: &pb.OpenRequest_Want{}}), "when it is open"},
+		"open again":            {want(&pb.OpenRequest{Task: task, Want: &pb.OpenRequest_Want{}}), "first request"},
+		"want nothing":          {want(&pb.OpenRequest{}), "first request"},
+		"replicate":             {replicate(&pb.ReplicateRequest{Cid: "v1", N: 3}), ""},
+		"replicate to -1":       {replicate(&pb.ReplicateRequest{Cid: "v1", N: -1}), "-1 peers"},
+		"replicate to all":      {replicate(&pb.ReplicateRequest{Cid: "v1", N: maxReplicas + 1}), "1048577 peers"},
+		"replicate nothing":     {replicate(&pb.ReplicateRequest{N: 1}), "cid"},
+		"replicate under a tag": {replicate(&pb.ReplicateRequest{Tag: "X", Cid: "v1"}), "tag"},
+		"from peers":            {list(&pb.ListRequest{Tag: &task.Tag, Kind: all, RefersTo: d, FromPeers: true}), ""},
+		"from peers, all":       {list(&pb.ListRequest{Kind: all, FromPeers: true}), "refer to"},
+		"origin":                {newTask(&pb.NewTask{Keep: pb.Keep_KEEP_HELD, OriginUnixNano: 1}), ""},
+		"origin before 1970":    {newTask(&pb.NewTask{Keep: pb.Keep_KEEP_HELD, OriginUnixNano: -1}), "1970"},
+		"name before 1970":      {newName(&pb.NewName{Name: "v1", Digest: d, UpdatedUnixNano: -1}), "1970"},
 		"task missing":          {open(&pb.OpenRequest{Scope: local}), "digest"},
 		"open without a scope":  {open(&pb.OpenRequest{Task: task}), "scope 0"},
 		"open":                  {open(&pb.OpenRequest{Task: task, Scope: local}), ""},
@@ -331,15 +400,29 @@ func TestBadAnswers(t *testing.T) {
 	kept := &pb.Info{Task: taskMessage(someTask), Keep: 9}
 	good := infoMessage(p2p.Info{Task: someTask})
 	stat := func(r *pb.StatReply) error { _, err := statOf(r); return err }
+	holders := func(h *pb.Holders) error { return stat(&pb.StatReply{Info: good, Holders: h}) }
+	deleted := func(r *pb.DeleteReply) error { _, err := deletedOf(r); return err }
+	peer := func(p *pb.Peer) error { _, err := parsePeer(p); return err }
+	sources := func(s *pb.Source) error { _, err := sourcesOf([]*pb.Source{s}); return err }
+	sized := infoMessage(p2p.Info{Task: someTask, Size: -1})
 	entry := func(e *pb.Entry, kind p2p.Kind) error { _, err := entryOf(e, kind); return err }
 	for name, err := range map[string]error{
-		"nothing": stat(&pb.StatReply{}),
-		"tag":     stat(&pb.StatReply{Info: bad}),
-		"keep":    stat(&pb.StatReply{Info: kept}),
-		"ref":     stat(&pb.StatReply{Info: good, Manifest: &pb.StatReply_Manifest{Refs: []*pb.Info{good, bad}}}),
-		"entry":   entry(&pb.Entry{Info: bad}, p2p.KindAll),
-		"name":    entry(&pb.Entry{Info: &pb.Info{Task: &pb.Task{Tag: "x"}}}, p2p.KindNames),
-		"tags":    entry(&pb.Entry{Info: bad}, p2p.KindTags),
+		"size":            stat(&pb.StatReply{Info: sized}),
+		"whole of some":   holders(&pb.Holders{Some: 1, Whole: 2}),
+		"silent of asked": holders(&pb.Holders{Asked: 1, Silent: 2}),
+		"negative whole":  holders(&pb.Holders{Whole: -1}),
+		"tasks":           deleted(&pb.DeleteReply{Tasks: -1}),
+		"removed":         deleted(&pb.DeleteReply{Reached: 1, Removed: 2}),
+		"state":           peer(&pb.Peer{Id: "p"}),
+		"latency":         peer(&pb.Peer{State: pb.PeerState_PEER_STATE_AWAY, LatencyNano: -1}),
+		"source":          sources(&pb.Source{Bytes: -1}),
+		"nothing":         stat(&pb.StatReply{}),
+		"tag":             stat(&pb.StatReply{Info: bad}),
+		"keep":            stat(&pb.StatReply{Info: kept}),
+		"ref":             stat(&pb.StatReply{Info: good, Manifest: &pb.StatReply_Manifest{Refs: []*pb.Info{good, bad}}}),
+		"entry":           entry(&pb.Entry{Info: bad}, p2p.KindAll),
+		"name":            entry(&pb.Entry{Info: &pb.Info{Task: &pb.Task{Tag: "x"}}}, p2p.KindNames),
+		"tags":            entry(&pb.Entry{Info: bad}, p2p.KindTags),
 	} {
 		if err == nil || errors.Is(err, digest.ErrInvalid) || !strings.Contains(err.Error(), "daemon's answer") {
 			t.Errorf("%s: %v", name, err)
@@ -394,6 +477,11 @@ func TestBadTableMessages(t *testing.T) {
 		"piece length":       {{Header: &pb.OpenReply_Header{Size: 100, PieceLength: 0}}},
 		"too few checksums":  {{Header: header, Sent: true}},
 		"too many checksums": {{Header: header, Crc32C: []uint32{1, 2}}},
+		"pieces of a whole":  {{Header: header, Crc32C: []uint32{1}, Pieces: []*pb.OpenReply_Piece{{}}}},
+		"done first":         {{Done: &pb.OpenReply_Done{}}},
+		"arriving checksums": {{Header: &pb.OpenReply_Header{Size: 100, PieceLength: digest.MinPieceLength, Arriving: true}, Crc32C: []uint32{1}}},
+		"arriving forever":   {{Header: &pb.OpenReply_Header{Size: 1<<63 - 1, PieceLength: digest.MaxPieceLength, Arriving: true}}},
+		"arriving and huge":  {{Header: &pb.OpenReply_Header{Size: maxPieces*digest.MaxPieceLength + 1, PieceLength: digest.MaxPieceLength, Arriving: true}}},
 	} {
 		var parser tableParser
 		var err error

@@ -311,7 +311,7 @@ func TestBlobOutlivesEverything(t *testing.T) {
 	}
 	cancel()
 	deleted, err := c.Delete(t.Context(), "", digest.FromDigest(task.Digest), p2p.DeleteOptions{})
-	if want := (p2p.Deleted{Tasks: 1, Freed: int64(len(content))}); err != nil || deleted != want {
+	if want := (p2p.Deleted{Tasks: 1, Freed: int64(len(content))}); err != nil || !reflect.DeepEqual(deleted, want) {
 		t.Fatalf("deleted %v, %v; want %v", deleted, err, want)
 	}
 	if err := c.Close(); err != nil {
@@ -513,14 +513,17 @@ func TestLargestManifest(t *testing.T) {
 		Task:       p2p.Task{Tag: strings.Repeat("a", p2p.MaxTag), Digest: digest.SHA512.FromString("")},
 		Size:       1<<63 - 1,
 		MediaType:  strings.Repeat("x", maxMediaType),
+		Remote:     true,
 		IsManifest: true,
+		Origin:     time.Unix(0, 1<<63-1),
 		Imported:   time.Unix(0, 1<<63-1),
 		LastUsed:   time.Unix(0, 1<<63-1),
 	}
 	long.PieceLength, long.Pieces, long.Held = long.Size, int(long.Size), int(long.Size)
 	info := long
 	info.Manifest = &p2p.Manifest{Content: random(p2p.MaxManifest), Refs: slices.Repeat([]p2p.Info{long}, p2p.MaxRefs)}
-	h.stat = func(context.Context) (p2p.Info, error) { return info, nil }
+	info.Holders = &p2p.Holders{Some: 1 << 60, Whole: 1 << 60, Asked: 1 << 60, Silent: 1 << 60}
+	h.stat = func(context.Context, p2p.StatOptions) (p2p.Info, error) { return info, nil }
 	got, err := c.Stat(t.Context(), "", digest.FromDigest(someTask.Digest), p2p.StatOptions{Manifest: true})
 	if err != nil {
 		t.Fatal(err)
@@ -538,7 +541,7 @@ func TestLargestManifest(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	task := p2p.NewTask{Task: p2p.Task{Tag: long.Task.Tag, Digest: added.Digest}, MediaType: long.MediaType}
+	task := p2p.NewTask{Task: p2p.Task{Tag: long.Task.Tag, Digest: added.Digest}, MediaType: long.MediaType, Origin: long.Origin}
 	refs := slices.Repeat([]digest.Digest{long.Task.Digest}, maxRefs)
 	task.Manifest = &p2p.NewManifest{Refs: refs, Needs: refs, Subject: long.Task.Digest}
 	if err := ingest.Commit(p2p.Commit{Tasks: []p2p.NewTask{task}}); err != nil {
@@ -598,7 +601,10 @@ func TestRehash(t *testing.T) {
 func TestDeleteOptions(t *testing.T) {
 	h := &hooked{Engine: newStore(t.TempDir())}
 	var got p2p.DeleteOptions
-	deleted := p2p.Deleted{Tasks: 3, Freed: 1 << 40}
+	deleted := p2p.Deleted{
+		Tasks: 3, Freed: 1 << 40, Reached: 3, Removed: 2,
+		Missed: []p2p.Missed{{Peer: "12D3KooWA", Address: "10.0.0.7:4001", Reason: "away"}, {Peer: "12D3KooWB"}},
+	}
 	h.delete = func(opts p2p.DeleteOptions) (p2p.Deleted, error) { got = opts; return deleted, nil }
 	c := pair(t, h)
 	cid, err := digest.ParseCID("v1")
@@ -606,7 +612,7 @@ func TestDeleteOptions(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, want := range []p2p.DeleteOptions{{}, {Force: true}, {NameOnly: true}} {
-		if d, err := c.Delete(t.Context(), "t", cid, want); err != nil || d != deleted || got != want {
+		if d, err := c.Delete(t.Context(), "t", cid, want); err != nil || !reflect.DeepEqual(d, deleted) || got != want {
 			t.Errorf("the engine got %+v, want %+v; the client %v, %v", got, want, d, err)
 		}
 	}
@@ -640,6 +646,7 @@ func TestQuery(t *testing.T) {
 		{p2p.Query{Tag: &someTask.Tag, Kind: p2p.KindNames, After: "\xff"}, []p2p.Entry{name}},
 		{p2p.Query{Kind: p2p.KindTags, After: strings.Repeat("a", maxAfter)}, tags},
 		{p2p.Query{Tag: &empty, RefersTo: someTask.Digest}, []p2p.Entry{task}},
+		{p2p.Query{Tag: &empty, RefersTo: someTask.Digest, FromPeers: true}, []p2p.Entry{task}},
 	} {
 		entries = test.entries
 		var listed []p2p.Entry
@@ -652,6 +659,81 @@ func TestQuery(t *testing.T) {
 		if !reflect.DeepEqual(got, test.query) || !reflect.DeepEqual(listed, test.entries) {
 			t.Errorf("the engine got %+v, want %+v; the client %+v, want %+v", got, test.query, listed, test.entries)
 		}
+	}
+}
+
+func TestStatOptions(t *testing.T) {
+	h := &hooked{Engine: newStore(t.TempDir())}
+	var got p2p.StatOptions
+	remote := p2p.Info{
+		Task: someTask, Remote: true, Size: 5, Origin: time.Unix(0, 7),
+		Holders: &p2p.Holders{Some: 3, Whole: 2, Asked: 5, Silent: 1},
+	}
+	h.stat = func(_ context.Context, opts p2p.StatOptions) (p2p.Info, error) { got = opts; return remote, nil }
+	c := pair(t, h)
+	for _, want := range []p2p.StatOptions{
+		{}, {Scope: p2p.Local}, {Scope: p2p.Local, Manifest: true}, {Manifest: true, Keep: true}, {Holders: true}, {Manifest: true, Keep: true, Holders: true},
+	} {
+		info, err := c.Stat(t.Context(), "", digest.FromDigest(someTask.Digest), want)
+		if err != nil || got != want || !reflect.DeepEqual(info, remote) {
+			t.Errorf("the engine got %+v, want %+v; the client %+v, %v", got, want, info, err)
+		}
+	}
+	if remote.Local() {
+		t.Error("what peers have is local")
+	}
+}
+
+func TestReplicateAndPeers(t *testing.T) {
+	h := &hooked{Engine: newStore(t.TempDir())}
+	c := pair(t, h)
+	h.replicate = func(_ context.Context, task p2p.Task, n int) ([]string, error) {
+		if task != someTask || n != 2 {
+			t.Errorf("the engine got %v, %d", task, n)
+		}
+		return []string{"12D3KooWA", "12D3KooWB"}, nil
+	}
+	got, err := c.Replicate(t.Context(), someTask.Tag, digest.FromDigest(someTask.Digest), 2)
+	if err != nil || !slices.Equal(got, []string{"12D3KooWA", "12D3KooWB"}) {
+		t.Errorf("got %v, %v", got, err)
+	}
+	// It ends with its context, here and there.
+	ctx, cancel := context.WithCancelCause(t.Context())
+	ended := make(chan struct{})
+	cause := errors.New("the user has seen enough")
+	h.replicate = func(ctx context.Context, _ p2p.Task, _ int) ([]string, error) {
+		cancel(cause)
+		<-ctx.Done()
+		close(ended)
+		return nil, context.Cause(ctx)
+	}
+	if _, err := c.Replicate(ctx, "", digest.FromDigest(someTask.Digest), 1); !errors.Is(err, cause) {
+		t.Errorf("got %v", err)
+	}
+	<-ended
+
+	if peers, err := c.Peers(t.Context()); err != nil || len(peers) != 0 {
+		t.Errorf("got %v, %v", peers, err)
+	}
+	want := []p2p.Peer{
+		{
+			ID: "12D3KooWA", Addresses: []string{"10.0.0.7:4001", "[fd00::7]:4001"}, State: p2p.PeerConnected, Mode: "seed-only",
+			Gave: 1 << 40, Took: 7, Latency: 3 * time.Millisecond, LastSeen: time.Unix(0, 5), Faults: 2, Reason: "a wrong piece",
+		},
+		{ID: "12D3KooWB", State: p2p.PeerAway},
+		{ID: "12D3KooWC", State: p2p.PeerShunned, Reason: "\uFFFD"},
+	}
+	h.peers = func() ([]p2p.Peer, error) {
+		sent := slices.Clone(want)
+		sent[2].Reason = "\xff" // a peer can say anything
+		return sent, nil
+	}
+	if peers, err := c.Peers(t.Context()); err != nil || !reflect.DeepEqual(peers, want) {
+		t.Errorf("got %+v, %v; want %+v", peers, err, want)
+	}
+	h.peers = func() ([]p2p.Peer, error) { return nil, p2p.ErrClosed }
+	if _, err := c.Peers(t.Context()); !errors.Is(err, p2p.ErrClosed) {
+		t.Errorf("got %v", err)
 	}
 }
 
@@ -770,6 +852,14 @@ func TestInvalidRequests(t *testing.T) {
 		"delete": func() error { _, err := c.Delete(t.Context(), "", digest.CID{}, p2p.DeleteOptions{}); return err },
 		"delete of a digest by name only": func() error {
 			_, err := c.Delete(t.Context(), "", digest.FromDigest(someTask.Digest), p2p.DeleteOptions{NameOnly: true})
+			return err
+		},
+		"keep what is not to be fetched": func() error {
+			_, err := c.Stat(t.Context(), "", digest.FromDigest(someTask.Digest), p2p.StatOptions{Scope: p2p.Local, Manifest: true, Keep: true})
+			return err
+		},
+		"replicate": func() error {
+			_, err := c.Replicate(t.Context(), "", digest.FromDigest(someTask.Digest), -1)
 			return err
 		},
 		"list":         func() error { return list(p2p.Query{Tag: &bad.Tag}) },
@@ -975,7 +1065,7 @@ func TestIngestThatCannotBegin(t *testing.T) {
 func TestCancelReachesEngine(t *testing.T) {
 	h := &hooked{Engine: newStore(t.TempDir())}
 	began, ended := make(chan struct{}, 1), make(chan error, 1)
-	h.stat = func(ctx context.Context) (p2p.Info, error) {
+	h.stat = func(ctx context.Context, _ p2p.StatOptions) (p2p.Info, error) {
 		began <- struct{}{}
 		<-ctx.Done()
 		ended <- ctx.Err()
@@ -1174,7 +1264,7 @@ func TestConcurrentUse(t *testing.T) {
 func TestClosedClient(t *testing.T) {
 	h := &hooked{Engine: newStore(t.TempDir())}
 	began, release := make(chan struct{}), make(chan struct{})
-	h.stat = func(context.Context) (p2p.Info, error) {
+	h.stat = func(context.Context, p2p.StatOptions) (p2p.Info, error) {
 		close(began)
 		<-release
 		return p2p.Info{Task: someTask}, nil
@@ -1252,7 +1342,7 @@ func TestDaemonComesBack(t *testing.T) {
 
 	// A call under way when the daemon goes away.
 	began := make(chan struct{})
-	h.stat = func(ctx context.Context) (p2p.Info, error) {
+	h.stat = func(ctx context.Context, _ p2p.StatOptions) (p2p.Info, error) {
 		close(began)
 		<-ctx.Done()
 		return p2p.Info{}, context.Cause(ctx)

@@ -1,10 +1,12 @@
 package rpc
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"log/slog"
 	"net"
 	"os"
@@ -31,6 +33,9 @@ const (
 	maxUnclaimed = 2 * maxStreams
 	// maxEntries is the number of entries in one message of a List.
 	maxEntries = 256
+	// maxArrived is the number of pieces in one message about a blob that is
+	// arriving, and of those that wait for the next one.
+	maxArrived = 1024
 	// progressInterval is the least time between two messages of progress.
 	progressInterval = 100 * time.Millisecond
 )
@@ -43,6 +48,21 @@ type fileBlob interface {
 	File() *os.File
 	// Table returns the blob's piece table.
 	Table() *digest.Table
+}
+
+// arrivingBlob is a blob that comes from peers, piece by piece.
+type arrivingBlob interface {
+	// File: the pieces can be read in it as they arrive. Table: CRC[i] is valid
+	// once Arrived has yielded i.
+	fileBlob
+	// Arrived yields the index of every piece as it can be read, those that are
+	// there first, each once. It ends when all are there and the whole is
+	// proven, or with the error that ends the download. What it yields to may
+	// block for long: nothing is to wait for it.
+	Arrived(ctx context.Context) iter.Seq2[int, error]
+	// Want has the pieces first to last fetched before others. It does not wait
+	// for them.
+	Want(first, last int)
 }
 
 // ServerOption is an option of [NewServer].
@@ -69,6 +89,11 @@ type Server struct {
 //
 //	File() *os.File        // the blob's file, open for reading only, by this blob alone
 //	Table() *digest.Table  // its piece table
+//
+// and those of a blob that is still arriving from peers also
+//
+//	Arrived(context.Context) iter.Seq2[int, error] // every piece as it can be read in the file
+//	Want(first, last int)                          // has these pieces fetched before others
 func NewServer(engine p2p.Engine, log *slog.Logger, opts ...ServerOption) *Server {
 	var config serverConfig
 	for _, o := range opts {
@@ -229,7 +254,7 @@ func (s *service) Stat(ctx context.Context, req *pb.StatRequest) (*pb.StatReply,
 	if err != nil {
 		return nil, err
 	}
-	return &pb.StatReply{Info: infoMessage(info), Manifest: manifestMessage(info.Manifest)}, nil
+	return &pb.StatReply{Info: infoMessage(info), Manifest: manifestMessage(info.Manifest), Holders: holdersMessage(info.Holders)}, nil
 }
 
 func (s *service) Delete(ctx context.Context, req *pb.DeleteRequest) (*pb.DeleteReply, error) {
@@ -241,8 +266,33 @@ func (s *service) Delete(ctx context.Context, req *pb.DeleteRequest) (*pb.Delete
 	if err != nil {
 		return nil, err
 	}
-	s.log.InfoContext(ctx, "deleted", "what", p2p.Describe(req.GetTag(), cid), "uid", authOf(ctx).caller.uid, "tasks", deleted.Tasks, "freed", deleted.Freed)
-	return &pb.DeleteReply{Tasks: int64(deleted.Tasks), Freed: deleted.Freed}, nil
+	s.log.InfoContext(ctx, "deleted", "what", p2p.Describe(req.GetTag(), cid), "uid", authOf(ctx).caller.uid, "tasks", deleted.Tasks, "freed", deleted.Freed,
+		"reached", deleted.Reached, "missed", len(deleted.Missed))
+	return deletedMessage(deleted), nil
+}
+
+func (s *service) Replicate(ctx context.Context, req *pb.ReplicateRequest) (*pb.ReplicateReply, error) {
+	cid, n, err := parseReplicate(req)
+	if err != nil {
+		return nil, err
+	}
+	peers, err := s.engine.Replicate(ctx, req.GetTag(), cid, n)
+	if err != nil {
+		return nil, err
+	}
+	return &pb.ReplicateReply{Peers: peers}, nil
+}
+
+func (s *service) Peers(ctx context.Context, _ *pb.PeersRequest) (*pb.PeersReply, error) {
+	peers, err := s.engine.Peers(ctx)
+	if err != nil {
+		return nil, err
+	}
+	reply := &pb.PeersReply{}
+	for _, p := range peers {
+		reply.Peers = append(reply.Peers, peerMessage(p))
+	}
+	return reply, nil
 }
 
 func (s *service) List(req *pb.ListRequest, stream grpc.ServerStreamingServer[pb.ListReply]) error {
@@ -273,7 +323,14 @@ func (s *service) List(req *pb.ListRequest, stream grpc.ServerStreamingServer[pb
 	return flush()
 }
 
-func (s *service) Open(req *pb.OpenRequest, stream grpc.ServerStreamingServer[pb.OpenReply]) error {
+func (s *service) Open(stream grpc.BidiStreamingServer[pb.OpenRequest, pb.OpenReply]) error {
+	req, err := stream.Recv()
+	if err == io.EOF {
+		return fmt.Errorf("open: %w: the call ends before it says what", digest.ErrInvalid)
+	}
+	if err != nil {
+		return err
+	}
 	task, scope, err := parseOpen(req)
 	if err != nil {
 		return err
@@ -294,12 +351,100 @@ func (s *service) Open(req *pb.OpenRequest, stream grpc.ServerStreamingServer[pb
 	if err := authOf(ctx).channel.send(ctx, req.GetDescriptorId(), fb.File()); err != nil {
 		return fmt.Errorf("open %s: %w", task, err)
 	}
+	if arriving, ok := blob.(arrivingBlob); ok {
+		return announce(stream, arriving, blob.Sources)
+	}
 	for _, m := range openMessages(fb.Table()) {
 		if err := stream.Send(m); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// wanted are the pieces that a client wants first.
+type wanted struct {
+	first, last int
+	err         error // why they can't be
+}
+
+// announce tells a client of each piece of a blob as it arrives, and the blob which
+// pieces the client wants. Where the client does not read, sending blocks, and
+// with it all of this.
+func announce(stream grpc.BidiStreamingServer[pb.OpenRequest, pb.OpenReply], blob arrivingBlob, sources func() []p2p.Source) error {
+	table := blob.Table()
+	header := &pb.OpenReply_Header{Size: table.Size, PieceLength: table.PieceLength, Arriving: true}
+	if err := stream.Send(&pb.OpenReply{Header: header, Sent: true}); err != nil {
+		return err
+	}
+	call := stream.Context()
+	wants := make(chan wanted)
+	go func() { // it ends with the call, in which it receives
+		for {
+			req, err := stream.Recv()
+			if err != nil {
+				return // no more wants, or the call is over
+			}
+			var w wanted
+			w.first, w.last, w.err = parseWant(req, table.Pieces())
+			select {
+			case wants <- w:
+			case <-call.Done():
+				return
+			}
+		}
+	}()
+
+	ctx, cancel := context.WithCancel(call)
+	arrived := make(chan int, maxArrived)
+	var failure error // why nothing more arrives, set before arrived is closed
+	var watcher sync.WaitGroup
+	watcher.Go(func() {
+		defer close(arrived)
+		for i, err := range blob.Arrived(ctx) {
+			if err != nil {
+				failure = err
+				return
+			}
+			select {
+			case arrived <- i:
+			case <-ctx.Done():
+				return
+			}
+		}
+	})
+	defer watcher.Wait()
+	defer cancel()
+	for left := table.Pieces(); ; {
+		select {
+		case w := <-wants:
+			if w.err != nil {
+				return w.err
+			}
+			blob.Want(w.first, w.last)
+		case i, more := <-arrived:
+			if !more {
+				if err := cmp.Or(failure, context.Cause(call)); err != nil {
+					return err
+				}
+				if left != 0 {
+					return fmt.Errorf("%s: its download ended without %d pieces", table.Digest, left)
+				}
+				return stream.Send(&pb.OpenReply{Done: &pb.OpenReply_Done{Sources: sourceMessages(sources())}})
+			}
+			message := &pb.OpenReply{}
+			for batch := 1 + min(len(arrived), maxArrived-1); batch > 0; batch-- { // what is there goes together
+				if len(message.Pieces) > 0 {
+					i = <-arrived
+				}
+				message.Pieces = append(message.Pieces, &pb.OpenReply_Piece{Index: uint32(i), Crc32C: table.CRC[i]})
+			}
+			left -= len(message.Pieces)
+			if err := stream.Send(message); err != nil {
+				return err
+			}
+		}
+	}
 }
 
 // checkReadOnly makes sure that a client can't write to a blob through its file.

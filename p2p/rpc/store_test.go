@@ -97,6 +97,8 @@ type storeBlob struct {
 func (b *storeBlob) File() *os.File { return b.f }
 func (b *storeBlob) Close() error   { return b.f.Close() }
 
+func (b *storeBlob) Sources() []p2p.Source { return nil }
+
 func (s *store) Open(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.Blob, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -149,6 +151,12 @@ func (s *store) List(ctx context.Context, q p2p.Query) iter.Seq2[p2p.Entry, erro
 		}
 	}
 }
+
+func (s *store) Replicate(context.Context, string, digest.CID, int) ([]string, error) {
+	return nil, p2p.ErrUnreachable
+}
+
+func (s *store) Peers(context.Context) ([]p2p.Peer, error) { return nil, nil }
 
 func (s *store) Close() error { return nil }
 
@@ -256,18 +264,20 @@ func (i *storeIngest) Close() error {
 // hooked is an engine of which a test replaces some methods.
 type hooked struct {
 	p2p.Engine
-	stat   func(ctx context.Context) (p2p.Info, error)
-	open   func(ctx context.Context, task p2p.Task) (p2p.Blob, error)
-	ingest func(ctx context.Context) (p2p.Ingest, error)
-	delete func(opts p2p.DeleteOptions) (p2p.Deleted, error)
-	list   func(q p2p.Query) iter.Seq2[p2p.Entry, error]
+	stat      func(ctx context.Context, opts p2p.StatOptions) (p2p.Info, error)
+	open      func(ctx context.Context, task p2p.Task) (p2p.Blob, error)
+	ingest    func(ctx context.Context) (p2p.Ingest, error)
+	delete    func(opts p2p.DeleteOptions) (p2p.Deleted, error)
+	list      func(q p2p.Query) iter.Seq2[p2p.Entry, error]
+	replicate func(ctx context.Context, task p2p.Task, n int) ([]string, error)
+	peers     func() ([]p2p.Peer, error)
 }
 
 func (h *hooked) Stat(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions) (p2p.Info, error) {
 	if h.stat == nil {
 		return h.Engine.Stat(ctx, tag, cid, opts)
 	}
-	return h.stat(ctx)
+	return h.stat(ctx, opts)
 }
 
 func (h *hooked) Open(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.Blob, error) {
@@ -296,4 +306,18 @@ func (h *hooked) List(ctx context.Context, q p2p.Query) iter.Seq2[p2p.Entry, err
 		return h.Engine.List(ctx, q)
 	}
 	return h.list(q)
+}
+
+func (h *hooked) Replicate(ctx context.Context, tag string, cid digest.CID, n int) ([]string, error) {
+	if h.replicate == nil {
+		return h.Engine.Replicate(ctx, tag, cid, n)
+	}
+	return h.replicate(ctx, p2p.Task{Tag: tag, Digest: cid.Digest()}, n)
+}
+
+func (h *hooked) Peers(ctx context.Context) ([]p2p.Peer, error) {
+	if h.peers == nil {
+		return h.Engine.Peers(ctx)
+	}
+	return h.peers()
 }

@@ -3,6 +3,7 @@ package rpc
 import (
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"google.golang.org/protobuf/proto"
@@ -19,7 +20,13 @@ const (
 	maxRefs      = 10_000   // of one manifest
 	maxCommit    = 64 << 20 // bytes of all parts of a commit
 	maxAfter     = 255      // bytes: the longest tag; a name is shorter
+	maxReplicas  = 1 << 20  // peers
 )
+
+// maxPieces is the number of pieces that a blob that is arriving may have. They
+// are counted before the first is there: it bounds what a header makes a client
+// allocate. With the longest pieces it is 16 TiB, the largest file of ext4.
+const maxPieces = 4 << 20
 
 // maxReply is the length in bytes of the longest message that a daemon sends: a
 // manifest with p2p.MaxRefs descriptions of what it refers to, each of which is
@@ -44,6 +51,11 @@ var (
 		pb.Kind_KIND_ALL:   p2p.KindAll,
 		pb.Kind_KIND_NAMES: p2p.KindNames,
 		pb.Kind_KIND_TAGS:  p2p.KindTags,
+	}
+	peerStates = enum[pb.PeerState, p2p.PeerState]{
+		pb.PeerState_PEER_STATE_CONNECTED: p2p.PeerConnected,
+		pb.PeerState_PEER_STATE_AWAY:      p2p.PeerAway,
+		pb.PeerState_PEER_STATE_SHUNNED:   p2p.PeerShunned,
 	}
 )
 
@@ -82,11 +94,19 @@ func parseName(tag, cid string) (digest.CID, error) {
 }
 
 func parseStat(r *pb.StatRequest) (cid digest.CID, opts p2p.StatOptions, err error) {
-	opts.Manifest = r.GetManifest()
+	opts = p2p.StatOptions{Manifest: r.GetManifest(), Keep: r.GetKeep(), Holders: r.GetHolders()}
 	if cid, err = parseName(r.GetTag(), r.GetCid()); err != nil {
 		return cid, opts, err
 	}
-	opts.Scope, err = scopes.parse("scope", r.GetScope())
+	if opts.Scope, err = scopes.parse("scope", r.GetScope()); err != nil {
+		return cid, opts, err
+	}
+	switch {
+	case opts.Keep && (opts.Scope != p2p.Network || !opts.Manifest):
+		err = fmt.Errorf("stat %s to keep it: %w: it goes with its manifest, and with the network as the scope", cid, digest.ErrInvalid)
+	case opts.Holders && opts.Scope != p2p.Network:
+		err = fmt.Errorf("stat %s with who holds it: %w: it goes with the network as the scope", cid, digest.ErrInvalid)
+	}
 	return cid, opts, err
 }
 
@@ -94,8 +114,34 @@ func parseOpen(r *pb.OpenRequest) (task p2p.Task, scope p2p.Scope, err error) {
 	if task, err = parseTask(r.GetTask()); err != nil {
 		return task, 0, err
 	}
+	if r.GetWant() != nil {
+		return task, 0, fmt.Errorf("open %s: %w: pieces are asked for when it is open", task, digest.ErrInvalid)
+	}
 	scope, err = scopes.parse("scope", r.GetScope())
 	return task, scope, err
+}
+
+// parseWant reads which of a blob's pieces are wanted first.
+func parseWant(r *pb.OpenRequest, pieces int) (first, last int, err error) {
+	want := r.GetWant()
+	first, last = int(want.GetFirst()), int(want.GetLast())
+	switch {
+	case want == nil || r.GetTask() != nil:
+		err = fmt.Errorf("open: %w: the first request says what to open, and those after it want pieces", digest.ErrInvalid)
+	case first > last || last >= pieces:
+		err = fmt.Errorf("pieces %d to %d: %w: the blob has %d", first, last, digest.ErrInvalid, pieces)
+	}
+	return first, last, err
+}
+
+func parseReplicate(r *pb.ReplicateRequest) (cid digest.CID, n int, err error) {
+	if cid, err = parseName(r.GetTag(), r.GetCid()); err != nil {
+		return cid, 0, err
+	}
+	if r.GetN() < 0 || r.GetN() > maxReplicas {
+		return cid, 0, fmt.Errorf("replicate %s to %d peers: %w: want a number up to %d", cid, r.GetN(), digest.ErrInvalid, maxReplicas)
+	}
+	return cid, int(r.GetN()), nil
 }
 
 func parseDelete(r *pb.DeleteRequest) (cid digest.CID, opts p2p.DeleteOptions, err error) {
@@ -112,7 +158,10 @@ func parseDelete(r *pb.DeleteRequest) (cid digest.CID, opts p2p.DeleteOptions, e
 }
 
 func parseList(r *pb.ListRequest) (q p2p.Query, err error) {
-	q = p2p.Query{Tag: r.Tag, After: string(r.GetAfter()), RefersTo: digest.Digest(r.GetRefersTo()), Holds: digest.Digest(r.GetHolds())}
+	q = p2p.Query{
+		Tag: r.Tag, After: string(r.GetAfter()),
+		RefersTo: digest.Digest(r.GetRefersTo()), Holds: digest.Digest(r.GetHolds()), FromPeers: r.GetFromPeers(),
+	}
 	if q.Kind, err = listKinds.parse("kind", r.GetKind()); err != nil {
 		return q, err
 	}
@@ -133,7 +182,10 @@ func parseList(r *pb.ListRequest) (q p2p.Query, err error) {
 		}
 	}
 	if q.RefersTo == "" {
-		return q, nil
+		if q.FromPeers {
+			err = fmt.Errorf("list from peers: %w: it goes with what the entries refer to", digest.ErrInvalid)
+		}
+		return q, err
 	}
 	if q.Tag == nil || q.Kind != p2p.KindAll {
 		return q, fmt.Errorf("list what refers to %q: %w: it goes with a tag, and not with a kind", q.RefersTo, digest.ErrInvalid)
@@ -212,7 +264,19 @@ func parseNewTask(t *pb.NewTask) (p2p.NewTask, error) {
 	if err != nil {
 		return p2p.NewTask{}, fmt.Errorf("manifest %s: %w", task, err)
 	}
-	return p2p.NewTask{Task: task, MediaType: t.GetMediaType(), Keep: keep, Manifest: manifest}, nil
+	origin, err := parseTime("origin", t.GetOriginUnixNano())
+	if err != nil {
+		return p2p.NewTask{}, fmt.Errorf("task %s: %w", task, err)
+	}
+	return p2p.NewTask{Task: task, MediaType: t.GetMediaType(), Keep: keep, Origin: origin, Manifest: manifest}, nil
+}
+
+// parseTime reads a time that may be missing. what says in messages what it is.
+func parseTime(what string, nanoseconds int64) (time.Time, error) {
+	if nanoseconds < 0 {
+		return time.Time{}, fmt.Errorf("%s: %w: it is before 1970", what, digest.ErrInvalid)
+	}
+	return timeOf(nanoseconds), nil
 }
 
 func parseNewManifest(m *pb.NewTask_Manifest) (manifest *p2p.NewManifest, err error) {
@@ -264,7 +328,11 @@ func parseNewName(n *pb.NewName) (p2p.NewName, error) {
 	if err == nil && cid.CacheID() == "" {
 		err = fmt.Errorf("name %q: %w: a digest can't be the name of a task", n.GetName(), digest.ErrInvalid)
 	}
-	return p2p.NewName{Tag: task.Tag, Name: n.GetName(), Digest: task.Digest, KeepOld: n.GetKeepOld()}, err
+	if err != nil {
+		return p2p.NewName{}, err
+	}
+	updated, err := parseTime("name "+n.GetName(), n.GetUpdatedUnixNano())
+	return p2p.NewName{Tag: task.Tag, Name: n.GetName(), Digest: task.Digest, Updated: updated, KeepOld: n.GetKeepOld()}, err
 }
 
 func validateMediaType(s string) error {
@@ -292,9 +360,11 @@ func infoMessage(i p2p.Info) *pb.Info {
 		PieceLength:      i.PieceLength,
 		Pieces:           int64(i.Pieces),
 		Held:             int64(i.Held),
+		Remote:           i.Remote,
 		MediaType:        i.MediaType,
 		IsManifest:       i.IsManifest,
 		Keep:             keeps.message(i.Keep),
+		OriginUnixNano:   nanoseconds(i.Origin),
 		ImportedUnixNano: nanoseconds(i.Imported),
 		LastUsedUnixNano: nanoseconds(i.LastUsed),
 	}
@@ -311,6 +381,50 @@ func manifestMessage(m *p2p.Manifest) *pb.StatReply_Manifest {
 	return message
 }
 
+func holdersMessage(h *p2p.Holders) *pb.Holders {
+	if h == nil {
+		return nil
+	}
+	return &pb.Holders{Some: int64(h.Some), Whole: int64(h.Whole), Asked: int64(h.Asked), Silent: int64(h.Silent)}
+}
+
+func deletedMessage(d p2p.Deleted) *pb.DeleteReply {
+	message := &pb.DeleteReply{Tasks: int64(d.Tasks), Freed: d.Freed, Reached: int64(d.Reached), Removed: int64(d.Removed)}
+	for _, m := range d.Missed {
+		message.Missed = append(message.Missed, &pb.DeleteReply_Missed{Peer: valid(m.Peer), Address: valid(m.Address), Reason: valid(m.Reason)})
+	}
+	return message
+}
+
+func peerMessage(p p2p.Peer) *pb.Peer {
+	message := &pb.Peer{
+		Id:               valid(p.ID),
+		State:            peerStates.message(p.State),
+		Mode:             valid(p.Mode),
+		Gave:             p.Gave,
+		Took:             p.Took,
+		LatencyNano:      int64(p.Latency),
+		LastSeenUnixNano: nanoseconds(p.LastSeen),
+		Faults:           int64(p.Faults),
+		Reason:           valid(p.Reason),
+	}
+	for _, address := range p.Addresses {
+		message.Addresses = append(message.Addresses, valid(address))
+	}
+	return message
+}
+
+func sourceMessages(sources []p2p.Source) (messages []*pb.Source) {
+	for _, s := range sources {
+		messages = append(messages, &pb.Source{Peer: valid(s.Peer), Address: valid(s.Address), Bytes: s.Bytes})
+	}
+	return messages
+}
+
+// valid returns s as the text of a message can be: UTF-8. What comes from peers,
+// or is the text of an error, can hold anything.
+func valid(s string) string { return strings.ToValidUTF8(s, "\uFFFD") }
+
 func addedMessage(a p2p.Added) *pb.IngestReply {
 	return &pb.IngestReply{Reply: &pb.IngestReply_Added_{Added: &pb.IngestReply_Added{
 		Digest: string(a.Digest),
@@ -319,7 +433,10 @@ func addedMessage(a p2p.Added) *pb.IngestReply {
 }
 
 func queryMessage(q p2p.Query) *pb.ListRequest {
-	return &pb.ListRequest{Tag: q.Tag, Kind: listKinds.message(q.Kind), After: []byte(q.After), RefersTo: string(q.RefersTo), Holds: string(q.Holds)}
+	return &pb.ListRequest{
+		Tag: q.Tag, Kind: listKinds.message(q.Kind), After: []byte(q.After),
+		RefersTo: string(q.RefersTo), Holds: string(q.Holds), FromPeers: q.FromPeers,
+	}
 }
 
 func nanoseconds(t time.Time) int64 {
@@ -351,7 +468,7 @@ func commitParts(c p2p.Commit, part int) []*pb.IngestRequest_Commit {
 		size += n
 	}
 	for _, t := range c.Tasks {
-		m := &pb.NewTask{Task: taskMessage(t.Task), MediaType: t.MediaType, Keep: keeps.message(t.Keep)}
+		m := &pb.NewTask{Task: taskMessage(t.Task), MediaType: t.MediaType, Keep: keeps.message(t.Keep), OriginUnixNano: nanoseconds(t.Origin)}
 		if t.Manifest != nil {
 			m.Manifest = &pb.NewTask_Manifest{
 				Refs:    stringsOf(t.Manifest.Refs),
@@ -363,7 +480,7 @@ func commitParts(c p2p.Commit, part int) []*pb.IngestRequest_Commit {
 		now.Tasks = append(now.Tasks, m)
 	}
 	for _, n := range c.Names {
-		m := &pb.NewName{Tag: n.Tag, Name: n.Name, Digest: string(n.Digest), KeepOld: n.KeepOld}
+		m := &pb.NewName{Tag: n.Tag, Name: n.Name, Digest: string(n.Digest), KeepOld: n.KeepOld, UpdatedUnixNano: nanoseconds(n.Updated)}
 		grow(m)
 		now.Names = append(now.Names, m)
 	}
@@ -394,15 +511,20 @@ func infoOf(i *pb.Info) (p2p.Info, error) {
 	if err != nil {
 		return p2p.Info{}, answerError(err)
 	}
+	if i.GetSize() < 0 || i.GetPieces() < 0 || i.GetHeld() < 0 {
+		return p2p.Info{}, fmt.Errorf("the daemon's answer: %s has %d bytes, and %d of %d pieces", task, i.GetSize(), i.GetHeld(), i.GetPieces())
+	}
 	return p2p.Info{
 		Task:        task,
 		Size:        i.GetSize(),
 		PieceLength: i.GetPieceLength(),
 		Pieces:      int(i.GetPieces()),
 		Held:        int(i.GetHeld()),
+		Remote:      i.GetRemote(),
 		MediaType:   i.GetMediaType(),
 		IsManifest:  i.GetIsManifest(),
 		Keep:        keep,
+		Origin:      timeOf(i.GetOriginUnixNano()),
 		Imported:    timeOf(i.GetImportedUnixNano()),
 		LastUsed:    timeOf(i.GetLastUsedUnixNano()),
 	}, nil
@@ -410,8 +532,17 @@ func infoOf(i *pb.Info) (p2p.Info, error) {
 
 func statOf(r *pb.StatReply) (p2p.Info, error) {
 	info, err := infoOf(r.GetInfo())
-	if err != nil || r.GetManifest() == nil {
-		return info, err
+	if err != nil {
+		return p2p.Info{}, err
+	}
+	if h := r.GetHolders(); h != nil {
+		if h.GetWhole() < 0 || h.GetSome() < h.GetWhole() || h.GetSilent() < 0 || h.GetAsked() < h.GetSilent() {
+			return p2p.Info{}, fmt.Errorf("the daemon's answer: %d peers hold it, %d of them whole; %d were asked, %d of them did not answer", h.GetSome(), h.GetWhole(), h.GetAsked(), h.GetSilent())
+		}
+		info.Holders = &p2p.Holders{Some: int(h.GetSome()), Whole: int(h.GetWhole()), Asked: int(h.GetAsked()), Silent: int(h.GetSilent())}
+	}
+	if r.GetManifest() == nil {
+		return info, nil
 	}
 	info.Manifest = &p2p.Manifest{Content: r.GetManifest().GetContent()}
 	for _, i := range r.GetManifest().GetRefs() {
@@ -439,7 +570,50 @@ func entryOf(e *pb.Entry, kind p2p.Kind) (p2p.Entry, error) {
 	return p2p.Entry{Info: info, Name: e.GetName(), Total: e.GetTotal()}, nil
 }
 
-// maxChecksums is the number of checksums in one message of an Open.
+func deletedOf(r *pb.DeleteReply) (p2p.Deleted, error) {
+	d := p2p.Deleted{Tasks: int(r.GetTasks()), Freed: r.GetFreed(), Reached: int(r.GetReached()), Removed: int(r.GetRemoved())}
+	if d.Tasks < 0 || d.Freed < 0 || d.Removed < 0 || d.Reached < d.Removed {
+		return p2p.Deleted{}, fmt.Errorf("the daemon's answer: %d tasks and %d bytes were deleted, on %d of %d peers", d.Tasks, d.Freed, d.Removed, d.Reached)
+	}
+	for _, m := range r.GetMissed() {
+		d.Missed = append(d.Missed, p2p.Missed{Peer: m.GetPeer(), Address: m.GetAddress(), Reason: m.GetReason()})
+	}
+	return d, nil
+}
+
+func parsePeer(p *pb.Peer) (p2p.Peer, error) {
+	state, err := peerStates.parse("state of peer "+p.GetId(), p.GetState())
+	if err != nil {
+		return p2p.Peer{}, answerError(err)
+	}
+	if p.GetGave() < 0 || p.GetTook() < 0 || p.GetLatencyNano() < 0 || p.GetFaults() < 0 {
+		return p2p.Peer{}, fmt.Errorf("the daemon's answer: peer %s has a negative count", p.GetId())
+	}
+	return p2p.Peer{
+		ID:        p.GetId(),
+		Addresses: p.GetAddresses(),
+		State:     state,
+		Mode:      p.GetMode(),
+		Gave:      p.GetGave(),
+		Took:      p.GetTook(),
+		Latency:   time.Duration(p.GetLatencyNano()),
+		LastSeen:  timeOf(p.GetLastSeenUnixNano()),
+		Faults:    int(p.GetFaults()),
+		Reason:    p.GetReason(),
+	}, nil
+}
+
+func sourcesOf(messages []*pb.Source) (sources []p2p.Source, err error) {
+	for _, s := range messages {
+		if s.GetBytes() < 0 {
+			return nil, fmt.Errorf("the daemon's answer: peer %s has given %d bytes", s.GetPeer(), s.GetBytes())
+		}
+		sources = append(sources, p2p.Source{Peer: s.GetPeer(), Address: s.GetAddress(), Bytes: s.GetBytes()})
+	}
+	return sources, nil
+}
+
+// maxChecksums is the number of checksums, or of pieces, in one message of an Open.
 const maxChecksums = 64 << 10 / 4
 
 // openMessages returns the messages that describe t, the last of which says
@@ -460,8 +634,12 @@ func openMessages(t *digest.Table) []*pb.OpenReply {
 	return messages
 }
 
-// tableParser makes a piece table of the messages of an Open.
-type tableParser struct{ table *digest.Table }
+// tableParser makes a piece table of the messages of an Open, up to the one that
+// says that the descriptor was sent.
+type tableParser struct {
+	table    *digest.Table
+	arriving bool // the table has no checksum yet
+}
 
 func (p *tableParser) add(d digest.Digest, m *pb.OpenReply) error {
 	if h := m.GetHeader(); h != nil {
@@ -472,10 +650,25 @@ func (p *tableParser) add(d digest.Digest, m *pb.OpenReply) error {
 			return fmt.Errorf("the daemon's answer: pieces of %d bytes do not fit a blob of %d bytes", h.GetPieceLength(), h.GetSize())
 		}
 		p.table = &digest.Table{Digest: d, Size: h.GetSize(), PieceLength: h.GetPieceLength()}
+		if p.arriving = h.GetArriving(); p.arriving {
+			if n := p.table.Pieces(); n < 0 || n > maxPieces {
+				return fmt.Errorf("the daemon's answer: a blob of %d bytes has more than %d pieces", h.GetSize(), maxPieces)
+			}
+			p.table.CRC = make([]uint32, p.table.Pieces())
+		}
+	}
+	if len(m.GetPieces()) > 0 || m.GetDone() != nil {
+		return errors.New("the daemon's answer has pieces before the descriptor was sent, or of a blob that is whole")
 	}
 	if p.table == nil {
 		if len(m.GetCrc32C()) > 0 || m.GetSent() {
 			return errors.New("the daemon's answer has no header")
+		}
+		return nil
+	}
+	if p.arriving {
+		if len(m.GetCrc32C()) > 0 {
+			return errors.New("the daemon's answer has checksums of pieces that are not there")
 		}
 		return nil
 	}

@@ -156,10 +156,26 @@ func (a *Arriving) CopyRange(ctx context.Context, w io.Writer, off, n int64, pro
 			a.wantBytes(off, n)
 		}
 	}
-	if err := a.v.CopyRange(ctx, w, off, n, progress); err != nil || !whole {
+	if !whole || n == 0 {
+		if err := a.v.CopyRange(ctx, w, off, n, progress); err != nil || !whole {
+			return err
+		}
+		return a.whole(ctx)
+	}
+	// The last piece is kept back until the whole is proven: who counts bytes,
+	// as HTTP clients do, sees that something is wrong when it does not come.
+	last, _ := a.table.Bounds(a.table.Pieces() - 1)
+	if err := a.v.CopyRange(ctx, w, 0, last, progress); err != nil {
 		return err
 	}
-	return a.whole(ctx)
+	if err := a.whole(ctx); err != nil {
+		return err
+	}
+	if progress != nil {
+		before := progress
+		progress = func(n int64) { before(last + n) }
+	}
+	return a.v.CopyRange(ctx, w, last, n-last, progress)
 }
 
 func (a *Arriving) wantBytes(off, n int64) {

@@ -125,6 +125,9 @@ func (s *Swarm) fetch(ctx context.Context, task p2p.Task) (*Arriving, error) {
 		if err != nil {
 			return nil, err
 		}
+		if d == nil {
+			continue // one has just ended, maybe well
+		}
 		if known, sealed := d.wants(task); !known && !sealed {
 			info, _, err := s.statTask(ctx, task, false)
 			if err == nil {
@@ -153,22 +156,20 @@ func (s *Swarm) fetch(ctx context.Context, task p2p.Task) (*Arriving, error) {
 var errSealed = errors.New("the download is over")
 
 // download returns the download of a task's blob, and begins one where there is
-// none. The caller has it open or leaves it.
+// none; or nil, when one has just ended. The caller has it open or leaves it.
 func (s *Swarm) download(task p2p.Task) (*download, error) {
-	for {
-		s.mu.Lock()
-		d := s.downloads[task.Digest]
-		if d == nil {
-			d, err := s.startDownload(task)
-			s.mu.Unlock()
-			return d, err
-		}
-		s.mu.Unlock()
-		if d.join() {
-			return d, nil
-		}
-		<-d.ended // it is being closed
+	s.mu.Lock()
+	d := s.downloads[task.Digest]
+	if d == nil {
+		defer s.mu.Unlock()
+		return s.startDownload(task)
 	}
+	s.mu.Unlock()
+	if d.join() {
+		return d, nil
+	}
+	<-d.ended
+	return nil, nil
 }
 
 // startDownload begins a download. s.mu is held.

@@ -508,16 +508,26 @@ func (s *Swarm) Ingest(ctx context.Context) (p2p.Ingest, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &ingest{in, s}, nil
+	return &ingest{in, ctx, s}, nil
 }
 
 // ingest announces what is committed.
 type ingest struct {
 	p2p.Ingest
-	s *Swarm
+	ctx context.Context
+	s   *Swarm
 }
 
 func (in *ingest) Commit(c p2p.Commit) error {
+	for _, n := range c.Tasks {
+		if n.Manifest != nil {
+			for _, d := range n.Manifest.Needs {
+				if err := in.s.awaitStored(in.ctx, p2p.Task{Tag: n.Task.Tag, Digest: d}); err != nil {
+					return err
+				}
+			}
+		}
+	}
 	if err := in.Ingest.Commit(c); err != nil {
 		return err
 	}
@@ -526,6 +536,27 @@ func (in *ingest) Commit(c p2p.Commit) error {
 		in.s.calls.Done()
 	}
 	return nil
+}
+
+// awaitStored waits until a blob of which all has arrived is in the store: who
+// has read it may build on it.
+func (s *Swarm) awaitStored(ctx context.Context, task p2p.Task) error {
+	d := s.downloadOf(task)
+	if d == nil {
+		return nil
+	}
+	d.mu.Lock()
+	proven := d.proven
+	d.mu.Unlock()
+	if !proven {
+		return nil
+	}
+	select {
+	case <-d.ended:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 }
 
 // commit commits what needs no new content.

@@ -32,6 +32,7 @@ const (
 	Corrupt      = 8
 	OutputExists = 9
 	Referenced   = 10
+	Unreachable  = 11
 	Interrupted  = 130
 )
 
@@ -51,6 +52,7 @@ var Codes = []struct {
 	{Corrupt, "corrupt", "stored content is damaged"},
 	{OutputExists, "output exists", "the output exists and --overwrite was not given"},
 	{Referenced, "referenced", "other content still refers to what was to be deleted"},
+	{Unreachable, "unreachable", "it is not on this host and no peer can be reached, or too few of them for --replicas"},
 	{Interrupted, "interrupted", "a signal ended the command before it was done"},
 }
 
@@ -90,6 +92,8 @@ func Code(err error) int {
 		return OutputExists
 	case is(digest.ErrInvalid):
 		return Invalid
+	case is(p2p.ErrUnreachable):
+		return Unreachable
 	case is(p2p.ErrUnavailable):
 		return Unavailable
 	default:

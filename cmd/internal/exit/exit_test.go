@@ -39,12 +39,16 @@ func TestCode(t *testing.T) {
 		{&digest.CorruptError{}, 8},
 		{&fs.PathError{Op: "open", Path: "f", Err: syscall.EEXIST}, 9},
 		{p2p.ErrReferenced, 10},
+		{p2p.ErrUnreachable, 11},
 		{context.Canceled, 130},
 
 		// Errors that are several things.
 		{exit.Usage(os.ErrExist), 2},
 		{errors.Join(context.Canceled, digest.ErrMismatch), 4},
 		{errors.Join(p2p.ErrUnavailable, context.DeadlineExceeded), 5},
+		{errors.Join(p2p.ErrUnreachable, context.DeadlineExceeded), 5},
+		{errors.Join(p2p.ErrUnreachable, p2p.ErrUnavailable), 11},
+		{errors.Join(p2p.ErrUnreachable, digest.ErrMismatch), 4},
 		{errors.Join(p2p.ErrUnavailable, p2p.ErrNoSpace), 7},
 		{errors.Join(p2p.ErrUnavailable, context.Canceled), 130},
 	}

@@ -180,6 +180,59 @@ func (Kind) EnumDescriptor() ([]byte, []int) {
 	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{2}
 }
 
+// PeerState says how it stands with a peer.
+type PeerState int32
+
+const (
+	PeerState_PEER_STATE_UNSPECIFIED PeerState = 0 // refused
+	PeerState_PEER_STATE_CONNECTED   PeerState = 1
+	PeerState_PEER_STATE_AWAY        PeerState = 2 // known, and not connected now
+	PeerState_PEER_STATE_SHUNNED     PeerState = 3 // caught with lies: it is asked for nothing for a while
+)
+
+// Enum value maps for PeerState.
+var (
+	PeerState_name = map[int32]string{
+		0: "PEER_STATE_UNSPECIFIED",
+		1: "PEER_STATE_CONNECTED",
+		2: "PEER_STATE_AWAY",
+		3: "PEER_STATE_SHUNNED",
+	}
+	PeerState_value = map[string]int32{
+		"PEER_STATE_UNSPECIFIED": 0,
+		"PEER_STATE_CONNECTED":   1,
+		"PEER_STATE_AWAY":        2,
+		"PEER_STATE_SHUNNED":     3,
+	}
+)
+
+func (x PeerState) Enum() *PeerState {
+	p := new(PeerState)
+	*p = x
+	return p
+}
+
+func (x PeerState) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (PeerState) Descriptor() protoreflect.EnumDescriptor {
+	return file_p2p_rpc_pb_daemon_proto_enumTypes[3].Descriptor()
+}
+
+func (PeerState) Type() protoreflect.EnumType {
+	return &file_p2p_rpc_pb_daemon_proto_enumTypes[3]
+}
+
+func (x PeerState) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use PeerState.Descriptor instead.
+func (PeerState) EnumDescriptor() ([]byte, []int) {
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{3}
+}
+
 // Task is a blob under a tag.
 type Task struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -239,6 +292,8 @@ type StatRequest struct {
 	Cid           string                 `protobuf:"bytes,2,opt,name=cid,proto3" json:"cid,omitempty"` // a digest or a cache ID
 	Scope         Scope                  `protobuf:"varint,3,opt,name=scope,proto3,enum=dfcache.v1.Scope" json:"scope,omitempty"`
 	Manifest      bool                   `protobuf:"varint,4,opt,name=manifest,proto3" json:"manifest,omitempty"` // whether the reply is to have the content of a manifest
+	Keep          bool                   `protobuf:"varint,5,opt,name=keep,proto3" json:"keep,omitempty"`         // keep the name and its manifest here; with manifest and SCOPE_NETWORK only
+	Holders       bool                   `protobuf:"varint,6,opt,name=holders,proto3" json:"holders,omitempty"`   // ask every peer who holds it; with SCOPE_NETWORK only
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -301,10 +356,25 @@ func (x *StatRequest) GetManifest() bool {
 	return false
 }
 
+func (x *StatRequest) GetKeep() bool {
+	if x != nil {
+		return x.Keep
+	}
+	return false
+}
+
+func (x *StatRequest) GetHolders() bool {
+	if x != nil {
+		return x.Holders
+	}
+	return false
+}
+
 type StatReply struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Info          *Info                  `protobuf:"bytes,1,opt,name=info,proto3" json:"info,omitempty"`
 	Manifest      *StatReply_Manifest    `protobuf:"bytes,2,opt,name=manifest,proto3" json:"manifest,omitempty"` // absent unless it was asked for, and the task is a manifest
+	Holders       *Holders               `protobuf:"bytes,3,opt,name=holders,proto3" json:"holders,omitempty"`   // absent unless it was asked for
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -353,6 +423,82 @@ func (x *StatReply) GetManifest() *StatReply_Manifest {
 	return nil
 }
 
+func (x *StatReply) GetHolders() *Holders {
+	if x != nil {
+		return x.Holders
+	}
+	return nil
+}
+
+// Holders counts the other peers that have answered for a task.
+type Holders struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Some          int64                  `protobuf:"varint,1,opt,name=some,proto3" json:"some,omitempty"`     // hold it, or a part of it
+	Whole         int64                  `protobuf:"varint,2,opt,name=whole,proto3" json:"whole,omitempty"`   // of these, hold all of it
+	Asked         int64                  `protobuf:"varint,3,opt,name=asked,proto3" json:"asked,omitempty"`   // were asked
+	Silent        int64                  `protobuf:"varint,4,opt,name=silent,proto3" json:"silent,omitempty"` // of these, did not answer in time
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Holders) Reset() {
+	*x = Holders{}
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Holders) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Holders) ProtoMessage() {}
+
+func (x *Holders) ProtoReflect() protoreflect.Message {
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Holders.ProtoReflect.Descriptor instead.
+func (*Holders) Descriptor() ([]byte, []int) {
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *Holders) GetSome() int64 {
+	if x != nil {
+		return x.Some
+	}
+	return 0
+}
+
+func (x *Holders) GetWhole() int64 {
+	if x != nil {
+		return x.Whole
+	}
+	return 0
+}
+
+func (x *Holders) GetAsked() int64 {
+	if x != nil {
+		return x.Asked
+	}
+	return 0
+}
+
+func (x *Holders) GetSilent() int64 {
+	if x != nil {
+		return x.Silent
+	}
+	return 0
+}
+
 // Info describes a task.
 type Info struct {
 	state            protoimpl.MessageState `protogen:"open.v1"`
@@ -366,13 +512,15 @@ type Info struct {
 	Keep             Keep                   `protobuf:"varint,8,opt,name=keep,proto3,enum=dfcache.v1.Keep" json:"keep,omitempty"`
 	ImportedUnixNano int64                  `protobuf:"varint,9,opt,name=imported_unix_nano,json=importedUnixNano,proto3" json:"imported_unix_nano,omitempty"`    // nanoseconds since 1970, UTC; 0 where unknown
 	LastUsedUnixNano int64                  `protobuf:"varint,10,opt,name=last_used_unix_nano,json=lastUsedUnixNano,proto3" json:"last_used_unix_nano,omitempty"` // likewise; 0 where never
+	Remote           bool                   `protobuf:"varint,11,opt,name=remote,proto3" json:"remote,omitempty"`                                                 // nothing of it is here: it is the word of peers
+	OriginUnixNano   int64                  `protobuf:"varint,12,opt,name=origin_unix_nano,json=originUnixNano,proto3" json:"origin_unix_nano,omitempty"`         // when it was imported first, on whatever host; 0 where unknown
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
 
 func (x *Info) Reset() {
 	*x = Info{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[3]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -384,7 +532,7 @@ func (x *Info) String() string {
 func (*Info) ProtoMessage() {}
 
 func (x *Info) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[3]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -397,7 +545,7 @@ func (x *Info) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Info.ProtoReflect.Descriptor instead.
 func (*Info) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{3}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Info) GetTask() *Task {
@@ -470,18 +618,35 @@ func (x *Info) GetLastUsedUnixNano() int64 {
 	return 0
 }
 
+func (x *Info) GetRemote() bool {
+	if x != nil {
+		return x.Remote
+	}
+	return false
+}
+
+func (x *Info) GetOriginUnixNano() int64 {
+	if x != nil {
+		return x.OriginUnixNano
+	}
+	return 0
+}
+
+// OpenRequest is, as the first message, what to open, and after that a want:
+// that alone.
 type OpenRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Task          *Task                  `protobuf:"bytes,1,opt,name=task,proto3" json:"task,omitempty"`
 	Scope         Scope                  `protobuf:"varint,2,opt,name=scope,proto3,enum=dfcache.v1.Scope" json:"scope,omitempty"`
 	DescriptorId  uint64                 `protobuf:"varint,3,opt,name=descriptor_id,json=descriptorId,proto3" json:"descriptor_id,omitempty"` // the id under which the descriptor is to be sent
+	Want          *OpenRequest_Want      `protobuf:"bytes,4,opt,name=want,proto3" json:"want,omitempty"`                                      // in every message but the first; only while a blob is arriving
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *OpenRequest) Reset() {
 	*x = OpenRequest{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[4]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -493,7 +658,7 @@ func (x *OpenRequest) String() string {
 func (*OpenRequest) ProtoMessage() {}
 
 func (x *OpenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[4]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -506,7 +671,7 @@ func (x *OpenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenRequest.ProtoReflect.Descriptor instead.
 func (*OpenRequest) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{4}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *OpenRequest) GetTask() *Task {
@@ -530,23 +695,34 @@ func (x *OpenRequest) GetDescriptorId() uint64 {
 	return 0
 }
 
-// OpenReply is one message of several. The header comes before any checksum;
-// the checksums of all pieces follow in order, at most 16384 in one message;
-// the last one has sent set. One message can be all of these. One that is none
-// of these is to be ignored: it is where a later daemon reports how far a
-// download from peers is.
+func (x *OpenRequest) GetWant() *OpenRequest_Want {
+	if x != nil {
+		return x.Want
+	}
+	return nil
+}
+
+// OpenReply is one message of several. The header comes first. Of a blob that is
+// here the checksums of all pieces follow in order, at most 16384 in one message;
+// the last message has sent set, and one message can be all of these.
+//
+// Of a blob that is arriving, the header's message has sent set. Pieces follow as
+// they can be read, each once and in any order, at most 16384 in one message, and
+// at the end done. A message with none of these is to be ignored.
 type OpenReply struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Header        *OpenReply_Header      `protobuf:"bytes,1,opt,name=header,proto3" json:"header,omitempty"`
 	Crc32C        []uint32               `protobuf:"fixed32,2,rep,packed,name=crc32c,proto3" json:"crc32c,omitempty"` // of the next pieces
 	Sent          bool                   `protobuf:"varint,3,opt,name=sent,proto3" json:"sent,omitempty"`             // the descriptor is in the channel
+	Pieces        []*OpenReply_Piece     `protobuf:"bytes,4,rep,name=pieces,proto3" json:"pieces,omitempty"`
+	Done          *OpenReply_Done        `protobuf:"bytes,5,opt,name=done,proto3" json:"done,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *OpenReply) Reset() {
 	*x = OpenReply{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[5]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -558,7 +734,7 @@ func (x *OpenReply) String() string {
 func (*OpenReply) ProtoMessage() {}
 
 func (x *OpenReply) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[5]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -571,7 +747,7 @@ func (x *OpenReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenReply.ProtoReflect.Descriptor instead.
 func (*OpenReply) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{5}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *OpenReply) GetHeader() *OpenReply_Header {
@@ -595,6 +771,81 @@ func (x *OpenReply) GetSent() bool {
 	return false
 }
 
+func (x *OpenReply) GetPieces() []*OpenReply_Piece {
+	if x != nil {
+		return x.Pieces
+	}
+	return nil
+}
+
+func (x *OpenReply) GetDone() *OpenReply_Done {
+	if x != nil {
+		return x.Done
+	}
+	return nil
+}
+
+// Source is a peer that has given bytes of a blob.
+type Source struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Peer          string                 `protobuf:"bytes,1,opt,name=peer,proto3" json:"peer,omitempty"`       // its ID
+	Address       string                 `protobuf:"bytes,2,opt,name=address,proto3" json:"address,omitempty"` // where it was reached
+	Bytes         int64                  `protobuf:"varint,3,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Source) Reset() {
+	*x = Source{}
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Source) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Source) ProtoMessage() {}
+
+func (x *Source) ProtoReflect() protoreflect.Message {
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Source.ProtoReflect.Descriptor instead.
+func (*Source) Descriptor() ([]byte, []int) {
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *Source) GetPeer() string {
+	if x != nil {
+		return x.Peer
+	}
+	return ""
+}
+
+func (x *Source) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *Source) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
 type IngestRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Request:
@@ -609,7 +860,7 @@ type IngestRequest struct {
 
 func (x *IngestRequest) Reset() {
 	*x = IngestRequest{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[6]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -621,7 +872,7 @@ func (x *IngestRequest) String() string {
 func (*IngestRequest) ProtoMessage() {}
 
 func (x *IngestRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[6]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -634,7 +885,7 @@ func (x *IngestRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IngestRequest.ProtoReflect.Descriptor instead.
 func (*IngestRequest) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{6}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *IngestRequest) GetRequest() isIngestRequest_Request {
@@ -694,18 +945,19 @@ func (*IngestRequest_Rehash_) isIngestRequest_Request() {}
 func (*IngestRequest_Commit_) isIngestRequest_Request() {}
 
 type NewTask struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Task          *Task                  `protobuf:"bytes,1,opt,name=task,proto3" json:"task,omitempty"`
-	MediaType     string                 `protobuf:"bytes,2,opt,name=media_type,json=mediaType,proto3" json:"media_type,omitempty"`
-	Keep          Keep                   `protobuf:"varint,3,opt,name=keep,proto3,enum=dfcache.v1.Keep" json:"keep,omitempty"`
-	Manifest      *NewTask_Manifest      `protobuf:"bytes,4,opt,name=manifest,proto3" json:"manifest,omitempty"` // present where the content is a manifest
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Task           *Task                  `protobuf:"bytes,1,opt,name=task,proto3" json:"task,omitempty"`
+	MediaType      string                 `protobuf:"bytes,2,opt,name=media_type,json=mediaType,proto3" json:"media_type,omitempty"`
+	Keep           Keep                   `protobuf:"varint,3,opt,name=keep,proto3,enum=dfcache.v1.Keep" json:"keep,omitempty"`
+	Manifest       *NewTask_Manifest      `protobuf:"bytes,4,opt,name=manifest,proto3" json:"manifest,omitempty"`                                      // present where the content is a manifest
+	OriginUnixNano int64                  `protobuf:"varint,5,opt,name=origin_unix_nano,json=originUnixNano,proto3" json:"origin_unix_nano,omitempty"` // when it was imported first, on another host; 0 is now
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *NewTask) Reset() {
 	*x = NewTask{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[7]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -717,7 +969,7 @@ func (x *NewTask) String() string {
 func (*NewTask) ProtoMessage() {}
 
 func (x *NewTask) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[7]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -730,7 +982,7 @@ func (x *NewTask) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NewTask.ProtoReflect.Descriptor instead.
 func (*NewTask) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{7}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *NewTask) GetTask() *Task {
@@ -761,19 +1013,27 @@ func (x *NewTask) GetManifest() *NewTask_Manifest {
 	return nil
 }
 
+func (x *NewTask) GetOriginUnixNano() int64 {
+	if x != nil {
+		return x.OriginUnixNano
+	}
+	return 0
+}
+
 type NewName struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Tag           string                 `protobuf:"bytes,1,opt,name=tag,proto3" json:"tag,omitempty"`
-	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"` // a cache ID
-	Digest        string                 `protobuf:"bytes,3,opt,name=digest,proto3" json:"digest,omitempty"`
-	KeepOld       bool                   `protobuf:"varint,4,opt,name=keep_old,json=keepOld,proto3" json:"keep_old,omitempty"` // keep what the name pointed to before
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	Tag             string                 `protobuf:"bytes,1,opt,name=tag,proto3" json:"tag,omitempty"`
+	Name            string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"` // a cache ID
+	Digest          string                 `protobuf:"bytes,3,opt,name=digest,proto3" json:"digest,omitempty"`
+	KeepOld         bool                   `protobuf:"varint,4,opt,name=keep_old,json=keepOld,proto3" json:"keep_old,omitempty"`                           // keep what the name pointed to before
+	UpdatedUnixNano int64                  `protobuf:"varint,5,opt,name=updated_unix_nano,json=updatedUnixNano,proto3" json:"updated_unix_nano,omitempty"` // when it was pointed there, on another host; 0 is now
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *NewName) Reset() {
 	*x = NewName{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[8]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -785,7 +1045,7 @@ func (x *NewName) String() string {
 func (*NewName) ProtoMessage() {}
 
 func (x *NewName) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[8]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -798,7 +1058,7 @@ func (x *NewName) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NewName.ProtoReflect.Descriptor instead.
 func (*NewName) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{8}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *NewName) GetTag() string {
@@ -829,6 +1089,13 @@ func (x *NewName) GetKeepOld() bool {
 	return false
 }
 
+func (x *NewName) GetUpdatedUnixNano() int64 {
+	if x != nil {
+		return x.UpdatedUnixNano
+	}
+	return 0
+}
+
 type IngestReply struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Reply:
@@ -843,7 +1110,7 @@ type IngestReply struct {
 
 func (x *IngestReply) Reset() {
 	*x = IngestReply{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[9]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -855,7 +1122,7 @@ func (x *IngestReply) String() string {
 func (*IngestReply) ProtoMessage() {}
 
 func (x *IngestReply) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[9]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -868,7 +1135,7 @@ func (x *IngestReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IngestReply.ProtoReflect.Descriptor instead.
 func (*IngestReply) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{9}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *IngestReply) GetReply() isIngestReply_Reply {
@@ -939,7 +1206,7 @@ type DeleteRequest struct {
 
 func (x *DeleteRequest) Reset() {
 	*x = DeleteRequest{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[10]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -951,7 +1218,7 @@ func (x *DeleteRequest) String() string {
 func (*DeleteRequest) ProtoMessage() {}
 
 func (x *DeleteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[10]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -964,7 +1231,7 @@ func (x *DeleteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteRequest.ProtoReflect.Descriptor instead.
 func (*DeleteRequest) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{10}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *DeleteRequest) GetTag() string {
@@ -997,15 +1264,18 @@ func (x *DeleteRequest) GetNameOnly() bool {
 
 type DeleteReply struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Tasks         int64                  `protobuf:"varint,1,opt,name=tasks,proto3" json:"tasks,omitempty"` // removed
-	Freed         int64                  `protobuf:"varint,2,opt,name=freed,proto3" json:"freed,omitempty"` // bytes
+	Tasks         int64                  `protobuf:"varint,1,opt,name=tasks,proto3" json:"tasks,omitempty"`     // removed, here
+	Freed         int64                  `protobuf:"varint,2,opt,name=freed,proto3" json:"freed,omitempty"`     // bytes, here
+	Reached       int64                  `protobuf:"varint,3,opt,name=reached,proto3" json:"reached,omitempty"` // other peers that do not hold it any more
+	Removed       int64                  `protobuf:"varint,4,opt,name=removed,proto3" json:"removed,omitempty"` // of these, that had something to remove
+	Missed        []*DeleteReply_Missed  `protobuf:"bytes,5,rep,name=missed,proto3" json:"missed,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *DeleteReply) Reset() {
 	*x = DeleteReply{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[11]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1017,7 +1287,7 @@ func (x *DeleteReply) String() string {
 func (*DeleteReply) ProtoMessage() {}
 
 func (x *DeleteReply) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[11]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1030,7 +1300,7 @@ func (x *DeleteReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteReply.ProtoReflect.Descriptor instead.
 func (*DeleteReply) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{11}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *DeleteReply) GetTasks() int64 {
@@ -1047,20 +1317,42 @@ func (x *DeleteReply) GetFreed() int64 {
 	return 0
 }
 
+func (x *DeleteReply) GetReached() int64 {
+	if x != nil {
+		return x.Reached
+	}
+	return 0
+}
+
+func (x *DeleteReply) GetRemoved() int64 {
+	if x != nil {
+		return x.Removed
+	}
+	return 0
+}
+
+func (x *DeleteReply) GetMissed() []*DeleteReply_Missed {
+	if x != nil {
+		return x.Missed
+	}
+	return nil
+}
+
 type ListRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Tag           *string                `protobuf:"bytes,1,opt,name=tag,proto3,oneof" json:"tag,omitempty"` // every tag where it is absent
 	Kind          Kind                   `protobuf:"varint,2,opt,name=kind,proto3,enum=dfcache.v1.Kind" json:"kind,omitempty"`
-	After         []byte                 `protobuf:"bytes,3,opt,name=after,proto3" json:"after,omitempty"`                       // with KIND_NAMES and KIND_TAGS: only those that sort after it, byte by byte
-	RefersTo      string                 `protobuf:"bytes,4,opt,name=refers_to,json=refersTo,proto3" json:"refers_to,omitempty"` // only tasks that refer to this digest; with a tag and KIND_ALL only
-	Holds         string                 `protobuf:"bytes,5,opt,name=holds,proto3" json:"holds,omitempty"`                       // only tags that hold this digest; with KIND_TAGS only
+	After         []byte                 `protobuf:"bytes,3,opt,name=after,proto3" json:"after,omitempty"`                           // with KIND_NAMES and KIND_TAGS: only those that sort after it, byte by byte
+	RefersTo      string                 `protobuf:"bytes,4,opt,name=refers_to,json=refersTo,proto3" json:"refers_to,omitempty"`     // only tasks that refer to this digest; with a tag and KIND_ALL only
+	Holds         string                 `protobuf:"bytes,5,opt,name=holds,proto3" json:"holds,omitempty"`                           // only tags that hold this digest; with KIND_TAGS only
+	FromPeers     bool                   `protobuf:"varint,6,opt,name=from_peers,json=fromPeers,proto3" json:"from_peers,omitempty"` // first bring here what peers have; with refers_to only
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ListRequest) Reset() {
 	*x = ListRequest{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[12]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1072,7 +1364,7 @@ func (x *ListRequest) String() string {
 func (*ListRequest) ProtoMessage() {}
 
 func (x *ListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[12]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1085,7 +1377,7 @@ func (x *ListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
 func (*ListRequest) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{12}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ListRequest) GetTag() string {
@@ -1123,6 +1415,13 @@ func (x *ListRequest) GetHolds() string {
 	return ""
 }
 
+func (x *ListRequest) GetFromPeers() bool {
+	if x != nil {
+		return x.FromPeers
+	}
+	return false
+}
+
 type ListReply struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Entries       []*Entry               `protobuf:"bytes,1,rep,name=entries,proto3" json:"entries,omitempty"` // at most 256
@@ -1132,7 +1431,7 @@ type ListReply struct {
 
 func (x *ListReply) Reset() {
 	*x = ListReply{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[13]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1144,7 +1443,7 @@ func (x *ListReply) String() string {
 func (*ListReply) ProtoMessage() {}
 
 func (x *ListReply) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[13]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1157,7 +1456,7 @@ func (x *ListReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReply.ProtoReflect.Descriptor instead.
 func (*ListReply) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{13}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ListReply) GetEntries() []*Entry {
@@ -1179,7 +1478,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[14]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1191,7 +1490,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[14]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1204,7 +1503,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{14}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Entry) GetInfo() *Info {
@@ -1228,6 +1527,307 @@ func (x *Entry) GetTotal() int64 {
 	return 0
 }
 
+type ReplicateRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Tag           string                 `protobuf:"bytes,1,opt,name=tag,proto3" json:"tag,omitempty"`
+	Cid           string                 `protobuf:"bytes,2,opt,name=cid,proto3" json:"cid,omitempty"` // a digest or a cache ID
+	N             int64                  `protobuf:"varint,3,opt,name=n,proto3" json:"n,omitempty"`    // how many other peers are to hold it
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReplicateRequest) Reset() {
+	*x = ReplicateRequest{}
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReplicateRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReplicateRequest) ProtoMessage() {}
+
+func (x *ReplicateRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReplicateRequest.ProtoReflect.Descriptor instead.
+func (*ReplicateRequest) Descriptor() ([]byte, []int) {
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *ReplicateRequest) GetTag() string {
+	if x != nil {
+		return x.Tag
+	}
+	return ""
+}
+
+func (x *ReplicateRequest) GetCid() string {
+	if x != nil {
+		return x.Cid
+	}
+	return ""
+}
+
+func (x *ReplicateRequest) GetN() int64 {
+	if x != nil {
+		return x.N
+	}
+	return 0
+}
+
+type ReplicateReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Peers         []string               `protobuf:"bytes,1,rep,name=peers,proto3" json:"peers,omitempty"` // the IDs of those that hold it
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReplicateReply) Reset() {
+	*x = ReplicateReply{}
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReplicateReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReplicateReply) ProtoMessage() {}
+
+func (x *ReplicateReply) ProtoReflect() protoreflect.Message {
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReplicateReply.ProtoReflect.Descriptor instead.
+func (*ReplicateReply) Descriptor() ([]byte, []int) {
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *ReplicateReply) GetPeers() []string {
+	if x != nil {
+		return x.Peers
+	}
+	return nil
+}
+
+type PeersRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PeersRequest) Reset() {
+	*x = PeersRequest{}
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PeersRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PeersRequest) ProtoMessage() {}
+
+func (x *PeersRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PeersRequest.ProtoReflect.Descriptor instead.
+func (*PeersRequest) Descriptor() ([]byte, []int) {
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{19}
+}
+
+type PeersReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Peers         []*Peer                `protobuf:"bytes,1,rep,name=peers,proto3" json:"peers,omitempty"` // the connected ones first
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PeersReply) Reset() {
+	*x = PeersReply{}
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PeersReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PeersReply) ProtoMessage() {}
+
+func (x *PeersReply) ProtoReflect() protoreflect.Message {
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PeersReply.ProtoReflect.Descriptor instead.
+func (*PeersReply) Descriptor() ([]byte, []int) {
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *PeersReply) GetPeers() []*Peer {
+	if x != nil {
+		return x.Peers
+	}
+	return nil
+}
+
+// Peer is another daemon.
+type Peer struct {
+	state            protoimpl.MessageState `protogen:"open.v1"`
+	Id               string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"` // its libp2p peer ID
+	Addresses        []string               `protobuf:"bytes,2,rep,name=addresses,proto3" json:"addresses,omitempty"`
+	State            PeerState              `protobuf:"varint,3,opt,name=state,proto3,enum=dfcache.v1.PeerState" json:"state,omitempty"`
+	Mode             string                 `protobuf:"bytes,4,opt,name=mode,proto3" json:"mode,omitempty"`                                                      // full, seed-only or never-serve; empty where it has not told
+	Gave             int64                  `protobuf:"varint,5,opt,name=gave,proto3" json:"gave,omitempty"`                                                     // bytes of blobs that it has given to the daemon
+	Took             int64                  `protobuf:"varint,6,opt,name=took,proto3" json:"took,omitempty"`                                                     // bytes of blobs that it has taken from the daemon
+	LatencyNano      int64                  `protobuf:"varint,7,opt,name=latency_nano,json=latencyNano,proto3" json:"latency_nano,omitempty"`                    // nanoseconds of a request and its answer, smoothed; 0 where unknown
+	LastSeenUnixNano int64                  `protobuf:"varint,8,opt,name=last_seen_unix_nano,json=lastSeenUnixNano,proto3" json:"last_seen_unix_nano,omitempty"` // nanoseconds since 1970, UTC; 0 where never
+	Faults           int64                  `protobuf:"varint,9,opt,name=faults,proto3" json:"faults,omitempty"`                                                 // lies and stalls that it was caught with
+	Reason           string                 `protobuf:"bytes,10,opt,name=reason,proto3" json:"reason,omitempty"`                                                 // of the last fault
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
+}
+
+func (x *Peer) Reset() {
+	*x = Peer{}
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Peer) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Peer) ProtoMessage() {}
+
+func (x *Peer) ProtoReflect() protoreflect.Message {
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Peer.ProtoReflect.Descriptor instead.
+func (*Peer) Descriptor() ([]byte, []int) {
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *Peer) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Peer) GetAddresses() []string {
+	if x != nil {
+		return x.Addresses
+	}
+	return nil
+}
+
+func (x *Peer) GetState() PeerState {
+	if x != nil {
+		return x.State
+	}
+	return PeerState_PEER_STATE_UNSPECIFIED
+}
+
+func (x *Peer) GetMode() string {
+	if x != nil {
+		return x.Mode
+	}
+	return ""
+}
+
+func (x *Peer) GetGave() int64 {
+	if x != nil {
+		return x.Gave
+	}
+	return 0
+}
+
+func (x *Peer) GetTook() int64 {
+	if x != nil {
+		return x.Took
+	}
+	return 0
+}
+
+func (x *Peer) GetLatencyNano() int64 {
+	if x != nil {
+		return x.LatencyNano
+	}
+	return 0
+}
+
+func (x *Peer) GetLastSeenUnixNano() int64 {
+	if x != nil {
+		return x.LastSeenUnixNano
+	}
+	return 0
+}
+
+func (x *Peer) GetFaults() int64 {
+	if x != nil {
+		return x.Faults
+	}
+	return 0
+}
+
+func (x *Peer) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
 // Manifest is the content of a manifest and what is known of what it refers to.
 type StatReply_Manifest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1239,7 +1839,7 @@ type StatReply_Manifest struct {
 
 func (x *StatReply_Manifest) Reset() {
 	*x = StatReply_Manifest{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[15]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1251,7 +1851,7 @@ func (x *StatReply_Manifest) String() string {
 func (*StatReply_Manifest) ProtoMessage() {}
 
 func (x *StatReply_Manifest) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[15]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1281,17 +1881,71 @@ func (x *StatReply_Manifest) GetRefs() []*Info {
 	return nil
 }
 
+// Want has pieces of a blob that is arriving fetched before others.
+type OpenRequest_Want struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	First         uint32                 `protobuf:"varint,1,opt,name=first,proto3" json:"first,omitempty"` // the index of a piece
+	Last          uint32                 `protobuf:"varint,2,opt,name=last,proto3" json:"last,omitempty"`   // likewise, and not before the first
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OpenRequest_Want) Reset() {
+	*x = OpenRequest_Want{}
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OpenRequest_Want) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OpenRequest_Want) ProtoMessage() {}
+
+func (x *OpenRequest_Want) ProtoReflect() protoreflect.Message {
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OpenRequest_Want.ProtoReflect.Descriptor instead.
+func (*OpenRequest_Want) Descriptor() ([]byte, []int) {
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{5, 0}
+}
+
+func (x *OpenRequest_Want) GetFirst() uint32 {
+	if x != nil {
+		return x.First
+	}
+	return 0
+}
+
+func (x *OpenRequest_Want) GetLast() uint32 {
+	if x != nil {
+		return x.Last
+	}
+	return 0
+}
+
 type OpenReply_Header struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Size          int64                  `protobuf:"varint,1,opt,name=size,proto3" json:"size,omitempty"`                                  // of the blob, in bytes
 	PieceLength   int64                  `protobuf:"varint,2,opt,name=piece_length,json=pieceLength,proto3" json:"piece_length,omitempty"` // of every piece but the last, in bytes
+	Arriving      bool                   `protobuf:"varint,3,opt,name=arriving,proto3" json:"arriving,omitempty"`                          // the blob comes from peers, piece by piece
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *OpenReply_Header) Reset() {
 	*x = OpenReply_Header{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[16]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1303,7 +1957,7 @@ func (x *OpenReply_Header) String() string {
 func (*OpenReply_Header) ProtoMessage() {}
 
 func (x *OpenReply_Header) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[16]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1316,7 +1970,7 @@ func (x *OpenReply_Header) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenReply_Header.ProtoReflect.Descriptor instead.
 func (*OpenReply_Header) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{5, 0}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{6, 0}
 }
 
 func (x *OpenReply_Header) GetSize() int64 {
@@ -1333,6 +1987,111 @@ func (x *OpenReply_Header) GetPieceLength() int64 {
 	return 0
 }
 
+func (x *OpenReply_Header) GetArriving() bool {
+	if x != nil {
+		return x.Arriving
+	}
+	return false
+}
+
+// Piece is one that can be read from now on.
+type OpenReply_Piece struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Index         uint32                 `protobuf:"varint,1,opt,name=index,proto3" json:"index,omitempty"`
+	Crc32C        uint32                 `protobuf:"fixed32,2,opt,name=crc32c,proto3" json:"crc32c,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OpenReply_Piece) Reset() {
+	*x = OpenReply_Piece{}
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OpenReply_Piece) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OpenReply_Piece) ProtoMessage() {}
+
+func (x *OpenReply_Piece) ProtoReflect() protoreflect.Message {
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OpenReply_Piece.ProtoReflect.Descriptor instead.
+func (*OpenReply_Piece) Descriptor() ([]byte, []int) {
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{6, 1}
+}
+
+func (x *OpenReply_Piece) GetIndex() uint32 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
+}
+
+func (x *OpenReply_Piece) GetCrc32C() uint32 {
+	if x != nil {
+		return x.Crc32C
+	}
+	return 0
+}
+
+// Done says that every piece is there, and that the whole is proven.
+type OpenReply_Done struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Sources       []*Source              `protobuf:"bytes,1,rep,name=sources,proto3" json:"sources,omitempty"` // where its bytes came from
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OpenReply_Done) Reset() {
+	*x = OpenReply_Done{}
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OpenReply_Done) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OpenReply_Done) ProtoMessage() {}
+
+func (x *OpenReply_Done) ProtoReflect() protoreflect.Message {
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OpenReply_Done.ProtoReflect.Descriptor instead.
+func (*OpenReply_Done) Descriptor() ([]byte, []int) {
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{6, 2}
+}
+
+func (x *OpenReply_Done) GetSources() []*Source {
+	if x != nil {
+		return x.Sources
+	}
+	return nil
+}
+
 // Add takes in the content of a descriptor, which the client sends before
 // this message: a regular file, or the reading end of a pipe.
 type IngestRequest_Add struct {
@@ -1347,7 +2106,7 @@ type IngestRequest_Add struct {
 
 func (x *IngestRequest_Add) Reset() {
 	*x = IngestRequest_Add{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[17]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1359,7 +2118,7 @@ func (x *IngestRequest_Add) String() string {
 func (*IngestRequest_Add) ProtoMessage() {}
 
 func (x *IngestRequest_Add) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[17]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1372,7 +2131,7 @@ func (x *IngestRequest_Add) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IngestRequest_Add.ProtoReflect.Descriptor instead.
 func (*IngestRequest_Add) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{6, 0}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{8, 0}
 }
 
 func (x *IngestRequest_Add) GetDescriptorId() uint64 {
@@ -1414,7 +2173,7 @@ type IngestRequest_Rehash struct {
 
 func (x *IngestRequest_Rehash) Reset() {
 	*x = IngestRequest_Rehash{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[18]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1426,7 +2185,7 @@ func (x *IngestRequest_Rehash) String() string {
 func (*IngestRequest_Rehash) ProtoMessage() {}
 
 func (x *IngestRequest_Rehash) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[18]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1439,7 +2198,7 @@ func (x *IngestRequest_Rehash) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IngestRequest_Rehash.ProtoReflect.Descriptor instead.
 func (*IngestRequest_Rehash) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{6, 1}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{8, 1}
 }
 
 func (x *IngestRequest_Rehash) GetDigest() string {
@@ -1469,7 +2228,7 @@ type IngestRequest_Commit struct {
 
 func (x *IngestRequest_Commit) Reset() {
 	*x = IngestRequest_Commit{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[19]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1481,7 +2240,7 @@ func (x *IngestRequest_Commit) String() string {
 func (*IngestRequest_Commit) ProtoMessage() {}
 
 func (x *IngestRequest_Commit) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[19]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1494,7 +2253,7 @@ func (x *IngestRequest_Commit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IngestRequest_Commit.ProtoReflect.Descriptor instead.
 func (*IngestRequest_Commit) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{6, 2}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{8, 2}
 }
 
 func (x *IngestRequest_Commit) GetTasks() []*NewTask {
@@ -1530,7 +2289,7 @@ type NewTask_Manifest struct {
 
 func (x *NewTask_Manifest) Reset() {
 	*x = NewTask_Manifest{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[20]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1542,7 +2301,7 @@ func (x *NewTask_Manifest) String() string {
 func (*NewTask_Manifest) ProtoMessage() {}
 
 func (x *NewTask_Manifest) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[20]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1555,7 +2314,7 @@ func (x *NewTask_Manifest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NewTask_Manifest.ProtoReflect.Descriptor instead.
 func (*NewTask_Manifest) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{7, 0}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{9, 0}
 }
 
 func (x *NewTask_Manifest) GetRefs() []string {
@@ -1590,7 +2349,7 @@ type IngestReply_Progress struct {
 
 func (x *IngestReply_Progress) Reset() {
 	*x = IngestReply_Progress{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[21]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1602,7 +2361,7 @@ func (x *IngestReply_Progress) String() string {
 func (*IngestReply_Progress) ProtoMessage() {}
 
 func (x *IngestReply_Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[21]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1615,7 +2374,7 @@ func (x *IngestReply_Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IngestReply_Progress.ProtoReflect.Descriptor instead.
 func (*IngestReply_Progress) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{9, 0}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{11, 0}
 }
 
 func (x *IngestReply_Progress) GetBytes() int64 {
@@ -1636,7 +2395,7 @@ type IngestReply_Added struct {
 
 func (x *IngestReply_Added) Reset() {
 	*x = IngestReply_Added{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[22]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1648,7 +2407,7 @@ func (x *IngestReply_Added) String() string {
 func (*IngestReply_Added) ProtoMessage() {}
 
 func (x *IngestReply_Added) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[22]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1661,7 +2420,7 @@ func (x *IngestReply_Added) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IngestReply_Added.ProtoReflect.Descriptor instead.
 func (*IngestReply_Added) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{9, 1}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{11, 1}
 }
 
 func (x *IngestReply_Added) GetDigest() string {
@@ -1687,7 +2446,7 @@ type IngestReply_Committed struct {
 
 func (x *IngestReply_Committed) Reset() {
 	*x = IngestReply_Committed{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[23]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1699,7 +2458,7 @@ func (x *IngestReply_Committed) String() string {
 func (*IngestReply_Committed) ProtoMessage() {}
 
 func (x *IngestReply_Committed) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[23]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1712,7 +2471,68 @@ func (x *IngestReply_Committed) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IngestReply_Committed.ProtoReflect.Descriptor instead.
 func (*IngestReply_Committed) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{9, 2}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{11, 2}
+}
+
+// Missed is a peer that it was not done on.
+type DeleteReply_Missed struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Peer          string                 `protobuf:"bytes,1,opt,name=peer,proto3" json:"peer,omitempty"`       // its ID
+	Address       string                 `protobuf:"bytes,2,opt,name=address,proto3" json:"address,omitempty"` // where it was last seen; empty where unknown
+	Reason        string                 `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteReply_Missed) Reset() {
+	*x = DeleteReply_Missed{}
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteReply_Missed) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteReply_Missed) ProtoMessage() {}
+
+func (x *DeleteReply_Missed) ProtoReflect() protoreflect.Message {
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteReply_Missed.ProtoReflect.Descriptor instead.
+func (*DeleteReply_Missed) Descriptor() ([]byte, []int) {
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{13, 0}
+}
+
+func (x *DeleteReply_Missed) GetPeer() string {
+	if x != nil {
+		return x.Peer
+	}
+	return ""
+}
+
+func (x *DeleteReply_Missed) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *DeleteReply_Missed) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
 }
 
 var File_p2p_rpc_pb_daemon_proto protoreflect.FileDescriptor
@@ -1723,18 +2543,26 @@ const file_p2p_rpc_pb_daemon_proto_rawDesc = "" +
 	"dfcache.v1\"0\n" +
 	"\x04Task\x12\x10\n" +
 	"\x03tag\x18\x01 \x01(\tR\x03tag\x12\x16\n" +
-	"\x06digest\x18\x02 \x01(\tR\x06digest\"v\n" +
+	"\x06digest\x18\x02 \x01(\tR\x06digest\"\xa4\x01\n" +
 	"\vStatRequest\x12\x10\n" +
 	"\x03tag\x18\x01 \x01(\tR\x03tag\x12\x10\n" +
 	"\x03cid\x18\x02 \x01(\tR\x03cid\x12'\n" +
 	"\x05scope\x18\x03 \x01(\x0e2\x11.dfcache.v1.ScopeR\x05scope\x12\x1a\n" +
-	"\bmanifest\x18\x04 \x01(\bR\bmanifest\"\xb9\x01\n" +
+	"\bmanifest\x18\x04 \x01(\bR\bmanifest\x12\x12\n" +
+	"\x04keep\x18\x05 \x01(\bR\x04keep\x12\x18\n" +
+	"\aholders\x18\x06 \x01(\bR\aholders\"\xe8\x01\n" +
 	"\tStatReply\x12$\n" +
 	"\x04info\x18\x01 \x01(\v2\x10.dfcache.v1.InfoR\x04info\x12:\n" +
-	"\bmanifest\x18\x02 \x01(\v2\x1e.dfcache.v1.StatReply.ManifestR\bmanifest\x1aJ\n" +
+	"\bmanifest\x18\x02 \x01(\v2\x1e.dfcache.v1.StatReply.ManifestR\bmanifest\x12-\n" +
+	"\aholders\x18\x03 \x01(\v2\x13.dfcache.v1.HoldersR\aholders\x1aJ\n" +
 	"\bManifest\x12\x18\n" +
 	"\acontent\x18\x01 \x01(\fR\acontent\x12$\n" +
-	"\x04refs\x18\x02 \x03(\v2\x10.dfcache.v1.InfoR\x04refs\"\xd2\x02\n" +
+	"\x04refs\x18\x02 \x03(\v2\x10.dfcache.v1.InfoR\x04refs\"a\n" +
+	"\aHolders\x12\x12\n" +
+	"\x04some\x18\x01 \x01(\x03R\x04some\x12\x14\n" +
+	"\x05whole\x18\x02 \x01(\x03R\x05whole\x12\x14\n" +
+	"\x05asked\x18\x03 \x01(\x03R\x05asked\x12\x16\n" +
+	"\x06silent\x18\x04 \x01(\x03R\x06silent\"\x94\x03\n" +
 	"\x04Info\x12$\n" +
 	"\x04task\x18\x01 \x01(\v2\x10.dfcache.v1.TaskR\x04task\x12\x12\n" +
 	"\x04size\x18\x02 \x01(\x03R\x04size\x12!\n" +
@@ -1748,18 +2576,36 @@ const file_p2p_rpc_pb_daemon_proto_rawDesc = "" +
 	"\x04keep\x18\b \x01(\x0e2\x10.dfcache.v1.KeepR\x04keep\x12,\n" +
 	"\x12imported_unix_nano\x18\t \x01(\x03R\x10importedUnixNano\x12-\n" +
 	"\x13last_used_unix_nano\x18\n" +
-	" \x01(\x03R\x10lastUsedUnixNano\"\x81\x01\n" +
+	" \x01(\x03R\x10lastUsedUnixNano\x12\x16\n" +
+	"\x06remote\x18\v \x01(\bR\x06remote\x12(\n" +
+	"\x10origin_unix_nano\x18\f \x01(\x03R\x0eoriginUnixNano\"\xe5\x01\n" +
 	"\vOpenRequest\x12$\n" +
 	"\x04task\x18\x01 \x01(\v2\x10.dfcache.v1.TaskR\x04task\x12'\n" +
 	"\x05scope\x18\x02 \x01(\x0e2\x11.dfcache.v1.ScopeR\x05scope\x12#\n" +
-	"\rdescriptor_id\x18\x03 \x01(\x04R\fdescriptorId\"\xae\x01\n" +
+	"\rdescriptor_id\x18\x03 \x01(\x04R\fdescriptorId\x120\n" +
+	"\x04want\x18\x04 \x01(\v2\x1c.dfcache.v1.OpenRequest.WantR\x04want\x1a0\n" +
+	"\x04Want\x12\x14\n" +
+	"\x05first\x18\x01 \x01(\rR\x05first\x12\x12\n" +
+	"\x04last\x18\x02 \x01(\rR\x04last\"\x9c\x03\n" +
 	"\tOpenReply\x124\n" +
 	"\x06header\x18\x01 \x01(\v2\x1c.dfcache.v1.OpenReply.HeaderR\x06header\x12\x16\n" +
 	"\x06crc32c\x18\x02 \x03(\aR\x06crc32c\x12\x12\n" +
-	"\x04sent\x18\x03 \x01(\bR\x04sent\x1a?\n" +
+	"\x04sent\x18\x03 \x01(\bR\x04sent\x123\n" +
+	"\x06pieces\x18\x04 \x03(\v2\x1b.dfcache.v1.OpenReply.PieceR\x06pieces\x12.\n" +
+	"\x04done\x18\x05 \x01(\v2\x1a.dfcache.v1.OpenReply.DoneR\x04done\x1a[\n" +
 	"\x06Header\x12\x12\n" +
 	"\x04size\x18\x01 \x01(\x03R\x04size\x12!\n" +
-	"\fpiece_length\x18\x02 \x01(\x03R\vpieceLength\"\xe5\x03\n" +
+	"\fpiece_length\x18\x02 \x01(\x03R\vpieceLength\x12\x1a\n" +
+	"\barriving\x18\x03 \x01(\bR\barriving\x1a5\n" +
+	"\x05Piece\x12\x14\n" +
+	"\x05index\x18\x01 \x01(\rR\x05index\x12\x16\n" +
+	"\x06crc32c\x18\x02 \x01(\aR\x06crc32c\x1a4\n" +
+	"\x04Done\x12,\n" +
+	"\asources\x18\x01 \x03(\v2\x12.dfcache.v1.SourceR\asources\"L\n" +
+	"\x06Source\x12\x12\n" +
+	"\x04peer\x18\x01 \x01(\tR\x04peer\x12\x18\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x14\n" +
+	"\x05bytes\x18\x03 \x01(\x03R\x05bytes\"\xe5\x03\n" +
 	"\rIngestRequest\x121\n" +
 	"\x03add\x18\x01 \x01(\v2\x1d.dfcache.v1.IngestRequest.AddH\x00R\x03add\x12:\n" +
 	"\x06rehash\x18\x02 \x01(\v2 .dfcache.v1.IngestRequest.RehashH\x00R\x06rehash\x12:\n" +
@@ -1776,22 +2622,24 @@ const file_p2p_rpc_pb_daemon_proto_rawDesc = "" +
 	"\x05tasks\x18\x01 \x03(\v2\x13.dfcache.v1.NewTaskR\x05tasks\x12)\n" +
 	"\x05names\x18\x02 \x03(\v2\x13.dfcache.v1.NewNameR\x05names\x12\x12\n" +
 	"\x04more\x18\x03 \x01(\bR\x04moreB\t\n" +
-	"\arequest\"\xfe\x01\n" +
+	"\arequest\"\xa8\x02\n" +
 	"\aNewTask\x12$\n" +
 	"\x04task\x18\x01 \x01(\v2\x10.dfcache.v1.TaskR\x04task\x12\x1d\n" +
 	"\n" +
 	"media_type\x18\x02 \x01(\tR\tmediaType\x12$\n" +
 	"\x04keep\x18\x03 \x01(\x0e2\x10.dfcache.v1.KeepR\x04keep\x128\n" +
-	"\bmanifest\x18\x04 \x01(\v2\x1c.dfcache.v1.NewTask.ManifestR\bmanifest\x1aN\n" +
+	"\bmanifest\x18\x04 \x01(\v2\x1c.dfcache.v1.NewTask.ManifestR\bmanifest\x12(\n" +
+	"\x10origin_unix_nano\x18\x05 \x01(\x03R\x0eoriginUnixNano\x1aN\n" +
 	"\bManifest\x12\x12\n" +
 	"\x04refs\x18\x01 \x03(\tR\x04refs\x12\x14\n" +
 	"\x05needs\x18\x02 \x03(\tR\x05needs\x12\x18\n" +
-	"\asubject\x18\x03 \x01(\tR\asubject\"b\n" +
+	"\asubject\x18\x03 \x01(\tR\asubject\"\x8e\x01\n" +
 	"\aNewName\x12\x10\n" +
 	"\x03tag\x18\x01 \x01(\tR\x03tag\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x16\n" +
 	"\x06digest\x18\x03 \x01(\tR\x06digest\x12\x19\n" +
-	"\bkeep_old\x18\x04 \x01(\bR\akeepOld\"\xb4\x02\n" +
+	"\bkeep_old\x18\x04 \x01(\bR\akeepOld\x12*\n" +
+	"\x11updated_unix_nano\x18\x05 \x01(\x03R\x0fupdatedUnixNano\"\xb4\x02\n" +
 	"\vIngestReply\x12>\n" +
 	"\bprogress\x18\x01 \x01(\v2 .dfcache.v1.IngestReply.ProgressH\x00R\bprogress\x125\n" +
 	"\x05added\x18\x02 \x01(\v2\x1d.dfcache.v1.IngestReply.AddedH\x00R\x05added\x12A\n" +
@@ -1807,23 +2655,54 @@ const file_p2p_rpc_pb_daemon_proto_rawDesc = "" +
 	"\x03tag\x18\x01 \x01(\tR\x03tag\x12\x10\n" +
 	"\x03cid\x18\x02 \x01(\tR\x03cid\x12\x14\n" +
 	"\x05force\x18\x03 \x01(\bR\x05force\x12\x1b\n" +
-	"\tname_only\x18\x04 \x01(\bR\bnameOnly\"9\n" +
+	"\tname_only\x18\x04 \x01(\bR\bnameOnly\"\xf5\x01\n" +
 	"\vDeleteReply\x12\x14\n" +
 	"\x05tasks\x18\x01 \x01(\x03R\x05tasks\x12\x14\n" +
-	"\x05freed\x18\x02 \x01(\x03R\x05freed\"\x9b\x01\n" +
+	"\x05freed\x18\x02 \x01(\x03R\x05freed\x12\x18\n" +
+	"\areached\x18\x03 \x01(\x03R\areached\x12\x18\n" +
+	"\aremoved\x18\x04 \x01(\x03R\aremoved\x126\n" +
+	"\x06missed\x18\x05 \x03(\v2\x1e.dfcache.v1.DeleteReply.MissedR\x06missed\x1aN\n" +
+	"\x06Missed\x12\x12\n" +
+	"\x04peer\x18\x01 \x01(\tR\x04peer\x12\x18\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x16\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\"\xba\x01\n" +
 	"\vListRequest\x12\x15\n" +
 	"\x03tag\x18\x01 \x01(\tH\x00R\x03tag\x88\x01\x01\x12$\n" +
 	"\x04kind\x18\x02 \x01(\x0e2\x10.dfcache.v1.KindR\x04kind\x12\x14\n" +
 	"\x05after\x18\x03 \x01(\fR\x05after\x12\x1b\n" +
 	"\trefers_to\x18\x04 \x01(\tR\brefersTo\x12\x14\n" +
-	"\x05holds\x18\x05 \x01(\tR\x05holdsB\x06\n" +
+	"\x05holds\x18\x05 \x01(\tR\x05holds\x12\x1d\n" +
+	"\n" +
+	"from_peers\x18\x06 \x01(\bR\tfromPeersB\x06\n" +
 	"\x04_tag\"8\n" +
 	"\tListReply\x12+\n" +
 	"\aentries\x18\x01 \x03(\v2\x11.dfcache.v1.EntryR\aentries\"W\n" +
 	"\x05Entry\x12$\n" +
 	"\x04info\x18\x01 \x01(\v2\x10.dfcache.v1.InfoR\x04info\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x14\n" +
-	"\x05total\x18\x03 \x01(\x03R\x05total*B\n" +
+	"\x05total\x18\x03 \x01(\x03R\x05total\"D\n" +
+	"\x10ReplicateRequest\x12\x10\n" +
+	"\x03tag\x18\x01 \x01(\tR\x03tag\x12\x10\n" +
+	"\x03cid\x18\x02 \x01(\tR\x03cid\x12\f\n" +
+	"\x01n\x18\x03 \x01(\x03R\x01n\"&\n" +
+	"\x0eReplicateReply\x12\x14\n" +
+	"\x05peers\x18\x01 \x03(\tR\x05peers\"\x0e\n" +
+	"\fPeersRequest\"4\n" +
+	"\n" +
+	"PeersReply\x12&\n" +
+	"\x05peers\x18\x01 \x03(\v2\x10.dfcache.v1.PeerR\x05peers\"\x9f\x02\n" +
+	"\x04Peer\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1c\n" +
+	"\taddresses\x18\x02 \x03(\tR\taddresses\x12+\n" +
+	"\x05state\x18\x03 \x01(\x0e2\x15.dfcache.v1.PeerStateR\x05state\x12\x12\n" +
+	"\x04mode\x18\x04 \x01(\tR\x04mode\x12\x12\n" +
+	"\x04gave\x18\x05 \x01(\x03R\x04gave\x12\x12\n" +
+	"\x04took\x18\x06 \x01(\x03R\x04took\x12!\n" +
+	"\flatency_nano\x18\a \x01(\x03R\vlatencyNano\x12-\n" +
+	"\x13last_seen_unix_nano\x18\b \x01(\x03R\x10lastSeenUnixNano\x12\x16\n" +
+	"\x06faults\x18\t \x01(\x03R\x06faults\x12\x16\n" +
+	"\x06reason\x18\n" +
+	" \x01(\tR\x06reason*B\n" +
 	"\x05Scope\x12\x15\n" +
 	"\x11SCOPE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rSCOPE_NETWORK\x10\x01\x12\x0f\n" +
@@ -1839,13 +2718,20 @@ const file_p2p_rpc_pb_daemon_proto_rawDesc = "" +
 	"\bKIND_ALL\x10\x01\x12\x0e\n" +
 	"\n" +
 	"KIND_NAMES\x10\x02\x12\r\n" +
-	"\tKIND_TAGS\x10\x032\xb4\x02\n" +
+	"\tKIND_TAGS\x10\x03*n\n" +
+	"\tPeerState\x12\x1a\n" +
+	"\x16PEER_STATE_UNSPECIFIED\x10\x00\x12\x18\n" +
+	"\x14PEER_STATE_CONNECTED\x10\x01\x12\x13\n" +
+	"\x0fPEER_STATE_AWAY\x10\x02\x12\x16\n" +
+	"\x12PEER_STATE_SHUNNED\x10\x032\xb8\x03\n" +
 	"\x06Daemon\x126\n" +
-	"\x04Stat\x12\x17.dfcache.v1.StatRequest\x1a\x15.dfcache.v1.StatReply\x128\n" +
-	"\x04Open\x12\x17.dfcache.v1.OpenRequest\x1a\x15.dfcache.v1.OpenReply0\x01\x12@\n" +
+	"\x04Stat\x12\x17.dfcache.v1.StatRequest\x1a\x15.dfcache.v1.StatReply\x12:\n" +
+	"\x04Open\x12\x17.dfcache.v1.OpenRequest\x1a\x15.dfcache.v1.OpenReply(\x010\x01\x12@\n" +
 	"\x06Ingest\x12\x19.dfcache.v1.IngestRequest\x1a\x17.dfcache.v1.IngestReply(\x010\x01\x12<\n" +
 	"\x06Delete\x12\x19.dfcache.v1.DeleteRequest\x1a\x17.dfcache.v1.DeleteReply\x128\n" +
-	"\x04List\x12\x17.dfcache.v1.ListRequest\x1a\x15.dfcache.v1.ListReply0\x01B'Z%github.com/dfcache/dfcache/p2p/rpc/pbb\x06proto3"
+	"\x04List\x12\x17.dfcache.v1.ListRequest\x1a\x15.dfcache.v1.ListReply0\x01\x12E\n" +
+	"\tReplicate\x12\x1c.dfcache.v1.ReplicateRequest\x1a\x1a.dfcache.v1.ReplicateReply\x129\n" +
+	"\x05Peers\x12\x18.dfcache.v1.PeersRequest\x1a\x16.dfcache.v1.PeersReplyB'Z%github.com/dfcache/dfcache/p2p/rpc/pbb\x06proto3"
 
 var (
 	file_p2p_rpc_pb_daemon_proto_rawDescOnce sync.Once
@@ -1859,76 +2745,100 @@ func file_p2p_rpc_pb_daemon_proto_rawDescGZIP() []byte {
 	return file_p2p_rpc_pb_daemon_proto_rawDescData
 }
 
-var file_p2p_rpc_pb_daemon_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_p2p_rpc_pb_daemon_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
+var file_p2p_rpc_pb_daemon_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
+var file_p2p_rpc_pb_daemon_proto_msgTypes = make([]protoimpl.MessageInfo, 35)
 var file_p2p_rpc_pb_daemon_proto_goTypes = []any{
 	(Scope)(0),                    // 0: dfcache.v1.Scope
 	(Keep)(0),                     // 1: dfcache.v1.Keep
 	(Kind)(0),                     // 2: dfcache.v1.Kind
-	(*Task)(nil),                  // 3: dfcache.v1.Task
-	(*StatRequest)(nil),           // 4: dfcache.v1.StatRequest
-	(*StatReply)(nil),             // 5: dfcache.v1.StatReply
-	(*Info)(nil),                  // 6: dfcache.v1.Info
-	(*OpenRequest)(nil),           // 7: dfcache.v1.OpenRequest
-	(*OpenReply)(nil),             // 8: dfcache.v1.OpenReply
-	(*IngestRequest)(nil),         // 9: dfcache.v1.IngestRequest
-	(*NewTask)(nil),               // 10: dfcache.v1.NewTask
-	(*NewName)(nil),               // 11: dfcache.v1.NewName
-	(*IngestReply)(nil),           // 12: dfcache.v1.IngestReply
-	(*DeleteRequest)(nil),         // 13: dfcache.v1.DeleteRequest
-	(*DeleteReply)(nil),           // 14: dfcache.v1.DeleteReply
-	(*ListRequest)(nil),           // 15: dfcache.v1.ListRequest
-	(*ListReply)(nil),             // 16: dfcache.v1.ListReply
-	(*Entry)(nil),                 // 17: dfcache.v1.Entry
-	(*StatReply_Manifest)(nil),    // 18: dfcache.v1.StatReply.Manifest
-	(*OpenReply_Header)(nil),      // 19: dfcache.v1.OpenReply.Header
-	(*IngestRequest_Add)(nil),     // 20: dfcache.v1.IngestRequest.Add
-	(*IngestRequest_Rehash)(nil),  // 21: dfcache.v1.IngestRequest.Rehash
-	(*IngestRequest_Commit)(nil),  // 22: dfcache.v1.IngestRequest.Commit
-	(*NewTask_Manifest)(nil),      // 23: dfcache.v1.NewTask.Manifest
-	(*IngestReply_Progress)(nil),  // 24: dfcache.v1.IngestReply.Progress
-	(*IngestReply_Added)(nil),     // 25: dfcache.v1.IngestReply.Added
-	(*IngestReply_Committed)(nil), // 26: dfcache.v1.IngestReply.Committed
+	(PeerState)(0),                // 3: dfcache.v1.PeerState
+	(*Task)(nil),                  // 4: dfcache.v1.Task
+	(*StatRequest)(nil),           // 5: dfcache.v1.StatRequest
+	(*StatReply)(nil),             // 6: dfcache.v1.StatReply
+	(*Holders)(nil),               // 7: dfcache.v1.Holders
+	(*Info)(nil),                  // 8: dfcache.v1.Info
+	(*OpenRequest)(nil),           // 9: dfcache.v1.OpenRequest
+	(*OpenReply)(nil),             // 10: dfcache.v1.OpenReply
+	(*Source)(nil),                // 11: dfcache.v1.Source
+	(*IngestRequest)(nil),         // 12: dfcache.v1.IngestRequest
+	(*NewTask)(nil),               // 13: dfcache.v1.NewTask
+	(*NewName)(nil),               // 14: dfcache.v1.NewName
+	(*IngestReply)(nil),           // 15: dfcache.v1.IngestReply
+	(*DeleteRequest)(nil),         // 16: dfcache.v1.DeleteRequest
+	(*DeleteReply)(nil),           // 17: dfcache.v1.DeleteReply
+	(*ListRequest)(nil),           // 18: dfcache.v1.ListRequest
+	(*ListReply)(nil),             // 19: dfcache.v1.ListReply
+	(*Entry)(nil),                 // 20: dfcache.v1.Entry
+	(*ReplicateRequest)(nil),      // 21: dfcache.v1.ReplicateRequest
+	(*ReplicateReply)(nil),        // 22: dfcache.v1.ReplicateReply
+	(*PeersRequest)(nil),          // 23: dfcache.v1.PeersRequest
+	(*PeersReply)(nil),            // 24: dfcache.v1.PeersReply
+	(*Peer)(nil),                  // 25: dfcache.v1.Peer
+	(*StatReply_Manifest)(nil),    // 26: dfcache.v1.StatReply.Manifest
+	(*OpenRequest_Want)(nil),      // 27: dfcache.v1.OpenRequest.Want
+	(*OpenReply_Header)(nil),      // 28: dfcache.v1.OpenReply.Header
+	(*OpenReply_Piece)(nil),       // 29: dfcache.v1.OpenReply.Piece
+	(*OpenReply_Done)(nil),        // 30: dfcache.v1.OpenReply.Done
+	(*IngestRequest_Add)(nil),     // 31: dfcache.v1.IngestRequest.Add
+	(*IngestRequest_Rehash)(nil),  // 32: dfcache.v1.IngestRequest.Rehash
+	(*IngestRequest_Commit)(nil),  // 33: dfcache.v1.IngestRequest.Commit
+	(*NewTask_Manifest)(nil),      // 34: dfcache.v1.NewTask.Manifest
+	(*IngestReply_Progress)(nil),  // 35: dfcache.v1.IngestReply.Progress
+	(*IngestReply_Added)(nil),     // 36: dfcache.v1.IngestReply.Added
+	(*IngestReply_Committed)(nil), // 37: dfcache.v1.IngestReply.Committed
+	(*DeleteReply_Missed)(nil),    // 38: dfcache.v1.DeleteReply.Missed
 }
 var file_p2p_rpc_pb_daemon_proto_depIdxs = []int32{
 	0,  // 0: dfcache.v1.StatRequest.scope:type_name -> dfcache.v1.Scope
-	6,  // 1: dfcache.v1.StatReply.info:type_name -> dfcache.v1.Info
-	18, // 2: dfcache.v1.StatReply.manifest:type_name -> dfcache.v1.StatReply.Manifest
-	3,  // 3: dfcache.v1.Info.task:type_name -> dfcache.v1.Task
-	1,  // 4: dfcache.v1.Info.keep:type_name -> dfcache.v1.Keep
-	3,  // 5: dfcache.v1.OpenRequest.task:type_name -> dfcache.v1.Task
-	0,  // 6: dfcache.v1.OpenRequest.scope:type_name -> dfcache.v1.Scope
-	19, // 7: dfcache.v1.OpenReply.header:type_name -> dfcache.v1.OpenReply.Header
-	20, // 8: dfcache.v1.IngestRequest.add:type_name -> dfcache.v1.IngestRequest.Add
-	21, // 9: dfcache.v1.IngestRequest.rehash:type_name -> dfcache.v1.IngestRequest.Rehash
-	22, // 10: dfcache.v1.IngestRequest.commit:type_name -> dfcache.v1.IngestRequest.Commit
-	3,  // 11: dfcache.v1.NewTask.task:type_name -> dfcache.v1.Task
-	1,  // 12: dfcache.v1.NewTask.keep:type_name -> dfcache.v1.Keep
-	23, // 13: dfcache.v1.NewTask.manifest:type_name -> dfcache.v1.NewTask.Manifest
-	24, // 14: dfcache.v1.IngestReply.progress:type_name -> dfcache.v1.IngestReply.Progress
-	25, // 15: dfcache.v1.IngestReply.added:type_name -> dfcache.v1.IngestReply.Added
-	26, // 16: dfcache.v1.IngestReply.committed:type_name -> dfcache.v1.IngestReply.Committed
-	2,  // 17: dfcache.v1.ListRequest.kind:type_name -> dfcache.v1.Kind
-	17, // 18: dfcache.v1.ListReply.entries:type_name -> dfcache.v1.Entry
-	6,  // 19: dfcache.v1.Entry.info:type_name -> dfcache.v1.Info
-	6,  // 20: dfcache.v1.StatReply.Manifest.refs:type_name -> dfcache.v1.Info
-	10, // 21: dfcache.v1.IngestRequest.Commit.tasks:type_name -> dfcache.v1.NewTask
-	11, // 22: dfcache.v1.IngestRequest.Commit.names:type_name -> dfcache.v1.NewName
-	4,  // 23: dfcache.v1.Daemon.Stat:input_type -> dfcache.v1.StatRequest
-	7,  // 24: dfcache.v1.Daemon.Open:input_type -> dfcache.v1.OpenRequest
-	9,  // 25: dfcache.v1.Daemon.Ingest:input_type -> dfcache.v1.IngestRequest
-	13, // 26: dfcache.v1.Daemon.Delete:input_type -> dfcache.v1.DeleteRequest
-	15, // 27: dfcache.v1.Daemon.List:input_type -> dfcache.v1.ListRequest
-	5,  // 28: dfcache.v1.Daemon.Stat:output_type -> dfcache.v1.StatReply
-	8,  // 29: dfcache.v1.Daemon.Open:output_type -> dfcache.v1.OpenReply
-	12, // 30: dfcache.v1.Daemon.Ingest:output_type -> dfcache.v1.IngestReply
-	14, // 31: dfcache.v1.Daemon.Delete:output_type -> dfcache.v1.DeleteReply
-	16, // 32: dfcache.v1.Daemon.List:output_type -> dfcache.v1.ListReply
-	28, // [28:33] is the sub-list for method output_type
-	23, // [23:28] is the sub-list for method input_type
-	23, // [23:23] is the sub-list for extension type_name
-	23, // [23:23] is the sub-list for extension extendee
-	0,  // [0:23] is the sub-list for field type_name
+	8,  // 1: dfcache.v1.StatReply.info:type_name -> dfcache.v1.Info
+	26, // 2: dfcache.v1.StatReply.manifest:type_name -> dfcache.v1.StatReply.Manifest
+	7,  // 3: dfcache.v1.StatReply.holders:type_name -> dfcache.v1.Holders
+	4,  // 4: dfcache.v1.Info.task:type_name -> dfcache.v1.Task
+	1,  // 5: dfcache.v1.Info.keep:type_name -> dfcache.v1.Keep
+	4,  // 6: dfcache.v1.OpenRequest.task:type_name -> dfcache.v1.Task
+	0,  // 7: dfcache.v1.OpenRequest.scope:type_name -> dfcache.v1.Scope
+	27, // 8: dfcache.v1.OpenRequest.want:type_name -> dfcache.v1.OpenRequest.Want
+	28, // 9: dfcache.v1.OpenReply.header:type_name -> dfcache.v1.OpenReply.Header
+	29, // 10: dfcache.v1.OpenReply.pieces:type_name -> dfcache.v1.OpenReply.Piece
+	30, // 11: dfcache.v1.OpenReply.done:type_name -> dfcache.v1.OpenReply.Done
+	31, // 12: dfcache.v1.IngestRequest.add:type_name -> dfcache.v1.IngestRequest.Add
+	32, // 13: dfcache.v1.IngestRequest.rehash:type_name -> dfcache.v1.IngestRequest.Rehash
+	33, // 14: dfcache.v1.IngestRequest.commit:type_name -> dfcache.v1.IngestRequest.Commit
+	4,  // 15: dfcache.v1.NewTask.task:type_name -> dfcache.v1.Task
+	1,  // 16: dfcache.v1.NewTask.keep:type_name -> dfcache.v1.Keep
+	34, // 17: dfcache.v1.NewTask.manifest:type_name -> dfcache.v1.NewTask.Manifest
+	35, // 18: dfcache.v1.IngestReply.progress:type_name -> dfcache.v1.IngestReply.Progress
+	36, // 19: dfcache.v1.IngestReply.added:type_name -> dfcache.v1.IngestReply.Added
+	37, // 20: dfcache.v1.IngestReply.committed:type_name -> dfcache.v1.IngestReply.Committed
+	38, // 21: dfcache.v1.DeleteReply.missed:type_name -> dfcache.v1.DeleteReply.Missed
+	2,  // 22: dfcache.v1.ListRequest.kind:type_name -> dfcache.v1.Kind
+	20, // 23: dfcache.v1.ListReply.entries:type_name -> dfcache.v1.Entry
+	8,  // 24: dfcache.v1.Entry.info:type_name -> dfcache.v1.Info
+	25, // 25: dfcache.v1.PeersReply.peers:type_name -> dfcache.v1.Peer
+	3,  // 26: dfcache.v1.Peer.state:type_name -> dfcache.v1.PeerState
+	8,  // 27: dfcache.v1.StatReply.Manifest.refs:type_name -> dfcache.v1.Info
+	11, // 28: dfcache.v1.OpenReply.Done.sources:type_name -> dfcache.v1.Source
+	13, // 29: dfcache.v1.IngestRequest.Commit.tasks:type_name -> dfcache.v1.NewTask
+	14, // 30: dfcache.v1.IngestRequest.Commit.names:type_name -> dfcache.v1.NewName
+	5,  // 31: dfcache.v1.Daemon.Stat:input_type -> dfcache.v1.StatRequest
+	9,  // 32: dfcache.v1.Daemon.Open:input_type -> dfcache.v1.OpenRequest
+	12, // 33: dfcache.v1.Daemon.Ingest:input_type -> dfcache.v1.IngestRequest
+	16, // 34: dfcache.v1.Daemon.Delete:input_type -> dfcache.v1.DeleteRequest
+	18, // 35: dfcache.v1.Daemon.List:input_type -> dfcache.v1.ListRequest
+	21, // 36: dfcache.v1.Daemon.Replicate:input_type -> dfcache.v1.ReplicateRequest
+	23, // 37: dfcache.v1.Daemon.Peers:input_type -> dfcache.v1.PeersRequest
+	6,  // 38: dfcache.v1.Daemon.Stat:output_type -> dfcache.v1.StatReply
+	10, // 39: dfcache.v1.Daemon.Open:output_type -> dfcache.v1.OpenReply
+	15, // 40: dfcache.v1.Daemon.Ingest:output_type -> dfcache.v1.IngestReply
+	17, // 41: dfcache.v1.Daemon.Delete:output_type -> dfcache.v1.DeleteReply
+	19, // 42: dfcache.v1.Daemon.List:output_type -> dfcache.v1.ListReply
+	22, // 43: dfcache.v1.Daemon.Replicate:output_type -> dfcache.v1.ReplicateReply
+	24, // 44: dfcache.v1.Daemon.Peers:output_type -> dfcache.v1.PeersReply
+	38, // [38:45] is the sub-list for method output_type
+	31, // [31:38] is the sub-list for method input_type
+	31, // [31:31] is the sub-list for extension type_name
+	31, // [31:31] is the sub-list for extension extendee
+	0,  // [0:31] is the sub-list for field type_name
 }
 
 func init() { file_p2p_rpc_pb_daemon_proto_init() }
@@ -1936,24 +2846,24 @@ func file_p2p_rpc_pb_daemon_proto_init() {
 	if File_p2p_rpc_pb_daemon_proto != nil {
 		return
 	}
-	file_p2p_rpc_pb_daemon_proto_msgTypes[6].OneofWrappers = []any{
+	file_p2p_rpc_pb_daemon_proto_msgTypes[8].OneofWrappers = []any{
 		(*IngestRequest_Add_)(nil),
 		(*IngestRequest_Rehash_)(nil),
 		(*IngestRequest_Commit_)(nil),
 	}
-	file_p2p_rpc_pb_daemon_proto_msgTypes[9].OneofWrappers = []any{
+	file_p2p_rpc_pb_daemon_proto_msgTypes[11].OneofWrappers = []any{
 		(*IngestReply_Progress_)(nil),
 		(*IngestReply_Added_)(nil),
 		(*IngestReply_Committed_)(nil),
 	}
-	file_p2p_rpc_pb_daemon_proto_msgTypes[12].OneofWrappers = []any{}
+	file_p2p_rpc_pb_daemon_proto_msgTypes[14].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_p2p_rpc_pb_daemon_proto_rawDesc), len(file_p2p_rpc_pb_daemon_proto_rawDesc)),
-			NumEnums:      3,
-			NumMessages:   24,
+			NumEnums:      4,
+			NumMessages:   35,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -22,11 +22,13 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Daemon_Stat_FullMethodName   = "/dfcache.v1.Daemon/Stat"
-	Daemon_Open_FullMethodName   = "/dfcache.v1.Daemon/Open"
-	Daemon_Ingest_FullMethodName = "/dfcache.v1.Daemon/Ingest"
-	Daemon_Delete_FullMethodName = "/dfcache.v1.Daemon/Delete"
-	Daemon_List_FullMethodName   = "/dfcache.v1.Daemon/List"
+	Daemon_Stat_FullMethodName      = "/dfcache.v1.Daemon/Stat"
+	Daemon_Open_FullMethodName      = "/dfcache.v1.Daemon/Open"
+	Daemon_Ingest_FullMethodName    = "/dfcache.v1.Daemon/Ingest"
+	Daemon_Delete_FullMethodName    = "/dfcache.v1.Daemon/Delete"
+	Daemon_List_FullMethodName      = "/dfcache.v1.Daemon/List"
+	Daemon_Replicate_FullMethodName = "/dfcache.v1.Daemon/Replicate"
+	Daemon_Peers_FullMethodName     = "/dfcache.v1.Daemon/Peers"
 )
 
 // DaemonClient is the client API for Daemon service.
@@ -40,8 +42,9 @@ type DaemonClient interface {
 	// Stat describes what a cid names under a tag.
 	Stat(ctx context.Context, in *StatRequest, opts ...grpc.CallOption) (*StatReply, error)
 	// Open hands over a read-only descriptor of a task's blob, and the checksums
-	// of its pieces.
-	Open(ctx context.Context, in *OpenRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[OpenReply], error)
+	// of its pieces. Where the blob still comes from peers, the call goes on until
+	// it is whole and proven, and tells of every piece as it arrives.
+	Open(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[OpenRequest, OpenReply], error)
 	// Ingest takes in new content: any number of adds and rehashes, then one
 	// commit. The stream is the session: when it ends without a commit, everything
 	// that was added is dropped. After an error the stream ends.
@@ -50,6 +53,11 @@ type DaemonClient interface {
 	Delete(ctx context.Context, in *DeleteRequest, opts ...grpc.CallOption) (*DeleteReply, error)
 	// List lists names and tasks.
 	List(ctx context.Context, in *ListRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ListReply], error)
+	// Replicate makes other peers hold what a cid names under a tag, and returns
+	// when they do: the caller's deadline bounds it.
+	Replicate(ctx context.Context, in *ReplicateRequest, opts ...grpc.CallOption) (*ReplicateReply, error)
+	// Peers describes the other daemons that are known.
+	Peers(ctx context.Context, in *PeersRequest, opts ...grpc.CallOption) (*PeersReply, error)
 }
 
 type daemonClient struct {
@@ -70,24 +78,18 @@ func (c *daemonClient) Stat(ctx context.Context, in *StatRequest, opts ...grpc.C
 	return out, nil
 }
 
-func (c *daemonClient) Open(ctx context.Context, in *OpenRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[OpenReply], error) {
+func (c *daemonClient) Open(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[OpenRequest, OpenReply], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	stream, err := c.cc.NewStream(ctx, &Daemon_ServiceDesc.Streams[0], Daemon_Open_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
 	x := &grpc.GenericClientStream[OpenRequest, OpenReply]{ClientStream: stream}
-	if err := x.ClientStream.SendMsg(in); err != nil {
-		return nil, err
-	}
-	if err := x.ClientStream.CloseSend(); err != nil {
-		return nil, err
-	}
 	return x, nil
 }
 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
-type Daemon_OpenClient = grpc.ServerStreamingClient[OpenReply]
+type Daemon_OpenClient = grpc.BidiStreamingClient[OpenRequest, OpenReply]
 
 func (c *daemonClient) Ingest(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[IngestRequest, IngestReply], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
@@ -131,6 +133,26 @@ func (c *daemonClient) List(ctx context.Context, in *ListRequest, opts ...grpc.C
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Daemon_ListClient = grpc.ServerStreamingClient[ListReply]
 
+func (c *daemonClient) Replicate(ctx context.Context, in *ReplicateRequest, opts ...grpc.CallOption) (*ReplicateReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ReplicateReply)
+	err := c.cc.Invoke(ctx, Daemon_Replicate_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *daemonClient) Peers(ctx context.Context, in *PeersRequest, opts ...grpc.CallOption) (*PeersReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(PeersReply)
+	err := c.cc.Invoke(ctx, Daemon_Peers_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // DaemonServer is the server API for Daemon service.
 // All implementations must embed UnimplementedDaemonServer
 // for forward compatibility.
@@ -142,8 +164,9 @@ type DaemonServer interface {
 	// Stat describes what a cid names under a tag.
 	Stat(context.Context, *StatRequest) (*StatReply, error)
 	// Open hands over a read-only descriptor of a task's blob, and the checksums
-	// of its pieces.
-	Open(*OpenRequest, grpc.ServerStreamingServer[OpenReply]) error
+	// of its pieces. Where the blob still comes from peers, the call goes on until
+	// it is whole and proven, and tells of every piece as it arrives.
+	Open(grpc.BidiStreamingServer[OpenRequest, OpenReply]) error
 	// Ingest takes in new content: any number of adds and rehashes, then one
 	// commit. The stream is the session: when it ends without a commit, everything
 	// that was added is dropped. After an error the stream ends.
@@ -152,6 +175,11 @@ type DaemonServer interface {
 	Delete(context.Context, *DeleteRequest) (*DeleteReply, error)
 	// List lists names and tasks.
 	List(*ListRequest, grpc.ServerStreamingServer[ListReply]) error
+	// Replicate makes other peers hold what a cid names under a tag, and returns
+	// when they do: the caller's deadline bounds it.
+	Replicate(context.Context, *ReplicateRequest) (*ReplicateReply, error)
+	// Peers describes the other daemons that are known.
+	Peers(context.Context, *PeersRequest) (*PeersReply, error)
 	mustEmbedUnimplementedDaemonServer()
 }
 
@@ -165,7 +193,7 @@ type UnimplementedDaemonServer struct{}
 func (UnimplementedDaemonServer) Stat(context.Context, *StatRequest) (*StatReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method Stat not implemented")
 }
-func (UnimplementedDaemonServer) Open(*OpenRequest, grpc.ServerStreamingServer[OpenReply]) error {
+func (UnimplementedDaemonServer) Open(grpc.BidiStreamingServer[OpenRequest, OpenReply]) error {
 	return status.Error(codes.Unimplemented, "method Open not implemented")
 }
 func (UnimplementedDaemonServer) Ingest(grpc.BidiStreamingServer[IngestRequest, IngestReply]) error {
@@ -176,6 +204,12 @@ func (UnimplementedDaemonServer) Delete(context.Context, *DeleteRequest) (*Delet
 }
 func (UnimplementedDaemonServer) List(*ListRequest, grpc.ServerStreamingServer[ListReply]) error {
 	return status.Error(codes.Unimplemented, "method List not implemented")
+}
+func (UnimplementedDaemonServer) Replicate(context.Context, *ReplicateRequest) (*ReplicateReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method Replicate not implemented")
+}
+func (UnimplementedDaemonServer) Peers(context.Context, *PeersRequest) (*PeersReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method Peers not implemented")
 }
 func (UnimplementedDaemonServer) mustEmbedUnimplementedDaemonServer() {}
 func (UnimplementedDaemonServer) testEmbeddedByValue()                {}
@@ -217,15 +251,11 @@ func _Daemon_Stat_Handler(srv interface{}, ctx context.Context, dec func(interfa
 }
 
 func _Daemon_Open_Handler(srv interface{}, stream grpc.ServerStream) error {
-	m := new(OpenRequest)
-	if err := stream.RecvMsg(m); err != nil {
-		return err
-	}
-	return srv.(DaemonServer).Open(m, &grpc.GenericServerStream[OpenRequest, OpenReply]{ServerStream: stream})
+	return srv.(DaemonServer).Open(&grpc.GenericServerStream[OpenRequest, OpenReply]{ServerStream: stream})
 }
 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
-type Daemon_OpenServer = grpc.ServerStreamingServer[OpenReply]
+type Daemon_OpenServer = grpc.BidiStreamingServer[OpenRequest, OpenReply]
 
 func _Daemon_Ingest_Handler(srv interface{}, stream grpc.ServerStream) error {
 	return srv.(DaemonServer).Ingest(&grpc.GenericServerStream[IngestRequest, IngestReply]{ServerStream: stream})
@@ -263,6 +293,42 @@ func _Daemon_List_Handler(srv interface{}, stream grpc.ServerStream) error {
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Daemon_ListServer = grpc.ServerStreamingServer[ListReply]
 
+func _Daemon_Replicate_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ReplicateRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(DaemonServer).Replicate(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Daemon_Replicate_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(DaemonServer).Replicate(ctx, req.(*ReplicateRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Daemon_Peers_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(PeersRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(DaemonServer).Peers(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Daemon_Peers_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(DaemonServer).Peers(ctx, req.(*PeersRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Daemon_ServiceDesc is the grpc.ServiceDesc for Daemon service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -278,12 +344,21 @@ var Daemon_ServiceDesc = grpc.ServiceDesc{
 			MethodName: "Delete",
 			Handler:    _Daemon_Delete_Handler,
 		},
+		{
+			MethodName: "Replicate",
+			Handler:    _Daemon_Replicate_Handler,
+		},
+		{
+			MethodName: "Peers",
+			Handler:    _Daemon_Peers_Handler,
+		},
 	},
 	Streams: []grpc.StreamDesc{
 		{
 			StreamName:    "Open",
 			Handler:       _Daemon_Open_Handler,
 			ServerStreams: true,
+			ClientStreams: true,
 		},
 		{
 			StreamName:    "Ingest",
