@@ -84,10 +84,15 @@ func (b *bench) meet(p *peerDaemon, n int) {
 
 func (b *bench) swarm() {
 	must(0, exec.Command(b.dfdaemon, "swarm", "key", "new", filepath.Join(b.dir, "swarm.key")).Run())
-	b.fromPeer(1 << 30)
-	b.smallFromPeer(1000, 10<<10)
+	if os.Getenv("CROWD") == "" {
+		b.fromPeer(1 << 30)
+		b.smallFromPeer(1000, 10<<10)
+	}
 	for _, n := range []int{8, 16} {
-		b.flashCrowd(n, 64<<20, 100)
+		if v := os.Getenv("CROWDN"); v != "" && v != fmt.Sprint(n) {
+			continue
+		}
+		b.flashCrowd(n, 256<<20, 50)
 	}
 	b.printf("\n")
 }

@@ -32,8 +32,8 @@ type client struct {
 	security *security
 	network  Network
 	peers    *peerTable
-	http     *http.Client // over connections of its own where that can be, else over libp2p
-	streams  *http.Client // over libp2p only
+	http     *http.Client // for blobs: over connections of its own where that can be, else over libp2p
+	streams  *http.Client // for words: over the libp2p connection that is there
 }
 
 const (
@@ -228,7 +228,7 @@ func (c *client) do(ctx context.Context, over *http.Client, p peer.ID, method, p
 	if err != nil {
 		return nil, err
 	}
-	if c.http == over && isIdempotent(path) {
+	if isIdempotent(path) {
 		req.Header["Idempotency-Key"] = nil // a connection that was closed while idle is not a failure
 	}
 	resp, err := over.Do(req)
@@ -294,7 +294,7 @@ func (c *client) callQuery(ctx context.Context, over *http.Client, p peer.ID, me
 // find asks a peer what it has. The answer is as long as the request.
 func (c *client) find(ctx context.Context, p peer.ID, req *findRequest) (*findReply, error) {
 	var reply findReply
-	if err := c.call(ctx, c.http, p, http.MethodPost, pathFind, req, &reply); err != nil {
+	if err := c.call(ctx, c.streams, p, http.MethodPost, pathFind, req, &reply); err != nil {
 		return nil, err
 	}
 	if len(reply.Tasks) != len(req.Tasks) || len(reply.Names) != len(req.Names) || len(reply.Referrers) != len(req.Referrers) {

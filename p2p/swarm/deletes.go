@@ -181,7 +181,7 @@ func (s *Swarm) tellNow(ctx context.Context, p peer.AddrInfo, deletes []pieces.D
 			req.Deletes = append(req.Deletes, deleteMessageOf(d))
 		}
 		var result deletesResult
-		if err := s.client.call(ctx, s.client.http, p.ID, http.MethodPost, pathDeletes, &req, &result); err != nil {
+		if err := s.client.call(ctx, s.client.streams, p.ID, http.MethodPost, pathDeletes, &req, &result); err != nil {
 			return nil, err
 		}
 		if len(result.Results) != len(part) {
@@ -282,7 +282,7 @@ func (s *Swarm) learnDeletes(ctx context.Context, p peer.ID) error {
 	for after := uint64(0); ; {
 		query := url.Values{"after": {strconv.FormatUint(after, 10)}, "sum": {hex.EncodeToString(sum[:])}}
 		var reply deletesReply
-		if err := s.client.callQuery(ctx, s.client.http, p, http.MethodGet, pathDeletes, query, nil, &reply); err != nil {
+		if err := s.client.callQuery(ctx, s.client.streams, p, http.MethodGet, pathDeletes, query, nil, &reply); err != nil {
 			return err
 		}
 		if len(reply.Deletes) > maxDeletes {

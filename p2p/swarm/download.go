@@ -62,7 +62,8 @@ type download struct {
 	hinted     map[peer.ID]bool
 	searching  bool
 	nextSearch time.Time
-	searches   int       // in a row that found no source
+	searched   time.Time // when it was last looked for sources
+	searches   int       // how often
 	missed     error     // of the last of these
 	progress   time.Time // when a piece arrived, or a chain was chosen
 
@@ -517,14 +518,11 @@ func (d *download) tick() error {
 			usable++
 		}
 	}
-	if !d.searching && (now.After(d.nextSearch) || usable == 0 && d.searches == 0) {
+	if !d.searching && (now.After(d.nextSearch) || usable == 0 && now.Sub(d.searched) > time.Second) {
 		d.search()
 	}
 	if usable == 0 && d.missed != nil && d.sched == nil && len(d.sources) == 0 && !d.searching {
 		return d.missed // nobody has it
-	}
-	if usable > 0 {
-		d.searches = 0
 	}
 	if d.sched != nil && len(d.requests) == 0 && now.Sub(d.progress) > min(quietFor, d.s.opts.StallTimeout) {
 		if other, ok := d.otherChain(); ok {
@@ -549,9 +547,9 @@ func (d *download) tick() error {
 
 // search looks for sources.
 func (d *download) search() {
-	d.searching = true
+	d.searching, d.searched = true, time.Now()
 	d.searches++
-	d.nextSearch = time.Now().Add(min(searchInterval, 250*time.Millisecond<<min(d.searches, 8)))
+	d.nextSearch = time.Now().Add(min(searchInterval, 100*time.Millisecond<<min(d.searches, 8)))
 	var tasks []p2p.Task
 	d.mu.Lock()
 	for t := range d.tasks {
@@ -1036,8 +1034,14 @@ func (d *download) transfer(ctx context.Context, p peer.ID, task p2p.Task, req *
 		}
 		return err
 	}
+	// What only waits goes over the connection that is there, instead of one
+	// more that would have to be made.
+	over := s.client.http
+	if req.news {
+		over = s.client.streams
+	}
 	start := time.Now()
-	resp, err := s.client.do(ctx, s.client.http, p, http.MethodPost, pathPieces, taskQuery(task), req.append(nil))
+	resp, err := s.client.do(ctx, over, p, http.MethodPost, pathPieces, taskQuery(task), req.append(nil))
 	if err != nil {
 		return -1, 0, explain(err)
 	}

@@ -237,7 +237,7 @@ func (s *Swarm) Replicate(ctx context.Context, tag string, cid digest.CID, n int
 			under++
 			s.background.Go(func() {
 				query := url.Values{"tag": {tag}, "cid": {cid.String()}}
-				err := s.client.callQuery(ctx, s.client.http, p, http.MethodPost, pathReplicate, query, nil, nil)
+				err := s.client.callQuery(ctx, s.client.streams, p, http.MethodPost, pathReplicate, query, nil, nil)
 				select {
 				case results <- result{p, err}:
 				case <-ctx.Done():

@@ -61,6 +61,7 @@ func (s *Swarm) refuse(w http.ResponseWriter, r *http.Request, from peer.ID, err
 	if len(w.Header()) > 0 {
 		panic(http.ErrAbortHandler) // the answer has begun: all that is left is to cut it off
 	}
+	http.NewResponseController(w).SetWriteDeadline(time.Now().Add(sendTimeout))
 	http.Error(w, text, code)
 }
 

@@ -1,6 +1,7 @@
 package swarm
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"math/rand/v2"
@@ -46,13 +47,15 @@ type uploads struct {
 type upload struct {
 	links linksHash
 	table *digest.Table // size and piece length
-	slots *semaphore.Weighted
 	src   uploadSource
 
 	mu      sync.Mutex
 	sched   *sentCounts
-	damaged *schedule.Set // pieces that can't be read any more
-	waiting int
+	damaged *schedule.Set         // pieces that can't be read any more
+	turns   []*turn               // requests that wait for a slot
+	sending int                   // slots that are taken
+	active  map[peer.ID]int       // by whom
+	served  map[peer.ID]int       // how often each peer got one
 	askers  map[peer.ID]time.Time // who asked, and when last
 	users   int
 	used    time.Time
@@ -95,7 +98,7 @@ func (u *uploads) use(d digest.Digest, open func() (*upload, error)) (_ *upload,
 		if up, err = open(); err != nil {
 			return nil, nil, err
 		}
-		up.slots = semaphore.NewWeighted(int64(u.slots))
+		up.active, up.served = map[peer.ID]int{}, map[peer.ID]int{}
 		up.sched = &sentCounts{make([]uint32, up.table.Pieces())}
 		up.damaged = schedule.NewSet(up.table.Pieces())
 		up.askers = map[peer.ID]time.Time{}
@@ -211,31 +214,53 @@ func (up *upload) there() (*schedule.Set, <-chan struct{}) {
 	return have, more
 }
 
+// turn is a request that waits for a slot.
+type turn struct {
+	peer    peer.ID
+	granted chan struct{}
+}
+
 // pick waits until it is the turn of a request, and picks the piece to send. It
 // returns -1 where there is none that is wanted. The caller calls release.
-func (u *uploads) pick(ctx context.Context, up *upload, want *schedule.Set) (piece int, release func(), err error) {
+func (u *uploads) pick(ctx context.Context, up *upload, from peer.ID, want *schedule.Set) (piece int, release func(), err error) {
+	t := &turn{from, make(chan struct{})}
 	up.mu.Lock()
-	if up.waiting >= maxWaiting {
+	if len(up.turns) >= maxWaiting {
 		up.mu.Unlock()
 		return -1, nil, &statusError{http.StatusServiceUnavailable, "too many requests for this blob"}
 	}
-	up.waiting++
+	up.turns = append(up.turns, t)
+	up.grant(u.slots)
 	up.mu.Unlock()
-	defer func() {
+	release = func() {
 		up.mu.Lock()
-		up.waiting--
+		defer up.mu.Unlock()
+		up.sending--
+		if up.active[from]--; up.active[from] == 0 {
+			delete(up.active, from)
+		}
+		up.grant(u.slots)
+	}
+	select {
+	case <-t.granted:
+	case <-ctx.Done():
+		up.mu.Lock()
+		waits := slices.Contains(up.turns, t)
+		up.turns = slices.DeleteFunc(up.turns, func(other *turn) bool { return other == t })
 		up.mu.Unlock()
-	}()
-	if err := up.slots.Acquire(ctx, 1); err != nil {
-		return -1, nil, err
+		if !waits {
+			release() // it was granted just now
+		}
+		return -1, nil, context.Cause(ctx)
 	}
 	if err := u.all.Acquire(ctx, 1); err != nil {
-		up.slots.Release(1)
+		release()
 		return -1, nil, err
 	}
+	slot := release
 	release = func() {
 		u.all.Release(1)
-		up.slots.Release(1)
+		slot()
 	}
 	have, _ := up.there()
 	up.mu.Lock()
@@ -245,6 +270,27 @@ func (u *uploads) pick(ctx context.Context, up *upload, want *schedule.Set) (pie
 		piece = -1
 	}
 	return piece, release, nil
+}
+
+// grant gives free slots to those who wait: first to the peer that is sent the
+// fewest pieces now, and of several to the one that was sent the fewest before,
+// so that at first everybody gets something that it can give on. up.mu is held.
+func (up *upload) grant(slots int) {
+	for up.sending < slots && len(up.turns) > 0 {
+		best := 0
+		for i, t := range up.turns {
+			b := up.turns[best]
+			if cmp.Or(cmp.Compare(up.active[t.peer], up.active[b.peer]), cmp.Compare(up.served[t.peer], up.served[b.peer])) < 0 {
+				best = i
+			}
+		}
+		t := up.turns[best]
+		up.turns = slices.Delete(up.turns, best, best+1)
+		up.sending++
+		up.active[t.peer]++
+		up.served[t.peer]++
+		close(t.granted)
+	}
 }
 
 // unsent says that a piece was picked and not sent. damaged says that it never can be.
@@ -313,7 +359,7 @@ func (s *Swarm) servePieces(w http.ResponseWriter, r *http.Request, from peer.ID
 		return s.sendPiece(w, up, &reply, nil, from)
 	}
 	for {
-		piece, release, err := s.uploads.pick(ctx, up, req.want)
+		piece, release, err := s.uploads.pick(ctx, up, from, req.want)
 		if err != nil {
 			return err
 		}
