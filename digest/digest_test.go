@@ -69,14 +69,14 @@ func TestParseCID(t *testing.T) {
 // The lengths at which the pieces change.
 var sizes = []int{
 	0, 1, MinPieceLength - 1, MinPieceLength, MinPieceLength + 1, 2 * MinPieceLength,
-	512*MinPieceLength - 1, 512 * MinPieceLength, 512*MinPieceLength + 1,
 	1024*MinPieceLength - 1, 1024 * MinPieceLength, 1024*MinPieceLength + 1,
+	2048*MinPieceLength - 1, 2048 * MinPieceLength, 2048*MinPieceLength + 1,
 }
 
 func TestPieceLength(t *testing.T) {
 	for size, want := range map[int64]int64{
-		0: 64 << 10, 1: 64 << 10, 32<<20 - 1: 64 << 10, 32 << 20: 128 << 10, 64<<20 - 1: 128 << 10,
-		100 << 20: 256 << 10, 1<<30 - 1: 2 << 20, 1 << 30: 4 << 20, 1 << 40: 4 << 20,
+		0: 64 << 10, 1: 64 << 10, 64<<20 - 1: 64 << 10, 64 << 20: 128 << 10, 128<<20 - 1: 128 << 10,
+		200 << 20: 256 << 10, 2<<30 - 1: 2 << 20, 2 << 30: 4 << 20, 1 << 40: 4 << 20,
 	} {
 		if got := PieceLength(size); got != want {
 			t.Errorf("pieces of a blob of %d bytes have %d bytes, want %d", size, got, want)

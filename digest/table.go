@@ -21,10 +21,10 @@ const (
 
 // piecesPerBlob is the number of pieces that a blob has at least, where the
 // bounds of a piece's length allow it.
-const piecesPerBlob = 256
+const piecesPerBlob = 512
 
 // PieceLength returns the length in bytes of the pieces of a blob of size
-// bytes: the largest power of two that still makes 256 pieces, within
+// bytes: the largest power of two that still makes 512 pieces, within
 // [MinPieceLength] and [MaxPieceLength]. It is a function of the size alone so
 // that every peer cuts a blob alike.
 func PieceLength(size int64) int64 {
@@ -267,7 +267,8 @@ func (t *Table) AppendBinary(b []byte) ([]byte, error) {
 }
 
 // DecodeTable decodes what [Table.AppendBinary] made of the table of the blob
-// d. It does not keep b. An error is a [CorruptError] for the whole blob.
+// d. Its pieces may be longer than [PieceLength] has them now: earlier versions
+// made them so. It does not keep b. An error is a [CorruptError] for the whole blob.
 func DecodeTable(d Digest, b []byte) (*Table, error) {
 	damaged := func(format string, args ...any) error {
 		return &CorruptError{d, -1, "piece table: " + fmt.Sprintf(format, args...)}
@@ -284,7 +285,7 @@ func DecodeTable(d Digest, b []byte) (*Table, error) {
 	}
 	length := int64(binary.LittleEndian.Uint32(body[4:]))
 	size := int64(binary.LittleEndian.Uint64(body[8:]))
-	if size < 0 || length != PieceLength(size) {
+	if size < 0 || length < MinPieceLength || length > MaxPieceLength || length&(length-1) != 0 {
 		return nil, damaged("pieces of %d bytes do not fit a blob of %d bytes", length, size)
 	}
 	body = body[tableHeader:]

@@ -16,11 +16,11 @@ var layers = [][]string{
 	{"cmd/internal/logs", "cmd/internal/manual", "cmd/internal/profiling", "cmd/internal/settings", "cmd/internal/tracing"},
 	{"cmd/internal/build", "cmd/internal/exit", "cmd/internal/paths", "docs"},
 	{"blobstore/registry"},
-	{"blobstore"},
+	{"blobstore", "p2p/swarm", "p2p/swarm/discovery"}, // none of these knows another
 	{"p2p/rpc"},
 	{"p2p/rpc/pb", "p2p/pieces"},
 	{"p2p"},
-	{"digest"},
+	{"digest", "p2p/swarm/schedule"},
 }
 
 // notLinked are modules that a package must not depend on, however indirectly:
@@ -30,6 +30,9 @@ var notLinked = map[string][]string{
 	"cmd/dfdaemon":       {"github.com/russross/blackfriday", "github.com/cpuguy83/go-md2man"},
 	"blobstore/registry": {"github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk"},
 	"blobstore":          {"oras.land/oras-go/v2/registry", "github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk", "go.opentelemetry.io/otel/exporters"},
+	"p2p/rpc":            {"github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk"},
+	"p2p/swarm":          {"github.com/libp2p/go-libp2p-kad-dht", "google.golang.org/grpc", "github.com/spf13/"},
+	"p2p/swarm/schedule": {"github.com/libp2p/", "google.golang.org/", "golang.org/x/", "github.com/spf13/"},
 	"p2p/pieces":         {"google.golang.org/grpc", "github.com/spf13/", "github.com/libp2p/"},
 	"p2p":                {"google.golang.org/", "go.etcd.io/", "github.com/spf13/", "github.com/libp2p/"},
 	"digest":             {"google.golang.org/", "go.etcd.io/", "golang.org/x/", "github.com/spf13/", "github.com/libp2p/"},

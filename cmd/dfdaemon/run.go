@@ -121,7 +121,7 @@ func (o *options) start(cmd *cobra.Command) (_ *daemon, err error) {
 	}
 	d.onClose(stop)
 
-	key, inSwarm, err := o.readKey(cmd)
+	key, inSwarm, err := o.readKey(cmd, warn)
 	if err != nil {
 		return nil, err
 	}

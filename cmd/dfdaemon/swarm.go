@@ -1,30 +1,39 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
+	golog "github.com/ipfs/go-log/v2"
+	"github.com/libp2p/go-libp2p/gologshim"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
+	"go.uber.org/zap/zapcore"
 
 	"github.com/dfcache/dfcache/blobstore"
 	"github.com/dfcache/dfcache/cmd/internal/build"
 	"github.com/dfcache/dfcache/cmd/internal/exit"
 	"github.com/dfcache/dfcache/cmd/internal/manual"
 	"github.com/dfcache/dfcache/cmd/internal/paths"
+	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/pieces"
 	"github.com/dfcache/dfcache/p2p/swarm"
 	"github.com/dfcache/dfcache/p2p/swarm/discovery"
+	"github.com/dfcache/dfcache/p2p/swarm/schedule"
 )
 
 // swarmOptions are the values of the flags of the swarm.
@@ -61,9 +70,9 @@ func (o *swarmOptions) flags(flags *pflag.FlagSet) {
 	flags.BoolVar(&o.plain, "plain-pieces", false, "move pieces without TLS between this daemon and peers that have this set, too: faster, verified all the same, and to be read by anybody on the way")
 	flags.StringVar(&o.mode, "swarm-mode", string(swarm.Full), "`what` to do for peers and local callers: full, seed-only (fetch nothing) or never-serve (serve peers nothing)")
 	flags.IntVar(&o.maxPeers, "max-peers", 256, "`connections` with peers above which some are closed")
-	flags.IntVar(&o.slots, "upload-slots", 4, "`pieces` of one blob that are sent to peers at once")
+	flags.IntVar(&o.slots, "upload-slots", schedule.Slots, "`pieces` of one blob that are sent to peers at once")
 	flags.IntVar(&o.uploads, "max-uploads", 64, "`pieces` that are sent to peers at once")
-	flags.IntVar(&o.requests, "max-requests", 8, "`pieces` of one blob that are fetched from peers at once")
+	flags.IntVar(&o.requests, "max-requests", schedule.Requests, "`pieces` of one blob that are fetched from peers at once")
 	flags.Var(&o.upRate, "upload-rate", "`bytes` a second that are sent to peers, such as 50MiB; 0 is no limit")
 	flags.Var(&o.downRate, "download-rate", "`bytes` a second that are fetched from peers; 0 is no limit")
 	o.memory = 64 << 20
@@ -100,8 +109,30 @@ func (o *swarmOptions) check() error {
 		if len(split(list)) == 0 {
 			return fmt.Errorf("--%s is empty: want an address, such as :65002", name)
 		}
+		for _, address := range split(list) {
+			if !isAddress(address, name == "swarm-listen") {
+				return fmt.Errorf("--%s %q: want IP:PORT, or :PORT for all addresses of this host", name, address)
+			}
+		}
+	}
+	if o.metrics != "off" && !isAddress(o.metrics, false) {
+		return fmt.Errorf("--metrics %q: want HOST:PORT, such as 127.0.0.1:65004, or off", o.metrics)
 	}
 	return nil
+}
+
+// isAddress reports whether one can listen at a text: HOST:PORT, or :PORT. With
+// numeric the host is no name.
+func isAddress(text string, numeric bool) bool {
+	host, port, err := net.SplitHostPort(text)
+	if err != nil {
+		return false
+	}
+	if _, err := strconv.ParseUint(port, 10, 16); err != nil {
+		return false
+	}
+	_, err = netip.ParseAddr(host)
+	return !numeric || host == "" || err == nil
 }
 
 // split splits a list with commas.
@@ -114,12 +145,15 @@ func (o *options) keyFile(cmd *cobra.Command) (name string, named bool, err erro
 	if named = cmd.Flags().Changed("swarm-key"); !named {
 		return paths.SwarmKey(), false, nil
 	}
+	if o.swarmKey == "" {
+		return "", true, exit.FlagError(cmd, errors.New("--swarm-key is empty: name a file, or off"))
+	}
 	name, err = filepath.Abs(o.swarmKey)
 	return name, true, err
 }
 
 // readKey reads the swarm's key. found is false where there is to be no swarm.
-func (o *options) readKey(cmd *cobra.Command) (key discovery.Key, found bool, err error) {
+func (o *options) readKey(cmd *cobra.Command, warn func(string)) (key discovery.Key, found bool, err error) {
 	if o.swarmKey == "off" {
 		return key, false, nil
 	}
@@ -128,18 +162,26 @@ func (o *options) readKey(cmd *cobra.Command) (key discovery.Key, found bool, er
 		return key, false, err
 	}
 	key, err = discovery.ReadKeyFile(name)
-	if errors.Is(err, fs.ErrNotExist) && !named {
-		return key, false, nil
+	switch {
+	case err == nil:
+		return key, true, nil
+	case !errors.Is(err, fs.ErrNotExist):
+		return key, false, exit.Usage(err)
+	case named:
+		return key, false, exit.Usage(fmt.Errorf("%w: make one with 'dfdaemon swarm key new %s', or copy that of the other daemons", err, name))
+	case o.swarm.bootstrap != "" || o.swarm.peersFile != "":
+		warn(fmt.Sprintf("going on without a swarm, and without --bootstrap and --peers-file: there is no key in %s: make one with 'dfdaemon swarm key new', or copy that of the other daemons", name))
 	}
-	if errors.Is(err, fs.ErrNotExist) {
-		err = exit.Usage(fmt.Errorf("%w: make one with 'dfdaemon swarm key new %s', or copy that of the other daemons", err, name))
-	}
-	return key, err == nil, err
+	return key, false, nil
 }
 
-// joinSwarm makes the store part of the swarm.
+// joinSwarm makes the store part of the swarm, and logs where peers find it.
 func (d *daemon) joinSwarm(store *pieces.Store, key discovery.Key) (*swarm.Swarm, error) {
 	o := &d.swarm
+	logLibraries(d.log.Handler())
+	if err := os.MkdirAll(d.workHome, 0o750); err != nil {
+		return nil, err
+	}
 	identity, err := discovery.LoadIdentity(filepath.Join(d.workHome, "peer.key"))
 	if err != nil {
 		return nil, err
@@ -161,8 +203,11 @@ func (d *daemon) joinSwarm(store *pieces.Store, key discovery.Key) (*swarm.Swarm
 		StateFile: filepath.Join(d.workHome, "peers.json"),
 		Log:       d.log,
 	})
-	if err != nil {
-		return nil, err
+	if _, ok := errors.AsType[*net.OpError](err); ok {
+		return nil, listenError("swarm-listen", err)
+	}
+	if err != nil { // the addresses of this host have passed check
+		return nil, exit.Usage(fmt.Errorf("--bootstrap and --peers-file: %w", err))
 	}
 	s, err := swarm.New(store, network, swarm.Options{
 		Identity:        identity,
@@ -187,10 +232,54 @@ func (d *daemon) joinSwarm(store *pieces.Store, key discovery.Key) (*swarm.Swarm
 	})
 	if err != nil {
 		network.Close()
+		if _, ok := errors.AsType[*net.OpError](err); ok {
+			err = listenError("swarm-pieces", err)
+		}
 		return nil, err
 	}
+	self := network.Addresses(network.Self())
+	at := make([]string, 0, len(self.Addrs))
+	for _, a := range self.Addrs {
+		at = append(at, fmt.Sprintf("%s/p2p/%s", a, self.ID))
+	}
+	d.log.Info("swarm", "peer", s.ID(), "mode", o.mode, "at", at, "pieces", split(o.pieces))
 	return s, nil
 }
+
+// listenError is that of a flag with an address where one can't listen.
+func listenError(flag string, err error) error {
+	if errors.Is(err, syscall.EADDRINUSE) {
+		err = fmt.Errorf("%w: another process listens there (%w): stop that one", p2p.ErrUnavailable, err)
+	}
+	return fmt.Errorf("--%s: %w, or choose another address", flag, err)
+}
+
+// logLibraries has what the libraries of the swarm would print on stderr logged
+// as debug: mostly it is peers that come and go.
+func logLibraries(h slog.Handler) {
+	gologshim.SetDefaultHandler(asDebug{h})
+	// The others have zap below, of which only names and messages are wanted.
+	text := zapcore.NewConsoleEncoder(zapcore.EncoderConfig{NameKey: "logger", MessageKey: "message", ConsoleSeparator: ": "})
+	out := slog.NewLogLogger(h, slog.LevelDebug).Writer()
+	golog.SetPrimaryCore(zapcore.NewCore(text, zapcore.AddSync(out), zapcore.WarnLevel))
+}
+
+// asDebug logs warnings and errors as debug, and nothing else.
+type asDebug struct{ slog.Handler }
+
+func (h asDebug) Enabled(ctx context.Context, level slog.Level) bool {
+	return level >= slog.LevelWarn && h.Handler.Enabled(ctx, slog.LevelDebug)
+}
+
+func (h asDebug) Handle(ctx context.Context, r slog.Record) error {
+	r.Level = slog.LevelDebug
+	return h.Handler.Handle(ctx, r)
+}
+
+func (h asDebug) WithAttrs(attrs []slog.Attr) slog.Handler {
+	return asDebug{h.Handler.WithAttrs(attrs)}
+}
+func (h asDebug) WithGroup(name string) slog.Handler { return asDebug{h.Handler.WithGroup(name)} }
 
 // serveMetrics serves what the daemon counts, where that is asked for.
 func (d *daemon) serveMetrics() error {
@@ -199,7 +288,7 @@ func (d *daemon) serveMetrics() error {
 	}
 	l, err := net.Listen("tcp", d.swarm.metrics)
 	if err != nil {
-		return fmt.Errorf("--metrics: %w: choose another address, or off", err)
+		return listenError("metrics", err)
 	}
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(d.metrics, promhttp.HandlerOpts{}))
@@ -231,6 +320,7 @@ more of them with --bootstrap, on every host.
 
 ` + manual.ExitStatus("dfdaemon", exit.Invalid),
 		Args: exit.NoArgs,
+		RunE: noCommand,
 	}
 	key := &cobra.Command{
 		Use:   "key",
@@ -242,6 +332,7 @@ directory. Nobody but the daemon's user may be able to read it.
 
 ` + manual.ExitStatus("dfdaemon", exit.Invalid),
 		Args: exit.NoArgs,
+		RunE: noCommand,
 	}
 	key.AddCommand(&cobra.Command{
 		Use:   "new [FILE]",
@@ -260,28 +351,41 @@ that of --swarm-key. It never replaces a file. "-" is standard output.
 	return cmd
 }
 
+// noCommand is what a command does that only has others.
+func noCommand(cmd *cobra.Command, _ []string) error {
+	return exit.FlagError(cmd, fmt.Errorf("the command is missing: %s is followed by one", cmd.CommandPath()))
+}
+
 func (o *options) newKey(cmd *cobra.Command, args []string) error {
 	if err := o.load(cmd); err != nil {
 		return err
 	}
 	key := discovery.NewKey()
-	if len(args) > 0 && args[0] == "-" {
+	var name string
+	switch {
+	case len(args) > 0 && args[0] == "-":
 		_, err := cmd.OutOrStdout().Write(key.File())
 		return err
-	}
-	name, _, err := o.keyFile(cmd)
-	if len(args) > 0 {
+	case len(args) > 0:
 		name = args[0]
-	}
-	if err != nil {
-		return err
+	case o.swarmKey == "off":
+		return exit.FlagError(cmd, errors.New("--swarm-key is off: name the FILE to write"))
+	default:
+		var err error
+		if name, _, err = o.keyFile(cmd); err != nil {
+			return err
+		}
 	}
 	if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
 		return err
 	}
-	if err := discovery.WriteKeyFile(name, key); err != nil {
+	err := discovery.WriteKeyFile(name, key)
+	if errors.Is(err, fs.ErrExist) {
+		return fmt.Errorf("%w: a key is never replaced: name another file, or move this one away", err)
+	}
+	if err != nil {
 		return err
 	}
-	fmt.Fprintf(cmd.OutOrStdout(), "wrote %s: copy it to the other hosts of the swarm\n", name)
-	return nil
+	_, err = fmt.Fprintf(cmd.OutOrStdout(), "wrote %s: copy it to the other hosts of the swarm\n", name)
+	return err
 }

@@ -92,7 +92,7 @@ func (b *bench) swarm() {
 		if v := os.Getenv("CROWDN"); v != "" && v != fmt.Sprint(n) {
 			continue
 		}
-		b.flashCrowd(n, 256<<20, 50)
+		b.flashCrowd(n, 64<<20, 25)
 	}
 	b.printf("\n")
 }

@@ -3,6 +3,7 @@ package pieces
 import (
 	"context"
 	"fmt"
+	"io"
 	"os"
 
 	"go.etcd.io/bbolt"
@@ -106,6 +107,9 @@ func (s *Store) openBlob(d digest.Digest) (*Blob, error) {
 		if info, err = f.Stat(); err == nil {
 			err = checkSize(table, info.Size())
 		}
+		if err == nil && table.PieceLength != digest.PieceLength(table.Size) {
+			table, err = s.cutAnew(f, table)
+		}
 		if err != nil {
 			f.Close()
 			return nil, err
@@ -116,6 +120,33 @@ func (s *Store) openBlob(d digest.Digest) (*Blob, error) {
 		return nil, err // it was deleted just now
 	}
 	return nil, errNoFile(d)
+}
+
+// cutAnew makes the piece table of a blob again, which an earlier version has
+// made with other pieces than all peers have now.
+func (s *Store) cutAnew(f *os.File, old *digest.Table) (*digest.Table, error) {
+	r := digest.NewRecorder(old.Digest.Algorithm())
+	if err := record(context.Background(), r, io.NewSectionReader(f, 0, old.Size), nil); err != nil {
+		return nil, err
+	}
+	table, err := r.Table()
+	if err != nil {
+		return nil, err
+	}
+	if table.Digest != old.Digest {
+		return nil, &digest.CorruptError{Digest: old.Digest, Piece: -1, Reason: "its content has the digest " + table.Digest.String()}
+	}
+	b, err := table.AppendBinary(nil)
+	if err != nil {
+		return nil, err
+	}
+	return table, s.update(func(tx *bbolt.Tx) error {
+		k := key(table.Digest)
+		if tx.Bucket(bucketTables).Get(k) == nil {
+			return nil // it was deleted just now; the reader can read on
+		}
+		return tx.Bucket(bucketTables).Put(k, b)
+	})
 }
 
 // checkSize compares the size of a blob's file with the one recorded.

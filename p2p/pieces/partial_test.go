@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 
+	"go.etcd.io/bbolt"
+
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/enginetest"
@@ -283,4 +285,44 @@ func TestPartialCancelled(t *testing.T) {
 	if err := p.Remove(); err != nil {
 		t.Error(err)
 	}
+}
+
+// A table that an earlier version made, with longer pieces, is made anew.
+func TestOlderTable(t *testing.T) {
+	s := newStore(t)
+	data := randomContent(40<<20, 6)
+	task := enginetest.Import(t, s, "t", data)
+	now, err := s.table(task.Digest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	old := digest.Table{Digest: now.Digest, Size: now.Size, PieceLength: 2 * now.PieceLength}
+	for i := range old.Pieces() {
+		start, end := old.Bounds(i)
+		old.CRC = append(old.CRC, digest.CRC32C(data[start:end]))
+		if i < old.Pieces()-1 {
+			old.Chain = append(old.Chain, now.Chain[(2*i+1)*32:(2*i+2)*32]...)
+		}
+	}
+	b, err := old.AppendBinary(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.update(func(tx *bbolt.Tx) error { return tx.Bucket(bucketTables).Put(key(task.Digest), b) }); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		blob, err := s.OpenForPeers(t.Context(), task)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := blob.Table(); got.PieceLength != now.PieceLength || !bytes.Equal(got.Chain, now.Chain) {
+			t.Errorf("the table has pieces of %d bytes, want %d", got.PieceLength, now.PieceLength)
+		}
+		blob.Close()
+	}
+	if again, err := s.table(task.Digest); err != nil || again.PieceLength != now.PieceLength {
+		t.Errorf("stored is %+v, %v", again, err)
+	}
+	enginetest.RequireContent(t, s, task, data)
 }

@@ -198,7 +198,7 @@ func (a *Arriving) Want(first, last int) {
 	}
 	d.post(func() {
 		if d.sched != nil && d.sched.Held().Len() == table.Pieces() {
-			d.sched.Prefer(first, last)
+			d.first(first, last)
 		}
 	})
 }

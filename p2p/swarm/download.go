@@ -54,10 +54,11 @@ type download struct {
 	ended   chan struct{}  // closed when nothing of it is left
 
 	// These belong to run.
-	sched      *plan
+	sched      *schedule.Download
 	active     linksHash // the chain in use
 	chains     map[linksHash]*chain
 	sources    map[peer.ID]*source
+	prefer     *schedule.Set // what readers wait for
 	requests   map[int]context.CancelCauseFunc
 	hinted     map[peer.ID]bool
 	searching  bool
@@ -773,7 +774,8 @@ func (d *download) activate(h linksHash) {
 	first := d.sched == nil
 	d.active = h
 
-	d.sched = newPlan(table.Pieces(), have, d.s.opts.MaxRequests, 4)
+	d.sched = schedule.NewDownload(table.Pieces(), have, schedule.Limits{Requests: d.s.opts.MaxRequests})
+	d.prefer = schedule.NewSet(table.Pieces())
 	for _, src := range d.sources {
 		src.failed = 0
 		d.offer(src)
@@ -814,15 +816,24 @@ func (d *download) dispute() {
 		state := size / (n - 1)
 		for i := n - 2; i >= 0; i-- {
 			if string(mine.chain[i*state:(i+1)*state]) != string(other.chain[i*state:(i+1)*state]) {
-				d.sched.Prefer(i, i+1)
+				d.first(i, i+1)
 				break
 			}
 		}
 	}
 }
 
+// first has pieces fetched before others.
+func (d *download) first(from, to int) {
+	for i := from; i <= to; i++ {
+		d.prefer.Add(i)
+	}
+	d.prefer.AndNot(d.sched.Held())
+	d.sched.Prefer(d.prefer)
+}
+
 // request asks for a piece.
-func (d *download) request(req planRequest) {
+func (d *download) request(req schedule.Request) {
 	src := d.sources[peer.ID(req.Source)]
 	ctx, cancel := context.WithCancelCause(d.ctx)
 	d.requests[req.ID] = cancel
@@ -838,7 +849,7 @@ func (d *download) request(req planRequest) {
 				for _, h := range reply.hints {
 					d.follow(h)
 				}
-				if !sched.Answer(req.ID, reply.piece, reply.have) && reply.piece >= 0 {
+				if !sched.Answered(req.ID, reply.piece, reply.have) && reply.piece >= 0 {
 					cancel(errUseless)
 				}
 			})
@@ -853,7 +864,7 @@ func (d *download) request(req planRequest) {
 }
 
 // done takes in how a request ended.
-func (d *download) done(req planRequest, src *source, piece int, n int64, err error) {
+func (d *download) done(req schedule.Request, src *source, piece int, n int64, err error) {
 	switch {
 	case err == nil && piece < 0:
 		// It had none of them any more, or never: Answer has seen that. One that
@@ -878,7 +889,7 @@ func (d *download) done(req planRequest, src *source, piece int, n int64, err er
 	case errors.Is(err, errUseless), errors.Is(err, pieces.ErrStale):
 		d.sched.Cancel(req.ID)
 	default:
-		d.sched.Fail(req.ID)
+		d.sched.Cancel(req.ID)
 		d.failed(src, err)
 	}
 }

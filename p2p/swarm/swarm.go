@@ -20,6 +20,7 @@ import (
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/pieces"
+	"github.com/dfcache/dfcache/p2p/swarm/schedule"
 )
 
 // Options says how to be part of a swarm. Where a number is 0, its default counts.
@@ -41,9 +42,9 @@ type Options struct {
 	StallTimeout  time.Duration // without a byte, after which a peer is given up; 10 s
 	UploadRate    int64         // bytes a second; 0 is no limit
 	DownloadRate  int64         // bytes a second; 0 is no limit
-	UploadSlots   int           // uploads of one blob at once; 4
+	UploadSlots   int           // uploads of one blob at once; schedule.Slots
 	MaxUploads    int           // uploads at once; 64
-	MaxRequests   int           // requests for pieces of one blob at once; 8
+	MaxRequests   int           // requests for pieces of one blob at once; schedule.Requests
 	MaxConns      int           // connections that peers may have open here; 1024
 	Memory        int64         // bytes of pieces in memory, for uploads and for downloads each; 64 MiB
 
@@ -79,9 +80,9 @@ func (o *Options) setDefaults() {
 	span(&o.StallTimeout, 10*time.Second)
 	span(&o.RememberDeletes, 30*24*time.Hour)
 	span(&o.KeepPartial, 24*time.Hour)
-	def(&o.UploadSlots, 4)
+	def(&o.UploadSlots, schedule.Slots)
 	def(&o.MaxUploads, 64)
-	def(&o.MaxRequests, 8)
+	def(&o.MaxRequests, schedule.Requests)
 	def(&o.MaxConns, 1024)
 	if o.Memory == 0 {
 		o.Memory = 64 << 20

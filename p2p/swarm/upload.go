@@ -1,7 +1,6 @@
 package swarm
 
 import (
-	"cmp"
 	"context"
 	"fmt"
 	"math/rand/v2"
@@ -15,6 +14,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/pieces"
 	"github.com/dfcache/dfcache/p2p/swarm/schedule"
 )
@@ -50,13 +50,10 @@ type upload struct {
 	src   uploadSource
 
 	mu      sync.Mutex
-	sched   *sentCounts
-	damaged *schedule.Set         // pieces that can't be read any more
-	turns   []*turn               // requests that wait for a slot
-	sending int                   // slots that are taken
-	active  map[peer.ID]int       // by whom
-	served  map[peer.ID]int       // how often each peer got one
-	askers  map[peer.ID]time.Time // who asked, and when last
+	sched   *schedule.Uploads
+	damaged *schedule.Set                    // pieces that can't be read any more
+	granted map[*schedule.Turn]chan struct{} // closed when it is its turn
+	askers  map[peer.ID]time.Time            // who asked, and when last
 	users   int
 	used    time.Time
 	closed  bool
@@ -98,8 +95,8 @@ func (u *uploads) use(d digest.Digest, open func() (*upload, error)) (_ *upload,
 		if up, err = open(); err != nil {
 			return nil, nil, err
 		}
-		up.active, up.served = map[peer.ID]int{}, map[peer.ID]int{}
-		up.sched = &sentCounts{make([]uint32, up.table.Pieces())}
+		up.sched = schedule.NewUploads(up.table.Pieces(), u.slots)
+		up.granted = map[*schedule.Turn]chan struct{}{}
 		up.damaged = schedule.NewSet(up.table.Pieces())
 		up.askers = map[peer.ID]time.Time{}
 		u.active[d] = up
@@ -214,93 +211,72 @@ func (up *upload) there() (*schedule.Set, <-chan struct{}) {
 	return have, more
 }
 
-// turn is a request that waits for a slot.
-type turn struct {
-	peer    peer.ID
-	granted chan struct{}
-}
-
-// pick waits until it is the turn of a request, and picks the piece to send. It
-// returns -1 where there is none that is wanted. The caller calls release.
-func (u *uploads) pick(ctx context.Context, up *upload, from peer.ID, want *schedule.Set) (piece int, release func(), err error) {
-	t := &turn{from, make(chan struct{})}
+// pick waits until it is the turn of a request, and tells which piece to send;
+// -1 where there is none that is wanted. The caller calls release, with whether
+// the piece was sent.
+func (u *uploads) pick(ctx context.Context, up *upload, from peer.ID, want *schedule.Set) (piece int, release func(sent bool), err error) {
+	have, _ := up.there()
 	up.mu.Lock()
-	if len(up.turns) >= maxWaiting {
+	if up.sched.Waiting() >= maxWaiting {
 		up.mu.Unlock()
 		return -1, nil, &statusError{http.StatusServiceUnavailable, "too many requests for this blob"}
 	}
-	up.turns = append(up.turns, t)
-	up.grant(u.slots)
+	turn := up.sched.Ask(string(from), want)
+	granted := make(chan struct{})
+	up.granted[turn] = granted
+	up.grant(have)
 	up.mu.Unlock()
-	release = func() {
+	end := func(sent bool) {
+		have, _ := up.there()
 		up.mu.Lock()
 		defer up.mu.Unlock()
-		up.sending--
-		if up.active[from]--; up.active[from] == 0 {
-			delete(up.active, from)
+		if turn.Piece() >= 0 {
+			up.sched.End(turn, sent)
 		}
-		up.grant(u.slots)
+		up.grant(have)
 	}
 	select {
-	case <-t.granted:
+	case <-granted:
 	case <-ctx.Done():
 		up.mu.Lock()
-		waits := slices.Contains(up.turns, t)
-		up.turns = slices.DeleteFunc(up.turns, func(other *turn) bool { return other == t })
+		waited := up.sched.Leave(turn)
+		delete(up.granted, turn)
 		up.mu.Unlock()
-		if !waits {
-			release() // it was granted just now
+		if !waited {
+			end(false) // it was granted just now
 		}
 		return -1, nil, context.Cause(ctx)
 	}
+	if turn.Piece() < 0 {
+		return -1, end, nil
+	}
 	if err := u.all.Acquire(ctx, 1); err != nil {
-		release()
+		end(false)
 		return -1, nil, err
 	}
-	slot := release
-	release = func() {
+	return turn.Piece(), func(sent bool) {
 		u.all.Release(1)
-		slot()
-	}
-	have, _ := up.there()
-	up.mu.Lock()
-	defer up.mu.Unlock()
-	piece, ok := up.sched.Pick(want, have)
-	if !ok {
-		piece = -1
-	}
-	return piece, release, nil
+		end(sent)
+	}, nil
 }
 
-// grant gives free slots to those who wait: first to the peer that is sent the
-// fewest pieces now, and of several to the one that was sent the fewest before,
-// so that at first everybody gets something that it can give on. up.mu is held.
-func (up *upload) grant(slots int) {
-	for up.sending < slots && len(up.turns) > 0 {
-		best := 0
-		for i, t := range up.turns {
-			b := up.turns[best]
-			if cmp.Or(cmp.Compare(up.active[t.peer], up.active[b.peer]), cmp.Compare(up.served[t.peer], up.served[b.peer])) < 0 {
-				best = i
-			}
+// grant tells those whose turn it is. up.mu is held.
+func (up *upload) grant(have *schedule.Set) {
+	for {
+		turn, ok := up.sched.Grant(have)
+		if !ok {
+			return
 		}
-		t := up.turns[best]
-		up.turns = slices.Delete(up.turns, best, best+1)
-		up.sending++
-		up.active[t.peer]++
-		up.served[t.peer]++
-		close(t.granted)
+		close(up.granted[turn])
+		delete(up.granted, turn)
 	}
 }
 
-// unsent says that a piece was picked and not sent. damaged says that it never can be.
-func (up *upload) unsent(piece int, damaged bool) {
+// broken says that a piece can't be read any more.
+func (up *upload) broken(piece int) {
 	up.mu.Lock()
 	defer up.mu.Unlock()
-	up.sched.Undo(piece)
-	if damaged {
-		up.damaged.Add(piece)
-	}
+	up.damaged.Add(piece)
 }
 
 // news waits until there is one of the pieces that are wanted.
@@ -364,32 +340,33 @@ func (s *Swarm) servePieces(w http.ResponseWriter, r *http.Request, from peer.ID
 			return err
 		}
 		if piece < 0 {
-			release()
+			release(false)
 			return s.sendPiece(w, up, &reply, nil, from)
 		}
-		start, end := up.table.Bounds(piece)
-		buf, err := s.uploads.buffers.get(ctx, int(end-start))
-		if err != nil {
-			release()
-			up.unsent(piece, false)
+		if done, err := s.servePiece(ctx, w, up, task, piece, &reply, from); done {
+			release(err == nil)
 			return err
 		}
-		if err := up.src.read(piece, buf); err != nil {
-			s.uploads.buffers.put(buf)
-			release()
-			up.unsent(piece, true)
-			s.log.Error("a piece is damaged, and not served: import the file again, or delete it", "task", task.String(), "piece", piece, "error", err)
-			continue
-		}
-		reply.piece = piece
-		err = s.sendPiece(w, up, &reply, buf, from)
-		s.uploads.buffers.put(buf)
-		release()
-		if err != nil {
-			up.unsent(piece, false)
-		}
-		return err
+		release(false)
 	}
+}
+
+// servePiece sends a piece. It reports false where the piece is damaged and
+// another one is to be sent.
+func (s *Swarm) servePiece(ctx context.Context, w http.ResponseWriter, up *upload, task p2p.Task, piece int, reply *pieceReply, from peer.ID) (done bool, err error) {
+	start, end := up.table.Bounds(piece)
+	buf, err := s.uploads.buffers.get(ctx, int(end-start))
+	if err != nil {
+		return true, err
+	}
+	defer s.uploads.buffers.put(buf)
+	if err := up.src.read(piece, buf); err != nil {
+		up.broken(piece)
+		s.log.Error("a piece is damaged, and not served: import the file again, or delete it", "task", task.String(), "piece", piece, "error", err)
+		return false, nil
+	}
+	reply.piece = piece
+	return true, s.sendPiece(w, up, reply, buf, from)
 }
 
 // sendPiece sends an answer and, where there is one, a piece.

@@ -100,6 +100,24 @@ func TestConfig(t *testing.T) {
 	}
 }
 
+func TestSwarmKey(t *testing.T) {
+	t.Setenv("HOME", "/home/u")
+	for _, test := range []struct {
+		root      bool
+		xdg, want string
+	}{
+		{true, "/c", "/etc/dragonfly/swarm.key"},
+		{false, "/c", "/c/dragonfly/swarm.key"},
+		{false, "c", "/home/u/.config/dragonfly/swarm.key"},
+		{false, "", "/home/u/.config/dragonfly/swarm.key"},
+	} {
+		t.Setenv("XDG_CONFIG_HOME", test.xdg)
+		if got := swarmKey(test.root); got != test.want {
+			t.Errorf("root %v, XDG_CONFIG_HOME %q: got %s, want %s", test.root, test.xdg, got, test.want)
+		}
+	}
+}
+
 func TestDataDir(t *testing.T) {
 	if got := DataDir("/w"); got != "/w/data" {
 		t.Errorf("got %s", got)

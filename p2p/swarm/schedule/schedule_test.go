@@ -1,0 +1,236 @@
+package schedule
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"testing"
+)
+
+// grants returns what is granted now, as "peer:piece".
+func grants(u *Uploads, have *Set) (all []string, turns []*Turn) {
+	for {
+		t, ok := u.Grant(have)
+		if !ok {
+			return all, turns
+		}
+		all = append(all, fmt.Sprintf("%s:%d", t.peer, t.Piece()))
+		turns = append(turns, t)
+	}
+}
+
+func TestUploads(t *testing.T) {
+	full := FullSet(4)
+	u := NewUploads(4, 2)
+	for range 2 {
+		u.Ask("a", full)
+	}
+	u.Ask("b", full)
+	// Who is sent nothing comes first; the piece is the one sent least often.
+	got, turns := grants(u, full)
+	if !slices.Equal(got, []string{"a:0", "b:1"}) || u.Waiting() != 1 {
+		t.Fatalf("granted are %v", got)
+	}
+	if got, _ := grants(u, full); len(got) > 0 {
+		t.Errorf("granted are %v without a slot", got)
+	}
+	u.End(turns[1], true)
+	if got, _ := grants(u, full); !slices.Equal(got, []string{"a:2"}) {
+		t.Errorf("granted are %v", got)
+	}
+	// What was not sent is not counted.
+	u.End(turns[0], false)
+	if u.Sent(0) != 0 || u.Sent(1) != 1 {
+		t.Errorf("sent are %d, %d", u.Sent(0), u.Sent(1))
+	}
+	// Nothing of what is wanted: the turn is over, and takes no slot.
+	none := u.Ask("c", setOf(4, 3))
+	if got, _ := grants(u, setOf(4, 0, 1)); !slices.Equal(got, []string{"c:-1"}) || none.Piece() != -1 {
+		t.Errorf("granted are %v", got)
+	}
+	gone := u.Ask("d", full)
+	if !u.Leave(gone) || u.Leave(gone) {
+		t.Error("who leaves is told twice that it waited, or never")
+	}
+	if got, _ := grants(u, full); len(got) > 0 {
+		t.Errorf("granted are %v to who left", got)
+	}
+}
+
+func wants(d *Download) (all []Request) {
+	for {
+		r, ok := d.Next()
+		if !ok {
+			return all
+		}
+		all = append(all, r)
+	}
+}
+
+func TestDownload(t *testing.T) {
+	d := NewDownload(6, setOf(6, 5), Limits{Requests: 4, PerSource: 2})
+	if len(wants(d)) > 0 {
+		t.Error("it asks without a source")
+	}
+	d.SetSource("a", FullSet(6))
+	first := wants(d)
+	// Two of three of what is free, then two of three of the rest.
+	if len(first) != 2 || first[0].Source != "a" || !first[0].Want.Equal(setOf(6, 0, 1, 3, 4)) || !first[1].Want.Equal(setOf(6, 2)) {
+		t.Fatalf("of one source it asks %v", first)
+	}
+	d.SetSource("b", setOf(6, 0, 1))
+	if second := wants(d); len(second) > 0 && second[0].Want.Intersects(setOf(6, 0, 1, 2, 3, 4)) && d.free.Count() > 0 {
+		t.Fatalf("of the other it asks for what is claimed: %v", second)
+	} else {
+		for _, r := range second {
+			d.Cancel(r.ID)
+		}
+	}
+	// What is answered frees the rest of the claim.
+	if !d.Answered(first[0].ID, 0, FullSet(6)) {
+		t.Error("the first answer is of no use")
+	}
+	second := wants(d)
+	if len(second) != 1 || second[0].Source != "b" || !second[0].Want.Equal(setOf(6, 1)) {
+		t.Fatalf("of the other it asks %v", second)
+	}
+	if d.Answered(first[1].ID, 5, FullSet(6)) {
+		t.Error("what is held is of use")
+	}
+	d.Cancel(second[0].ID)
+	d.Cancel(first[1].ID)
+	if useless := d.Done(first[0].ID); len(useless) > 0 || !d.Held().Has(0) || d.Missing().Has(0) {
+		t.Errorf("after the first piece: useless are %v", useless)
+	}
+	// Pieces that readers wait for come first, and alone.
+	d.Prefer(setOf(6, 3))
+	if r := wants(d); !r[0].Want.Equal(setOf(6, 3)) {
+		t.Errorf("preferred is %v", r[0].Want)
+	}
+	d.RemoveSource("a")
+	d.RemoveSource("b")
+	if r := wants(d); len(r) > 0 {
+		t.Errorf("it asks %v of sources that are gone", r)
+	}
+}
+
+func TestLastPieces(t *testing.T) {
+	d := NewDownload(2, nil, Limits{Requests: 4, PerSource: 1})
+	d.SetSource("a", FullSet(2))
+	d.SetSource("b", FullSet(2))
+	first := wants(d)
+	for i, r := range first {
+		if !d.Answered(r.ID, i, FullSet(2)) {
+			t.Fatal("an answer is of no use")
+		}
+	}
+	d.SetSource("c", FullSet(2))
+	last := wants(d)
+	if len(last) != 1 || last[0].Source != "c" || !last[0].Want.Full() || !d.Answered(last[0].ID, 0, FullSet(2)) {
+		t.Fatalf("of a third source it asks %v", last)
+	}
+	if useless := d.Done(last[0].ID); !slices.Equal(useless, []int{first[0].ID}) {
+		t.Errorf("useless are %v, want the first request", useless)
+	}
+	d.Cancel(first[0].ID)
+	d.Done(first[1].ID)
+	if !d.Complete() || len(wants(d)) > 0 {
+		t.Error("it goes on when it has everything")
+	}
+}
+
+func TestIdle(t *testing.T) {
+	d := NewDownload(3, nil, Limits{})
+	d.SetSource("empty", NewSet(3))
+	d.SetSource("full", FullSet(3))
+	idle := map[string]*Set{}
+	for id, want := range d.Idle() {
+		idle[id] = want
+	}
+	if len(idle) != 1 || !idle["empty"].Full() {
+		t.Errorf("idle are %v", idle)
+	}
+}
+
+// TestModel does anything in any order. A source is never asked for what it does not
+// have, nor for what is held or coming but for the last pieces; the limits hold; and
+// there is always something to do until all is there.
+func TestModel(t *testing.T) {
+	for seed := range uint64(300) {
+		r := rand.New(rand.NewPCG(seed, 1))
+		n := 1 + r.IntN(100)
+		d := NewDownload(n, nil, Limits{Requests: 1 + r.IntN(8), PerSource: 1 + r.IntN(4)})
+		have := map[string]*Set{}
+		open := map[int]Request{}
+		coming := map[int]int{} // request -> piece
+		for step := 0; !d.Complete(); step++ {
+			if step > 100*n+1000 {
+				t.Fatalf("seed %d: stuck with %d of %d pieces", seed, d.Held().Count(), n)
+			}
+			for _, req := range wants(d) {
+				if req.Want.Count() == 0 || req.Want.Clone().AndNot(have[req.Source]).Count() > 0 || req.Want.Intersects(d.Held()) {
+					t.Fatalf("seed %d: asked of %s is %v", seed, req.Source, req.Want)
+				}
+				open[req.ID] = req
+			}
+			if len(open)+len(coming) > d.limits.Requests {
+				t.Fatalf("seed %d: %d requests", seed, len(open)+len(coming))
+			}
+			switch k := r.IntN(10); {
+			case k == 0 || len(have) == 0:
+				id := fmt.Sprint(r.IntN(5))
+				s := NewSet(n)
+				for i := range n {
+					if r.IntN(3) > 0 {
+						s.Add(i)
+					}
+				}
+				if r.IntN(2) == 0 {
+					s = FullSet(n)
+				}
+				have[id] = s
+				d.SetSource(id, s)
+			case k == 1 && len(have) > 1:
+				for id := range have {
+					delete(have, id)
+					d.RemoveSource(id)
+					break
+				}
+			case k < 6:
+				for id, req := range open {
+					delete(open, id)
+					s := have[req.Source]
+					if s == nil || r.IntN(5) == 0 {
+						d.Cancel(id)
+						break
+					}
+					piece := -1
+					if both := req.Want.Clone().And(s); both.Count() > 0 {
+						piece = slices.Collect(both.All())[r.IntN(both.Count())]
+					}
+					switch {
+					case d.Answered(id, piece, s):
+						coming[id] = piece
+					case piece >= 0:
+						d.Cancel(id)
+					}
+					break
+				}
+			default:
+				for id := range coming {
+					delete(coming, id)
+					if r.IntN(8) == 0 {
+						d.Cancel(id)
+						break
+					}
+					for _, useless := range d.Done(id) {
+						d.Cancel(useless)
+						delete(coming, useless)
+						delete(open, useless)
+					}
+					break
+				}
+			}
+		}
+	}
+}
