@@ -242,7 +242,7 @@ func (d *daemon) joinSwarm(store *pieces.Store, key discovery.Key) (*swarm.Swarm
 	for _, a := range self.Addrs {
 		at = append(at, fmt.Sprintf("%s/p2p/%s", a, self.ID))
 	}
-	d.log.Info("swarm", "peer", s.ID(), "mode", o.mode, "at", at, "pieces", split(o.pieces))
+	d.log.Info("swarm", "peer", s.ID(), "mode", o.mode, "at", at, "pieces", s.Addresses())
 	return s, nil
 }
 

@@ -136,8 +136,14 @@ func (s *Swarm) serveFind(w http.ResponseWriter, r *http.Request, from peer.ID) 
 		if reply.Names[i], err = s.nameState(ctx, n.Tag, n.Name); err != nil {
 			return err
 		}
+		if state := reply.Names[i]; state != nil && s.opts.Mode == NeverServe {
+			*state = nameState{Deleted: state.Deleted} // what it stands for could not be had here
+		}
 	}
 	for i, t := range req.Referrers {
+		if s.opts.Mode == NeverServe {
+			break
+		}
 		if reply.Referrers[i], err = s.referrers(ctx, p2p.Task(t)); err != nil {
 			return err
 		}

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"slices"
 	"sync"
 	"time"
 
@@ -175,7 +176,7 @@ func New(store *pieces.Store, network Network, opts Options) (_ *Swarm, err erro
 			for _, l := range listeners[1:] {
 				l.Close()
 			}
-			return nil, fmt.Errorf("listen for peers: %w: choose another address", err)
+			return nil, fmt.Errorf("listen for peers: %w", err)
 		}
 		s.advertise = append(s.advertise, l.Addr().String())
 		listeners = append(listeners, &listener{l, security, false, limit})
@@ -207,6 +208,9 @@ func New(store *pieces.Store, network Network, opts Options) (_ *Swarm, err erro
 	})
 	return s, nil
 }
+
+// Addresses returns where peers connect for pieces, as HOST:PORT.
+func (s *Swarm) Addresses() []string { return slices.Clone(s.advertise) }
 
 // ID returns the ID of this daemon among peers.
 func (s *Swarm) ID() string { return s.network.Self().String() }

@@ -47,7 +47,7 @@ var Codes = []struct {
 	{NotFound, "not found", "there is no such cid under the tag"},
 	{Mismatch, "digest mismatch", "the content is not what its digest says; nothing was stored or written"},
 	{Timeout, "timeout", "the time given by --timeout or --shutdown-timeout was not enough"},
-	{Unavailable, "no daemon", "no dfdaemon answers, or another process holds the data directory, the socket or the registry's address"},
+	{Unavailable, "no daemon", "no dfdaemon answers, or another process holds the data directory, the socket or an address to listen at"},
 	{NoSpace, "no space", "a disk or a quota is full"},
 	{Corrupt, "corrupt", "stored content is damaged"},
 	{OutputExists, "output exists", "the output exists and --overwrite was not given"},

@@ -30,7 +30,7 @@ const (
 	Requests = 10
 	// PerSource is how many of these one source may have where it is the only
 	// one; of several, fewer.
-	PerSource = 2
+	PerSource = 4
 	// copies is how many requests there may be at a time for one of the last pieces.
 	copies = 2
 )

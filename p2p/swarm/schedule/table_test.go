@@ -181,7 +181,7 @@ var tables = []table{
 		head: "| peers, pieces | uploader picks (the rule) | the same, ties at random | downloader picks at random | downloader picks in order | pieces received in vain | messages a piece |",
 		rows: []row{
 			compared(1, 256), compared(2, 256), compared(8, 256), compared(16, 256), compared(16, 512),
-			compared(100, 256), compared(100, 512), compared(500, 256), compared(500, 512), compared(5000, 256),
+			compared(100, 256), compared(100, 512), compared(500, 256), compared(5000, 256),
 		},
 	},
 	{
@@ -219,7 +219,7 @@ func compared(peers, pieces int) row {
 	return row{fmt.Sprintf("%d, %d", peers, pieces), peers <= 100 && pieces == 256, func() []string {
 		var cells, more []string
 		for p := uploaderPicks; p <= downloaderPicksFirst; p++ {
-			if peers > 500 && p != uploaderPicks && p != downloaderPicksRandom {
+			if peers > 500 && p != uploaderPicks {
 				cells = append(cells, "–") // minutes, and nothing new
 				continue
 			}
