@@ -24,10 +24,9 @@ type Arriving struct {
 	stop func() bool
 
 	// Guarded by d.mu.
-	table  *digest.Table // with the checksums of the pieces in given
-	given  *schedule.Set // pieces that were handed out
-	err    error         // why nothing can be read any more
-	closed bool
+	table *digest.Table // with the checksums of the pieces in given
+	given *schedule.Set // pieces that were handed out
+	err   error         // why nothing can be read any more
 
 	closing sync.Once
 }

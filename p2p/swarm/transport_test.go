@@ -33,7 +33,7 @@ func testSecurity(t testing.TB, secret string, plain bool) (*security, peer.ID) 
 }
 
 // meet connects two ends and returns what each of them thinks of it.
-func meet(t testing.TB, client, server *security, plain bool, want peer.ID) (c, s error, seen, dialled peer.ID) {
+func meet(t testing.TB, client, server *security, plain bool, want peer.ID) (seen, dialled peer.ID, c, s error) {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -67,7 +67,7 @@ func meet(t testing.TB, client, server *security, plain bool, want peer.ID) (c, 
 	i := <-accepted
 	<-done
 	defer i.Close()
-	return c, i.err, i.id, dialled
+	return i.id, dialled, c, i.err
 }
 
 func TestMembership(t *testing.T) {
@@ -76,24 +76,24 @@ func TestMembership(t *testing.T) {
 	member, memberID := testSecurity(t, "one", true)
 	stranger, strangerID := testSecurity(t, "two", true)
 	for _, plain := range []bool{false, true} {
-		c, s, seen, dialled := meet(t, member, server, plain, serverID)
+		seen, dialled, c, s := meet(t, member, server, plain, serverID)
 		if c != nil || s != nil || seen != memberID || dialled != serverID {
 			t.Errorf("plain %t: two members: %v, %v, seen %s, dialled %s", plain, c, s, seen, dialled)
 		}
-		if c, s, _, dialled := meet(t, member, server, plain, ""); c != nil || s != nil || dialled != serverID {
+		if _, dialled, c, s := meet(t, member, server, plain, ""); c != nil || s != nil || dialled != serverID {
 			t.Errorf("plain %t: any member: %v, %v, dialled %s", plain, c, s, dialled)
 		}
-		if c, s, _, _ := meet(t, stranger, server, plain, serverID); !errors.Is(c, errNotMember) || s == nil {
+		if _, _, c, s := meet(t, stranger, server, plain, serverID); !errors.Is(c, errNotMember) || s == nil {
 			t.Errorf("plain %t: a stranger calls: %v, %v", plain, c, s)
 		}
-		if c, s, _, _ := meet(t, member, stranger, plain, strangerID); c == nil || s == nil {
+		if _, _, c, s := meet(t, member, stranger, plain, strangerID); c == nil || s == nil {
 			t.Errorf("plain %t: a stranger is called: %v, %v", plain, c, s)
 		}
-		if c, _, _, _ := meet(t, member, server, plain, strangerID); c == nil {
+		if _, _, c, _ := meet(t, member, server, plain, strangerID); c == nil {
 			t.Errorf("plain %t: another peer answers, and nobody minds", plain)
 		}
 	}
-	if c, s, _, _ := meet(t, member, tlsOnly, true, ""); c == nil || s == nil {
+	if _, _, c, s := meet(t, member, tlsOnly, true, ""); c == nil || s == nil {
 		t.Errorf("a plain connection to who wants TLS: %v, %v", c, s)
 	}
 }
