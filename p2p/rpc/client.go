@@ -13,6 +13,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/connectivity"
@@ -168,17 +169,22 @@ func (c *Client) connect(ctx context.Context) (*session, error) {
 	s.daemon = pb.NewDaemonClient(s.cc)
 	s.cc.Connect()
 	for {
-		switch state := s.cc.GetState(); state {
-		case connectivity.Ready:
+		state := s.cc.GetState()
+		if state == connectivity.Ready {
 			return s, nil
-		case connectivity.TransientFailure, connectivity.Shutdown:
+		}
+		// A daemon that is about to stop says so and closes the connection; gRPC is
+		// idle then as it was before, and stays so.
+		if state == connectivity.TransientFailure || state == connectivity.Shutdown || s.conn.isClosed() {
 			s.close()
 			return nil, fmt.Errorf("dfdaemon at %s: %w: it closed the connection after the handshake: see its log", c.socket, p2p.ErrUnavailable)
-		default:
-			if !s.cc.WaitForStateChange(ctx, state) {
-				s.close()
-				return nil, context.Cause(ctx)
-			}
+		}
+		look, cancel := context.WithTimeout(ctx, 50*time.Millisecond)
+		s.cc.WaitForStateChange(look, state)
+		cancel()
+		if ctx.Err() != nil {
+			s.close()
+			return nil, context.Cause(ctx)
 		}
 	}
 }
