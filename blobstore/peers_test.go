@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -24,7 +23,6 @@ import (
 	"github.com/dfcache/dfcache/blobstore/peertest"
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
-	"github.com/dfcache/dfcache/p2p/rpc"
 )
 
 // eachPeer runs a test against an engine that has a peer, in this process and
@@ -47,20 +45,7 @@ func eachPeer(t *testing.T, test func(t *testing.T, e *peertest.Engine, r, their
 // dialEngine returns a store that is e behind a socket.
 func dialEngine(t *testing.T, e p2p.Engine) *blobstore.Store {
 	t.Helper()
-	socket := filepath.Join(t.TempDir(), "run", "s")
-	l, err := rpc.Listen(socket)
-	if err != nil {
-		t.Fatal(err)
-	}
-	server := rpc.NewServer(e, slog.New(slog.DiscardHandler))
-	served := make(chan error, 1)
-	go func() { served <- server.Serve(l) }()
-	t.Cleanup(func() {
-		if err := errors.Join(server.Shutdown(context.Background()), <-served); err != nil {
-			t.Error(err)
-		}
-	})
-	s, err := blobstore.Dial(t.Context(), socket)
+	s, err := blobstore.Dial(t.Context(), peertest.Serve(t, e))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -233,6 +233,24 @@ func (v *Verified) CopyRange(ctx context.Context, w io.Writer, off, n int64, pro
 	return context.Cause(ctx)
 }
 
+// CopyWhole is CopyRange of the whole blob, of which the last piece is written
+// only when proven returns nil: who counts bytes, as HTTP clients do, does not
+// take for whole what is not.
+func (v *Verified) CopyWhole(ctx context.Context, w io.Writer, proven func(context.Context) error, progress func(written int64)) error {
+	last, _ := v.t.Bounds(max(0, v.t.Pieces()-1))
+	if err := v.CopyRange(ctx, w, 0, last, progress); err != nil {
+		return err
+	}
+	if err := proven(ctx); err != nil {
+		return err
+	}
+	rest := progress
+	if progress != nil {
+		rest = func(written int64) { progress(last + written) }
+	}
+	return v.CopyRange(ctx, w, last, v.t.Size-last, rest)
+}
+
 // kernelCopy returns w and the file that r is, from off on, where w takes bytes
 // from a file without a way through this process; else nil. A file could, too,
 // but gets what is in memory already faster from there.

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"iter"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"sync"
@@ -20,6 +21,7 @@ import (
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/pieces"
+	"github.com/dfcache/dfcache/p2p/rpc"
 )
 
 // PeerID and Address are what the peer is called.
@@ -63,6 +65,25 @@ func New(t testing.TB) *Engine {
 		*s = store
 	}
 	return e
+}
+
+// Serve serves an engine at a socket until the test ends, and returns its path.
+func Serve(t testing.TB, e p2p.Engine) (socket string) {
+	t.Helper()
+	socket = filepath.Join(t.TempDir(), "run", "s")
+	l, err := rpc.Listen(socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := rpc.NewServer(e, slog.New(slog.DiscardHandler))
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(l) }()
+	t.Cleanup(func() {
+		if err := errors.Join(server.Shutdown(context.Background()), <-served); err != nil {
+			t.Error(err)
+		}
+	})
+	return socket
 }
 
 // Part makes it so that no peer can be asked.
@@ -342,14 +363,7 @@ func (b *blob) CopyRange(ctx context.Context, w io.Writer, off, n int64, progres
 	if off != 0 || n != b.Size() {
 		return b.Verified.CopyRange(ctx, w, off, n, progress)
 	}
-	last, _ := b.table.Bounds(max(0, len(b.there)-1))
-	if err := b.Verified.CopyRange(ctx, w, 0, last, nil); err != nil {
-		return err
-	}
-	if err := b.until(ctx, func() bool { return false }); err != nil {
-		return err
-	}
-	return b.Verified.CopyRange(ctx, w, last, n-last, nil)
+	return b.Verified.CopyWhole(ctx, w, func(ctx context.Context) error { return b.until(ctx, func() bool { return false }) }, nil)
 }
 
 // Arrived yields the pieces as they come.

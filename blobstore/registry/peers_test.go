@@ -3,12 +3,10 @@ package registry_test
 import (
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net/http"
-	"path/filepath"
 	"strings"
 	"testing"
 
@@ -28,20 +26,7 @@ func eachPeer(t *testing.T, test func(s *server, e *peertest.Engine, theirs *ser
 	for name, engine := range map[string]func(*testing.T, *peertest.Engine) p2p.Engine{
 		"Open": func(_ *testing.T, e *peertest.Engine) p2p.Engine { return e },
 		"Dial": func(t *testing.T, e *peertest.Engine) p2p.Engine {
-			socket := filepath.Join(t.TempDir(), "run", "s")
-			l, err := rpc.Listen(socket)
-			if err != nil {
-				t.Fatal(err)
-			}
-			server := rpc.NewServer(e, slog.New(slog.DiscardHandler))
-			served := make(chan error, 1)
-			go func() { served <- server.Serve(l) }()
-			t.Cleanup(func() {
-				if err := errors.Join(server.Shutdown(context.Background()), <-served); err != nil {
-					t.Error(err)
-				}
-			})
-			c, err := rpc.Dial(t.Context(), socket)
+			c, err := rpc.Dial(t.Context(), peertest.Serve(t, e))
 			if err != nil {
 				t.Fatal(err)
 			}

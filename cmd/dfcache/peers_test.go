@@ -4,9 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
-	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -20,7 +18,6 @@ import (
 	"github.com/dfcache/dfcache/blobstore/peertest"
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
-	"github.com/dfcache/dfcache/p2p/rpc"
 )
 
 // network is an engine with peers that a test makes up.
@@ -63,19 +60,7 @@ func (n *network) Replicate(ctx context.Context, _ string, _ digest.CID, count i
 func (n *network) daemon(t *testing.T) func(args ...string) output {
 	t.Helper()
 	dir := t.TempDir()
-	socket := filepath.Join(dir, "run", "s")
-	l, err := rpc.Listen(socket)
-	if err != nil {
-		t.Fatal(err)
-	}
-	server := rpc.NewServer(n, slog.New(slog.DiscardHandler))
-	served := make(chan error, 1)
-	go func() { served <- server.Serve(l) }()
-	t.Cleanup(func() {
-		if err := errors.Join(server.Shutdown(context.Background()), <-served); err != nil {
-			t.Error(err)
-		}
-	})
+	socket := peertest.Serve(t, n)
 	return func(args ...string) output {
 		t.Helper()
 		cmd := exec.CommandContext(t.Context(), "dfcache", append(args, "--daemon-sock", socket, "--logdir", dir)...)

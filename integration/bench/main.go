@@ -105,21 +105,23 @@ func newBench(bin, dir string, runs int) (*bench, error) {
 		os.Setenv("DFCACHE_"+k, v)
 		os.Setenv("DFDAEMON_"+k, v)
 	}
+	b.daemon = startDaemon(b.dfdaemon)
+	return b, nil
+}
+
+// startDaemon runs the command args of a dfdaemon and waits until it serves.
+func startDaemon(args ...string) *exec.Cmd {
 	r, w, err := os.Pipe()
-	if err != nil {
-		return nil, err
-	}
+	must(0, err)
 	defer r.Close()
-	b.daemon = exec.Command(b.dfdaemon, "--ready-fd", "3")
-	b.daemon.ExtraFiles = []*os.File{w}
-	if err := b.daemon.Start(); err != nil {
-		return nil, err
-	}
+	cmd := exec.Command(args[0], append(args[1:], "--ready-fd", "3")...)
+	cmd.ExtraFiles = []*os.File{w}
+	must(0, cmd.Start())
 	w.Close()
 	if line, _ := bufio.NewReader(r).ReadString('\n'); line != "ready\n" {
-		return nil, fmt.Errorf("dfdaemon did not start: %s", line)
+		log.Panicf("dfdaemon did not start: %s", line)
 	}
-	return b, nil
+	return cmd
 }
 
 func (b *bench) close() {

@@ -32,26 +32,15 @@ import (
 type peerDaemon struct {
 	cmd          *exec.Cmd
 	home, socket string
-	wrap         []string // a command that runs it
 }
 
 // startPeer starts a dfdaemon with an empty store and waits until it serves.
 func (b *bench) startPeer(name string, wrap []string, flags ...string) *peerDaemon {
-	p := &peerDaemon{home: filepath.Join(b.dir, name), wrap: wrap}
+	p := &peerDaemon{home: filepath.Join(b.dir, name)}
 	p.socket = filepath.Join(p.home, "run", "s")
 	must(0, os.RemoveAll(p.home))
-	r, w, err := os.Pipe()
-	must(0, err)
-	defer r.Close()
-	args := slices.Concat(wrap, []string{b.dfdaemon, "--workhome", p.home, "--daemon-sock", p.socket, "--registry", "off",
-		"--swarm-key", filepath.Join(b.dir, "swarm.key"), "--mdns=false", "--ready-fd", "3"}, flags)
-	p.cmd = exec.Command(args[0], args[1:]...)
-	p.cmd.ExtraFiles = []*os.File{w}
-	must(0, p.cmd.Start())
-	w.Close()
-	if line, _ := bufio.NewReader(r).ReadString('\n'); line != "ready\n" {
-		log.Panicf("dfdaemon did not start: %s", line)
-	}
+	p.cmd = startDaemon(slices.Concat(wrap, []string{b.dfdaemon, "--workhome", p.home, "--daemon-sock", p.socket, "--registry", "off",
+		"--swarm-key", filepath.Join(b.dir, "swarm.key"), "--mdns=false"}, flags)...)
 	return p
 }
 
@@ -84,14 +73,9 @@ func (b *bench) meet(p *peerDaemon, n int) {
 
 func (b *bench) swarm() {
 	must(0, exec.Command(b.dfdaemon, "swarm", "key", "new", filepath.Join(b.dir, "swarm.key")).Run())
-	if os.Getenv("CROWD") == "" {
-		b.fromPeer(1 << 30)
-		b.smallFromPeer(1000, 10<<10)
-	}
+	b.fromPeer(1 << 30)
+	b.smallFromPeer(1000, 10<<10)
 	for _, n := range []int{8, 16} {
-		if v := os.Getenv("CROWDN"); v != "" && v != fmt.Sprint(n) {
-			continue
-		}
 		b.flashCrowd(n, 64<<20, 25)
 	}
 	b.printf("\n")

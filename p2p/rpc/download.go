@@ -220,26 +220,13 @@ func (d *download) ReadAt(p []byte, off int64) (int, error) {
 
 // CopyRange implements [p2p.Blob]. Of a copy of the whole only the beginning is
 // asked for: peers that fetch in the same order have nothing to give each other.
-// Its last piece is written when the whole is proven, so that nobody who counts
-// bytes takes for whole what is not.
 func (d *download) CopyRange(ctx context.Context, w io.Writer, off, n int64, progress func(written int64)) error {
 	if off != 0 || n != d.Size() {
 		d.want(off, n)
 		return d.Verified.CopyRange(ctx, w, off, n, progress)
 	}
 	d.want(0, 1)
-	last, _ := d.table.Bounds(max(0, d.table.Pieces()-1))
-	if err := d.Verified.CopyRange(ctx, w, 0, last, progress); err != nil {
-		return err
-	}
-	if err := d.wait(ctx); err != nil {
-		return err
-	}
-	rest := progress
-	if progress != nil {
-		rest = func(written int64) { progress(last + written) }
-	}
-	return d.Verified.CopyRange(ctx, w, last, n-last, rest)
+	return d.Verified.CopyWhole(ctx, w, d.wait, progress)
 }
 
 // wait waits until the whole is proven.
