@@ -13,7 +13,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
-	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/connectivity"
@@ -132,7 +131,9 @@ func (c *Client) connect(ctx context.Context) (*session, error) {
 		}
 		return nil, c.dialError(err)
 	}
-	s := &session{conn: &conn{UnixConn: socket.(*net.UnixConn)}}
+	gone, lost := context.WithCancel(ctx)
+	defer lost()
+	s := &session{conn: &conn{UnixConn: socket.(*net.UnixConn), onClose: func(*conn) { lost() }}}
 	if err := s.conn.clientHandshake(ctx, c.allows); err != nil {
 		s.conn.Close()
 		if ctx.Err() != nil {
@@ -179,9 +180,7 @@ func (c *Client) connect(ctx context.Context) (*session, error) {
 			s.close()
 			return nil, fmt.Errorf("dfdaemon at %s: %w: it closed the connection after the handshake: see its log", c.socket, p2p.ErrUnavailable)
 		}
-		look, cancel := context.WithTimeout(ctx, 50*time.Millisecond)
-		s.cc.WaitForStateChange(look, state)
-		cancel()
+		s.cc.WaitForStateChange(gone, state)
 		if ctx.Err() != nil {
 			s.close()
 			return nil, context.Cause(ctx)
