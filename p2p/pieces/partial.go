@@ -24,7 +24,8 @@ type Partial struct {
 	s    *Store
 	d    digest.Digest
 	name string // of the file; its piece table is in name + tableSuffix
-	f    *os.File
+	f    *os.File // nil when it is committed or closed
+	read *os.File // the same, for reading, whatever it is called by now; until Close
 
 	mu    sync.Mutex
 	table *digest.Table // nil until Use
@@ -62,6 +63,10 @@ func (s *Store) Partial(ctx context.Context, d digest.Digest) (*Partial, error) 
 	}
 	f, err := os.OpenFile(p.name, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
+		return nil, diskError(err)
+	}
+	if p.read, err = os.Open(p.name); err != nil {
+		f.Close()
 		return nil, diskError(err)
 	}
 	s.partials[d] = true
@@ -269,22 +274,29 @@ func (p *Partial) Complete() bool {
 	return p.table != nil && p.count == len(p.held)
 }
 
-// File opens the blob's file for reading, as far as it is there. The caller closes it.
-func (p *Partial) File() (*os.File, error) {
-	f, err := os.Open(p.f.Name())
-	if err == nil || !isMissing(err) {
-		return f, err
+// File opens the blob's file for reading, as far as it is there, until the
+// Partial is closed: then it fails with [os.ErrClosed]. The caller closes it.
+func (p *Partial) File() (f *os.File, err error) {
+	raw, err := p.read.SyscallConn()
+	if err != nil {
+		return nil, err
 	}
-	return os.Open(p.s.blobPath(p.d)) // it has been committed
+	if controlErr := raw.Control(func(fd uintptr) { f, err = os.Open(fmt.Sprintf("/proc/self/fd/%d", fd)) }); controlErr != nil {
+		return nil, os.ErrClosed
+	}
+	return f, err
 }
 
 // Commit makes a complete blob one of the store, durably, with the tasks of c.
-// The Partial is closed.
+// After it the Partial can only be read ([Partial.File]), and closed.
 func (p *Partial) Commit(ctx context.Context, c p2p.Commit) (err error) {
 	if err := p.s.begin(ctx); err != nil {
 		return errors.Join(err, p.Close())
 	}
 	defer p.s.end()
+	if p.f == nil {
+		return fmt.Errorf("partial blob %s: it is closed", p.d)
+	}
 	if !p.Complete() {
 		return errors.Join(fmt.Errorf("partial blob %s: %w: it is not complete", p.d, digest.ErrInvalid), p.Close())
 	}
@@ -292,9 +304,6 @@ func (p *Partial) Commit(ctx context.Context, c p2p.Commit) (err error) {
 	defer func() { err = errors.Join(err, in.Close()) }()
 	a := p.a
 	a.table, a.name = p.Table(), p.s.path("ingest", newName())
-	if p.f == nil {
-		return fmt.Errorf("partial blob %s: it is closed", p.d)
-	}
 	err = p.f.Chmod(0o444)
 	if err == nil {
 		err = p.s.files.Rename(p.name, a.name)
@@ -313,6 +322,7 @@ func (p *Partial) Commit(ctx context.Context, c p2p.Commit) (err error) {
 
 // Close closes the Partial and keeps what has arrived.
 func (p *Partial) Close() error {
+	p.read.Close() // it was only read; a second time it says that it is closed
 	if p.f == nil {
 		return nil
 	}
@@ -324,6 +334,7 @@ func (p *Partial) Close() error {
 
 // Remove closes the Partial and removes what has arrived.
 func (p *Partial) Remove() error {
+	p.read.Close()
 	if p.f == nil {
 		return nil
 	}

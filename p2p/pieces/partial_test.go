@@ -149,6 +149,21 @@ func TestPartial(t *testing.T) {
 		t.Fatal(err)
 	}
 	enginetest.RequireContent(t, s, task, data)
+	// Who came while it was committed reads what it has become, until it is closed.
+	read, err := p.File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer read.Close()
+	if got, err := io.ReadAll(read); err != nil || !bytes.Equal(got, data) {
+		t.Errorf("read are %d bytes, %v", len(got), err)
+	}
+	if err := p.Close(); err != nil {
+		t.Error(err)
+	}
+	if _, err := p.File(); !errors.Is(err, os.ErrClosed) {
+		t.Errorf("a file of a closed one: %v, want %v", err, os.ErrClosed)
+	}
 	if left, err := os.ReadDir(filepath.Join(dir, "partial")); err != nil || len(left) > 0 {
 		t.Errorf("left are %v, %v", left, err)
 	}

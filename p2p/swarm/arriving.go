@@ -67,17 +67,26 @@ func (a *Arriving) fail(err error) {
 // await waits for piece i.
 func (a *Arriving) await(ctx context.Context, i int) error {
 	d := a.d
+	return a.until(ctx, func() bool {
+		if !a.given.Has(i) && d.have.Has(i) {
+			a.table.CRC[i] = d.table.CRC[i]
+			a.given.Add(i)
+		}
+		return a.given.Has(i)
+	})
+}
+
+// until waits until ok, which is called with d.mu held, returns true. It fails
+// where nothing can be read any more.
+func (a *Arriving) until(ctx context.Context, ok func() bool) error {
+	d := a.d
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for {
 		switch {
 		case a.err != nil:
 			return a.err
-		case a.given.Has(i):
-			return nil
-		case d.have.Has(i):
-			a.table.CRC[i] = d.table.CRC[i]
-			a.given.Add(i)
+		case ok():
 			return nil
 		case d.err != nil:
 			return d.err
@@ -103,22 +112,7 @@ func (d *download) waitChange(ctx context.Context) error {
 
 // whole waits until the whole is proven.
 func (a *Arriving) whole(ctx context.Context) error {
-	d := a.d
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	for {
-		switch {
-		case a.err != nil:
-			return a.err
-		case d.proven:
-			return nil
-		case d.err != nil:
-			return d.err
-		}
-		if err := d.waitChange(ctx); err != nil {
-			return err
-		}
-	}
+	return a.until(ctx, func() bool { return a.d.proven })
 }
 
 // stored waits until the blob is one of the store.
@@ -147,34 +141,16 @@ func (a *Arriving) ReadAt(p []byte, off int64) (int, error) {
 
 // CopyRange implements [p2p.Blob].
 func (a *Arriving) CopyRange(ctx context.Context, w io.Writer, off, n int64, progress func(int64)) error {
-	whole := off == 0 && n == a.Size()
-	if off >= 0 && n > 0 && off < a.Size() {
-		if whole {
+	if off == 0 && n == a.Size() {
+		if n > 0 {
 			a.Want(0, 0) // so that it begins; all in order would harm the swarm
-		} else {
-			a.wantBytes(off, n)
 		}
+		return a.v.CopyWhole(ctx, w, a.whole, progress)
 	}
-	if !whole || n == 0 {
-		if err := a.v.CopyRange(ctx, w, off, n, progress); err != nil || !whole {
-			return err
-		}
-		return a.whole(ctx)
+	if off >= 0 && n > 0 && off < a.Size() {
+		a.wantBytes(off, n)
 	}
-	// The last piece is kept back until the whole is proven: who counts bytes,
-	// as HTTP clients do, sees that something is wrong when it does not come.
-	last, _ := a.table.Bounds(a.table.Pieces() - 1)
-	if err := a.v.CopyRange(ctx, w, 0, last, progress); err != nil {
-		return err
-	}
-	if err := a.whole(ctx); err != nil {
-		return err
-	}
-	if progress != nil {
-		before := progress
-		progress = func(n int64) { before(last + n) }
-	}
-	return a.v.CopyRange(ctx, w, last, n-last, progress)
+	return a.v.CopyRange(ctx, w, off, n, progress)
 }
 
 func (a *Arriving) wantBytes(off, n int64) {
@@ -217,24 +193,15 @@ func (a *Arriving) Arrived(ctx context.Context) iter.Seq2[int, error] {
 		d := a.d
 		told := schedule.NewSet(a.table.Pieces())
 		for told.Count() < told.Len() {
-			d.mu.Lock()
-			have := d.have
-			var err error
-			if have.Len() != told.Len() || have.Clone().AndNot(told).Count() == 0 {
-				if err = a.err; err == nil {
-					err = d.err
-				}
-				if err == nil {
-					err = d.waitChange(ctx)
-				}
-				d.mu.Unlock()
-				if err != nil {
-					yield(0, err)
-					return
-				}
-				continue
+			var have *schedule.Set
+			err := a.until(ctx, func() bool {
+				have = d.have
+				return have.Len() == told.Len() && have.Clone().AndNot(told).Count() > 0
+			})
+			if err != nil {
+				yield(0, err)
+				return
 			}
-			d.mu.Unlock()
 			for i := range have.All() {
 				if told.Has(i) {
 					continue

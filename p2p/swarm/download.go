@@ -93,14 +93,15 @@ type chain struct {
 type source struct {
 	id       peer.ID
 	task     p2p.Task
-	state    *taskState
+	size     int64 // of the blob, as it says
 	have     *schedule.Set
 	stated   bool // chain is what it has said
 	chain    linksHash
 	asking   bool      // for its chain
 	news     bool      // a request for news is under way
 	failed   int       // in a row
-	away     time.Time // until when it is left alone
+	resting  bool      // after a failure
+	away     time.Time // until when
 	excluded bool      // for good, as far as this blob goes
 }
 
@@ -130,23 +131,10 @@ func (s *Swarm) fetch(ctx context.Context, task p2p.Task) (*Arriving, error) {
 		if d == nil {
 			continue // one has just ended, maybe well
 		}
-		if known, sealed := d.wants(task); !known && !sealed {
-			info, _, err := s.statTask(ctx, task, false)
-			if err == nil {
-				err = d.addTask(info)
-			}
-			if err != nil && !errors.Is(err, errSealed) {
-				d.leave()
-				return nil, err
-			}
-			sealed = err != nil
-			if !sealed {
-				return d.open(ctx)
-			}
-		} else if !sealed {
-			return d.open(ctx)
+		a, err := s.openTask(ctx, d, task)
+		if !errors.Is(err, errSealed) {
+			return a, err
 		}
-		d.leave()
 		select {
 		case <-d.ended:
 		case <-ctx.Done():
@@ -156,6 +144,26 @@ func (s *Swarm) fetch(ctx context.Context, task p2p.Task) (*Arriving, error) {
 }
 
 var errSealed = errors.New("the download is over")
+
+// openTask opens a task's blob of a download that was joined for it. It fails
+// with errSealed where that is over, and the task is not of it.
+func (s *Swarm) openTask(ctx context.Context, d *download, task p2p.Task) (*Arriving, error) {
+	known, sealed := d.wants(task)
+	var err error
+	if sealed {
+		err = errSealed
+	} else if !known {
+		var info p2p.Info
+		if info, _, err = s.statTask(ctx, task, false); err == nil {
+			err = d.addTask(info)
+		}
+	}
+	if err != nil {
+		d.leave()
+		return nil, err
+	}
+	return d.open(ctx)
+}
 
 // download returns the download of a task's blob, and begins one where there is
 // none; or nil, when one has just ended. The caller has it open or leaves it.
@@ -250,6 +258,21 @@ func (d *download) wants(task p2p.Task) (known, sealed bool) {
 	return known, d.sealed
 }
 
+// wanted returns the tasks that are fetched, of which there is always one.
+func (d *download) wanted() []p2p.Task {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return slices.Collect(maps.Keys(d.tasks))
+}
+
+// keys returns what is announced of them.
+func (d *download) keys() (keys []Key) {
+	for _, t := range d.wanted() {
+		keys = append(keys, taskKey(t))
+	}
+	return keys
+}
+
 // addTask has a further task committed when the blob is complete.
 func (d *download) addTask(info p2p.Info) error {
 	d.mu.Lock()
@@ -286,23 +309,22 @@ func (d *download) changed() {
 // takes over one join.
 func (d *download) open(ctx context.Context) (*Arriving, error) {
 	d.mu.Lock()
-	for d.table == nil && d.err == nil {
-		more := d.more
-		d.mu.Unlock()
-		select {
-		case <-more:
-		case <-ctx.Done():
-			d.leave()
-			return nil, context.Cause(ctx)
-		}
-		d.mu.Lock()
-	}
 	defer d.mu.Unlock()
+	for d.table == nil && d.err == nil {
+		if err := d.waitChange(ctx); err != nil {
+			d.waiting--
+			d.stopIfUnwanted()
+			return nil, err
+		}
+	}
 	d.waiting--
 	if d.err != nil {
 		return nil, d.err
 	}
 	a, err := newArriving(d)
+	if errors.Is(err, os.ErrClosed) {
+		return nil, errSealed // it has been stored just now
+	}
 	if err != nil {
 		d.stopIfUnwanted()
 		return nil, err
@@ -363,11 +385,6 @@ func (d *download) run() {
 		}
 	}
 	d.cancel(err)
-	for cancelled := d.requests; len(cancelled) > 0; cancelled = nil {
-		for _, cancel := range cancelled {
-			cancel(errUseless)
-		}
-	}
 	d.calls.Wait()
 	d.finish(err, started)
 }
@@ -390,11 +407,11 @@ func (d *download) finish(err error, started time.Time) {
 		}
 	} else {
 		s.log.Debug("download ended", "digest", d.digest, "error", err)
-		if err := d.partial.Close(); err != nil {
-			s.log.Warn("a partial blob could not be closed", "digest", d.digest, "error", err)
-		}
 	}
 	d.mu.Lock()
+	if err := d.partial.Close(); err != nil {
+		s.log.Warn("a partial blob could not be closed", "digest", d.digest, "error", err)
+	}
 	if !d.proven {
 		d.err = err
 	}
@@ -406,11 +423,7 @@ func (d *download) finish(err error, started time.Time) {
 	d.changed()
 	d.mu.Unlock()
 	if !proven && s.opts.Mode == Full {
-		var keys []Key
-		for t := range d.tasks {
-			keys = append(keys, taskKey(t))
-		}
-		s.network.Withdraw(keys...)
+		s.network.Withdraw(d.keys()...)
 	}
 	s.mu.Lock()
 	delete(s.downloads, d.digest)
@@ -504,7 +517,7 @@ func (d *download) step() {
 		d.request(req)
 	}
 	for id, want := range d.sched.Idle() {
-		if src := d.sources[peer.ID(id)]; src != nil && !src.news && time.Now().After(src.away) && !src.state.whole() {
+		if src := d.sources[peer.ID(id)]; src != nil && !src.news && time.Now().After(src.away) {
 			d.askNews(src, want)
 		}
 	}
@@ -538,8 +551,8 @@ func (d *download) tick() error {
 		return fmt.Errorf("fetch %s: %w that has the rest of it: %d of %d pieces have arrived, and are kept: try again", d.digest, p2p.ErrUnreachable, d.sched.Held().Count(), d.sched.Held().Len())
 	}
 	for _, src := range d.sources {
-		if !src.excluded && src.failed > 0 && now.After(src.away) {
-			src.failed = -src.failed // tried once more
+		if !src.excluded && src.resting && now.After(src.away) {
+			src.resting = false
 			d.offer(src)
 		}
 	}
@@ -551,12 +564,7 @@ func (d *download) search() {
 	d.searching, d.searched = true, time.Now()
 	d.searches++
 	d.nextSearch = time.Now().Add(min(searchInterval, 100*time.Millisecond<<min(d.searches, 8)))
-	var tasks []p2p.Task
-	d.mu.Lock()
-	for t := range d.tasks {
-		tasks = append(tasks, t)
-	}
-	d.mu.Unlock()
+	tasks := d.wanted()
 	d.calls.Go(func() {
 		var missed error
 		for _, t := range tasks {
@@ -608,10 +616,10 @@ func (d *download) addSource(p peer.ID, t p2p.Task, state *taskState) {
 	if src.excluded {
 		return
 	}
-	if src.state == nil || src.state.Size != state.Size {
+	if src.size != state.Size {
 		src.stated = false
 	}
-	src.task, src.state, src.have = t, state, have
+	src.task, src.size, src.have = t, state.Size, have
 	d.offer(src)
 	for _, h := range state.Hints {
 		d.follow(h)
@@ -626,12 +634,7 @@ func (d *download) follow(h hint) {
 		return
 	}
 	d.hinted[info.ID] = true
-	var t p2p.Task
-	d.mu.Lock()
-	for t = range d.tasks {
-		break
-	}
-	d.mu.Unlock()
+	t := d.wanted()[0]
 	d.calls.Go(func() {
 		ctx, cancel := d.s.within(d.ctx)
 		defer cancel()
@@ -690,7 +693,7 @@ func (d *download) askLinks(src *source) {
 
 // learn notes the chain of a source.
 func (d *download) learn(src *source, l links) {
-	src.stated, src.chain, src.failed = true, l.hash(d.digest), 0
+	src.stated, src.chain, src.failed, src.resting = true, l.hash(d.digest), 0, false
 	if d.chains[src.chain] == nil {
 		if len(d.chains) >= maxSources {
 			d.exclude(src)
@@ -722,7 +725,7 @@ func (d *download) otherChain() (linksHash, bool) {
 	for _, src := range d.sources {
 		if src.stated && !src.excluded && (d.sched == nil || src.chain != d.active) {
 			votes[src.chain]++
-			if src.state.whole() {
+			if src.have.Full() {
 				votes[src.chain] += maxSources
 			}
 		}
@@ -777,7 +780,7 @@ func (d *download) activate(h linksHash) {
 	d.sched = schedule.NewDownload(table.Pieces(), have, schedule.Limits{Requests: d.s.opts.MaxRequests})
 	d.prefer = schedule.NewSet(table.Pieces())
 	for _, src := range d.sources {
-		src.failed = 0
+		src.failed, src.resting = 0, false
 		d.offer(src)
 	}
 	d.dispute()
@@ -787,13 +790,9 @@ func (d *download) activate(h linksHash) {
 		a.check(table, have)
 	}
 	d.changed()
-	var keys []Key
-	for t := range d.tasks {
-		keys = append(keys, taskKey(t))
-	}
 	d.mu.Unlock()
 	if first && d.s.opts.Mode == Full {
-		d.s.network.Announce(keys...)
+		d.s.network.Announce(d.keys()...)
 	}
 	if !first {
 		d.s.uploads.drop(d.digest)
@@ -867,16 +866,13 @@ func (d *download) request(req schedule.Request) {
 func (d *download) done(req schedule.Request, src *source, piece int, n int64, err error) {
 	switch {
 	case err == nil && piece < 0:
-		// It had none of them any more, or never: Answer has seen that. One that
-		// goes on saying that it has some is not asked for ever.
-		if !src.have.Full() {
-			src.state.Held, _ = src.have.AppendBinary(nil)
-		}
+		// It had none of them any more, or never. One that goes on saying that it
+		// has some is not asked for ever.
 		if req.Want.Intersects(src.have) {
 			d.failed(src, errors.New("it has what is wanted, and sends none"))
 		}
 	case err == nil:
-		src.failed = 0
+		src.failed, src.resting = 0, false
 		d.progress = time.Now()
 		src.stated, src.chain = true, d.active // it has agreed
 		useless := d.sched.Done(req.ID)
@@ -886,11 +882,11 @@ func (d *download) done(req schedule.Request, src *source, piece int, n int64, e
 				cancel(errUseless)
 			}
 		}
-	case errors.Is(err, errUseless), errors.Is(err, pieces.ErrStale):
-		d.sched.Cancel(req.ID)
 	default:
 		d.sched.Cancel(req.ID)
-		d.failed(src, err)
+		if !errors.Is(err, pieces.ErrStale) {
+			d.failed(src, err)
+		}
 	}
 }
 
@@ -926,11 +922,7 @@ func (d *download) failed(src *source, err error) {
 		d.refused(src, refused)
 	default:
 		// It may have gone, or the network; it may come back.
-		src.failed = max(src.failed, -src.failed) + 1
-		src.away = time.Now().Add(100 * time.Millisecond << min(src.failed, 6))
-		if d.sched != nil {
-			d.sched.RemoveSource(string(src.id))
-		}
+		d.rest(src, 200*time.Millisecond<<min(src.failed, 5))
 		if src.failed > maxFailed {
 			delete(d.sources, src.id)
 		}
@@ -956,13 +948,18 @@ func (d *download) refused(src *source, e *statusError) {
 			d.askLinks(src)
 		}
 	case http.StatusServiceUnavailable, http.StatusTooManyRequests:
-		src.failed = max(src.failed, -src.failed) + 1
-		src.away = time.Now().Add(500 * time.Millisecond)
-		if d.sched != nil {
-			d.sched.RemoveSource(string(src.id))
-		}
+		d.rest(src, 500*time.Millisecond)
 	default:
 		d.exclude(src)
+	}
+}
+
+// rest leaves a source alone for a while.
+func (d *download) rest(src *source, pause time.Duration) {
+	src.failed++
+	src.resting, src.away = true, time.Now().Add(pause)
+	if d.sched != nil {
+		d.sched.RemoveSource(string(src.id))
 	}
 }
 
@@ -980,11 +977,7 @@ func (d *download) lied(src *source, err error) {
 	d.fault(src, err, true)
 }
 
-func (d *download) fault(src *source, err error, lie bool) {
-	d.s.peers.get(src.id).fault(err.Error(), lie)
-	d.s.metrics.faults.WithLabelValues(src.id.String()).Inc()
-	d.s.log.Warn("a peer was caught, and is not asked for this blob any more", "peer", src.id.String(), "address", d.s.peers.get(src.id).lastAddress(), "digest", d.digest, "lie", lie, "error", err)
-}
+func (d *download) fault(src *source, err error, lie bool) { d.s.caught(src.id, d.digest, err, lie) }
 
 // askNews asks a source to tell when it has one of the pieces that are wanted.
 func (d *download) askNews(src *source, want *schedule.Set) {
@@ -1013,11 +1006,7 @@ func (d *download) askNews(src *source, want *schedule.Set) {
 				d.failed(src, err)
 				return
 			}
-			src.failed, src.have = 0, have
-			src.state.Held, _ = have.AppendBinary(nil)
-			if have.Full() {
-				src.state.Held = nil
-			}
+			src.failed, src.resting, src.have = 0, false, have
 			d.offer(src)
 		})
 	})
@@ -1076,7 +1065,8 @@ func (d *download) transfer(ctx context.Context, p peer.ID, task p2p.Task, req *
 	if reply.piece < 0 {
 		return -1, 0, nil
 	}
-	length := s.pieceLength(d, reply.piece)
+	begin, end := d.partial.Table().Bounds(reply.piece)
+	length := max(end-begin, 0) // a chain that replaces this one may have fewer pieces
 	if resp.ContentLength >= 0 && resp.ContentLength != body.n+length {
 		return -1, 0, fmt.Errorf("%w: %d bytes for a piece of %d", errLength, resp.ContentLength-body.n, length)
 	}
@@ -1106,13 +1096,6 @@ var errGone = errors.New("the connection broke off")
 
 func isShort(err error) bool {
 	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF)
-}
-
-// pieceLength returns the length of a piece of the blob.
-func (s *Swarm) pieceLength(d *download, i int) int64 {
-	t := d.partial.Table()
-	start, end := t.Bounds(i)
-	return max(end-start, 0)
 }
 
 // watched reads a body, at the rate that is allowed, and notes that bytes come.

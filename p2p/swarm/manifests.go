@@ -64,9 +64,7 @@ func (s *Swarm) fetchManifest(ctx context.Context, task p2p.Task, from peer.ID) 
 	defer cancel()
 	content, err := s.client.blob(ctx, from, task, p2p.MaxManifest)
 	if errors.Is(err, digest.ErrMismatch) {
-		s.peers.get(from).fault(err.Error(), true)
-		s.metrics.faults.WithLabelValues(from.String()).Inc()
-		s.log.Warn("a peer has sent a manifest that is another one", "peer", from.String(), "task", task.String(), "error", err)
+		s.caught(from, task.Digest, err, true)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("fetch manifest %s from peer %s: %w", task, from, err)

@@ -352,6 +352,11 @@ func (s *Swarm) statLocal(ctx context.Context, tag string, cid digest.CID, opts 
 	return info, err
 }
 
+// localOnly returns the same options for what is here alone.
+func localOnly(opts p2p.StatOptions) p2p.StatOptions {
+	return p2p.StatOptions{Scope: p2p.Local, Manifest: opts.Manifest}
+}
+
 // statName describes what a name stands for.
 func (s *Swarm) statName(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions) (p2p.Info, error) {
 	name, err := s.resolve(ctx, tag, cid.CacheID())
@@ -360,9 +365,7 @@ func (s *Swarm) statName(ctx context.Context, tag string, cid digest.CID, opts p
 	}
 	if name.from == "" {
 		// It may be moved right now: the store has the last word on what is here.
-		local := opts
-		local.Scope, local.Keep, local.Holders = p2p.Local, false, false
-		info, err := s.store.Stat(ctx, tag, cid, local)
+		info, err := s.store.Stat(ctx, tag, cid, localOnly(opts))
 		if err != nil || !opts.Holders {
 			return s.withRefs(ctx, info, opts, ""), err
 		}
@@ -373,9 +376,7 @@ func (s *Swarm) statName(ctx context.Context, tag string, cid digest.CID, opts p
 
 // statDigest describes a task. name is what led to it where that is not here.
 func (s *Swarm) statDigest(ctx context.Context, task p2p.Task, opts p2p.StatOptions, name *p2p.NewName) (p2p.Info, error) {
-	local := opts
-	local.Scope, local.Keep, local.Holders = p2p.Local, false, false
-	info, err := s.statLocal(ctx, task.Tag, digest.FromDigest(task.Digest), local)
+	info, err := s.statLocal(ctx, task.Tag, digest.FromDigest(task.Digest), localOnly(opts))
 	here := err == nil
 	// What is damaged here may be whole elsewhere.
 	if !here && !errors.Is(err, p2p.ErrNotFound) && !errors.Is(err, digest.ErrCorrupt) {
@@ -422,13 +423,13 @@ func (s *Swarm) statDigest(ctx context.Context, task p2p.Task, opts p2p.StatOpti
 }
 
 // withRefs completes what is known of what a manifest refers to with what peers
-// know.
+// know, where one of them has told of it or all are asked.
 func (s *Swarm) withRefs(ctx context.Context, info p2p.Info, opts p2p.StatOptions, from peer.ID) p2p.Info {
-	if info.Manifest == nil || s.opts.ParseManifest == nil {
+	if info.Manifest == nil || from == "" && !opts.Holders {
 		return info
 	}
-	parsed, err := s.opts.ParseManifest(info.MediaType, info.Manifest.Content)
-	if err != nil {
+	parsed := s.parseManifest(info.MediaType, info.Manifest.Content)
+	if parsed == nil {
 		return info
 	}
 	known := map[digest.Digest]p2p.Info{}
@@ -441,6 +442,7 @@ func (s *Swarm) withRefs(ctx context.Context, info p2p.Info, opts p2p.StatOption
 		task := p2p.Task{Tag: info.Task.Tag, Digest: d}
 		ref, found := known[d]
 		if !found {
+			var err error
 			ref, err = s.statLocal(ctx, task.Tag, digest.FromDigest(d), p2p.StatOptions{Scope: p2p.Local})
 			found = err == nil
 		}
@@ -599,6 +601,14 @@ func (s *Swarm) List(ctx context.Context, q p2p.Query) iter.Seq2[p2p.Entry, erro
 			}
 		}
 	}
+}
+
+// caught notes that a peer lied about a blob, or stalled.
+func (s *Swarm) caught(p peer.ID, d digest.Digest, err error, lie bool) {
+	e := s.peers.get(p)
+	e.fault(err.Error(), lie)
+	s.metrics.faults.WithLabelValues(p.String()).Inc()
+	s.log.Warn("a peer was caught, and is not asked for this blob any more", "peer", p.String(), "address", e.lastAddress(), "digest", d, "lie", lie, "error", err)
 }
 
 // Peers implements [p2p.Engine].

@@ -91,7 +91,7 @@ func (u *uploads) use(d digest.Digest, open func() (*upload, error)) (_ *upload,
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	up := u.active[d]
-	if up == nil || up.isClosed() {
+	if up == nil {
 		if up, err = open(); err != nil {
 			return nil, nil, err
 		}
@@ -111,12 +111,6 @@ func (u *uploads) use(d digest.Digest, open func() (*upload, error)) (_ *upload,
 		up.used = time.Now()
 		up.tryClose()
 	}, nil
-}
-
-func (up *upload) isClosed() bool {
-	up.mu.Lock()
-	defer up.mu.Unlock()
-	return up.closed
 }
 
 // tryClose closes the source of an upload that is not to be used any more.
