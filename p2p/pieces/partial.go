@@ -23,7 +23,7 @@ import (
 type Partial struct {
 	s    *Store
 	d    digest.Digest
-	name string // of the file; its piece table is in name + tableSuffix
+	name string   // of the file; its piece table is in name + tableSuffix
 	f    *os.File // nil when it is committed or closed
 	read *os.File // the same, for reading, whatever it is called by now; until Close
 
