@@ -115,7 +115,7 @@ func (r *Repository) Fetch(ctx context.Context, target ocispec.Descriptor) (io.R
 	if err := checkTarget(target); err != nil {
 		return nil, err
 	}
-	blob, err := r.engine.Open(ctx, r.task(target.Digest), p2p.Network)
+	blob, err := r.open(ctx, target.Digest, p2p.Network)
 	if err != nil {
 		return nil, toOCI(fmt.Errorf("fetch: %w", err))
 	}

@@ -367,7 +367,7 @@ func (r *Repository) keep(ctx context.Context, f *found, l Lookup) {
 		return
 	}
 	for _, d := range f.others {
-		blob, err := r.engine.Open(ctx, r.task(d), p2p.Network)
+		blob, err := r.open(ctx, d, p2p.Network)
 		if err != nil {
 			continue
 		}
@@ -390,7 +390,7 @@ func (r *Repository) Open(ctx context.Context, cid string, l Lookup) (*Reader, e
 		if len(f.Files) > 0 {
 			return fmt.Errorf("%s: %w: it has %d files: export it to a directory, or name one of them by its digest", f.CID, ErrInvalid, len(f.Files))
 		}
-		blob, err = r.engine.Open(ctx, r.task(f.Digest), l.scope())
+		blob, err = r.open(ctx, f.Digest, l.scope())
 		return err
 	})
 	if err != nil {
@@ -558,7 +558,7 @@ const copyAttempts = 3
 
 // copyBlob copies a blob to w.
 func (r *Repository) copyBlob(ctx context.Context, d digest.Digest, w io.Writer, scope p2p.Scope, progress func(int64)) ([]Source, error) {
-	blob, err := r.engine.Open(ctx, r.task(d), scope)
+	blob, err := r.open(ctx, d, scope)
 	if err != nil {
 		return nil, err
 	}

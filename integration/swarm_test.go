@@ -18,6 +18,7 @@ import (
 // The exit codes of dfcache that these tests expect.
 const (
 	notFound    = 3
+	corrupt     = 8
 	unreachable = 11
 )
 
@@ -324,6 +325,44 @@ func waitArrived(t *testing.T, l *lan, h *host, n int64) {
 			t.Fatalf("%d bytes have arrived, want %d", have, n)
 		}
 	}
+}
+
+// A file that is damaged on the disk is mended from another host while it is
+// exported, and pulled.
+func TestSwarmMends(t *testing.T) {
+	l := newLAN(t, 2)
+	a, b := l.hosts[0], l.hosts[1]
+	a.start()
+	b.start()
+	l.meet(1)
+	name, data, cid := l.file(3_000_000, 9)
+	a.ok("import", "-t", "models", "-i", "v1", name)
+	b.export(data, "-t", "models", "-i", "v1")
+	b.eventually("stat", "-l", "-t", "models", "-i", "v1")
+	harm := func() {
+		path := filepath.Join(b.home, "data", "blobs", "sha256", strings.TrimPrefix(cid, "sha256:"))
+		f, err := os.OpenFile(path, os.O_RDWR, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		if _, err := f.WriteAt([]byte("damage"), 1_000_000); err != nil {
+			t.Fatal(err)
+		}
+	}
+	harm()
+	if code, says := b.fails("export", "-l", "-t", "models", "-i", "v1", "-O", filepath.Join(b.home, "x")); code != corrupt {
+		t.Errorf("export -l of a damaged file: exit status %d: %s", code, says)
+	}
+	b.export(data, "-t", "models", "-i", "v1")
+	harm()
+	u := newUser(t, b.daemon)
+	u.run(append(b.in(), "oras", "pull", b.daemon.host+"/models:v1")...)
+	if got, err := os.ReadFile(filepath.Join(u.dir, "file.bin")); err != nil || !bytes.Equal(got, data) {
+		t.Errorf("pulled are %d bytes, %v", len(got), err)
+	}
+	b.stop(t, 15)
+	requireFsck(t, b.home)
 }
 
 func TestSwarmReplicas(t *testing.T) {

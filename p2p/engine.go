@@ -31,7 +31,7 @@ import (
 // [digest.ErrCorrupt], [ErrNoSpace], [ErrUnavailable], [ErrUnreachable],
 // [ErrClosed] or the context's own errors.
 //
-// Only calls with [Network] as their scope, Delete and Replicate ask peers.
+// Only calls with [Network] or [Mend] as their scope, Delete and Replicate ask peers.
 type Engine interface {
 	// Stat describes what cid names under tag: the task of the digest itself,
 	// or the one that the cache ID points to. Of a name that several peers
@@ -44,7 +44,9 @@ type Engine interface {
 	// is closed, even when it is deleted meanwhile. One that is not here is
 	// fetched from the peers that hold it, and kept; Open returns as soon as
 	// its size is known. ctx bounds the call, and with it that fetch as far
-	// as only this blob's readers wait for it. The caller closes it.
+	// as only this blob's readers wait for it. With Mend it returns when the
+	// blob is whole and stored again; it fails with ErrNotFound or
+	// ErrUnreachable where no peer has what is damaged. The caller closes it.
 	Open(ctx context.Context, task Task, scope Scope) (Blob, error)
 
 	// Ingest begins to take in new content. ctx bounds the whole ingest, not
@@ -86,6 +88,7 @@ type Scope int
 const (
 	Network Scope = iota // here, then the peers
 	Local                // never leaves this host
+	Mend                 // of an Open: what is here is damaged, and is to be made whole by what peers have
 )
 
 // StatOptions says what a Stat should tell.

@@ -86,6 +86,20 @@ func Serve(t testing.TB, e p2p.Engine) (socket string) {
 	return socket
 }
 
+// Damage flips a bit of a blob on this host.
+func (e *Engine) Damage(t testing.TB, d digest.Digest, off int64) {
+	t.Helper()
+	path := filepath.Join(e.dir, "here", "blobs", d.Algorithm().String(), d.Encoded())
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	data[off] ^= 1
+	if err := errors.Join(os.Chmod(path, 0o600), os.WriteFile(path, data, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // Part makes it so that no peer can be asked.
 func (e *Engine) Part() {
 	e.mu.Lock()
@@ -94,7 +108,7 @@ func (e *Engine) Part() {
 }
 
 // Calls returns how often this was called since the last time it was asked:
-// "stat", "open" and "list" count those that asked the peer.
+// "stat", "open", "mend" and "list" count those that asked the peer.
 func (e *Engine) Calls(what string) int {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -234,6 +248,9 @@ func (e *Engine) Peers(context.Context) ([]p2p.Peer, error) {
 
 // Open implements [p2p.Engine].
 func (e *Engine) Open(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.Blob, error) {
+	if scope == p2p.Mend {
+		return e.mend(ctx, task)
+	}
 	here, err := e.Store.Open(ctx, task, scope)
 	if scope == p2p.Local || !errors.Is(err, p2p.ErrNotFound) {
 		return here, err
@@ -270,6 +287,30 @@ func (e *Engine) Open(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.
 	download, b.cancel = context.WithCancel(ctx)
 	b.running.Go(func() { b.finish(b.download(download)) })
 	return b, nil
+}
+
+// mend imports again, from the peer, what is damaged here.
+func (e *Engine) mend(ctx context.Context, task p2p.Task) (p2p.Blob, error) {
+	if err := e.ask("mend", task.String()); err != nil {
+		return nil, err
+	}
+	src, err := e.Peer.Open(ctx, task, p2p.Local)
+	if err != nil {
+		return nil, err
+	}
+	defer src.Close()
+	in, err := e.Store.Ingest(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer in.Close()
+	if _, err := in.Add(io.NewSectionReader(src, 0, src.Size()), p2p.AddOptions{Want: task.Digest}); err != nil {
+		return nil, err
+	}
+	if err := in.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: task, Keep: p2p.KeepLoose}}}); err != nil {
+		return nil, err
+	}
+	return e.Store.Open(ctx, task, p2p.Local)
 }
 
 // blob is one that comes from the peer.

@@ -28,7 +28,10 @@ func (b *Blob) Sources() []p2p.Source { return nil }
 func (b *Blob) Close() error { return b.f.Close() }
 
 // Open implements [p2p.Engine]. The result is a [*Blob].
-func (s *Store) Open(ctx context.Context, task p2p.Task, _ p2p.Scope) (p2p.Blob, error) {
+func (s *Store) Open(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.Blob, error) {
+	if scope == p2p.Mend {
+		return nil, fmt.Errorf("mend %s: %w", task, p2p.ErrUnreachable)
+	}
 	if err := s.begin(ctx); err != nil {
 		return nil, err
 	}

@@ -76,23 +76,46 @@ func (s *Store) Partial(ctx context.Context, d digest.Digest) (*Partial, error) 
 	return p, nil
 }
 
-// Saved returns the piece table that was used last, without checksums, or nil.
-// It is a hint, as one from a peer is.
-func (p *Partial) Saved() *digest.Table {
-	b, err := os.ReadFile(p.name + tableSuffix)
-	if err != nil {
-		return nil
+// seed takes what the store has of the blob, where that is damaged and nothing
+// has arrived yet: then only what is damaged has to.
+func (p *Partial) seed(ctx context.Context) error {
+	if info, err := p.f.Stat(); err != nil || info.Size() > 0 {
+		return err
 	}
-	t, err := digest.DecodeTable(p.d, b)
+	in, err := os.Open(p.s.blobPath(p.d))
 	if err != nil {
-		return nil
+		if isMissing(err) {
+			return nil
+		}
+		return err
 	}
-	return t
+	defer in.Close()
+	return diskError(copyChunks(p.f, in, func(c copied) error {
+		if c.used != nil {
+			buffers.Put(c.used)
+		}
+		return context.Cause(ctx)
+	}))
 }
 
-// Use says what the blob's size and hash chain are. Pieces that are there are
-// verified with that; others are dropped, and have to arrive anew. It may be
-// called again, with another chain. Its checksums are ignored.
+// Saved returns the piece table that was used last, or the one that the store
+// has, or nil. It is a hint, as one from a peer is.
+func (p *Partial) Saved() *digest.Table {
+	b, err := os.ReadFile(p.name + tableSuffix)
+	if err == nil {
+		if t, err := digest.DecodeTable(p.d, b); err == nil {
+			return t
+		}
+	}
+	if t, err := p.s.table(p.d); err == nil && t.PieceLength == digest.PieceLength(t.Size) {
+		return t
+	}
+	return nil
+}
+
+// Use says what the blob's size and hash chain are. Pieces that are there, also
+// in a damaged blob of the store, are verified with that; others are dropped, and
+// have to arrive anew. It may be called again, with another chain.
 func (p *Partial) Use(ctx context.Context, size int64, chain []byte) error {
 	t := &digest.Table{Digest: p.d, Size: size, PieceLength: digest.PieceLength(size), Chain: chain}
 	if size < 0 || len(chain) != digest.ChainSize(p.d.Algorithm(), size) {
@@ -102,6 +125,9 @@ func (p *Partial) Use(ctx context.Context, size int64, chain []byte) error {
 		return fmt.Errorf("partial blob %s: %w: it is not empty", p.d, digest.ErrMismatch) // there is no piece that could tell
 	}
 	t.CRC = make([]uint32, t.Pieces())
+	if err := p.seed(ctx); err != nil {
+		return err
+	}
 	p.mu.Lock()
 	p.table, p.held, p.count = t, make([]bool, t.Pieces()), 0
 	p.mu.Unlock()
@@ -325,6 +351,9 @@ func (p *Partial) Close() error {
 	p.read.Close() // it was only read; a second time it says that it is closed
 	if p.f == nil {
 		return nil
+	}
+	if info, err := p.f.Stat(); err == nil && info.Size() == 0 {
+		return p.Remove()
 	}
 	err := p.f.Close()
 	p.f = nil

@@ -41,6 +41,7 @@ var (
 	scopes = enum[pb.Scope, p2p.Scope]{
 		pb.Scope_SCOPE_NETWORK: p2p.Network,
 		pb.Scope_SCOPE_LOCAL:   p2p.Local,
+		pb.Scope_SCOPE_MEND:    p2p.Mend,
 	}
 	keeps = enum[pb.Keep, p2p.Keep]{
 		pb.Keep_KEEP_HELD:   p2p.KeepHeld,
@@ -102,6 +103,8 @@ func parseStat(r *pb.StatRequest) (cid digest.CID, opts p2p.StatOptions, err err
 		return cid, opts, err
 	}
 	switch {
+	case opts.Scope == p2p.Mend:
+		err = fmt.Errorf("stat %s: %w: only an open mends", cid, digest.ErrInvalid)
 	case opts.Keep && (opts.Scope != p2p.Network || !opts.Manifest):
 		err = fmt.Errorf("stat %s to keep it: %w: it goes with its manifest, and with the network as the scope", cid, digest.ErrInvalid)
 	case opts.Holders && opts.Scope != p2p.Network:

@@ -105,16 +105,17 @@ type source struct {
 	excluded bool      // for good, as far as this blob goes
 }
 
-// fetch returns a reader of a blob that is not here, and has it fetched; or
-// nil, where its bytes were here and only the task was not.
-func (s *Swarm) fetch(ctx context.Context, task p2p.Task) (*Arriving, error) {
+// fetch returns a reader of a blob that is not here, or is damaged, and has it
+// fetched; or nil, where its bytes were here and only the task was not, or where
+// it has been mended meanwhile.
+func (s *Swarm) fetch(ctx context.Context, task p2p.Task, damaged bool) (*Arriving, error) {
 	if err := task.Validate(); err != nil {
 		return nil, err
 	}
 	for {
 		if held, err := s.store.Holds(ctx, task.Digest); err != nil {
 			return nil, err
-		} else if held {
+		} else if held && !damaged {
 			info, _, err := s.statTask(ctx, task, false)
 			if err != nil {
 				return nil, err
@@ -127,6 +128,9 @@ func (s *Swarm) fetch(ctx context.Context, task p2p.Task) (*Arriving, error) {
 		d, err := s.download(task)
 		if err != nil {
 			return nil, err
+		}
+		if d == nil && damaged {
+			return nil, nil
 		}
 		if d == nil {
 			continue // one has just ended, maybe well
@@ -372,7 +376,7 @@ func (d *download) run() {
 	d.resume()
 	tick := time.NewTicker(tickInterval)
 	defer tick.Stop()
-	var err error
+	err := d.tick()
 	for err == nil && !d.complete() {
 		d.step()
 		select {
@@ -481,7 +485,7 @@ func newTask(info p2p.Info) p2p.NewTask {
 	return n
 }
 
-// resume begins with what an earlier download has left.
+// resume begins with what an earlier download has left, or is known of a blob that is damaged.
 func (d *download) resume() {
 	if t := d.partial.Saved(); t != nil {
 		l := links{t.Size, t.Chain}

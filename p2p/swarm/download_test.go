@@ -1,15 +1,19 @@
 package swarm
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"reflect"
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/libp2p/go-libp2p/core/peer"
 
@@ -313,6 +317,72 @@ func TestDamagedSource(t *testing.T) {
 		if e := b.peers.get(p.id); e.isShunned() {
 			t.Errorf("%s is shunned", name)
 		}
+	}
+	// Who has noticed has it mended by then, or soon.
+	for deadline := time.Now().Add(20 * time.Second); ; {
+		blob, err := a.store.Open(t.Context(), task, p2p.Local)
+		if err == nil {
+			err = errors.Join(blob.CopyRange(t.Context(), io.Discard, 0, blob.Size(), nil), blob.Close())
+		}
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, digest.ErrCorrupt) || time.Now().After(deadline) {
+			t.Fatalf("the damaged one has not been mended: %v", err)
+		}
+		<-time.After(time.Millisecond)
+	}
+}
+
+// What is damaged is fetched, and nothing else.
+func TestMend(t *testing.T) {
+	h := newHub()
+	a, b := h.start(t), h.start(t)
+	data := content(20*digest.MinPieceLength, 19)
+	task := a.add(t, "", data)
+	b.add(t, "", data)
+	before := b.wantStored(t, task)
+	for _, at := range []int64{0, 7, 5 * digest.MinPieceLength, int64(len(data)) - 1} {
+		damage(t, b.dir, task.Digest, at)
+	}
+	if _, err := b.read(t.Context(), task); !errors.Is(err, digest.ErrCorrupt) {
+		t.Fatalf("read what is damaged: %v", err)
+	}
+	blob, err := b.Open(t.Context(), task, p2p.Mend)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer blob.Close()
+	b.want(t, task, data)
+	var out bytes.Buffer
+	if err := blob.CopyRange(t.Context(), &out, 0, blob.Size(), nil); err != nil || !bytes.Equal(out.Bytes(), data) {
+		t.Errorf("mended are %d bytes, %v", out.Len(), err)
+	}
+	peers, _ := b.Peers(t.Context())
+	if peers[0].Gave < 3*digest.MinPieceLength || peers[0].Gave > 4*digest.MinPieceLength {
+		t.Errorf("%d bytes were fetched for three pieces", peers[0].Gave)
+	}
+	after := b.wantStored(t, task)
+	after.LastUsed = before.LastUsed
+	if !reflect.DeepEqual(after, before) {
+		t.Errorf("the task is %+v, was %+v", after, before)
+	}
+
+	// Without a peer that has it, it stays as it is, and says so soon.
+	other := b.add(t, "", content(1000, 20))
+	damage(t, b.dir, other.Digest, 3)
+	began := time.Now()
+	if _, err := b.Open(t.Context(), other, p2p.Mend); !errors.Is(err, p2p.ErrNotFound) {
+		t.Errorf("mend what nobody has: %v", err)
+	}
+	if d := time.Since(began); d > 10*time.Second {
+		t.Errorf("that took %v", d)
+	}
+	if left, err := os.ReadDir(b.dir + "/partial"); err != nil || len(left) > 0 {
+		t.Errorf("left are %v, %v", left, err)
+	}
+	if _, err := b.Open(t.Context(), p2p.Task{Tag: "none", Digest: other.Digest}, p2p.Mend); !errors.Is(err, p2p.ErrNotFound) {
+		t.Errorf("mend what is not here: %v", err)
 	}
 }
 

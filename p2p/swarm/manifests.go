@@ -199,7 +199,7 @@ func (s *Swarm) holdTask(ctx context.Context, task p2p.Task) error {
 	if _, err := s.store.Stat(ctx, task.Tag, digest.FromDigest(task.Digest), p2p.StatOptions{Scope: p2p.Local}); err == nil || !errors.Is(err, p2p.ErrNotFound) {
 		return err
 	}
-	a, err := s.fetch(ctx, task)
+	a, err := s.fetch(ctx, task, false)
 	if err != nil || a == nil {
 		return err
 	}

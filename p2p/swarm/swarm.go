@@ -488,6 +488,12 @@ func (s *Swarm) Open(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.B
 		return nil, err
 	}
 	defer s.calls.Done()
+	if scope == p2p.Mend {
+		if err := s.mend(ctx, task); err != nil {
+			return nil, err
+		}
+		return s.store.Open(ctx, task, p2p.Local)
+	}
 	blob, err := s.store.Open(ctx, task, p2p.Local)
 	if err == nil || scope == p2p.Local || !errors.Is(err, p2p.ErrNotFound) && !errors.Is(err, digest.ErrCorrupt) {
 		return blob, err
@@ -495,7 +501,7 @@ func (s *Swarm) Open(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.B
 	if s.opts.Mode == SeedOnly {
 		return nil, fmt.Errorf("%s: %w", task, errSeedOnly)
 	}
-	arriving, err := s.fetch(ctx, task)
+	arriving, err := s.fetch(ctx, task, false)
 	if err != nil {
 		return nil, err
 	}
@@ -503,6 +509,39 @@ func (s *Swarm) Open(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.B
 		return s.store.Open(ctx, task, p2p.Local)
 	}
 	return arriving, nil
+}
+
+// mend makes a blob whole that is damaged here, and returns when it is stored. Its
+// good pieces are not fetched.
+func (s *Swarm) mend(ctx context.Context, task p2p.Task) error {
+	if s.opts.Mode == SeedOnly {
+		return fmt.Errorf("mend %s: %w", task, errSeedOnly)
+	}
+	if _, err := s.store.Stat(ctx, task.Tag, digest.FromDigest(task.Digest), p2p.StatOptions{Scope: p2p.Local}); err != nil && !errors.Is(err, digest.ErrCorrupt) {
+		return err
+	}
+	arriving, err := s.fetch(ctx, task, true)
+	if arriving != nil {
+		err = errors.Join(arriving.stored(ctx), arriving.Close())
+	}
+	if err != nil {
+		return fmt.Errorf("mend %s: %w", task, err)
+	}
+	s.log.Info("a damaged blob was mended", "task", task.String())
+	return nil
+}
+
+// mendLater has a blob mended that nobody here waits for.
+func (s *Swarm) mendLater(task p2p.Task) {
+	if s.begin(s.ctx) != nil {
+		return
+	}
+	defer s.calls.Done()
+	s.background.Go(func() {
+		if err := s.mend(s.ctx, task); err != nil && s.ctx.Err() == nil {
+			s.log.Error("a blob is damaged, and no peer could mend it: import the file again, or delete it", "task", task.String(), "error", err)
+		}
+	})
 }
 
 // Ingest implements [p2p.Engine].

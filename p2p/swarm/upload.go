@@ -266,11 +266,14 @@ func (up *upload) grant(have *schedule.Set) {
 	}
 }
 
-// broken says that a piece can't be read any more.
-func (up *upload) broken(piece int) {
+// broken says that a piece can't be read any more. It reports whether that is
+// the first one, of a blob that may be mended.
+func (up *upload) broken(piece int) (mend bool) {
 	up.mu.Lock()
 	defer up.mu.Unlock()
 	up.damaged.Add(piece)
+	_, mend = up.src.(stored)
+	return mend && up.damaged.Count() == 1
 }
 
 // news waits until there is one of the pieces that are wanted.
@@ -355,8 +358,10 @@ func (s *Swarm) servePiece(ctx context.Context, w http.ResponseWriter, up *uploa
 	}
 	defer s.uploads.buffers.put(buf)
 	if err := up.src.read(piece, buf); err != nil {
-		up.broken(piece)
-		s.log.Error("a piece is damaged, and not served: import the file again, or delete it", "task", task.String(), "piece", piece, "error", err)
+		s.log.Error("a piece is damaged, and not served", "task", task.String(), "piece", piece, "error", err)
+		if up.broken(piece) {
+			s.mendLater(task)
+		}
 		return false, nil
 	}
 	reply.piece = piece

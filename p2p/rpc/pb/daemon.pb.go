@@ -31,6 +31,7 @@ const (
 	Scope_SCOPE_UNSPECIFIED Scope = 0 // refused
 	Scope_SCOPE_NETWORK     Scope = 1 // the daemon's own store, then its peers
 	Scope_SCOPE_LOCAL       Scope = 2 // the daemon's own store
+	Scope_SCOPE_MEND        Scope = 3 // of an Open: the daemon's own store, made whole by its peers
 )
 
 // Enum value maps for Scope.
@@ -39,11 +40,13 @@ var (
 		0: "SCOPE_UNSPECIFIED",
 		1: "SCOPE_NETWORK",
 		2: "SCOPE_LOCAL",
+		3: "SCOPE_MEND",
 	}
 	Scope_value = map[string]int32{
 		"SCOPE_UNSPECIFIED": 0,
 		"SCOPE_NETWORK":     1,
 		"SCOPE_LOCAL":       2,
+		"SCOPE_MEND":        3,
 	}
 )
 
@@ -2702,11 +2705,13 @@ const file_p2p_rpc_pb_daemon_proto_rawDesc = "" +
 	"\x13last_seen_unix_nano\x18\b \x01(\x03R\x10lastSeenUnixNano\x12\x16\n" +
 	"\x06faults\x18\t \x01(\x03R\x06faults\x12\x16\n" +
 	"\x06reason\x18\n" +
-	" \x01(\tR\x06reason*B\n" +
+	" \x01(\tR\x06reason*R\n" +
 	"\x05Scope\x12\x15\n" +
 	"\x11SCOPE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rSCOPE_NETWORK\x10\x01\x12\x0f\n" +
-	"\vSCOPE_LOCAL\x10\x02*L\n" +
+	"\vSCOPE_LOCAL\x10\x02\x12\x0e\n" +
+	"\n" +
+	"SCOPE_MEND\x10\x03*L\n" +
 	"\x04Keep\x12\x14\n" +
 	"\x10KEEP_UNSPECIFIED\x10\x00\x12\r\n" +
 	"\tKEEP_HELD\x10\x01\x12\x0e\n" +
