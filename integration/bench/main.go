@@ -40,7 +40,8 @@ func main() {
 	runs := flag.Int("runs", 7, "runs of each command")
 	many := flag.Int("many", 1_000_000, "blobs in the store that is only opened")
 	tools := flag.String("tools", "", "directory with oras and distribution's registry; empty leaves the registries out")
-	only := flag.String("only", "", "only this part of the report: files, stat, small, open, registry or swarm")
+	only := flag.String("only", "", "only this part of the report: files, stat, small, open, registry, peer or crowd")
+	crowds := flag.String("crowds", "8,16", "how many fetch the same file at once")
 	hash := flag.String("sha256", "", "only hash this file, as the process to compare with")
 	served := flag.String("serve", "", "only serve this file over HTTP and HTTPS, as the process to compare with")
 	flag.Parse()
@@ -60,7 +61,7 @@ func main() {
 		log.Fatal(err)
 	}
 	defer b.close()
-	b.report(*only, *many, *tools)
+	b.report(*only, *many, *tools, *crowds)
 	if *out == "" {
 		os.Stdout.Write(b.text.Bytes())
 	} else if err := os.WriteFile(*out, b.text.Bytes(), 0o644); err != nil {
@@ -105,6 +106,7 @@ func newBench(bin, dir string, runs int) (*bench, error) {
 		os.Setenv("DFCACHE_"+k, v)
 		os.Setenv("DFDAEMON_"+k, v)
 	}
+	must(0, exec.Command(b.dfdaemon, "swarm", "key", "new", filepath.Join(b.dir, "swarm.key")).Run())
 	b.daemon = startDaemon(b.dfdaemon)
 	return b, nil
 }
@@ -203,7 +205,7 @@ func wall(s sample) time.Duration { return s.wall }
 
 func (b *bench) printf(format string, args ...any) { fmt.Fprintf(&b.text, format, args...) }
 
-func (b *bench) report(only string, many int, tools string) {
+func (b *bench) report(only string, many int, tools, crowds string) {
 	b.printf("# Benchmarks\n\nMade by `make bench`; do not edit. Medians of %d runs, after one that is not counted; the commands of a table take turns.\n"+
 		"Files are in the page cache, and memory for copies is at hand: before each run one is made and removed.\n"+
 		"Wall time of whole processes, unless it says otherwise.\n\n", b.runs)
@@ -225,7 +227,11 @@ func (b *bench) report(only string, many int, tools string) {
 				b.registries(tools)
 			}
 		}},
-		{"swarm", b.swarm},
+		{"peer", func() {
+			b.fromPeer(1 << 30)
+			b.smallFromPeer(1000, 10<<10)
+		}},
+		{"crowd", func() { b.crowds(strings.Split(crowds, ","), 64<<20, 25) }},
 	} {
 		if only == "" || only == part.name {
 			log.Print(part.name)

@@ -20,6 +20,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -69,16 +70,6 @@ func (b *bench) meet(p *peerDaemon, n int) {
 			log.Panicf("connected with %d peers, want %d", connected, n)
 		}
 	}
-}
-
-func (b *bench) swarm() {
-	must(0, exec.Command(b.dfdaemon, "swarm", "key", "new", filepath.Join(b.dir, "swarm.key")).Run())
-	b.fromPeer(1 << 30)
-	b.smallFromPeer(1000, 10<<10)
-	for _, n := range []int{8, 16} {
-		b.flashCrowd(n, 64<<20, 25)
-	}
-	b.printf("\n")
 }
 
 // fromPeer measures an export of what only another daemon has.
@@ -233,9 +224,23 @@ func (b *bench) smallFromPeer(n, size int) {
 	b.printf("\n")
 }
 
+// crowds measures flash crowds of so many daemons each.
+func (b *bench) crowds(counts []string, size int64, mbit int) {
+	ideal := time.Duration(float64(size*8) / float64(mbit*1_000_000) * float64(time.Second))
+	b.printf("## One file to many daemons at once\n\nOne dfdaemon has %s, N others fetch it at the same moment, each in a network namespace with %d Mbit/s both ways (tc tbf). "+
+		"Until the last export has ended, with TLS, over what the bytes alone take at that rate; the headers of TCP and IP make that 1.05.\n\n| N | s | min | max | size / rate | ratio |\n|---:|---:|---:|---:|---:|---:|\n", mib(size), mbit)
+	for _, count := range counts {
+		n := must(strconv.Atoi(count))
+		samples := b.flashCrowd(n, size, mbit)
+		w := median(samples, wall)
+		b.printf("| %d | %.2f | %.2f | %.2f | %.2f | %.2f |\n", n, w.Seconds(), slices.MinFunc(samples, byWall).wall.Seconds(), slices.MaxFunc(samples, byWall).wall.Seconds(), ideal.Seconds(), float64(w)/float64(ideal))
+	}
+	b.printf("\n")
+}
+
 // flashCrowd has n daemons fetch the same file at once from one that has it,
 // each in a network namespace with the same rate both ways.
-func (b *bench) flashCrowd(n int, size int64, mbit int) {
+func (b *bench) flashCrowd(n int, size int64, mbit int) (samples []sample) {
 	run := func(args ...string) {
 		if out, err := exec.Command(args[0], args[1:]...).CombinedOutput(); err != nil {
 			log.Panicf("%s: %v\n%s", strings.Join(args, " "), err, out)
@@ -264,7 +269,6 @@ func (b *bench) flashCrowd(n int, size int64, mbit int) {
 	}
 	file := b.file(size)
 	defer os.Remove(file)
-	var samples []sample
 	for range b.runs {
 		var peers []*peerDaemon
 		for i := range n + 1 {
@@ -295,11 +299,5 @@ func (b *bench) flashCrowd(n int, size int64, mbit int) {
 			p.stop()
 		}
 	}
-	ideal := time.Duration(float64(size*8) / float64(mbit*1_000_000) * float64(time.Second))
-	if n == 8 {
-		b.printf("## One file to many daemons at once\n\nOne dfdaemon has %s, N others fetch it at the same moment, each in a network namespace with %d Mbit/s both ways (tc tbf). "+
-			"Until the last export has ended, with TLS, over what the bytes alone take at that rate; the headers of TCP and IP make that 1.05.\n\n| N | s | min | max | size / rate | ratio |\n|---:|---:|---:|---:|---:|---:|\n", mib(size), mbit)
-	}
-	w := median(samples, wall)
-	b.printf("| %d | %.2f | %.2f | %.2f | %.2f | %.2f |\n", n, w.Seconds(), slices.MinFunc(samples, byWall).wall.Seconds(), slices.MaxFunc(samples, byWall).wall.Seconds(), ideal.Seconds(), float64(w)/float64(ideal))
+	return samples
 }

@@ -32,6 +32,8 @@ const (
 	// quietFor is how long a download may make no progress with one hash chain
 	// while there are sources that have another.
 	quietFor = 2 * time.Second
+	// smallBlob is the size in bytes up to which one source is enough.
+	smallBlob = 1 << 20
 	// tickInterval is how often a download looks at the clock.
 	tickInterval = 200 * time.Millisecond
 )
@@ -485,8 +487,18 @@ func newTask(info p2p.Info) p2p.NewTask {
 	return n
 }
 
-// resume begins with what an earlier download has left, or is known of a blob that is damaged.
+// resume begins with what an earlier download has left, or is known of a blob
+// that is damaged, and with those of whom a lookup has just told. For a small
+// blob no others are looked for at once.
 func (d *download) resume() {
+	for _, t := range d.wanted() {
+		for _, h := range d.s.recent.take(t) {
+			d.addSource(h.peer, t, h.state)
+			if h.state.Size <= smallBlob {
+				d.nextSearch = time.Now().Add(tickInterval)
+			}
+		}
+	}
 	if t := d.partial.Saved(); t != nil {
 		l := links{t.Size, t.Chain}
 		d.chains[l.hash(d.digest)] = &chain{links: l}
@@ -668,6 +680,10 @@ func (d *download) offer(src *source) {
 	}
 	// The chain is taken from two sources, and from those that have another one.
 	differs := d.sched != nil && src.have.Len() != d.sched.Held().Len()
+	if chain := digest.ChainSize(d.digest.Algorithm(), src.size); !src.stated && chain == 0 {
+		d.learn(src, links{size: src.size}) // of one piece there is nothing to ask
+		return
+	}
 	if !src.stated && !src.asking && (d.sched == nil && asked < 4 || asked < 2 || differs) {
 		d.askLinks(src)
 	}

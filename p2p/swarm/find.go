@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 
@@ -209,6 +210,7 @@ func (s *Swarm) statTask(ctx context.Context, task p2p.Task, holders bool) (info
 		if !s.accept(ctx, a.peer, task, state) {
 			continue
 		}
+		s.recent.put(task, a.peer, state)
 		counted.Some++
 		if state.whole() {
 			counted.Whole++
@@ -238,6 +240,45 @@ func (s *Swarm) statTask(ctx context.Context, task p2p.Task, holders bool) (info
 		info.Holders = counted
 	}
 	return info, from, nil
+}
+
+// recent remembers for a moment who has a task, so that a Stat and the Open that
+// follows it ask once.
+type recent struct {
+	mu    sync.Mutex
+	tasks map[p2p.Task][]holder
+}
+
+// holder is a peer that has said what it has of a task.
+type holder struct {
+	peer  peer.ID
+	state *taskState
+	at    time.Time
+}
+
+const (
+	recentFor = 2 * time.Second
+	maxRecent = 1024 // tasks
+)
+
+func (r *recent) put(t p2p.Task, p peer.ID, state *taskState) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(r.tasks) >= maxRecent {
+		clear(r.tasks)
+	}
+	if all := r.tasks[t]; len(all) < maxSources {
+		r.tasks[t] = append(all, holder{p, state, time.Now()})
+	}
+}
+
+// take returns what is remembered of a task, and forgets it.
+func (r *recent) take(t p2p.Task) []holder {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	all := r.tasks[t]
+	delete(r.tasks, t)
+	return slices.DeleteFunc(all, func(h holder) bool { return time.Since(h.at) > recentFor })
 }
 
 // infoOf describes a task of which only a peer has told.

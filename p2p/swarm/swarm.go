@@ -118,6 +118,7 @@ type Swarm struct {
 	metrics   *metrics
 	advertise []string // where peers connect for pieces
 	manifests *manifestCache
+	recent    *recent
 
 	server *http.Server
 
@@ -161,6 +162,7 @@ func New(store *pieces.Store, network Network, opts Options) (_ *Swarm, err erro
 		limit:     limiter(opts.DownloadRate),
 		log:       opts.Log,
 		manifests: newManifestCache(),
+		recent:    &recent{tasks: map[p2p.Task][]holder{}},
 		downloads: map[digest.Digest]*download{},
 		told:      make(chan toldDelete, 1024),
 	}

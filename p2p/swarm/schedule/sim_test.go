@@ -15,11 +15,11 @@ import (
 // A piece is sent in chunks. An uplink carries one chunk at a time, of its
 // uploads in turn; so does a downlink, in the order in which they came. Of a piece
 // only window chunks are on their way at a time, so that an uploader spends its
-// bandwidth on others while a downloader has no room, as TCP does.
+// bandwidth on others while a downloader has no room, as TCP does. A chunk is on
+// its way for as long as a message, besides.
 const (
 	chunks    = 16
 	chunkTime = 1000 // of a chunk on a link, in ticks
-	window    = 2
 )
 
 // circumstances of a swarm.
@@ -65,6 +65,7 @@ type swarm struct {
 	lanes []*lane
 	nodes []*node // the seed first
 
+	window     int
 	unfinished int
 	chunks     int   // that have arrived, needed or not
 	messages   int   // besides requests that are answered with a piece
@@ -81,6 +82,7 @@ func simulate(c circumstances) *swarm {
 		c.latency = 5000
 	}
 	w := &swarm{circumstances: c, rand: rand.New(rand.NewPCG(c.seed, 0)), unfinished: c.peers}
+	w.window = 2 + int(2*c.whole()/c.latency/chunkTime)
 	for i := range c.peers + 1 {
 		n := &node{
 			swarm: w, index: i, name: strconv.Itoa(i), chunkTime: chunkTime,
@@ -471,7 +473,7 @@ func (n *node) sendChunk() {
 	}
 	for k := range n.sending {
 		i := (n.turn + k) % len(n.sending)
-		if t := n.sending[i]; t.onTheWay < window {
+		if t := n.sending[i]; t.onTheWay < n.swarm.window {
 			t.onTheWay++
 			n.uplink, n.turn = t, i+1
 			n.swarm.after(n.chunkTime, event{up: n})
@@ -483,8 +485,10 @@ func (n *node) sendChunk() {
 func (n *node) chunkSent() {
 	t := n.uplink
 	n.uplink = nil
-	t.to.downQueue = append(t.to.downQueue, t)
-	t.to.receiveChunk()
+	n.swarm.send(func() {
+		t.to.downQueue = append(t.to.downQueue, t)
+		t.to.receiveChunk()
+	})
 	if t.toSend--; t.toSend == 0 {
 		n.end(t, true)
 	}

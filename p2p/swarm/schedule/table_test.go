@@ -33,8 +33,8 @@ func TestSimulation(t *testing.T) {
 		{peers: 1, seeds: 1, limit: 1.005},
 		{peers: 2, seeds: 3, limit: 1.04},
 		{peers: 8, seeds: 3, limit: 1.07},
-		{peers: 16, seeds: 3, limit: 1.20},
-		{peers: 100, knows: knows, seeds: 1, limit: 1.45},
+		{peers: 16, seeds: 3, limit: 1.14},
+		{peers: 100, knows: knows, seeds: 1, limit: 1.30},
 	} {
 		t.Run(fmt.Sprintf("peers=%d", test.peers), func(t *testing.T) {
 			t.Parallel()

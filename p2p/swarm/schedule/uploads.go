@@ -42,16 +42,18 @@ func (u *Uploads) Ask(peer string, want *Set) *Turn {
 }
 
 // Grant returns a request whose turn it is, where a slot is free: of the peer
-// that is sent the fewest pieces now, and of several the first. Its piece is the one of those in want and in have that was sent least
-// often; of several the first, so that a lone reader gets the blob nearly in
-// order. Where there is none the turn is over; else an End has to follow. Call it until it
-// reports false whenever something has changed: after Ask, Leave and End.
+// that is sent the fewest pieces now; of several, the one that wants the most, so
+// that none lags behind; of several, the first. Its piece is the one of those in
+// want and in have that was sent least often; of several the first, so that a
+// lone reader gets the blob nearly in order. Where there is none the turn is over;
+// else an End has to follow. Call it until it reports false whenever something has
+// changed: after Ask, Leave and End.
 func (u *Uploads) Grant(have *Set) (*Turn, bool) {
 	if u.sending >= u.slots || len(u.turns) == 0 {
 		return nil, false
 	}
 	t := slices.MinFunc(u.turns, func(a, b *Turn) int {
-		return cmp.Compare(u.active[a.peer], u.active[b.peer])
+		return cmp.Or(cmp.Compare(u.active[a.peer], u.active[b.peer]), cmp.Compare(b.want.Count(), a.want.Count()))
 	})
 	u.remove(t)
 	t.piece = u.pick(t.want, have)
