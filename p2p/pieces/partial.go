@@ -141,6 +141,9 @@ func (p *Partial) Use(ctx context.Context, size int64, chain []byte) error {
 	if err := p.verify(ctx, t); err != nil {
 		return err
 	}
+	if t.Pieces() < 2 {
+		return nil // there is nothing that it would save
+	}
 	b, err := t.AppendBinary(nil)
 	if err != nil {
 		return err
