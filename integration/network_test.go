@@ -15,10 +15,11 @@ import (
 // lan is a network of hosts that a test makes: network namespaces with a
 // switch between them. It goes with the test.
 type lan struct {
-	t     *testing.T
-	name  string // of what belongs to it
-	key   string // the swarm's key file
-	hosts []*host
+	t      *testing.T
+	name   string // of what belongs to it
+	prefix string // of its addresses: three numbers and a dot
+	key    string // the swarm's key file
+	hosts  []*host
 
 	started time.Time // when it was first waited for something
 }
@@ -37,13 +38,19 @@ var lans atomic.Int32
 // newLAN makes a network of n hosts, 10.77.0.1 and on.
 func newLAN(t *testing.T, n int) *lan {
 	t.Helper()
+	return newNetwork(t, "10.77.0.", n)
+}
+
+// newNetwork makes one with other addresses.
+func newNetwork(t *testing.T, prefix string, n int) *lan {
+	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("network namespaces are root's to make: run the tests as root, as .ci/run does")
 	}
 	if _, err := exec.LookPath("ip"); err != nil {
 		t.Fatalf("%v: install the package iproute2", err)
 	}
-	l := &lan{t: t, name: fmt.Sprintf("df%d-%d", os.Getpid(), lans.Add(1))}
+	l := &lan{t: t, name: fmt.Sprintf("df%d-%d", os.Getpid(), lans.Add(1)), prefix: prefix}
 	l.key = filepath.Join(tempHome(t), "swarm.key")
 	if out, err := exec.Command(dfdaemon, "swarm", "key", "new", l.key).CombinedOutput(); err != nil {
 		t.Fatalf("make a swarm key: %v\n%s", err, out)
@@ -75,16 +82,71 @@ func (l *lan) netns(name string) string {
 	return full
 }
 
-func (l *lan) addHost(n int) {
+func (l *lan) addHost(n int) *host {
 	l.t.Helper()
 	h := &host{lan: l, n: n, netns: l.netns(fmt.Sprintf("h%d", n)), home: tempHome(l.t)}
-	port := fmt.Sprintf("p%d", n)
-	l.ip("-n", l.name+"-switch", "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", h.netns)
-	l.ip("-n", l.name+"-switch", "link", "set", port, "master", "br0", "up")
-	l.ip("-n", h.netns, "addr", "add", fmt.Sprintf("10.77.0.%d/24", n), "dev", "eth0")
-	l.ip("-n", h.netns, "addr", "add", fmt.Sprintf("fd77::%d/64", n), "dev", "eth0", "nodad")
-	l.ip("-n", h.netns, "link", "set", "eth0", "up")
+	l.attach(h.netns, n)
 	l.hosts = append(l.hosts, h)
+	return h
+}
+
+// attach connects a network namespace with the switch, by a device eth0.
+func (l *lan) attach(netns string, n int) {
+	l.t.Helper()
+	port := fmt.Sprintf("p%d", n)
+	l.ip("-n", l.name+"-switch", "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", netns)
+	l.ip("-n", l.name+"-switch", "link", "set", port, "master", "br0", "up")
+	l.ip("-n", netns, "addr", "add", fmt.Sprintf("%s%d/24", l.prefix, n), "dev", "eth0")
+	l.ip("-n", netns, "addr", "add", fmt.Sprintf("fd77::%d/64", n), "dev", "eth0", "nodad")
+	l.ip("-n", netns, "link", "set", "eth0", "up")
+}
+
+// What a router does with what goes out.
+const (
+	sameAddress = "accept"                  // nothing
+	samePort    = "masquerade"              // gives it its own address: holes can be punched
+	anyPort     = "masquerade fully-random" // and another port for each connection: they can't
+)
+
+// addPrivate makes a host in a network of its own, 192.168.n.0/24, behind a
+// router: what it connects with sees the address of the router, which lets no
+// connection in. The address of such a host is that of its router.
+func (l *lan) addPrivate(out string) *host {
+	l.t.Helper()
+	if _, err := exec.LookPath("nft"); err != nil {
+		l.t.Fatalf("%v: install the package nftables", err)
+	}
+	n := len(l.hosts) + 1
+	h := &host{lan: l, n: n, netns: l.netns(fmt.Sprintf("h%d", n)), home: tempHome(l.t)}
+	l.hosts = append(l.hosts, h)
+	router := l.netns(fmt.Sprintf("r%d", n))
+	l.attach(router, n)
+	l.ip("-n", router, "link", "add", "eth1", "type", "veth", "peer", "name", "eth0", "netns", h.netns)
+	l.ip("-n", router, "addr", "add", fmt.Sprintf("192.168.%d.1/24", n), "dev", "eth1")
+	l.ip("-n", router, "link", "set", "eth1", "up")
+	l.ip("-n", h.netns, "addr", "add", fmt.Sprintf("192.168.%d.2/24", n), "dev", "eth0")
+	l.ip("-n", h.netns, "link", "set", "eth0", "up")
+	l.ip("-n", h.netns, "route", "add", "default", "via", fmt.Sprintf("192.168.%d.1", n))
+	l.ip("netns", "exec", router, "nft", `
+		table inet router {
+			chain in {
+				type filter hook input priority filter; policy drop;
+				ct state established,related accept
+				iifname "eth1" accept
+				meta l4proto ipv6-icmp accept
+			}
+			chain through {
+				type filter hook forward priority filter; policy drop;
+				ct state established,related accept
+				iifname "eth1" accept
+			}
+			chain out {
+				type nat hook postrouting priority srcnat;
+				oifname "eth0" `+out+`
+			}
+		}`)
+	l.ip("netns", "exec", router, "sh", "-c", "echo 1 >/proc/sys/net/ipv4/ip_forward")
+	return h
 }
 
 // plug connects a host with the network, or takes it off.
@@ -97,7 +159,7 @@ func (h *host) plug(in bool) {
 	h.lan.ip("-n", h.lan.name+"-switch", "link", "set", fmt.Sprintf("p%d", h.n), state)
 }
 
-func (h *host) address() string { return fmt.Sprintf("10.77.0.%d", h.n) }
+func (h *host) address() string { return fmt.Sprintf("%s%d", h.lan.prefix, h.n) }
 
 // in returns the command that runs another one on the host.
 func (h *host) in() []string { return []string{"ip", "netns", "exec", h.netns} }

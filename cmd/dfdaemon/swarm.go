@@ -66,7 +66,7 @@ func (o *swarmOptions) flags(flags *pflag.FlagSet) {
 	flags.StringVar(&o.bootstrap, "bootstrap", "", "`peers` to start from, with commas between them: HOST, HOST:PORT with the port of --swarm-pieces there (all addresses of a name are asked), or libp2p multiaddrs")
 	flags.StringVar(&o.peersFile, "peers-file", "", "`file` with more peers to start from, one on a line; it is read again when it changes")
 	flags.BoolVar(&o.mdns, "mdns", true, "find peers on the local network by multicast DNS")
-	flags.BoolVar(&o.nat, "nat", false, "have a router map the port of --swarm-listen, and peers with public addresses relay")
+	flags.BoolVar(&o.nat, "nat", false, "for a host behind a router: have it map the port of --swarm-listen, punch holes through it, and believe that it lets nobody in")
 	flags.BoolVar(&o.plain, "plain-pieces", false, "move pieces without TLS between this daemon and peers that have this set, too: faster, verified all the same, and to be read by anybody on the way")
 	flags.StringVar(&o.mode, "swarm-mode", string(swarm.Full), "`what` to do for peers and local callers: full, seed-only (fetch nothing) or never-serve (serve peers nothing)")
 	flags.IntVar(&o.maxPeers, "max-peers", 256, "`connections` with peers above which some are closed")
@@ -199,6 +199,7 @@ func (d *daemon) joinSwarm(store *pieces.Store, key discovery.Key) (*swarm.Swarm
 		Resolve:   resolve,
 		MDNS:      o.mdns,
 		NAT:       o.nat,
+		NoRelay:   swarm.Mode(o.mode) == swarm.NeverServe,
 		MaxPeers:  o.maxPeers,
 		StateFile: filepath.Join(d.workHome, "peers.json"),
 		Log:       d.log,

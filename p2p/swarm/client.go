@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/crypto"
@@ -39,8 +40,10 @@ type client struct {
 const (
 	// idleTimeout is how long a connection is kept that nothing is asked on.
 	idleTimeout = 90 * time.Second
-	// directTimeout is how long one address of a peer is tried.
+	// directTimeout is how long one address of a peer is tried, and nextAddress
+	// after what time the next one is, too.
 	directTimeout = 3 * time.Second
+	nextAddress   = 200 * time.Millisecond
 	// retryDirect is how long a peer whose addresses can't be reached is talked
 	// to over libp2p before they are tried again.
 	retryDirect = time.Minute
@@ -92,19 +95,18 @@ func (c *client) dial(ctx context.Context, p peer.ID) (net.Conn, error) {
 		}
 	}
 	var errs []error
-	if time.Since(failed) > retryDirect {
-		for _, address := range directAddresses(h, c.network.Addresses(p)) {
-			conn, err := c.dialDirect(ctx, address, h.Plain, p)
-			if err == nil {
-				entry.reached(address)
-				return conn, nil
-			}
-			errs = append(errs, err)
-			if ctx.Err() != nil {
-				return nil, context.Cause(ctx)
-			}
+	addresses := directAddresses(h, c.network.Addresses(p))
+	if len(addresses) > 0 && time.Since(failed) > retryDirect {
+		conn, address, err := c.dialAny(ctx, addresses, h.Plain, p)
+		if err == nil {
+			entry.reached(address)
+			return conn, nil
+		}
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
 		}
 		entry.unreached()
+		errs = append(errs, err)
 	}
 	conn, err := c.network.Dial(ctx, p)
 	if err != nil {
@@ -112,6 +114,43 @@ func (c *client) dial(ctx context.Context, p peer.ID) (net.Conn, error) {
 	}
 	entry.reached("libp2p")
 	return conn, nil
+}
+
+// dialAny connects with p at the first of its addresses that answers, and returns
+// which one that is. None has to wait for the ones before it to fail: a router may
+// drop what is sent to them.
+func (c *client) dialAny(ctx context.Context, addresses []string, plain bool, p peer.ID) (conn net.Conn, address string, err error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var mu sync.Mutex
+	var errs []error
+	var dials sync.WaitGroup
+	for i, a := range addresses {
+		dials.Go(func() {
+			select {
+			case <-time.After(time.Duration(i) * nextAddress):
+			case <-ctx.Done():
+				return
+			}
+			made, err := c.dialDirect(ctx, a, plain, p)
+			mu.Lock()
+			defer mu.Unlock()
+			switch {
+			case err != nil:
+				errs = append(errs, err)
+			case conn != nil:
+				made.Close()
+			default:
+				conn, address = made, a
+				cancel()
+			}
+		})
+	}
+	dials.Wait()
+	if conn == nil {
+		return nil, "", errors.Join(append(errs, context.Cause(ctx))...)
+	}
+	return conn, address, nil
 }
 
 // dialDirect makes a connection to an address. It is proven to be p, or, with

@@ -178,3 +178,29 @@ func TestConnectionLimit(t *testing.T) {
 		<-closed
 	}
 }
+
+// Addresses that take what is sent and say nothing don't hold up the one that answers.
+func TestDialAny(t *testing.T) {
+	h := newHub()
+	a, b := h.start(t), h.start(t)
+	var addresses []string
+	for range 7 {
+		silent, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer silent.Close()
+		addresses = append(addresses, silent.Addr().String())
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), directTimeout)
+	defer cancel()
+	conn, address, err := a.client.dialAny(ctx, append(addresses, b.advertise[0]), false, b.id)
+	if err != nil || address != b.advertise[0] {
+		t.Fatalf("connected with %q, %v, want %s", address, err, b.advertise[0])
+	}
+	conn.Close()
+	cancel()
+	if conn, _, err := a.client.dialAny(ctx, addresses, false, b.id); conn != nil || !errors.Is(err, context.Canceled) {
+		t.Errorf("connected with %v, %v, want %v", conn, err, context.Canceled)
+	}
+}

@@ -28,7 +28,6 @@ import (
 	"github.com/libp2p/go-libp2p/p2p/net/connmgr"
 	"github.com/libp2p/go-libp2p/p2p/net/gostream"
 	libp2pswarm "github.com/libp2p/go-libp2p/p2p/net/swarm"
-	"github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/relay"
 	libp2ptls "github.com/libp2p/go-libp2p/p2p/security/tls"
 	"github.com/libp2p/go-libp2p/p2p/transport/tcp"
 	"github.com/libp2p/go-libp2p/x/rate"
@@ -70,11 +69,12 @@ type Options struct {
 	// MDNS looks for peers on the local network, and tells them of this one.
 	MDNS bool
 
-	// NAT has the router map the port, learns whether this host can be reached
-	// from the Internet, relays for others if it can, and has others relay for
-	// it, then punches holes, if it cannot. It is of use only with peers at public
-	// addresses.
+	// NAT is for a host behind a router: it has that map the port, and punches
+	// holes through it to peers that this host reaches over a relay.
 	NAT bool
+
+	// NoRelay has this host relay nothing for peers that can't reach each other.
+	NoRelay bool
 
 	// MaxPeers is above how many connections some are closed. Default 256.
 	MaxPeers int
@@ -109,6 +109,7 @@ type Network struct {
 	records      *records
 	announcer    *announcer
 	bootstrapper *bootstrapper
+	relays       *relays
 	listener     net.Listener
 	book         *book
 	wake         chan struct{} // has maintain look at once
@@ -163,6 +164,7 @@ func New(opts Options) (_ *Network, err error) {
 		wake: make(chan struct{}, 1),
 		up:   map[peer.ID]bool{},
 	}
+	n.relays = &relays{n: n, outside: map[peer.ID]*reservation{}}
 	n.ctx, n.cancel = context.WithCancel(context.Background())
 	defer func() {
 		if err != nil {
@@ -179,6 +181,9 @@ func New(opts Options) (_ *Network, err error) {
 	}
 	if n.host, err = n.newHost(); err != nil {
 		return nil, err
+	}
+	if err := n.relays.start(); err != nil {
+		return nil, fmt.Errorf("start relaying: %w", err)
 	}
 	n.records = newRecords(n.Self(), n.keys, opts.MaxRecords, opts.Validity, time.Now)
 	n.table, err = dht.New(n.host,
@@ -241,21 +246,15 @@ func (n *Network) newHost() (host.Host, error) {
 		libp2p.DefaultMuxers,
 		libp2p.ConnectionManager(conns),
 		libp2p.ResourceManager(resources),
-		libp2p.AddrsFactory(publicOf),
+		libp2p.AddrsFactory(func(addrs []multiaddr.Multiaddr) []multiaddr.Multiaddr {
+			return slices.Concat(publicOf(addrs), n.relays.addrs())
+		}),
 		libp2p.WithDialTimeout(dialTimeout),
 		libp2p.UserAgent("dfcache"),
 		libp2p.DisableMetrics(),
 	}
 	if n.opts.NAT {
-		options = append(options,
-			libp2p.NATPortMap(),
-			libp2p.EnableNATService(),
-			libp2p.EnableAutoNATv2(),
-			libp2p.EnableHolePunching(),
-			// The members of a swarm trust each other with their bandwidth.
-			libp2p.EnableRelayService(relay.WithInfiniteLimits()),
-			libp2p.EnableAutoRelayWithPeerSource(n.relays),
-		)
+		options = append(options, libp2p.NATPortMap())
 	} else {
 		// Shared ports serve to punch holes. They also let two daemons listen at
 		// the same one, without an error, and each get half of the connections.
@@ -326,18 +325,6 @@ func listenAddrs(listen []string) (addrs []multiaddr.Multiaddr, err error) {
 		addrs = append(addrs, m)
 	}
 	return addrs, nil
-}
-
-// relays offers the connected peers as relays.
-func (n *Network) relays(ctx context.Context, num int) <-chan peer.AddrInfo {
-	c := make(chan peer.AddrInfo, num)
-	defer close(c)
-	for _, p := range n.Connected() {
-		if len(c) < num {
-			c <- n.Addresses(p)
-		}
-	}
-	return c
 }
 
 // spawn runs f in a goroutine that Close waits for, or not at all after Close.
@@ -524,8 +511,9 @@ func (n *Network) Close() error {
 		errs = append(errs, n.table.Close())
 	}
 	if n.host != nil {
-		errs = append(errs, n.host.Close())
+		errs = append(errs, n.relays.close(), n.host.Close())
 	}
+	n.relays.asking.Wait()
 	return errors.Join(errs...)
 }
 

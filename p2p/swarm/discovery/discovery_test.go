@@ -635,6 +635,9 @@ func TestSeenAt(t *testing.T) {
 	if want := []string{"/ip4/10.0.0.5/tcp/65002"}; !slices.Equal(got, want) {
 		t.Errorf("%v, want %v", got, want)
 	}
+	if got := seenAt(multiaddr.StringCast("/ip4/10.0.0.5/tcp/43210/p2p/"+someID+"/p2p-circuit"), addrs); got != nil {
+		t.Errorf("a peer that came over a relay is said to be at %v", got)
+	}
 }
 
 func TestDistinct(t *testing.T) {

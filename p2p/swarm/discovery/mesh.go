@@ -238,6 +238,7 @@ func (n *Network) maintain(ctx context.Context) {
 		}
 		connected, now := n.Connected(), time.Now()
 		n.book.alive(connected, now)
+		n.relays.tend(ctx, now)
 		if ticked {
 			n.announcer.tick()
 			n.tendMDNS(now)
@@ -320,6 +321,7 @@ func (n *Network) onEvent(ctx context.Context, e any) {
 	case event.EvtPeerIdentificationCompleted: // only now its addresses and protocols are known
 		p = e.Peer
 		n.book.add(n.told(p), time.Now(), true)
+		n.relays.identified(e)
 	case event.EvtPeerConnectednessChanged:
 		if e.Connectedness == network.Connected || e.Connectedness == network.Limited {
 			return
@@ -472,13 +474,16 @@ func distinct(addrs []multiaddr.Multiaddr) []multiaddr.Multiaddr {
 }
 
 // seenAt returns the addresses that a peer told with the IP address of at, where
-// it really was, in place of what it believes its own to be.
+// it really was, in place of what it believes its own to be. That of a relay says
+// nothing of that.
 func seenAt(at multiaddr.Multiaddr, told []multiaddr.Multiaddr) (addrs []multiaddr.Multiaddr) {
+	if isRelayed(at) {
+		return nil
+	}
 	ip, _ := multiaddr.SplitFirst(at)
 	for _, t := range told {
 		first, rest := multiaddr.SplitFirst(t)
-		_, err := t.ValueForProtocol(multiaddr.P_CIRCUIT) // the address of a relay
-		if ip != nil && first != nil && first.Code() == ip.Code() && manet.IsThinWaist(t) && err != nil {
+		if ip != nil && first != nil && first.Code() == ip.Code() && manet.IsThinWaist(t) && !isRelayed(t) {
 			addrs = append(addrs, multiaddr.Join(ip, rest))
 		}
 	}

@@ -1,0 +1,123 @@
+package integration
+
+import (
+	"fmt"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// A host behind a router that lets nothing in gives and gets files over the
+// connection that it makes itself.
+func TestNATOne(t *testing.T) {
+	l := newLAN(t, 1)
+	public, private := l.hosts[0], l.addPrivate(anyPort)
+	public.start("--mdns=false")
+	private.start("--mdns=false", "--bootstrap", public.address())
+	l.meet(1)
+	name, data, cid := l.file(3_000_000, 1)
+	private.ok("import", "-t", "models", "-i", "v1", name)
+	if out := public.ok("stat", "-t", "models", "-i", "v1"); !strings.Contains(out, "peers:     1 (1 whole)") {
+		t.Errorf("stat on the public host says:\n%s", out)
+	}
+	public.export(data, "-t", "models", "-i", "v1")
+	if out := public.ok("peers"); !strings.Contains(out, " libp2p ") {
+		t.Errorf("the public host has made a connection of its own with the private one:\n%s", out)
+	}
+	public.ok("delete", "-t", "models", "-i", "v1")
+	private.gone("-l", "-t", "models", "-i", "v1")
+
+	public.ok("import", "-i", cid, name)
+	private.export(data, "-i", cid)
+	private.ok("delete", "-i", cid)
+	public.gone("-l", "-i", cid)
+}
+
+// Two hosts behind routers of their own exchange files over one that both reach.
+// Nothing has to be set for that but where to start.
+func TestNATRelay(t *testing.T) {
+	l := newLAN(t, 1)
+	public, a, b := l.hosts[0], l.addPrivate(anyPort), l.addPrivate(anyPort)
+	public.start("--mdns=false")
+	a.start("--mdns=false", "--bootstrap", public.address())
+	b.start("--mdns=false", "--bootstrap", public.address())
+	l.meet(2)
+	name, data, cid := l.file(16<<20, 2) // libp2p's own relays carry 128 KiB
+	a.ok("import", "-t", "models", "-i", "v1", name)
+	b.export(data, "-t", "models", "-i", "v1", "--timeout", "30s")
+	b.ok("delete", "-t", "models", "-i", "v1")
+	a.gone("-l", "-t", "models", "-i", "v1")
+	b.ok("import", "-i", cid, name)
+
+	// Without the relay they can't reach each other, and say so.
+	public.kill()
+	for {
+		out := a.ok("peers")
+		if !strings.Contains(out, "connected") {
+			break
+		}
+		if l.late() {
+			t.Fatalf("without the relay the peers are:\n%s", out)
+		}
+	}
+	code, says := a.fails("export", "-i", cid, "-O", filepath.Join(a.home, "x"))
+	if code != unreachable || !strings.Contains(says, "no peer can be reached") {
+		t.Errorf("export without the relay: exit status %d: %s", code, says)
+	}
+	// It comes back, and they find each other again.
+	public.start("--mdns=false")
+	l.meet(2)
+	a.export(data, "-i", cid)
+}
+
+// A firewall that changes no addresses can't be noticed: --nat tells of it.
+func TestNATFirewall(t *testing.T) {
+	l := newLAN(t, 1)
+	public, a, b := l.hosts[0], l.addPrivate(sameAddress), l.addPrivate(sameAddress)
+	public.start("--mdns=false")
+	for _, h := range []*host{a, b} {
+		l.ip("-n", public.netns, "route", "add", fmt.Sprintf("192.168.%d.0/24", h.n), "via", h.address())
+		h.start("--mdns=false", "--nat", "--bootstrap", public.address())
+	}
+	l.meet(2)
+	name, data, cid := l.file(1_000_000, 3)
+	a.ok("import", "-i", cid, name)
+	b.export(data, "-i", cid)
+}
+
+// With --nat the hosts punch holes through their routers, and need the one that
+// both reach only to meet.
+func TestNATPunch(t *testing.T) {
+	l := newLAN(t, 1)
+	public, a, b := l.hosts[0], l.addPrivate(samePort), l.addPrivate(samePort)
+	public.start("--mdns=false")
+	for _, h := range []*host{a, b} {
+		h.start("--mdns=false", "--nat", "--bootstrap", public.address())
+	}
+	l.meet(2)
+	name, data, cid := l.file(1_000_000, 4)
+	a.ok("import", "-i", cid, name)
+	a.awaitConnection(b)
+	public.kill()
+	b.export(data, "-i", cid)
+}
+
+// awaitConnection waits until there is a TCP connection from one host to the other.
+func (h *host) awaitConnection(to *host) {
+	t := h.lan.t
+	t.Helper()
+	for {
+		args := append(h.in(), "ss", "-Htn", "state", "established", "dst", to.address())
+		out, err := exec.Command(args[0], args[1:]...).CombinedOutput()
+		if err != nil {
+			t.Fatalf("%s: %v\n%s", strings.Join(args, " "), err, out)
+		}
+		if len(out) > 0 {
+			return
+		}
+		if h.lan.late() {
+			t.Fatalf("host %d has no connection with host %d:\n%s", h.n, to.n, h.ok("peers"))
+		}
+	}
+}
