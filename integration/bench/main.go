@@ -42,6 +42,7 @@ func main() {
 	tools := flag.String("tools", "", "directory with oras and distribution's registry; empty leaves the registries out")
 	only := flag.String("only", "", "only this part of the report: files, stat, small, open, registry, peer or crowd")
 	crowds := flag.String("crowds", "8,16", "how many fetch the same file at once")
+	rates := flag.String("rates", "10,25", "their links, in Mbit/s")
 	hash := flag.String("sha256", "", "only hash this file, as the process to compare with")
 	served := flag.String("serve", "", "only serve this file over HTTP and HTTPS, as the process to compare with")
 	flag.Parse()
@@ -61,7 +62,7 @@ func main() {
 		log.Fatal(err)
 	}
 	defer b.close()
-	b.report(*only, *many, *tools, *crowds)
+	b.report(*only, *many, *tools, *crowds, *rates)
 	if *out == "" {
 		os.Stdout.Write(b.text.Bytes())
 	} else if err := os.WriteFile(*out, b.text.Bytes(), 0o644); err != nil {
@@ -205,7 +206,7 @@ func wall(s sample) time.Duration { return s.wall }
 
 func (b *bench) printf(format string, args ...any) { fmt.Fprintf(&b.text, format, args...) }
 
-func (b *bench) report(only string, many int, tools, crowds string) {
+func (b *bench) report(only string, many int, tools, crowds, rates string) {
 	b.printf("# Benchmarks\n\nMade by `make bench`; do not edit. Medians of %d runs, after one that is not counted; the commands of a table take turns.\n"+
 		"Files are in the page cache, and memory for copies is at hand: before each run one is made and removed.\n"+
 		"Wall time of whole processes, unless it says otherwise.\n\n", b.runs)
@@ -231,7 +232,7 @@ func (b *bench) report(only string, many int, tools, crowds string) {
 			b.fromPeer(1 << 30)
 			b.smallFromPeer(1000, 10<<10)
 		}},
-		{"crowd", func() { b.crowds(strings.Split(crowds, ","), 64<<20, 25) }},
+		{"crowd", func() { b.crowds(strings.Split(crowds, ","), strings.Split(rates, ","), 64<<20) }},
 	} {
 		if only == "" || only == part.name {
 			log.Print(part.name)

@@ -224,16 +224,20 @@ func (b *bench) smallFromPeer(n, size int) {
 	b.printf("\n")
 }
 
-// crowds measures flash crowds of so many daemons each.
-func (b *bench) crowds(counts []string, size int64, mbit int) {
-	ideal := time.Duration(float64(size*8) / float64(mbit*1_000_000) * float64(time.Second))
-	b.printf("## One file to many daemons at once\n\nOne dfdaemon has %s, N others fetch it at the same moment, each in a network namespace with %d Mbit/s both ways (tc tbf). "+
-		"Until the last export has ended, with TLS, over what the bytes alone take at that rate; the headers of TCP and IP make that 1.05.\n\n| N | s | min | max | size / rate | ratio |\n|---:|---:|---:|---:|---:|---:|\n", mib(size), mbit)
-	for _, count := range counts {
-		n := must(strconv.Atoi(count))
-		samples := b.flashCrowd(n, size, mbit)
-		w := median(samples, wall)
-		b.printf("| %d | %.2f | %.2f | %.2f | %.2f | %.2f |\n", n, w.Seconds(), slices.MinFunc(samples, byWall).wall.Seconds(), slices.MaxFunc(samples, byWall).wall.Seconds(), ideal.Seconds(), float64(w)/float64(ideal))
+// crowds measures flash crowds of so many daemons each, on links of so many Mbit/s.
+func (b *bench) crowds(counts, rates []string, size int64) {
+	b.printf("## One file to many daemons at once\n\nOne dfdaemon has %s, N others fetch it at the same moment, each in a network namespace with the same rate both ways (tc tbf, which lets up to 100 ms of it wait). "+
+		"Until the last export has ended, with TLS, over what the bytes alone take at that rate; the headers of TCP and IP make that 1.05. "+
+		"All daemons share this machine's processors, which are busy to more than 80 %% with 16 at 25 Mbit/s.\n\n| N | Mbit/s | s | min | max | size / rate | ratio |\n|---:|---:|---:|---:|---:|---:|---:|\n", mib(size))
+	for _, rate := range rates {
+		mbit := must(strconv.Atoi(rate))
+		ideal := time.Duration(float64(size*8) / float64(mbit*1_000_000) * float64(time.Second))
+		for _, count := range counts {
+			n := must(strconv.Atoi(count))
+			samples := b.flashCrowd(n, size, mbit)
+			w := median(samples, wall)
+			b.printf("| %d | %d | %.2f | %.2f | %.2f | %.2f | %.2f |\n", n, mbit, w.Seconds(), slices.MinFunc(samples, byWall).wall.Seconds(), slices.MaxFunc(samples, byWall).wall.Seconds(), ideal.Seconds(), float64(w)/float64(ideal))
+		}
 	}
 	b.printf("\n")
 }
