@@ -72,14 +72,14 @@ func TestParseCID(t *testing.T) {
 // The lengths at which the pieces change.
 var sizes = []int{
 	0, 1, MinPieceLength - 1, MinPieceLength, MinPieceLength + 1, 2 * MinPieceLength,
-	1024*MinPieceLength - 1, 1024 * MinPieceLength, 1024*MinPieceLength + 1,
 	2048*MinPieceLength - 1, 2048 * MinPieceLength, 2048*MinPieceLength + 1,
+	4096*MinPieceLength - 1, 4096 * MinPieceLength, 4096*MinPieceLength + 1,
 }
 
 func TestPieceLength(t *testing.T) {
 	for size, want := range map[int64]int64{
-		0: 64 << 10, 1: 64 << 10, 64<<20 - 1: 64 << 10, 64 << 20: 128 << 10, 128<<20 - 1: 128 << 10,
-		200 << 20: 256 << 10, 2<<30 - 1: 2 << 20, 2 << 30: 4 << 20, 1 << 40: 4 << 20,
+		0: 64 << 10, 1: 64 << 10, 128<<20 - 1: 64 << 10, 128 << 20: 128 << 10, 256<<20 - 1: 128 << 10,
+		400 << 20: 256 << 10, 4<<30 - 1: 2 << 20, 4 << 30: 4 << 20, 1 << 40: 4 << 20,
 	} {
 		if got := PieceLength(size); got != want {
 			t.Errorf("pieces of a blob of %d bytes have %d bytes, want %d", size, got, want)

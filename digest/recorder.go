@@ -10,7 +10,7 @@ import (
 // on the way, at the cost of the hash alone. The size need not be known before:
 // a Recorder starts with the shortest pieces and joins neighbours when there
 // are too many, so that it ends with the pieces that [PieceLength] gives. Up to
-// 4 GiB its memory is constant; past that it keeps 36 to 68 bytes for each 4 MiB.
+// 8 GiB its memory is constant; past that it keeps 36 to 68 bytes for each 4 MiB.
 //
 // A Recorder is not safe for concurrent use.
 type Recorder struct {

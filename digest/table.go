@@ -21,10 +21,10 @@ const (
 
 // piecesPerBlob is the number of pieces that a blob has at least, where the
 // bounds of a piece's length allow it.
-const piecesPerBlob = 512
+const piecesPerBlob = 1024
 
 // PieceLength returns the length in bytes of the pieces of a blob of size
-// bytes: the largest power of two that still makes 512 pieces, within
+// bytes: the largest power of two that still makes 1024 pieces, within
 // [MinPieceLength] and [MaxPieceLength]. It is a function of the size alone so
 // that every peer cuts a blob alike.
 func PieceLength(size int64) int64 {
