@@ -135,10 +135,13 @@ func (v *Verified) checkedPiece(i int, p []byte) error {
 	return err
 }
 
+// copyLength is how many bytes CopyRange has read before it writes them, in whole pieces.
+const copyLength = 1 << 20
+
 // CopyRange writes the n bytes from off on to w, checking each piece before
 // bytes of it are written, and calls progress, where it is not nil, with the
 // count of bytes written so far. Reading and checking run beside the writing;
-// three pieces are held in memory. It stops when ctx ends, with the context's
+// three pieces, or as many of small ones as make 3 MiB, are held in memory. It stops when ctx ends, with the context's
 // cause: at the next piece, or, where w has a SetWriteDeadline method as pipes
 // and connections do, at once.
 //
@@ -187,21 +190,35 @@ func (v *Verified) CopyRange(ctx context.Context, w io.Writer, off, n int64, pro
 	var reader sync.WaitGroup
 	reader.Go(func() {
 		defer close(ready)
-		for i := int(off / v.t.PieceLength); i <= int((off+n-1)/v.t.PieceLength); i++ {
+		last := int((off + n - 1) / v.t.PieceLength)
+		for i := int(off / v.t.PieceLength); i <= last; {
 			var buf []byte
 			select {
 			case buf = <-free:
 			case <-ctx.Done():
 				return
 			}
-			start, end := v.t.Bounds(i)
+			// Small pieces go together, but those that arrive, which are not to wait for each other.
+			until := i
+			if v.await == nil {
+				until = min(last, i+max(1, int(copyLength/v.t.PieceLength))-1)
+			}
+			start, _ := v.t.Bounds(i)
+			_, end := v.t.Bounds(until)
 			if int64(cap(buf)) < end-start {
 				buf = make([]byte, end-start)
 			}
 			buf = buf[:end-start]
-			err := v.readPiece(ctx, i, buf)
+			good, err := start, error(nil)
+			for ; i <= until && err == nil; i++ {
+				from, to := v.t.Bounds(i)
+				if err = v.readPiece(ctx, i, buf[from-start:to-start]); err == nil {
+					good = to
+				}
+			}
+			begin := min(max(off, start), good)
 			select {
-			case ready <- checked{buf, buf[max(off, start)-start : min(off+n, end)-start], err}:
+			case ready <- checked{buf, buf[begin-start : max(begin, min(off+n, good))-start], err}:
 			case <-ctx.Done():
 				return
 			}
@@ -214,19 +231,21 @@ func (v *Verified) CopyRange(ctx context.Context, w io.Writer, off, n int64, pro
 	defer cancel(nil)
 	var written int64
 	for c := range ready {
-		if c.err != nil {
-			return c.err
-		}
 		if err := context.Cause(ctx); err != nil {
 			return err
 		}
-		n, err := write(c.part)
-		written += n
-		if err != nil {
-			return cmp.Or(context.Cause(ctx), err) // it may have failed because of ctx
+		if len(c.part) > 0 {
+			n, err := write(c.part)
+			written += n
+			if err != nil {
+				return cmp.Or(context.Cause(ctx), err) // it may have failed because of ctx
+			}
+			if progress != nil {
+				progress(written)
+			}
 		}
-		if progress != nil {
-			progress(written)
+		if c.err != nil {
+			return c.err
 		}
 		free <- c.buf
 	}
