@@ -38,6 +38,7 @@ type options struct {
 
 	socket          string
 	registry        registryOptions
+	dragonflySocket string
 	swarmKey        string
 	swarm           swarmOptions
 	maxSize         size
@@ -98,6 +99,7 @@ value counts. An unknown key in the file is an error.
 
 	flags := root.Flags()
 	flags.StringVar(&o.socket, "daemon-sock", "", "unix `socket` to listen at (default dfdaemon.sock in /run/dragonfly for root, else in dragonfly in the XDG runtime directory)")
+	flags.StringVar(&o.dragonflySocket, "dragonfly-sock", "", "unix `socket` for Dragonfly's own dfcache, which looks for /var/run/dfdaemon.sock; whoever may use it can have the daemon read and write any file; off is none (default off)")
 	o.registry.flags(flags)
 	o.swarm.flags(flags)
 	flags.Var(&o.maxSize, "max-size", "`bytes` that blobs and unfinished uploads may take on disk, such as 500GiB; 0 is no limit")

@@ -50,6 +50,7 @@ type daemon struct {
 	listener net.Listener
 	server   *rpc.Server
 	registry *registryServer // nil where there is none
+	upstream *upstreamServer // the same
 	metrics  *prometheus.Registry
 	closers  []func() // to be called in reverse order
 }
@@ -168,6 +169,13 @@ func (o *options) start(cmd *cobra.Command) (_ *daemon, err error) {
 		}
 	}
 
+	if d.upstream, err = o.listenUpstream(store, d.log); err != nil {
+		return nil, err
+	}
+	if d.upstream != nil {
+		d.onClose(func() { d.upstream.listener.Close() })
+	}
+
 	version := build.Get().Version
 	d.log.Info("start", "version", version, "data", o.dataDir, "socket", o.socket, "registry", d.registry.url(), "peer", peer, "pid", os.Getpid())
 	fmt.Fprintf(stderr, "dfdaemon %s: data %s, socket %s, registry %s, peer %s, pid %d\n", version, o.dataDir, o.socket, d.registry.url(), peer, os.Getpid())
@@ -202,6 +210,9 @@ func (d *daemon) serve(signals <-chan os.Signal) error {
 	doors := []door{{d.socket, func() error { return d.server.Serve(d.listener) }, d.server.Shutdown}}
 	if d.registry != nil {
 		doors = append(doors, door{d.registry.url(), d.registry.serve, d.registry.shutdown})
+	}
+	if d.upstream != nil {
+		doors = append(doors, door{d.dragonflySocket, d.upstream.serve, d.upstream.server.Shutdown})
 	}
 	served := make(chan error, len(doors))
 	for _, door := range doors {

@@ -71,7 +71,7 @@ func Launch(ctx context.Context, opts LaunchOptions) (pid int, err error) {
 
 // lockStart takes the lock that one launch at a time holds.
 func lockStart(ctx context.Context, socket string) (unlock func(), err error) {
-	dir, err := openSocketDir(socket)
+	dir, err := openSocketDir(socket, forOthers)
 	if err != nil {
 		return nil, err
 	}

@@ -17,6 +17,9 @@ import (
 const (
 	socketDirMode = 0o750
 	socketMode    = 0o660
+	// forOthers are what the mode of a socket's directory must not have: write for
+	// the group, and anything for others.
+	forOthers fs.FileMode = 0o027
 
 	// lockTimeout bounds the wait for another daemon that makes its socket. The
 	// group can lock the directory, and is not to keep the daemon from starting
@@ -34,11 +37,19 @@ const (
 // path or something that is not a socket is there, and with [digest.ErrInvalid]
 // where path is too long for a socket. A socket that nobody listens on is
 // replaced.
-func Listen(path string) (net.Listener, error) {
+func Listen(path string) (net.Listener, error) { return listen(path, socketMode, forOthers) }
+
+// ListenShared is Listen in a directory that others can enter, too, but not write
+// to, as /run is, with a socket of mode 0600. It is for a server that knows who
+// calls.
+func ListenShared(path string) (net.Listener, error) { return listen(path, 0o600, 0o022) }
+
+// listen makes a socket in a directory that has none of the bits of forbidden.
+func listen(path string, mode, forbidden fs.FileMode) (net.Listener, error) {
 	if len(path) > maxSocketPath {
 		return nil, socketPathError(path)
 	}
-	dir, err := openSocketDir(path)
+	dir, err := openSocketDir(path, forbidden)
 	if err != nil {
 		return nil, err
 	}
@@ -57,7 +68,7 @@ func Listen(path string) (net.Listener, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := os.Chmod(path, socketMode); err != nil {
+	if err := os.Chmod(path, mode); err != nil {
 		l.Close()
 		return nil, err
 	}
@@ -66,7 +77,7 @@ func Listen(path string) (net.Listener, error) {
 
 // openSocketDir opens the directory that the socket at path is in, and makes it
 // where it is missing. It refuses one where others could get at the socket.
-func openSocketDir(path string) (*os.File, error) {
+func openSocketDir(path string, forbidden fs.FileMode) (*os.File, error) {
 	name := filepath.Dir(path)
 	if _, err := os.Stat(name); errors.Is(err, fs.ErrNotExist) {
 		if err := os.MkdirAll(name, socketDirMode); err != nil {
@@ -77,14 +88,14 @@ func openSocketDir(path string) (*os.File, error) {
 	if err != nil {
 		return nil, fmt.Errorf("directory of the socket: %w", err)
 	}
-	if err := checkSocketDir(dir); err != nil {
+	if err := checkSocketDir(dir, forbidden); err != nil {
 		dir.Close()
 		return nil, err
 	}
 	return dir, nil
 }
 
-func checkSocketDir(dir *os.File) error {
+func checkSocketDir(dir *os.File, forbidden fs.FileMode) error {
 	info, err := dir.Stat()
 	if err != nil {
 		return fmt.Errorf("directory of the socket: %w", err)
@@ -92,7 +103,7 @@ func checkSocketDir(dir *os.File) error {
 	if owner := info.Sys().(*syscall.Stat_t).Uid; owner != 0 && int(owner) != os.Geteuid() {
 		return fmt.Errorf("directory of the socket: %s belongs to uid %d, neither root nor the daemon's user: %w: choose another directory, or chown it", dir.Name(), owner, fs.ErrPermission)
 	}
-	if mode := info.Mode().Perm(); mode&0o027 != 0 {
+	if mode := info.Mode().Perm(); mode&forbidden != 0 {
 		advice := "choose a directory of its own, for example " + filepath.Join(dir.Name(), "dragonfly", "dfdaemon.sock")
 		if info.Mode()&fs.ModeSticky == 0 { // else it is for all, as /tmp is
 			advice = fmt.Sprintf("chmod 0750 %s where nothing else needs it, or %s", dir.Name(), advice)

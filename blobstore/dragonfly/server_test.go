@@ -1,0 +1,318 @@
+package dragonfly
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"log/slog"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	commonv1 "d7y.io/api/v2/pkg/apis/common/v1"
+	dfdaemonv1 "d7y.io/api/v2/pkg/apis/dfdaemon/v1"
+	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/emptypb"
+
+	"github.com/dfcache/dfcache/blobstore"
+	"github.com/dfcache/dfcache/blobstore/peertest"
+	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p/rpc"
+)
+
+// strangerSocket has the test binary be a client that runs as another user.
+const strangerSocket = "DFCACHE_TEST_STRANGER"
+
+func TestMain(m *testing.M) {
+	if socket := os.Getenv(strangerSocket); socket != "" {
+		_, err := dial(socket).CheckHealth(context.Background(), &emptypb.Empty{})
+		fmt.Print(err)
+		os.Exit(0)
+	}
+	goleak.VerifyTestMain(m)
+}
+
+func dial(socket string) dfdaemonv1.DaemonClient {
+	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		panic(err)
+	}
+	return dfdaemonv1.NewDaemonClient(conn)
+}
+
+// setup is a store that is served, and a client of Dragonfly.
+type setup struct {
+	dfdaemonv1.DaemonClient
+	t      *testing.T
+	engine *peertest.Engine
+	store  *blobstore.Store
+	dir    string
+	socket string
+}
+
+func serve(t *testing.T) *setup {
+	t.Helper()
+	s := &setup{t: t, engine: peertest.New(t), dir: t.TempDir()}
+	s.store = blobstore.New(s.engine)
+	s.socket = filepath.Join(s.dir, "s")
+	if err := os.Chmod(s.dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	l, err := rpc.ListenShared(s.socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := NewServer(s.store, slog.New(slog.DiscardHandler))
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(l) }()
+	conn, err := grpc.NewClient("unix://"+s.socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.DaemonClient = dfdaemonv1.NewDaemonClient(conn)
+	t.Cleanup(func() {
+		conn.Close()
+		if err := server.Shutdown(context.Background()); err != nil {
+			t.Error(err)
+		}
+		if err := <-served; err != nil {
+			t.Error(err)
+		}
+	})
+	return s
+}
+
+// The calls, as Dragonfly's dfcache makes them.
+
+func urlOf(cid string) string { return "d7y:/" + url.QueryEscape(cid) }
+
+func (s *setup) stat(cid, tag string, local bool) error {
+	_, err := s.StatTask(s.t.Context(), &dfdaemonv1.StatTaskRequest{Url: urlOf(cid), UrlMeta: &commonv1.UrlMeta{Tag: tag}, LocalOnly: local})
+	return err
+}
+
+func (s *setup) importFile(cid, tag, path string) error {
+	_, err := s.ImportTask(s.t.Context(), &dfdaemonv1.ImportTaskRequest{Url: urlOf(cid), UrlMeta: &commonv1.UrlMeta{Tag: tag}, Path: path, Type: commonv1.TaskType_DfCache})
+	return err
+}
+
+func (s *setup) export(cid, tag, output string) error {
+	_, err := s.ExportTask(s.t.Context(), &dfdaemonv1.ExportTaskRequest{Url: urlOf(cid), UrlMeta: &commonv1.UrlMeta{Tag: tag}, Output: output, Uid: int64(os.Getuid()), Gid: int64(os.Getgid())})
+	return err
+}
+
+func (s *setup) delete(cid, tag string) error {
+	_, err := s.DeleteTask(s.t.Context(), &dfdaemonv1.DeleteTaskRequest{Url: urlOf(cid), UrlMeta: &commonv1.UrlMeta{Tag: tag}})
+	return err
+}
+
+func (s *setup) file(name string, data []byte) string {
+	s.t.Helper()
+	path := filepath.Join(s.dir, name)
+	if err := os.WriteFile(path, data, 0o600); err != nil {
+		s.t.Fatal(err)
+	}
+	return path
+}
+
+// requireCode fails the test unless an error is as Dragonfly's servers send it.
+func requireCode(t *testing.T, what string, err error, want commonv1.Code) {
+	t.Helper()
+	st := status.Convert(err)
+	if want == 0 {
+		if err != nil {
+			t.Errorf("%s: %v", what, err)
+		}
+		return
+	}
+	var detail *commonv1.GrpcDfError
+	for _, d := range st.Details() {
+		detail, _ = d.(*commonv1.GrpcDfError)
+	}
+	if st.Code() != codes.Unknown || detail.GetCode() != want || st.Message() != fmt.Sprintf("[%d]%s", want, detail.GetMessage()) {
+		t.Errorf("%s: %v (detail %v); want code %d", what, err, detail, want)
+	}
+}
+
+const (
+	notFound = commonv1.Code_PeerTaskNotFound
+	bad      = commonv1.Code_BadRequest
+)
+
+func TestClient(t *testing.T) {
+	s := serve(t)
+	if _, err := s.CheckHealth(t.Context(), &emptypb.Empty{}); err != nil {
+		t.Fatal(err)
+	}
+	data := bytes.Repeat([]byte("content\n"), 50_000)
+	path := s.file("model.bin", data)
+	sum := digest.SHA256.FromBytes(data)
+	for cid, tag := range map[string]string{"v1": "models", sum.String(): "files"} {
+		requireCode(t, "stat before", s.stat(cid, tag, false), notFound)
+		requireCode(t, "export before", s.export(cid, tag, filepath.Join(s.dir, "none")), notFound)
+		requireCode(t, "import", s.importFile(cid, tag, path), 0)
+		requireCode(t, "stat", s.stat(cid, tag, false), 0)
+		requireCode(t, "stat on this host", s.stat(cid, tag, true), 0)
+		requireCode(t, "stat under another tag", s.stat(cid, "other", false), notFound)
+		out := filepath.Join(s.dir, "out")
+		requireCode(t, "export", s.export(cid, tag, out), 0)
+		if got, err := os.ReadFile(out); err != nil || !bytes.Equal(got, data) {
+			t.Errorf("exported are %d bytes, %v", len(got), err)
+		}
+		var stat unix.Stat_t
+		if err := unix.Stat(out, &stat); err != nil || stat.Nlink != 1 {
+			t.Errorf("the exported file has %d links, %v: want one of its own", stat.Nlink, err)
+		}
+		requireCode(t, "export to what is there", s.export(cid, tag, out), bad)
+		if err := os.Remove(out); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// What came through one door goes through the other.
+	models, err := s.store.Repository("models")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if f, err := models.Stat(t.Context(), "v1", blobstore.Lookup{Local: true}); err != nil || f.Digest != sum || f.Title != "model.bin" {
+		t.Errorf("the store has %+v, %v", f, err)
+	}
+	for range 2 { // what is gone can be deleted again
+		requireCode(t, "delete", s.delete("v1", "models"), 0)
+		requireCode(t, "stat after", s.stat("v1", "models", false), notFound)
+	}
+	requireCode(t, "stat of the other one", s.stat(sum.String(), "files", true), 0)
+}
+
+func TestOfPeers(t *testing.T) {
+	s := serve(t)
+	theirs, err := blobstore.New(s.engine.Peer).Repository("models")
+	if err != nil {
+		t.Fatal(err)
+	}
+	data := bytes.Repeat([]byte("theirs"), 100_000)
+	if _, err := theirs.Import(t.Context(), "v1", bytes.NewReader(data), blobstore.ImportOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	requireCode(t, "stat", s.stat("v1", "models", false), 0)
+	requireCode(t, "stat on this host", s.stat("v1", "models", true), notFound)
+	out := filepath.Join(s.dir, "out")
+	_, err = s.ExportTask(t.Context(), &dfdaemonv1.ExportTaskRequest{Url: urlOf("v1"), UrlMeta: &commonv1.UrlMeta{Tag: "models"}, Output: out, LocalOnly: true})
+	requireCode(t, "export from this host", err, notFound)
+	requireCode(t, "export", s.export("v1", "models", out), 0)
+	if got, err := os.ReadFile(out); err != nil || !bytes.Equal(got, data) {
+		t.Errorf("exported are %d bytes, %v", len(got), err)
+	}
+}
+
+func TestRefused(t *testing.T) {
+	s := serve(t)
+	path := s.file("file", []byte("content"))
+	fifo := filepath.Join(s.dir, "fifo")
+	if err := unix.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	other := digest.SHA256.FromString("other")
+	for what, err := range map[string]error{
+		"a cid that is no tag":        s.importFile("not/ok", "", path),
+		"no cid":                      s.importFile("", "", path),
+		"a malformed digest":          s.importFile("sha256:xyz", "", path),
+		"a tag that is none":          s.importFile("v1", "Not OK", path),
+		"content of another digest":   s.importFile(other.String(), "", path),
+		"a relative path":             s.importFile("v1", "", "file"),
+		"a path of nothing":           s.importFile("v1", "", path+"x"),
+		"a directory":                 s.importFile("v1", "", s.dir),
+		"a pipe":                      s.importFile("v1", "", fifo),
+		"a relative output":           s.export("v1", "", "out"),
+		"stat of a bad cid":           s.stat("a b", "", false),
+		"delete of a bad cid":         s.delete("a/b", ""),
+		"a range":                     call(s.StatTask(t.Context(), &dfdaemonv1.StatTaskRequest{Url: urlOf("v1"), UrlMeta: &commonv1.UrlMeta{Range: "0-9"}})),
+		"another URL":                 call(s.StatTask(t.Context(), &dfdaemonv1.StatTaskRequest{Url: "https://example.com/v1", UrlMeta: &commonv1.UrlMeta{}})),
+		"an escape that is not whole": call(s.StatTask(t.Context(), &dfdaemonv1.StatTaskRequest{Url: "d7y:/v1%2", UrlMeta: &commonv1.UrlMeta{}})),
+	} {
+		requireCode(t, what, err, bad)
+	}
+	for e, err := range s.store.List(t.Context()) {
+		t.Errorf("the store has %v, %v", e, err)
+	}
+	if _, err := s.LeaveHost(t.Context(), &emptypb.Empty{}); status.Code(err) != codes.Unimplemented {
+		t.Errorf("a call that is not served: %v", err)
+	}
+}
+
+func call(_ *emptypb.Empty, err error) error { return err }
+
+// A timeout ends an export, at the rate that it is limited to, without an output.
+func TestTimeout(t *testing.T) {
+	s := serve(t)
+	requireCode(t, "import", s.importFile("v1", "", s.file("file", make([]byte, 1<<20))), 0)
+	out := filepath.Join(s.dir, "out")
+	_, err := s.ExportTask(t.Context(), &dfdaemonv1.ExportTaskRequest{Url: urlOf("v1"), UrlMeta: &commonv1.UrlMeta{}, Output: out, Limit: 1, Timeout: uint64(100e6)})
+	requireCode(t, "export of a byte in a second", err, commonv1.Code_RequestTimeOut)
+	if _, err := os.Lstat(out); !os.IsNotExist(err) {
+		t.Errorf("there is an output: %v", err)
+	}
+	_, err = s.ExportTask(t.Context(), &dfdaemonv1.ExportTaskRequest{Url: urlOf("v1"), UrlMeta: &commonv1.UrlMeta{}, Output: out, Limit: 1 << 30, Timeout: uint64(60e9)})
+	requireCode(t, "export at a rate", err, 0)
+}
+
+// Another user is refused, whatever the mode of the socket.
+func TestStranger(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root can act as another user: run the tests as root, as .ci/run does")
+	}
+	s := serve(t)
+	if err := os.Chmod(s.socket, 0o666); err != nil {
+		t.Fatal(err)
+	}
+	// The directories above it are only for their owner.
+	for dir := s.dir; dir != os.TempDir() && dir != "/"; dir = filepath.Dir(dir) {
+		if err := os.Chmod(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	self, err := os.ReadFile(os.Args[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	client := filepath.Join(s.dir, "client")
+	if err := os.WriteFile(client, self, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(client)
+	cmd.Env = append(os.Environ(), strangerSocket+"="+s.socket)
+	cmd.Dir = s.dir
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	if !strings.Contains(string(out), "PermissionDenied") || !strings.Contains(string(out), "uid 65534 may not use this socket") {
+		t.Errorf("another user is told: %s", out)
+	}
+}
+
+func FuzzParseURL(f *testing.F) {
+	for _, cid := range []string{"v1", "sha256:" + strings.Repeat("0", 64), "a b/%+", ""} {
+		f.Add(urlOf(cid))
+	}
+	f.Add("d7y:/%zz")
+	f.Add("http://host/path")
+	f.Fuzz(func(t *testing.T, raw string) {
+		cid, err := parseURL(raw)
+		if err != nil {
+			return
+		}
+		if again, err := parseURL(urlOf(cid)); err != nil || again != cid {
+			t.Errorf("%q is the cid %q, which comes back as %q, %v", raw, cid, again, err)
+		}
+	})
+}
