@@ -219,6 +219,8 @@ func TestSwarmRegistry(t *testing.T) {
 	if out := oras(here, b, "discover", b.daemon.host+"/models:v2"); !strings.Contains(out, "application/x-signature") {
 		t.Errorf("discover on the other host says:\n%s", out)
 	}
+	oras(here, b, "tag", b.daemon.host+"/models:v2", "stable")
+	oras(there, a, "resolve", a.daemon.host+"/models:stable")
 	oras(here, b, "pull", b.daemon.host+"/models:v2")
 	if got, err := os.ReadFile(filepath.Join(here.dir, "file.bin")); err != nil || !bytes.Equal(got, data) {
 		t.Errorf("what was pulled on the other host is not what was pushed: %v", err)
