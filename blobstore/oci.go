@@ -365,7 +365,8 @@ func (r *sizedReader) Read(p []byte) (int, error) {
 }
 
 // Tag implements [content.Tagger]: it points the tag reference to content that
-// is there, or fails with [errdef.ErrNotFound]. What the tag pointed to before
+// is there, or on a peer, which is then kept here; else it fails with
+// [errdef.ErrNotFound]. What the tag pointed to before
 // stays. Content has its own digest for a tag without that.
 func (r *Repository) Tag(ctx context.Context, desc ocispec.Descriptor, reference string) error {
 	if err := checkTarget(desc); err != nil {
@@ -386,8 +387,25 @@ func (r *Repository) Tag(ctx context.Context, desc ocispec.Descriptor, reference
 	return nil
 }
 
-// tagAll points names to what is there under d.
+// tagAll points names to what is there under d, on this host or on a peer.
 func (r *Repository) tagAll(ctx context.Context, d digest.Digest, names []p2p.NewName) error {
+	err := r.point(ctx, d, names)
+	if !errors.Is(err, ErrNotFound) {
+		return err
+	}
+	// What a tag points to has to be here: of a manifest that is itself.
+	info, statErr := r.engine.Stat(ctx, r.tag, digest.FromDigest(d), p2p.StatOptions{Manifest: true, Keep: true})
+	if statErr == nil && !info.IsManifest {
+		_, statErr = r.copyBlob(ctx, d, io.Discard, p2p.Network, nil)
+	}
+	if statErr != nil {
+		return statErr
+	}
+	return r.point(ctx, d, names)
+}
+
+// point points names to what is on this host under d.
+func (r *Repository) point(ctx context.Context, d digest.Digest, names []p2p.NewName) error {
 	in, err := r.engine.Ingest(ctx)
 	if err != nil {
 		return err

@@ -620,3 +620,30 @@ func TestParseManifest(t *testing.T) {
 		}
 	}
 }
+
+// What only a peer has can be tagged here.
+func TestTagOfPeers(t *testing.T) {
+	eachPeer(t, func(t *testing.T, _ *peertest.Engine, r, theirs *blobstore.Repository) {
+		data := bytesOf(300_000, 1)
+		imported := mustImport(t, theirs, "v1", data, "file")
+		for _, reference := range []string{"v1", imported.Digest.String()} {
+			target, err := r.Resolve(t.Context(), reference)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := r.Tag(t.Context(), target, "stable"); err != nil {
+				t.Fatalf("tag %s: %v", reference, err)
+			}
+			if got, err := r.Resolve(t.Context(), "stable"); err != nil || got.Digest != target.Digest {
+				t.Errorf("the tag of %s is %v, %v", reference, got, err)
+			}
+			if exported, _, err := exportedTo(t, r, "stable", blobstore.Lookup{}); err != nil || !bytes.Equal(exported, data) {
+				t.Errorf("exported by the tag of %s: %d bytes, %v", reference, len(exported), err)
+			}
+		}
+		absent := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: digest.SHA256.FromString("absent"), Size: 6}
+		if err := r.Tag(t.Context(), absent, "stable"); !errors.Is(err, errdef.ErrNotFound) {
+			t.Errorf("tag what nobody has: %v", err)
+		}
+	})
+}
