@@ -11,7 +11,7 @@ import (
 
 // stepSize is how many bytes are sent at most until the deadline is moved: who
 // receives less than that within the stall timeout is cut off.
-const stepSize = 256 << 10
+const stepSize = 128 << 10
 
 // response sends an answer, remembers what was sent, and cuts off a receiver
 // that stalls: it moves the write deadline on before every step.
