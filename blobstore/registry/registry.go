@@ -26,7 +26,7 @@ type Options struct {
 	// A client that begins one more is told to come back later.
 	MaxUploads int
 	// StallTimeout is how long a client can take to send a byte, or to receive
-	// 256 KiB, until it is cut off, by default a minute.
+	// 128 KiB, until it is cut off, by default a minute.
 	StallTimeout time.Duration
 }
 
