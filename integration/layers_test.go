@@ -26,17 +26,17 @@ var layers = [][]string{
 // notLinked are modules that a package must not depend on, however indirectly:
 // each costs every start of the program, or ties a layer to what it must not know.
 var notLinked = map[string][]string{
-	"cmd/dfcache":        {"github.com/libp2p/", "github.com/russross/blackfriday", "github.com/cpuguy83/go-md2man"},
-	"cmd/dfdaemon":       {"github.com/russross/blackfriday", "github.com/cpuguy83/go-md2man"},
-	"blobstore/registry": {"github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk"},
+	"cmd/dfcache":         {"github.com/libp2p/", "github.com/russross/blackfriday", "github.com/cpuguy83/go-md2man"},
+	"cmd/dfdaemon":        {"github.com/russross/blackfriday", "github.com/cpuguy83/go-md2man"},
+	"blobstore/registry":  {"github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk"},
 	"blobstore/dragonfly": {"github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk", "d7y.io/dragonfly"},
-	"blobstore":          {"oras.land/oras-go/v2/registry", "github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk", "go.opentelemetry.io/otel/exporters"},
-	"p2p/rpc":            {"github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk"},
-	"p2p/swarm":          {"github.com/libp2p/go-libp2p-kad-dht", "google.golang.org/grpc", "github.com/spf13/"},
-	"p2p/swarm/schedule": {"github.com/libp2p/", "google.golang.org/", "golang.org/x/", "github.com/spf13/"},
-	"p2p/pieces":         {"google.golang.org/grpc", "github.com/spf13/", "github.com/libp2p/"},
-	"p2p":                {"google.golang.org/", "go.etcd.io/", "github.com/spf13/", "github.com/libp2p/"},
-	"digest":             {"google.golang.org/", "go.etcd.io/", "golang.org/x/", "github.com/spf13/", "github.com/libp2p/"},
+	"blobstore":           {"oras.land/oras-go/v2/registry", "github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk", "go.opentelemetry.io/otel/exporters"},
+	"p2p/rpc":             {"github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk"},
+	"p2p/swarm":           {"github.com/libp2p/go-libp2p-kad-dht", "google.golang.org/grpc", "github.com/spf13/"},
+	"p2p/swarm/schedule":  {"github.com/libp2p/", "google.golang.org/", "golang.org/x/", "github.com/spf13/"},
+	"p2p/pieces":          {"google.golang.org/grpc", "github.com/spf13/", "github.com/libp2p/"},
+	"p2p":                 {"google.golang.org/", "go.etcd.io/", "github.com/spf13/", "github.com/libp2p/"},
+	"digest":              {"google.golang.org/", "go.etcd.io/", "golang.org/x/", "github.com/spf13/", "github.com/libp2p/"},
 }
 
 func goList(t *testing.T, args ...string) []string {
