@@ -183,12 +183,19 @@ func (s *Store) lastUsed(tx *bbolt.Tx, task p2p.Task) time.Time {
 
 // Delete implements [p2p.Engine].
 func (s *Store) Delete(ctx context.Context, tag string, cid digest.CID, opts p2p.DeleteOptions) (p2p.Deleted, error) {
+	deleted, _, err := s.DeleteTasks(ctx, tag, cid, opts)
+	return deleted, err
+}
+
+// DeleteTasks does what [Store.Delete] does, and returns the tasks that went, for
+// whoever has them elsewhere, too.
+func (s *Store) DeleteTasks(ctx context.Context, tag string, cid digest.CID, opts p2p.DeleteOptions) (p2p.Deleted, []p2p.Task, error) {
 	if err := s.begin(ctx); err != nil {
-		return p2p.Deleted{}, err
+		return p2p.Deleted{}, nil, err
 	}
 	defer s.end()
 	if err := validateDelete(tag, cid, opts); err != nil {
-		return p2p.Deleted{}, err
+		return p2p.Deleted{}, nil, err
 	}
 	var removed removal
 	err := s.update(func(tx *bbolt.Tx) error {
@@ -196,12 +203,12 @@ func (s *Store) Delete(ctx context.Context, tag string, cid digest.CID, opts p2p
 		return removed.delete(tx, tag, cid, opts)
 	})
 	if err != nil {
-		return p2p.Deleted{}, err
+		return p2p.Deleted{}, nil, err
 	}
 	if removed.loose > 0 {
 		s.dropLoose()
 	}
-	return removed.deleted(), nil
+	return removed.deleted(), removed.tasks, nil
 }
 
 // delete removes what cid names.

@@ -294,6 +294,9 @@ func (s *Store) makeLayout() error {
 	return s.files.SyncDir(s.dir)
 }
 
+// Dir returns the directory that the store is in, as an absolute path.
+func (s *Store) Dir() string { return s.dir }
+
 func (s *Store) path(elem ...string) string {
 	return filepath.Join(append([]string{s.dir}, elem...)...)
 }
