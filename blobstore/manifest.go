@@ -86,6 +86,24 @@ func ParseManifest(mediaType string, content []byte) (*p2p.NewManifest, error) {
 	return m.refs(false), nil
 }
 
+// DetectManifest returns the media type of content that is a manifest by its own
+// account, and what it refers to as [ParseManifest] does; "" and nil where it is
+// none. It is for engines that fetch content from where nobody says what it is.
+func DetectManifest(content []byte) (mediaType string, refs *p2p.NewManifest) {
+	m, err := parseManifest(content)
+	if err != nil || m.SchemaVersion != 2 && m.MediaType != mediaTypeArtifactManifest {
+		return "", nil
+	}
+	// In the two kinds of OCI's own the media type may be missing.
+	if m.MediaType == "" && m.Manifests == nil && (m.Config == nil || m.Layers == nil) {
+		return "", nil
+	}
+	if mediaType, err = m.mediaTypeOf(""); err != nil || !isManifestType(mediaType) {
+		return "", nil
+	}
+	return mediaType, m.refs(false)
+}
+
 // parseManifest reads a manifest. Errors match [ErrInvalid].
 func parseManifest(data []byte) (*manifest, error) {
 	if len(data) > MaxManifest {

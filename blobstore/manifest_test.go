@@ -350,3 +350,27 @@ func TestHostileManifest(t *testing.T) {
 		}
 	}
 }
+
+// What is fetched from where nobody says what it is, is a manifest where it says so itself.
+func TestDetectManifest(t *testing.T) {
+	d := digest.SHA256.FromString("x").String()
+	desc := `{"mediaType":"a/b","digest":"` + d + `","size":1}`
+	for content, want := range map[string]string{
+		`{"schemaVersion":2,"mediaType":"application/vnd.oci.image.manifest.v1+json","config":` + desc + `,"layers":[]}`: ocispec.MediaTypeImageManifest,
+		`{"schemaVersion":2,"config":` + desc + `,"layers":[` + desc + `]}`:                                              ocispec.MediaTypeImageManifest,
+		`{"schemaVersion":2,"manifests":[` + desc + `]}`:                                                                 ocispec.MediaTypeImageIndex,
+		`{}`:                  "",
+		`{"schemaVersion":2}`: "",
+		`{"schemaVersion":2,"mediaType":"application/json"}`:         "",
+		`{"schemaVersion":2,"manifests":[{"digest":"sha256:x"}]}`:    "",
+		`{"mediaType":"application/vnd.oci.image.manifest.v1+json"}`: "",
+		`[]`:   "",
+		"text": "",
+		"":     "",
+	} {
+		mediaType, m := blobstore.DetectManifest([]byte(content))
+		if mediaType != want || (m != nil) != (want != "") {
+			t.Errorf("%s is %q, %v; want %q", content, mediaType, m, want)
+		}
+	}
+}
