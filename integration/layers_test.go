@@ -16,7 +16,7 @@ var layers = [][]string{
 	{"cmd/internal/logs", "cmd/internal/manual", "cmd/internal/profiling", "cmd/internal/settings", "cmd/internal/tracing"},
 	{"cmd/internal/build", "cmd/internal/exit", "cmd/internal/paths", "docs"},
 	{"blobstore/registry", "blobstore/dragonfly"},
-	{"blobstore", "p2p/swarm", "p2p/swarm/discovery"}, // none of these knows another
+	{"blobstore", "p2p/swarm", "p2p/swarm/discovery", "p2p/dragonfly"}, // none of these knows another
 	{"p2p/rpc"},
 	{"p2p/rpc/pb", "p2p/pieces"},
 	{"p2p"},
@@ -33,6 +33,7 @@ var notLinked = map[string][]string{
 	"blobstore":           {"oras.land/oras-go/v2/registry", "github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk", "go.opentelemetry.io/otel/exporters"},
 	"p2p/rpc":             {"github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk"},
 	"p2p/swarm":           {"github.com/libp2p/go-libp2p-kad-dht", "google.golang.org/grpc", "github.com/spf13/"},
+	"p2p/dragonfly":       {"github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk", "d7y.io/dragonfly"},
 	"p2p/swarm/schedule":  {"github.com/libp2p/", "google.golang.org/", "golang.org/x/", "github.com/spf13/"},
 	"p2p/pieces":          {"google.golang.org/grpc", "github.com/spf13/", "github.com/libp2p/"},
 	"p2p":                 {"google.golang.org/", "go.etcd.io/", "github.com/spf13/", "github.com/libp2p/"},

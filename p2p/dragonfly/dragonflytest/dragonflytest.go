@@ -1,0 +1,324 @@
+// Package dragonflytest has a stand-in for the dfdaemon of an upstream Dragonfly, for
+// tests of what is built on one. It speaks the real API on a unix socket, and does as
+// the real one does where that hurts: it takes cid and tag together, without a
+// separator, for what a task is called; keeps the first content of a task; verifies
+// nothing; exports a hard link to its own cache file; deletes on its own host only; and
+// lets callers wait where it has no scheduler.
+package dragonflytest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	commonv1 "d7y.io/api/v2/pkg/apis/common/v1"
+	dfdaemonv1 "d7y.io/api/v2/pkg/apis/dfdaemon/v1"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/emptypb"
+)
+
+// Cluster is daemons that have one scheduler: what one has, the others can get.
+type Cluster struct {
+	mu      sync.Mutex
+	daemons []*Daemon
+}
+
+// Daemon is one dfdaemon. It is safe for concurrent use.
+type Daemon struct {
+	dfdaemonv1.UnimplementedDaemonServer
+	Socket string // where it listens
+
+	t       testing.TB
+	cluster *Cluster
+	dir     string // of its cache
+	server  *grpc.Server
+	served  chan struct{}
+
+	mu          sync.Mutex
+	tasks       map[string]string // the cache files of the tasks that it has
+	made        int
+	noScheduler bool
+	lies        bool
+	hook        func(ctx context.Context, call string) error
+	calls       map[string]int
+}
+
+// Start starts a daemon of the cluster, which ends with the test.
+func (c *Cluster) Start(t testing.TB) *Daemon {
+	t.Helper()
+	// The test's own directory can have a name that is too long for a socket.
+	dir, err := os.MkdirTemp("", "dragonfly")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	d := &Daemon{
+		Socket: filepath.Join(dir, "s"), t: t, cluster: c, dir: filepath.Join(dir, "cache"),
+		tasks: map[string]string{}, calls: map[string]int{},
+	}
+	if err := os.Mkdir(d.dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	c.mu.Lock()
+	c.daemons = append(c.daemons, d)
+	c.mu.Unlock()
+	d.Run()
+	t.Cleanup(d.Kill)
+	return d
+}
+
+// Run has a daemon that was killed answer again, with what it had.
+func (d *Daemon) Run() {
+	d.t.Helper()
+	l, err := net.Listen("unix", d.Socket)
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	server, served := grpc.NewServer(grpc.UnaryInterceptor(d.intercept)), make(chan struct{})
+	dfdaemonv1.RegisterDaemonServer(server, d)
+	d.mu.Lock()
+	d.server, d.served = server, served
+	d.mu.Unlock()
+	go func() {
+		defer close(served)
+		server.Serve(l)
+	}()
+}
+
+// Kill ends the daemon, with all calls that are under way.
+func (d *Daemon) Kill() {
+	d.mu.Lock()
+	server, served := d.server, d.served
+	d.mu.Unlock()
+	server.Stop()
+	<-served
+}
+
+// LoseScheduler has every call that needs more than this daemon wait until its context ends.
+func (d *Daemon) LoseScheduler() { d.set(func() { d.noScheduler = true }) }
+
+// Lie has every export from now on give bytes that nobody has imported.
+func (d *Daemon) Lie() { d.set(func() { d.lies = true }) }
+
+// OnCall has hook called at the beginning of every call, with its name, such as
+// "ExportTask". Its error is that of the call.
+func (d *Daemon) OnCall(hook func(ctx context.Context, call string) error) {
+	d.set(func() { d.hook = hook })
+}
+
+func (d *Daemon) set(do func()) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	do()
+}
+
+// Calls returns how many calls of this name there were since it was last asked.
+func (d *Daemon) Calls(call string) int {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	n := d.calls[call]
+	d.calls[call] = 0
+	return n
+}
+
+// Tasks returns what the tasks that the daemon has are called: URL and tag in a row.
+func (d *Daemon) Tasks() []string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	var keys []string
+	for key := range d.tasks {
+		keys = append(keys, key)
+	}
+	slices.Sort(keys)
+	return keys
+}
+
+// Forget has the daemon lose all that it has.
+func (d *Daemon) Forget() { d.set(func() { clear(d.tasks) }) }
+
+// Files returns the paths of the files in the daemon's cache.
+func (d *Daemon) Files() []string {
+	files, err := filepath.Glob(filepath.Join(d.dir, "*"))
+	if err != nil {
+		d.t.Error(err)
+	}
+	return files
+}
+
+func (d *Daemon) intercept(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+	call := filepath.Base(info.FullMethod)
+	d.mu.Lock()
+	d.calls[call]++
+	hook := d.hook
+	d.mu.Unlock()
+	if hook != nil {
+		if err := hook(ctx, call); err != nil {
+			return nil, err
+		}
+	}
+	return handler(ctx, req)
+}
+
+// dfError is an error as Dragonfly has them.
+func dfError(code commonv1.Code, format string, args ...any) error {
+	message := fmt.Sprintf(format, args...)
+	st, err := status.New(codes.Unknown, fmt.Sprintf("[%d]%s", code, message)).WithDetails(&commonv1.GrpcDfError{Code: code, Message: message})
+	if err != nil {
+		return err
+	}
+	return st.Err()
+}
+
+// keyOf is what a task is called: both texts in a row.
+func keyOf(req interface {
+	GetUrl() string
+	GetUrlMeta() *commonv1.UrlMeta
+}) string {
+	return req.GetUrl() + req.GetUrlMeta().GetTag()
+}
+
+// file returns the cache file of a task that this daemon has.
+func (d *Daemon) file(key string) (name string, found bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	name, found = d.tasks[key]
+	return name, found
+}
+
+// elsewhere returns the cache file of a task that another daemon has, when the
+// scheduler has answered.
+func (d *Daemon) elsewhere(ctx context.Context, key string) (string, error) {
+	d.mu.Lock()
+	noScheduler := d.noScheduler
+	d.mu.Unlock()
+	if noScheduler {
+		<-ctx.Done()
+		return "", ctx.Err()
+	}
+	d.cluster.mu.Lock()
+	daemons := slices.Clone(d.cluster.daemons)
+	d.cluster.mu.Unlock()
+	for _, other := range daemons {
+		if name, found := other.file(key); found {
+			return name, nil
+		}
+	}
+	return "", dfError(commonv1.Code_PeerTaskNotFound, "task %s not found", key)
+}
+
+// keep copies a file to the cache, and returns its name there.
+func (d *Daemon) keep(key, from string) (string, error) {
+	in, err := os.Open(from)
+	if err != nil {
+		return "", dfError(commonv1.Code_BadRequest, "open %s: %v", from, err)
+	}
+	defer in.Close()
+	d.mu.Lock()
+	d.made++
+	name := filepath.Join(d.dir, fmt.Sprint(d.made))
+	d.mu.Unlock()
+	out, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o644)
+	if err != nil {
+		return "", err
+	}
+	_, err = io.Copy(out, in)
+	if err = errors.Join(err, out.Close()); err != nil {
+		return "", err
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.tasks[key] = name
+	return name, nil
+}
+
+// CheckHealth implements the API.
+func (d *Daemon) CheckHealth(context.Context, *emptypb.Empty) (*emptypb.Empty, error) {
+	return &emptypb.Empty{}, nil
+}
+
+// StatTask implements the API.
+func (d *Daemon) StatTask(ctx context.Context, req *dfdaemonv1.StatTaskRequest) (*emptypb.Empty, error) {
+	key := keyOf(req)
+	if _, found := d.file(key); found {
+		return &emptypb.Empty{}, nil
+	}
+	if req.GetLocalOnly() {
+		return nil, dfError(commonv1.Code_PeerTaskNotFound, "task %s not found in local cache", key)
+	}
+	_, err := d.elsewhere(ctx, key)
+	return &emptypb.Empty{}, err
+}
+
+// ImportTask implements the API.
+func (d *Daemon) ImportTask(_ context.Context, req *dfdaemonv1.ImportTaskRequest) (*emptypb.Empty, error) {
+	key := keyOf(req)
+	if _, found := d.file(key); found {
+		return &emptypb.Empty{}, nil
+	}
+	if !filepath.IsAbs(req.GetPath()) {
+		return nil, dfError(commonv1.Code_BadRequest, "path %s is not absolute", req.GetPath())
+	}
+	_, err := d.keep(key, req.GetPath())
+	return &emptypb.Empty{}, err
+}
+
+// ExportTask implements the API.
+func (d *Daemon) ExportTask(ctx context.Context, req *dfdaemonv1.ExportTaskRequest) (*emptypb.Empty, error) {
+	if timeout := time.Duration(req.GetTimeout()); timeout > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, timeout)
+		defer cancel()
+	}
+	key := keyOf(req)
+	if _, err := os.Lstat(req.GetOutput()); err == nil {
+		return nil, dfError(commonv1.Code_BadRequest, "output %s exists", req.GetOutput())
+	}
+	name, found := d.file(key)
+	if !found {
+		if req.GetLocalOnly() {
+			return nil, dfError(commonv1.Code_PeerTaskNotFound, "task %s not found in local cache", key)
+		}
+		from, err := d.elsewhere(ctx, key)
+		if err == nil {
+			name, err = d.keep(key, from)
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	d.mu.Lock()
+	lies := d.lies
+	d.mu.Unlock()
+	if lies {
+		if err := os.WriteFile(name, []byte("not what was imported"), 0o644); err != nil {
+			return nil, err
+		}
+	}
+	if err := os.Link(name, req.GetOutput()); err != nil {
+		return nil, dfError(commonv1.Code_BadRequest, "%v", err)
+	}
+	return &emptypb.Empty{}, nil
+}
+
+// DeleteTask implements the API.
+func (d *Daemon) DeleteTask(_ context.Context, req *dfdaemonv1.DeleteTaskRequest) (*emptypb.Empty, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if name, found := d.tasks[keyOf(req)]; found {
+		delete(d.tasks, keyOf(req))
+		if err := os.Remove(name); err != nil {
+			return nil, err
+		}
+	}
+	return &emptypb.Empty{}, nil
+}
