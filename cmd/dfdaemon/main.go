@@ -39,6 +39,7 @@ type options struct {
 	socket          string
 	registry        registryOptions
 	dragonflySocket string
+	engine          engineOptions
 	swarmKey        string
 	swarm           swarmOptions
 	maxSize         size
@@ -64,7 +65,8 @@ host by default. At an address that other hosts can reach, it wants TLS, and use
 with passwords, unless the flags say that it goes without.
 
 With a swarm key it trades content with the other daemons that have the same
-('dfdaemon help swarm').
+('dfdaemon help swarm'). With --engine dragonfly it has a Dragonfly for that, whose
+dfdaemon runs on this host.
 
 SETTINGS
 ========
@@ -101,6 +103,7 @@ value counts. An unknown key in the file is an error.
 	flags.StringVar(&o.socket, "daemon-sock", "", "unix `socket` to listen at (default dfdaemon.sock in /run/dragonfly for root, else in dragonfly in the XDG runtime directory)")
 	flags.StringVar(&o.dragonflySocket, "dragonfly-sock", "", "unix `socket` for Dragonfly's own dfcache, which looks for /var/run/dfdaemon.sock; whoever may use it can have the daemon read and write any file; off is none (default off)")
 	o.registry.flags(flags)
+	o.engine.flags(flags)
 	o.swarm.flags(flags)
 	flags.Var(&o.maxSize, "max-size", "`bytes` that blobs and unfinished uploads may take on disk, such as 500GiB; 0 is no limit")
 	flags.DurationVar(&o.shutdownTimeout, "shutdown-timeout", 30*time.Second, "how long running operations may take after SIGTERM; 0 is as long as they need")

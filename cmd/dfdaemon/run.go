@@ -24,6 +24,7 @@ import (
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/pieces"
 	"github.com/dfcache/dfcache/p2p/rpc"
+	"github.com/dfcache/dfcache/p2p/swarm/discovery"
 )
 
 // run starts the daemon and serves until a signal ends it.
@@ -66,6 +67,9 @@ func (d *daemon) close() {
 // start opens everything that a daemon needs. The caller closes it.
 func (o *options) start(cmd *cobra.Command) (_ *daemon, err error) {
 	if err := o.load(cmd); err != nil {
+		return nil, err
+	}
+	if err := o.checkEngine(cmd); err != nil {
 		return nil, err
 	}
 	oci, err := o.registry.prepare(cmd)
@@ -122,9 +126,12 @@ func (o *options) start(cmd *cobra.Command) (_ *daemon, err error) {
 	}
 	d.onClose(stop)
 
-	key, inSwarm, err := o.readKey(cmd, warn)
-	if err != nil {
-		return nil, err
+	var key discovery.Key
+	inSwarm := false
+	if o.engine.kind == engineOwn {
+		if key, inSwarm, err = o.readKey(cmd, warn); err != nil {
+			return nil, err
+		}
 	}
 	if err := d.serveMetrics(); err != nil {
 		return nil, err
@@ -133,14 +140,9 @@ func (o *options) start(cmd *cobra.Command) (_ *daemon, err error) {
 	if err != nil {
 		return nil, err
 	}
-	var engine p2p.Engine = local
-	peer := "none"
-	if inSwarm {
-		joined, err := d.joinSwarm(local, key)
-		if err != nil {
-			return nil, errors.Join(err, local.Close())
-		}
-		engine, peer = joined, joined.ID()
+	engine, peer, err := d.openEngine(cmd.Context(), local, key, inSwarm, warn)
+	if err != nil {
+		return nil, err
 	}
 	store := blobstore.New(engine)
 	d.onClose(func() {
