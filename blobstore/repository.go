@@ -580,8 +580,8 @@ type Deleted = p2p.Deleted
 // held. A digest that a manifest refers to is an error that matches
 // [ErrReferenced], unless opts.Force is set. Bytes are freed when no tag holds
 // them any more; who has them open can read on. Peers do the same; the result
-// names those that were not reached, and that learn of it when they return. It
-// fails with [ErrNotFound] where there is nothing to remove.
+// names those that were not reached: of a swarm, they learn of it when they return.
+// It fails with [ErrNotFound] where there is nothing to remove.
 func (r *Repository) Remove(ctx context.Context, cid string, opts DeleteOptions) (Deleted, error) {
 	id, err := digest.ParseCID(cid)
 	if err != nil {

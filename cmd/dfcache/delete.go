@@ -50,7 +50,8 @@ can read on.
 
 All peers do the same. The result says how many were reached, on how many of these
 there was something to remove, and which were missed: they are named on stderr,
-too, and do it when they return, so that this is a success.
+too, and do it when they return, so that this is a success. Dragonfly, where that is
+the engine, deletes on this host only; the result says where others have it still.
 
 As JSON, "missed" is an array of objects with "peer", "address" and "reason".
 
@@ -102,7 +103,7 @@ func (s *session) delete(ctx context.Context, opts blobstore.DeleteOptions) erro
 	}
 	if len(result.Missed) > 0 {
 		s.log.Warn("peers were missed", "count", len(result.Missed))
-		fmt.Fprintf(s.stderr, "dfcache: warning: %s not reached, and delete it when they return:\n", count(len(result.Missed), "peer was", "peers were"))
+		fmt.Fprintf(s.stderr, "dfcache: warning: %s not reached; a dfdaemon of the swarm deletes it when it returns:\n", count(len(result.Missed), "peer was", "peers were"))
 		for _, m := range result.Missed {
 			fmt.Fprintf(s.stderr, "  %s\n", m)
 		}

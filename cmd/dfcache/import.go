@@ -170,7 +170,7 @@ func (s *session) notReplicated(ctx context.Context, repo *blobstore.Repository,
 			why += ", and " + count(f.Holders.Whole, "peer holds it", "peers hold it") + " whole by now"
 		}
 	}
-	if code == exit.Unreachable {
+	if code == exit.Unreachable && isOfSwarm(err) {
 		why += ": " + unreachableAdvice
 	}
 	return &storedError{toldError{

@@ -177,7 +177,7 @@ func TestDeleteOnPeers(t *testing.T) {
 	})
 	store()
 	o := run("delete", "-i", "v1").want(0, `missed: +12D3KooWA 10\.0\.0\.7:4001: "away since \\x1b\[1myesterday"`, `missed: +12D3KooWB \(no address\): it refused`)
-	for _, want := range []string{"warning: 2 peers were not reached, and delete it when they return", "  12D3KooWB (no address): it refused\n"} {
+	for _, want := range []string{"warning: 2 peers were not reached; a dfdaemon of the swarm deletes it when it returns:", "  12D3KooWB (no address): it refused\n"} {
 		if !strings.Contains(o.stderr, want) {
 			t.Errorf("stderr does not say %q:\n%s", want, o.stderr)
 		}

@@ -137,6 +137,9 @@ func (a *app) explain(ctx context.Context, cmd *cobra.Command, err error) error 
 	case exit.Referenced:
 		return fmt.Errorf("%w (--force)", err)
 	case exit.Unreachable:
+		if !isOfSwarm(err) {
+			return err
+		}
 		return fmt.Errorf("%w; another host may have it: %s", err, unreachableAdvice)
 	}
 	return err
@@ -144,6 +147,13 @@ func (a *app) explain(ctx context.Context, cmd *cobra.Command, err error) error 
 
 // unreachableAdvice is what can be done where peers can't be reached.
 const unreachableAdvice = "see 'dfcache peers', and check dfdaemon's bootstrap addresses and swarm key"
+
+// isOfSwarm reports whether the peers that could not be reached are those of a swarm.
+// Where a Dragonfly stands for them, the error says what can be done: it is not there,
+// or can't do that.
+func isOfSwarm(err error) bool {
+	return !errors.Is(err, p2p.ErrUnavailable) && !errors.Is(err, errors.ErrUnsupported)
+}
 
 // toldError has words of its own for an error.
 type toldError struct {

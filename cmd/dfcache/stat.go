@@ -22,8 +22,8 @@ it, when it came here and when it was last used here.
 
 It also asks all peers, and prints how many of them hold the file or a part of it,
 how many hold it whole, and how many did not answer. Of several files the one is
-meant that the fewest peers hold whole. Nothing is fetched. With --local nobody is
-asked.
+meant that the fewest peers hold whole. Nothing is fetched, unless the engine is a
+Dragonfly, which knows no sizes: then the file is. With --local nobody is asked.
 
 That no peer has the file is "not found"; that it is not here, and none could be
 asked, is "unreachable".
