@@ -110,8 +110,8 @@ func (c *client) export(ctx context.Context, t p2p.Task, path string, limit time
 }
 
 // delete has the daemon delete a task of its own. One that it does not have is no error.
-func (c *client) delete(ctx context.Context, t p2p.Task, limit time.Duration) error {
-	return c.call(ctx, "delete "+t.String(), limit, p2p.ErrUnavailable, func(ctx context.Context) error {
+func (c *client) delete(ctx context.Context, t p2p.Task) error {
+	return c.call(ctx, "delete", deleteTimeout, p2p.ErrUnavailable, func(ctx context.Context) error {
 		_, err := c.daemon.DeleteTask(ctx, &dfdaemonv1.DeleteTaskRequest{Url: taskURL(t), UrlMeta: taskMeta(t)})
 		return err
 	})

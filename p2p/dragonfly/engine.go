@@ -54,7 +54,7 @@ const (
 	// DefaultTimeout bounds an import or an export.
 	DefaultTimeout = 10 * time.Minute
 
-	// deleteTimeout bounds one delete by Dragonfly.
+	// deleteTimeout bounds what Dragonfly does for one delete of ours.
 	deleteTimeout = 10 * time.Second
 )
 
@@ -221,10 +221,11 @@ func (e *Engine) holders(ctx context.Context, task p2p.Task) (*p2p.Holders, erro
 		return &p2p.Holders{Asked: 1, Some: 1, Whole: 1}, nil
 	case errors.Is(err, p2p.ErrNotFound):
 		return &p2p.Holders{Asked: 1}, nil
-	case errors.Is(err, p2p.ErrUnreachable):
-		return &p2p.Holders{Asked: 1, Silent: 1}, nil
+	case context.Cause(ctx) != nil:
+		return nil, err
 	}
-	return nil, err
+	e.log.Warn("Dragonfly does not say who has a task", "task", task.String(), "error", err)
+	return &p2p.Holders{Asked: 1, Silent: 1}, nil
 }
 
 // Open implements [p2p.Engine]. A blob that is not here is fetched and stored before
@@ -530,9 +531,11 @@ func (e *Engine) deleteUpstream(ctx context.Context, tasks []p2p.Task) (missed [
 	miss := func(reason string) {
 		missed = append(missed, p2p.Missed{Peer: "Dragonfly", Address: e.opts.Socket, Reason: reason})
 	}
+	limited, cancel := context.WithTimeoutCause(ctx, deleteTimeout, fmt.Errorf("the dfdaemon of Dragonfly at %s has not done it within %s", e.opts.Socket, deleteTimeout))
+	defer cancel()
 	for _, task := range tasks {
-		if err := e.upstream.delete(ctx, task, deleteTimeout); err != nil {
-			miss(err.Error() + ": delete it again by this digest")
+		if err := e.upstream.delete(limited, task); err != nil {
+			miss(fmt.Sprintf("%s: %v: delete it again by this digest", task, err))
 		}
 	}
 	if len(missed) > 0 {

@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"go.uber.org/goleak"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/dfcache/dfcache/blobstore"
 	"github.com/dfcache/dfcache/digest"
@@ -311,8 +313,30 @@ func TestSlow(t *testing.T) {
 	})
 	_, err := b.Open(t.Context(), task, p2p.Network)
 	requireError(t, "open", err, p2p.ErrUnreachable, "export", "no answer within 50ms")
+	if got := b.upstream.Timeout(); got != short {
+		t.Errorf("Dragonfly is told of a timeout of %s, want %s", got, short)
+	}
 	b.requireMissing(task)
 	requireError(t, "import", tryImport(t.Context(), b, task, []byte("data")), p2p.ErrUnavailable, "stored on this host", "import", "no answer within 50ms")
+}
+
+// What else Dragonfly has to say is told in its words, and is not taken for an answer.
+func TestOtherErrors(t *testing.T) {
+	h := newHost(t, new(dragonflytest.Cluster), dragonfly.Options{})
+	task := enginetest.Import(t, h, "t", []byte("data"))
+	h.upstream.OnCall(func(context.Context, string) error { return status.Error(codes.Unknown, "[5000]scheduler error") })
+	info, err := h.stat(task, p2p.StatOptions{Holders: true})
+	if err != nil || *info.Holders != (p2p.Holders{Asked: 1, Silent: 1}) {
+		t.Errorf("stat: %+v, %v", info.Holders, err)
+	}
+	_, err = h.fetch(t.Context(), p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("absent")})
+	if err == nil || errors.Is(err, p2p.ErrNotFound) || errors.Is(err, p2p.ErrUnreachable) || !strings.Contains(err.Error(), "[5000]scheduler error") {
+		t.Errorf("fetch: %v", err)
+	}
+	deleted, err := h.delete(task)
+	if err != nil || len(deleted.Missed) != 1 || !strings.Contains(deleted.Missed[0].Reason, "[5000]scheduler error") {
+		t.Errorf("delete: %+v, %v", deleted, err)
+	}
 }
 
 // The end of a caller's context ends its wait, and is what it is told.

@@ -51,6 +51,7 @@ type Daemon struct {
 	lies        bool
 	hook        func(ctx context.Context, call string) error
 	calls       map[string]int
+	timeout     time.Duration
 }
 
 // Start starts a daemon of the cluster, which ends with the test.
@@ -131,6 +132,13 @@ func (d *Daemon) Calls(call string) int {
 	return n
 }
 
+// Timeout returns the timeout in the last request for an export.
+func (d *Daemon) Timeout() time.Duration {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.timeout
+}
+
 // Tasks returns what the tasks that the daemon has are called: URL and tag in a row.
 func (d *Daemon) Tasks() []string {
 	d.mu.Lock()
@@ -160,6 +168,9 @@ func (d *Daemon) intercept(ctx context.Context, req any, info *grpc.UnaryServerI
 	d.mu.Lock()
 	d.calls[call]++
 	hook := d.hook
+	if export, ok := req.(*dfdaemonv1.ExportTaskRequest); ok {
+		d.timeout = time.Duration(export.GetTimeout())
+	}
 	d.mu.Unlock()
 	if hook != nil {
 		if err := hook(ctx, call); err != nil {
