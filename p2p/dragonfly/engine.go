@@ -19,6 +19,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"iter"
 	"log/slog"
 	"os"
@@ -373,6 +374,9 @@ func (e *Engine) whole(ctx context.Context, task p2p.Task) bool {
 // linked there: it can be the file in Dragonfly's own cache, by another name.
 func (e *Engine) take(ctx context.Context, task p2p.Task, name string) error {
 	f, err := os.Open(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("%w: Dragonfly's dfdaemon says that it has written %s, and there is nothing: it has to see that directory under the same path", p2p.ErrUnavailable, name)
+	}
 	if err != nil {
 		return err
 	}
@@ -452,9 +456,8 @@ func (in *ingest) Commit(c p2p.Commit) error {
 	return nil
 }
 
-// handIn hands a task to Dragonfly, and what it refers to, as far as that is here and
-// Dragonfly's dfdaemon has it not yet: an earlier commit may have failed to, and whoever
-// pushes again leaves out what is here.
+// handIn hands a task to Dragonfly, and what it refers to, as far as that is here: an
+// earlier commit may have failed to, and whoever pushes again leaves out what is here.
 func (e *Engine) handIn(ctx context.Context, task p2p.Task, seen map[p2p.Task]bool) error {
 	if seen[task] {
 		return nil
@@ -467,11 +470,7 @@ func (e *Engine) handIn(ctx context.Context, task p2p.Task, seen map[p2p.Task]bo
 	if err != nil {
 		return err
 	}
-	err = e.upstream.stat(ctx, task, true, e.opts.LookupTimeout)
-	if errors.Is(err, p2p.ErrNotFound) {
-		err = e.handInBlob(ctx, task)
-	}
-	if err != nil {
+	if err := e.handInBlob(ctx, task); err != nil {
 		return err
 	}
 	if info.Manifest == nil {
@@ -485,7 +484,8 @@ func (e *Engine) handIn(ctx context.Context, task p2p.Task, seen map[p2p.Task]bo
 	return nil
 }
 
-// handInBlob has Dragonfly import a blob, which is verified before.
+// handInBlob has Dragonfly import a blob, which is verified before where Dragonfly's
+// dfdaemon does not have it yet. Where it has, it tells its scheduler once more.
 func (e *Engine) handInBlob(ctx context.Context, task p2p.Task) error {
 	blob, err := e.store.OpenForPeers(ctx, task)
 	if errors.Is(err, p2p.ErrNotFound) {
@@ -495,7 +495,11 @@ func (e *Engine) handInBlob(ctx context.Context, task p2p.Task) error {
 		return err
 	}
 	defer blob.Close()
-	if err := blob.CopyRange(ctx, io.Discard, 0, blob.Size(), nil); err != nil {
+	err = e.upstream.stat(ctx, task, true, e.opts.LookupTimeout)
+	if errors.Is(err, p2p.ErrNotFound) {
+		err = blob.CopyRange(ctx, io.Discard, 0, blob.Size(), nil)
+	}
+	if err != nil {
 		return err
 	}
 	return e.upstream.importFile(ctx, task, blob.File().Name(), e.opts.Timeout)
@@ -547,7 +551,7 @@ func (e *Engine) deleteUpstream(ctx context.Context, tasks []p2p.Task) (missed [
 			continue
 		}
 		if err == nil {
-			miss(task.String() + ": other hosts of Dragonfly have it still, and keep it: its delete is of one host only, so delete it on each of them")
+			miss(task.String() + ": Dragonfly's scheduler knows of hosts that have it still, and keep it: its delete is of one host only, so delete it on each of them")
 		} else {
 			miss("whether other hosts of Dragonfly have it still is not known: " + err.Error())
 		}

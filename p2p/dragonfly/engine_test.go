@@ -320,6 +320,28 @@ func TestSlow(t *testing.T) {
 	requireError(t, "import", tryImport(t.Context(), b, task, []byte("data")), p2p.ErrUnavailable, "stored on this host", "import", "no answer within 50ms")
 }
 
+// A Dragonfly in a container, which sees other files under the same path, is told of.
+func TestOtherPaths(t *testing.T) {
+	cluster := new(dragonflytest.Cluster)
+	a, b := newHost(t, cluster, dragonfly.Options{}), newHost(t, cluster, dragonfly.Options{})
+	task := enginetest.Import(t, a, "t", []byte("data"))
+	b.upstream.Contain()
+	_, err := b.Open(t.Context(), task, p2p.Network)
+	requireError(t, "open", err, p2p.ErrUnavailable, "under the same path")
+	b.requireMissing(task)
+}
+
+// What Dragonfly has already it is told of again: it tells its scheduler then.
+func TestImportAgain(t *testing.T) {
+	h := newHost(t, new(dragonflytest.Cluster), dragonfly.Options{})
+	for range 2 {
+		enginetest.Import(t, h, "t", []byte("data"))
+		if n := h.upstream.Calls("ImportTask"); n != 1 {
+			t.Errorf("%d imports by Dragonfly, want 1", n)
+		}
+	}
+}
+
 // What else Dragonfly has to say is told in its words, and is not taken for an answer.
 func TestOtherErrors(t *testing.T) {
 	h := newHost(t, new(dragonflytest.Cluster), dragonfly.Options{})
@@ -482,7 +504,7 @@ func TestDelete(t *testing.T) {
 	enginetest.Import(t, a, "t", data)
 	b.requireFetched(task, data)
 	deleted, err = a.delete(task)
-	if err != nil || deleted.Tasks != 1 || deleted.Reached != 0 || len(deleted.Missed) != 1 || !strings.Contains(deleted.Missed[0].Reason, "other hosts of Dragonfly have it still") {
+	if err != nil || deleted.Tasks != 1 || deleted.Reached != 0 || len(deleted.Missed) != 1 || !strings.Contains(deleted.Missed[0].Reason, "hosts that have it still, and keep it") {
 		t.Errorf("delete: %+v, %v", deleted, err)
 	}
 	enginetest.RequireContent(t, b, task, data)

@@ -49,6 +49,7 @@ type Daemon struct {
 	made        int
 	noScheduler bool
 	lies        bool
+	contained   bool
 	hook        func(ctx context.Context, call string) error
 	calls       map[string]int
 	timeout     time.Duration
@@ -110,6 +111,10 @@ func (d *Daemon) LoseScheduler() { d.set(func() { d.noScheduler = true }) }
 
 // Lie has every export from now on give bytes that nobody has imported.
 func (d *Daemon) Lie() { d.set(func() { d.lies = true }) }
+
+// Contain has the daemon see other directories than its callers: what it exports is
+// nowhere to be found.
+func (d *Daemon) Contain() { d.set(func() { d.contained = true }) }
 
 // OnCall has hook called at the beginning of every call, with its name, such as
 // "ExportTask". Its error is that of the call.
@@ -308,8 +313,11 @@ func (d *Daemon) ExportTask(ctx context.Context, req *dfdaemonv1.ExportTaskReque
 		}
 	}
 	d.mu.Lock()
-	lies := d.lies
+	lies, contained := d.lies, d.contained
 	d.mu.Unlock()
+	if contained {
+		return &emptypb.Empty{}, nil
+	}
 	if lies {
 		if err := os.WriteFile(name, []byte("not what was imported"), 0o644); err != nil {
 			return nil, err
