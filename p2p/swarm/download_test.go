@@ -19,6 +19,7 @@ import (
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/swarm/schedule"
 )
 
 // gate lets pieces pass, so many of them, and then holds them back.
@@ -318,7 +319,21 @@ func TestDamagedSource(t *testing.T) {
 			t.Errorf("%s is shunned", name)
 		}
 	}
-	// Who has noticed has it mended by then, or soon.
+	// Who is asked for what is damaged has it mended. (It may have been asked of the
+	// other one only.)
+	blob, err := c.store.OpenForPeers(t.Context(), task)
+	if err != nil {
+		t.Fatal(err)
+	}
+	table := blob.Table()
+	blob.Close()
+	req := pieceRequest{links: links{table.Size, table.Chain}.hash(task.Digest), want: schedule.NewSet(table.Pieces())}
+	req.want.Add(300_000 / int(table.PieceLength))
+	resp, err := b.client.do(t.Context(), b.client.http, a.id, http.MethodPost, pathPieces, taskQuery(task), req.append(nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
 	for deadline := time.Now().Add(20 * time.Second); ; {
 		blob, err := a.store.Open(t.Context(), task, p2p.Local)
 		if err == nil {
