@@ -248,7 +248,7 @@ func (s *Swarm) tellAll() {
 
 // applyDelete does what a peer tells of, and passes it on where it is news.
 func (s *Swarm) applyDelete(ctx context.Context, d pieces.Delete, from peer.ID) (pieces.DeleteResult, error) {
-	result, err := s.store.ApplyDelete(ctx, d)
+	result, err := s.applied.do(d, func() (pieces.DeleteResult, error) { return s.store.ApplyDelete(ctx, d) })
 	if err != nil {
 		s.log.Warn("a delete by a peer was not done", "what", p2p.Describe(d.Tag, d.CID), "peer", from.String(), "error", err)
 		return result, err
@@ -261,6 +261,38 @@ func (s *Swarm) applyDelete(ctx context.Context, d pieces.Delete, from peer.ID) 
 	if result.Tasks > 0 || result.Found {
 		s.log.Info("deleted by a peer", "what", p2p.Describe(d.Tag, d.CID), "peer", from.String(), "tasks", result.Tasks, "freed", result.Freed)
 	}
+	return result, nil
+}
+
+// applied remembers what the last deletes have done here. A delete comes from whoever
+// makes it, and may have come from another peer just before: whoever makes it is to
+// learn what it did.
+type applied struct {
+	mu      sync.Mutex
+	results map[pieces.Delete]pieces.DeleteResult
+}
+
+const maxApplied = 1024
+
+func (a *applied) do(d pieces.Delete, apply func() (pieces.DeleteResult, error)) (pieces.DeleteResult, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	result, err := apply()
+	if err != nil {
+		return result, err
+	}
+	d.At = d.At.UTC().Round(0) // so that the same times are equal
+	if !result.News {
+		if before, ok := a.results[d]; ok {
+			before.News = false
+			return before, nil
+		}
+		return result, nil
+	}
+	if len(a.results) >= maxApplied {
+		clear(a.results)
+	}
+	a.results[d] = result
 	return result, nil
 }
 

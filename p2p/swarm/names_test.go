@@ -12,6 +12,7 @@ import (
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/pieces"
 )
 
 const manifestType = "application/vnd.oci.image.manifest.v1+json"
@@ -359,5 +360,21 @@ func TestReplicate(t *testing.T) {
 	done, err = b.Replicate(t.Context(), "models", cidOf(t, "v1"), 3)
 	if !errors.Is(err, p2p.ErrUnreachable) || len(done) != 1 {
 		t.Errorf("more than there are: %v, %v, want 1 and %v", done, err, p2p.ErrUnreachable)
+	}
+}
+
+// A delete that comes twice, from another peer first, tells whoever makes it what it did.
+func TestDeleteComesTwice(t *testing.T) {
+	h := newHub()
+	a := h.start(t)
+	task := a.add(t, "t", content(1000, 1))
+	d := pieces.Delete{Tag: "t", CID: digest.FromDigest(task.Digest), At: time.Now().UTC()}
+	for i := range 3 {
+		again := d
+		again.At = d.At.In(time.FixedZone("elsewhere", 3600))
+		result, err := a.applyDelete(t.Context(), again, "peer")
+		if err != nil || !result.Found || result.Tasks != 1 || result.News != (i == 0) {
+			t.Errorf("time %d: %+v, %v", i, result, err)
+		}
 	}
 }

@@ -133,6 +133,7 @@ type Swarm struct {
 	mu        sync.Mutex
 	downloads map[digest.Digest]*download
 	told      chan toldDelete // what is to be told to peers
+	applied   applied
 }
 
 var _ p2p.Engine = (*Swarm)(nil)
@@ -165,6 +166,7 @@ func New(store *pieces.Store, network Network, opts Options) (_ *Swarm, err erro
 		recent:    &recent{tasks: map[p2p.Task][]holder{}},
 		downloads: map[digest.Digest]*download{},
 		told:      make(chan toldDelete, 1024),
+		applied:   applied{results: map[pieces.Delete]pieces.DeleteResult{}},
 	}
 	s.metrics = newMetrics(opts.Metrics, s)
 	s.client = newClient(security, network, s.peers)
