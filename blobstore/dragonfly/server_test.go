@@ -253,7 +253,7 @@ func call(_ *emptypb.Empty, err error) error { return err }
 // A timeout ends an export, at the rate that it is limited to, without an output.
 func TestTimeout(t *testing.T) {
 	s := serve(t)
-	requireCode(t, "import", s.importFile("v1", "", s.file("file", make([]byte, 1<<20))), 0)
+	requireCode(t, "import", s.importFile("v1", "", s.file("file", make([]byte, 16<<20))), 0)
 	out := filepath.Join(s.dir, "out")
 	_, err := s.ExportTask(t.Context(), &dfdaemonv1.ExportTaskRequest{Url: urlOf("v1"), UrlMeta: &commonv1.UrlMeta{}, Output: out, Limit: 1, Timeout: uint64(100e6)})
 	requireCode(t, "export of a byte in a second", err, commonv1.Code_RequestTimeOut)
