@@ -7,10 +7,10 @@
 // A [Task] is a blob under a tag: what is looked up, fetched and deleted. A
 // name is a cache ID under a tag, and points to a task.
 //
-// Four engines exist: package pieces keeps blobs in a directory of this
+// Five engines exist: package pieces keeps blobs in a directory of this
 // machine, package swarm finds and trades them with other peers on top of that,
-// package dragonfly has a Dragonfly do that, and package rpc reaches a dfdaemon
-// over its socket. All pass the suite in package enginetest.
+// package dragonfly has a Dragonfly do that, package cluster is a peer among
+// Dragonfly's own, and package rpc reaches a dfdaemon over its socket. All pass the suite in package enginetest.
 package p2p
 
 import (

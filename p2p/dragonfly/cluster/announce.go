@@ -1,0 +1,296 @@
+package cluster
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"runtime"
+	"strings"
+	"sync"
+	"time"
+
+	commonv1 "d7y.io/api/v2/pkg/apis/common/v1"
+	schedulerv1 "d7y.io/api/v2/pkg/apis/scheduler/v1"
+	"golang.org/x/time/rate"
+
+	"github.com/dfcache/dfcache/p2p"
+)
+
+// holding is a task of the store, as Dragonfly knows it.
+type holding struct {
+	task   p2p.Task
+	peerID string // of this host, for this task
+}
+
+// newHost describes this host to schedulers. listeners are for peers and for uploads.
+func newHost(opts Options, listeners [2]net.Listener) (*schedulerv1.PeerHost, error) {
+	advertise := opts.Advertise
+	if advertise == "" {
+		// Nothing is sent: it says which address would be used.
+		conn, err := net.Dial("udp", opts.Schedulers[0])
+		if err != nil {
+			return nil, fmt.Errorf("find the IP of this host: %w: name the IP to advertise", err)
+		}
+		advertise = conn.LocalAddr().(*net.UDPAddr).IP.String()
+		conn.Close()
+	}
+	ip, err := netip.ParseAddr(advertise)
+	if err != nil || ip.IsUnspecified() || ip.Zone() != "" {
+		return nil, fmt.Errorf("IP to advertise %q: want one by which other hosts reach this one, such as 10.0.0.7", advertise)
+	}
+	port := func(i int) int32 { return int32(listeners[i].Addr().(*net.TCPAddr).Port) }
+	hostname, err := os.Hostname()
+	if err != nil {
+		hostname = ip.String()
+	}
+	host := &schedulerv1.PeerHost{Ip: ip.String(), RpcPort: port(0), DownPort: port(1), Hostname: hostname}
+	host.Id = fmt.Sprintf("%s-%d", hostname, host.RpcPort)
+	if host.Validate() != nil { // of names that Dragonfly refuses
+		host.Hostname = "host-" + strings.ReplaceAll(ip.String(), ":", "-")
+		host.Id = fmt.Sprintf("%s-%d", host.Hostname, host.RpcPort)
+	}
+	if err := host.Validate(); err != nil {
+		return nil, fmt.Errorf("address for peers: Dragonfly's schedulers refuse it: %w: use ports from 1024 to 65534", err)
+	}
+	return host, nil
+}
+
+// newPeerID returns an ID that no peer has had: schedulers do not take back one that has left.
+func (e *Engine) newPeerID() string {
+	return fmt.Sprintf("%s-%d-%s", e.host.Ip, os.Getpid(), strings.ToLower(rand.Text()))
+}
+
+// hold notes that a task is here, and returns its ID. peerID is who has fetched it,
+// or "" for whoever held it before, or somebody new.
+func (e *Engine) hold(task p2p.Task, peerID string) (id string) {
+	id = taskID(task)
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if h := e.held[id]; h == nil || peerID != "" {
+		if peerID == "" {
+			peerID = e.newPeerID()
+		}
+		e.held[id] = &holding{task, peerID}
+	}
+	return id
+}
+
+// holding returns what is held under an ID, or nil.
+func (e *Engine) holding(id string) *holding {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.held[id]
+}
+
+func (e *Engine) isHeld(id string) bool { return e.holding(id) != nil }
+
+// announceHost announces the host again and again, until the engine is closed.
+func (e *Engine) announceHost() {
+	tick := time.NewTicker(e.opts.AnnounceInterval)
+	defer tick.Stop()
+	for {
+		if err := e.announceHostOnce(e.ctx); err != nil && e.ctx.Err() == nil {
+			e.log.Warn("no scheduler of Dragonfly answers: other hosts find nothing here, and nothing is fetched", "error", err)
+		}
+		select {
+		case <-tick.C:
+		case <-e.ctx.Done():
+			return
+		}
+	}
+}
+
+// announceHostOnce announces the host to every scheduler. It fails where none answers.
+func (e *Engine) announceHostOnce(ctx context.Context) error {
+	req := &schedulerv1.AnnounceHostRequest{
+		Id: e.host.Id, Type: "normal", Hostname: e.host.Hostname, Ip: e.host.Ip, Port: e.host.RpcPort, DownloadPort: e.host.DownPort,
+		Os: runtime.GOOS, Platform: runtime.GOOS,
+		// Schedulers insist on these, and keep them for whoever looks.
+		Cpu:    &schedulerv1.CPU{LogicalCount: uint32(runtime.NumCPU()), Times: &schedulerv1.CPUTimes{}},
+		Memory: &schedulerv1.Memory{}, Network: &schedulerv1.Network{}, Disk: &schedulerv1.Disk{},
+		Build: &schedulerv1.Build{GitVersion: e.opts.Version, GoVersion: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH},
+	}
+	return e.eachScheduler(func(s *scheduler) error {
+		err := s.call(ctx, "announce host", e.opts.LookupTimeout, func(ctx context.Context) error {
+			_, err := s.rpc.AnnounceHost(ctx, req)
+			return err
+		})
+		if ctx.Err() == nil {
+			e.noteAnswer(s, err)
+		}
+		return err
+	})
+}
+
+// eachScheduler calls all schedulers at once, and fails where none succeeds.
+func (e *Engine) eachScheduler(do func(*scheduler) error) error {
+	errs := make([]error, len(e.schedulers.all))
+	var all sync.WaitGroup
+	for i, s := range e.schedulers.all {
+		all.Go(func() { errs[i] = do(s) })
+	}
+	all.Wait()
+	for _, err := range errs {
+		if err == nil {
+			return nil
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// noteAnswer notes whether a scheduler has answered. When that changes, tasks get
+// other schedulers, and are announced to those.
+func (e *Engine) noteAnswer(s *scheduler, err error) {
+	down := errors.Is(err, errDown)
+	if errors.Is(err, errAway) && !down || !e.schedulers.mark(s, down) {
+		return
+	}
+	if down {
+		e.log.Warn("a scheduler of Dragonfly does not answer: others have its tasks until it does", "scheduler", s.addr, "error", err)
+	} else {
+		e.log.Info("a scheduler of Dragonfly answers again", "scheduler", s.addr)
+	}
+	select {
+	case e.sweepNow <- struct{}{}:
+	default:
+	}
+}
+
+// leaveHost takes the host from all schedulers.
+func (e *Engine) leaveHost() {
+	e.eachScheduler(func(s *scheduler) error {
+		// The engine's context has ended.
+		err := s.call(context.Background(), "leave", e.opts.LookupTimeout, func(ctx context.Context) error {
+			_, err := s.rpc.LeaveHost(ctx, &schedulerv1.LeaveHostRequest{Id: e.host.Id})
+			return err
+		})
+		if err != nil {
+			e.log.Warn("a scheduler of Dragonfly was not told that this host leaves: it finds out by itself", "error", err)
+		}
+		return err
+	})
+}
+
+// announceTasks announces what the store holds again and again, until the engine is
+// closed: schedulers forget, and are started anew.
+func (e *Engine) announceTasks() {
+	tick := time.NewTicker(e.opts.SweepInterval)
+	defer tick.Stop()
+	for {
+		if err := e.sweep(); err != nil && e.ctx.Err() == nil {
+			e.log.Warn("not all tasks were announced: the rest will be", "error", err)
+		}
+		select {
+		case <-tick.C:
+		case <-e.sweepNow:
+		case <-e.ctx.Done():
+			return
+		}
+	}
+}
+
+// sweep announces every task of the store, at a bounded rate.
+func (e *Engine) sweep() error {
+	var ids []string
+	for entry, err := range e.store.List(e.ctx, p2p.Query{}) {
+		if err != nil {
+			return err
+		}
+		if entry.Name == "" {
+			ids = append(ids, e.hold(entry.Task, ""))
+		}
+	}
+	pace := rate.NewLimiter(rate.Limit(e.opts.SweepRate), 1)
+	for _, id := range ids {
+		if err := pace.Wait(e.ctx); err != nil {
+			return err
+		}
+		h := e.holding(id)
+		if h == nil || !e.schedulers.up() {
+			continue // deleted; or announced when one is up again
+		}
+		// Where the scheduler knows the task, it has to know no more than that it is here:
+		// the sums of its pieces need not be computed.
+		_, err := e.lookup(e.ctx, h.task)
+		if err == nil || errors.Is(err, p2p.ErrNotFound) {
+			err = e.announce(e.ctx, id, err != nil)
+		}
+		if err != nil {
+			if e.ctx.Err() != nil {
+				return err
+			}
+			e.log.Debug("a task was not announced", "task", h.task.String(), "error", err)
+		}
+	}
+	return nil
+}
+
+// announce tells a task's scheduler that it is here; with its pieces, where the
+// scheduler does not know the task.
+func (e *Engine) announce(ctx context.Context, id string, full bool) error {
+	h := e.holding(id)
+	if h == nil {
+		return nil
+	}
+	limit := 0
+	if full {
+		limit = maxPieces
+	}
+	packet, err := e.packet(ctx, id, h, 0, limit)
+	if errors.Is(err, p2p.ErrNotFound) {
+		return e.leave(ctx, id) // deleted meanwhile
+	}
+	if err != nil {
+		return fmt.Errorf("announce %s: %w", h.task, err)
+	}
+	return e.ask(ctx, id, "announce "+h.task.String(), func(ctx context.Context, s *scheduler) error {
+		_, err := s.rpc.AnnounceTask(ctx, &schedulerv1.AnnounceTaskRequest{
+			TaskId: id, Url: taskURL(h.task), UrlMeta: taskMeta(h.task), PeerHost: e.host, PiecePacket: packet, TaskType: commonv1.TaskType_DfCache,
+		})
+		return err
+	})
+}
+
+// ask calls the scheduler of a task.
+func (e *Engine) ask(ctx context.Context, id, what string, do func(context.Context, *scheduler) error) error {
+	s := e.schedulers.of(id)
+	err := s.call(ctx, what, e.opts.LookupTimeout, func(ctx context.Context) error { return do(ctx, s) })
+	if errors.Is(err, errDown) {
+		e.noteAnswer(s, err)
+	}
+	return err
+}
+
+// statTask asks a task's scheduler what it knows of it.
+func (e *Engine) statTask(ctx context.Context, task p2p.Task) (found *schedulerv1.Task, err error) {
+	id := taskID(task)
+	err = e.ask(ctx, id, "stat "+task.String(), func(ctx context.Context, s *scheduler) error {
+		found, err = s.rpc.StatTask(ctx, &schedulerv1.StatTaskRequest{TaskId: id})
+		return err
+	})
+	return found, err
+}
+
+// leave tells a task's scheduler that it is not here any more. One that does not know
+// it is content.
+func (e *Engine) leave(ctx context.Context, id string) error {
+	e.mu.Lock()
+	h := e.held[id]
+	delete(e.held, id)
+	e.mu.Unlock()
+	if h == nil {
+		return nil
+	}
+	err := e.ask(ctx, id, "leave "+h.task.String(), func(ctx context.Context, s *scheduler) error {
+		_, err := s.rpc.LeaveTask(ctx, &schedulerv1.PeerTarget{TaskId: id, PeerId: h.peerID})
+		return err
+	})
+	if errors.Is(err, p2p.ErrNotFound) {
+		return nil
+	}
+	return err
+}

@@ -1,0 +1,323 @@
+package clustertest
+
+import (
+	"context"
+	"crypto/md5"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"sync"
+	"testing"
+
+	commonv1 "d7y.io/api/v2/pkg/apis/common/v1"
+	dfdaemonv1 "d7y.io/api/v2/pkg/apis/dfdaemon/v1"
+	schedulerv1 "d7y.io/api/v2/pkg/apis/scheduler/v1"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+)
+
+const pieceSize = 4 << 20 // of files up to 200 MiB
+
+// Behaviour says what a peer does when it is asked for a piece.
+type Behaviour int
+
+const (
+	Honest    Behaviour = iota
+	Lie                 // other bytes, with the right MD5s of those
+	Long                // more bytes than the range has, said beforehand
+	Chunked             // the same, not said
+	Stall               // half of the bytes, and no more
+	Silent              // no answer to what pieces there are
+	Hostile             // pieces that cannot be
+	Elsewhere           // pieces at the address of somebody else
+)
+
+// Peer is a dfdaemon of Dragonfly. It is safe for concurrent use.
+type Peer struct {
+	dfdaemonv1.UnimplementedDaemonServer
+	ID string
+
+	host      *schedulerv1.PeerHost
+	behaviour Behaviour
+	scheduler *Scheduler
+	conn      *grpc.ClientConn
+	rpc       schedulerv1.SchedulerClient
+
+	mu     sync.Mutex
+	tasks  map[string][]byte
+	served int
+}
+
+// StartPeer starts a peer of a scheduler, which ends with the test.
+func StartPeer(t testing.TB, s *Scheduler, name string, behaviour Behaviour) *Peer {
+	t.Helper()
+	var listeners []net.Listener
+	for range 2 {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		listeners = append(listeners, l)
+	}
+	conn, err := grpc.NewClient("passthrough:///"+s.Addr, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	port := func(i int) int32 { return int32(listeners[i].Addr().(*net.TCPAddr).Port) }
+	p := &Peer{
+		ID: "127.0.0.1-1-" + name, behaviour: behaviour, scheduler: s, conn: conn, rpc: schedulerv1.NewSchedulerClient(conn), tasks: map[string][]byte{},
+		host: &schedulerv1.PeerHost{Id: name, Ip: "127.0.0.1", RpcPort: port(0), DownPort: port(1), Hostname: name},
+	}
+	peers := grpc.NewServer()
+	dfdaemonv1.RegisterDaemonServer(peers, p)
+	uploads := &http.Server{Handler: http.HandlerFunc(p.upload)}
+	var served sync.WaitGroup
+	served.Go(func() { peers.Serve(listeners[0]) })
+	served.Go(func() { uploads.Serve(listeners[1]) })
+	t.Cleanup(func() {
+		peers.Stop()
+		uploads.Close()
+		conn.Close()
+		served.Wait()
+	})
+	return p
+}
+
+// Served returns how many pieces were asked for.
+func (p *Peer) Served() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.served
+}
+
+// Import has the peer have content under a cid and a tag, and announce it.
+func (p *Peer) Import(ctx context.Context, cid, tag string, content []byte) error {
+	id := TaskID(cid, tag)
+	p.mu.Lock()
+	p.tasks[id] = content
+	p.mu.Unlock()
+	packet, err := p.packet(id, 0, len(content)/pieceSize+1)
+	if err != nil {
+		return err
+	}
+	_, err = p.rpc.AnnounceTask(ctx, &schedulerv1.AnnounceTaskRequest{
+		TaskId: id, Url: URL(cid), UrlMeta: &commonv1.UrlMeta{Tag: tag}, PeerHost: p.host, PiecePacket: packet, TaskType: commonv1.TaskType_DfCache,
+	})
+	return err
+}
+
+// content is what the peer gives for a task.
+func (p *Peer) content(id string) ([]byte, bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	content, ok := p.tasks[id]
+	if ok && p.behaviour == Lie {
+		wrong := append([]byte(nil), content...)
+		wrong[len(wrong)/2] ^= 1
+		return wrong, true
+	}
+	return content, ok
+}
+
+func (p *Peer) packet(id string, start, limit int) (*commonv1.PiecePacket, error) {
+	content, ok := p.content(id)
+	if !ok {
+		return nil, Error(commonv1.Code_PeerTaskNotFound, "task not found")
+	}
+	total := (len(content) + pieceSize - 1) / pieceSize
+	packet := &commonv1.PiecePacket{
+		TaskId: id, DstPid: p.ID, DstAddr: fmt.Sprintf("127.0.0.1:%d", p.host.GetDownPort()),
+		TotalPiece: int32(total), ContentLength: int64(len(content)),
+	}
+	if p.behaviour == Elsewhere {
+		packet.DstAddr = fmt.Sprintf("127.0.0.2:%d", p.host.GetDownPort())
+	}
+	for i := start; i < total && i < start+limit; i++ {
+		part := content[i*pieceSize : min(len(content), (i+1)*pieceSize)]
+		sum := md5.Sum(part)
+		info := &commonv1.PieceInfo{PieceNum: int32(i), RangeStart: uint64(i * pieceSize), RangeSize: uint32(len(part)), PieceMd5: hex.EncodeToString(sum[:])}
+		if p.behaviour == Hostile {
+			info.RangeStart = 1<<64 - 5
+		}
+		packet.PieceInfos = append(packet.PieceInfos, info)
+	}
+	return packet, nil
+}
+
+// SyncPieceTasks implements the API.
+func (p *Peer) SyncPieceTasks(stream dfdaemonv1.Daemon_SyncPieceTasksServer) error {
+	req, err := stream.Recv()
+	if err != nil {
+		return err
+	}
+	if err := req.Validate(); err != nil {
+		return err
+	}
+	if p.behaviour == Silent {
+		<-stream.Context().Done()
+		return stream.Context().Err()
+	}
+	for {
+		packet, err := p.packet(req.GetTaskId(), int(req.GetStartNum()), int(req.GetLimit()))
+		if err != nil {
+			return err
+		}
+		if err := stream.Send(packet); err != nil {
+			return err
+		}
+		if len(packet.PieceInfos) < int(req.GetLimit()) {
+			return nil
+		}
+		req.StartNum += uint32(len(packet.PieceInfos))
+	}
+}
+
+func (p *Peer) upload(w http.ResponseWriter, r *http.Request) {
+	p.mu.Lock()
+	p.served++
+	p.mu.Unlock()
+	var prefix, id string
+	var first, last int
+	if n, err := fmt.Sscanf(r.Header.Get("Range"), "bytes=%d-%d", &first, &last); n != 2 || err != nil || len(r.URL.Path) != len("/download/abc/")+64 {
+		http.Error(w, "bad", http.StatusBadRequest)
+		return
+	}
+	prefix, id = r.URL.Path[len("/download/"):len("/download/")+3], r.URL.Path[len("/download/abc/"):]
+	content, ok := p.content(id)
+	if !ok || prefix != id[:3] || r.URL.Query().Get("peerId") != p.ID {
+		http.Error(w, "not found", http.StatusInternalServerError)
+		return
+	}
+	part := content[first : last+1]
+	switch p.behaviour {
+	case Long:
+		w.Header().Set("Content-Length", fmt.Sprint(len(part)+1))
+		w.Write(append(part[:len(part):len(part)], 'x'))
+		return
+	case Chunked:
+		w.(http.Flusher).Flush()
+		w.Write(append(part[:len(part):len(part)], 'x'))
+		return
+	case Stall:
+		w.Header().Set("Content-Length", fmt.Sprint(len(part)))
+		w.Write(part[:len(part)/2])
+		w.(http.Flusher).Flush()
+		<-r.Context().Done()
+		return
+	}
+	w.Header().Set("Content-Length", fmt.Sprint(len(part)))
+	w.Write(part)
+}
+
+// Export fetches what is under a cid and a tag from the peers that the scheduler names,
+// and believes them as far as Dragonfly does. It has it then itself.
+func (p *Peer) Export(ctx context.Context, cid, tag string) (content []byte, err error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	id := TaskID(cid, tag)
+	found, err := p.rpc.StatTask(ctx, &schedulerv1.StatTaskRequest{TaskId: id})
+	if err != nil {
+		return nil, err
+	}
+	if found.GetState() != "Succeeded" || !found.GetHasAvailablePeer() {
+		return nil, errors.New("no peer has it")
+	}
+	registered, err := p.rpc.RegisterPeerTask(ctx, &schedulerv1.PeerTaskRequest{Url: URL(cid), UrlMeta: &commonv1.UrlMeta{Tag: tag}, PeerId: p.ID, PeerHost: p.host, TaskId: id})
+	if err != nil {
+		return nil, err
+	}
+	stream, err := p.rpc.ReportPieceResult(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if err := stream.Send(&schedulerv1.PieceResult{TaskId: id, SrcPid: p.ID, PieceInfo: &commonv1.PieceInfo{PieceNum: -1}}); err != nil {
+		return nil, err
+	}
+	switch registered.GetSizeScope() {
+	case commonv1.SizeScope_EMPTY, commonv1.SizeScope_TINY:
+		content = registered.GetPieceContent()
+	case commonv1.SizeScope_SMALL:
+		single := registered.GetSinglePiece()
+		content, err = p.fetch(ctx, id, single.GetDstPid(), single.GetDstAddr(), single.GetPieceInfo())
+	default:
+		packet, failed := stream.Recv()
+		if failed != nil {
+			return nil, failed
+		}
+		if packet.GetCode() != commonv1.Code_Success {
+			return nil, fmt.Errorf("no peers: %s", packet.GetCode())
+		}
+		content, err = p.fetchAll(ctx, id, packet.GetMainPeer())
+	}
+	if err != nil {
+		return nil, err
+	}
+	p.mu.Lock()
+	p.tasks[id] = content
+	p.mu.Unlock()
+	_, err = p.rpc.ReportPeerResult(ctx, &schedulerv1.PeerResult{TaskId: id, PeerId: p.ID, SrcIp: p.host.GetIp(), Url: URL(cid), Success: true, Code: commonv1.Code_Success, ContentLength: int64(len(content))})
+	return content, err
+}
+
+func (p *Peer) fetch(ctx context.Context, id, peer, addr string, piece *commonv1.PieceInfo) ([]byte, error) {
+	part, err := fetchRange(ctx, addr, id, peer, int64(piece.GetRangeStart()), int64(piece.GetRangeSize()))
+	if err != nil {
+		return nil, err
+	}
+	if sum := md5.Sum(part); hex.EncodeToString(sum[:]) != piece.GetPieceMd5() {
+		return nil, errors.New("the MD5 of a piece is wrong")
+	}
+	return part, nil
+}
+
+// fetchAll fetches from a peer what it says there is.
+func (p *Peer) fetchAll(ctx context.Context, id string, from *schedulerv1.PeerPacket_DestPeer) ([]byte, error) {
+	conn, err := grpc.NewClient(fmt.Sprintf("passthrough:///%s:%d", from.GetIp(), from.GetRpcPort()), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close()
+	stream, err := dfdaemonv1.NewDaemonClient(conn).SyncPieceTasks(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if err := stream.Send(&commonv1.PieceTaskRequest{TaskId: id, SrcPid: p.ID, DstPid: from.GetPeerId(), Limit: 16}); err != nil {
+		return nil, err
+	}
+	var content []byte
+	signed, total, sign := sha256.New(), int32(0), ""
+	number := int32(0)
+	for {
+		packet, err := stream.Recv()
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			return nil, err
+		}
+		if err := packet.Validate(); err != nil {
+			return nil, err
+		}
+		total, sign = packet.GetTotalPiece(), packet.GetPieceMd5Sign()
+		for _, piece := range packet.GetPieceInfos() {
+			if piece.GetPieceNum() != number || piece.GetRangeStart() != uint64(len(content)) {
+				return nil, fmt.Errorf("piece %d at %d is not the next one", piece.GetPieceNum(), piece.GetRangeStart())
+			}
+			part, err := p.fetch(ctx, id, packet.GetDstPid(), packet.GetDstAddr(), piece)
+			if err != nil {
+				return nil, err
+			}
+			content = append(content, part...)
+			io.WriteString(signed, piece.GetPieceMd5())
+			number++
+		}
+	}
+	if number != total || hex.EncodeToString(signed.Sum(nil)) != sign {
+		return nil, fmt.Errorf("%d of %d pieces, signed %q", number, total, sign)
+	}
+	return content, nil
+}

@@ -1,0 +1,614 @@
+package cluster_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+	"stathat.com/c/consistent"
+
+	"github.com/dfcache/dfcache/blobstore"
+	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/dragonfly/cluster"
+	"github.com/dfcache/dfcache/p2p/dragonfly/cluster/clustertest"
+	"github.com/dfcache/dfcache/p2p/enginetest"
+	"github.com/dfcache/dfcache/p2p/pieces"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// host is a host with an engine on it.
+type host struct {
+	*cluster.Engine
+	t   *testing.T
+	dir string // of the store
+}
+
+// newHost starts a host of a cluster. It ends with the test.
+func newHost(t *testing.T, opts cluster.Options, schedulers ...*clustertest.Scheduler) *host {
+	t.Helper()
+	h := &host{t: t, dir: t.TempDir()}
+	h.open(opts, schedulers...)
+	t.Cleanup(func() {
+		if err := h.Close(); err != nil {
+			t.Error(err)
+		}
+		h.requireNothingLeft()
+	})
+	return h
+}
+
+func (h *host) open(opts cluster.Options, schedulers ...*clustertest.Scheduler) {
+	h.t.Helper()
+	store, err := pieces.Open(h.dir, pieces.Options{})
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	for _, s := range schedulers {
+		opts.Schedulers = append(opts.Schedulers, s.Addr)
+	}
+	opts.DetectManifest = blobstore.DetectManifest
+	opts.PeerListen, opts.UploadListen, opts.Advertise = "127.0.0.1:0", "127.0.0.1:0", "127.0.0.1"
+	if h.Engine, err = cluster.New(store, opts); err != nil {
+		h.t.Fatal(errors.Join(err, store.Close()))
+	}
+}
+
+// requireNothingLeft fails the test where a file has been left that came from a peer.
+func (h *host) requireNothingLeft() {
+	h.t.Helper()
+	entries, err := os.ReadDir(filepath.Join(h.dir, "dragonfly"))
+	if err != nil || len(entries) > 0 {
+		h.t.Errorf("there is left: %v, %v", entries, err)
+	}
+}
+
+func (h *host) stat(task p2p.Task, opts p2p.StatOptions) (p2p.Info, error) {
+	return h.Stat(h.t.Context(), task.Tag, digest.FromDigest(task.Digest), opts)
+}
+
+// fetch opens a task's blob, wherever it is, and returns its content.
+func (h *host) fetch(ctx context.Context, task p2p.Task) ([]byte, error) {
+	blob, err := h.Open(ctx, task, p2p.Network)
+	if err != nil {
+		return nil, err
+	}
+	defer blob.Close()
+	var content bytes.Buffer
+	err = blob.CopyRange(ctx, &content, 0, blob.Size(), nil)
+	return content.Bytes(), err
+}
+
+func (h *host) requireFetched(task p2p.Task, want []byte) {
+	h.t.Helper()
+	got, err := h.fetch(h.t.Context(), task)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	if !bytes.Equal(got, want) {
+		h.t.Fatalf("%s: the content is not what was imported", task)
+	}
+	enginetest.RequireContent(h.t, h, task, want)
+}
+
+func (h *host) requireMissing(task p2p.Task) {
+	h.t.Helper()
+	if _, err := h.stat(task, p2p.StatOptions{Scope: p2p.Local}); !errors.Is(err, p2p.ErrNotFound) {
+		h.t.Errorf("%s is here: %v", task, err)
+	}
+	h.requireNothingLeft()
+}
+
+func requireError(t *testing.T, what string, err, want error, says ...string) {
+	t.Helper()
+	if !errors.Is(err, want) {
+		t.Fatalf("%s: %v; want an error that is %q", what, err, want)
+	}
+	for _, text := range says {
+		if !strings.Contains(err.Error(), text) {
+			t.Errorf("%s: the error %q does not say %q", what, err, text)
+		}
+	}
+}
+
+func idOf(task p2p.Task) string { return clustertest.TaskID(task.Digest.String(), task.Tag) }
+
+// await waits until a scheduler knows that some peers have a task.
+func await(t *testing.T, s *clustertest.Scheduler, task p2p.Task, peers int) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	if err := s.Await(ctx, func() bool { return s.Knows(idOf(task)) == peers }); err != nil {
+		t.Fatalf("the scheduler knows of %d peers with %s, want %d", s.Knows(idOf(task)), task, peers)
+	}
+}
+
+func TestEngine(t *testing.T) {
+	enginetest.Run(t, func(t *testing.T) p2p.Engine {
+		h := &host{t: t, dir: t.TempDir()}
+		h.open(cluster.Options{}, clustertest.StartScheduler(t))
+		t.Cleanup(h.requireNothingLeft)
+		return h.Engine
+	})
+}
+
+// What is asked of Dragonfly is what Dragonfly's dfcache asks for. The ID was computed by sha256sum.
+func TestTaskID(t *testing.T) {
+	task := p2p.Task{Tag: "models", Digest: digest.SHA256.FromString("")}
+	const want = "68de4424d2a957fffa89e629dd5a3596e3bfff26668a7225d3d3337656772724"
+	if got := idOf(task); got != want {
+		t.Errorf("the stand-in's ID is %s, want %s", got, want)
+	}
+	s := clustertest.StartScheduler(t)
+	h := newHost(t, cluster.Options{}, s)
+	if got := enginetest.Import(t, h, "models", nil); got != task {
+		t.Fatal(got)
+	}
+	if n := s.Knows(want); n != 1 {
+		t.Errorf("%d peers have %s, want 1", n, want)
+	}
+}
+
+// sizes are of what is nothing, tiny, small, and of more than one piece.
+var sizes = []int{0, 1, 128, 129, p2p.MaxManifest, p2p.MaxManifest + 1, 9 << 20, 80<<20 + 5}
+
+// What is imported here, Dragonfly's daemons export, and the reverse.
+func TestBothWays(t *testing.T) {
+	s := clustertest.StartScheduler(t)
+	h := newHost(t, cluster.Options{}, s)
+	for i, size := range sizes {
+		t.Run(fmt.Sprint(size), func(t *testing.T) {
+			for j, tag := range []string{"", "models/large"} {
+				if j > 0 && size > 64<<20 {
+					break // once is long enough
+				}
+				peer := clustertest.StartPeer(t, s, fmt.Sprintf("peer-%d-%d", i, j), clustertest.Honest)
+				data := enginetest.Content(size, uint64(2*i+1))
+				task := enginetest.Import(t, h, tag, data)
+				got, err := peer.Export(t.Context(), task.Digest.String(), tag)
+				if err != nil || !bytes.Equal(got, data) {
+					t.Fatalf("export by Dragonfly: %d bytes, %v", len(got), err)
+				}
+
+				data = enginetest.Content(size, uint64(2*i+2))
+				task = p2p.Task{Tag: tag, Digest: digest.SHA512.FromBytes(data)}
+				if err := peer.Import(t.Context(), task.Digest.String(), tag, data); err != nil {
+					t.Fatal(err)
+				}
+				if j == 0 {
+					h.requireMissing(task)
+				}
+				h.requireFetched(task, data)
+				await(t, s, task, 2)
+			}
+		})
+	}
+	for _, r := range s.Results() {
+		if !r.GetSuccess() {
+			t.Errorf("a download failed: %v", r)
+		}
+	}
+}
+
+// Two of our hosts find each other's files; a third gets them from either.
+func TestTwoHosts(t *testing.T) {
+	s := clustertest.StartScheduler(t)
+	a, b := newHost(t, cluster.Options{}, s), newHost(t, cluster.Options{}, s)
+	for i, size := range sizes {
+		data := enginetest.Content(size, uint64(i))
+		task := enginetest.Import(t, a, "t", data)
+		if _, err := b.Open(t.Context(), task, p2p.Local); !errors.Is(err, p2p.ErrNotFound) {
+			t.Fatalf("before: %v", err)
+		}
+		info, err := b.stat(task, p2p.StatOptions{Holders: true})
+		if err != nil || info.Size != int64(size) || info.Remote != (size > p2p.MaxManifest) || *info.Holders != (p2p.Holders{Asked: 1, Some: 1, Whole: 1}) {
+			t.Errorf("stat: %+v, %v", info, err)
+		}
+		b.requireFetched(task, data)
+		await(t, s, task, 2)
+	}
+	missing := p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("nowhere")}
+	_, err := b.Open(t.Context(), missing, p2p.Network)
+	requireError(t, "open", err, p2p.ErrNotFound)
+	_, err = b.stat(missing, p2p.StatOptions{})
+	requireError(t, "stat", err, p2p.ErrNotFound)
+	_, err = b.Stat(t.Context(), "t", mustCID(t, "name"), p2p.StatOptions{})
+	requireError(t, "stat", err, p2p.ErrNotFound, "knows no names")
+}
+
+func mustCID(t *testing.T, s string) digest.CID {
+	t.Helper()
+	c, err := digest.ParseCID(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// A peer that gives something else is found out, whatever its MD5s say, and another
+// one is used where there is one.
+func TestBadPeers(t *testing.T) {
+	const stall = 300 * time.Millisecond
+	for _, size := range []int{1000, 5 << 20} {
+		for name, c := range map[string]struct {
+			behaviour clustertest.Behaviour
+			want      error
+			says      string
+		}{
+			"lie":       {clustertest.Lie, digest.ErrMismatch, "gave something else"},
+			"long":      {clustertest.Long, nil, "more than the"},
+			"chunked":   {clustertest.Chunked, nil, "more than the"},
+			"stall":     {clustertest.Stall, p2p.ErrUnreachable, "nothing came for"},
+			"silent":    {clustertest.Silent, p2p.ErrUnreachable, "nothing came for"},
+			"hostile":   {clustertest.Hostile, nil, "tells of a piece"},
+			"elsewhere": {clustertest.Elsewhere, nil, "want an address of this peer"},
+		} {
+			t.Run(fmt.Sprintf("%s %d", name, size), func(t *testing.T) {
+				s := clustertest.StartScheduler(t)
+				h := newHost(t, cluster.Options{StallTimeout: stall}, s)
+				bad := clustertest.StartPeer(t, s, "bad", c.behaviour)
+				data := enginetest.Content(size, 1)
+				task := p2p.Task{Tag: "t", Digest: digest.SHA256.FromBytes(data)}
+				if err := bad.Import(t.Context(), task.Digest.String(), "t", data); err != nil {
+					t.Fatal(err)
+				}
+				_, err := h.fetch(t.Context(), task)
+				single := size == 1000 // of which the scheduler itself tells
+				if single && (c.behaviour == clustertest.Silent || c.behaviour == clustertest.Elsewhere) {
+					if err != nil { // what the peer does not tell was not asked
+						t.Fatal(err)
+					}
+					return
+				}
+				if err == nil {
+					t.Fatal("it was taken for good")
+				}
+				if single && c.behaviour == clustertest.Hostile {
+					return // it is not asked at all
+				}
+				if c.want != nil {
+					requireError(t, "fetch", err, c.want)
+				}
+				if !strings.Contains(err.Error(), c.says) {
+					t.Errorf("the error %q does not say %q", err, c.says)
+				}
+				if c.behaviour == clustertest.Lie && strings.Count(err.Error(), "sha256:") < 3 { // the task, what was wanted, what came
+					t.Errorf("the error %q does not name both digests", err)
+				}
+				h.requireMissing(task)
+				if failed := s.Failed(); len(failed) == 0 || failed[0] != bad.ID {
+					t.Errorf("the scheduler was told that %v failed, want %s", failed, bad.ID)
+				}
+				if results := s.Results(); len(results) != 1 || results[0].GetSuccess() {
+					t.Errorf("the scheduler was told %v; want one failure", results)
+				}
+
+				good := clustertest.StartPeer(t, s, "good", clustertest.Honest)
+				if err := good.Import(t.Context(), task.Digest.String(), "t", data); err != nil {
+					t.Fatal(err)
+				}
+				asked := bad.Served()
+				h.requireFetched(task, data)
+				if bad.Served() == asked && c.behaviour != clustertest.Silent && c.behaviour != clustertest.Hostile && c.behaviour != clustertest.Elsewhere {
+					t.Error("the bad one was not asked first: this test shows nothing")
+				}
+			})
+		}
+	}
+}
+
+// A scheduler that sends something else for tiny content is found out, too.
+func TestLyingScheduler(t *testing.T) {
+	s := clustertest.StartScheduler(t)
+	a, b := newHost(t, cluster.Options{}, s), newHost(t, cluster.Options{}, s)
+	task := enginetest.Import(t, a, "t", []byte("tiny"))
+	s.Lie([]byte("tinY!"))
+	b.requireFetched(task, []byte("tiny"))
+}
+
+// Tasks that a scheduler has forgotten are announced again, and so is what was
+// in the store before.
+func TestForgotten(t *testing.T) {
+	s := clustertest.StartScheduler(t)
+	opts := cluster.Options{SweepInterval: 20 * time.Millisecond, AnnounceInterval: 20 * time.Millisecond}
+	h := &host{t: t, dir: t.TempDir()}
+	h.open(opts, s)
+	var tasks []p2p.Task
+	for i, size := range []int{0, 100, 5 << 20} {
+		tasks = append(tasks, enginetest.Import(t, h, "t", enginetest.Content(size, uint64(i))))
+	}
+	known := func() {
+		t.Helper()
+		for _, task := range tasks {
+			await(t, s, task, 1)
+		}
+	}
+	known()
+	s.Forget()
+	known()
+	s.Stop()
+	s.Restart(t)
+	known()
+	if err := h.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if s.Hosts() != 0 || s.Knows(idOf(tasks[0])) != 0 {
+		t.Error("the host has not left")
+	}
+	h.open(opts, s)
+	known()
+	peer := clustertest.StartPeer(t, s, "peer", clustertest.Honest)
+	if _, err := peer.Export(t.Context(), tasks[2].Digest.String(), "t"); err != nil {
+		t.Error(err)
+	}
+	n := s.Calls("AnnounceHost")
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	if err := s.Await(ctx, func() bool { return s.Calls("AnnounceHost") > n+2 }); err != nil {
+		t.Error("the host is not announced again")
+	}
+	if err := h.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Every task is announced to, and looked for at, the scheduler that Dragonfly's daemons
+// would ask about it; one that is away is left out.
+func TestPlacement(t *testing.T) {
+	one, two := clustertest.StartScheduler(t), clustertest.StartScheduler(t)
+	a := newHost(t, cluster.Options{SweepInterval: time.Hour, AnnounceInterval: 20 * time.Millisecond}, one, two)
+	b := newHost(t, cluster.Options{SweepInterval: time.Hour, AnnounceInterval: time.Hour}, two, one)
+	ring := consistent.New()
+	ring.Add(one.Addr + "127.0.0.1")
+	ring.Add(two.Addr + "127.0.0.1")
+	var tasks []p2p.Task
+	at := map[string]int{}
+	for i := range 40 {
+		data := fmt.Appendf(nil, "file %d", i)
+		task := enginetest.Import(t, a, "t", data)
+		tasks = append(tasks, task)
+		where, err := ring.Get(idOf(task))
+		if err != nil {
+			t.Fatal(err)
+		}
+		at[where]++
+		wants := map[*clustertest.Scheduler]int{one: 0, two: 0}
+		if where == one.Addr+"127.0.0.1" {
+			wants[one] = 1
+		} else {
+			wants[two] = 1
+		}
+		for s, want := range wants {
+			if got := s.Knows(idOf(task)); got != want {
+				t.Fatalf("%s: the scheduler %s knows of %d peers, want %d", task, s.Addr, got, want)
+			}
+		}
+		b.requireFetched(task, data)
+	}
+	if len(at) != 2 {
+		t.Fatalf("all tasks are at %v: this test shows nothing", at)
+	}
+	if one.Hosts() != 2 || two.Hosts() != 2 {
+		t.Errorf("%d and %d hosts are announced, want 2 each", one.Hosts(), two.Hosts())
+	}
+	one.Stop()
+	for _, task := range tasks {
+		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+		defer cancel()
+		if err := two.Await(ctx, func() bool { return two.Knows(idOf(task)) > 0 }); err != nil {
+			t.Fatalf("%s did not move to the scheduler that is left", task)
+		}
+	}
+}
+
+// Nobody waits for a scheduler longer than the engine is told to.
+func TestHang(t *testing.T) {
+	const short = 50 * time.Millisecond
+	s := clustertest.StartScheduler(t)
+	a := newHost(t, cluster.Options{}, s)
+	b := newHost(t, cluster.Options{LookupTimeout: short, StallTimeout: short}, s)
+	data := enginetest.Content(5<<20, 1)
+	task := enginetest.Import(t, a, "t", data)
+	for _, call := range []string{"StatTask", "RegisterPeerTask", "ReportPieceResult", "ReportPeerResult"} {
+		s.Hang(call)
+		_, err := b.fetch(t.Context(), task)
+		if call == "ReportPeerResult" { // which is only a report
+			if err != nil {
+				t.Error(err)
+			}
+			continue
+		}
+		requireError(t, call, err, p2p.ErrUnreachable, s.Addr, "within 50ms")
+		requireError(t, call, err, p2p.ErrUnavailable)
+		b.requireMissing(task)
+	}
+	s.Hang("AnnounceTask", "StatTask", "LeaveTask", "LeaveHost", "AnnounceHost")
+	other := enginetest.Import(t, b, "t", []byte("other"))
+	requireError(t, "health", b.Health(t.Context()), p2p.ErrUnavailable)
+	if deleted, err := b.Delete(t.Context(), "t", digest.FromDigest(other.Digest), p2p.DeleteOptions{}); err != nil || deleted.Tasks != 1 || len(deleted.Missed) == 0 {
+		t.Errorf("delete: %+v, %v", deleted, err)
+	}
+	s.Hang()
+	if err := b.Health(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+// A caller who gives up is told so, and takes the fetch with him; the whole of a
+// fetch has an end, too.
+func TestCallerGivesUp(t *testing.T) {
+	s := clustertest.StartScheduler(t)
+	bad := clustertest.StartPeer(t, s, "bad", clustertest.Stall)
+	h := newHost(t, cluster.Options{Timeout: 200 * time.Millisecond}, s)
+	task := p2p.Task{Digest: digest.SHA256.FromString("data")}
+	if err := bad.Import(t.Context(), task.Digest.String(), "", enginetest.Content(5<<20, 1)); err != nil {
+		t.Fatal(err)
+	}
+	gone := errors.New("gone")
+	ctx, cancel := context.WithCancelCause(t.Context())
+	result := make(chan error)
+	go func() {
+		_, err := h.fetch(ctx, task)
+		result <- err
+	}()
+	if err := s.Await(t.Context(), func() bool { return s.Calls("ReportPieceResult") > 0 }); err != nil {
+		t.Fatal(err)
+	}
+	cancel(gone)
+	requireError(t, "fetch", <-result, gone)
+	_, err := h.fetch(t.Context(), task)
+	requireError(t, "fetch", err, p2p.ErrUnreachable, "longer than 200ms")
+}
+
+// What is deleted here is not asked of this host any more; what others keep is said.
+func TestDelete(t *testing.T) {
+	s := clustertest.StartScheduler(t)
+	a, b := newHost(t, cluster.Options{}, s), newHost(t, cluster.Options{}, s)
+	data := enginetest.Content(5<<20, 1)
+	task := enginetest.Import(t, a, "t", data)
+	b.requireFetched(task, data)
+	await(t, s, task, 2)
+	id := digest.FromDigest(task.Digest)
+	deleted, err := a.Delete(t.Context(), "t", id, p2p.DeleteOptions{})
+	if err != nil || deleted.Tasks != 1 || deleted.Reached != 0 || len(deleted.Missed) != 1 || !strings.Contains(deleted.Missed[0].Reason, "have it still") {
+		t.Errorf("delete: %+v, %v", deleted, err)
+	}
+	await(t, s, task, 1)
+	if deleted, err = b.Delete(t.Context(), "t", id, p2p.DeleteOptions{}); err != nil || len(deleted.Missed) != 0 {
+		t.Errorf("delete: %+v, %v", deleted, err)
+	}
+	await(t, s, task, 0)
+	_, err = a.Delete(t.Context(), "t", id, p2p.DeleteOptions{})
+	requireError(t, "delete", err, p2p.ErrNotFound)
+	// It can be imported again.
+	enginetest.Import(t, a, "t", data)
+	b.requireFetched(task, data)
+	_, err = a.Replicate(t.Context(), "t", id, 1)
+	requireError(t, "replicate", err, errors.ErrUnsupported)
+}
+
+// Damage is not sent, and is mended by what others have.
+func TestDamage(t *testing.T) {
+	s := clustertest.StartScheduler(t)
+	a, b := newHost(t, cluster.Options{}, s), newHost(t, cluster.Options{}, s)
+	data := enginetest.Content(9<<20, 1)
+	task := enginetest.Import(t, a, "t", data)
+	path := filepath.Join(a.dir, "blobs", task.Digest.Algorithm().String(), task.Digest.Encoded())
+	damage := func() {
+		t.Helper()
+		wrong := bytes.Clone(data)
+		wrong[5<<20] ^= 1
+		if err := errors.Join(os.Chmod(path, 0o600), os.WriteFile(path, wrong, 0o600)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	damage()
+	_, err := b.fetch(t.Context(), task)
+	requireError(t, "fetch", err, p2p.ErrUnreachable)
+	b.requireMissing(task)
+	if failed := s.Failed(); len(failed) == 0 {
+		t.Error("nothing was reported")
+	}
+	peer := clustertest.StartPeer(t, s, "peer", clustertest.Honest)
+	if err := peer.Import(t.Context(), task.Digest.String(), "t", data); err != nil {
+		t.Fatal(err)
+	}
+	if blob, err := a.Open(t.Context(), task, p2p.Mend); err != nil {
+		t.Fatal(err)
+	} else {
+		blob.Close()
+	}
+	enginetest.RequireContent(t, a, task, data)
+	b.requireFetched(task, data)
+}
+
+// Whoever asks for something else than one range of a task is refused.
+func TestUploadRefuses(t *testing.T) {
+	s := clustertest.StartScheduler(t)
+	h := newHost(t, cluster.Options{}, s)
+	task := enginetest.Import(t, h, "t", []byte("0123456789"))
+	id := idOf(task)
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	get := func(path string, ranges ...string) (int, string) {
+		t.Helper()
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+h.UploadAddress()+path, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header["Range"] = ranges
+		resp, err := client.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		var body bytes.Buffer
+		if _, err := body.ReadFrom(resp.Body); err != nil {
+			t.Fatal(err)
+		}
+		return resp.StatusCode, body.String()
+	}
+	path := "/download/" + id[:3] + "/" + id + "?peerId=x"
+	if code, body := get(path, "bytes=2-4"); code != http.StatusOK || body != "234" {
+		t.Errorf("%d %q, want 200 and the range", code, body)
+	}
+	for _, c := range []struct {
+		want   int
+		path   string
+		ranges []string
+	}{
+		{400, path, nil},
+		{400, path, []string{"bytes=0-1", "bytes=2-3"}},
+		{400, path, []string{"bytes=0-1,3-4"}},
+		{400, path, []string{"bytes=4-3"}},
+		{400, path, []string{"bytes=0-"}},
+		{400, path, []string{"bytes=-3"}},
+		{400, path, []string{"bytes=+0-3"}},
+		{400, path, []string{"0-3"}},
+		{400, path, []string{"bytes=0-9223372036854775808"}},
+		{416, path, []string{"bytes=0-10"}},
+		{416, path, []string{"bytes=0-9223372036854775807"}},
+		{404, "/download/abc/" + id, []string{"bytes=0-1"}},
+		{404, "/download/" + id[:3] + "/" + id[:10], []string{"bytes=0-1"}},
+		{404, "/download/a/a", []string{"bytes=0-1"}},
+		{404, "/", []string{"bytes=0-1"}},
+	} {
+		if code, body := get(c.path, c.ranges...); code != c.want {
+			t.Errorf("%s %v: %d %q, want %d", c.path, c.ranges, code, body, c.want)
+		}
+	}
+}
+
+// What cannot work is said at the start.
+func TestOptions(t *testing.T) {
+	for says, opts := range map[string]cluster.Options{
+		"no scheduler":       {},
+		"want HOST:PORT":     {Schedulers: []string{"nowhere"}},
+		"IP to advertise":    {Schedulers: []string{"127.0.0.1:8002"}, Advertise: "0.0.0.0"},
+		"another address":    {Schedulers: []string{"127.0.0.1:8002"}, PeerListen: "192.0.2.1:0"},
+		"by which other hos": {Schedulers: []string{"127.0.0.1:8002"}, Advertise: "host"},
+	} {
+		store, err := pieces.Open(t.TempDir(), pieces.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if opts.PeerListen == "" {
+			opts.PeerListen = "127.0.0.1:0"
+		}
+		opts.UploadListen = "127.0.0.1:0"
+		if _, err := cluster.New(store, opts); err == nil || !strings.Contains(err.Error(), says) {
+			t.Errorf("%+v: %v; want an error that says %q", opts, err, says)
+		}
+		if err := store.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}

@@ -1,0 +1,210 @@
+package cluster
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	commonv1 "d7y.io/api/v2/pkg/apis/common/v1"
+	schedulerv1 "d7y.io/api/v2/pkg/apis/scheduler/v1"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+	"stathat.com/c/consistent"
+
+	"github.com/dfcache/dfcache/p2p"
+)
+
+// schedulers are the schedulers of the cluster. Each knows the tasks that the hash
+// ring gives it, so that everybody asks the same one about a task.
+type schedulers struct {
+	all []*scheduler
+
+	mu   sync.Mutex
+	ring *consistent.Consistent // of those that are not down; of all where all are
+}
+
+// scheduler is one of them.
+type scheduler struct {
+	addr string
+	conn *grpc.ClientConn
+	rpc  schedulerv1.SchedulerClient
+	down bool // guarded by schedulers.mu
+}
+
+func newSchedulers(addrs []string) (_ *schedulers, err error) {
+	s := new(schedulers)
+	defer func() {
+		if err != nil {
+			s.close()
+		}
+	}()
+	for _, addr := range addrs {
+		if _, _, err := net.SplitHostPort(addr); err != nil {
+			return nil, fmt.Errorf("scheduler %q: %w: want HOST:PORT, such as 10.0.0.1:8002", addr, err)
+		}
+		conn, err := dial(addr)
+		if err != nil {
+			return nil, fmt.Errorf("scheduler %s: %w", addr, err)
+		}
+		s.all = append(s.all, &scheduler{addr: addr, conn: conn, rpc: schedulerv1.NewSchedulerClient(conn)})
+	}
+	if len(s.all) == 0 {
+		return nil, errors.New("there is no scheduler: name one at least, as HOST:PORT")
+	}
+	s.place()
+	return s, nil
+}
+
+// dial returns a connection, which is made when it is used, without TLS. One that was
+// lost is made again within a second.
+func dial(addr string) (*grpc.ClientConn, error) {
+	retry := backoff.DefaultConfig
+	retry.BaseDelay, retry.MaxDelay = 100*time.Millisecond, time.Second
+	return grpc.NewClient("passthrough:///"+addr, grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithDisableServiceConfig(), grpc.WithNoProxy(),
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: retry, MinConnectTimeout: time.Second}))
+}
+
+func (s *schedulers) close() error {
+	var errs []error
+	for _, sched := range s.all {
+		errs = append(errs, sched.conn.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// element is what stands for a scheduler in the ring: its address, and after it
+// its host once more. That is what Dragonfly's daemons do, and all have to do the same.
+func (s *scheduler) element() string {
+	host, _, _ := net.SplitHostPort(s.addr)
+	return s.addr + host
+}
+
+// place makes the ring. As Dragonfly's daemons do, it leaves out who is down.
+func (s *schedulers) place() {
+	ring := consistent.New()
+	for _, sched := range s.all {
+		if !sched.down {
+			ring.Add(sched.element())
+		}
+	}
+	if len(ring.Members()) == 0 {
+		for _, sched := range s.all {
+			ring.Add(sched.element())
+		}
+	}
+	s.ring = ring
+}
+
+// mark notes whether a scheduler is down, and reports whether that is news.
+func (s *schedulers) mark(sched *scheduler, down bool) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if sched.down == down {
+		return false
+	}
+	sched.down = down
+	s.place()
+	return true
+}
+
+// up reports whether any scheduler is not known to be down.
+func (s *schedulers) up() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, sched := range s.all {
+		if !sched.down {
+			return true
+		}
+	}
+	return false
+}
+
+// of returns the scheduler of a task.
+func (s *schedulers) of(id string) *scheduler {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	element, _ := s.ring.Get(id) // the ring is never empty
+	for _, sched := range s.all {
+		if sched.element() == element {
+			return sched
+		}
+	}
+	return s.all[0]
+}
+
+// errAway says that there is no way to what may be on other hosts.
+var errAway = fmt.Errorf("%w: %w", p2p.ErrUnreachable, p2p.ErrUnavailable)
+
+// errDown says the same, because nobody is there: Dragonfly's daemons leave such a
+// scheduler out of their ring, and one that is only silent they do not.
+var errDown = fmt.Errorf("%w", errAway)
+
+// call calls a scheduler within limit, and says what its error is: one that matches
+// [p2p.ErrNotFound] where it does not know what it was asked about, errAway where
+// it does not answer.
+func (s *scheduler) call(ctx context.Context, what string, limit time.Duration, do func(context.Context) error) error {
+	limited, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	err := do(limited)
+	if err == nil {
+		return nil
+	}
+	if cause := context.Cause(ctx); cause != nil {
+		return cause
+	}
+	st := status.Convert(err)
+	at := fmt.Sprintf("%s: scheduler %s", what, s.addr)
+	switch code := codeOf(st); {
+	case code == commonv1.Code_PeerTaskNotFound, code == commonv1.Code_SchedPeerNotFound:
+		return fmt.Errorf("%s: %w: %s", at, p2p.ErrNotFound, st.Message())
+	case limited.Err() != nil, st.Code() == codes.DeadlineExceeded:
+		return fmt.Errorf("%s: %w: no answer within %s: see that it runs", at, errAway, limit)
+	case st.Code() == codes.Unavailable, st.Code() == codes.Canceled: // cancelled by the other side: ctx has not ended
+		return fmt.Errorf("%s: %w: %s: see that it runs, and that this is its address", at, errDown, reason(st))
+	}
+	return fmt.Errorf("%s: %s", at, st.Message())
+}
+
+// reason returns why a call did not get through, without what gRPC says around it.
+func reason(st *status.Status) string {
+	if _, why, found := strings.Cut(st.Message(), "transport: Error while dialing: "); found {
+		return strings.TrimSuffix(why, `"`)
+	}
+	return st.Message()
+}
+
+// codeOf returns the code that Dragonfly gives an error, in a detail and at the
+// start of the message, [1404]; 0 where there is none.
+func codeOf(st *status.Status) commonv1.Code {
+	for _, detail := range st.Details() {
+		if e, ok := detail.(*commonv1.GrpcDfError); ok {
+			return e.GetCode()
+		}
+	}
+	rest, ok := strings.CutPrefix(st.Message(), "[")
+	number, _, closed := strings.Cut(rest, "]")
+	n, err := strconv.ParseInt(number, 10, 32)
+	if !ok || !closed || err != nil {
+		return 0
+	}
+	return commonv1.Code(n)
+}
+
+// dfError gives an error the form that Dragonfly's daemons know.
+func dfError(code commonv1.Code, format string, args ...any) error {
+	message := fmt.Sprintf(format, args...)
+	st := status.Newf(codes.Unknown, "[%d]%s", code, message)
+	if detailed, err := st.WithDetails(&commonv1.GrpcDfError{Code: code, Message: message}); err == nil {
+		st = detailed
+	}
+	return st.Err()
+}

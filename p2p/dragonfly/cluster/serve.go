@@ -1,0 +1,269 @@
+package cluster
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strconv"
+	"strings"
+	"time"
+
+	commonv1 "d7y.io/api/v2/pkg/apis/common/v1"
+	dfdaemonv1 "d7y.io/api/v2/pkg/apis/dfdaemon/v1"
+	"golang.org/x/time/rate"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/health"
+	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/protobuf/types/known/emptypb"
+
+	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p"
+)
+
+// maxPieces is how many pieces are described in one message at most: a megabyte of them.
+const maxPieces = 16 << 10
+
+// defaultPieces is how many are where a peer does not say: as many as Dragonfly asks for.
+const defaultPieces = 16
+
+// listen listens for peers and for uploads.
+func (e *Engine) listen() (l [2]net.Listener, err error) {
+	if l[0], err = net.Listen("tcp", e.opts.PeerListen); err != nil {
+		return l, fmt.Errorf("listen for Dragonfly's peers: %w: choose another address", err)
+	}
+	if l[1], err = net.Listen("tcp", e.opts.UploadListen); err != nil {
+		return l, errors.Join(fmt.Errorf("listen for uploads to Dragonfly's peers: %w: choose another address", err), l[0].Close())
+	}
+	return l, nil
+}
+
+// serve answers peers until the engine is closed.
+func (e *Engine) serve(l [2]net.Listener) {
+	e.peers = grpc.NewServer(grpc.MaxRecvMsgSize(64<<10), grpc.MaxConcurrentStreams(256), grpc.ConnectionTimeout(e.opts.StallTimeout),
+		grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionIdle: 5 * time.Minute}))
+	dfdaemonv1.RegisterDaemonServer(e.peers, &daemon{e: e})
+	healthv1.RegisterHealthServer(e.peers, health.NewServer())
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /download/{prefix}/{id}", e.upload)
+	e.uploads = &http.Server{
+		Handler: mux, ReadHeaderTimeout: e.opts.StallTimeout, IdleTimeout: 90 * time.Second, MaxHeaderBytes: 16 << 10,
+		BaseContext: func(net.Listener) context.Context { return e.ctx },
+	}
+	e.background.Go(func() {
+		if err := e.peers.Serve(l[0]); err != nil && e.ctx.Err() == nil {
+			e.log.Error("Dragonfly's peers are not answered any more", "error", err)
+		}
+	})
+	e.background.Go(func() {
+		if err := e.uploads.Serve(l[1]); err != nil && e.ctx.Err() == nil {
+			e.log.Error("nothing is uploaded to Dragonfly's peers any more", "error", err)
+		}
+	})
+}
+
+// packet describes a task to peers, with up to limit of its pieces from the one with
+// the number start on.
+func (e *Engine) packet(ctx context.Context, id string, h *holding, start, limit int) (*commonv1.PiecePacket, error) {
+	blob, err := e.store.OpenForPeers(ctx, h.task)
+	if err != nil {
+		return nil, err
+	}
+	defer blob.Close()
+	size := blob.Size()
+	p := &commonv1.PiecePacket{
+		TaskId: id, DstPid: h.peerID, DstAddr: e.UploadAddress(),
+		TotalPiece: int32(pieceCount(size)), ContentLength: size,
+	}
+	if limit == 0 || size == 0 {
+		return p, nil
+	}
+	sums, err := e.sums.pieces(ctx, h.task.Digest, blob)
+	if err != nil {
+		return nil, err
+	}
+	p.PieceMd5Sign = sign(sums)
+	for i := start; i < len(sums) && i-start < limit; i++ {
+		p.PieceInfos = append(p.PieceInfos, pieceInfo(size, i, sums[i]))
+	}
+	return p, nil
+}
+
+// daemon implements what Dragonfly's daemons ask of each other.
+type daemon struct {
+	dfdaemonv1.UnimplementedDaemonServer
+	e *Engine
+}
+
+// CheckHealth says that the daemon is there.
+func (d *daemon) CheckHealth(context.Context, *emptypb.Empty) (*emptypb.Empty, error) {
+	return &emptypb.Empty{}, nil
+}
+
+// GetPieceTasks describes pieces of a task.
+func (d *daemon) GetPieceTasks(ctx context.Context, req *commonv1.PieceTaskRequest) (*commonv1.PiecePacket, error) {
+	h := d.e.holding(req.GetTaskId())
+	if h == nil {
+		return nil, dfError(commonv1.Code_PeerTaskNotFound, "task %.64q is not here", req.GetTaskId())
+	}
+	limit := int(min(req.GetLimit(), maxPieces))
+	if limit == 0 {
+		limit = defaultPieces
+	}
+	p, err := d.e.packet(ctx, req.GetTaskId(), h, int(min(req.GetStartNum(), 1<<30)), limit)
+	if err != nil {
+		if errors.Is(err, p2p.ErrNotFound) || errors.Is(err, digest.ErrCorrupt) {
+			return nil, dfError(commonv1.Code_PeerTaskNotFound, "%v", err)
+		}
+		return nil, dfError(commonv1.Code_UnknownError, "%v", err)
+	}
+	return p, nil
+}
+
+// SyncPieceTasks describes all pieces of a task. They are all there, so that the stream
+// ends then.
+func (d *daemon) SyncPieceTasks(stream dfdaemonv1.Daemon_SyncPieceTasksServer) error {
+	req, err := stream.Recv()
+	if err != nil {
+		return err
+	}
+	for {
+		p, err := d.GetPieceTasks(stream.Context(), req)
+		if err != nil {
+			return err
+		}
+		if err := stream.Send(p); err != nil {
+			return err
+		}
+		if len(p.PieceInfos) == 0 {
+			return nil
+		}
+		if req.StartNum = uint32(p.PieceInfos[len(p.PieceInfos)-1].PieceNum) + 1; int64(req.StartNum) >= int64(p.TotalPiece) {
+			return nil
+		}
+	}
+}
+
+// upload sends one range of a task: /download/<id[:3]>/<id>. As Dragonfly's daemons do,
+// it answers 200, not 206. Every byte is verified before it is sent; where one turns
+// out to be damaged on the way, the answer ends early.
+func (e *Engine) upload(w http.ResponseWriter, r *http.Request) {
+	refuse := func(code int, format string, args ...any) {
+		w.Header().Set("Connection", "close")
+		http.Error(w, fmt.Sprintf(format, args...), code)
+	}
+	id := r.PathValue("id")
+	h := e.holding(id)
+	if h == nil || r.PathValue("prefix") != id[:3] { // an ID that is held is long enough
+		refuse(http.StatusNotFound, "task %.64q is not here", id)
+		return
+	}
+	first, last, ok := parseRange(r.Header.Values("Range"))
+	if !ok {
+		refuse(http.StatusBadRequest, "want one range, bytes=FIRST-LAST")
+		return
+	}
+	// Dragonfly's daemons wait for two seconds for an answer.
+	patience := time.NewTimer(time.Second)
+	defer patience.Stop()
+	select {
+	case e.uploading <- struct{}{}:
+		defer func() { <-e.uploading }()
+	case <-r.Context().Done():
+		return
+	case <-patience.C:
+		refuse(http.StatusServiceUnavailable, "%d pieces are being sent already", e.opts.MaxUploads)
+		return
+	}
+	blob, err := e.store.OpenForPeers(r.Context(), h.task)
+	if err != nil {
+		refuse(http.StatusNotFound, "%v", err)
+		return
+	}
+	defer blob.Close()
+	if last >= blob.Size() {
+		refuse(http.StatusRequestedRangeNotSatisfiable, "bytes %d to %d: the task has %d", first, last, blob.Size())
+		return
+	}
+	n := last - first + 1
+	out := &uploader{w: w, control: http.NewResponseController(w), length: n, ctx: r.Context(), limit: e.up, stall: e.opts.StallTimeout}
+	if err := blob.CopyRange(r.Context(), out, first, n, nil); err != nil {
+		e.log.Debug("an upload to a peer of Dragonfly failed", "task", h.task.String(), "peer", r.RemoteAddr, "error", err)
+		if !out.began {
+			refuse(http.StatusInternalServerError, "%v", err)
+		}
+	}
+}
+
+// parseRange returns the first and the last byte of the only range there is.
+func parseRange(headers []string) (first, last int64, ok bool) {
+	if len(headers) != 1 {
+		return 0, 0, false
+	}
+	from, to, found := strings.Cut(strings.TrimPrefix(headers[0], "bytes="), "-")
+	a, errA := strconv.ParseUint(from, 10, 63)
+	b, errB := strconv.ParseUint(to, 10, 63)
+	ok = strings.HasPrefix(headers[0], "bytes=") && found && errA == nil && errB == nil && a <= b
+	return int64(a), int64(b), ok
+}
+
+// uploader writes an answer: the header with the first byte, and no faster than it may.
+type uploader struct {
+	w       http.ResponseWriter
+	control *http.ResponseController
+	length  int64
+	began   bool
+	ctx     context.Context
+	limit   *rate.Limiter
+	stall   time.Duration
+}
+
+func (u *uploader) Write(p []byte) (written int, err error) {
+	if !u.began {
+		u.began = true
+		u.w.Header().Set("Content-Type", "application/octet-stream")
+		u.w.Header().Set("Content-Length", strconv.FormatInt(u.length, 10))
+	}
+	const chunk = 256 << 10 // has to move within the stall timeout
+	for len(p) > 0 {
+		part := p[:min(len(p), chunk)]
+		if err := pass(u.ctx, u.limit, len(part)); err != nil {
+			return written, err
+		}
+		if err := u.control.SetWriteDeadline(time.Now().Add(u.stall)); err != nil {
+			return written, err
+		}
+		n, err := u.w.Write(part)
+		written += n
+		if err != nil {
+			return written, err
+		}
+		p = p[n:]
+	}
+	return written, nil
+}
+
+var _ io.Writer = (*uploader)(nil)
+
+// limiter makes a limiter of bytes in a second; 0 is no limit.
+func limiter(perSecond int64) *rate.Limiter {
+	if perSecond <= 0 {
+		return nil
+	}
+	return rate.NewLimiter(rate.Limit(perSecond), int(max(min(perSecond/20, 256<<10), 16<<10)))
+}
+
+// pass waits until n bytes may pass.
+func pass(ctx context.Context, l *rate.Limiter, n int) error {
+	for l != nil && n > 0 {
+		part := min(n, l.Burst())
+		if err := l.WaitN(ctx, part); err != nil {
+			return err
+		}
+		n -= part
+	}
+	return nil
+}
