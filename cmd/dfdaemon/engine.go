@@ -11,10 +11,13 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/dfcache/dfcache/blobstore"
+	"github.com/dfcache/dfcache/cmd/internal/build"
 	"github.com/dfcache/dfcache/cmd/internal/exit"
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/dragonfly"
+	"github.com/dfcache/dfcache/p2p/dragonfly/cluster"
 	"github.com/dfcache/dfcache/p2p/pieces"
+	"github.com/dfcache/dfcache/p2p/swarm"
 	"github.com/dfcache/dfcache/p2p/swarm/discovery"
 )
 
@@ -22,6 +25,7 @@ import (
 const (
 	engineOwn       = "own"
 	engineDragonfly = "dragonfly"
+	engineCluster   = "dragonfly-cluster"
 )
 
 // engineOptions are the values of the flags that say what the network is.
@@ -29,12 +33,21 @@ type engineOptions struct {
 	kind    string
 	socket  string
 	timeout time.Duration
+
+	schedulers   string
+	advertise    string
+	peerListen   string
+	uploadListen string
 }
 
 func (o *engineOptions) flags(flags *pflag.FlagSet) {
-	flags.StringVar(&o.kind, "engine", engineOwn, "`where` to get what is not here: own is the swarm of dfdaemons, dragonfly a Dragonfly whose dfdaemon runs on this host")
+	flags.StringVar(&o.kind, "engine", engineOwn, "`where` to get what is not here: own is the swarm of dfdaemons, dragonfly a Dragonfly whose dfdaemon runs on this host, dragonfly-cluster the Dragonfly cluster of which this daemon is a peer itself")
 	flags.StringVar(&o.socket, "dragonfly-daemon", dragonfly.DefaultSocket, "unix `socket` of Dragonfly's dfdaemon, with --engine dragonfly")
-	flags.DurationVar(&o.timeout, "dragonfly-timeout", dragonfly.DefaultTimeout, "how long Dragonfly may take to import or export a file")
+	flags.DurationVar(&o.timeout, "dragonfly-timeout", dragonfly.DefaultTimeout, "how long Dragonfly may take to import or export a file, and with --engine dragonfly-cluster how long it may take to fetch one")
+	flags.StringVar(&o.schedulers, "dragonfly-schedulers", "", "`addresses` of all schedulers of the Dragonfly cluster, HOST:PORT with commas between them, as Dragonfly's daemons have them, with --engine dragonfly-cluster")
+	flags.StringVar(&o.advertise, "dragonfly-advertise", "", "`IP` by which the hosts of the Dragonfly cluster reach this one (default the one from which the first scheduler is reached)")
+	flags.StringVar(&o.peerListen, "dragonfly-peer-listen", cluster.DefaultPeerListen, "`address` where the daemons of the Dragonfly cluster ask this one for pieces, without TLS; port 0 is any free port")
+	flags.StringVar(&o.uploadListen, "dragonfly-upload-listen", cluster.DefaultUploadListen, "`address` where they fetch them; port 0 is any free port")
 }
 
 // checkEngine finds what is wrong with the flags of the engine, and with others
@@ -43,17 +56,30 @@ func (o *options) checkEngine(cmd *cobra.Command) error {
 	switch e := &o.engine; {
 	case e.kind == engineOwn:
 		return nil
-	case e.kind != engineDragonfly:
-		return exit.FlagError(cmd, fmt.Errorf("--engine %q: use %s or %s", e.kind, engineOwn, engineDragonfly))
-	case e.socket == "":
+	case e.kind != engineDragonfly && e.kind != engineCluster:
+		return exit.FlagError(cmd, fmt.Errorf("--engine %q: use %s, %s or %s", e.kind, engineOwn, engineDragonfly, engineCluster))
+	case e.kind == engineCluster && len(split(e.schedulers)) == 0:
+		return exit.FlagError(cmd, fmt.Errorf("--engine %s: name the schedulers with --dragonfly-schedulers", engineCluster))
+	case e.kind == engineDragonfly && e.socket == "":
 		return exit.FlagError(cmd, errors.New("--dragonfly-daemon is empty: name the socket of Dragonfly's dfdaemon"))
 	case e.timeout <= 0:
 		return exit.FlagError(cmd, fmt.Errorf("--dragonfly-timeout %s: want a duration above zero, such as 10m", e.timeout))
 	}
 	for _, name := range []string{"swarm-key", "bootstrap", "peers-file"} {
 		if f := cmd.Flags().Lookup(name); f.Changed && f.Value.String() != "off" {
-			return exit.FlagError(cmd, fmt.Errorf("--%s: with --engine %s there is no swarm: leave one of them out", name, engineDragonfly))
+			return exit.FlagError(cmd, fmt.Errorf("--%s: with --engine %s there is no swarm: leave one of them out", name, o.engine.kind))
 		}
+	}
+	if o.engine.kind == engineCluster {
+		if o.swarm.mode != string(swarm.Full) {
+			return exit.FlagError(cmd, fmt.Errorf("--swarm-mode %s: with --engine %s this daemon fetches and serves: leave one of them out", o.swarm.mode, engineCluster))
+		}
+		for name, address := range map[string]string{"dragonfly-peer-listen": o.engine.peerListen, "dragonfly-upload-listen": o.engine.uploadListen} {
+			if !isAddress(address, false) {
+				return exit.FlagError(cmd, fmt.Errorf("--%s %q: want HOST:PORT, or :PORT for all addresses of this host", name, address))
+			}
+		}
+		return nil
 	}
 	socket, err := filepath.Abs(o.engine.socket)
 	if err != nil {
@@ -85,6 +111,29 @@ func (d *daemon) openEngine(ctx context.Context, store *pieces.Store, key discov
 			warn(fmt.Sprintf("going on alone until Dragonfly answers: %v", err))
 		}
 		return e, "Dragonfly at " + d.engine.socket, nil
+	case d.engine.kind == engineCluster:
+		e, err := cluster.New(store, cluster.Options{
+			Schedulers:     split(d.engine.schedulers),
+			Advertise:      d.engine.advertise,
+			PeerListen:     d.engine.peerListen,
+			UploadListen:   d.engine.uploadListen,
+			Version:        build.Get().Version,
+			LookupTimeout:  d.swarm.lookup,
+			StallTimeout:   d.swarm.stall,
+			Timeout:        d.engine.timeout,
+			UploadRate:     int64(d.swarm.upRate),
+			DownloadRate:   int64(d.swarm.downRate),
+			MaxUploads:     d.swarm.uploads,
+			DetectManifest: blobstore.DetectManifest,
+			Log:            d.log,
+		})
+		if err != nil {
+			return nil, "", errors.Join(err, store.Close())
+		}
+		if err := e.Health(ctx); err != nil {
+			warn(fmt.Sprintf("going on alone until a scheduler of Dragonfly answers: %v", err))
+		}
+		return e, "in Dragonfly at " + e.Address(), nil
 	case inSwarm:
 		joined, err := d.joinSwarm(store, key)
 		if err != nil {

@@ -87,7 +87,7 @@ func (o *Options) setDefaults() {
 		&o.LookupTimeout: 3 * time.Second, &o.StallTimeout: 10 * time.Second, &o.Timeout: DefaultTimeout,
 		&o.AnnounceInterval: 30 * time.Second, &o.SweepInterval: time.Minute,
 	} {
-		if *d == 0 {
+		if *d <= 0 {
 			*d = value
 		}
 	}
@@ -96,10 +96,10 @@ func (o *Options) setDefaults() {
 			*s = value
 		}
 	}
-	if o.SweepRate == 0 {
+	if o.SweepRate <= 0 {
 		o.SweepRate = 50
 	}
-	if o.MaxUploads == 0 {
+	if o.MaxUploads <= 0 {
 		o.MaxUploads = 64
 	}
 	if o.Log == nil {
