@@ -209,9 +209,12 @@ func (e *Engine) sweep() error {
 		if err := pace.Wait(e.ctx); err != nil {
 			return err
 		}
+		if !e.schedulers.up() {
+			return nil // when one is up again, all begins anew
+		}
 		h := e.holding(id)
-		if h == nil || !e.schedulers.up() {
-			continue // deleted; or announced when one is up again
+		if h == nil {
+			continue // deleted
 		}
 		// Where the scheduler knows the task, it has to know no more than that it is here:
 		// the sums of its pieces need not be computed.

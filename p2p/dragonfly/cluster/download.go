@@ -46,6 +46,7 @@ type download struct {
 
 	endStream context.CancelFunc
 	packets   chan *schedulerv1.PeerPacket // closed when the scheduler names no more peers
+	ended     error                        // why that is
 	receiving sync.WaitGroup
 
 	sendMu   sync.Mutex
@@ -216,11 +217,13 @@ func (d *download) open(ctx context.Context) error {
 		for {
 			packet, err := stream.Recv()
 			if err != nil {
+				d.ended = err
 				return
 			}
 			select {
 			case d.packets <- packet:
 			case <-ctx.Done():
+				d.ended = context.Cause(ctx)
 				return
 			}
 		}
@@ -244,7 +247,7 @@ func (d *download) next(ctx context.Context) ([]parent, error) {
 			return nil, context.Cause(ctx)
 		}
 		if !more {
-			return nil, fmt.Errorf("scheduler %s: %w: it ended the download", d.scheduler.addr, p2p.ErrUnreachable)
+			return nil, fmt.Errorf("scheduler %s: %w: it ended the download: %w", d.scheduler.addr, p2p.ErrUnreachable, d.ended)
 		}
 		if code := packet.GetCode(); code != commonv1.Code_Success {
 			return nil, fmt.Errorf("scheduler %s: %w: it names no peer: %s (%d)", d.scheduler.addr, p2p.ErrUnreachable, code, code)

@@ -214,10 +214,10 @@ func (e *Engine) Close() error {
 		return nil
 	}
 	e.cancel(fmt.Errorf("engine in a Dragonfly cluster: %w", p2p.ErrClosed))
-	e.calls.Wait()
-	e.leaveHost()
 	err := e.uploads.Close()
 	e.peers.Stop()
+	e.calls.Wait()
+	e.leaveHost()
 	e.background.Wait()
 	e.client.CloseIdleConnections()
 	return errors.Join(err, e.schedulers.close(), e.store.Close())

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -237,7 +238,7 @@ func mustCID(t *testing.T, s string) digest.CID {
 // A peer that gives something else is found out, whatever its MD5s say, and another
 // one is used where there is one.
 func TestBadPeers(t *testing.T) {
-	const stall = 300 * time.Millisecond
+	const stall = 500 * time.Millisecond
 	for _, size := range []int{1000, 5 << 20} {
 		for name, c := range map[string]struct {
 			behaviour clustertest.Behaviour
@@ -306,6 +307,47 @@ func TestBadPeers(t *testing.T) {
 	}
 }
 
+// What has come from a peer that was given up is not fetched again from the next one,
+// unless that one says that it is something else.
+func TestPiecesAreKept(t *testing.T) {
+	for first, want := range map[clustertest.Behaviour]int{clustertest.StallLast: 1, clustertest.Lie: 3} {
+		s := clustertest.StartScheduler(t)
+		h := newHost(t, cluster.Options{StallTimeout: time.Second}, s)
+		data := enginetest.Content(9<<20, 1)
+		task := p2p.Task{Tag: "t", Digest: digest.SHA256.FromBytes(data)}
+		bad, good := clustertest.StartPeer(t, s, "bad", first), clustertest.StartPeer(t, s, "good", clustertest.Honest)
+		for _, p := range []*clustertest.Peer{bad, good} {
+			if err := p.Import(t.Context(), task.Digest.String(), "t", data); err != nil {
+				t.Fatal(err)
+			}
+		}
+		h.requireFetched(task, data)
+		if bad.Served() != 3 || good.Served() != want {
+			t.Errorf("%d and %d pieces were fetched, want 3 and %d", bad.Served(), good.Served(), want)
+		}
+	}
+}
+
+// However many want a blob, it is fetched once.
+func TestOneFetch(t *testing.T) {
+	s := clustertest.StartScheduler(t)
+	a, b := newHost(t, cluster.Options{}, s), newHost(t, cluster.Options{}, s)
+	data := enginetest.Content(5<<20, 1)
+	task := enginetest.Import(t, a, "t", data)
+	var all sync.WaitGroup
+	for range 16 {
+		all.Go(func() {
+			if got, err := b.fetch(t.Context(), task); err != nil || !bytes.Equal(got, data) {
+				t.Errorf("fetch: %d bytes, %v", len(got), err)
+			}
+		})
+	}
+	all.Wait()
+	if n := s.Calls("RegisterPeerTask"); n != 1 {
+		t.Errorf("%d fetches, want 1", n)
+	}
+}
+
 // A scheduler that sends something else for tiny content is found out, too.
 func TestLyingScheduler(t *testing.T) {
 	s := clustertest.StartScheduler(t)
@@ -336,6 +378,7 @@ func TestForgotten(t *testing.T) {
 	s.Forget()
 	known()
 	s.Stop()
+	tasks = append(tasks, enginetest.Import(t, h, "t", []byte("imported meanwhile")))
 	s.Restart(t)
 	known()
 	if err := h.Close(); err != nil {
@@ -412,7 +455,7 @@ func TestPlacement(t *testing.T) {
 
 // Nobody waits for a scheduler longer than the engine is told to.
 func TestHang(t *testing.T) {
-	const short = 50 * time.Millisecond
+	const short = 250 * time.Millisecond
 	s := clustertest.StartScheduler(t)
 	a := newHost(t, cluster.Options{}, s)
 	b := newHost(t, cluster.Options{LookupTimeout: short, StallTimeout: short}, s)
@@ -427,7 +470,7 @@ func TestHang(t *testing.T) {
 			}
 			continue
 		}
-		requireError(t, call, err, p2p.ErrUnreachable, s.Addr, "within 50ms")
+		requireError(t, call, err, p2p.ErrUnreachable, s.Addr, "within 250ms")
 		requireError(t, call, err, p2p.ErrUnavailable)
 		b.requireMissing(task)
 	}
@@ -448,7 +491,7 @@ func TestHang(t *testing.T) {
 func TestCallerGivesUp(t *testing.T) {
 	s := clustertest.StartScheduler(t)
 	bad := clustertest.StartPeer(t, s, "bad", clustertest.Stall)
-	h := newHost(t, cluster.Options{Timeout: 200 * time.Millisecond}, s)
+	h := newHost(t, cluster.Options{Timeout: time.Hour, StallTimeout: time.Hour}, s)
 	task := p2p.Task{Digest: digest.SHA256.FromString("data")}
 	if err := bad.Import(t.Context(), task.Digest.String(), "", enginetest.Content(5<<20, 1)); err != nil {
 		t.Fatal(err)
@@ -465,8 +508,28 @@ func TestCallerGivesUp(t *testing.T) {
 	}
 	cancel(gone)
 	requireError(t, "fetch", <-result, gone)
+	if err := s.Await(t.Context(), func() bool { return len(s.Results()) == 1 }); err != nil {
+		t.Fatal(err)
+	}
+	h = newHost(t, cluster.Options{Timeout: 200 * time.Millisecond}, s)
 	_, err := h.fetch(t.Context(), task)
 	requireError(t, "fetch", err, p2p.ErrUnreachable, "longer than 200ms")
+}
+
+// Bytes move no faster than they may, either way.
+func TestRates(t *testing.T) {
+	const rate = 4 << 20
+	for name, opts := range map[string][2]cluster.Options{"upload": {{UploadRate: rate}, {}}, "download": {{}, {DownloadRate: rate}}} {
+		s := clustertest.StartScheduler(t)
+		a, b := newHost(t, opts[0], s), newHost(t, opts[1], s)
+		data := enginetest.Content(rate, 1)
+		task := enginetest.Import(t, a, "t", data)
+		began := time.Now()
+		b.requireFetched(task, data)
+		if took := time.Since(began); took < 800*time.Millisecond {
+			t.Errorf("%s: %d bytes took %s at %d bytes a second", name, rate, took, rate)
+		}
+	}
 }
 
 // What is deleted here is not asked of this host any more; what others keep is said.
@@ -483,6 +546,11 @@ func TestDelete(t *testing.T) {
 		t.Errorf("delete: %+v, %v", deleted, err)
 	}
 	await(t, s, task, 1)
+	c := newHost(t, cluster.Options{}, s) // gets it from b, who has not imported it
+	c.requireFetched(task, data)
+	if deleted, err := c.Delete(t.Context(), "t", id, p2p.DeleteOptions{}); err != nil || len(deleted.Missed) != 1 {
+		t.Errorf("delete: %+v, %v", deleted, err)
+	}
 	if deleted, err = b.Delete(t.Context(), "t", id, p2p.DeleteOptions{}); err != nil || len(deleted.Missed) != 0 {
 		t.Errorf("delete: %+v, %v", deleted, err)
 	}

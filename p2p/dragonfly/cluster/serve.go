@@ -43,7 +43,7 @@ func (e *Engine) listen() (l [2]net.Listener, err error) {
 
 // serve answers peers until the engine is closed.
 func (e *Engine) serve(l [2]net.Listener) {
-	e.peers = grpc.NewServer(grpc.MaxRecvMsgSize(64<<10), grpc.MaxConcurrentStreams(256), grpc.ConnectionTimeout(e.opts.StallTimeout),
+	e.peers = grpc.NewServer(grpc.MaxRecvMsgSize(64<<10), grpc.MaxConcurrentStreams(256), grpc.WaitForHandlers(true), grpc.ConnectionTimeout(e.opts.StallTimeout),
 		grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionIdle: 5 * time.Minute}))
 	dfdaemonv1.RegisterDaemonServer(e.peers, &daemon{e: e})
 	healthv1.RegisterHealthServer(e.peers, health.NewServer())
@@ -155,6 +155,11 @@ func (e *Engine) upload(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Connection", "close")
 		http.Error(w, fmt.Sprintf(format, args...), code)
 	}
+	if err := e.begin(r.Context()); err != nil {
+		refuse(http.StatusServiceUnavailable, "%v", err)
+		return
+	}
+	defer e.calls.Done()
 	id := r.PathValue("id")
 	h := e.holding(id)
 	if h == nil || r.PathValue("prefix") != id[:3] { // an ID that is held is long enough

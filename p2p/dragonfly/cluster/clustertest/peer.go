@@ -31,6 +31,7 @@ const (
 	Long                // more bytes than the range has, said beforehand
 	Chunked             // the same, not said
 	Stall               // half of the bytes, and no more
+	StallLast           // the same, of the last piece only
 	Silent              // no answer to what pieces there are
 	Hostile             // pieces that cannot be
 	Elsewhere           // pieces at the address of somebody else
@@ -193,7 +194,11 @@ func (p *Peer) upload(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	part := content[first : last+1]
-	switch p.behaviour {
+	behaviour := p.behaviour
+	if behaviour == StallLast && last+1 == len(content) {
+		behaviour = Stall
+	}
+	switch behaviour {
 	case Long:
 		w.Header().Set("Content-Length", fmt.Sprint(len(part)+1))
 		w.Write(append(part[:len(part):len(part)], 'x'))
