@@ -50,6 +50,14 @@ type relays struct {
 
 	mu      sync.Mutex
 	outside map[peer.ID]*reservation // connected peers that can relay
+	known   bool                     // the service that punches holes knows the router's address
+	holes   map[peer.ID]*hole        // to peers that have come over relays only
+}
+
+// hole is what is tried again to punch.
+type hole struct {
+	next  time.Time
+	pause time.Duration
 }
 
 // reservation is what a peer keeps that relays to this host, or may.
@@ -122,6 +130,7 @@ func (r *relays) seenAt() (addrs []multiaddr.Multiaddr) {
 			addrs = append(addrs, res.seen)
 		}
 	}
+	r.known = r.known || len(addrs) > 0
 	return distinct(addrs)
 }
 
@@ -155,6 +164,7 @@ func (r *relays) isOutside(c network.Conn, observed multiaddr.Multiaddr) bool {
 func (r *relays) tend(ctx context.Context, now time.Time) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	r.punchAgain(now)
 	var idle []peer.ID
 	have, lost := 0, false
 	for p, res := range r.outside {
@@ -187,6 +197,43 @@ func (r *relays) tend(ctx context.Context, now time.Time) {
 	slices.SortFunc(idle, func(p, q peer.ID) int { return cmp.Compare(relayed(p), relayed(q)) })
 	for _, p := range idle[:min(len(idle), max(0, maxRelays-have))] {
 		r.ask(ctx, p, r.outside[p])
+	}
+}
+
+// punchAgain tries again with peers that have connected with this host over relays
+// only, with growing pauses: a hole does not always come about when a peer comes,
+// which is when libp2p tries. The caller holds mu.
+func (r *relays) punchAgain(now time.Time) {
+	if r.punch == nil || !r.known {
+		return
+	}
+	relayed := map[peer.ID]bool{}
+	for _, c := range r.n.host.Network().Conns() {
+		p := c.RemotePeer()
+		if before, seen := relayed[p]; !seen || before {
+			relayed[p] = isRelayed(c.RemoteMultiaddr()) && c.Stat().Direction == network.DirInbound
+		}
+	}
+	for p := range r.holes {
+		if !relayed[p] {
+			delete(r.holes, p)
+		}
+	}
+	for p := range relayed {
+		h := r.holes[p]
+		if h == nil && relayed[p] {
+			pause := 10 * r.n.opts.tick
+			r.holes[p] = &hole{now.Add(pause), pause}
+		}
+		if h == nil || now.Before(h.next) {
+			continue
+		}
+		h.pause = min(2*h.pause, 600*r.n.opts.tick)
+		h.next = now.Add(h.pause)
+		r.asking.Go(func() {
+			err := r.punch.DirectConnect(p)
+			r.n.log.Debug("tried again to punch a hole", "peer", p, "error", err)
+		})
 	}
 }
 
