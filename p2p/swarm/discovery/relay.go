@@ -207,12 +207,15 @@ func (r *relays) punchAgain(now time.Time) {
 	if r.punch == nil || !r.known {
 		return
 	}
+	// Whoever was connected with tries; where both were, one of them.
 	relayed := map[peer.ID]bool{}
-	for _, c := range r.n.host.Network().Conns() {
-		p := c.RemotePeer()
-		if before, seen := relayed[p]; !seen || before {
-			relayed[p] = isRelayed(c.RemoteMultiaddr()) && c.Stat().Direction == network.DirInbound
+	for _, p := range r.n.host.Network().Peers() {
+		conns := r.n.host.Network().ConnsToPeer(p)
+		is := func(d network.Direction) bool {
+			return slices.ContainsFunc(conns, func(c network.Conn) bool { return c.Stat().Direction == d })
 		}
+		direct := slices.ContainsFunc(conns, func(c network.Conn) bool { return !isRelayed(c.RemoteMultiaddr()) })
+		relayed[p] = !direct && is(network.DirInbound) && (!is(network.DirOutbound) || r.n.host.ID() < p)
 	}
 	for p := range r.holes {
 		if !relayed[p] {
