@@ -145,10 +145,10 @@ var lies = []lie{
 			json.NewEncoder(w).Encode(reply)
 		})
 	}},
-	{"nonsense in answers", func(_ *mathrand.Rand, _ p2p.Task, _ []byte, honest http.Handler) http.Handler {
+	{"nonsense in answers", func(r *mathrand.Rand, _ p2p.Task, _ []byte, honest http.Handler) http.Handler {
 		return edit(honest, pathFind, func(w http.ResponseWriter, _ *http.Request, answer *httptest.ResponseRecorder) {
 			b := answer.Body.Bytes()
-			b[mathrand.IntN(len(b))] ^= byte(1 + mathrand.IntN(255)) // requests come side by side, and r is not for that
+			b[r.IntN(len(b))] ^= byte(1 + r.IntN(255))
 			w.Write(b)
 		})
 	}},
@@ -212,7 +212,7 @@ func onPieces(f func(*mathrand.Rand, http.ResponseWriter, *httptest.ResponseReco
 		return edit(honest, pathPieces, func(w http.ResponseWriter, _ *http.Request, answer *httptest.ResponseRecorder) {
 			mu.Lock()
 			seed++
-			mine := mathrand.New(mathrand.NewPCG(seed, 0))
+			mine := mathrand.New(&lockedSource{src: mathrand.NewPCG(seed, 0)})
 			mu.Unlock()
 			f(mine, w, answer)
 		})
@@ -277,7 +277,7 @@ func TestHostile(t *testing.T) {
 }
 
 func hostile(t *testing.T, seed uint64) {
-	r := mathrand.New(mathrand.NewPCG(seed, 0))
+	r := mathrand.New(&lockedSource{src: mathrand.NewPCG(seed, 0)})
 	short := func(o *Options) {
 		o.StallTimeout = 300 * time.Millisecond
 		o.LookupTimeout = 2 * time.Second
@@ -295,7 +295,7 @@ func hostile(t *testing.T, seed uint64) {
 		told = append(told, l.name)
 		liar := h.start(t, short, func(o *Options) {
 			o.tamper = func(handler http.Handler) http.Handler {
-				return l.make(mathrand.New(mathrand.NewPCG(r.Uint64(), 1)), task, data, handler)
+				return l.make(mathrand.New(&lockedSource{src: mathrand.NewPCG(r.Uint64(), 1)}), task, data, handler)
 			}
 		})
 		liar.add(t, task.Tag, data)
@@ -331,4 +331,16 @@ func hostile(t *testing.T, seed uint64) {
 		})
 	}
 	reading.Wait()
+}
+
+// lockedSource is a source of random numbers for requests that come side by side.
+type lockedSource struct {
+	mu  sync.Mutex
+	src mathrand.Source
+}
+
+func (l *lockedSource) Uint64() uint64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.src.Uint64()
 }
