@@ -18,12 +18,11 @@ import (
 	"golang.org/x/sys/unix"
 	"golang.org/x/time/rate"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/dfcache/dfcache/blobstore"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/dragonfly/wire"
 )
 
 // Server serves a store to Dragonfly's dfcache. It is safe for concurrent use.
@@ -91,14 +90,11 @@ func (d *daemon) open(req request) (r *blobstore.Repository, cid string, err err
 	return r, cid, err
 }
 
-// scheme begins the URL that Dragonfly's dfcache makes of a cid.
-const scheme = "d7y:/"
-
 // parseURL returns the cid in a URL.
 func parseURL(raw string) (string, error) {
-	escaped, ok := strings.CutPrefix(raw, scheme)
+	escaped, ok := strings.CutPrefix(raw, wire.Scheme)
 	if !ok {
-		return "", fmt.Errorf("URL %q: %w: want %s and a cid: other files are not cached here", raw, blobstore.ErrInvalid, scheme)
+		return "", fmt.Errorf("URL %q: %w: want %s and a cid: other files are not cached here", raw, blobstore.ErrInvalid, wire.Scheme)
 	}
 	cid, err := url.QueryUnescape(escaped)
 	if err == nil && cid == "" {
@@ -241,8 +237,7 @@ func (d *daemon) answer(ctx context.Context, what string, req request, do func(c
 	return &emptypb.Empty{}, nil
 }
 
-// dfError is an error as Dragonfly's servers send it: of no kind that gRPC has, with
-// a code of their own in the message and in a detail.
+// dfError is an error as Dragonfly's servers send it.
 func dfError(err error) error {
 	code := commonv1.Code_UnknownError
 	switch {
@@ -255,9 +250,5 @@ func dfError(err error) error {
 	case errors.Is(err, context.Canceled):
 		code = commonv1.Code_ClientContextCanceled
 	}
-	s := status.New(codes.Unknown, fmt.Sprintf("[%d]%s", code, err))
-	if detailed, e := s.WithDetails(&commonv1.GrpcDfError{Code: code, Message: err.Error()}); e == nil {
-		s = detailed
-	}
-	return s.Err()
+	return wire.Error(code, "%v", err)
 }

@@ -11,8 +11,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
-	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/dragonfly/wire"
 )
 
 // What Dragonfly says becomes what the engine interface promises.
@@ -32,11 +32,11 @@ func TestErrors(t *testing.T) {
 	}{
 		{status.Error(codes.Unknown, "[1404]task not found"), p2p.ErrNotFound, "[1404]task not found"},
 		{detailed(commonv1.Code_PeerTaskNotFound), p2p.ErrNotFound, "some text"},
-		{detailed(commonv1.Code_RequestTimeOut), errAway, "no answer within 1m0s"},
-		{status.Error(codes.Unknown, "[1504]timeout"), errAway, "no answer within 1m0s"},
-		{status.Error(codes.DeadlineExceeded, "too late"), errAway, "no answer within 1m0s"},
-		{status.Error(codes.Unavailable, `connection error: desc = "transport: Error while dialing: dial unix /run/s: connect: refused"`), errAway, "dial unix /run/s: connect: refused: see that it runs"},
-		{status.Error(codes.Canceled, "EOF"), errAway, "EOF"},
+		{detailed(commonv1.Code_RequestTimeOut), wire.ErrAway, "no answer within 1m0s"},
+		{status.Error(codes.Unknown, "[1504]timeout"), wire.ErrAway, "no answer within 1m0s"},
+		{status.Error(codes.DeadlineExceeded, "too late"), wire.ErrAway, "no answer within 1m0s"},
+		{status.Error(codes.Unavailable, `connection error: desc = "transport: Error while dialing: dial unix /run/s: connect: refused"`), wire.ErrAway, "dial unix /run/s: connect: refused: see that it runs"},
+		{status.Error(codes.Canceled, "EOF"), wire.ErrAway, "EOF"},
 		{status.Error(codes.Unknown, "[1400]output exists"), other, "at /run/s: [1400]output exists"},
 		{status.Error(codes.Unknown, "[x]y"), other, "[x]y"},
 		{status.Error(codes.Unknown, "[1404"), other, "[1404"},
@@ -44,12 +44,12 @@ func TestErrors(t *testing.T) {
 		{status.Error(codes.Unimplemented, "unknown method"), other, "unknown method"},
 		{errors.New("bare"), other, "bare"},
 	} {
-		err := c.call(t.Context(), "stat x", time.Minute, errAway, func(context.Context) error { return test.err })
+		err := c.call(t.Context(), "stat x", time.Minute, wire.ErrAway, func(context.Context) error { return test.err })
 		if err == nil || !strings.Contains(err.Error(), test.says) || !strings.HasPrefix(err.Error(), "stat x: Dragonfly's dfdaemon at /run/s: ") {
 			t.Errorf("%v becomes %v; want %q in it", test.err, err, test.says)
 		}
-		for _, kind := range []error{p2p.ErrNotFound, errAway, p2p.ErrUnreachable} {
-			is := test.want == kind || test.want == errAway && kind == p2p.ErrUnreachable
+		for _, kind := range []error{p2p.ErrNotFound, wire.ErrAway, p2p.ErrUnreachable} {
+			is := test.want == kind || test.want == wire.ErrAway && kind == p2p.ErrUnreachable
 			if errors.Is(err, kind) != is {
 				t.Errorf("%v becomes %v; is it %q? want %t", test.err, err, kind, is)
 			}
@@ -57,28 +57,7 @@ func TestErrors(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancelCause(t.Context())
 	cancel(other)
-	if err := c.call(ctx, "stat x", time.Minute, errAway, func(ctx context.Context) error { return status.FromContextError(ctx.Err()).Err() }); !errors.Is(err, other) {
+	if err := c.call(ctx, "stat x", time.Minute, wire.ErrAway, func(ctx context.Context) error { return status.FromContextError(ctx.Err()).Err() }); !errors.Is(err, other) {
 		t.Errorf("a context that has ended gives %v", err)
-	}
-}
-
-// No two tasks have the same texts in a row.
-func TestTaskNames(t *testing.T) {
-	seen := map[string]p2p.Task{}
-	for _, tag := range []string{"", "a", "ab", "abc", "bc", "c", "0", "00"} {
-		for _, alg := range []digest.Algorithm{digest.SHA256, digest.SHA384, digest.SHA512} {
-			for _, text := range []string{"x", "y"} {
-				task := p2p.Task{Tag: tag, Digest: alg.FromString(text)}
-				key := taskURL(task) + taskMeta(task).GetTag()
-				if other, found := seen[key]; found {
-					t.Errorf("%s and %s are both %s", task, other, key)
-				}
-				seen[key] = task
-			}
-		}
-	}
-	task := p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("x")}
-	if want := "d7y:/sha256%3A" + task.Digest.Encoded(); taskURL(task) != want {
-		t.Errorf("the URL of %s is %s; Dragonfly's dfcache has %s", task, taskURL(task), want)
 	}
 }

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/dragonfly/wire"
 )
 
 // holding is a task of the store, as Dragonfly knows it.
@@ -146,7 +147,7 @@ func (e *Engine) eachScheduler(do func(*scheduler) error) error {
 // other schedulers, and are announced to those.
 func (e *Engine) noteAnswer(s *scheduler, err error) {
 	down := errors.Is(err, errDown)
-	if errors.Is(err, errAway) && !down || !e.schedulers.mark(s, down) {
+	if errors.Is(err, wire.ErrAway) && !down || !e.schedulers.mark(s, down) {
 		return
 	}
 	if down {
@@ -252,7 +253,7 @@ func (e *Engine) announce(ctx context.Context, id string, full bool) error {
 	}
 	return e.ask(ctx, id, "announce "+h.task.String(), func(ctx context.Context, s *scheduler) error {
 		_, err := s.rpc.AnnounceTask(ctx, &schedulerv1.AnnounceTaskRequest{
-			TaskId: id, Url: taskURL(h.task), UrlMeta: taskMeta(h.task), PeerHost: e.host, PiecePacket: packet, TaskType: commonv1.TaskType_DfCache,
+			TaskId: id, Url: wire.URL(h.task), UrlMeta: wire.Meta(h.task), PeerHost: e.host, PiecePacket: packet, TaskType: commonv1.TaskType_DfCache,
 		})
 		return err
 	})

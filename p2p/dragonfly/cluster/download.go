@@ -24,6 +24,7 @@ import (
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/dragonfly/wire"
 )
 
 const (
@@ -92,7 +93,7 @@ func (d *download) close(err error) {
 		}
 		d.stream.CloseSend()
 		result := &schedulerv1.PeerResult{
-			TaskId: d.id, PeerId: d.peerID, SrcIp: d.e.host.Ip, Url: taskURL(d.task), ContentLength: -1, TotalPieceCount: -1,
+			TaskId: d.id, PeerId: d.peerID, SrcIp: d.e.host.Ip, Url: wire.URL(d.task), ContentLength: -1, TotalPieceCount: -1,
 			Cost: uint32(min(time.Since(d.began).Milliseconds(), math.MaxUint32)), Success: err == nil, Code: commonv1.Code_Success,
 		}
 		if err != nil {
@@ -119,7 +120,7 @@ func (d *download) run(ctx context.Context) error {
 	var result *schedulerv1.RegisterResult
 	err := d.scheduler.call(ctx, "register "+d.task.String(), d.e.opts.LookupTimeout, func(ctx context.Context) (err error) {
 		result, err = d.scheduler.rpc.RegisterPeerTask(ctx, &schedulerv1.PeerTaskRequest{
-			Url: taskURL(d.task), UrlMeta: taskMeta(d.task), PeerId: d.peerID, PeerHost: d.e.host, TaskId: d.id,
+			Url: wire.URL(d.task), UrlMeta: wire.Meta(d.task), PeerId: d.peerID, PeerHost: d.e.host, TaskId: d.id,
 		})
 		return err
 	})
@@ -208,7 +209,7 @@ func (d *download) open(ctx context.Context) error {
 	stream, err := d.scheduler.rpc.ReportPieceResult(ctx)
 	if err != nil {
 		endStream()
-		return fmt.Errorf("scheduler %s: %w: %w", d.scheduler.addr, errAway, err)
+		return fmt.Errorf("scheduler %s: %w: %w", d.scheduler.addr, wire.ErrAway, err)
 	}
 	d.stream, d.endStream = stream, endStream
 	d.packets = make(chan *schedulerv1.PeerPacket)
@@ -242,7 +243,7 @@ func (d *download) next(ctx context.Context) ([]parent, error) {
 		select {
 		case packet, more = <-d.packets:
 		case <-limit.C:
-			return nil, fmt.Errorf("scheduler %s: %w: it named no peer within %s", d.scheduler.addr, errAway, d.e.opts.StallTimeout)
+			return nil, fmt.Errorf("scheduler %s: %w: it named no peer within %s", d.scheduler.addr, wire.ErrAway, d.e.opts.StallTimeout)
 		case <-ctx.Done():
 			return nil, context.Cause(ctx)
 		}

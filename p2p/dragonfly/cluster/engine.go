@@ -36,6 +36,7 @@ import (
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/dragonfly/wire"
 	"github.com/dfcache/dfcache/p2p/pieces"
 )
 
@@ -437,7 +438,7 @@ func (in *ingest) Commit(c p2p.Commit) error {
 		}
 		if err := in.e.announce(in.ctx, id, true); err != nil {
 			in.e.log.Warn("a task is stored, and not announced yet: it will be", "task", task.String(), "error", err)
-			if errors.Is(err, errAway) {
+			if errors.Is(err, wire.ErrAway) {
 				break // nor are the others: no caller waits for each of them
 			}
 		}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/dragonfly/wire"
 )
 
 // fetch is one blob that is on its way, for all who want it.
@@ -84,7 +85,7 @@ func (e *Engine) bring(ctx context.Context, task p2p.Task) error {
 	if err != nil {
 		return err
 	}
-	limited, cancel := context.WithTimeoutCause(ctx, e.opts.Timeout, fmt.Errorf("%w: it took longer than %s", errAway, e.opts.Timeout))
+	limited, cancel := context.WithTimeoutCause(ctx, e.opts.Timeout, fmt.Errorf("%w: it took longer than %s", wire.ErrAway, e.opts.Timeout))
 	defer cancel()
 	d, err := e.newDownload(limited, task, found.GetContentLength())
 	if err != nil {

@@ -5,21 +5,18 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"strconv"
-	"strings"
 	"sync"
 	"time"
 
 	commonv1 "d7y.io/api/v2/pkg/apis/common/v1"
 	schedulerv1 "d7y.io/api/v2/pkg/apis/scheduler/v1"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 	"stathat.com/c/consistent"
 
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/dragonfly/wire"
 )
 
 // schedulers are the schedulers of the cluster. Each knows the tasks that the hash
@@ -63,14 +60,9 @@ func newSchedulers(addrs []string) (_ *schedulers, err error) {
 	return s, nil
 }
 
-// dial returns a connection, which is made when it is used, without TLS. One that was
-// lost is made again within a second.
+// dial returns a connection with a host of the cluster.
 func dial(addr string) (*grpc.ClientConn, error) {
-	retry := backoff.DefaultConfig
-	retry.BaseDelay, retry.MaxDelay = 100*time.Millisecond, time.Second
-	return grpc.NewClient("passthrough:///"+addr, grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithDisableServiceConfig(), grpc.WithNoProxy(),
-		grpc.WithConnectParams(grpc.ConnectParams{Backoff: retry, MinConnectTimeout: time.Second}))
+	return wire.Dial("passthrough:///"+addr, grpc.WithNoProxy())
 }
 
 func (s *schedulers) close() error {
@@ -141,15 +133,12 @@ func (s *schedulers) of(id string) *scheduler {
 	return s.all[0]
 }
 
-// errAway says that there is no way to what may be on other hosts.
-var errAway = fmt.Errorf("%w: %w", p2p.ErrUnreachable, p2p.ErrUnavailable)
-
-// errDown says the same, because nobody is there: Dragonfly's daemons leave such a
+// errDown is wire.ErrAway because nobody is there: Dragonfly's daemons leave such a
 // scheduler out of their ring, and one that is only silent they do not.
-var errDown = fmt.Errorf("%w", errAway)
+var errDown = fmt.Errorf("%w", wire.ErrAway)
 
 // call calls a scheduler within limit, and says what its error is: one that matches
-// [p2p.ErrNotFound] where it does not know what it was asked about, errAway where
+// [p2p.ErrNotFound] where it does not know what it was asked about, wire.ErrAway where
 // it does not answer.
 func (s *scheduler) call(ctx context.Context, what string, limit time.Duration, do func(context.Context) error) error {
 	limited, cancel := context.WithTimeout(ctx, limit)
@@ -163,48 +152,13 @@ func (s *scheduler) call(ctx context.Context, what string, limit time.Duration, 
 	}
 	st := status.Convert(err)
 	at := fmt.Sprintf("%s: scheduler %s", what, s.addr)
-	switch code := codeOf(st); {
+	switch code := wire.Code(st); {
 	case code == commonv1.Code_PeerTaskNotFound, code == commonv1.Code_SchedPeerNotFound:
 		return fmt.Errorf("%s: %w: %s", at, p2p.ErrNotFound, st.Message())
 	case limited.Err() != nil, st.Code() == codes.DeadlineExceeded:
-		return fmt.Errorf("%s: %w: no answer within %s: see that it runs", at, errAway, limit)
+		return fmt.Errorf("%s: %w: no answer within %s: see that it runs", at, wire.ErrAway, limit)
 	case st.Code() == codes.Unavailable, st.Code() == codes.Canceled: // cancelled by the other side: ctx has not ended
-		return fmt.Errorf("%s: %w: %s: see that it runs, and that this is its address", at, errDown, reason(st))
+		return fmt.Errorf("%s: %w: %s: see that it runs, and that this is its address", at, errDown, wire.Reason(st))
 	}
 	return fmt.Errorf("%s: %s", at, st.Message())
-}
-
-// reason returns why a call did not get through, without what gRPC says around it.
-func reason(st *status.Status) string {
-	if _, why, found := strings.Cut(st.Message(), "transport: Error while dialing: "); found {
-		return strings.TrimSuffix(why, `"`)
-	}
-	return st.Message()
-}
-
-// codeOf returns the code that Dragonfly gives an error, in a detail and at the
-// start of the message, [1404]; 0 where there is none.
-func codeOf(st *status.Status) commonv1.Code {
-	for _, detail := range st.Details() {
-		if e, ok := detail.(*commonv1.GrpcDfError); ok {
-			return e.GetCode()
-		}
-	}
-	rest, ok := strings.CutPrefix(st.Message(), "[")
-	number, _, closed := strings.Cut(rest, "]")
-	n, err := strconv.ParseInt(number, 10, 32)
-	if !ok || !closed || err != nil {
-		return 0
-	}
-	return commonv1.Code(n)
-}
-
-// dfError gives an error the form that Dragonfly's daemons know.
-func dfError(code commonv1.Code, format string, args ...any) error {
-	message := fmt.Sprintf(format, args...)
-	st := status.Newf(codes.Unknown, "[%d]%s", code, message)
-	if detailed, err := st.WithDetails(&commonv1.GrpcDfError{Code: code, Message: message}); err == nil {
-		st = detailed
-	}
-	return st.Err()
 }

@@ -22,6 +22,7 @@ import (
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/dragonfly/wire"
 )
 
 // maxPieces is how many pieces are described in one message at most: a megabyte of them.
@@ -107,7 +108,7 @@ func (d *daemon) CheckHealth(context.Context, *emptypb.Empty) (*emptypb.Empty, e
 func (d *daemon) GetPieceTasks(ctx context.Context, req *commonv1.PieceTaskRequest) (*commonv1.PiecePacket, error) {
 	h := d.e.holding(req.GetTaskId())
 	if h == nil {
-		return nil, dfError(commonv1.Code_PeerTaskNotFound, "task %.64q is not here", req.GetTaskId())
+		return nil, wire.Error(commonv1.Code_PeerTaskNotFound, "task %.64q is not here", req.GetTaskId())
 	}
 	limit := int(min(req.GetLimit(), maxPieces))
 	if limit == 0 {
@@ -116,9 +117,9 @@ func (d *daemon) GetPieceTasks(ctx context.Context, req *commonv1.PieceTaskReque
 	p, err := d.e.packet(ctx, req.GetTaskId(), h, int(min(req.GetStartNum(), 1<<30)), limit)
 	if err != nil {
 		if errors.Is(err, p2p.ErrNotFound) || errors.Is(err, digest.ErrCorrupt) {
-			return nil, dfError(commonv1.Code_PeerTaskNotFound, "%v", err)
+			return nil, wire.Error(commonv1.Code_PeerTaskNotFound, "%v", err)
 		}
-		return nil, dfError(commonv1.Code_UnknownError, "%v", err)
+		return nil, wire.Error(commonv1.Code_UnknownError, "%v", err)
 	}
 	return p, nil
 }

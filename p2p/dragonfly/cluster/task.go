@@ -3,25 +3,19 @@ package cluster
 import (
 	"crypto/sha256"
 	"encoding/hex"
-	"net/url"
 
 	commonv1 "d7y.io/api/v2/pkg/apis/common/v1"
 	schedulerv1 "d7y.io/api/v2/pkg/apis/scheduler/v1"
 
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/dragonfly/wire"
 )
-
-// taskURL and taskMeta name a task to Dragonfly as its own dfcache does. The cid is
-// always a full digest, so that no two tasks of ours share an ID: see taskID.
-func taskURL(t p2p.Task) string { return "d7y:/" + url.QueryEscape(t.Digest.String()) }
-
-func taskMeta(t p2p.Task) *commonv1.UrlMeta { return &commonv1.UrlMeta{Tag: t.Tag} }
 
 // taskID is the ID by which Dragonfly knows a task: the SHA-256, in hex, of the URL and
 // the tag in a row. Digest, range and application of its UrlMeta, which would
 // stand between and behind, are not used by its dfcache.
 func taskID(t p2p.Task) string {
-	sum := sha256.Sum256([]byte(taskURL(t) + t.Tag))
+	sum := sha256.Sum256([]byte(wire.URL(t) + t.Tag))
 	return hex.EncodeToString(sum[:])
 }
 

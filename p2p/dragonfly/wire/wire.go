@@ -1,0 +1,86 @@
+// Package wire is how Dragonfly's v1 API names tasks and tells of errors, for all who
+// call it and answer it.
+package wire
+
+import (
+	"fmt"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+
+	commonv1 "d7y.io/api/v2/pkg/apis/common/v1"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+
+	"github.com/dfcache/dfcache/p2p"
+)
+
+// Scheme begins the URL that Dragonfly's dfcache makes of a cid; the cid follows,
+// escaped as in a query.
+const Scheme = "d7y:/"
+
+// URL and Meta name a task to Dragonfly, as its own dfcache does.
+//
+// Dragonfly knows a task by the hash of both texts in a row, without a separator, so
+// that the cid "a" under the tag "bc" is the cid "ab" under the tag "c". No two tasks
+// of ours meet like that: our cid is always a full digest, never a name, so that the
+// URL of one algorithm has one length, and begins with the algorithm. Two
+// texts that are the same begin with the same algorithm, are cut at the same place, and
+// so have the same digest and the same tag, the empty one too.
+func URL(t p2p.Task) string { return Scheme + url.QueryEscape(t.Digest.String()) }
+
+// Meta is the other part of a task's name: see [URL].
+func Meta(t p2p.Task) *commonv1.UrlMeta { return &commonv1.UrlMeta{Tag: t.Tag} }
+
+// Dial returns a connection to what a target of gRPC names, which is made when it is
+// used, without TLS. One that was lost is made again within a second. The caller closes it.
+func Dial(target string, opts ...grpc.DialOption) (*grpc.ClientConn, error) {
+	retry := backoff.DefaultConfig
+	retry.BaseDelay, retry.MaxDelay = 100*time.Millisecond, time.Second
+	return grpc.NewClient(target, append(opts, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithDisableServiceConfig(),
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: retry, MinConnectTimeout: time.Second}))...)
+}
+
+// ErrAway says that there is no way to what may be on other hosts. It matches
+// [p2p.ErrUnreachable] and [p2p.ErrUnavailable].
+var ErrAway = fmt.Errorf("%w: %w", p2p.ErrUnreachable, p2p.ErrUnavailable)
+
+// Error returns an error in the form in which Dragonfly's servers send them: of no kind
+// that gRPC has, with a code of their own in the message, [1404], and in a detail.
+func Error(code commonv1.Code, format string, args ...any) error {
+	message := fmt.Sprintf(format, args...)
+	st := status.Newf(codes.Unknown, "[%d]%s", code, message)
+	if detailed, err := st.WithDetails(&commonv1.GrpcDfError{Code: code, Message: message}); err == nil {
+		st = detailed
+	}
+	return st.Err()
+}
+
+// Code returns the code that Dragonfly gives an error, as [Error] has it; 0 where there
+// is none.
+func Code(st *status.Status) commonv1.Code {
+	for _, detail := range st.Details() {
+		if e, ok := detail.(*commonv1.GrpcDfError); ok {
+			return e.GetCode()
+		}
+	}
+	rest, ok := strings.CutPrefix(st.Message(), "[")
+	number, _, closed := strings.Cut(rest, "]")
+	n, err := strconv.ParseInt(number, 10, 32)
+	if !ok || !closed || err != nil {
+		return 0
+	}
+	return commonv1.Code(n)
+}
+
+// Reason returns why a call did not get through, without what gRPC says around it.
+func Reason(st *status.Status) string {
+	if _, why, found := strings.Cut(st.Message(), "transport: Error while dialing: "); found {
+		return strings.TrimSuffix(why, `"`)
+	}
+	return st.Message()
+}
