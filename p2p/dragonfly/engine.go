@@ -2,33 +2,27 @@
 // this host, and the dfdaemon of an upstream Dragonfly beside it, over the v1 API
 // of d7y.io/api/v2 on its unix socket.
 //
-// The store has what Dragonfly does not: names, lists, sizes, manifests and what
-// refers to them, and the proof of every byte. Dragonfly gets the blobs of the store
+// Package whole has what this engine shares with the one of package cluster. Dragonfly gets the blobs of the store
 // that are committed, and gives those that are missing here. It moves them as files,
 // which both daemons have to reach under the same path, and verifies nothing. So a
 // blob is verified before Dragonfly gets it, and what Dragonfly gives is copied,
 // and stored only where it has the digest that was asked for.
-//
-// What Dragonfly can't do is an error, or is said in the result: it knows no names,
-// its delete is of one host, and it copies nothing to other hosts on request.
 package dragonfly
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
-	"iter"
 	"log/slog"
 	"os"
 	"path/filepath"
-	"sync"
 	"time"
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/dragonfly/whole"
 	"github.com/dfcache/dfcache/p2p/pieces"
 )
 
@@ -59,25 +53,25 @@ const (
 	deleteTimeout = 10 * time.Second
 )
 
-// Engine is a store that has a Dragonfly for its network. It implements [p2p.Engine]
+// Engine is a store that has a Dragonfly for its network. It implements [p2p.Engine],
 // and is safe for concurrent use.
+//
+// Dragonfly tells of a task only whether it has it: Stat fetches what is not here. Of
+// Info.Holders, the one that is asked is Dragonfly's dfdaemon: it holds a task where it,
+// or a Dragonfly peer that it knows of, does.
+//
+// What is committed is handed to Dragonfly, with what it refers to, before Commit
+// returns. Where that fails, Commit does, and says that the content is stored on this
+// host; to commit the same again makes up for it.
+//
+// Every task that is deleted here is deleted by Dragonfly's dfdaemon of this host, too.
 type Engine struct {
+	*whole.Engine
 	opts     Options
 	dir      string // for what comes from Dragonfly and is not verified yet
 	store    *pieces.Store
 	upstream *client
 	log      *slog.Logger
-
-	ctx        context.Context // ends with Close
-	cancel     context.CancelCauseFunc
-	background sync.WaitGroup // fetches
-
-	callMu sync.Mutex
-	calls  sync.WaitGroup
-	closed bool
-
-	mu      sync.Mutex
-	fetches map[digest.Digest]*fetch
 }
 
 var _ p2p.Engine = (*Engine)(nil)
@@ -100,123 +94,45 @@ func New(store *pieces.Store, opts Options) (*Engine, error) {
 	if opts.Log == nil {
 		opts.Log = slog.New(slog.DiscardHandler)
 	}
-	dir := filepath.Join(store.Dir(), "dragonfly")
-	if err := prepareDir(dir); err != nil {
-		return nil, fmt.Errorf("directory for what comes from Dragonfly: %w", err)
+	dir, err := whole.Dir(store)
+	if err != nil {
+		return nil, err
 	}
 	upstream, err := newClient(opts.Socket)
 	if err != nil {
 		return nil, err
 	}
-	e := &Engine{opts: opts, dir: dir, store: store, upstream: upstream, log: opts.Log, fetches: map[digest.Digest]*fetch{}}
-	e.ctx, e.cancel = context.WithCancelCause(context.Background())
+	e := &Engine{opts: opts, dir: dir, store: store, upstream: upstream, log: opts.Log}
+	e.Engine = whole.New(store, network{e}, whole.Options{DetectManifest: opts.DetectManifest, Log: opts.Log})
 	return e, nil
 }
 
-// prepareDir makes the directory anew, without what an earlier engine has left in it.
-// Nobody but this user, and root, can enter it.
-func prepareDir(dir string) error {
-	return errors.Join(os.RemoveAll(dir), os.Mkdir(dir, 0o700))
+// network is what [whole.Engine] sees of Dragonfly.
+type network struct{ *Engine }
+
+// Health implements [whole.Network].
+func (n network) Health(ctx context.Context) error {
+	return n.upstream.health(ctx, n.opts.LookupTimeout)
 }
 
-// Health asks whether Dragonfly's dfdaemon answers, within the time of a lookup. The
-// error matches [p2p.ErrUnavailable] where it does not.
-func (e *Engine) Health(ctx context.Context) error {
-	if err := e.begin(ctx); err != nil {
-		return err
-	}
-	defer e.calls.Done()
-	return e.upstream.health(ctx, e.opts.LookupTimeout)
+// Size implements [whole.Network]: Dragonfly tells no sizes.
+func (n network) Size(context.Context, p2p.Task) (int64, error) { return -1, nil }
+
+// Stop has nothing to do: nothing comes from Dragonfly unasked.
+func (n network) Stop() {}
+
+// Close leaves Dragonfly's dfdaemon as it is.
+func (n network) Close() error { return n.upstream.close() }
+
+// Deletable implements [whole.Network]: Dragonfly may have what was never here, or the
+// rest of a delete that failed.
+func (n network) Deletable(ctx context.Context, task p2p.Task) error {
+	return n.upstream.stat(ctx, task, true, n.opts.LookupTimeout)
 }
 
-// begin announces a call. Where it returns nil, the caller calls e.calls.Done.
-func (e *Engine) begin(ctx context.Context) error {
-	if err := context.Cause(ctx); err != nil {
-		return err
-	}
-	e.callMu.Lock()
-	defer e.callMu.Unlock()
-	if e.closed {
-		return fmt.Errorf("engine on Dragonfly: %w", p2p.ErrClosed)
-	}
-	e.calls.Add(1)
-	return nil
-}
-
-// Close ends fetches, waits for calls under way, and closes the store. Dragonfly's
-// dfdaemon is left as it is.
-func (e *Engine) Close() error {
-	e.callMu.Lock()
-	closed := e.closed
-	e.closed = true
-	e.callMu.Unlock()
-	if closed {
-		return nil
-	}
-	e.cancel(fmt.Errorf("engine on Dragonfly: %w", p2p.ErrClosed))
-	e.calls.Wait()
-	e.background.Wait()
-	return errors.Join(e.upstream.close(), e.store.Close())
-}
-
-// Stat implements [p2p.Engine]. Dragonfly tells of a task only whether it has it. So
-// one that is not here is fetched, as by Open, and then described. A name is
-// known on this host only. Where Dragonfly does not answer, the error matches
-// [p2p.ErrUnavailable], too.
-//
-// Of Info.Holders, the one that is asked is Dragonfly's dfdaemon: it holds the task
-// where it, or a Dragonfly peer that it knows of, does.
-func (e *Engine) Stat(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions) (p2p.Info, error) {
-	if err := e.begin(ctx); err != nil {
-		return p2p.Info{}, err
-	}
-	defer e.calls.Done()
-	local := p2p.StatOptions{Scope: p2p.Local, Manifest: opts.Manifest}
-	info, err := e.store.Stat(ctx, tag, cid, local)
-	if opts.Scope == p2p.Local {
-		return info, err
-	}
-	if isMissing(err) {
-		if err := e.fetchNamed(ctx, tag, cid, err); err != nil {
-			return p2p.Info{}, err
-		}
-		info, err = e.store.Stat(ctx, tag, cid, local)
-	}
-	if err == nil && opts.Holders {
-		info.Holders, err = e.holders(ctx, info.Task)
-	}
-	return info, err
-}
-
-// isMissing reports whether an error of the store says that it does not have
-// something, or not any more.
-func isMissing(err error) bool {
-	return errors.Is(err, p2p.ErrNotFound) || errors.Is(err, digest.ErrCorrupt)
-}
-
-// fetchNamed fetches what cid names and the store has not, for the reason missing.
-func (e *Engine) fetchNamed(ctx context.Context, tag string, cid digest.CID, missing error) error {
-	task := p2p.Task{Tag: tag, Digest: cid.Digest()}
-	if damage, ok := errors.AsType[*digest.CorruptError](missing); ok {
-		task.Digest = damage.Digest // a name led to it
-	} else if task.Digest == "" {
-		return fmt.Errorf("%w on this host, and Dragonfly knows no names: ask for the digest", missing)
-	}
-	return e.fetchMissing(ctx, task, missing)
-}
-
-// fetchMissing fetches what the store has not, for the reason missing. Where
-// Dragonfly does not have it either, damage is what is reported.
-func (e *Engine) fetchMissing(ctx context.Context, task p2p.Task, missing error) error {
-	err := e.fetch(ctx, task)
-	if errors.Is(missing, digest.ErrCorrupt) && (errors.Is(err, p2p.ErrNotFound) || errors.Is(err, p2p.ErrUnreachable)) {
-		return missing
-	}
-	return err
-}
-
-func (e *Engine) holders(ctx context.Context, task p2p.Task) (*p2p.Holders, error) {
-	err := e.upstream.stat(ctx, task, false, e.opts.LookupTimeout)
+// Holders implements [whole.Network].
+func (n network) Holders(ctx context.Context, task p2p.Task) (*p2p.Holders, error) {
+	err := n.upstream.stat(ctx, task, false, n.opts.LookupTimeout)
 	switch {
 	case err == nil:
 		return &p2p.Holders{Asked: 1, Some: 1, Whole: 1}, nil
@@ -225,149 +141,33 @@ func (e *Engine) holders(ctx context.Context, task p2p.Task) (*p2p.Holders, erro
 	case context.Cause(ctx) != nil:
 		return nil, err
 	}
-	e.log.Warn("Dragonfly does not say who has a task", "task", task.String(), "error", err)
+	n.log.Warn("Dragonfly does not say who has a task", "task", task.String(), "error", err)
 	return &p2p.Holders{Asked: 1, Silent: 1}, nil
 }
 
-// Open implements [p2p.Engine]. A blob that is not here is fetched and stored before
-// Open returns: Dragonfly hands over whole files only. The result is a [*pieces.Blob],
-// which has no Sources: Dragonfly does not say where a file has come from.
-func (e *Engine) Open(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.Blob, error) {
-	if err := e.begin(ctx); err != nil {
-		return nil, err
-	}
-	defer e.calls.Done()
-	if scope == p2p.Mend {
-		if err := e.mend(ctx, task); err != nil {
-			return nil, fmt.Errorf("mend %s: %w", task, err)
-		}
-		return e.store.Open(ctx, task, p2p.Local)
-	}
-	blob, err := e.store.Open(ctx, task, p2p.Local)
-	if scope == p2p.Local || !isMissing(err) {
-		return blob, err
-	}
-	if err := e.fetchMissing(ctx, task, err); err != nil {
-		return nil, err
-	}
-	return e.store.Open(ctx, task, p2p.Local)
-}
-
-// mend replaces a blob that is damaged here.
-func (e *Engine) mend(ctx context.Context, task p2p.Task) error {
-	if _, err := e.store.Stat(ctx, task.Tag, digest.FromDigest(task.Digest), p2p.StatOptions{Scope: p2p.Local}); err != nil && !errors.Is(err, digest.ErrCorrupt) {
-		return err
-	}
-	if err := e.fetch(ctx, task); err != nil {
-		return err
-	}
-	e.log.Info("a damaged blob was mended", "task", task.String())
-	return nil
-}
-
-// fetch is one blob that is on its way from Dragonfly, for all who want it.
-type fetch struct {
-	task    p2p.Task
-	cancel  context.CancelCauseFunc
-	waiting int           // callers; guarded by Engine.mu
-	done    chan struct{} // closed when nothing of it is left
-	err     error         // once done is closed
-}
-
-var errUnwanted = errors.New("nobody waits for it any more")
-
-// fetch brings a task's blob here from Dragonfly, or replaces it where it is damaged.
-// It returns when the task is stored.
-func (e *Engine) fetch(ctx context.Context, task p2p.Task) error {
-	if err := task.Validate(); err != nil {
-		return err
-	}
-	for {
-		f := e.join(task)
-		select {
-		case <-f.done:
-		case <-ctx.Done():
-		}
-		e.leave(f)
-		if err := context.Cause(ctx); err != nil {
-			return err
-		}
-		// It may have been for another tag, or have ended as this caller came.
-		if f.task == task && !errors.Is(f.err, errUnwanted) {
-			return f.err
-		}
-	}
-}
-
-// join returns the fetch of a task's blob, and begins one where there is none. The
-// caller leaves it.
-func (e *Engine) join(task p2p.Task) *fetch {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	f := e.fetches[task.Digest]
-	if f == nil {
-		f = &fetch{task: task, done: make(chan struct{})}
-		var ctx context.Context
-		ctx, f.cancel = context.WithCancelCause(e.ctx)
-		e.fetches[task.Digest] = f
-		e.background.Go(func() {
-			f.err = e.bring(ctx, task)
-			f.cancel(nil)
-			e.mu.Lock()
-			delete(e.fetches, task.Digest)
-			e.mu.Unlock()
-			close(f.done)
-		})
-	}
-	f.waiting++
-	return f
-}
-
-// leave takes back a join. The last one ends the fetch.
-func (e *Engine) leave(f *fetch) {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if f.waiting--; f.waiting == 0 {
-		f.cancel(errUnwanted)
-	}
-}
-
-// bring has Dragonfly export a task's blob, and stores it.
-func (e *Engine) bring(ctx context.Context, task p2p.Task) error {
-	if e.whole(ctx, task) {
-		return nil // it has come, or has been mended, just before
-	}
-	if err := e.upstream.stat(ctx, task, false, e.opts.LookupTimeout); err != nil {
+// Bring implements [whole.Network]: it has Dragonfly export a task's blob, and stores it.
+func (n network) Bring(ctx context.Context, task p2p.Task) error {
+	if err := n.upstream.stat(ctx, task, false, n.opts.LookupTimeout); err != nil {
 		return err
 	}
 	// Should Dragonfly go on to write when we have given up, there is no directory any more.
-	dir, err := os.MkdirTemp(e.dir, "")
+	dir, err := os.MkdirTemp(n.dir, "")
 	if err != nil {
 		return fmt.Errorf("fetch %s: %w", task, err)
 	}
 	defer func() {
 		if err := os.RemoveAll(dir); err != nil {
-			e.log.Warn("what came from Dragonfly could not be removed; the next start will", "error", err)
+			n.log.Warn("what came from Dragonfly could not be removed; the next start will", "error", err)
 		}
 	}()
 	output := filepath.Join(dir, "content")
-	if err := e.upstream.export(ctx, task, output, e.opts.Timeout); err != nil {
+	if err := n.upstream.export(ctx, task, output, n.opts.Timeout); err != nil {
 		return err
 	}
-	if err := e.take(ctx, task, output); err != nil {
+	if err := n.take(ctx, task, output); err != nil {
 		return fmt.Errorf("fetch %s from Dragonfly: %w", task, err)
 	}
 	return nil
-}
-
-// whole reports whether a task is here, without damage.
-func (e *Engine) whole(ctx context.Context, task p2p.Task) bool {
-	blob, err := e.store.OpenForPeers(ctx, task)
-	if err != nil {
-		return false
-	}
-	defer blob.Close()
-	return blob.CopyRange(ctx, io.Discard, 0, blob.Size(), nil) == nil
 }
 
 // take copies a file that Dragonfly has exported to the store. It is never moved or
@@ -381,75 +181,18 @@ func (e *Engine) take(ctx context.Context, task p2p.Task, name string) error {
 		return err
 	}
 	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return err
+	err = e.Take(ctx, task, f)
+	if errors.Is(err, digest.ErrMismatch) {
+		err = fmt.Errorf("%w: what Dragonfly has under this digest is something else: delete it there, and import the file again", err)
 	}
-	n := p2p.NewTask{Task: task, Keep: p2p.KeepLoose}
-	var src io.Reader = f
-	if e.opts.DetectManifest != nil && info.Size() <= p2p.MaxManifest {
-		// What is looked at is what is verified, whoever changes the file meanwhile.
-		content, err := io.ReadAll(io.LimitReader(f, p2p.MaxManifest+1))
-		if err != nil {
-			return err
-		}
-		src = bytes.NewReader(content)
-		n.MediaType, n.Manifest = e.opts.DetectManifest(content)
-	}
-	in, err := e.store.Ingest(ctx)
-	if err != nil {
-		return err
-	}
-	defer in.Close()
-	if _, err := in.Add(src, p2p.AddOptions{Want: task.Digest}); err != nil {
-		if errors.Is(err, digest.ErrMismatch) {
-			err = fmt.Errorf("%w: what Dragonfly has under this digest is something else: delete it there, and import the file again", err)
-		}
-		return err
-	}
-	return in.Commit(p2p.Commit{Tasks: []p2p.NewTask{n}})
+	return err
 }
 
-// Ingest implements [p2p.Engine]. What is committed is handed to Dragonfly, too, with
-// what it refers to, before Commit returns. Where that fails, Commit does, and says
-// that the content is stored on this host; to commit the same again makes up for it.
-func (e *Engine) Ingest(ctx context.Context) (p2p.Ingest, error) {
-	if err := e.begin(ctx); err != nil {
-		return nil, err
-	}
-	defer e.calls.Done()
-	in, err := e.store.Ingest(ctx)
-	if err != nil {
-		return nil, err
-	}
-	return &ingest{in, ctx, e}, nil
-}
-
-// ingest hands what is committed to Dragonfly.
-type ingest struct {
-	p2p.Ingest
-	ctx context.Context
-	e   *Engine
-}
-
-func (in *ingest) Commit(c p2p.Commit) error {
-	if err := in.e.begin(in.ctx); err != nil {
-		return err
-	}
-	defer in.e.calls.Done()
-	if err := in.Ingest.Commit(c); err != nil {
-		return err
-	}
-	var tasks []p2p.Task
-	for _, n := range c.Tasks {
-		tasks = append(tasks, n.Task)
-	}
-	for _, n := range c.Names {
-		tasks = append(tasks, p2p.Task{Tag: n.Tag, Digest: n.Digest})
-	}
+// Offer implements [whole.Network].
+func (n network) Offer(ctx context.Context, tasks []p2p.Task) error {
 	seen := map[p2p.Task]bool{}
 	for _, task := range tasks {
-		if err := in.e.handIn(in.ctx, task, seen); err != nil {
+		if err := n.handIn(ctx, task, seen); err != nil {
 			return fmt.Errorf("it is stored on this host, but Dragonfly has not got all of it: %w; then import it again", err)
 		}
 	}
@@ -505,40 +248,16 @@ func (e *Engine) handInBlob(ctx context.Context, task p2p.Task) error {
 	return e.upstream.importFile(ctx, task, blob.File().Name(), e.opts.Timeout)
 }
 
-// Delete implements [p2p.Engine]. Every task that goes here is deleted by Dragonfly's
-// dfdaemon of this host, too. Other Dragonfly peers keep theirs: none is ever counted
-// as reached, and where one still has something, Deleted.Missed says so.
-func (e *Engine) Delete(ctx context.Context, tag string, cid digest.CID, opts p2p.DeleteOptions) (p2p.Deleted, error) {
-	if err := e.begin(ctx); err != nil {
-		return p2p.Deleted{}, err
-	}
-	defer e.calls.Done()
-	deleted, tasks, err := e.store.DeleteTasks(ctx, tag, cid, opts)
-	if errors.Is(err, p2p.ErrNotFound) && cid.Digest() != "" {
-		// Dragonfly may have what was never here, or the rest of a delete that failed.
-		task := p2p.Task{Tag: tag, Digest: cid.Digest()}
-		if err := e.upstream.stat(ctx, task, true, e.opts.LookupTimeout); err != nil {
-			return p2p.Deleted{}, err
-		}
-		tasks, err = []p2p.Task{task}, nil
-	}
-	if err != nil {
-		return p2p.Deleted{}, err
-	}
-	deleted.Missed = e.deleteUpstream(ctx, tasks)
-	return deleted, nil
-}
-
-// deleteUpstream has Dragonfly's dfdaemon delete tasks, and asks whether that was all.
-// It returns what was not deleted, as far as it is known.
-func (e *Engine) deleteUpstream(ctx context.Context, tasks []p2p.Task) (missed []p2p.Missed) {
+// Forget implements [whole.Network]: it has Dragonfly's dfdaemon delete tasks, and asks
+// whether that was all.
+func (n network) Forget(ctx context.Context, tasks []p2p.Task) (missed []p2p.Missed) {
 	miss := func(reason string) {
-		missed = append(missed, p2p.Missed{Peer: "Dragonfly", Address: e.opts.Socket, Reason: reason})
+		missed = append(missed, p2p.Missed{Peer: "Dragonfly", Address: n.opts.Socket, Reason: reason})
 	}
-	limited, cancel := context.WithTimeoutCause(ctx, deleteTimeout, fmt.Errorf("the dfdaemon of Dragonfly at %s has not done it within %s", e.opts.Socket, deleteTimeout))
+	limited, cancel := context.WithTimeoutCause(ctx, deleteTimeout, fmt.Errorf("the dfdaemon of Dragonfly at %s has not done it within %s", n.opts.Socket, deleteTimeout))
 	defer cancel()
 	for _, task := range tasks {
-		if err := e.upstream.delete(limited, task); err != nil {
+		if err := n.upstream.delete(limited, task); err != nil {
 			miss(fmt.Sprintf("%s: %v: delete it again by this digest", task, err))
 		}
 	}
@@ -546,7 +265,7 @@ func (e *Engine) deleteUpstream(ctx context.Context, tasks []p2p.Task) (missed [
 		return missed
 	}
 	for _, task := range tasks {
-		err := e.upstream.stat(ctx, task, false, e.opts.LookupTimeout)
+		err := n.upstream.stat(ctx, task, false, n.opts.LookupTimeout)
 		if errors.Is(err, p2p.ErrNotFound) {
 			continue
 		}
@@ -558,22 +277,4 @@ func (e *Engine) deleteUpstream(ctx context.Context, tasks []p2p.Task) (missed [
 		break // the others are as this one
 	}
 	return missed
-}
-
-// List implements [p2p.Engine]: it lists the store. Dragonfly has no lists, so
-// Query.FromPeers brings nothing.
-func (e *Engine) List(ctx context.Context, q p2p.Query) iter.Seq2[p2p.Entry, error] {
-	return e.store.List(ctx, q)
-}
-
-// Peers implements [p2p.Engine]: Dragonfly does not tell of its peers.
-func (e *Engine) Peers(ctx context.Context) ([]p2p.Peer, error) { return e.store.Peers(ctx) }
-
-// Replicate implements [p2p.Engine]: Dragonfly has no call for it, and the error matches
-// [errors.ErrUnsupported], too.
-func (e *Engine) Replicate(ctx context.Context, tag string, cid digest.CID, n int) ([]string, error) {
-	if _, err := e.store.Stat(ctx, tag, cid, p2p.StatOptions{Scope: p2p.Local}); err != nil || n <= 0 {
-		return nil, err
-	}
-	return nil, fmt.Errorf("replicate %s: %w: %w by Dragonfly: export it on the hosts that are to have it", p2p.Describe(tag, cid), p2p.ErrUnreachable, errors.ErrUnsupported)
 }

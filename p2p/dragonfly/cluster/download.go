@@ -101,8 +101,8 @@ func (d *download) close(err error) {
 		} else if info, err := d.file.Stat(); err == nil {
 			result.ContentLength, result.TotalPieceCount, result.Traffic = info.Size(), d.finished, uint64(info.Size())
 		}
-		// Also where the download was given up, and its context with it.
-		ctx := context.WithoutCancel(d.e.ctx)
+		// Also where the download was given up.
+		ctx := context.Background()
 		if err := d.scheduler.call(ctx, "report "+d.task.String(), d.e.opts.LookupTimeout, func(ctx context.Context) error {
 			_, err := d.scheduler.rpc.ReportPeerResult(ctx, result)
 			return err
@@ -192,7 +192,7 @@ func (d *download) direct(ctx context.Context, content []byte) error {
 	if _, err := d.file.WriteAt(content, 0); err != nil {
 		return err
 	}
-	if err := d.e.take(ctx, d.task, d.file); err != nil {
+	if err := d.e.Take(ctx, d.task, d.file); err != nil {
 		if errors.Is(err, digest.ErrMismatch) {
 			err = fmt.Errorf("scheduler %s sent something else: %w", d.scheduler.addr, err)
 			err = errors.Join(err, d.file.Truncate(0))
@@ -331,7 +331,7 @@ func (d *download) from(ctx context.Context, p parent) error {
 		}
 		return err
 	}
-	if err := d.e.take(ctx, d.task, d.file); err != nil {
+	if err := d.e.Take(ctx, d.task, d.file); err != nil {
 		if !errors.Is(err, digest.ErrMismatch) {
 			return err
 		}

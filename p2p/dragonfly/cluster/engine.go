@@ -3,30 +3,21 @@
 // which fetches theirs, over the v1 API of d7y.io/api/v2. There is no daemon of
 // Dragonfly on this host; package dragonfly is for where there is one.
 //
-// The store has what Dragonfly does not: names, lists, manifests and what refers to them,
-// and the proof of every byte. Dragonfly's own MD5s, which a peer makes up as it likes,
+// Package whole has what both engines share. Dragonfly's own MD5s, which a peer makes up as it likes,
 // prove nothing here: what peers give is stored only where it has the digest that
 // was asked for. What goes out is verified before.
 //
 // Each task belongs to the scheduler that the hash ring of Dragonfly's daemons gives it.
 // Schedulers forget: so all tasks are announced again and again.
-//
-// What Dragonfly can't do is an error, or is said in the result: it knows no names,
-// its delete is of one host, and it copies nothing to other hosts on request.
 package cluster
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"iter"
 	"log/slog"
 	"net"
 	"net/http"
-	"os"
-	"path/filepath"
 	"sync"
 	"time"
 
@@ -34,8 +25,8 @@ import (
 	"golang.org/x/time/rate"
 	"google.golang.org/grpc"
 
-	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/dragonfly/whole"
 	"github.com/dfcache/dfcache/p2p/dragonfly/wire"
 	"github.com/dfcache/dfcache/p2p/pieces"
 )
@@ -108,9 +99,20 @@ func (o *Options) setDefaults() {
 	}
 }
 
-// Engine is a store that is a peer in a Dragonfly cluster. It implements [p2p.Engine]
+// Engine is a store that is a peer in a Dragonfly cluster. It implements [p2p.Engine],
 // and is safe for concurrent use.
+//
+// Of what is not here, schedulers know the size and no more: Stat fetches what could be
+// a manifest. Of Info.Holders, the one that is asked is the task's scheduler: others hold
+// the task where it knows of peers besides this one.
+//
+// What is committed is announced before Commit returns. A scheduler that does not answer
+// fails nothing: the content is stored, and is announced when a scheduler does.
+//
+// For every task that is deleted here, this peer leaves it at its scheduler. Close leaves
+// the cluster: schedulers that do not answer hold it up for LookupTimeout.
 type Engine struct {
+	*whole.Engine
 	opts       Options
 	dir        string // for what comes from peers and is not verified yet
 	store      *pieces.Store
@@ -125,17 +127,12 @@ type Engine struct {
 	uploading  chan struct{} // holds one for each piece that is sent
 
 	ctx        context.Context // ends with Close
-	cancel     context.CancelCauseFunc
-	background sync.WaitGroup // servers, announcements and fetches
+	cancel     context.CancelFunc
+	background sync.WaitGroup // servers and announcements
 	sweepNow   chan struct{}
 
-	callMu sync.Mutex
-	calls  sync.WaitGroup
-	closed bool
-
-	mu      sync.Mutex
-	fetches map[digest.Digest]*fetch
-	held    map[string]*holding // by task ID
+	mu   sync.Mutex
+	held map[string]*holding // by task ID
 }
 
 var _ p2p.Engine = (*Engine)(nil)
@@ -144,16 +141,17 @@ var _ p2p.Engine = (*Engine)(nil)
 // Engine takes over the store: it closes it. What an earlier one has left in the
 // directory "dragonfly" of the store is removed. No scheduler need run yet;
 // [Engine.Health] says whether one does.
-func New(store *pieces.Store, opts Options) (_ *Engine, err error) {
+func New(store *pieces.Store, opts Options) (*Engine, error) {
 	opts.setDefaults()
+	dir, err := whole.Dir(store)
+	if err != nil {
+		return nil, err
+	}
 	e := &Engine{
-		opts: opts, dir: filepath.Join(store.Dir(), "dragonfly"), store: store, log: opts.Log,
+		opts: opts, dir: dir, store: store, log: opts.Log,
 		sums: newSums(), up: limiter(opts.UploadRate), down: limiter(opts.DownloadRate),
 		client: newHTTPClient(opts), uploading: make(chan struct{}, opts.MaxUploads), sweepNow: make(chan struct{}, 1),
-		fetches: map[digest.Digest]*fetch{}, held: map[string]*holding{},
-	}
-	if err := errors.Join(os.RemoveAll(e.dir), os.Mkdir(e.dir, 0o700)); err != nil {
-		return nil, fmt.Errorf("directory for what comes from Dragonfly: %w", err)
+		held: map[string]*holding{},
 	}
 	if e.schedulers, err = newSchedulers(opts.Schedulers); err != nil {
 		return nil, err
@@ -165,7 +163,8 @@ func New(store *pieces.Store, opts Options) (_ *Engine, err error) {
 	if e.host, err = newHost(opts, listeners); err != nil {
 		return nil, errors.Join(err, listeners[0].Close(), listeners[1].Close(), e.schedulers.close())
 	}
-	e.ctx, e.cancel = context.WithCancelCause(context.Background())
+	e.ctx, e.cancel = context.WithCancel(context.Background())
+	e.Engine = whole.New(store, network{e}, whole.Options{DetectManifest: opts.DetectManifest, Log: opts.Log})
 	e.serve(listeners)
 	e.background.Go(e.announceHost)
 	e.background.Go(e.announceTasks)
@@ -180,103 +179,37 @@ func (e *Engine) UploadAddress() string {
 	return net.JoinHostPort(e.host.Ip, fmt.Sprint(e.host.DownPort))
 }
 
-// Health announces the host, and asks with that whether a scheduler answers. The error
-// matches [p2p.ErrUnavailable] where none does.
-func (e *Engine) Health(ctx context.Context) error {
-	if err := e.begin(ctx); err != nil {
-		return err
-	}
-	defer e.calls.Done()
-	return e.announceHostOnce(ctx)
+// network is what [whole.Engine] sees of the cluster.
+type network struct{ *Engine }
+
+// Health announces the host, and asks with that whether a scheduler answers.
+func (n network) Health(ctx context.Context) error { return n.announceHostOnce(ctx) }
+
+// Stop ends uploads and announcements.
+func (n network) Stop() {
+	n.cancel()
+	n.uploads.Close() // its listener is closed; there is nothing else to report
+	n.peers.Stop()
 }
 
-// begin announces a call. Where it returns nil, the caller calls e.calls.Done.
-func (e *Engine) begin(ctx context.Context) error {
-	if err := context.Cause(ctx); err != nil {
-		return err
-	}
-	e.callMu.Lock()
-	defer e.callMu.Unlock()
-	if e.closed {
-		return fmt.Errorf("engine in a Dragonfly cluster: %w", p2p.ErrClosed)
-	}
-	e.calls.Add(1)
-	return nil
+// Close leaves the cluster.
+func (n network) Close() error {
+	n.background.Wait()
+	n.leaveHost()
+	n.client.CloseIdleConnections()
+	return n.schedulers.close()
 }
 
-// Close leaves the cluster, ends fetches and uploads, waits for calls under way, and
-// closes the store. Schedulers that do not answer hold it up for LookupTimeout.
-func (e *Engine) Close() error {
-	e.callMu.Lock()
-	closed := e.closed
-	e.closed = true
-	e.callMu.Unlock()
-	if closed {
-		return nil
-	}
-	e.cancel(fmt.Errorf("engine in a Dragonfly cluster: %w", p2p.ErrClosed))
-	err := e.uploads.Close()
-	e.peers.Stop()
-	e.calls.Wait()
-	e.leaveHost()
-	e.background.Wait()
-	e.client.CloseIdleConnections()
-	return errors.Join(err, e.schedulers.close(), e.store.Close())
+// Size implements [whole.Network].
+func (n network) Size(ctx context.Context, task p2p.Task) (int64, error) {
+	found, err := n.lookup(ctx, task)
+	return found.GetContentLength(), err
 }
 
-// Stat implements [p2p.Engine]. A name is known on this host only. Of what is not here,
-// schedulers know the size and no more: what could be a manifest is fetched,
-// as by Open, and then described. Where no scheduler answers, the error
-// matches [p2p.ErrUnavailable], too.
-//
-// Of Info.Holders, the one that is asked is the task's scheduler: others hold the
-// task where it knows of peers besides this one.
-func (e *Engine) Stat(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions) (p2p.Info, error) {
-	if err := e.begin(ctx); err != nil {
-		return p2p.Info{}, err
-	}
-	defer e.calls.Done()
-	local := p2p.StatOptions{Scope: p2p.Local, Manifest: opts.Manifest}
-	info, err := e.store.Stat(ctx, tag, cid, local)
-	if opts.Scope == p2p.Local {
-		return info, err
-	}
-	if isMissing(err) {
-		info, err = e.statRemote(ctx, tag, cid, local, err)
-	}
-	if err == nil && opts.Holders {
-		info.Holders, err = e.holders(ctx, info.Task)
-	}
-	return info, err
-}
-
-// isMissing reports whether an error of the store says that it does not have
-// something, or not any more.
-func isMissing(err error) bool {
-	return errors.Is(err, p2p.ErrNotFound) || errors.Is(err, digest.ErrCorrupt)
-}
-
-// statRemote describes what the store has not, for the reason missing.
-func (e *Engine) statRemote(ctx context.Context, tag string, cid digest.CID, local p2p.StatOptions, missing error) (p2p.Info, error) {
-	task := p2p.Task{Tag: tag, Digest: cid.Digest()}
-	if damage, ok := errors.AsType[*digest.CorruptError](missing); ok {
-		task.Digest = damage.Digest // a name led to it
-	} else if task.Digest == "" {
-		return p2p.Info{}, fmt.Errorf("%w on this host, and Dragonfly knows no names: ask for the digest", missing)
-	} else {
-		found, err := e.lookup(ctx, task)
-		if err != nil {
-			return p2p.Info{}, err
-		}
-		if size := found.GetContentLength(); size > p2p.MaxManifest {
-			table := digest.Table{Size: size, PieceLength: digest.PieceLength(size)}
-			return p2p.Info{Task: task, Size: size, PieceLength: table.PieceLength, Pieces: table.Pieces(), Remote: true, Keep: p2p.KeepLoose}, nil
-		}
-	}
-	if err := e.fetchMissing(ctx, task, missing); err != nil {
-		return p2p.Info{}, err
-	}
-	return e.store.Stat(ctx, tag, cid, local)
+// Deletable implements [whole.Network]: others may have what is not here.
+func (n network) Deletable(ctx context.Context, task p2p.Task) error {
+	_, err := n.lookup(ctx, task)
+	return err
 }
 
 // lookup asks a task's scheduler about it. The error matches [p2p.ErrNotFound] where no
@@ -289,12 +222,13 @@ func (e *Engine) lookup(ctx context.Context, task p2p.Task) (*schedulerv1.Task, 
 	return found, err
 }
 
-func (e *Engine) holders(ctx context.Context, task p2p.Task) (*p2p.Holders, error) {
-	found, err := e.lookup(ctx, task)
+// Holders implements [whole.Network].
+func (n network) Holders(ctx context.Context, task p2p.Task) (*p2p.Holders, error) {
+	found, err := n.lookup(ctx, task)
 	switch {
 	case err == nil:
 		others := int(found.GetPeerCount())
-		if e.isHeld(taskID(task)) {
+		if n.isHeld(taskID(task)) {
 			others-- // this one
 		}
 		if others > 0 {
@@ -309,135 +243,45 @@ func (e *Engine) holders(ctx context.Context, task p2p.Task) (*p2p.Holders, erro
 	return nil, err
 }
 
-// Open implements [p2p.Engine]. A blob that is not here is fetched and stored before
-// Open returns. The result is a [*pieces.Blob], which has no Sources.
-func (e *Engine) Open(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.Blob, error) {
-	if err := e.begin(ctx); err != nil {
-		return nil, err
+// Bring implements [whole.Network].
+func (n network) Bring(ctx context.Context, task p2p.Task) error {
+	found, err := n.lookup(ctx, task)
+	if err != nil {
+		return err
 	}
-	defer e.calls.Done()
-	if scope == p2p.Mend {
-		if err := e.mend(ctx, task); err != nil {
-			return nil, fmt.Errorf("mend %s: %w", task, err)
+	limited, cancel := context.WithTimeoutCause(ctx, n.opts.Timeout, fmt.Errorf("%w: it took longer than %s", wire.ErrAway, n.opts.Timeout))
+	defer cancel()
+	d, err := n.newDownload(limited, task, found.GetContentLength())
+	if err != nil {
+		return fmt.Errorf("fetch %s: %w", task, err)
+	}
+	err = d.run(limited)
+	if err != nil && context.Cause(limited) != nil {
+		err = context.Cause(limited)
+	}
+	if err == nil {
+		// It may have been here before, damaged: schedulers may go on with the new peer only.
+		if err := n.leave(ctx, d.id); err != nil {
+			n.log.Debug("a scheduler goes on with a peer that is no more", "task", task.String(), "error", err)
 		}
-		return e.store.Open(ctx, task, p2p.Local)
+		n.hold(task, d.peerID) // before others hear of it
 	}
-	blob, err := e.store.Open(ctx, task, p2p.Local)
-	if scope == p2p.Local || !isMissing(err) {
-		return blob, err
+	d.close(err)
+	if err != nil {
+		return fmt.Errorf("fetch %s: %w", task, err)
 	}
-	if err := e.fetchMissing(ctx, task, err); err != nil {
-		return nil, err
-	}
-	return e.store.Open(ctx, task, p2p.Local)
-}
-
-// mend replaces a blob that is damaged here.
-func (e *Engine) mend(ctx context.Context, task p2p.Task) error {
-	if _, err := e.store.Stat(ctx, task.Tag, digest.FromDigest(task.Digest), p2p.StatOptions{Scope: p2p.Local}); err != nil && !errors.Is(err, digest.ErrCorrupt) {
-		return err
-	}
-	if err := e.fetch(ctx, task); err != nil {
-		return err
-	}
-	e.log.Info("a damaged blob was mended", "task", task.String())
 	return nil
 }
 
-// fetchMissing fetches what the store has not, for the reason missing. Where no peer
-// has it either, damage is what is reported.
-func (e *Engine) fetchMissing(ctx context.Context, task p2p.Task, missing error) error {
-	err := e.fetch(ctx, task)
-	if errors.Is(missing, digest.ErrCorrupt) && (errors.Is(err, p2p.ErrNotFound) || errors.Is(err, p2p.ErrUnreachable)) {
-		return missing
-	}
-	return err
-}
-
-// whole reports whether a task is here, without damage.
-func (e *Engine) whole(ctx context.Context, task p2p.Task) bool {
-	blob, err := e.store.OpenForPeers(ctx, task)
-	if err != nil {
-		return false
-	}
-	defer blob.Close()
-	return blob.CopyRange(ctx, io.Discard, 0, blob.Size(), nil) == nil
-}
-
-// take stores what was fetched, where it is what was asked for. It takes f from its start.
-func (e *Engine) take(ctx context.Context, task p2p.Task, f *os.File) error {
-	info, err := f.Stat()
-	if err != nil {
-		return err
-	}
-	if _, err := f.Seek(0, io.SeekStart); err != nil {
-		return err
-	}
-	n := p2p.NewTask{Task: task, Keep: p2p.KeepLoose}
-	var src io.Reader = f
-	if e.opts.DetectManifest != nil && info.Size() <= p2p.MaxManifest {
-		content, err := io.ReadAll(f)
-		if err != nil {
-			return err
-		}
-		src = bytes.NewReader(content)
-		n.MediaType, n.Manifest = e.opts.DetectManifest(content)
-	}
-	in, err := e.store.Ingest(ctx)
-	if err != nil {
-		return err
-	}
-	defer in.Close()
-	if _, err := in.Add(src, p2p.AddOptions{Want: task.Digest}); err != nil {
-		return err
-	}
-	return in.Commit(p2p.Commit{Tasks: []p2p.NewTask{n}})
-}
-
-// Ingest implements [p2p.Engine]. What is committed is announced, too, before Commit
-// returns. A scheduler that does not answer fails nothing: the content is stored, and is
-// announced when a scheduler does.
-func (e *Engine) Ingest(ctx context.Context) (p2p.Ingest, error) {
-	if err := e.begin(ctx); err != nil {
-		return nil, err
-	}
-	defer e.calls.Done()
-	in, err := e.store.Ingest(ctx)
-	if err != nil {
-		return nil, err
-	}
-	return &ingest{in, ctx, e}, nil
-}
-
-// ingest announces what is committed.
-type ingest struct {
-	p2p.Ingest
-	ctx context.Context
-	e   *Engine
-}
-
-func (in *ingest) Commit(c p2p.Commit) error {
-	if err := in.e.begin(in.ctx); err != nil {
-		return err
-	}
-	defer in.e.calls.Done()
-	if err := in.Ingest.Commit(c); err != nil {
-		return err
-	}
-	tasks := map[p2p.Task]bool{}
-	for _, n := range c.Tasks {
-		tasks[n.Task] = true
-	}
-	for _, n := range c.Names {
-		tasks[p2p.Task{Tag: n.Tag, Digest: n.Digest}] = true
-	}
-	for task := range tasks {
-		id := in.e.hold(task, "")
-		if !in.e.schedulers.up() {
+// Offer implements [whole.Network].
+func (n network) Offer(ctx context.Context, tasks []p2p.Task) error {
+	for _, task := range tasks {
+		id := n.hold(task, "")
+		if !n.schedulers.up() {
 			continue // they are told when one is up again
 		}
-		if err := in.e.announce(in.ctx, id, true); err != nil {
-			in.e.log.Warn("a task is stored, and not announced yet: it will be", "task", task.String(), "error", err)
+		if err := n.announce(ctx, id, true); err != nil {
+			n.log.Warn("a task is stored, and not announced yet: it will be", "task", task.String(), "error", err)
 			if errors.Is(err, wire.ErrAway) {
 				break // nor are the others: no caller waits for each of them
 			}
@@ -446,42 +290,18 @@ func (in *ingest) Commit(c p2p.Commit) error {
 	return nil
 }
 
-// Delete implements [p2p.Engine]. For every task that goes here, this peer leaves it at
-// its scheduler, too. Other peers keep theirs: none is ever counted as reached, and
-// where one still has something, Deleted.Missed says so.
-func (e *Engine) Delete(ctx context.Context, tag string, cid digest.CID, opts p2p.DeleteOptions) (p2p.Deleted, error) {
-	if err := e.begin(ctx); err != nil {
-		return p2p.Deleted{}, err
-	}
-	defer e.calls.Done()
-	deleted, tasks, err := e.store.DeleteTasks(ctx, tag, cid, opts)
-	if errors.Is(err, p2p.ErrNotFound) && cid.Digest() != "" {
-		// Others may have what is not here.
-		task := p2p.Task{Tag: tag, Digest: cid.Digest()}
-		if _, err := e.lookup(ctx, task); err != nil {
-			return p2p.Deleted{}, err
-		}
-		tasks, err = []p2p.Task{task}, nil
-	}
-	if err != nil {
-		return p2p.Deleted{}, err
-	}
-	deleted.Missed = e.leaveTasks(ctx, tasks)
-	return deleted, nil
-}
-
-// leaveTasks tells schedulers that tasks are not here any more, and asks whether others
-// have them. It returns what was not done, as far as it is known.
-func (e *Engine) leaveTasks(ctx context.Context, tasks []p2p.Task) (missed []p2p.Missed) {
+// Forget implements [whole.Network]: it tells schedulers that tasks are not here any
+// more, and asks whether others have them.
+func (n network) Forget(ctx context.Context, tasks []p2p.Task) (missed []p2p.Missed) {
 	miss := func(task p2p.Task, reason string) {
-		missed = append(missed, p2p.Missed{Peer: "Dragonfly", Address: e.schedulers.of(taskID(task)).addr, Reason: reason})
+		missed = append(missed, p2p.Missed{Peer: "Dragonfly", Address: n.schedulers.of(taskID(task)).addr, Reason: reason})
 	}
 	for _, task := range tasks {
-		if err := e.leave(ctx, taskID(task)); err != nil {
+		if err := n.leave(ctx, taskID(task)); err != nil {
 			miss(task, err.Error()+": peers may ask this host for it until the scheduler forgets it")
 			continue
 		}
-		_, err := e.lookup(ctx, task)
+		_, err := n.lookup(ctx, task)
 		if err == nil {
 			miss(task, task.String()+": other hosts of Dragonfly have it still, and keep it: its delete is of one host only, so delete it on each of them")
 		} else if !errors.Is(err, p2p.ErrNotFound) {
@@ -492,22 +312,4 @@ func (e *Engine) leaveTasks(ctx context.Context, tasks []p2p.Task) (missed []p2p
 		break // the others are as this one
 	}
 	return missed
-}
-
-// List implements [p2p.Engine]: it lists the store. Dragonfly has no lists, so
-// Query.FromPeers brings nothing.
-func (e *Engine) List(ctx context.Context, q p2p.Query) iter.Seq2[p2p.Entry, error] {
-	return e.store.List(ctx, q)
-}
-
-// Peers implements [p2p.Engine]: schedulers do not tell of peers but for a download.
-func (e *Engine) Peers(ctx context.Context) ([]p2p.Peer, error) { return e.store.Peers(ctx) }
-
-// Replicate implements [p2p.Engine]: Dragonfly has no call for it, and the error matches
-// [errors.ErrUnsupported], too.
-func (e *Engine) Replicate(ctx context.Context, tag string, cid digest.CID, n int) ([]string, error) {
-	if _, err := e.store.Stat(ctx, tag, cid, p2p.StatOptions{Scope: p2p.Local}); err != nil || n <= 0 {
-		return nil, err
-	}
-	return nil, fmt.Errorf("replicate %s: %w: %w by Dragonfly: export it on the hosts that are to have it", p2p.Describe(tag, cid), p2p.ErrUnreachable, errors.ErrUnsupported)
 }

@@ -156,11 +156,11 @@ func (e *Engine) upload(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Connection", "close")
 		http.Error(w, fmt.Sprintf(format, args...), code)
 	}
-	if err := e.begin(r.Context()); err != nil {
+	if err := e.Begin(r.Context()); err != nil {
 		refuse(http.StatusServiceUnavailable, "%v", err)
 		return
 	}
-	defer e.calls.Done()
+	defer e.End()
 	id := r.PathValue("id")
 	h := e.holding(id)
 	if h == nil || r.PathValue("prefix") != id[:3] { // an ID that is held is long enough

@@ -1,12 +1,12 @@
-package cluster
+package whole
 
 import (
 	"context"
 	"errors"
-	"fmt"
+	"io"
 
+	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
-	"github.com/dfcache/dfcache/p2p/dragonfly/wire"
 )
 
 // fetch is one blob that is on its way, for all who want it.
@@ -20,8 +20,18 @@ type fetch struct {
 
 var errUnwanted = errors.New("nobody waits for it any more")
 
-// fetch brings a task's blob here from peers, or replaces it where it is damaged. It
-// returns when the task is stored.
+// fetchMissing fetches what the store has not, for the reason missing. Where nobody else
+// has it either, damage is what is reported.
+func (e *Engine) fetchMissing(ctx context.Context, task p2p.Task, missing error) error {
+	err := e.fetch(ctx, task)
+	if errors.Is(missing, digest.ErrCorrupt) && (errors.Is(err, p2p.ErrNotFound) || errors.Is(err, p2p.ErrUnreachable)) {
+		return missing
+	}
+	return err
+}
+
+// fetch brings a task's blob here from the network, or replaces it where it is damaged.
+// It returns when the task is stored.
 func (e *Engine) fetch(ctx context.Context, task p2p.Task) error {
 	if err := task.Validate(); err != nil {
 		return err
@@ -32,7 +42,7 @@ func (e *Engine) fetch(ctx context.Context, task p2p.Task) error {
 		case <-f.done:
 		case <-ctx.Done():
 		}
-		e.part(f)
+		e.leave(f)
 		if err := context.Cause(ctx); err != nil {
 			return err
 		}
@@ -44,7 +54,7 @@ func (e *Engine) fetch(ctx context.Context, task p2p.Task) error {
 }
 
 // join returns the fetch of a task's blob, and begins one where there is none. The
-// caller parts from it.
+// caller leaves it.
 func (e *Engine) join(task p2p.Task) *fetch {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -54,8 +64,10 @@ func (e *Engine) join(task p2p.Task) *fetch {
 		var ctx context.Context
 		ctx, f.cancel = context.WithCancelCause(e.ctx)
 		e.fetches[task.Digest] = f
-		e.background.Go(func() {
-			f.err = e.bring(ctx, task)
+		e.running.Go(func() {
+			if !e.whole(ctx, task) { // it may have come, or have been mended, just before
+				f.err = e.network.Bring(ctx, task)
+			}
 			f.cancel(nil)
 			e.mu.Lock()
 			delete(e.fetches, task.Digest)
@@ -67,8 +79,8 @@ func (e *Engine) join(task p2p.Task) *fetch {
 	return f
 }
 
-// part takes back a join. The last one ends the fetch.
-func (e *Engine) part(f *fetch) {
+// leave takes back a join. The last one ends the fetch.
+func (e *Engine) leave(f *fetch) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if f.waiting--; f.waiting == 0 {
@@ -76,35 +88,12 @@ func (e *Engine) part(f *fetch) {
 	}
 }
 
-// bring fetches a task's blob from peers, and stores it.
-func (e *Engine) bring(ctx context.Context, task p2p.Task) error {
-	if e.whole(ctx, task) {
-		return nil // it has come, or has been mended, just before
-	}
-	found, err := e.lookup(ctx, task)
+// whole reports whether a task is here, without damage.
+func (e *Engine) whole(ctx context.Context, task p2p.Task) bool {
+	blob, err := e.store.OpenForPeers(ctx, task)
 	if err != nil {
-		return err
+		return false
 	}
-	limited, cancel := context.WithTimeoutCause(ctx, e.opts.Timeout, fmt.Errorf("%w: it took longer than %s", wire.ErrAway, e.opts.Timeout))
-	defer cancel()
-	d, err := e.newDownload(limited, task, found.GetContentLength())
-	if err != nil {
-		return fmt.Errorf("fetch %s: %w", task, err)
-	}
-	err = d.run(limited)
-	if err != nil && context.Cause(limited) != nil {
-		err = context.Cause(limited)
-	}
-	if err == nil {
-		// It may have been here before, damaged: schedulers may go on with the new peer only.
-		if err := e.leave(ctx, d.id); err != nil {
-			e.log.Debug("a scheduler goes on with a peer that is no more", "task", task.String(), "error", err)
-		}
-		e.hold(task, d.peerID) // before others hear of it
-	}
-	d.close(err)
-	if err != nil {
-		return fmt.Errorf("fetch %s: %w", task, err)
-	}
-	return nil
+	defer blob.Close()
+	return blob.CopyRange(ctx, io.Discard, 0, blob.Size(), nil) == nil
 }
