@@ -2,6 +2,7 @@ package integration
 
 import (
 	"fmt"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -83,4 +84,40 @@ func TestNATFirewall(t *testing.T) {
 	name, data, cid := l.file(1_000_000, 3)
 	a.ok("import", "-i", cid, name)
 	b.export(data, "-i", cid)
+}
+
+// With --nat the hosts punch holes through their routers, and need the one that
+// both reach only to meet.
+func TestNATPunch(t *testing.T) {
+	l := newLAN(t, 1)
+	public, a, b := l.hosts[0], l.addPrivate(samePort), l.addPrivate(samePort)
+	public.start("--mdns=false")
+	for _, h := range []*host{a, b} {
+		h.start("--mdns=false", "--nat", "--bootstrap", public.address())
+	}
+	l.meet(2)
+	name, data, cid := l.file(1_000_000, 4)
+	a.ok("import", "-i", cid, name)
+	a.awaitConnection(b)
+	public.kill()
+	b.export(data, "-i", cid)
+}
+
+// awaitConnection waits until there is a TCP connection from one host to the other.
+func (h *host) awaitConnection(to *host) {
+	t := h.lan.t
+	t.Helper()
+	for {
+		args := append(h.in(), "ss", "-Htn", "state", "established", "dst", to.address())
+		out, err := exec.Command(args[0], args[1:]...).CombinedOutput()
+		if err != nil {
+			t.Fatalf("%s: %v\n%s", strings.Join(args, " "), err, out)
+		}
+		if len(out) > 0 {
+			return
+		}
+		if h.lan.late() {
+			t.Fatalf("host %d has no connection with host %d:\n%s", h.n, to.n, h.ok("peers"))
+		}
+	}
 }

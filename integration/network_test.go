@@ -104,6 +104,7 @@ func (l *lan) attach(netns string, n int) {
 // What a router does with what goes out.
 const (
 	sameAddress = "accept"                  // nothing
+	samePort    = "masquerade"              // gives it its own address: holes can be punched
 	anyPort     = "masquerade fully-random" // and another port for each connection: they can't
 )
 

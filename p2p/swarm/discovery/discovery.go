@@ -23,6 +23,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/core/transport"
 	"github.com/libp2p/go-libp2p/p2p/discovery/mdns"
 	rcmgr "github.com/libp2p/go-libp2p/p2p/host/resource-manager"
 	"github.com/libp2p/go-libp2p/p2p/net/connmgr"
@@ -237,7 +238,6 @@ func (n *Network) newHost() (host.Host, error) {
 	if err != nil {
 		return nil, errors.Join(err, conns.Close())
 	}
-	tcpOptions := []any{tcp.WithConnectionTimeout(dialTimeout)}
 	options := []libp2p.Option{
 		libp2p.Identity(n.opts.Identity),
 		libp2p.PrivateNetwork(n.opts.Key.psk()),
@@ -254,17 +254,26 @@ func (n *Network) newHost() (host.Host, error) {
 		libp2p.DisableMetrics(),
 	}
 	if n.opts.NAT {
-		options = append(options, libp2p.NATPortMap())
+		options = append(options, libp2p.NATPortMap(), libp2p.Transport(func(u transport.Upgrader, r network.ResourceManager) (*puncher, error) {
+			shared, err := tcp.NewTCPTransport(u, r, nil, tcp.WithConnectionTimeout(dialTimeout))
+			other, otherErr := newTCP(u, r)
+			return &puncher{shared, other, n.relays}, errors.Join(err, otherErr)
+		}))
 	} else {
-		// Shared ports serve to punch holes. They also let two daemons listen at
-		// the same one, without an error, and each get half of the connections.
-		tcpOptions = append(tcpOptions, tcp.DisableReuseport())
+		options = append(options, libp2p.Transport(newTCP))
 	}
-	h, err := libp2p.New(append(options, libp2p.Transport(tcp.NewTCPTransport, tcpOptions...))...)
+	h, err := libp2p.New(options...)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("listen for peers: %w", err), conns.Close(), resources.Close())
 	}
 	return h, nil
+}
+
+// newTCP returns a transport that does not share the port at which it listens. To share
+// it serves to punch holes. It also lets two daemons listen at the same one, without an
+// error, and each get half of the connections.
+func newTCP(u transport.Upgrader, r network.ResourceManager) (*tcp.TcpTransport, error) {
+	return tcp.NewTCPTransport(u, r, nil, tcp.WithConnectionTimeout(dialTimeout), tcp.DisableReuseport())
 }
 
 // newResources bounds connections to a multiple of maxPeers, and other resources

@@ -13,11 +13,13 @@ import (
 	"github.com/libp2p/go-libp2p/core/event"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/core/transport"
 	"github.com/libp2p/go-libp2p/p2p/host/eventbus"
 	"github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/client"
 	"github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/relay"
 	"github.com/libp2p/go-libp2p/p2p/protocol/holepunch"
 	"github.com/libp2p/go-libp2p/p2p/protocol/identify"
+	"github.com/libp2p/go-libp2p/p2p/transport/tcp"
 	"github.com/multiformats/go-multiaddr"
 	manet "github.com/multiformats/go-multiaddr/net"
 )
@@ -50,7 +52,7 @@ type relays struct {
 
 	mu      sync.Mutex
 	outside map[peer.ID]*reservation // connected peers that can relay
-	known   bool                     // the service that punches holes knows the router's address
+	seen    []multiaddr.Multiaddr    // where peers see the port that this host listens at, or saw it last
 	holes   map[peer.ID]*hole        // to peers that have come over relays only
 }
 
@@ -63,7 +65,7 @@ type hole struct {
 // reservation is what a peer keeps that relays to this host, or may.
 type reservation struct {
 	over  network.Conn        // it ends with it
-	seen  multiaddr.Multiaddr // where the peer sees this host
+	seen  multiaddr.Multiaddr // where the peer sees the port that this host listens at; nil: it sees another one
 	until time.Time           // zero: there is none
 	next  time.Time           // when to ask for it, again
 	asks  bool
@@ -96,7 +98,11 @@ func (r *relays) identified(e event.EvtPeerIdentificationCompleted) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if p := r.outside[e.Peer]; p == nil || p.over.IsClosed() {
-		r.outside[e.Peer] = &reservation{over: e.Conn, seen: e.ObservedAddr}
+		res := &reservation{over: e.Conn}
+		if r.isListening(e.Conn.LocalMultiaddr()) {
+			res.seen = e.ObservedAddr
+		}
+		r.outside[e.Peer] = res
 		poke(r.n.wake)
 	}
 	if r.n.opts.NAT && r.punch == nil {
@@ -122,16 +128,71 @@ func (r *relays) startPunching() {
 }
 
 // seenAt returns the addresses that this host has outside of its router.
-func (r *relays) seenAt() (addrs []multiaddr.Multiaddr) {
+func (r *relays) seenAt() []multiaddr.Multiaddr {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	var addrs []multiaddr.Multiaddr
 	for _, res := range r.outside {
 		if res.seen != nil {
 			addrs = append(addrs, res.seen)
 		}
 	}
-	r.known = r.known || len(addrs) > 0
-	return distinct(addrs)
+	if len(addrs) > 0 {
+		r.seen = distinct(addrs)
+	}
+	return r.seen
+}
+
+// isListening reports whether this host listens at the port of an address.
+func (r *relays) isListening(addr multiaddr.Multiaddr) bool {
+	port, err := addr.ValueForProtocol(multiaddr.P_TCP)
+	return err == nil && slices.ContainsFunc(r.n.host.Network().ListenAddresses(), func(l multiaddr.Multiaddr) bool {
+		at, err := l.ValueForProtocol(multiaddr.P_TCP)
+		return err == nil && at == port
+	})
+}
+
+// puncher dials from the port that this host listens at where a hole is punched, and
+// where that port has to be seen to know its address outside of the router. Else it dials
+// from any port.
+//
+// The router remembers for two minutes what was dialled in vain: Linux forwards what the
+// other side then dials to make the hole, and so it arrives where nobody dials yet, at the
+// listener. That answers with other sequence numbers than the router has seen, which
+// it drops, and keeps the port from being dialled from for a minute.
+type puncher struct {
+	*tcp.TcpTransport
+	anyPort *tcp.TcpTransport
+	relays  *relays
+}
+
+// Dial implements [transport.Transport].
+func (t *puncher) Dial(ctx context.Context, addr multiaddr.Multiaddr, p peer.ID) (transport.CapableConn, error) {
+	return t.DialWithUpdates(ctx, addr, p, nil)
+}
+
+// DialWithUpdates implements [transport.DialUpdater].
+func (t *puncher) DialWithUpdates(ctx context.Context, addr multiaddr.Multiaddr, p peer.ID, updates chan<- transport.DialUpdate) (transport.CapableConn, error) {
+	if punches, _, _ := network.GetSimultaneousConnect(ctx); punches || t.relays.isUnseen(p) {
+		return t.TcpTransport.DialWithUpdates(ctx, addr, p, updates)
+	}
+	return t.anyPort.DialWithUpdates(ctx, addr, p, updates)
+}
+
+// isUnseen reports whether p should see the port that this host listens at: nobody does,
+// and p itself seems to be reachable.
+func (r *relays) isUnseen(p peer.ID) bool {
+	if slices.ContainsFunc(r.n.host.Peerstore().Addrs(p), isRelayed) {
+		return false
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, res := range r.outside {
+		if res.seen != nil && !res.over.IsClosed() {
+			return false
+		}
+	}
+	return true
 }
 
 // isOutside reports whether there is a router between this host and a peer, behind
@@ -204,7 +265,7 @@ func (r *relays) tend(ctx context.Context, now time.Time) {
 // only, with growing pauses: a hole does not always come about when a peer comes,
 // which is when libp2p tries. The caller holds mu.
 func (r *relays) punchAgain(now time.Time) {
-	if r.punch == nil || !r.known {
+	if r.punch == nil || len(r.seen) == 0 {
 		return
 	}
 	// Whoever was connected with tries; where both were, one of them.
