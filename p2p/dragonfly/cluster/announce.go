@@ -25,6 +25,7 @@ import (
 type holding struct {
 	task   p2p.Task
 	peerID string // of this host, for this task
+	since  time.Time
 }
 
 // newHost describes this host to schedulers. listeners are for peers and for uploads.
@@ -49,7 +50,9 @@ func newHost(opts Options, listeners [2]net.Listener) (*schedulerv1.PeerHost, er
 		hostname = ip.String()
 	}
 	host := &schedulerv1.PeerHost{Ip: ip.String(), RpcPort: port(0), DownPort: port(1), Hostname: hostname}
-	host.Id = fmt.Sprintf("%s-%d", hostname, host.RpcPort)
+	// Schedulers take two hosts of the same ID for one, and send peers of the one not to
+	// the other. Names are often the same in containers, and ports everywhere.
+	host.Id = fmt.Sprintf("%s-%s-%d", host.Ip, hostname, host.RpcPort)
 	if host.Validate() != nil { // of names that Dragonfly refuses
 		host.Hostname = "host-" + strings.ReplaceAll(ip.String(), ":", "-")
 		host.Id = fmt.Sprintf("%s-%d", host.Hostname, host.RpcPort)
@@ -75,7 +78,7 @@ func (e *Engine) hold(task p2p.Task, peerID string) (id string) {
 		if peerID == "" {
 			peerID = e.newPeerID()
 		}
-		e.held[id] = &holding{task, peerID}
+		e.held[id] = &holding{task, peerID, time.Now()}
 	}
 	return id
 }
@@ -88,6 +91,16 @@ func (e *Engine) holding(id string) *holding {
 }
 
 func (e *Engine) isHeld(id string) bool { return e.holding(id) != nil }
+
+// announceAll announces the host and what it holds until the engine is closed. What
+// an earlier process on this host has announced, and could not take back, is taken back
+// before: schedulers would go on to send peers to it, for a day.
+func (e *Engine) announceAll() {
+	_ = e.leaveHost(e.ctx) // where schedulers know of none, that is an error
+	close(e.fresh)
+	e.background.Go(e.announceTasks)
+	e.announceHost()
+}
 
 // announceHost announces the host again and again, until the engine is closed.
 func (e *Engine) announceHost() {
@@ -162,17 +175,12 @@ func (e *Engine) noteAnswer(s *scheduler, err error) {
 }
 
 // leaveHost takes the host from all schedulers.
-func (e *Engine) leaveHost() {
-	e.eachScheduler(func(s *scheduler) error {
-		// The engine's context has ended.
-		err := s.call(context.Background(), "leave", e.opts.LookupTimeout, func(ctx context.Context) error {
+func (e *Engine) leaveHost(ctx context.Context) error {
+	return e.eachScheduler(func(s *scheduler) error {
+		return s.call(ctx, "leave", e.opts.LookupTimeout, func(ctx context.Context) error {
 			_, err := s.rpc.LeaveHost(ctx, &schedulerv1.LeaveHostRequest{Id: e.host.Id})
 			return err
 		})
-		if err != nil {
-			e.log.Warn("a scheduler of Dragonfly was not told that this host leaves: it finds out by itself", "error", err)
-		}
-		return err
 	})
 }
 
@@ -213,29 +221,54 @@ func (e *Engine) sweep() error {
 		if !e.schedulers.up() {
 			return nil // when one is up again, all begins anew
 		}
-		h := e.holding(id)
-		if h == nil {
-			continue // deleted
-		}
-		// Where the scheduler knows the task, it has to know no more than that it is here:
-		// the sums of its pieces need not be computed.
-		_, err := e.lookup(e.ctx, h.task)
-		if err == nil || errors.Is(err, p2p.ErrNotFound) {
-			err = e.announce(e.ctx, id, err != nil)
-		}
-		if err != nil {
+		if err := e.announceAgain(e.ctx, id); err != nil {
 			if e.ctx.Err() != nil {
 				return err
 			}
-			e.log.Debug("a task was not announced", "task", h.task.String(), "error", err)
+			e.log.Debug("a task was not announced", "id", id, "error", err)
 		}
 	}
 	return nil
 }
 
-// announce tells a task's scheduler that it is here; with its pieces, where the
-// scheduler does not know the task.
-func (e *Engine) announce(ctx context.Context, id string, full bool) error {
+// announceAgain tells a task's schedulers that it is here, as peers that schedulers have
+// not forgotten. Where a scheduler knows the task, it has to know no more: the sums of its
+// pieces need not be computed.
+func (e *Engine) announceAgain(ctx context.Context, id string) error {
+	h := e.holding(id)
+	if h == nil {
+		return nil // deleted
+	}
+	old := h
+	if time.Since(h.since) > e.opts.PeerLifetime {
+		e.hold(h.task, e.newPeerID())
+	}
+	var errs []error
+	for _, s := range e.schedulers.of(id) {
+		_, err := e.statTask(ctx, s, h.task)
+		if err == nil || errors.Is(err, p2p.ErrNotFound) {
+			err = e.announceAt(ctx, s, id, err != nil)
+		}
+		errs = append(errs, err)
+	}
+	if now := e.holding(id); now != nil && now.peerID != old.peerID {
+		errs = append(errs, e.leaveAs(ctx, id, old))
+	}
+	return errors.Join(errs...)
+}
+
+// announce tells a task's schedulers that it is here, with its pieces.
+func (e *Engine) announce(ctx context.Context, id string) error {
+	var errs []error
+	for _, s := range e.schedulers.of(id) {
+		errs = append(errs, e.announceAt(ctx, s, id, true))
+	}
+	return errors.Join(errs...)
+}
+
+// announceAt tells a scheduler that a task is here; with its pieces, where the scheduler
+// does not know the task.
+func (e *Engine) announceAt(ctx context.Context, s *scheduler, id string, full bool) error {
 	h := e.holding(id)
 	if h == nil {
 		return nil
@@ -251,7 +284,7 @@ func (e *Engine) announce(ctx context.Context, id string, full bool) error {
 	if err != nil {
 		return fmt.Errorf("announce %s: %w", h.task, err)
 	}
-	return e.ask(ctx, id, "announce "+h.task.String(), func(ctx context.Context, s *scheduler) error {
+	return e.ask(ctx, s, "announce "+h.task.String(), func(ctx context.Context) error {
 		_, err := s.rpc.AnnounceTask(ctx, &schedulerv1.AnnounceTaskRequest{
 			TaskId: id, Url: wire.URL(h.task), UrlMeta: wire.Meta(h.task), PeerHost: e.host, PiecePacket: packet, TaskType: commonv1.TaskType_DfCache,
 		})
@@ -259,28 +292,50 @@ func (e *Engine) announce(ctx context.Context, id string, full bool) error {
 	})
 }
 
-// ask calls the scheduler of a task.
-func (e *Engine) ask(ctx context.Context, id, what string, do func(context.Context, *scheduler) error) error {
-	s := e.schedulers.of(id)
-	err := s.call(ctx, what, e.opts.LookupTimeout, func(ctx context.Context) error { return do(ctx, s) })
+// ask calls a scheduler about a task.
+func (e *Engine) ask(ctx context.Context, s *scheduler, what string, do func(context.Context) error) error {
+	select {
+	case <-e.fresh:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	err := s.call(ctx, what, e.opts.LookupTimeout, do)
 	if errors.Is(err, errDown) {
 		e.noteAnswer(s, err)
 	}
 	return err
 }
 
-// statTask asks a task's scheduler what it knows of it.
-func (e *Engine) statTask(ctx context.Context, task p2p.Task) (found *schedulerv1.Task, err error) {
-	id := taskID(task)
-	err = e.ask(ctx, id, "stat "+task.String(), func(ctx context.Context, s *scheduler) error {
-		found, err = s.rpc.StatTask(ctx, &schedulerv1.StatTaskRequest{TaskId: id})
+// statTask asks a scheduler about a task. The error matches [p2p.ErrNotFound] where no
+// peer that it knows of has it.
+func (e *Engine) statTask(ctx context.Context, s *scheduler, task p2p.Task) (found *schedulerv1.Task, err error) {
+	what := "stat " + task.String()
+	err = e.ask(ctx, s, what, func(ctx context.Context) error {
+		found, err = s.rpc.StatTask(ctx, &schedulerv1.StatTaskRequest{TaskId: taskID(task)})
 		return err
 	})
+	if err == nil && !available(found) {
+		err = fmt.Errorf("%s: %w: no peer has all of it", what, p2p.ErrNotFound)
+	}
 	return found, err
 }
 
-// leave tells a task's scheduler that it is not here any more. One that does not know
-// it is content.
+// lookup asks a task's schedulers about it, until one knows it. The error matches
+// [p2p.ErrNotFound] where all say that no peer has it.
+func (e *Engine) lookup(ctx context.Context, task p2p.Task) (found *schedulerv1.Task, at *scheduler, err error) {
+	for _, s := range e.schedulers.of(taskID(task)) {
+		found, failed := e.statTask(ctx, s, task)
+		if failed == nil {
+			return found, s, nil
+		}
+		if err == nil || !errors.Is(failed, p2p.ErrNotFound) {
+			err = failed
+		}
+	}
+	return nil, nil, err
+}
+
+// leave tells a task's schedulers that it is not here any more.
 func (e *Engine) leave(ctx context.Context, id string) error {
 	e.mu.Lock()
 	h := e.held[id]
@@ -289,12 +344,21 @@ func (e *Engine) leave(ctx context.Context, id string) error {
 	if h == nil {
 		return nil
 	}
-	err := e.ask(ctx, id, "leave "+h.task.String(), func(ctx context.Context, s *scheduler) error {
-		_, err := s.rpc.LeaveTask(ctx, &schedulerv1.PeerTarget{TaskId: id, PeerId: h.peerID})
-		return err
-	})
-	if errors.Is(err, p2p.ErrNotFound) {
-		return nil
+	return e.leaveAs(ctx, id, h)
+}
+
+// leaveAs tells a task's schedulers that a peer does not hold it any more. One that does
+// not know it is content.
+func (e *Engine) leaveAs(ctx context.Context, id string, h *holding) error {
+	var errs []error
+	for _, s := range e.schedulers.of(id) {
+		err := e.ask(ctx, s, "leave "+h.task.String(), func(ctx context.Context) error {
+			_, err := s.rpc.LeaveTask(ctx, &schedulerv1.PeerTarget{TaskId: id, PeerId: h.peerID})
+			return err
+		})
+		if !errors.Is(err, p2p.ErrNotFound) {
+			errs = append(errs, err)
+		}
 	}
-	return err
+	return errors.Join(errs...)
 }

@@ -1,6 +1,7 @@
 package cluster
 
 import (
+	"cmp"
 	"context"
 	"crypto/md5"
 	"encoding/hex"
@@ -45,10 +46,11 @@ type download struct {
 	length    int64    // as the scheduler knows it, or -1
 	began     time.Time
 
-	endStream context.CancelFunc
-	packets   chan *schedulerv1.PeerPacket // closed when the scheduler names no more peers
-	ended     error                        // why that is
-	receiving sync.WaitGroup
+	registered bool
+	endStream  context.CancelFunc
+	packets    chan *schedulerv1.PeerPacket // closed when the scheduler names no more peers
+	ended      error                        // why that is
+	receiving  sync.WaitGroup
 
 	sendMu   sync.Mutex
 	stream   schedulerv1.Scheduler_ReportPieceResultClient
@@ -68,10 +70,16 @@ type parent struct {
 	only *commonv1.PieceInfo
 }
 
-// newDownload registers with the scheduler. The caller closes the download.
-func (e *Engine) newDownload(ctx context.Context, task p2p.Task, length int64) (_ *download, err error) {
-	id := taskID(task)
-	d := &download{e: e, task: task, id: id, peerID: e.newPeerID(), scheduler: e.schedulers.of(id), length: length, began: time.Now(), have: map[span]string{}}
+// source is where a piece is: the address of uploads, and by whose ID it is asked for,
+// which may be another than that of the parent, on the same host.
+type source struct {
+	addr   netip.AddrPort
+	peerID string
+}
+
+// newDownload begins a download with a scheduler. The caller closes it.
+func (e *Engine) newDownload(task p2p.Task, at *scheduler, length int64) (_ *download, err error) {
+	d := &download{e: e, task: task, id: taskID(task), peerID: e.newPeerID(), scheduler: at, length: length, began: time.Now(), have: map[span]string{}}
 	if length <= 0 {
 		d.length = -1 // it does not know
 	}
@@ -87,11 +95,13 @@ func (e *Engine) newDownload(ctx context.Context, task p2p.Task, length int64) (
 
 // close reports to the scheduler how the download has ended, and lets go of it.
 func (d *download) close(err error) {
-	if d.endStream != nil {
-		if err == nil {
+	if d.registered {
+		if d.stream != nil && err == nil {
 			d.report(&schedulerv1.PieceResult{PieceInfo: &commonv1.PieceInfo{PieceNum: endOfPiece}, Code: commonv1.Code_Success})
 		}
-		d.stream.CloseSend()
+		if d.stream != nil {
+			d.stream.CloseSend()
+		}
 		result := &schedulerv1.PeerResult{
 			TaskId: d.id, PeerId: d.peerID, SrcIp: d.e.host.Ip, Url: wire.URL(d.task), ContentLength: -1, TotalPieceCount: -1,
 			Cost: uint32(min(time.Since(d.began).Milliseconds(), math.MaxUint32)), Success: err == nil, Code: commonv1.Code_Success,
@@ -109,6 +119,8 @@ func (d *download) close(err error) {
 		}); err != nil {
 			d.e.log.Debug("the end of a download was not reported", "task", d.task.String(), "error", err)
 		}
+	}
+	if d.stream != nil {
 		d.endStream() // unless the scheduler has ended it
 	}
 	d.receiving.Wait()
@@ -127,6 +139,7 @@ func (d *download) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	d.registered = true
 	if err := d.open(ctx); err != nil {
 		return err
 	}
@@ -347,12 +360,12 @@ func (d *download) pieces(watch *watchdog, p parent) error {
 	defer cancel()
 	fetching, ctx := errgroup.WithContext(ctx)
 	fetching.SetLimit(parallelPieces)
-	err := d.eachPiece(ctx, watch, p, func(from netip.AddrPort, piece *commonv1.PieceInfo) {
+	err := d.eachPiece(ctx, watch, p, func(from source, piece *commonv1.PieceInfo) {
 		fetching.Go(func() error {
 			if d.has(piece) {
 				return nil
 			}
-			if err := d.piece(ctx, watch, p, from, piece); err != nil {
+			if err := d.piece(ctx, watch, from, piece); err != nil {
 				return err
 			}
 			d.succeed(p.id, piece)
@@ -396,7 +409,7 @@ func spanOf(piece *commonv1.PieceInfo) span {
 
 // eachPiece asks a peer which pieces there are, and calls do for each of them. It
 // returns when it has for all.
-func (d *download) eachPiece(ctx context.Context, watch *watchdog, p parent, do func(from netip.AddrPort, piece *commonv1.PieceInfo)) error {
+func (d *download) eachPiece(ctx context.Context, watch *watchdog, p parent, do func(from source, piece *commonv1.PieceInfo)) error {
 	check := checker{length: d.length, seen: map[int32]bool{}}
 	if p.only != nil {
 		if err := check.packet(&commonv1.PiecePacket{TotalPiece: 1, ContentLength: int64(p.only.GetRangeSize())}); err != nil {
@@ -408,7 +421,7 @@ func (d *download) eachPiece(ctx context.Context, watch *watchdog, p parent, do 
 		if err := d.resize(check.length); err != nil {
 			return err
 		}
-		do(p.addr, p.only)
+		do(source{p.addr, p.id}, p.only)
 		return nil
 	}
 	conn, err := dial(p.addr.String())
@@ -448,6 +461,7 @@ func (d *download) eachPiece(ctx context.Context, watch *watchdog, p parent, do 
 		if err != nil || from.Addr() != p.addr.Addr() {
 			return fault("it says that its pieces are at %q: want an address of this peer", packet.GetDstAddr())
 		}
+		at := source{from, cmp.Or(packet.GetDstPid(), p.id)}
 		for _, piece := range packet.GetPieceInfos() {
 			if check.seen[piece.GetPieceNum()] {
 				continue
@@ -455,7 +469,7 @@ func (d *download) eachPiece(ctx context.Context, watch *watchdog, p parent, do 
 			if err := check.piece(piece); err != nil {
 				return err
 			}
-			do(from, piece)
+			do(at, piece)
 		}
 	}
 	return nil
@@ -512,9 +526,9 @@ func (c *checker) piece(p *commonv1.PieceInfo) error {
 }
 
 // piece fetches one piece into the file: as many bytes as it has, and no more.
-func (d *download) piece(ctx context.Context, watch *watchdog, p parent, from netip.AddrPort, piece *commonv1.PieceInfo) error {
+func (d *download) piece(ctx context.Context, watch *watchdog, from source, piece *commonv1.PieceInfo) error {
 	at := spanOf(piece)
-	target := url.URL{Scheme: "http", Host: from.String(), Path: "/download/" + d.id[:3] + "/" + d.id, RawQuery: url.Values{"peerId": {p.id}}.Encode()}
+	target := url.URL{Scheme: "http", Host: from.addr.String(), Path: "/download/" + d.id[:3] + "/" + d.id, RawQuery: url.Values{"peerId": {from.peerID}}.Encode()}
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, target.String(), nil)
 	if err != nil {
 		return fault("piece %d: %w", piece.GetPieceNum(), err)

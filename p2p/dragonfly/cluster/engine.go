@@ -52,6 +52,7 @@ type Options struct {
 	AnnounceInterval time.Duration // between announcements of the host; 30 s
 	SweepInterval    time.Duration // between announcements of all tasks; 1 min
 	SweepRate        float64       // tasks a second in that; 50
+	PeerLifetime     time.Duration // after which a task is announced as of a new peer: schedulers forget a peer after a day; 20 h
 	UploadRate       int64         // bytes a second; 0 is no limit
 	DownloadRate     int64         // bytes a second; 0 is no limit
 	MaxUploads       int           // pieces that are sent at once; 64
@@ -77,7 +78,7 @@ const (
 func (o *Options) setDefaults() {
 	for d, value := range map[*time.Duration]time.Duration{
 		&o.LookupTimeout: 3 * time.Second, &o.StallTimeout: 10 * time.Second, &o.Timeout: DefaultTimeout,
-		&o.AnnounceInterval: 30 * time.Second, &o.SweepInterval: time.Minute,
+		&o.AnnounceInterval: 30 * time.Second, &o.SweepInterval: time.Minute, &o.PeerLifetime: 20 * time.Hour,
 	} {
 		if *d <= 0 {
 			*d = value
@@ -130,6 +131,7 @@ type Engine struct {
 	cancel     context.CancelFunc
 	background sync.WaitGroup // servers and announcements
 	sweepNow   chan struct{}
+	fresh      chan struct{} // closed when schedulers know nothing of an earlier process any more
 
 	mu   sync.Mutex
 	held map[string]*holding // by task ID
@@ -151,7 +153,7 @@ func New(store *pieces.Store, opts Options) (*Engine, error) {
 		opts: opts, dir: dir, store: store, log: opts.Log,
 		sums: newSums(), up: limiter(opts.UploadRate), down: limiter(opts.DownloadRate),
 		client: newHTTPClient(opts), uploading: make(chan struct{}, opts.MaxUploads), sweepNow: make(chan struct{}, 1),
-		held: map[string]*holding{},
+		fresh: make(chan struct{}), held: map[string]*holding{},
 	}
 	if e.schedulers, err = newSchedulers(opts.Schedulers); err != nil {
 		return nil, err
@@ -166,8 +168,7 @@ func New(store *pieces.Store, opts Options) (*Engine, error) {
 	e.ctx, e.cancel = context.WithCancel(context.Background())
 	e.Engine = whole.New(store, network{e}, whole.Options{DetectManifest: opts.DetectManifest, Log: opts.Log})
 	e.serve(listeners)
-	e.background.Go(e.announceHost)
-	e.background.Go(e.announceTasks)
+	e.background.Go(e.announceAll)
 	return e, nil
 }
 
@@ -195,36 +196,28 @@ func (n network) Stop() {
 // Close leaves the cluster.
 func (n network) Close() error {
 	n.background.Wait()
-	n.leaveHost()
+	if err := n.leaveHost(context.Background()); err != nil {
+		n.log.Warn("no scheduler of Dragonfly was told that this host leaves: they find out by themselves", "error", err)
+	}
 	n.client.CloseIdleConnections()
 	return n.schedulers.close()
 }
 
 // Size implements [whole.Network].
 func (n network) Size(ctx context.Context, task p2p.Task) (int64, error) {
-	found, err := n.lookup(ctx, task)
+	found, _, err := n.lookup(ctx, task)
 	return found.GetContentLength(), err
 }
 
 // Deletable implements [whole.Network]: others may have what is not here.
 func (n network) Deletable(ctx context.Context, task p2p.Task) error {
-	_, err := n.lookup(ctx, task)
+	_, _, err := n.lookup(ctx, task)
 	return err
-}
-
-// lookup asks a task's scheduler about it. The error matches [p2p.ErrNotFound] where no
-// peer has it.
-func (e *Engine) lookup(ctx context.Context, task p2p.Task) (*schedulerv1.Task, error) {
-	found, err := e.statTask(ctx, task)
-	if err == nil && !available(found) {
-		err = fmt.Errorf("stat %s: %w: no peer has all of it", task, p2p.ErrNotFound)
-	}
-	return found, err
 }
 
 // Holders implements [whole.Network].
 func (n network) Holders(ctx context.Context, task p2p.Task) (*p2p.Holders, error) {
-	found, err := n.lookup(ctx, task)
+	found, _, err := n.lookup(ctx, task)
 	switch {
 	case err == nil:
 		others := int(found.GetPeerCount())
@@ -245,13 +238,13 @@ func (n network) Holders(ctx context.Context, task p2p.Task) (*p2p.Holders, erro
 
 // Bring implements [whole.Network].
 func (n network) Bring(ctx context.Context, task p2p.Task) error {
-	found, err := n.lookup(ctx, task)
+	found, at, err := n.lookup(ctx, task)
 	if err != nil {
 		return err
 	}
 	limited, cancel := context.WithTimeoutCause(ctx, n.opts.Timeout, fmt.Errorf("%w: it took longer than %s", wire.ErrAway, n.opts.Timeout))
 	defer cancel()
-	d, err := n.newDownload(limited, task, found.GetContentLength())
+	d, err := n.newDownload(task, at, found.GetContentLength())
 	if err != nil {
 		return fmt.Errorf("fetch %s: %w", task, err)
 	}
@@ -280,7 +273,7 @@ func (n network) Offer(ctx context.Context, tasks []p2p.Task) error {
 		if !n.schedulers.up() {
 			continue // they are told when one is up again
 		}
-		if err := n.announce(ctx, id, true); err != nil {
+		if err := n.announce(ctx, id); err != nil {
 			n.log.Warn("a task is stored, and not announced yet: it will be", "task", task.String(), "error", err)
 			if errors.Is(err, wire.ErrAway) {
 				break // nor are the others: no caller waits for each of them
@@ -294,14 +287,14 @@ func (n network) Offer(ctx context.Context, tasks []p2p.Task) error {
 // more, and asks whether others have them.
 func (n network) Forget(ctx context.Context, tasks []p2p.Task) (missed []p2p.Missed) {
 	miss := func(task p2p.Task, reason string) {
-		missed = append(missed, p2p.Missed{Peer: "Dragonfly", Address: n.schedulers.of(taskID(task)).addr, Reason: reason})
+		missed = append(missed, p2p.Missed{Peer: "Dragonfly", Address: n.schedulers.of(taskID(task))[0].addr, Reason: reason})
 	}
 	for _, task := range tasks {
 		if err := n.leave(ctx, taskID(task)); err != nil {
 			miss(task, err.Error()+": peers may ask this host for it until the scheduler forgets it")
 			continue
 		}
-		_, err := n.lookup(ctx, task)
+		_, _, err := n.lookup(ctx, task)
 		if err == nil {
 			miss(task, task.String()+": other hosts of Dragonfly have it still, and keep it: its delete is of one host only, so delete it on each of them")
 		} else if !errors.Is(err, p2p.ErrNotFound) {

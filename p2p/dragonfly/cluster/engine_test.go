@@ -2,18 +2,25 @@ package cluster_test
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	commonv1 "d7y.io/api/v2/pkg/apis/common/v1"
+	dfdaemonv1 "d7y.io/api/v2/pkg/apis/dfdaemon/v1"
 	"go.uber.org/goleak"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
 	"stathat.com/c/consistent"
 
 	"github.com/dfcache/dfcache/blobstore"
@@ -58,7 +65,8 @@ func (h *host) open(opts cluster.Options, schedulers ...*clustertest.Scheduler) 
 		opts.Schedulers = append(opts.Schedulers, s.Addr)
 	}
 	opts.DetectManifest = blobstore.DetectManifest
-	opts.PeerListen, opts.UploadListen, opts.Advertise = "127.0.0.1:0", "127.0.0.1:0", "127.0.0.1"
+	opts.PeerListen = cmp.Or(opts.PeerListen, "127.0.0.1:0")
+	opts.UploadListen, opts.Advertise = "127.0.0.1:0", "127.0.0.1"
 	if h.Engine, err = cluster.New(store, opts); err != nil {
 		h.t.Fatal(errors.Join(err, store.Close()))
 	}
@@ -404,32 +412,84 @@ func TestForgotten(t *testing.T) {
 	}
 }
 
+// What a process has announced that could not take it back is taken back by the next.
+func TestEarlierProcess(t *testing.T) {
+	s := clustertest.StartScheduler(t)
+	opts := cluster.Options{LookupTimeout: 100 * time.Millisecond}
+	h := &host{t: t, dir: t.TempDir()}
+	h.open(opts, s)
+	task := enginetest.Import(t, h, "t", []byte("data"))
+	opts.PeerListen = h.Address()
+	s.Hang("LeaveHost")
+	if err := h.Close(); err != nil {
+		t.Fatal(err)
+	}
+	s.Hang()
+	await(t, s, task, 1) // one that is no more
+	h.open(opts, s)
+	defer h.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	if err := s.Await(ctx, func() bool { return s.Calls("LeaveHost") > 0 && s.Hosts() == 1 }); err != nil {
+		t.Fatal(err)
+	}
+	other := enginetest.Import(t, h, "t", []byte("other"))
+	await(t, s, task, 1)
+	await(t, s, other, 1)
+	if deleted, err := h.Delete(t.Context(), "t", digest.FromDigest(task.Digest), p2p.DeleteOptions{}); err != nil || len(deleted.Missed) > 0 {
+		t.Errorf("delete: %+v, %v; nobody else has it", deleted, err)
+	}
+}
+
+// Schedulers forget a peer after a day, however often it is announced: so there is a
+// new one before.
+func TestPeerLifetime(t *testing.T) {
+	s := clustertest.StartScheduler(t)
+	h := newHost(t, cluster.Options{SweepInterval: 20 * time.Millisecond, PeerLifetime: time.Nanosecond}, s)
+	data := enginetest.Content(5<<20, 1)
+	task := enginetest.Import(t, h, "t", data)
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	if err := s.Await(ctx, func() bool { return s.Calls("LeaveTask") > 2 && s.Knows(idOf(task)) == 1 }); err != nil {
+		t.Fatal("the task is not announced as of another peer")
+	}
+	peer := clustertest.StartPeer(t, s, "peer", clustertest.Honest)
+	if got, err := peer.Export(t.Context(), task.Digest.String(), "t"); err != nil || !bytes.Equal(got, data) {
+		t.Errorf("export by Dragonfly: %d bytes, %v", len(got), err)
+	}
+}
+
 // Every task is announced to, and looked for at, the scheduler that Dragonfly's daemons
 // would ask about it; one that is away is left out.
 func TestPlacement(t *testing.T) {
 	one, two := clustertest.StartScheduler(t), clustertest.StartScheduler(t)
 	a := newHost(t, cluster.Options{SweepInterval: time.Hour, AnnounceInterval: 20 * time.Millisecond}, one, two)
 	b := newHost(t, cluster.Options{SweepInterval: time.Hour, AnnounceInterval: time.Hour}, two, one)
-	ring := consistent.New()
-	ring.Add(one.Addr + "127.0.0.1")
-	ring.Add(two.Addr + "127.0.0.1")
+	// Daemons of today, and older ones.
+	rings := map[string]*consistent.Consistent{":127.0.0.1": consistent.New(), "127.0.0.1": consistent.New()}
+	for suffix, ring := range rings {
+		ring.Add(one.Addr + suffix)
+		ring.Add(two.Addr + suffix)
+	}
 	var tasks []p2p.Task
-	at := map[string]int{}
+	at := map[[2]int]int{}
 	for i := range 40 {
 		data := fmt.Appendf(nil, "file %d", i)
 		task := enginetest.Import(t, a, "t", data)
 		tasks = append(tasks, task)
-		where, err := ring.Get(idOf(task))
-		if err != nil {
-			t.Fatal(err)
-		}
-		at[where]++
 		wants := map[*clustertest.Scheduler]int{one: 0, two: 0}
-		if where == one.Addr+"127.0.0.1" {
-			wants[one] = 1
-		} else {
-			wants[two] = 1
+		for suffix, ring := range rings {
+			where, err := ring.Get(idOf(task))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if where == one.Addr+suffix {
+				wants[one] = 1
+			} else {
+				wants[two] = 1
+			}
 		}
+		at[[2]int{wants[one], wants[two]}]++
 		for s, want := range wants {
 			if got := s.Knows(idOf(task)); got != want {
 				t.Fatalf("%s: the scheduler %s knows of %d peers, want %d", task, s.Addr, got, want)
@@ -437,7 +497,7 @@ func TestPlacement(t *testing.T) {
 		}
 		b.requireFetched(task, data)
 	}
-	if len(at) != 2 {
+	if len(at) != 3 { // one, the other, both
 		t.Fatalf("all tasks are at %v: this test shows nothing", at)
 	}
 	if one.Hosts() != 2 || two.Hosts() != 2 {
@@ -597,6 +657,102 @@ func TestDamage(t *testing.T) {
 	}
 	enginetest.RequireContent(t, a, task, data)
 	b.requireFetched(task, data)
+}
+
+// Peers are told at once how many pieces there are, then of each, and again of those
+// that they ask for once more.
+func TestSyncPieceTasks(t *testing.T) {
+	s := clustertest.StartScheduler(t)
+	h := newHost(t, cluster.Options{}, s)
+	task := enginetest.Import(t, h, "t", enginetest.Content(9<<20, 1))
+	conn, err := grpc.NewClient("passthrough:///"+h.Address(), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	stream, err := dfdaemonv1.NewDaemonClient(conn).SyncPieceTasks(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ask := func(start, limit uint32) {
+		t.Helper()
+		if err := stream.Send(&commonv1.PieceTaskRequest{TaskId: idOf(task), SrcPid: "me", DstPid: "x", StartNum: start, Limit: limit}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var sign string
+	answer := func(want ...int32) {
+		t.Helper()
+		p, err := stream.Recv()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got []int32
+		for _, piece := range p.GetPieceInfos() {
+			got = append(got, piece.GetPieceNum())
+		}
+		if !slices.Equal(got, want) || p.GetTotalPiece() != 3 || p.GetContentLength() != 9<<20 {
+			t.Errorf("pieces %d of %d in %d bytes, want %d of 3 in 9 MiB", got, p.GetTotalPiece(), p.GetContentLength(), want)
+		}
+		sign = p.GetPieceMd5Sign()
+	}
+	ask(0, 2)
+	answer()
+	answer(0, 1)
+	answer(2)
+	if sign == "" {
+		t.Error("the last pieces come without the sum over all of them")
+	}
+	ask(1, 1)
+	answer(1)
+	ask(0, 0)
+	answer(0, 1, 2)
+	if err := stream.CloseSend(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := stream.Recv(); err != io.EOF {
+		t.Errorf("after the end: %v", err)
+	}
+}
+
+// Dragonfly's daemons wait for two seconds for the header of an answer, and longer for
+// the rest: it does not wait for a slot, nor for the rate.
+func TestUploadHeader(t *testing.T) {
+	s := clustertest.StartScheduler(t)
+	h := newHost(t, cluster.Options{UploadRate: 1 << 10, MaxUploads: 1}, s)
+	id := idOf(enginetest.Import(t, h, "t", enginetest.Content(5<<20, 1)))
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	for range 3 {
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+h.UploadAddress()+"/download/"+id[:3]+"/"+id+"?peerId=x", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set("Range", "bytes=0-4194303")
+		resp, err := (&http.Client{Transport: &http.Transport{DisableKeepAlives: true}}).Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		if resp.StatusCode != http.StatusOK || resp.ContentLength != 4<<20 {
+			t.Errorf("%s, %d bytes", resp.Status, resp.ContentLength)
+		}
+	}
+}
+
+// A peer may send those who ask to another one on its host.
+func TestRedirect(t *testing.T) {
+	s := clustertest.StartScheduler(t)
+	h := newHost(t, cluster.Options{}, s)
+	peer := clustertest.StartPeer(t, s, "peer", clustertest.Redirect)
+	data := enginetest.Content(5<<20, 1)
+	task := p2p.Task{Tag: "t", Digest: digest.SHA256.FromBytes(data)}
+	if err := peer.Import(t.Context(), task.Digest.String(), "t", data); err != nil {
+		t.Fatal(err)
+	}
+	h.requireFetched(task, data)
 }
 
 // Whoever asks for something else than one range of a task is refused.

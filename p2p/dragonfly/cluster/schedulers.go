@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"sync"
 	"time"
 
@@ -24,9 +25,14 @@ import (
 type schedulers struct {
 	all []*scheduler
 
-	mu   sync.Mutex
-	ring *consistent.Consistent // of those that are not down; of all where all are
+	mu    sync.Mutex
+	rings [len(joints)]*consistent.Consistent // of those that are not down; of all where all are
 }
+
+// joints are what Dragonfly's daemons put between a scheduler's address and its host
+// where they name it in their ring: those of today first, then older ones. Where the
+// two differ about a task, both schedulers are told of it, and asked.
+var joints = [2]string{":", ""}
 
 // scheduler is one of them.
 type scheduler struct {
@@ -75,25 +81,27 @@ func (s *schedulers) close() error {
 
 // element is what stands for a scheduler in the ring: its address, and after it
 // its host once more. That is what Dragonfly's daemons do, and all have to do the same.
-func (s *scheduler) element() string {
+func (s *scheduler) element(joint string) string {
 	host, _, _ := net.SplitHostPort(s.addr)
-	return s.addr + host
+	return s.addr + joint + host
 }
 
-// place makes the ring. As Dragonfly's daemons do, it leaves out who is down.
+// place makes the rings. As Dragonfly's daemons do, it leaves out who is down.
 func (s *schedulers) place() {
-	ring := consistent.New()
-	for _, sched := range s.all {
-		if !sched.down {
-			ring.Add(sched.element())
-		}
-	}
-	if len(ring.Members()) == 0 {
+	for i, joint := range joints {
+		ring := consistent.New()
 		for _, sched := range s.all {
-			ring.Add(sched.element())
+			if !sched.down {
+				ring.Add(sched.element(joint))
+			}
 		}
+		if len(ring.Members()) == 0 {
+			for _, sched := range s.all {
+				ring.Add(sched.element(joint))
+			}
+		}
+		s.rings[i] = ring
 	}
-	s.ring = ring
 }
 
 // mark notes whether a scheduler is down, and reports whether that is news.
@@ -120,17 +128,19 @@ func (s *schedulers) up() bool {
 	return false
 }
 
-// of returns the scheduler of a task.
-func (s *schedulers) of(id string) *scheduler {
+// of returns the schedulers of a task, one or two: that of today's daemons first.
+func (s *schedulers) of(id string) (found []*scheduler) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	element, _ := s.ring.Get(id) // the ring is never empty
-	for _, sched := range s.all {
-		if sched.element() == element {
-			return sched
+	for i, joint := range joints {
+		element, _ := s.rings[i].Get(id) // no ring is ever empty
+		for _, sched := range s.all {
+			if sched.element(joint) == element && !slices.Contains(found, sched) {
+				found = append(found, sched)
+			}
 		}
 	}
-	return s.all[0]
+	return found
 }
 
 // errDown is wire.ErrAway because nobody is there: Dragonfly's daemons leave such a

@@ -82,14 +82,14 @@ func (e *Engine) packet(ctx context.Context, id string, h *holding, start, limit
 	if limit == 0 || size == 0 {
 		return p, nil
 	}
-	sums, err := e.sums.pieces(ctx, h.task.Digest, blob)
-	if err != nil {
-		return nil, err
+	for i := start; i < int(p.TotalPiece) && i-start < limit; i++ {
+		sum, err := e.sums.piece(ctx, h.task.Digest, blob, i)
+		if err != nil {
+			return nil, err
+		}
+		p.PieceInfos = append(p.PieceInfos, pieceInfo(size, i, sum))
 	}
-	p.PieceMd5Sign = sign(sums)
-	for i := start; i < len(sums) && i-start < limit; i++ {
-		p.PieceInfos = append(p.PieceInfos, pieceInfo(size, i, sums[i]))
-	}
+	p.PieceMd5Sign = e.sums.sign(h.task.Digest)
 	return p, nil
 }
 
@@ -106,13 +106,18 @@ func (d *daemon) CheckHealth(context.Context, *emptypb.Empty) (*emptypb.Empty, e
 
 // GetPieceTasks describes pieces of a task.
 func (d *daemon) GetPieceTasks(ctx context.Context, req *commonv1.PieceTaskRequest) (*commonv1.PiecePacket, error) {
-	h := d.e.holding(req.GetTaskId())
-	if h == nil {
-		return nil, wire.Error(commonv1.Code_PeerTaskNotFound, "task %.64q is not here", req.GetTaskId())
-	}
 	limit := int(min(req.GetLimit(), maxPieces))
 	if limit == 0 {
 		limit = defaultPieces
+	}
+	return d.packet(ctx, req, limit)
+}
+
+// packet describes up to limit pieces of a task.
+func (d *daemon) packet(ctx context.Context, req *commonv1.PieceTaskRequest, limit int) (*commonv1.PiecePacket, error) {
+	h := d.e.holding(req.GetTaskId())
+	if h == nil {
+		return nil, wire.Error(commonv1.Code_PeerTaskNotFound, "task %.64q is not here", req.GetTaskId())
 	}
 	p, err := d.e.packet(ctx, req.GetTaskId(), h, int(min(req.GetStartNum(), 1<<30)), limit)
 	if err != nil {
@@ -124,28 +129,40 @@ func (d *daemon) GetPieceTasks(ctx context.Context, req *commonv1.PieceTaskReque
 	return p, nil
 }
 
-// SyncPieceTasks describes all pieces of a task. They are all there, so that the stream
-// ends then.
+// SyncPieceTasks describes all pieces of a task: first how many there are, without a
+// sum that had to be computed, as Dragonfly's daemons lose patience after 30 seconds.
+// Then, for as long as the peer wants, it answers what it asks for once more.
 func (d *daemon) SyncPieceTasks(stream dfdaemonv1.Daemon_SyncPieceTasksServer) error {
+	ctx := stream.Context()
 	req, err := stream.Recv()
 	if err != nil {
 		return err
 	}
-	for {
-		p, err := d.GetPieceTasks(stream.Context(), req)
-		if err != nil {
-			return err
-		}
+	p, err := d.packet(ctx, req, 0)
+	for err == nil {
 		if err := stream.Send(p); err != nil {
 			return err
 		}
-		if len(p.PieceInfos) == 0 {
-			return nil
+		if len(p.PieceInfos) > 0 {
+			req.StartNum = uint32(p.PieceInfos[len(p.PieceInfos)-1].PieceNum) + 1
 		}
-		if req.StartNum = uint32(p.PieceInfos[len(p.PieceInfos)-1].PieceNum) + 1; int64(req.StartNum) >= int64(p.TotalPiece) {
-			return nil
+		if int64(req.StartNum) >= int64(p.TotalPiece) {
+			break
+		}
+		p, err = d.GetPieceTasks(ctx, req)
+	}
+	for err == nil {
+		if req, err = stream.Recv(); err != nil {
+			break
+		}
+		if p, err = d.GetPieceTasks(ctx, req); err == nil {
+			err = stream.Send(p)
 		}
 	}
+	if errors.Is(err, io.EOF) || ctx.Err() != nil {
+		return nil // it has what it wants
+	}
+	return err
 }
 
 // upload sends one range of a task: /download/<id[:3]>/<id>. As Dragonfly's daemons do,
@@ -172,18 +189,6 @@ func (e *Engine) upload(w http.ResponseWriter, r *http.Request) {
 		refuse(http.StatusBadRequest, "want one range, bytes=FIRST-LAST")
 		return
 	}
-	// Dragonfly's daemons wait for two seconds for an answer.
-	patience := time.NewTimer(time.Second)
-	defer patience.Stop()
-	select {
-	case e.uploading <- struct{}{}:
-		defer func() { <-e.uploading }()
-	case <-r.Context().Done():
-		return
-	case <-patience.C:
-		refuse(http.StatusServiceUnavailable, "%d pieces are being sent already", e.opts.MaxUploads)
-		return
-	}
 	blob, err := e.store.OpenForPeers(r.Context(), h.task)
 	if err != nil {
 		refuse(http.StatusNotFound, "%v", err)
@@ -195,12 +200,23 @@ func (e *Engine) upload(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	n := last - first + 1
-	out := &uploader{w: w, control: http.NewResponseController(w), length: n, ctx: r.Context(), limit: e.up, stall: e.opts.StallTimeout}
+	control := http.NewResponseController(w)
+	w.Header().Set("Content-Type", "application/octet-stream")
+	w.Header().Set("Content-Length", strconv.FormatInt(n, 10))
+	w.WriteHeader(http.StatusOK)
+	// Dragonfly's daemons wait for two seconds for this, and for 30 for the rest.
+	if err := control.Flush(); err != nil {
+		return
+	}
+	select {
+	case e.uploading <- struct{}{}:
+		defer func() { <-e.uploading }()
+	case <-r.Context().Done():
+		return
+	}
+	out := &uploader{w: w, control: control, ctx: r.Context(), limit: e.up, stall: e.opts.StallTimeout}
 	if err := blob.CopyRange(r.Context(), out, first, n, nil); err != nil {
 		e.log.Debug("an upload to a peer of Dragonfly failed", "task", h.task.String(), "peer", r.RemoteAddr, "error", err)
-		if !out.began {
-			refuse(http.StatusInternalServerError, "%v", err)
-		}
 	}
 }
 
@@ -216,23 +232,16 @@ func parseRange(headers []string) (first, last int64, ok bool) {
 	return int64(a), int64(b), ok
 }
 
-// uploader writes an answer: the header with the first byte, and no faster than it may.
+// uploader writes an answer no faster than it may.
 type uploader struct {
 	w       http.ResponseWriter
 	control *http.ResponseController
-	length  int64
-	began   bool
 	ctx     context.Context
 	limit   *rate.Limiter
 	stall   time.Duration
 }
 
 func (u *uploader) Write(p []byte) (written int, err error) {
-	if !u.began {
-		u.began = true
-		u.w.Header().Set("Content-Type", "application/octet-stream")
-		u.w.Header().Set("Content-Length", strconv.FormatInt(u.length, 10))
-	}
 	const chunk = 256 << 10 // has to move within the stall timeout
 	for len(p) > 0 {
 		part := p[:min(len(p), chunk)]

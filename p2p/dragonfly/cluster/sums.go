@@ -5,7 +5,6 @@ import (
 	"crypto/md5"
 	"crypto/sha256"
 	"encoding/hex"
-	"hash"
 	"sync"
 
 	"github.com/dfcache/dfcache/digest"
@@ -18,21 +17,21 @@ const maxSums = 256 << 10
 
 // sums computes the MD5s of the pieces of blobs, and remembers them.
 type sums struct {
-	computing chan struct{} // holds one while a blob is read: one at a time
+	computing chan struct{} // holds one while a piece is read: one at a time, whoever asks
 
 	mu    sync.Mutex
-	of    map[digest.Digest][][]byte
-	count int // pieces in of
+	of    map[digest.Digest][][]byte // nil: not computed yet
+	count int                        // pieces in of
 }
 
 func newSums() *sums {
 	return &sums{computing: make(chan struct{}, 1), of: map[digest.Digest][][]byte{}}
 }
 
-// pieces returns the MD5s of a blob's pieces, of which every byte is verified on the way.
-func (s *sums) pieces(ctx context.Context, d digest.Digest, blob *pieces.Blob) ([][]byte, error) {
-	if known, ok := s.known(d); ok {
-		return known, nil
+// piece returns the MD5 of a piece, of which every byte is verified on the way.
+func (s *sums) piece(ctx context.Context, d digest.Digest, blob *pieces.Blob, i int) ([]byte, error) {
+	if sum := s.known(d, i); sum != nil {
+		return sum, nil
 	}
 	select {
 	case s.computing <- struct{}{}:
@@ -40,77 +39,63 @@ func (s *sums) pieces(ctx context.Context, d digest.Digest, blob *pieces.Blob) (
 		return nil, context.Cause(ctx)
 	}
 	defer func() { <-s.computing }()
-	if known, ok := s.known(d); ok { // meanwhile
-		return known, nil
+	if sum := s.known(d, i); sum != nil { // meanwhile
+		return sum, nil
 	}
 	size := blob.Size()
-	c := &cutter{size: pieceSize(size), hash: md5.New()}
-	if err := blob.CopyRange(ctx, c, 0, size, nil); err != nil {
+	start := int64(i) * pieceSize(size)
+	h := md5.New()
+	if err := blob.CopyRange(ctx, h, start, min(pieceSize(size), size-start), nil); err != nil {
 		return nil, err
 	}
-	if c.filled > 0 {
-		c.cut()
+	sum := h.Sum(nil)
+	s.remember(d, pieceCount(size), i, sum)
+	return sum, nil
+}
+
+func (s *sums) known(d digest.Digest, i int) []byte {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if of := s.of[d]; i < len(of) {
+		return of[i]
 	}
-	s.remember(d, c.sums)
-	return c.sums, nil
+	return nil
 }
 
-func (s *sums) known(d digest.Digest) ([][]byte, bool) {
+// remember remembers the sum of piece i of a blob that has n.
+func (s *sums) remember(d digest.Digest, n, i int, sum []byte) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	known, ok := s.of[d]
-	return known, ok
-}
-
-func (s *sums) remember(d digest.Digest, of [][]byte) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	weight := func(of [][]byte) int { return max(len(of), 1) }
-	s.of[d] = of
-	s.count += weight(of)
+	if s.of[d] == nil {
+		s.of[d] = make([][]byte, n)
+		s.count += n
+	}
+	s.of[d][i] = sum
 	for other, of := range s.of { // in no order: any will do
 		if s.count <= maxSums {
 			break
 		}
 		if other != d {
 			delete(s.of, other)
-			s.count -= weight(of)
+			s.count -= len(of)
 		}
 	}
 }
 
-// sign is Dragonfly's sum over all MD5s of a task.
-func sign(sums [][]byte) string {
+// sign returns Dragonfly's sum over all MD5s of a blob, or "" where they are not all known.
+func (s *sums) sign(d digest.Digest) string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	of := s.of[d]
 	h := sha256.New()
-	for _, sum := range sums {
+	for _, sum := range of {
+		if sum == nil {
+			return ""
+		}
 		h.Write([]byte(hex.EncodeToString(sum)))
 	}
-	return hex.EncodeToString(h.Sum(nil))
-}
-
-// cutter cuts what is written to it into pieces, and sums each.
-type cutter struct {
-	size   int64 // of a piece
-	filled int64 // of the current one
-	hash   hash.Hash
-	sums   [][]byte
-}
-
-func (c *cutter) Write(p []byte) (int, error) {
-	written := len(p)
-	for len(p) > 0 {
-		n := min(int64(len(p)), c.size-c.filled)
-		c.hash.Write(p[:n])
-		p = p[n:]
-		if c.filled += n; c.filled == c.size {
-			c.cut()
-		}
+	if len(of) == 0 {
+		return ""
 	}
-	return written, nil
-}
-
-func (c *cutter) cut() {
-	c.sums = append(c.sums, c.hash.Sum(nil))
-	c.hash.Reset()
-	c.filled = 0
+	return hex.EncodeToString(h.Sum(nil))
 }

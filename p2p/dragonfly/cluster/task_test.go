@@ -1,6 +1,9 @@
 package cluster
 
 import (
+	"net"
+	"strconv"
+	"strings"
 	"testing"
 
 	"github.com/dfcache/dfcache/digest"
@@ -20,11 +23,36 @@ func TestPieceSize(t *testing.T) {
 	}
 }
 
+// Schedulers tell hosts apart by their IDs alone: two with the same name and the same
+// ports, as in containers, have others.
+func TestHostID(t *testing.T) {
+	var ids []string
+	for _, ip := range []string{"127.0.0.1", "127.0.0.2"} {
+		var listeners [2]net.Listener
+		for i := range listeners {
+			l, err := net.Listen("tcp", "127.0.0.1:0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer l.Close()
+			listeners[i] = l
+		}
+		host, err := newHost(Options{Advertise: ip}, listeners)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ids = append(ids, strings.TrimSuffix(host.Id, strconv.Itoa(int(host.RpcPort))))
+	}
+	if ids[0] == ids[1] {
+		t.Errorf("both are %s", ids[0])
+	}
+}
+
 // What is remembered of MD5s has a bound.
 func TestSumsAreBounded(t *testing.T) {
 	s := newSums()
 	for _, d := range []string{"a", "b", "c"} {
-		s.remember(digest.SHA256.FromString(d), make([][]byte, maxSums/2))
+		s.remember(digest.SHA256.FromString(d), maxSums/2, 0, []byte{1})
 	}
 	if s.count > maxSums || len(s.of) != 2 {
 		t.Errorf("%d sums of %d blobs are remembered, want %d at most", s.count, len(s.of), maxSums)

@@ -35,6 +35,7 @@ const (
 	Silent              // no answer to what pieces there are
 	Hostile             // pieces that cannot be
 	Elsewhere           // pieces at the address of somebody else
+	Redirect            // pieces of another peer on the same host, which are right
 )
 
 // Peer is a dfdaemon of Dragonfly. It is safe for concurrent use.
@@ -167,6 +168,9 @@ func (p *Peer) SyncPieceTasks(stream dfdaemonv1.Daemon_SyncPieceTasksServer) err
 		if err != nil {
 			return err
 		}
+		if p.behaviour == Redirect {
+			packet.DstPid += "-other"
+		}
 		if err := stream.Send(packet); err != nil {
 			return err
 		}
@@ -189,7 +193,11 @@ func (p *Peer) upload(w http.ResponseWriter, r *http.Request) {
 	}
 	prefix, id = r.URL.Path[len("/download/"):len("/download/")+3], r.URL.Path[len("/download/abc/"):]
 	content, ok := p.content(id)
-	if !ok || prefix != id[:3] || r.URL.Query().Get("peerId") != p.ID {
+	want := p.ID
+	if p.behaviour == Redirect {
+		want += "-other"
+	}
+	if !ok || prefix != id[:3] || r.URL.Query().Get("peerId") != want {
 		http.Error(w, "not found", http.StatusInternalServerError)
 		return
 	}
@@ -296,11 +304,8 @@ func (p *Peer) fetchAll(ctx context.Context, id string, from *schedulerv1.PeerPa
 	var content []byte
 	signed, total, sign := sha256.New(), int32(0), ""
 	number := int32(0)
-	for {
+	for told := false; !told || number < total; told = true { // the stream stays open
 		packet, err := stream.Recv()
-		if err == io.EOF {
-			break
-		}
 		if err != nil {
 			return nil, err
 		}
