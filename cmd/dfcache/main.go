@@ -77,7 +77,7 @@ func (a *app) globalFlags(cmd *cobra.Command) {
 	f.StringVarP(&a.cid, "cid", "i", "", "content or cache `ID`: an OCI digest of the content (sha256:HEX), or a name of your own")
 	f.StringVarP(&a.tag, "tag", "t", "", "namespace of the cid: the same cid under different `tag`s is different files")
 	f.DurationVar(&a.timeout, "timeout", 0, "bound for the whole operation, for example 90s; 0 is infinite")
-	f.StringVar(&a.workHome, "workhome", "", "working `directory` (default /var/lib/dragonfly for root, else dragonfly in the XDG data directory); a dfdaemon that runs already keeps its own")
+	f.StringVar(&a.workHome, "workhome", "", "working `directory` (default /var/lib/dfcache for root, else dragonfly in the XDG data directory); a dfdaemon that runs already keeps its own")
 	f.StringVar(&a.logDir, "logdir", "", "`directory` of the log files (default logs in --workhome where that is given, else /var/log/dragonfly for root, dragonfly/logs in the XDG state directory for others)")
 	f.BoolVar(&a.console, "console", false, "print log records, too: to stdout, or to stderr where stdout has the content or a --format")
 	f.BoolVar(&a.verbose, "verbose", false, "log at debug level")

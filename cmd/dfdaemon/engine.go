@@ -50,6 +50,9 @@ func (o *engineOptions) flags(flags *pflag.FlagSet) {
 	flags.StringVar(&o.uploadListen, "dragonfly-upload-listen", cluster.DefaultUploadListen, "`address` where they fetch them; port 0 is any free port")
 }
 
+// dragonflyData is where Dragonfly's dfdaemon keeps its cache, if it is not told otherwise.
+const dragonflyData = "/var/lib/dragonfly"
+
 // checkEngine finds what is wrong with the flags of the engine, and with others
 // beside them.
 func (o *options) checkEngine(cmd *cobra.Command) error {
@@ -80,6 +83,9 @@ func (o *options) checkEngine(cmd *cobra.Command) error {
 			}
 		}
 		return nil
+	}
+	if rel, err := filepath.Rel(dragonflyData, o.dataDir); err == nil && filepath.IsLocal(rel) {
+		return exit.FlagError(cmd, fmt.Errorf("--data-dir %s: Dragonfly's dfdaemon keeps its cache in %s, and removes there what it does not know when it starts: choose another directory", o.dataDir, dragonflyData))
 	}
 	socket, err := filepath.Abs(o.engine.socket)
 	if err != nil {

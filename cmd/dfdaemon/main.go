@@ -92,7 +92,7 @@ value counts. An unknown key in the file is an error.
 	all := root.PersistentFlags()
 	all.String("config", paths.Config("dfdaemon"), "configuration `file` in YAML, also set by DFDAEMON_CONFIG (default /etc/dragonfly/dfdaemon.yaml, or dragonfly/dfdaemon.yaml in the XDG configuration directory)")
 	all.Lookup("config").DefValue = ""
-	all.StringVar(&o.workHome, "workhome", "", "working `directory` (default /var/lib/dragonfly for root, else dragonfly in the XDG data directory)")
+	all.StringVar(&o.workHome, "workhome", "", "working `directory` (default /var/lib/dfcache for root, else dragonfly in the XDG data directory)")
 	all.StringVar(&o.dataDir, "data-dir", "", "`directory` of the content (default data in --workhome)")
 	all.StringVar(&o.logDir, "logdir", "", "`directory` of the log files (default logs in --workhome where that is given, else /var/log/dragonfly for root, dragonfly/logs in the XDG state directory for others)")
 	all.BoolVar(&o.console, "console", false, "print log records, too: to stdout, or to stderr where stdout has a result")

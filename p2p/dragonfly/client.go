@@ -2,10 +2,12 @@ package dragonfly
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	commonv1 "d7y.io/api/v2/pkg/apis/common/v1"
@@ -113,7 +115,15 @@ func (c *client) call(ctx context.Context, what string, limit time.Duration, awa
 	case limited.Err() != nil, st.Code() == codes.DeadlineExceeded, code == commonv1.Code_RequestTimeOut:
 		return fmt.Errorf("%s: %w: no answer within %s: see its log, and whether its scheduler runs", at, away, limit)
 	case st.Code() == codes.Unavailable, st.Code() == codes.Canceled: // cancelled by the other side: ctx has not ended
-		return fmt.Errorf("%s: %w: %s: see that it runs, and that this is its socket", at, away, wire.Reason(st))
+		advice := "see that it runs, and that this is its socket"
+		if strings.Contains(st.Message(), "permission denied") {
+			advice = "this user may not use its socket: run this dfdaemon as root, or as the user of Dragonfly's"
+		} else if strings.Contains(st.Message(), "dial tcp") { // an error of its own
+			advice = "it runs, but does not reach its scheduler"
+		}
+		return fmt.Errorf("%s: %w: %s: %s", at, away, wire.Reason(st), advice)
+	case code >= commonv1.Code_ClientError && errors.Is(away, p2p.ErrUnreachable): // and above: of its scheduler and its sources
+		return fmt.Errorf("%s: %w: %s: see its log", at, away, st.Message())
 	}
 	return fmt.Errorf("%s: %s", at, st.Message())
 }

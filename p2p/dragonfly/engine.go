@@ -18,7 +18,10 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
+
+	"golang.org/x/time/rate"
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
@@ -34,6 +37,7 @@ type Options struct {
 
 	LookupTimeout time.Duration // of asking whether something is there; 3 s
 	Timeout       time.Duration // of an import or an export; 10 min
+	SweepInterval time.Duration // between handing in what the store holds once more; 1 h
 
 	// DetectManifest returns the media type of content that is a manifest, and what
 	// it refers to; nil where it is none. Dragonfly tells nothing of what it has.
@@ -49,6 +53,10 @@ const (
 	// DefaultTimeout bounds an import or an export.
 	DefaultTimeout = 10 * time.Minute
 
+	// sweepRate is how many tasks a second a sweep hands in at most.
+	sweepRate = 50
+	// sweepsADay is how many sweeps there are to one that copies to Dragonfly what it has dropped.
+	sweepsADay = 24
 	// deleteTimeout bounds what Dragonfly does for one delete of ours.
 	deleteTimeout = 10 * time.Second
 )
@@ -64,6 +72,10 @@ const (
 // returns. Where that fails, Commit does, and says that the content is stored on this
 // host; to commit the same again makes up for it.
 //
+// Dragonfly drops what nobody has used for a while, and its scheduler forgets. So all that
+// the store holds is handed in again and again: what Dragonfly has not dropped every
+// hour, the rest once a day and after a start.
+//
 // Every task that is deleted here is deleted by Dragonfly's dfdaemon of this host, too.
 type Engine struct {
 	*whole.Engine
@@ -72,6 +84,10 @@ type Engine struct {
 	store    *pieces.Store
 	upstream *client
 	log      *slog.Logger
+
+	ctx      context.Context // ends with Close
+	cancel   context.CancelFunc
+	sweeping sync.WaitGroup
 }
 
 var _ p2p.Engine = (*Engine)(nil)
@@ -91,6 +107,9 @@ func New(store *pieces.Store, opts Options) (*Engine, error) {
 	if opts.Timeout == 0 {
 		opts.Timeout = DefaultTimeout
 	}
+	if opts.SweepInterval == 0 {
+		opts.SweepInterval = time.Hour
+	}
 	if opts.Log == nil {
 		opts.Log = slog.New(slog.DiscardHandler)
 	}
@@ -103,8 +122,62 @@ func New(store *pieces.Store, opts Options) (*Engine, error) {
 		return nil, err
 	}
 	e := &Engine{opts: opts, dir: dir, store: store, upstream: upstream, log: opts.Log}
+	e.ctx, e.cancel = context.WithCancel(context.Background())
 	e.Engine = whole.New(store, network{e}, whole.Options{DetectManifest: opts.DetectManifest, Log: opts.Log})
+	e.sweeping.Go(e.sweepAll)
 	return e, nil
+}
+
+// sweepAll hands in what the store holds again and again, until the engine is closed.
+func (e *Engine) sweepAll() {
+	tick := time.NewTicker(e.opts.SweepInterval)
+	defer tick.Stop()
+	for n := 0; ; n++ {
+		if err := e.sweep(n%sweepsADay == 0); err != nil && e.ctx.Err() == nil {
+			e.log.Warn("Dragonfly has not been told of all that is here: it will be", "error", err)
+			n = -1 // it may be another one when it answers
+		}
+		select {
+		case <-tick.C:
+		case <-e.ctx.Done():
+			return
+		}
+	}
+}
+
+// sweep hands in every task of the store; with those that Dragonfly's dfdaemon does not
+// have, if it is to be all. It fails where that does not answer.
+func (e *Engine) sweep(all bool) error {
+	pace := rate.NewLimiter(sweepRate, 1)
+	for entry, err := range e.store.List(e.ctx, p2p.Query{}) {
+		if err == nil && entry.Name == "" {
+			err = pace.Wait(e.ctx)
+		}
+		if err != nil {
+			return err
+		}
+		if entry.Name != "" {
+			continue
+		}
+		if !all {
+			if err = e.upstream.stat(e.ctx, entry.Task, true, e.opts.LookupTimeout); errors.Is(err, p2p.ErrNotFound) {
+				continue
+			}
+		}
+		if err == nil {
+			err = e.handInBlob(e.ctx, entry.Task)
+		}
+		if _, gone := e.store.Stat(e.ctx, entry.Task.Tag, digest.FromDigest(entry.Task.Digest), p2p.StatOptions{Scope: p2p.Local}); errors.Is(gone, p2p.ErrNotFound) {
+			err = e.upstream.delete(e.ctx, entry.Task) // deleted meanwhile, there perhaps before
+		}
+		if errors.Is(err, p2p.ErrUnavailable) || e.ctx.Err() != nil {
+			return err
+		}
+		if err != nil {
+			e.log.Warn("a file was not handed to Dragonfly", "task", entry.Task.String(), "error", err)
+		}
+	}
+	return nil
 }
 
 // network is what [whole.Engine] sees of Dragonfly.
@@ -118,11 +191,14 @@ func (n network) Health(ctx context.Context) error {
 // Size implements [whole.Network]: Dragonfly tells no sizes.
 func (n network) Size(context.Context, p2p.Task) (int64, error) { return -1, nil }
 
-// Stop has nothing to do: nothing comes from Dragonfly unasked.
-func (n network) Stop() {}
+// Stop ends handing in.
+func (n network) Stop() { n.cancel() }
 
 // Close leaves Dragonfly's dfdaemon as it is.
-func (n network) Close() error { return n.upstream.close() }
+func (n network) Close() error {
+	n.sweeping.Wait()
+	return n.upstream.close()
+}
 
 // Deletable implements [whole.Network]: Dragonfly may have what was never here, or the
 // rest of a delete that failed.
@@ -164,10 +240,29 @@ func (n network) Bring(ctx context.Context, task p2p.Task) error {
 	if err := n.upstream.export(ctx, task, output, n.opts.Timeout); err != nil {
 		return err
 	}
-	if err := n.take(ctx, task, output); err != nil {
+	err = n.take(ctx, task, output)
+	n.giveBack(ctx, task, dir, err == nil)
+	if err != nil {
 		return fmt.Errorf("fetch %s from Dragonfly: %w", task, err)
 	}
 	return nil
+}
+
+// giveBack sees to it that Dragonfly still has what it says it has when a directory is
+// removed that it has exported a task to. With its storage strategy "advance", the file
+// of its cache is in there, and goes, too: it has to have another one, or know that it
+// has none.
+func (e *Engine) giveBack(ctx context.Context, task p2p.Task, dir string, taken bool) {
+	if entries, err := os.ReadDir(dir); err == nil && len(entries) <= 1 {
+		return
+	}
+	err := e.upstream.delete(context.WithoutCancel(ctx), task)
+	if err == nil && taken {
+		err = e.handInBlob(ctx, task)
+	}
+	if err != nil {
+		e.log.Warn("Dragonfly has lost what it has fetched: other hosts may ask it in vain", "task", task.String(), "error", err)
+	}
 }
 
 // take copies a file that Dragonfly has exported to the store. It is never moved or
@@ -257,7 +352,15 @@ func (n network) Forget(ctx context.Context, tasks []p2p.Task) (missed []p2p.Mis
 	limited, cancel := context.WithTimeoutCause(ctx, deleteTimeout, fmt.Errorf("the dfdaemon of Dragonfly at %s has not done it within %s", n.opts.Socket, deleteTimeout))
 	defer cancel()
 	for _, task := range tasks {
-		if err := n.upstream.delete(limited, task); err != nil {
+		err := n.upstream.delete(limited, task)
+		// Imports and fetches at the same time each leave a copy, of which one is deleted.
+		for range 3 {
+			if err != nil || n.upstream.stat(limited, task, true, n.opts.LookupTimeout) != nil {
+				break
+			}
+			err = n.upstream.delete(limited, task)
+		}
+		if err != nil {
 			miss(fmt.Sprintf("%s: %v: delete it again by this digest", task, err))
 		}
 	}

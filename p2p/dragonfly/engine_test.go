@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"io/fs"
+	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
@@ -352,7 +353,7 @@ func TestOtherErrors(t *testing.T) {
 		t.Errorf("stat: %+v, %v", info.Holders, err)
 	}
 	_, err = h.fetch(t.Context(), p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("absent")})
-	if err == nil || errors.Is(err, p2p.ErrNotFound) || errors.Is(err, p2p.ErrUnreachable) || !strings.Contains(err.Error(), "[5000]scheduler error") {
+	if err == nil || errors.Is(err, p2p.ErrNotFound) || !errors.Is(err, p2p.ErrUnreachable) || !strings.Contains(err.Error(), "[5000]scheduler error") {
 		t.Errorf("fetch: %v", err)
 	}
 	deleted, err := h.delete(task)
@@ -691,6 +692,83 @@ func TestDamageIsNotHandedIn(t *testing.T) {
 	requireError(t, "commit of a damaged blob under another tag", err, digest.ErrCorrupt)
 	if keys := h.upstream.Tasks(); len(keys) != 1 {
 		t.Errorf("Dragonfly has %q", keys)
+	}
+}
+
+// With the storage strategy "advance", Dragonfly keeps what it fetches where it writes
+// it: it loses nothing when we have taken that, and other hosts get it from there.
+func TestAdvance(t *testing.T) {
+	var cluster dragonflytest.Cluster
+	a, b, c := newHost(t, &cluster, dragonfly.Options{}), newHost(t, &cluster, dragonfly.Options{}), newHost(t, &cluster, dragonfly.Options{})
+	b.upstream.Advance()
+	data := enginetest.Content(5<<20, 1)
+	task := enginetest.Import(t, a, "t", data)
+	b.requireFetched(task, data)
+	a.upstream.Forget()
+	c.requireFetched(task, data)
+
+	// What is not what was asked for is not kept there either.
+	other := enginetest.Import(t, a, "u", []byte("other"))
+	b.upstream.Lie()
+	if _, err := b.fetch(t.Context(), other); !errors.Is(err, digest.ErrMismatch) {
+		t.Fatalf("fetch of %s: %v", other, err)
+	}
+	if key := "d7y:/" + url.QueryEscape(other.Digest.String()) + "u"; slices.Contains(b.upstream.Tasks(), key) {
+		t.Errorf("Dragonfly believes that it has %s", key)
+	}
+	b.requireMissing(other)
+}
+
+// Of a task that Dragonfly has several times, nothing is left after a delete.
+func TestDeleteCopies(t *testing.T) {
+	var cluster dragonflytest.Cluster
+	h := newHost(t, &cluster, dragonfly.Options{})
+	task := enginetest.Import(t, h, "t", []byte("data"))
+	h.upstream.Copy(h.upstream.Tasks()[0], 2)
+	if deleted, err := h.delete(task); err != nil || len(deleted.Missed) > 0 {
+		t.Errorf("delete: %+v, %v", deleted, err)
+	}
+	if left := h.upstream.Tasks(); len(left) > 0 {
+		t.Errorf("Dragonfly has %v still", left)
+	}
+}
+
+// What Dragonfly drops is handed in again, and it is told again of what it has, for its
+// scheduler.
+func TestSweep(t *testing.T) {
+	h := newHost(t, new(dragonflytest.Cluster), dragonfly.Options{SweepInterval: 10 * time.Millisecond})
+	task := enginetest.Import(t, h, "t", []byte("data"))
+	called := make(chan struct{}, 1)
+	h.upstream.OnCall(func(context.Context, string) error {
+		select {
+		case called <- struct{}{}:
+		default:
+		}
+		return nil
+	})
+	await := func(what string, ok func() bool) {
+		t.Helper()
+		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+		defer cancel()
+		for !ok() {
+			select {
+			case <-called:
+			case <-ctx.Done():
+				t.Fatal(what)
+			}
+		}
+	}
+	for range 3 {
+		h.upstream.Calls("ImportTask")
+		await("Dragonfly is not told again", func() bool { return h.upstream.Calls("ImportTask") > 0 })
+	}
+	h.upstream.Forget()
+	await("Dragonfly does not get again what it has dropped", func() bool { return len(h.upstream.Tasks()) == 1 })
+	if deleted, err := h.delete(task); err != nil || len(deleted.Missed) > 0 {
+		t.Fatalf("delete: %+v, %v", deleted, err)
+	}
+	if left := h.upstream.Tasks(); len(left) > 0 {
+		await("what was deleted is handed in", func() bool { return len(h.upstream.Tasks()) == 0 })
 	}
 }
 

@@ -68,11 +68,34 @@ func listen(path string, mode, forbidden fs.FileMode) (net.Listener, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := os.Chmod(path, mode); err != nil {
-		l.Close()
+	l.SetUnlinkOnClose(false)
+	made, err := os.Lstat(path)
+	own := &socket{l, path, made}
+	if err == nil {
+		err = os.Chmod(path, mode)
+	}
+	if err != nil {
+		own.Close()
 		return nil, err
 	}
-	return l, nil
+	return own, nil
+}
+
+// socket is a listener that removes its socket when it is closed, and no other: one that a program has
+// put in its place, as Dragonfly's dfdaemon does at its start, stays.
+type socket struct {
+	*net.UnixListener
+	path string
+	made os.FileInfo
+}
+
+// Close implements [net.Listener].
+func (l *socket) Close() error {
+	var err error
+	if now, statErr := os.Lstat(l.path); statErr == nil && l.made != nil && os.SameFile(now, l.made) {
+		err = os.Remove(l.path)
+	}
+	return errors.Join(err, l.UnixListener.Close())
 }
 
 // openSocketDir opens the directory that the socket at path is in, and makes it

@@ -144,6 +144,31 @@ func TestListenOnUsedPath(t *testing.T) {
 	}
 }
 
+// Another program may put its own socket in the place of ours: that one stays.
+func TestListenReplaced(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "run", "s")
+	ours, err := Listen(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	theirs, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer theirs.Close()
+	if err := ours.Close(); err != nil {
+		t.Error(err)
+	}
+	conn, err := net.Dial("unix", path)
+	if err != nil {
+		t.Fatalf("the other socket: %v", err)
+	}
+	conn.Close()
+}
+
 // Of many that listen at once over a stale socket, one does.
 func TestListenAtOnce(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "run")

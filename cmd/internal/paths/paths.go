@@ -37,7 +37,9 @@ func isRoot() bool { return os.Geteuid() == 0 }
 
 func workHome(root bool) string {
 	if root {
-		return "/var/lib/dragonfly"
+		// Not /var/lib/dragonfly: Dragonfly's own dfdaemon, where one runs, removes
+		// what it does not know there.
+		return "/var/lib/dfcache"
 	}
 	return filepath.Join(xdg("XDG_DATA_HOME", ".local/share"), "dragonfly")
 }

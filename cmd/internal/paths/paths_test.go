@@ -24,7 +24,7 @@ func TestPaths(t *testing.T) {
 		workHome, logDir, socket string
 	}{
 		{"root", true, map[string]string{"XDG_DATA_HOME": "/d", "XDG_STATE_HOME": "/s", "XDG_RUNTIME_DIR": "/r"},
-			"/var/lib/dragonfly", "/var/log/dragonfly", "/run/dragonfly/dfdaemon.sock"},
+			"/var/lib/dfcache", "/var/log/dragonfly", "/run/dragonfly/dfdaemon.sock"},
 		{"user", false, nil,
 			"/home/u/.local/share/dragonfly", "/home/u/.local/state/dragonfly/logs", "/home/u/.local/state/dragonfly/run/dfdaemon.sock"},
 		{"user with XDG", false, map[string]string{"XDG_DATA_HOME": "/d", "XDG_STATE_HOME": "/s", "XDG_RUNTIME_DIR": "/r"},

@@ -50,6 +50,8 @@ type Daemon struct {
 	noScheduler bool
 	lies        bool
 	contained   bool
+	advance     bool
+	copies      map[string]int // more of a task
 	hook        func(ctx context.Context, call string) error
 	calls       map[string]int
 	timeout     time.Duration
@@ -66,7 +68,7 @@ func (c *Cluster) Start(t testing.TB) *Daemon {
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	d := &Daemon{
 		Socket: filepath.Join(dir, "s"), t: t, cluster: c, dir: filepath.Join(dir, "cache"),
-		tasks: map[string]string{}, calls: map[string]int{},
+		tasks: map[string]string{}, copies: map[string]int{}, calls: map[string]int{},
 	}
 	if err := os.Mkdir(d.dir, 0o755); err != nil {
 		t.Fatal(err)
@@ -121,6 +123,12 @@ func (d *Daemon) Contain() { d.set(func() { d.contained = true }) }
 func (d *Daemon) OnCall(hook func(ctx context.Context, call string) error) {
 	d.set(func() { d.hook = hook })
 }
+
+// Advance has the daemon keep what it fetches beside the output that it was fetched for.
+func (d *Daemon) Advance() { d.set(func() { d.advance = true }) }
+
+// Copy has the daemon have a task several times over.
+func (d *Daemon) Copy(key string, n int) { d.set(func() { d.copies[key] = n }) }
 
 func (d *Daemon) set(do func()) {
 	d.mu.Lock()
@@ -308,6 +316,15 @@ func (d *Daemon) ExportTask(ctx context.Context, req *dfdaemonv1.ExportTaskReque
 		if err == nil {
 			name, err = d.keep(key, from)
 		}
+		d.mu.Lock()
+		advance := d.advance
+		d.mu.Unlock()
+		if err == nil && advance {
+			beside := filepath.Join(filepath.Dir(req.GetOutput()), ".content.dfget.cache")
+			err = os.Rename(name, beside)
+			name = beside
+			d.set(func() { d.tasks[key] = beside })
+		}
 		if err != nil {
 			return nil, err
 		}
@@ -333,8 +350,11 @@ func (d *Daemon) ExportTask(ctx context.Context, req *dfdaemonv1.ExportTaskReque
 func (d *Daemon) DeleteTask(_ context.Context, req *dfdaemonv1.DeleteTaskRequest) (*emptypb.Empty, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if name, found := d.tasks[keyOf(req)]; found {
-		delete(d.tasks, keyOf(req))
+	key := keyOf(req)
+	if d.copies[key] > 0 {
+		d.copies[key]--
+	} else if name, found := d.tasks[key]; found {
+		delete(d.tasks, key)
 		if err := os.Remove(name); err != nil {
 			return nil, err
 		}
