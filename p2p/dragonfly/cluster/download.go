@@ -22,6 +22,7 @@ import (
 	dfdaemonv1 "d7y.io/api/v2/pkg/apis/dfdaemon/v1"
 	schedulerv1 "d7y.io/api/v2/pkg/apis/scheduler/v1"
 	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc/status"
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
@@ -32,8 +33,14 @@ const (
 	parallelPieces = 4        // are fetched from a peer at once
 	maxPieceSize   = 64 << 20 // bytes; Dragonfly's have 15 MiB at most
 	maxTotal       = 1 << 20  // pieces of a task: 15 TiB of the largest
-	maxParents     = 64       // peers that are tried for one fetch
+	maxParents     = 64       // peers that are tried for one download
+
+	maxRegistrations = 3 // downloads for one fetch
 )
+
+// errReregister says that the scheduler does not know the download, or not any more: it
+// wants another registration.
+var errReregister = errors.New("the scheduler wants to be asked again")
 
 // download is one attempt to get a task from the peers that its scheduler names.
 type download struct {
@@ -259,6 +266,9 @@ func (d *download) next(ctx context.Context) ([]parent, error) {
 			return nil, fmt.Errorf("scheduler %s: %w: it named no peer within %s", d.scheduler.addr, wire.ErrAway, d.e.opts.StallTimeout)
 		case <-ctx.Done():
 			return nil, context.Cause(ctx)
+		}
+		if !more && wire.Code(status.Convert(d.ended)) == commonv1.Code_SchedReregister {
+			return nil, fmt.Errorf("scheduler %s: %w: %w: %w", d.scheduler.addr, p2p.ErrUnreachable, errReregister, d.ended)
 		}
 		if !more {
 			return nil, fmt.Errorf("scheduler %s: %w: it ended the download: %w", d.scheduler.addr, p2p.ErrUnreachable, d.ended)

@@ -244,26 +244,35 @@ func (n network) Bring(ctx context.Context, task p2p.Task) error {
 	}
 	limited, cancel := context.WithTimeoutCause(ctx, n.opts.Timeout, fmt.Errorf("%w: it took longer than %s", wire.ErrAway, n.opts.Timeout))
 	defer cancel()
-	d, err := n.newDownload(task, at, found.GetContentLength())
-	if err != nil {
-		return fmt.Errorf("fetch %s: %w", task, err)
+	for range maxRegistrations {
+		if err = n.bringOnce(limited, task, at, found.GetContentLength()); !errors.Is(err, errReregister) {
+			break
+		}
 	}
-	err = d.run(limited)
 	if err != nil && context.Cause(limited) != nil {
 		err = context.Cause(limited)
 	}
-	if err == nil {
-		// It may have been here before, damaged: schedulers may go on with the new peer only.
-		if err := n.leave(ctx, d.id); err != nil {
-			n.log.Debug("a scheduler goes on with a peer that is no more", "task", task.String(), "error", err)
-		}
-		n.hold(task, d.peerID) // before others hear of it
-	}
-	d.close(err)
 	if err != nil {
 		return fmt.Errorf("fetch %s: %w", task, err)
 	}
 	return nil
+}
+
+// bringOnce is one attempt to fetch a task, as a new peer.
+func (e *Engine) bringOnce(ctx context.Context, task p2p.Task, at *scheduler, length int64) error {
+	d, err := e.newDownload(task, at, length)
+	if err != nil {
+		return err
+	}
+	if err = d.run(ctx); err == nil {
+		// It may have been here before, damaged: schedulers may go on with the new peer only.
+		if err := e.leave(ctx, d.id); err != nil {
+			e.log.Debug("a scheduler goes on with a peer that is no more", "task", task.String(), "error", err)
+		}
+		e.hold(task, d.peerID) // before others hear of it
+	}
+	d.close(err)
+	return err
 }
 
 // Offer implements [whole.Network].

@@ -742,6 +742,19 @@ func TestUploadHeader(t *testing.T) {
 	}
 }
 
+// A scheduler that has forgotten a download is asked again; not for ever.
+func TestReregister(t *testing.T) {
+	s := clustertest.StartScheduler(t)
+	a, b := newHost(t, cluster.Options{}, s), newHost(t, cluster.Options{}, s)
+	data := enginetest.Content(5<<20, 1)
+	task := enginetest.Import(t, a, "t", data)
+	s.Lose(3)
+	_, err := b.fetch(t.Context(), task)
+	requireError(t, "fetch", err, p2p.ErrUnreachable, "wants to be asked again")
+	s.Lose(2)
+	b.requireFetched(task, data)
+}
+
 // A peer may send those who ask to another one on its host.
 func TestRedirect(t *testing.T) {
 	s := clustertest.StartScheduler(t)

@@ -55,6 +55,7 @@ type Scheduler struct {
 	failed  []*schedulerv1.PieceResult
 	hang    map[string]bool
 	direct  []byte // sent in place of tiny content
+	lose    int    // downloads
 }
 
 type task struct {
@@ -140,6 +141,13 @@ func (s *Scheduler) Lie(content []byte) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.direct = content
+}
+
+// Lose has the scheduler not know of the next n downloads when they begin.
+func (s *Scheduler) Lose(n int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.lose = n
 }
 
 // Await waits until ok, which is called with each call of the scheduler.
@@ -433,7 +441,10 @@ func (s *Scheduler) ReportPieceResult(stream schedulerv1.Scheduler_ReportPieceRe
 		}
 		var packet *schedulerv1.PeerPacket
 		switch {
-		case m == nil:
+		case m == nil || s.lose > 0:
+			if s.lose > 0 {
+				s.lose--
+			}
 			s.mu.Unlock()
 			return Error(commonv1.Code_SchedReregister, "peer not found")
 		case r.GetPieceInfo().GetPieceNum() == -1:
