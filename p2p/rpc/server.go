@@ -36,6 +36,11 @@ const (
 	// maxArrived is the number of pieces in one message about a blob that is
 	// arriving, and of those that wait for the next one.
 	maxArrived = 1024
+	// announcements is how many messages tell of the pieces of a blob that is arriving,
+	// and announceDelay how long one of those that nobody has asked for may wait for
+	// others: each message has the client woken up, and copy.
+	announcements = 64
+	announceDelay = 250 * time.Millisecond
 	// progressInterval is the least time between two messages of progress.
 	progressInterval = 100 * time.Millisecond
 )
@@ -368,8 +373,8 @@ type wanted struct {
 	err         error // why they can't be
 }
 
-// announce tells a client of each piece of a blob as it arrives, and the blob which
-// pieces the client wants. Where the client does not read, sending blocks, and
+// announce tells a client of each piece of a blob as it arrives, several at a time, and
+// the blob which pieces the client wants. Where the client does not read, sending blocks, and
 // with it all of this.
 func announce(stream grpc.BidiStreamingServer[pb.OpenRequest, pb.OpenReply], blob arrivingBlob, sources func() []p2p.Source) error {
 	table := blob.Table()
@@ -415,16 +420,47 @@ func announce(stream grpc.BidiStreamingServer[pb.OpenRequest, pb.OpenReply], blo
 	})
 	defer watcher.Wait()
 	defer cancel()
-	for left := table.Pieces(); ; {
+	var (
+		left    = table.Pieces()
+		asked   = make([]bool, left)
+		batch   = min(max(1, left/announcements), maxArrived)
+		message = &pb.OpenReply{}
+		soon    = true                         // of what is there at first
+		late    = time.NewTimer(announceDelay) // runs while there is something in message
+	)
+	late.Stop()
+	defer late.Stop()
+	flush := func() error {
+		late.Stop()
+		if len(message.Pieces) == 0 {
+			return nil
+		}
+		left -= len(message.Pieces)
+		full := message
+		message, soon = &pb.OpenReply{}, false
+		return stream.Send(full)
+	}
+	for {
 		select {
 		case w := <-wants:
 			if w.err != nil {
 				return w.err
 			}
 			blob.Want(w.first, w.last)
+			for i := w.first; i <= w.last; i++ {
+				asked[i] = true
+			}
+			for _, p := range message.Pieces {
+				soon = soon || asked[p.GetIndex()]
+			}
+		case <-late.C:
+			soon = true
 		case i, more := <-arrived:
 			if !more {
 				if err := cmp.Or(failure, context.Cause(call)); err != nil {
+					return err
+				}
+				if err := flush(); err != nil {
 					return err
 				}
 				if left != 0 {
@@ -432,15 +468,17 @@ func announce(stream grpc.BidiStreamingServer[pb.OpenRequest, pb.OpenReply], blo
 				}
 				return stream.Send(&pb.OpenReply{Done: &pb.OpenReply_Done{Sources: sourceMessages(sources())}})
 			}
-			message := &pb.OpenReply{}
-			for batch := 1 + min(len(arrived), maxArrived-1); batch > 0; batch-- { // what is there goes together
-				if len(message.Pieces) > 0 {
-					i = <-arrived
-				}
-				message.Pieces = append(message.Pieces, &pb.OpenReply_Piece{Index: uint32(i), Crc32C: table.CRC[i]})
+			if len(message.Pieces) == 0 {
+				late.Reset(announceDelay)
 			}
-			left -= len(message.Pieces)
-			if err := stream.Send(message); err != nil {
+			message.Pieces = append(message.Pieces, &pb.OpenReply_Piece{Index: uint32(i), Crc32C: table.CRC[i]})
+			soon = soon || asked[i]
+			if len(arrived) > 0 && len(message.Pieces) < maxArrived {
+				continue
+			}
+		}
+		if n := len(message.Pieces); soon || n >= batch || n == left {
+			if err := flush(); err != nil {
 				return err
 			}
 		}
