@@ -565,6 +565,60 @@ func TestDownloadOfManyPieces(t *testing.T) {
 	}
 }
 
+// Of many pieces, one that was asked for is told of at once, and others after a while,
+// however few they are.
+func TestDownloadTellsOfFew(t *testing.T) {
+	const pieces = 4 * announcements
+	few := func(delay time.Duration, read func(b p2p.Blob, a *arrival)) {
+		defer func(d time.Duration) { announceDelay = d }(announceDelay)
+		announceDelay = delay
+		a, h := arrivalOf(t, sparse(pieces), nil)
+		b := a.opened(pair(t, h))
+		read(b, a)
+		if err := b.Close(); err != nil {
+			t.Error(err)
+		}
+		a.requireClosed()
+	}
+	few(time.Hour, func(b p2p.Blob, a *arrival) {
+		for _, i := range []int{7, 9, 8} {
+			part := readPart(b, int64(i)*a.full.PieceLength, 10)
+			a.wanted()
+			a.put(i)
+			if r := <-part; r.err != nil || len(r.data) != 10 {
+				t.Errorf("piece %d: read %d bytes, %v", i, len(r.data), r.err)
+			}
+		}
+		// Also where it was there before it was asked for.
+		a.put(20)
+		if r := <-readPart(b, 20*a.full.PieceLength, 10); r.err != nil || len(r.data) != 10 {
+			t.Errorf("piece 20: read %d bytes, %v", len(r.data), r.err)
+		}
+	})
+	few(time.Millisecond, func(b p2p.Blob, a *arrival) {
+		progress := make(chan int64, pieces)
+		ctx, cancel := context.WithCancel(t.Context())
+		copied := make(chan error)
+		go func() {
+			copied <- b.CopyRange(ctx, io.Discard, 0, b.Size(), func(written int64) { progress <- written })
+		}()
+		a.wanted()
+		for i := range 3 {
+			a.put(i)
+			select {
+			case n := <-progress:
+				if want := int64(i+1) * a.full.PieceLength; n != want {
+					t.Errorf("%d bytes are copied, want %d", n, want)
+				}
+			case <-time.After(30 * time.Second):
+				t.Fatalf("piece %d is not told of", i)
+			}
+		}
+		cancel()
+		<-copied
+	})
+}
+
 // A client that does not read stops the daemon, and its messages do not pile up.
 func TestDownloadOfSlowReader(t *testing.T) {
 	const pieces = 1 << 18 // 2.7 MB of messages, of which 1 MiB can be under way

@@ -36,14 +36,16 @@ const (
 	// maxArrived is the number of pieces in one message about a blob that is
 	// arriving, and of those that wait for the next one.
 	maxArrived = 1024
-	// announcements is how many messages tell of the pieces of a blob that is arriving,
-	// and announceDelay how long one of those that nobody has asked for may wait for
-	// others: each message has the client woken up, and copy.
+	// announcements is how many messages tell of the pieces of a blob that is arriving:
+	// each has the client woken up, and copy.
 	announcements = 64
-	announceDelay = 250 * time.Millisecond
 	// progressInterval is the least time between two messages of progress.
 	progressInterval = 100 * time.Millisecond
 )
+
+// announceDelay is how long a piece that nobody has asked for may wait for others, to be
+// announced with them. Only tests change it.
+var announceDelay = 250 * time.Millisecond
 
 // fileBlob is what the server needs of a blob to hand it to a client.
 type fileBlob interface {

@@ -10,12 +10,14 @@ import (
 	"net/http/httptest"
 	"os"
 	"reflect"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/peer"
+	"golang.org/x/sync/semaphore"
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
@@ -275,12 +277,80 @@ func TestModes(t *testing.T) {
 	}
 }
 
+// Bytes move no faster than they may, either way.
 func TestRates(t *testing.T) {
-	h := newHub()
-	a := h.start(t, func(o *Options) { o.UploadRate = 4 << 20 })
-	b := h.start(t, func(o *Options) { o.DownloadRate = 4 << 20 })
-	data := content(1<<20, 16)
-	b.want(t, a.add(t, "", data), data)
+	const rate = 4 << 20
+	slowly := func(o *Options) { o.UploadRate = rate }
+	for name, set := range map[string][2]func(*Options){
+		"upload":   {slowly, func(*Options) {}},
+		"download": {func(*Options) {}, func(o *Options) { o.DownloadRate = rate }},
+	} {
+		h := newHub()
+		a, b := h.start(t, set[0]), h.start(t, set[1])
+		data := content(rate, 16)
+		task := a.add(t, "", data)
+		began := time.Now()
+		b.want(t, task, data)
+		if took := time.Since(began); took < 800*time.Millisecond {
+			t.Errorf("%s: %d bytes took %s at %d bytes a second", name, len(data), took, rate)
+		}
+	}
+}
+
+// No more pieces are sent at once than may be, and no more requests wait than that.
+func TestUploadBounds(t *testing.T) {
+	const pieces = 4
+	up := &upload{src: stored{full: schedule.FullSet(pieces)}, table: &digest.Table{Size: pieces * digest.MinPieceLength, PieceLength: digest.MinPieceLength}}
+	u := &uploads{slots: pieces, all: semaphore.NewWeighted(1), active: map[digest.Digest]*upload{}}
+	up, done, err := u.use("sha256:x", func() (*upload, error) { return up, nil })
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer done()
+	want := schedule.FullSet(pieces)
+	_, release, err := u.pick(t.Context(), up, "a", want)
+	if err != nil {
+		t.Fatal(err)
+	}
+	gone, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if _, _, err := u.pick(gone, up, "b", want); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("a second piece at once: %v; want it to wait", err)
+	}
+	release(true)
+	piece, release, err := u.pick(t.Context(), up, "b", want)
+	if err != nil || piece < 0 {
+		t.Fatalf("piece %d, %v", piece, err)
+	}
+	defer release(true)
+
+	u.slots = 0
+	other := &upload{src: up.src, table: up.table}
+	other, doneOther, err := u.use("sha256:y", func() (*upload, error) { return other, nil })
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer doneOther()
+	ctx, end := context.WithCancel(t.Context())
+	var waiting sync.WaitGroup
+	defer waiting.Wait()
+	defer end()
+	for i := range maxWaiting {
+		waiting.Go(func() { u.pick(ctx, other, peer.ID(fmt.Sprint(i)), want) })
+	}
+	for {
+		other.mu.Lock()
+		n := other.sched.Waiting()
+		other.mu.Unlock()
+		if n == maxWaiting {
+			break
+		}
+		runtime.Gosched()
+	}
+	_, _, err = u.pick(gone, other, "one too many", want)
+	if e, ok := errors.AsType[*statusError](err); !ok || e.code != http.StatusServiceUnavailable {
+		t.Errorf("with %d that wait: %v; want a refusal", maxWaiting, err)
+	}
 }
 
 func TestOtherTag(t *testing.T) {

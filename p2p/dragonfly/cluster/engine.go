@@ -72,6 +72,9 @@ const (
 	DefaultUploadListen = ":65002"
 	// DefaultTimeout bounds fetching a blob.
 	DefaultTimeout = 10 * time.Minute
+
+	// maxWaiting is how many uploads may wait for others.
+	maxWaiting = 1024
 )
 
 // setDefaults gives what is not set its default.
@@ -126,6 +129,7 @@ type Engine struct {
 	peers      *grpc.Server
 	uploads    *http.Server
 	uploading  chan struct{} // holds one for each piece that is sent
+	waiting    chan struct{} // and one for each of these and of those that wait for it
 
 	ctx        context.Context // ends with Close
 	cancel     context.CancelFunc
@@ -153,7 +157,7 @@ func New(store *pieces.Store, opts Options) (*Engine, error) {
 		opts: opts, dir: dir, store: store, log: opts.Log,
 		sums: newSums(), up: limiter(opts.UploadRate), down: limiter(opts.DownloadRate),
 		client: newHTTPClient(opts), uploading: make(chan struct{}, opts.MaxUploads), sweepNow: make(chan struct{}, 1),
-		fresh: make(chan struct{}), held: map[string]*holding{},
+		waiting: make(chan struct{}, opts.MaxUploads+maxWaiting), fresh: make(chan struct{}), held: map[string]*holding{},
 	}
 	if e.schedulers, err = newSchedulers(opts.Schedulers); err != nil {
 		return nil, err

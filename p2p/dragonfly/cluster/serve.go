@@ -45,7 +45,7 @@ func (e *Engine) listen() (l [2]net.Listener, err error) {
 // serve answers peers until the engine is closed.
 func (e *Engine) serve(l [2]net.Listener) {
 	e.peers = grpc.NewServer(grpc.MaxRecvMsgSize(64<<10), grpc.MaxConcurrentStreams(256), grpc.WaitForHandlers(true), grpc.ConnectionTimeout(e.opts.StallTimeout),
-		grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionIdle: 5 * time.Minute}))
+		grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionIdle: 5 * time.Minute, Time: 2 * time.Minute}))
 	dfdaemonv1.RegisterDaemonServer(e.peers, &daemon{e: e})
 	healthv1.RegisterHealthServer(e.peers, health.NewServer())
 	mux := http.NewServeMux()
@@ -197,6 +197,13 @@ func (e *Engine) upload(w http.ResponseWriter, r *http.Request) {
 	defer blob.Close()
 	if last >= blob.Size() {
 		refuse(http.StatusRequestedRangeNotSatisfiable, "bytes %d to %d: the task has %d", first, last, blob.Size())
+		return
+	}
+	select {
+	case e.waiting <- struct{}{}:
+		defer func() { <-e.waiting }()
+	default:
+		refuse(http.StatusServiceUnavailable, "%d uploads are waiting already", cap(e.waiting))
 		return
 	}
 	n := last - first + 1
