@@ -2,84 +2,83 @@ package integration
 
 import (
 	"bytes"
+	"net/url"
 	"os"
 	"path/filepath"
+	"strings"
+	"syscall"
 	"testing"
 
-	"github.com/dfcache/dfcache/digest"
-	"github.com/dfcache/dfcache/p2p/dragonfly/cluster/clustertest"
-	"github.com/dfcache/dfcache/p2p/dragonfly/dragonflytest"
+	commonv1 "d7y.io/api/v2/pkg/apis/common/v1"
+	dfdaemonv1 "d7y.io/api/v2/pkg/apis/dfdaemon/v1"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/protobuf/types/known/emptypb"
 )
 
-// dragonflyHost is a dfdaemon with Dragonfly for its network.
-type dragonflyHost struct {
-	*daemon
-	t *testing.T
-}
-
-func startOnDragonfly(t *testing.T, flags ...string) dragonflyHost {
-	t.Helper()
-	return dragonflyHost{startDaemonWith(t, tempHome(t), append([]string{"--swarm-key", "off"}, flags...)), t}
-}
-
-func (h dragonflyHost) ok(args ...string) string {
-	h.t.Helper()
-	out, says, code := h.run(h.t, nil, args...)
-	if code != 0 {
-		h.t.Fatalf("dfcache %v: exit status %d\n%s%s", args, code, out, says)
-	}
-	return out
-}
-
-// add imports content by its digest, under the tag models, and returns that.
-func (h dragonflyHost) add(content []byte) string {
-	h.t.Helper()
-	name := filepath.Join(h.home, "file")
-	if err := os.WriteFile(name, content, 0o600); err != nil {
-		h.t.Fatal(err)
-	}
-	cid := digest.SHA256.FromBytes(content).String()
-	h.ok("import", "-t", "models", "-i", cid, name)
-	return cid
-}
-
-func (h dragonflyHost) requireExport(cid string, content []byte) {
-	h.t.Helper()
-	name := filepath.Join(h.home, "export")
-	h.ok("export", "-t", "models", "-i", cid, "-O", name, "--overwrite")
-	if got, err := os.ReadFile(name); err != nil || !bytes.Equal(got, content) {
-		h.t.Errorf("export of %s: %d bytes, %v", cid, len(got), err)
-	}
-}
-
-// What one host imports, another exports, through the Dragonfly beside each of them.
-func TestDragonflyBeside(t *testing.T) {
-	var upstream dragonflytest.Cluster
-	one, two := upstream.Start(t), upstream.Start(t)
-	a := startOnDragonfly(t, "--engine", "dragonfly", "--dragonfly-daemon", one.Socket)
-	b := startOnDragonfly(t, "--engine", "dragonfly", "--dragonfly-daemon", two.Socket)
-	content := bytes.Repeat([]byte("content "), 1<<17)
-	b.requireExport(a.add(content), content)
-}
-
-// What one host imports, another exports, and so does a daemon of Dragonfly; and the reverse.
-func TestDragonflyCluster(t *testing.T) {
-	schedulers := clustertest.StartScheduler(t)
-	flags := []string{"--engine", "dragonfly-cluster", "--dragonfly-schedulers", schedulers.Addr, "--dragonfly-advertise", "127.0.0.1",
-		"--dragonfly-peer-listen", "127.0.0.1:0", "--dragonfly-upload-listen", "127.0.0.1:0"}
-	a, b := startOnDragonfly(t, flags...), startOnDragonfly(t, flags...)
-	peer := clustertest.StartPeer(t, schedulers, "peer", clustertest.Honest)
-	content := bytes.Repeat([]byte("content "), 1<<20)
-	cid := a.add(content)
-	b.requireExport(cid, content)
-	if got, err := peer.Export(t.Context(), cid, "models"); err != nil || !bytes.Equal(got, content) {
-		t.Errorf("export by Dragonfly: %d bytes, %v", len(got), err)
-	}
-
-	content = bytes.Repeat([]byte("another "), 1<<20)
-	cid = digest.SHA256.FromBytes(content).String()
-	if err := peer.Import(t.Context(), cid, "models", content); err != nil {
+// Dragonfly's dfcache, as far as it can be seen on the wire, ours and oras use the
+// same files.
+func TestDragonflyClient(t *testing.T) {
+	home := tempHome(t)
+	socket := filepath.Join(home, "run", "dragonfly.sock")
+	flags := []string{"--dragonfly-sock", socket}
+	d := startDaemonWith(t, home, flags)
+	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
 		t.Fatal(err)
 	}
-	a.requireExport(cid, content)
+	defer conn.Close()
+	client, ctx := dfdaemonv1.NewDaemonClient(conn), t.Context()
+	models := &commonv1.UrlMeta{Tag: "models"}
+
+	data := content(3_000_000, 1)
+	file := filepath.Join(home, "file.bin")
+	if err := os.WriteFile(file, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := client.CheckHealth(ctx, &emptypb.Empty{}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := client.ImportTask(ctx, &dfdaemonv1.ImportTaskRequest{Url: "d7y:/" + url.QueryEscape("v1"), UrlMeta: models, Path: file}); err != nil {
+		t.Fatal(err)
+	}
+	d.stop(t, syscall.SIGKILL)
+	d = startDaemonWith(t, home, flags) // with the socket still there
+	ok := func(args ...string) {
+		t.Helper()
+		if _, says, code := d.run(t, nil, args...); code != 0 {
+			t.Fatalf("dfcache %v: exit status %d: %s", args, code, says)
+		}
+	}
+	out := filepath.Join(home, "out")
+	ok("export", "-t", "models", "-i", "v1", "-O", out)
+	if got, err := os.ReadFile(out); err != nil || !bytes.Equal(got, data) {
+		t.Errorf("exported are %d bytes, %v", len(got), err)
+	}
+	u := newUser(t, d)
+	u.run("oras", "pull", d.host+"/models:v1")
+	if got, err := os.ReadFile(filepath.Join(u.dir, "file.bin")); err != nil || !bytes.Equal(got, data) {
+		t.Errorf("pulled are %d bytes, %v", len(got), err)
+	}
+	ok("import", "-t", "models", "-i", "v2", file)
+	again := filepath.Join(home, "again")
+	if _, err := client.ExportTask(ctx, &dfdaemonv1.ExportTaskRequest{Url: "d7y:/v2", UrlMeta: models, Output: again}, grpc.WaitForReady(true)); err != nil {
+		t.Error(err)
+	}
+	if got, err := os.ReadFile(again); err != nil || !bytes.Equal(got, data) {
+		t.Errorf("exported are %d bytes, %v", len(got), err)
+	}
+	if _, err := client.DeleteTask(ctx, &dfdaemonv1.DeleteTaskRequest{Url: "d7y:/v2", UrlMeta: models}); err != nil {
+		t.Error(err)
+	}
+	if _, says, code := d.run(t, nil, "stat", "-t", "models", "-i", "v2"); code != notFound {
+		t.Errorf("stat of what was deleted: exit status %d: %s", code, says)
+	}
+	if _, err := client.StatTask(ctx, &dfdaemonv1.StatTaskRequest{Url: "d7y:/v2", UrlMeta: models}); err == nil || !strings.Contains(err.Error(), "[1404]") {
+		t.Errorf("stat of what was deleted: %v", err)
+	}
+	d.stop(t, syscall.SIGTERM)
+	if _, err := os.Lstat(socket); !os.IsNotExist(err) {
+		t.Errorf("the socket is still there: %v", err)
+	}
 }
