@@ -18,7 +18,7 @@ var layers = [][]string{
 	{"blobstore/registry", "blobstore/dragonfly"},
 	{"blobstore", "p2p/swarm", "p2p/swarm/discovery", "p2p/dragonfly", "p2p/dragonfly/cluster"}, // none of these knows another
 	{"p2p/rpc", "p2p/dragonfly/whole"},
-	{"p2p/rpc/pb", "p2p/pieces", "p2p/dragonfly/wire"},
+	{"p2p/rpc/pb", "p2p/pieces", "p2p/dragonfly/wire", "p2p/throttle"},
 	{"p2p"},
 	{"digest", "p2p/swarm/schedule"},
 }

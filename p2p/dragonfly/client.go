@@ -14,7 +14,6 @@ import (
 	dfdaemonv1 "d7y.io/api/v2/pkg/apis/dfdaemon/v1"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/dfcache/dfcache/p2p"
@@ -98,21 +97,15 @@ func (c *client) delete(ctx context.Context, t p2p.Task) error {
 // call does a call within limit, and says what its error is: away where the daemon
 // does not answer.
 func (c *client) call(ctx context.Context, what string, limit time.Duration, away error, do func(context.Context) error) error {
-	limited, cancel := context.WithTimeout(ctx, limit)
-	defer cancel()
-	err := do(limited)
-	if err == nil {
-		return nil
+	st, late, err := wire.Call(ctx, limit, do)
+	if st == nil {
+		return err
 	}
-	if cause := context.Cause(ctx); cause != nil {
-		return cause
-	}
-	st := status.Convert(err)
 	at := fmt.Sprintf("%s: Dragonfly's dfdaemon at %s", what, c.socket)
 	switch code := wire.Code(st); {
 	case code == commonv1.Code_PeerTaskNotFound:
 		return fmt.Errorf("%s: %w: %s", at, p2p.ErrNotFound, st.Message())
-	case limited.Err() != nil, st.Code() == codes.DeadlineExceeded, code == commonv1.Code_RequestTimeOut:
+	case late, code == commonv1.Code_RequestTimeOut:
 		return fmt.Errorf("%s: %w: no answer within %s: see its log, and whether its scheduler runs", at, away, limit)
 	case st.Code() == codes.Unavailable, st.Code() == codes.Canceled: // cancelled by the other side: ctx has not ended
 		advice := "see that it runs, and that this is its socket"

@@ -89,14 +89,7 @@ func (h *host) delete(task p2p.Task) (p2p.Deleted, error) {
 
 // fetch opens a task's blob, wherever it is, and returns its content.
 func (h *host) fetch(ctx context.Context, task p2p.Task) ([]byte, error) {
-	blob, err := h.Open(ctx, task, p2p.Network)
-	if err != nil {
-		return nil, err
-	}
-	defer blob.Close()
-	var content bytes.Buffer
-	err = blob.CopyRange(ctx, &content, 0, blob.Size(), nil)
-	return content.Bytes(), err
+	return enginetest.Fetch(ctx, h, task)
 }
 
 func (h *host) requireFetched(task p2p.Task, want []byte) {
@@ -138,18 +131,6 @@ func (h *host) requireOwnFile(task p2p.Task) {
 		}
 		if os.SameFile(info, cached) {
 			h.t.Errorf("the file of %s is Dragonfly's own", task)
-		}
-	}
-}
-
-func requireError(t *testing.T, what string, err, want error, says ...string) {
-	t.Helper()
-	if !errors.Is(err, want) {
-		t.Fatalf("%s: %v; want an error that is %q", what, err, want)
-	}
-	for _, text := range says {
-		if !strings.Contains(err.Error(), text) {
-			t.Errorf("%s: the error %q does not say %q", what, err, text)
 		}
 	}
 }
@@ -232,10 +213,10 @@ func TestWrongContent(t *testing.T) {
 			b.upstream.Lie()
 			wrong := digest.SHA256.FromString("not what was imported").String()
 			_, err := b.Open(t.Context(), task, p2p.Network)
-			requireError(t, "open", err, digest.ErrMismatch, task.Digest.String(), wrong, "delete it there")
+			enginetest.RequireError(t, "open", err, digest.ErrMismatch, task.Digest.String(), wrong, "delete it there")
 			b.requireMissing(task)
 			_, err = b.stat(task, p2p.StatOptions{})
-			requireError(t, "stat", err, digest.ErrMismatch, task.Digest.String(), wrong)
+			enginetest.RequireError(t, "stat", err, digest.ErrMismatch, task.Digest.String(), wrong)
 			b.requireMissing(task)
 		})
 	}
@@ -283,9 +264,9 @@ func TestHang(t *testing.T) {
 	task := enginetest.Import(t, a, "t", []byte("data"))
 	b.upstream.LoseScheduler()
 	_, err := b.Open(t.Context(), task, p2p.Network)
-	requireError(t, "open", err, p2p.ErrUnreachable, b.upstream.Socket, "no answer within 50ms")
+	enginetest.RequireError(t, "open", err, p2p.ErrUnreachable, b.upstream.Socket, "no answer within 50ms")
 	_, err = b.stat(task, p2p.StatOptions{})
-	requireError(t, "stat", err, p2p.ErrUnreachable, b.upstream.Socket)
+	enginetest.RequireError(t, "stat", err, p2p.ErrUnreachable, b.upstream.Socket)
 	b.requireMissing(task)
 
 	// What needs no scheduler works.
@@ -313,12 +294,12 @@ func TestSlow(t *testing.T) {
 		return ctx.Err()
 	})
 	_, err := b.Open(t.Context(), task, p2p.Network)
-	requireError(t, "open", err, p2p.ErrUnreachable, "export", "no answer within 50ms")
+	enginetest.RequireError(t, "open", err, p2p.ErrUnreachable, "export", "no answer within 50ms")
 	if got := b.upstream.Timeout(); got != short {
 		t.Errorf("Dragonfly is told of a timeout of %s, want %s", got, short)
 	}
 	b.requireMissing(task)
-	requireError(t, "import", tryImport(t.Context(), b, task, []byte("data")), p2p.ErrUnavailable, "stored on this host", "import", "no answer within 50ms")
+	enginetest.RequireError(t, "import", tryImport(t.Context(), b, task, []byte("data")), p2p.ErrUnavailable, "stored on this host", "import", "no answer within 50ms")
 }
 
 // A Dragonfly in a container, which sees other files under the same path, is told of.
@@ -328,7 +309,7 @@ func TestOtherPaths(t *testing.T) {
 	task := enginetest.Import(t, a, "t", []byte("data"))
 	b.upstream.Contain()
 	_, err := b.Open(t.Context(), task, p2p.Network)
-	requireError(t, "open", err, p2p.ErrUnavailable, "under the same path")
+	enginetest.RequireError(t, "open", err, p2p.ErrUnavailable, "under the same path")
 	b.requireMissing(task)
 }
 
@@ -392,9 +373,9 @@ func TestCallerGivesUp(t *testing.T) {
 	}
 	<-began
 	cancels[0](gone)
-	requireError(t, "the first", <-results[0], gone)
+	enginetest.RequireError(t, "the first", <-results[0], gone)
 	cancels[1](gone)
-	requireError(t, "the second", <-results[1], gone)
+	enginetest.RequireError(t, "the second", <-results[1], gone)
 	<-ended // the last one who goes takes the fetch with him
 	b.upstream.OnCall(nil)
 	b.requireFetched(task, data)
@@ -474,13 +455,13 @@ func TestMend(t *testing.T) {
 			t.Fatal(err)
 		}
 		_, err = r.Export(t.Context(), task.Digest.String(), io.Discard, blobstore.ExportOptions{})
-		requireError(t, name, err, digest.ErrCorrupt)
+		enginetest.RequireError(t, name, err, digest.ErrCorrupt)
 		if _, err := h.delete(task); err != nil {
 			t.Fatal(err)
 		}
 	}
 	_, err := h.Open(t.Context(), p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("absent")}, p2p.Mend)
-	requireError(t, "mend what is not here", err, p2p.ErrNotFound)
+	enginetest.RequireError(t, "mend what is not here", err, p2p.ErrNotFound)
 }
 
 // Delete is Dragonfly's, too, on this host, and says what that does not reach.
@@ -497,9 +478,9 @@ func TestDelete(t *testing.T) {
 		t.Errorf("Dragonfly has %v still", keys)
 	}
 	_, err = a.fetch(t.Context(), task)
-	requireError(t, "fetch what is deleted", err, p2p.ErrNotFound)
+	enginetest.RequireError(t, "fetch what is deleted", err, p2p.ErrNotFound)
 	_, err = a.delete(task)
-	requireError(t, "delete again", err, p2p.ErrNotFound)
+	enginetest.RequireError(t, "delete again", err, p2p.ErrNotFound)
 
 	// Another host keeps it, and the result says so.
 	enginetest.Import(t, a, "t", data)
@@ -580,7 +561,7 @@ func TestNames(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, err = rb.Stat(t.Context(), "v1", blobstore.Lookup{})
-	requireError(t, "stat of a name", err, p2p.ErrNotFound, "Dragonfly knows no names", "the digest")
+	enginetest.RequireError(t, "stat of a name", err, p2p.ErrNotFound, "Dragonfly knows no names", "the digest")
 	// The digest of its manifest leads to all of it.
 	m, err := rb.Manifest(t.Context(), f.Manifest.String())
 	if err != nil || m.Digest != f.Manifest || !bytes.Contains(m.Content, []byte("model.bin")) {
@@ -591,7 +572,7 @@ func TestNames(t *testing.T) {
 		t.Errorf("export: %q, %v", out.String(), err)
 	}
 	_, err = b.Replicate(t.Context(), "models", digest.FromDigest(f.Digest), 1)
-	requireError(t, "replicate", err, p2p.ErrUnreachable, "unsupported operation by Dragonfly", "export it on")
+	enginetest.RequireError(t, "replicate", err, p2p.ErrUnreachable, "unsupported operation by Dragonfly", "export it on")
 }
 
 // Without Dragonfly what is here is here, and errors say what is wrong.
@@ -600,10 +581,10 @@ func TestNoDragonfly(t *testing.T) {
 	a, b := newHost(t, cluster, dragonfly.Options{}), newHost(t, cluster, dragonfly.Options{})
 	data := []byte("data")
 	a.upstream.Kill()
-	requireError(t, "health", a.Health(t.Context()), p2p.ErrUnavailable, a.upstream.Socket)
+	enginetest.RequireError(t, "health", a.Health(t.Context()), p2p.ErrUnavailable, a.upstream.Socket)
 	task := p2p.Task{Tag: "t", Digest: digest.SHA256.FromBytes(data)}
 	err := tryImport(t.Context(), a, task, data)
-	requireError(t, "import", err, p2p.ErrUnavailable, a.upstream.Socket, "it is stored on this host", "import it again")
+	enginetest.RequireError(t, "import", err, p2p.ErrUnavailable, a.upstream.Socket, "it is stored on this host", "import it again")
 	enginetest.RequireContent(t, a, task, data)
 	info, err := a.stat(task, p2p.StatOptions{Holders: true})
 	if err != nil || *info.Holders != (p2p.Holders{Asked: 1, Silent: 1}) {
@@ -611,9 +592,9 @@ func TestNoDragonfly(t *testing.T) {
 	}
 	absent := p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("absent")}
 	_, err = a.Open(t.Context(), absent, p2p.Network)
-	requireError(t, "open", err, p2p.ErrUnreachable, a.upstream.Socket, "unavailable: dial unix")
+	enginetest.RequireError(t, "open", err, p2p.ErrUnreachable, a.upstream.Socket, "unavailable: dial unix")
 	_, err = a.stat(absent, p2p.StatOptions{Scope: p2p.Local})
-	requireError(t, "stat here", err, p2p.ErrNotFound)
+	enginetest.RequireError(t, "stat here", err, p2p.ErrNotFound)
 
 	// The next import makes up for it.
 	restart(t, a)
@@ -647,7 +628,7 @@ func TestKilled(t *testing.T) {
 		}()
 		<-began
 		b.upstream.Kill()
-		requireError(t, call, <-result, want, b.upstream.Socket, "see that it runs")
+		enginetest.RequireError(t, call, <-result, want, b.upstream.Socket, "see that it runs")
 		b.requireMissing(task)
 		b.upstream.OnCall(nil)
 		restart(t, b)
@@ -689,7 +670,7 @@ func TestDamageIsNotHandedIn(t *testing.T) {
 	}
 	defer in.Close()
 	err = in.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: p2p.Task{Tag: "other", Digest: task.Digest}}}})
-	requireError(t, "commit of a damaged blob under another tag", err, digest.ErrCorrupt)
+	enginetest.RequireError(t, "commit of a damaged blob under another tag", err, digest.ErrCorrupt)
 	if keys := h.upstream.Tasks(); len(keys) != 1 {
 		t.Errorf("Dragonfly has %q", keys)
 	}
@@ -792,5 +773,5 @@ func TestClose(t *testing.T) {
 	if err := b.Close(); err != nil {
 		t.Fatal(err)
 	}
-	requireError(t, "open", <-result, p2p.ErrClosed)
+	enginetest.RequireError(t, "open", <-result, p2p.ErrClosed)
 }

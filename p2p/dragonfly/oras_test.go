@@ -21,6 +21,7 @@ import (
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/dragonfly"
 	"github.com/dfcache/dfcache/p2p/dragonfly/dragonflytest"
+	"github.com/dfcache/dfcache/p2p/enginetest"
 )
 
 func repository(t *testing.T, h *host, tag string) *blobstore.Repository {
@@ -114,7 +115,7 @@ func TestCopy(t *testing.T) {
 	}
 	requireSame(t, src, dst, root)
 	_, err = oras.Copy(t.Context(), repository(t, b, "other"), root.Digest.String(), memory.New(), "v1", oras.DefaultCopyOptions)
-	requireError(t, "copy from another repository", err, p2p.ErrNotFound)
+	enginetest.RequireError(t, "copy from another repository", err, p2p.ErrNotFound)
 }
 
 // The same by registries.

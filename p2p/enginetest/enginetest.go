@@ -175,6 +175,32 @@ func resolve(ctx context.Context, e p2p.Engine, tag string, id digest.CID) (p2p.
 	return info.Task, err
 }
 
+// Fetch opens a task's blob, wherever it is, and returns its content.
+func Fetch(ctx context.Context, e p2p.Engine, task p2p.Task) ([]byte, error) {
+	blob, err := e.Open(ctx, task, p2p.Network)
+	if err != nil {
+		return nil, err
+	}
+	defer blob.Close()
+	var content bytes.Buffer
+	err = blob.CopyRange(ctx, &content, 0, blob.Size(), nil)
+	return content.Bytes(), err
+}
+
+// RequireError ends the test where an error is not the one that is wanted, and fails it
+// where that does not say what it should.
+func RequireError(t testing.TB, what string, err, want error, says ...string) {
+	t.Helper()
+	if !errors.Is(err, want) {
+		t.Fatalf("%s: %v; want an error that is %q", what, err, want)
+	}
+	for _, text := range says {
+		if !strings.Contains(err.Error(), text) {
+			t.Errorf("%s: the error %q does not say %q", what, err, text)
+		}
+	}
+}
+
 // RequireContent fails the test unless the task has exactly this content, however it is read.
 func RequireContent(t *testing.T, e p2p.Engine, task p2p.Task, want []byte) {
 	t.Helper()

@@ -20,6 +20,7 @@ import (
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/pieces"
 	"github.com/dfcache/dfcache/p2p/swarm/schedule"
+	"github.com/dfcache/dfcache/p2p/throttle"
 )
 
 const (
@@ -1137,7 +1138,7 @@ func (w *watched) Read(p []byte) (int, error) {
 	if n > 0 {
 		if w.limit != nil {
 			w.watch.Stop()
-			if e := wait(w.ctx, w.limit, n); e != nil && err == nil {
+			if e := throttle.Wait(w.ctx, w.limit, n); e != nil && err == nil {
 				err = e
 			}
 		}

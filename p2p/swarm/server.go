@@ -14,6 +14,7 @@ import (
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/throttle"
 )
 
 // handler serves the peer API. Who asks has been proven by then.
@@ -172,7 +173,7 @@ func (s *Swarm) serveBlob(w http.ResponseWriter, r *http.Request, from peer.ID) 
 	if _, err := io.ReadFull(io.NewSectionReader(blob, 0, blob.Size()), b); err != nil {
 		return err
 	}
-	if err := wait(r.Context(), s.uploads.limiter, len(b)); err != nil {
+	if err := throttle.Wait(r.Context(), s.uploads.limiter, len(b)); err != nil {
 		return err
 	}
 	http.NewResponseController(w).SetWriteDeadline(time.Now().Add(sendTimeout))

@@ -22,6 +22,7 @@ import (
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/pieces"
 	"github.com/dfcache/dfcache/p2p/swarm/schedule"
+	"github.com/dfcache/dfcache/p2p/throttle"
 )
 
 // Options says how to be part of a swarm. Where a number is 0, its default counts.
@@ -155,12 +156,12 @@ func New(store *pieces.Store, network Network, opts Options) (_ *Swarm, err erro
 		uploads: &uploads{
 			slots:   opts.UploadSlots,
 			all:     semaphore.NewWeighted(int64(opts.MaxUploads)),
-			limiter: limiter(opts.UploadRate),
+			limiter: throttle.New(opts.UploadRate),
 			buffers: newBuffers(opts.Memory),
 			active:  map[digest.Digest]*upload{},
 		},
 		buffers:   newBuffers(opts.Memory),
-		limit:     limiter(opts.DownloadRate),
+		limit:     throttle.New(opts.DownloadRate),
 		log:       opts.Log,
 		manifests: newManifestCache(),
 		recent:    &recent{tasks: map[p2p.Task][]holder{}},

@@ -17,6 +17,7 @@ import (
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/pieces"
 	"github.com/dfcache/dfcache/p2p/swarm/schedule"
+	"github.com/dfcache/dfcache/p2p/throttle"
 )
 
 const (
@@ -383,7 +384,7 @@ func (s *Swarm) sendPiece(w http.ResponseWriter, up *upload, reply *pieceReply, 
 	}
 	entry := s.peers.get(to)
 	for chunk := range slices.Chunk(piece, sendChunk) {
-		if err := wait(context.Background(), s.uploads.limiter, len(chunk)); err != nil {
+		if err := throttle.Wait(context.Background(), s.uploads.limiter, len(chunk)); err != nil {
 			return err
 		}
 		control.SetWriteDeadline(time.Now().Add(sendTimeout))
@@ -395,26 +396,6 @@ func (s *Swarm) sendPiece(w http.ResponseWriter, up *upload, reply *pieceReply, 
 		}
 	}
 	return nil
-}
-
-// wait waits until n bytes may pass.
-func wait(ctx context.Context, l *rate.Limiter, n int) error {
-	for l != nil && n > 0 {
-		part := min(n, l.Burst())
-		if err := l.WaitN(ctx, part); err != nil {
-			return err
-		}
-		n -= part
-	}
-	return nil
-}
-
-// limiter makes a limiter of bytes in a second; 0 is no limit.
-func limiter(perSecond int64) *rate.Limiter {
-	if perSecond <= 0 {
-		return nil
-	}
-	return rate.NewLimiter(rate.Limit(perSecond), int(max(min(perSecond/20, sendChunk), 16<<10)))
 }
 
 // buffers are what pieces pass through. Their sum is bounded: who wants one waits.

@@ -27,6 +27,7 @@ import (
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/dragonfly/wire"
+	"github.com/dfcache/dfcache/p2p/throttle"
 )
 
 const (
@@ -609,7 +610,7 @@ func (r *watchedReader) Read(p []byte) (int, error) {
 	n, err := r.r.Read(p)
 	if n > 0 {
 		r.watch.kick()
-		if err := pass(r.ctx, r.d.e.down, n); err != nil {
+		if err := throttle.Wait(r.ctx, r.d.e.down, n); err != nil {
 			return 0, err
 		}
 		r.watch.kick()

@@ -29,6 +29,7 @@ import (
 	"github.com/dfcache/dfcache/p2p/dragonfly/whole"
 	"github.com/dfcache/dfcache/p2p/dragonfly/wire"
 	"github.com/dfcache/dfcache/p2p/pieces"
+	"github.com/dfcache/dfcache/p2p/throttle"
 )
 
 // Options says how to be a peer. Where a number is 0, its default counts.
@@ -155,7 +156,7 @@ func New(store *pieces.Store, opts Options) (*Engine, error) {
 	}
 	e := &Engine{
 		opts: opts, dir: dir, store: store, log: opts.Log,
-		sums: newSums(), up: limiter(opts.UploadRate), down: limiter(opts.DownloadRate),
+		sums: newSums(), up: throttle.New(opts.UploadRate), down: throttle.New(opts.DownloadRate),
 		client: newHTTPClient(opts), uploading: make(chan struct{}, opts.MaxUploads), sweepNow: make(chan struct{}, 1),
 		waiting: make(chan struct{}, opts.MaxUploads+maxWaiting), fresh: make(chan struct{}), held: map[string]*holding{},
 	}

@@ -87,14 +87,7 @@ func (h *host) stat(task p2p.Task, opts p2p.StatOptions) (p2p.Info, error) {
 
 // fetch opens a task's blob, wherever it is, and returns its content.
 func (h *host) fetch(ctx context.Context, task p2p.Task) ([]byte, error) {
-	blob, err := h.Open(ctx, task, p2p.Network)
-	if err != nil {
-		return nil, err
-	}
-	defer blob.Close()
-	var content bytes.Buffer
-	err = blob.CopyRange(ctx, &content, 0, blob.Size(), nil)
-	return content.Bytes(), err
+	return enginetest.Fetch(ctx, h, task)
 }
 
 func (h *host) requireFetched(task p2p.Task, want []byte) {
@@ -115,18 +108,6 @@ func (h *host) requireMissing(task p2p.Task) {
 		h.t.Errorf("%s is here: %v", task, err)
 	}
 	h.requireNothingLeft()
-}
-
-func requireError(t *testing.T, what string, err, want error, says ...string) {
-	t.Helper()
-	if !errors.Is(err, want) {
-		t.Fatalf("%s: %v; want an error that is %q", what, err, want)
-	}
-	for _, text := range says {
-		if !strings.Contains(err.Error(), text) {
-			t.Errorf("%s: the error %q does not say %q", what, err, text)
-		}
-	}
 }
 
 func idOf(task p2p.Task) string { return clustertest.TaskID(task.Digest.String(), task.Tag) }
@@ -227,11 +208,11 @@ func TestTwoHosts(t *testing.T) {
 	}
 	missing := p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("nowhere")}
 	_, err := b.Open(t.Context(), missing, p2p.Network)
-	requireError(t, "open", err, p2p.ErrNotFound)
+	enginetest.RequireError(t, "open", err, p2p.ErrNotFound)
 	_, err = b.stat(missing, p2p.StatOptions{})
-	requireError(t, "stat", err, p2p.ErrNotFound)
+	enginetest.RequireError(t, "stat", err, p2p.ErrNotFound)
 	_, err = b.Stat(t.Context(), "t", mustCID(t, "name"), p2p.StatOptions{})
-	requireError(t, "stat", err, p2p.ErrNotFound, "knows no names")
+	enginetest.RequireError(t, "stat", err, p2p.ErrNotFound, "knows no names")
 }
 
 func mustCID(t *testing.T, s string) digest.CID {
@@ -285,7 +266,7 @@ func TestBadPeers(t *testing.T) {
 					return // it is not asked at all
 				}
 				if c.want != nil {
-					requireError(t, "fetch", err, c.want)
+					enginetest.RequireError(t, "fetch", err, c.want)
 				}
 				if !strings.Contains(err.Error(), c.says) {
 					t.Errorf("the error %q does not say %q", err, c.says)
@@ -530,13 +511,13 @@ func TestHang(t *testing.T) {
 			}
 			continue
 		}
-		requireError(t, call, err, p2p.ErrUnreachable, s.Addr, "within 250ms")
-		requireError(t, call, err, p2p.ErrUnavailable)
+		enginetest.RequireError(t, call, err, p2p.ErrUnreachable, s.Addr, "within 250ms")
+		enginetest.RequireError(t, call, err, p2p.ErrUnavailable)
 		b.requireMissing(task)
 	}
 	s.Hang("AnnounceTask", "StatTask", "LeaveTask", "LeaveHost", "AnnounceHost")
 	other := enginetest.Import(t, b, "t", []byte("other"))
-	requireError(t, "health", b.Health(t.Context()), p2p.ErrUnavailable)
+	enginetest.RequireError(t, "health", b.Health(t.Context()), p2p.ErrUnavailable)
 	if deleted, err := b.Delete(t.Context(), "t", digest.FromDigest(other.Digest), p2p.DeleteOptions{}); err != nil || deleted.Tasks != 1 || len(deleted.Missed) == 0 {
 		t.Errorf("delete: %+v, %v", deleted, err)
 	}
@@ -567,13 +548,13 @@ func TestCallerGivesUp(t *testing.T) {
 		t.Fatal(err)
 	}
 	cancel(gone)
-	requireError(t, "fetch", <-result, gone)
+	enginetest.RequireError(t, "fetch", <-result, gone)
 	if err := s.Await(t.Context(), func() bool { return len(s.Results()) == 1 }); err != nil {
 		t.Fatal(err)
 	}
 	h = newHost(t, cluster.Options{Timeout: 200 * time.Millisecond}, s)
 	_, err := h.fetch(t.Context(), task)
-	requireError(t, "fetch", err, p2p.ErrUnreachable, "longer than 200ms")
+	enginetest.RequireError(t, "fetch", err, p2p.ErrUnreachable, "longer than 200ms")
 }
 
 // Bytes move no faster than they may, either way.
@@ -616,12 +597,12 @@ func TestDelete(t *testing.T) {
 	}
 	await(t, s, task, 0)
 	_, err = a.Delete(t.Context(), "t", id, p2p.DeleteOptions{})
-	requireError(t, "delete", err, p2p.ErrNotFound)
+	enginetest.RequireError(t, "delete", err, p2p.ErrNotFound)
 	// It can be imported again.
 	enginetest.Import(t, a, "t", data)
 	b.requireFetched(task, data)
 	_, err = a.Replicate(t.Context(), "t", id, 1)
-	requireError(t, "replicate", err, errors.ErrUnsupported)
+	enginetest.RequireError(t, "replicate", err, errors.ErrUnsupported)
 }
 
 // Damage is not sent, and is mended by what others have.
@@ -641,7 +622,7 @@ func TestDamage(t *testing.T) {
 	}
 	damage()
 	_, err := b.fetch(t.Context(), task)
-	requireError(t, "fetch", err, p2p.ErrUnreachable)
+	enginetest.RequireError(t, "fetch", err, p2p.ErrUnreachable)
 	b.requireMissing(task)
 	if failed := s.Failed(); len(failed) == 0 {
 		t.Error("nothing was reported")
@@ -750,7 +731,7 @@ func TestReregister(t *testing.T) {
 	task := enginetest.Import(t, a, "t", data)
 	s.Lose(3)
 	_, err := b.fetch(t.Context(), task)
-	requireError(t, "fetch", err, p2p.ErrUnreachable, "wants to be asked again")
+	enginetest.RequireError(t, "fetch", err, p2p.ErrUnreachable, "wants to be asked again")
 	s.Lose(2)
 	b.requireFetched(task, data)
 }

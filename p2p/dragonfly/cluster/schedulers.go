@@ -13,7 +13,6 @@ import (
 	schedulerv1 "d7y.io/api/v2/pkg/apis/scheduler/v1"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 	"stathat.com/c/consistent"
 
 	"github.com/dfcache/dfcache/p2p"
@@ -151,21 +150,15 @@ var errDown = fmt.Errorf("%w", wire.ErrAway)
 // [p2p.ErrNotFound] where it does not know what it was asked about, wire.ErrAway where
 // it does not answer.
 func (s *scheduler) call(ctx context.Context, what string, limit time.Duration, do func(context.Context) error) error {
-	limited, cancel := context.WithTimeout(ctx, limit)
-	defer cancel()
-	err := do(limited)
-	if err == nil {
-		return nil
+	st, late, err := wire.Call(ctx, limit, do)
+	if st == nil {
+		return err
 	}
-	if cause := context.Cause(ctx); cause != nil {
-		return cause
-	}
-	st := status.Convert(err)
 	at := fmt.Sprintf("%s: scheduler %s", what, s.addr)
 	switch code := wire.Code(st); {
 	case code == commonv1.Code_PeerTaskNotFound, code == commonv1.Code_SchedPeerNotFound:
 		return fmt.Errorf("%s: %w: %s", at, p2p.ErrNotFound, st.Message())
-	case limited.Err() != nil, st.Code() == codes.DeadlineExceeded:
+	case late:
 		return fmt.Errorf("%s: %w: no answer within %s: see that it runs", at, wire.ErrAway, limit)
 	case st.Code() == codes.Unavailable, st.Code() == codes.Canceled: // cancelled by the other side: ctx has not ended
 		return fmt.Errorf("%s: %w: %s: see that it runs, and that this is its address", at, errDown, wire.Reason(st))

@@ -23,6 +23,7 @@ import (
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/dragonfly/wire"
+	"github.com/dfcache/dfcache/p2p/throttle"
 )
 
 // maxPieces is how many pieces are described in one message at most: a megabyte of them.
@@ -252,7 +253,7 @@ func (u *uploader) Write(p []byte) (written int, err error) {
 	const chunk = 256 << 10 // has to move within the stall timeout
 	for len(p) > 0 {
 		part := p[:min(len(p), chunk)]
-		if err := pass(u.ctx, u.limit, len(part)); err != nil {
+		if err := throttle.Wait(u.ctx, u.limit, len(part)); err != nil {
 			return written, err
 		}
 		if err := u.control.SetWriteDeadline(time.Now().Add(u.stall)); err != nil {
@@ -269,23 +270,3 @@ func (u *uploader) Write(p []byte) (written int, err error) {
 }
 
 var _ io.Writer = (*uploader)(nil)
-
-// limiter makes a limiter of bytes in a second; 0 is no limit.
-func limiter(perSecond int64) *rate.Limiter {
-	if perSecond <= 0 {
-		return nil
-	}
-	return rate.NewLimiter(rate.Limit(perSecond), int(max(min(perSecond/20, 256<<10), 16<<10)))
-}
-
-// pass waits until n bytes may pass.
-func pass(ctx context.Context, l *rate.Limiter, n int) error {
-	for l != nil && n > 0 {
-		part := min(n, l.Burst())
-		if err := l.WaitN(ctx, part); err != nil {
-			return err
-		}
-		n -= part
-	}
-	return nil
-}

@@ -3,6 +3,7 @@
 package wire
 
 import (
+	"context"
 	"fmt"
 	"net/url"
 	"strconv"
@@ -43,6 +44,22 @@ func Dial(target string, opts ...grpc.DialOption) (*grpc.ClientConn, error) {
 	retry.BaseDelay, retry.MaxDelay = 100*time.Millisecond, time.Second
 	return grpc.NewClient(target, append(opts, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithDisableServiceConfig(),
 		grpc.WithConnectParams(grpc.ConnectParams{Backoff: retry, MinConnectTimeout: time.Second}))...)
+}
+
+// Call does a call within limit. Where it fails, it returns what the other side says, and
+// whether that is no answer in time; or the cause, where ctx has ended.
+func Call(ctx context.Context, limit time.Duration, do func(context.Context) error) (st *status.Status, late bool, err error) {
+	limited, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	failed := do(limited)
+	if failed == nil {
+		return nil, false, nil
+	}
+	if cause := context.Cause(ctx); cause != nil {
+		return nil, false, cause
+	}
+	st = status.Convert(failed)
+	return st, limited.Err() != nil || st.Code() == codes.DeadlineExceeded, nil
 }
 
 // ErrAway says that there is no way to what may be on other hosts. It matches
