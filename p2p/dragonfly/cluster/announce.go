@@ -284,12 +284,17 @@ func (e *Engine) announceAt(ctx context.Context, s *scheduler, id string, full b
 	if err != nil {
 		return fmt.Errorf("announce %s: %w", h.task, err)
 	}
-	return e.ask(ctx, s, "announce "+h.task.String(), func(ctx context.Context) error {
+	err = e.ask(ctx, s, "announce "+h.task.String(), func(ctx context.Context) error {
 		_, err := s.rpc.AnnounceTask(ctx, &schedulerv1.AnnounceTaskRequest{
 			TaskId: id, Url: wire.URL(h.task), UrlMeta: wire.Meta(h.task), PeerHost: e.host, PiecePacket: packet, TaskType: commonv1.TaskType_DfCache,
 		})
 		return err
 	})
+	if e.holding(id) != h {
+		// Deleted, or another peer's, meanwhile: who took it back may have come before this.
+		err = errors.Join(err, e.leaveAs(ctx, id, h))
+	}
+	return err
 }
 
 // ask calls a scheduler about a task.

@@ -605,6 +605,26 @@ func TestDelete(t *testing.T) {
 	enginetest.RequireError(t, "replicate", err, errors.ErrUnsupported)
 }
 
+// What is deleted while it is announced is not announced afterwards.
+func TestDeleteWhileAnnounced(t *testing.T) {
+	s := clustertest.StartScheduler(t)
+	h := newHost(t, cluster.Options{SweepInterval: 20 * time.Millisecond}, s)
+	task := enginetest.Import(t, h, "t", enginetest.Content(5<<20, 1))
+	s.Before("AnnounceTask", func() {
+		if _, err := h.Delete(context.WithoutCancel(t.Context()), "t", digest.FromDigest(task.Digest), p2p.DeleteOptions{}); err != nil {
+			t.Error(err)
+		}
+		if n := s.Knows(idOf(task)); n != 0 {
+			t.Errorf("the scheduler knows of %d peers after the delete, want none", n)
+		}
+	})
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	if err := s.Await(ctx, func() bool { return s.Calls("LeaveTask") == 2 && s.Knows(idOf(task)) == 0 }); err != nil {
+		t.Errorf("the scheduler knows of %d peers of a deleted task", s.Knows(idOf(task)))
+	}
+}
+
 // Damage is not sent, and is mended by what others have.
 func TestDamage(t *testing.T) {
 	s := clustertest.StartScheduler(t)

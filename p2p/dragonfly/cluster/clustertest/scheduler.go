@@ -54,6 +54,7 @@ type Scheduler struct {
 	results []*schedulerv1.PeerResult
 	failed  []*schedulerv1.PieceResult
 	hang    map[string]bool
+	before  map[string]func()
 	direct  []byte // sent in place of tiny content
 	lose    int    // downloads
 }
@@ -134,6 +135,13 @@ func (s *Scheduler) Hang(calls ...string) {
 	for _, call := range calls {
 		s.hang[call] = true
 	}
+}
+
+// Before has the scheduler call do before it does what the next such call asks.
+func (s *Scheduler) Before(call string, do func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.before = map[string]func(){call: do}
 }
 
 // Lie has the scheduler send something else for tiny content.
@@ -217,8 +225,12 @@ type validator interface{ Validate() error }
 // begin is the begin of a call. The end of it is noted when end is called.
 func (s *Scheduler) begin(ctx context.Context, call string, req validator) (end func(), err error) {
 	s.mu.Lock()
-	hang := s.hang[call]
+	hang, before := s.hang[call], s.before[call]
+	delete(s.before, call)
 	s.mu.Unlock()
+	if before != nil {
+		before()
+	}
 	if hang {
 		<-ctx.Done()
 		return nil, ctx.Err()
