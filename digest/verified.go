@@ -174,6 +174,7 @@ func (v *Verified) CopyRange(ctx context.Context, w io.Writer, off, n int64, pro
 		}
 	}
 
+	caller := ctx
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	type checked struct {
@@ -238,7 +239,8 @@ func (v *Verified) CopyRange(ctx context.Context, w io.Writer, off, n int64, pro
 			n, err := write(c.part)
 			written += n
 			if err != nil {
-				return cmp.Or(context.Cause(ctx), err) // it may have failed because of ctx
+				// It may have failed because of the caller's context, which ends before ours.
+				return cmp.Or(context.Cause(caller), err)
 			}
 			if progress != nil {
 				progress(written)

@@ -120,7 +120,8 @@ func (a *app) explain(ctx context.Context, cmd *cobra.Command, err error) error 
 	}
 	switch exit.Code(err) {
 	case exit.Timeout:
-		if ctx.Err() != nil {
+		// The daemon has the deadline, too, and may notice it first.
+		if deadline, set := ctx.Deadline(); set && !time.Now().Before(deadline) {
 			return &toldError{fmt.Sprintf("%s: not done within --timeout %s, and given up", cmd.Name(), a.timeout), err}
 		}
 	case exit.Interrupted:
