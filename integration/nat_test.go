@@ -1,7 +1,9 @@
 package integration
 
 import (
+	"bytes"
 	"fmt"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -101,6 +103,55 @@ func TestNATPunch(t *testing.T) {
 	a.awaitConnection(b)
 	public.kill()
 	b.export(data, "-i", cid)
+}
+
+// A router that opens a port when it is asked (UPnP) lets others in, those too that can't
+// punch holes. It has a public address: with another one the port would be of no use.
+func TestNATMapped(t *testing.T) {
+	l := newNetwork(t, "44.77.0.", 1)
+	public, a, b := l.hosts[0], l.addPrivate(samePort), l.addPrivate(anyPort)
+	a.openPorts()
+	public.start("--mdns=false")
+	a.start("--mdns=false", "--nat", "--bootstrap", public.address())
+	b.start("--mdns=false", "--bootstrap", public.address())
+	l.meet(2)
+	name, data, cid := l.file(1_000_000, 4)
+	a.ok("import", "-i", cid, name)
+	b.awaitConnection(a)
+	public.kill()
+	b.export(data, "-i", cid)
+}
+
+// openPorts has the host's router open ports on request.
+func (h *host) openPorts() {
+	t := h.lan.t
+	t.Helper()
+	router := fmt.Sprintf("%s-r%d", h.lan.name, h.n)
+	h.lan.ip("netns", "exec", router, "nft", `
+		table inet router {
+			chain ports { }
+			chain in_ports { type nat hook prerouting priority dstnat; }
+			chain out_ports { }
+			chain through { jump ports; }
+		}`)
+	conf := filepath.Join(h.home, "router.conf")
+	if err := os.WriteFile(conf, []byte("ext_ifname=eth0\nlistening_ip=eth1\nsecure_mode=yes\n"+
+		"upnp_table_name=router\nupnp_nat_table_name=router\nupnp_forward_chain=ports\nupnp_nat_chain=in_ports\nupnp_nat_postrouting_chain=out_ports\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("ip", "netns", "exec", router, "miniupnpd", "-d", "-f", conf, "-P", filepath.Join(h.home, "router.pid"))
+	var log bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &log, &log
+	if err := cmd.Start(); err != nil {
+		t.Fatalf("%v: install the package miniupnpd-nftables", err)
+	}
+	t.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+		if t.Failed() {
+			t.Logf("the router says:\n%s", &log)
+		}
+	})
 }
 
 // awaitConnection waits until there is a TCP connection from one host to the other.

@@ -165,7 +165,7 @@ func New(opts Options) (_ *Network, err error) {
 		wake: make(chan struct{}, 1),
 		up:   map[peer.ID]bool{},
 	}
-	n.relays = &relays{n: n, outside: map[peer.ID]*reservation{}, holes: map[peer.ID]*hole{}}
+	n.relays = &relays{n: n, outside: map[peer.ID]*reservation{}, direct: map[peer.ID]*retry{}}
 	n.ctx, n.cancel = context.WithCancel(context.Background())
 	defer func() {
 		if err != nil {

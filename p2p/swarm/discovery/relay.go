@@ -53,11 +53,11 @@ type relays struct {
 	mu      sync.Mutex
 	outside map[peer.ID]*reservation // connected peers that can relay
 	seen    []multiaddr.Multiaddr    // where peers see the port that this host listens at, or saw it last
-	holes   map[peer.ID]*hole        // to peers that have come over relays only
+	direct  map[peer.ID]*retry       // of connections with peers that there is only a relay to
 }
 
-// hole is what is tried again to punch.
-type hole struct {
+// retry says when something is tried again.
+type retry struct {
 	next  time.Time
 	pause time.Duration
 }
@@ -225,7 +225,7 @@ func (r *relays) isOutside(c network.Conn, observed multiaddr.Multiaddr) bool {
 func (r *relays) tend(ctx context.Context, now time.Time) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.punchAgain(now)
+	r.connectDirectly(ctx, now)
 	var idle []peer.ID
 	have, lost := 0, false
 	for p, res := range r.outside {
@@ -261,43 +261,51 @@ func (r *relays) tend(ctx context.Context, now time.Time) {
 	}
 }
 
-// punchAgain tries again with peers that have connected with this host over relays
-// only, with growing pauses: a hole does not always come about when a peer comes,
-// which is when libp2p tries. The caller holds mu.
-func (r *relays) punchAgain(now time.Time) {
-	if r.punch == nil || len(r.seen) == 0 {
-		return
-	}
-	// Whoever was connected with tries; where both were, one of them.
+// connectDirectly tries again and again, with growing pauses, to do without relays. Who
+// has dialled a peer in vain, and then over a relay, dials it once more: its router may
+// have opened a port meanwhile. Who was connected with punches a hole, which does not
+// always come about when a peer comes, when libp2p tries. The caller holds mu.
+func (r *relays) connectDirectly(ctx context.Context, now time.Time) {
+	swarm := r.n.host.Network()
 	relayed := map[peer.ID]bool{}
-	for _, p := range r.n.host.Network().Peers() {
-		conns := r.n.host.Network().ConnsToPeer(p)
+	for _, p := range swarm.Peers() {
+		conns := swarm.ConnsToPeer(p)
 		is := func(d network.Direction) bool {
 			return slices.ContainsFunc(conns, func(c network.Conn) bool { return c.Stat().Direction == d })
 		}
-		direct := slices.ContainsFunc(conns, func(c network.Conn) bool { return !isRelayed(c.RemoteMultiaddr()) })
-		relayed[p] = !direct && is(network.DirInbound) && (!is(network.DirOutbound) || r.n.host.ID() < p)
-	}
-	for p := range r.holes {
-		if !relayed[p] {
-			delete(r.holes, p)
-		}
-	}
-	for p := range relayed {
-		h := r.holes[p]
-		if h == nil && relayed[p] {
-			pause := 10 * r.n.opts.tick
-			r.holes[p] = &hole{now.Add(pause), pause}
-		}
-		if h == nil || now.Before(h.next) {
+		if slices.ContainsFunc(conns, func(c network.Conn) bool { return !isRelayed(c.RemoteMultiaddr()) }) {
 			continue
 		}
-		h.pause = min(2*h.pause, 600*r.n.opts.tick)
-		h.next = now.Add(h.pause)
-		r.asking.Go(func() {
-			err := r.punch.DirectConnect(p)
-			r.n.log.Debug("tried again to punch a hole", "peer", p, "error", err)
-		})
+		relayed[p] = true
+		again := r.direct[p]
+		if again == nil {
+			pause := 10 * r.n.opts.tick
+			r.direct[p] = &retry{now.Add(pause), pause}
+		}
+		if again == nil || now.Before(again.next) {
+			continue
+		}
+		again.pause = min(2*again.pause, 600*r.n.opts.tick)
+		again.next = now.Add(again.pause)
+		// Where both were connected with, one of them punches.
+		punches := r.punch != nil && len(r.seen) > 0 && is(network.DirInbound) && (!is(network.DirOutbound) || r.n.host.ID() < p)
+		if punches {
+			r.asking.Go(func() {
+				err := r.punch.DirectConnect(p)
+				r.n.log.Debug("tried again to punch a hole", "peer", p, "error", err)
+			})
+		}
+		if is(network.DirOutbound) {
+			r.asking.Go(func() {
+				_, err := swarm.DialPeer(network.WithForceDirectDial(ctx, "it is connected over a relay"), p)
+				r.n.log.Debug("tried again without a relay", "peer", p, "error", err)
+			})
+		}
+	}
+	for p := range r.direct {
+		if !relayed[p] {
+			delete(r.direct, p)
+		}
 	}
 }
 
