@@ -251,7 +251,8 @@ func (b *bench) machine() {
 	}
 	kernel := strings.TrimSpace(string(must(exec.Command("uname", "-sr").Output())))
 	fs := strings.TrimSpace(string(must(exec.Command("stat", "-f", "-c", "%T", b.dir).Output())))
-	b.printf("Machine: %s, %d cores, %s, %s; %s; %s.%s\n\n", cpu, runtime.NumCPU(), kernel, fs, runtime.Version(), time.Now().UTC().Format(time.DateOnly), pageReporting())
+	tcp := strings.TrimSpace(string(must(os.ReadFile("/proc/sys/net/ipv4/tcp_congestion_control"))))
+	b.printf("Machine: %s, %d cores, %s, %s, TCP with %s; %s; %s.%s\n\n", cpu, runtime.NumCPU(), kernel, fs, tcp, runtime.Version(), time.Now().UTC().Format(time.DateOnly), pageReporting())
 }
 
 // pageReporting says whether the kernel tells a host which memory is free, which

@@ -226,7 +226,7 @@ func (b *bench) smallFromPeer(n, size int) {
 
 // crowds measures flash crowds of so many daemons each, on links of so many Mbit/s.
 func (b *bench) crowds(counts, rates []string, size int64) {
-	b.printf("## One file to many daemons at once\n\nOne dfdaemon has %s, N others fetch it at the same moment, each in a network namespace with the same rate both ways (tc tbf, which lets up to 100 ms of it wait). "+
+	b.printf("## One file to many daemons at once\n\nOne dfdaemon has %s, N others fetch it at the same moment, each in a network namespace with the same rate both ways (tc tbf, which lets up to 100 ms of it wait) and TCP's congestion control cubic, Linux's default. "+
 		"Until the last export has ended, with TLS, over what the bytes alone take at that rate; the headers of TCP and IP make that 1.05. "+
 		"All daemons share this machine's processors, which are busy to more than 80 %% with 16 at 25 Mbit/s.\n\n| N | Mbit/s | s | min | max | size / rate | ratio |\n|---:|---:|---:|---:|---:|---:|---:|\n", mib(size))
 	for _, rate := range rates {
@@ -268,6 +268,7 @@ func (b *bench) flashCrowd(n int, size int64, mbit int) (samples []sample) {
 		run("ip", "-n", ns(i), "link", "set", "lo", "up")
 		run("ip", "-n", ns(i), "addr", "add", fmt.Sprintf("10.78.0.%d/24", i+1), "dev", "eth0")
 		run("ip", "-n", ns(i), "link", "set", "eth0", "up")
+		run("ip", "netns", "exec", ns(i), "sh", "-c", "echo cubic >/proc/sys/net/ipv4/tcp_congestion_control")
 		shape(ns(i), "eth0")
 		shape(name, port)
 	}
