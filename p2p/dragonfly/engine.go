@@ -167,9 +167,6 @@ func (e *Engine) sweep(all bool) error {
 		if err == nil {
 			err = e.handInBlob(e.ctx, entry.Task)
 		}
-		if _, gone := e.store.Stat(e.ctx, entry.Task.Tag, digest.FromDigest(entry.Task.Digest), p2p.StatOptions{Scope: p2p.Local}); errors.Is(gone, p2p.ErrNotFound) {
-			err = e.upstream.delete(e.ctx, entry.Task) // deleted meanwhile, there perhaps before
-		}
 		if errors.Is(err, p2p.ErrUnavailable) || e.ctx.Err() != nil {
 			return err
 		}
@@ -340,7 +337,11 @@ func (e *Engine) handInBlob(ctx context.Context, task p2p.Task) error {
 	if err != nil {
 		return err
 	}
-	return e.upstream.importFile(ctx, task, blob.File().Name(), e.opts.Timeout)
+	err = e.upstream.importFile(ctx, task, blob.File().Name(), e.opts.Timeout)
+	if _, gone := e.store.Stat(ctx, task.Tag, digest.FromDigest(task.Digest), p2p.StatOptions{Scope: p2p.Local}); errors.Is(gone, p2p.ErrNotFound) {
+		err = e.upstream.delete(ctx, task) // deleted meanwhile, there perhaps before
+	}
+	return err
 }
 
 // Forget implements [whole.Network]: it has Dragonfly's dfdaemon delete tasks, and asks

@@ -714,6 +714,26 @@ func TestDeleteCopies(t *testing.T) {
 	}
 }
 
+// What is deleted while it is handed in is not in Dragonfly afterwards.
+func TestDeleteWhileHandedIn(t *testing.T) {
+	h := newHost(t, new(dragonflytest.Cluster), dragonfly.Options{})
+	data := []byte("data")
+	task := p2p.Task{Tag: "t", Digest: digest.SHA256.FromBytes(data)}
+	h.upstream.OnCall(func(_ context.Context, call string) error {
+		if call == "ImportTask" {
+			if _, err := h.delete(task); err != nil {
+				t.Error(err)
+			}
+		}
+		return nil
+	})
+	enginetest.Import(t, h, task.Tag, data)
+	if left := h.upstream.Tasks(); len(left) > 0 {
+		t.Errorf("Dragonfly has %v still", left)
+	}
+	h.requireMissing(task)
+}
+
 // What Dragonfly drops is handed in again, and it is told again of what it has, for its
 // scheduler.
 func TestSweep(t *testing.T) {

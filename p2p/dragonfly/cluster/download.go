@@ -16,6 +16,7 @@ import (
 	"os"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	commonv1 "d7y.io/api/v2/pkg/apis/common/v1"
@@ -610,7 +611,10 @@ func (r *watchedReader) Read(p []byte) (int, error) {
 	n, err := r.r.Read(p)
 	if n > 0 {
 		r.watch.kick()
-		if err := throttle.Wait(r.ctx, r.d.e.down, n); err != nil {
+		r.watch.holding.Add(1)
+		err := throttle.Wait(r.ctx, r.d.e.down, n)
+		r.watch.holding.Add(-1)
+		if err != nil {
 			return 0, err
 		}
 		r.watch.kick()
@@ -618,12 +622,13 @@ func (r *watchedReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// watchdog ends a context when nothing has happened for a while.
+// watchdog ends a context when nothing has happened for a while, and nobody holds it.
 type watchdog struct {
-	ctx   context.Context
-	end   context.CancelCauseFunc
-	timer *time.Timer
-	limit time.Duration
+	ctx     context.Context
+	end     context.CancelCauseFunc
+	timer   *time.Timer
+	limit   time.Duration
+	holding atomic.Int32 // who wait for something of ours
 }
 
 var errStalled = errors.New("nothing came")
@@ -631,7 +636,13 @@ var errStalled = errors.New("nothing came")
 func newWatchdog(ctx context.Context, limit time.Duration) *watchdog {
 	w := &watchdog{limit: limit}
 	w.ctx, w.end = context.WithCancelCause(ctx)
-	w.timer = time.AfterFunc(limit, func() { w.end(errStalled) })
+	w.timer = time.AfterFunc(limit, func() {
+		if w.holding.Load() > 0 {
+			w.kick()
+		} else {
+			w.end(errStalled)
+		}
+	})
 	return w
 }
 

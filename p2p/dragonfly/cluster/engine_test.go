@@ -573,6 +573,14 @@ func TestRates(t *testing.T) {
 	}
 }
 
+// A rate at which little passes in the stall timeout is not taken for a peer that stalls.
+func TestLowRate(t *testing.T) {
+	s := clustertest.StartScheduler(t)
+	a, b := newHost(t, cluster.Options{}, s), newHost(t, cluster.Options{DownloadRate: 64 << 10, StallTimeout: 600 * time.Millisecond}, s)
+	data := enginetest.Content(128<<10, 1)
+	b.requireFetched(enginetest.Import(t, a, "t", data), data)
+}
+
 // What is deleted here is not asked of this host any more; what others keep is said.
 func TestDelete(t *testing.T) {
 	s := clustertest.StartScheduler(t)
