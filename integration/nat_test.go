@@ -126,6 +126,9 @@ func TestNATMapped(t *testing.T) {
 func (h *host) openPorts() {
 	t := h.lan.t
 	t.Helper()
+	if _, err := exec.LookPath("miniupnpd"); err != nil {
+		t.Fatalf("%v: install the package miniupnpd-nftables", err)
+	}
 	router := fmt.Sprintf("%s-r%d", h.lan.name, h.n)
 	h.lan.ip("netns", "exec", router, "nft", `
 		table inet router {
@@ -143,7 +146,7 @@ func (h *host) openPorts() {
 	var log bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &log, &log
 	if err := cmd.Start(); err != nil {
-		t.Fatalf("%v: install the package miniupnpd-nftables", err)
+		t.Fatal(err)
 	}
 	t.Cleanup(func() {
 		cmd.Process.Kill()
