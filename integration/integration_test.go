@@ -43,12 +43,27 @@ func TestMain(m *testing.M) {
 	}
 	dfcache, dfdaemon = filepath.Join(dir, "dfcache"), filepath.Join(dir, "dfdaemon")
 	code := m.Run()
+	for _, process := range running(dfdaemon) {
+		log.Printf("%s runs still: its test has not ended it", process)
+		code = 1
+	}
 	os.RemoveAll(dir)
 	if err := goleak.Find(); err != nil && code == 0 {
 		log.Print(err)
 		code = 1
 	}
 	os.Exit(code)
+}
+
+// running returns the processes, as directories in /proc, that run a program.
+func running(program string) (processes []string) {
+	links, _ := filepath.Glob("/proc/[0-9]*/exe") // fails for a bad pattern only
+	for _, link := range links {
+		if exe, err := os.Readlink(link); err == nil && exe == program {
+			processes = append(processes, filepath.Dir(link))
+		}
+	}
+	return processes
 }
 
 // quickExit keeps programs with the race detector from sleeping for a second
@@ -86,7 +101,7 @@ func startDaemon(t *testing.T, home string, wrap ...string) *daemon {
 	return startDaemonWith(t, home, nil, wrap...)
 }
 
-// startDaemonWith is startDaemon with further flags of the daemon.
+// startDaemonWith is startDaemon with further flags of the daemon. It ends with the test.
 func startDaemonWith(t *testing.T, home string, flags []string, wrap ...string) *daemon {
 	t.Helper()
 	d := &daemon{home: home, socket: filepath.Join(home, "run", "s")}
@@ -119,6 +134,7 @@ func startDaemonWith(t *testing.T, home string, flags []string, wrap ...string) 
 	if at := regexp.MustCompile(`, registry https?://[^ ]+:(\d+),`).FindStringSubmatch(d.says); at != nil {
 		d.host = "localhost:" + at[1]
 	}
+	t.Cleanup(func() { d.stop(t, syscall.SIGTERM) })
 	return d
 }
 
