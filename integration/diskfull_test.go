@@ -8,7 +8,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -32,7 +31,6 @@ func TestDiskFull(t *testing.T) {
 		wrap = []string{"unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount}
 	}
 	d := startDaemon(t, home, wrap...)
-	defer d.stop(t, syscall.SIGTERM)
 	inside := filepath.Join("/proc", fmt.Sprint(d.cmd.Process.Pid), "root", data)
 	store := d.dial(t)
 	defer store.Close()
@@ -113,7 +111,6 @@ func freeBlocks(t *testing.T, path string) uint64 {
 func TestOutputDiskFull(t *testing.T) {
 	home := tempHome(t)
 	d := startDaemon(t, home)
-	defer d.stop(t, syscall.SIGTERM)
 	store := d.dial(t)
 	defer store.Close()
 	if _, err := repository(t, store, "").Import(t.Context(), "big", bytes.NewReader(content(8<<20, 1)), blobstore.ImportOptions{}); err != nil {

@@ -27,7 +27,6 @@ func TestDocument(t *testing.T) {
 	}
 	home := tempHome(t)
 	d := startDaemon(t, home)
-	defer func() { d.stop(t, syscall.SIGTERM) }()
 	u := newUser(t, d)
 	for name := range clients {
 		u.command(nil, []string{name}) // fails where it is missing

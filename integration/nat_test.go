@@ -97,12 +97,7 @@ func TestNATPunch(t *testing.T) {
 	for _, h := range []*host{a, b} {
 		h.start("--mdns=false", "--nat", "--bootstrap", public.address())
 	}
-	l.meet(2)
-	name, data, cid := l.file(1_000_000, 4)
-	a.ok("import", "-i", cid, name)
-	a.awaitConnection(b)
-	public.kill()
-	b.export(data, "-i", cid)
+	l.requireDirect(public, a, b)
 }
 
 // A router that opens a port when it is asked (UPnP) lets others in, those too that can't
@@ -114,11 +109,18 @@ func TestNATMapped(t *testing.T) {
 	public.start("--mdns=false")
 	a.start("--mdns=false", "--nat", "--bootstrap", public.address())
 	b.start("--mdns=false", "--bootstrap", public.address())
+	l.requireDirect(public, a, b)
+}
+
+// requireDirect fails the test unless two hosts that have met over a third connect with
+// each other, and exchange a file without it.
+func (l *lan) requireDirect(relay, a, b *host) {
+	l.t.Helper()
 	l.meet(2)
 	name, data, cid := l.file(1_000_000, 4)
 	a.ok("import", "-i", cid, name)
 	b.awaitConnection(a)
-	public.kill()
+	relay.kill()
 	b.export(data, "-i", cid)
 }
 

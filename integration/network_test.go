@@ -168,18 +168,13 @@ func (h *host) in() []string { return []string{"ip", "netns", "exec", h.netns} }
 func (h *host) start(flags ...string) {
 	t := h.lan.t
 	t.Helper()
-	h.daemon = startDaemonWith(t, h.home, append([]string{"--swarm-key", h.lan.key}, flags...), h.in()...)
-	d := h.daemon
 	t.Cleanup(func() {
-		if d.cmd.ProcessState == nil {
-			d.cmd.Process.Signal(syscall.SIGTERM)
-			d.cmd.Wait()
-		}
 		if t.Failed() {
 			log, _ := os.ReadFile(filepath.Join(h.home, "logs", "dfdaemon.log"))
 			t.Logf("the log of host %d ends with:\n%s", h.n, log[max(0, len(log)-4000):])
 		}
 	})
+	h.daemon = startDaemonWith(t, h.home, append([]string{"--swarm-key", h.lan.key}, flags...), h.in()...)
 }
 
 // kill ends the daemon as a power cut would.

@@ -227,7 +227,6 @@ func TestDataDirectoryIsLayout(t *testing.T) {
 		}
 	}
 	near := startDaemon(t, home)
-	defer near.stop(t, syscall.SIGTERM)
 	u.run("oras", "cp", remote.host+"/models:v1", near.host+"/models:v1")
 	manifest := u.run("oras", "manifest", "fetch", near.host+"/models:v1")
 	check := func(t *testing.T, as *user, wrap ...string) {

@@ -57,7 +57,6 @@ func TestStopLetsImportEnd(t *testing.T) {
 	}
 
 	d = startDaemon(t, home)
-	defer d.stop(t, syscall.SIGTERM)
 	if out, errs, code := d.run(t, nil, "export", "-i", "v1", "-"); out != "hello, world" || code != 0 {
 		t.Errorf("export after that: %q, exit code %d, %s", out, code, errs)
 	}

@@ -240,6 +240,7 @@ func (n *Network) maintain(ctx context.Context) {
 		n.book.alive(connected, now)
 		n.relays.tend(ctx, now)
 		if ticked {
+			n.relays.connectDirectly(ctx, now)
 			n.announcer.tick()
 			n.tendMDNS(now)
 			if ticks%10 == 0 {

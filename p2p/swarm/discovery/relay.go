@@ -225,7 +225,6 @@ func (r *relays) isOutside(c network.Conn, observed multiaddr.Multiaddr) bool {
 func (r *relays) tend(ctx context.Context, now time.Time) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.connectDirectly(ctx, now)
 	var idle []peer.ID
 	have, lost := 0, false
 	for p, res := range r.outside {
@@ -264,8 +263,10 @@ func (r *relays) tend(ctx context.Context, now time.Time) {
 // connectDirectly tries again and again, with growing pauses, to do without relays. Who
 // has dialled a peer in vain, and then over a relay, dials it once more: its router may
 // have opened a port meanwhile. Who was connected with punches a hole, which does not
-// always come about when a peer comes, when libp2p tries. The caller holds mu.
+// always come about when a peer comes, when libp2p tries.
 func (r *relays) connectDirectly(ctx context.Context, now time.Time) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	swarm := r.n.host.Network()
 	relayed := map[peer.ID]bool{}
 	for _, p := range swarm.Peers() {
