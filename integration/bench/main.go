@@ -45,7 +45,12 @@ func main() {
 	rates := flag.String("rates", "10,25", "their links, in Mbit/s")
 	hash := flag.String("sha256", "", "only hash this file, as the process to compare with")
 	served := flag.String("serve", "", "only serve this file over HTTP and HTTPS, as the process to compare with")
+	fetched := flag.String("fetch", "", "only get this URL, hash it and write it to the file that is the argument, as the process to compare with")
 	flag.Parse()
+	if *fetched != "" {
+		fetch(*fetched, flag.Arg(0))
+		return
+	}
 	if *served != "" {
 		serve(*served)
 		return
@@ -75,6 +80,11 @@ func hashFile(name string) {
 	h := sha256.New()
 	must(io.CopyBuffer(h, struct{ io.Reader }{f}, make([]byte, 1<<20)))
 	fmt.Printf("%x\n", h.Sum(nil))
+}
+
+// hash returns the SHA-256 of a file, in hexadecimal digits.
+func (b *bench) hash(name string) string {
+	return strings.TrimSpace(string(must(exec.Command(b.self, "-sha256", name).Output())))
 }
 
 func must[T any](v T, err error) T {
@@ -285,7 +295,7 @@ func (b *bench) files(size int64) {
 	file, copied := b.file(size), filepath.Join(b.dir, "copy")
 	defer os.Remove(file)
 	defer os.Remove(copied)
-	digest := "sha256:" + strings.TrimSpace(string(must(exec.Command(b.self, "-sha256", file).Output())))
+	digest := "sha256:" + b.hash(file)
 	fresh := func() {
 		os.Remove(copied)
 		must(0, exec.Command("sync").Run())

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"fmt"
 	"io"
@@ -10,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -64,11 +66,17 @@ func (b *bench) registries(tools string) {
 	tools = must(filepath.Abs(tools))
 	theirs, stop := b.distribution(tools)
 	defer stop()
-	servers := []server{{"dfdaemon", b.registry, b.daemon.Process.Pid, func() {
+	ours := server{"dfdaemon", b.registry, b.daemon.Process.Pid, func() {
 		exec.Command(b.dfcache, "delete", "-t", "bench", "-i", "v1").Run() // in the first round there is none
-	}}, theirs}
+	}}
+	floor := new(nothing)
+	listener := must(net.Listen("tcp", "127.0.0.1:0"))
+	defer listener.Close()
+	go http.Serve(listener, floor)
+	none := server{"none", listener.Addr().String(), os.Getpid(), floor.empty}
 	b.printf("## The registry, with oras and beside distribution\n\n`oras push` and `oras pull` v1.3.3 as whole processes, plain HTTP on loopback, against dfdaemon and distribution v3.1.2 with a file system. " +
-		"dfdaemon has everything on disk when it answers, distribution does not sync.\n\n" +
+		"dfdaemon has everything on disk when it answers, distribution does not sync. " +
+		"\"none\" is what oras takes by itself: a Go HTTP server that hashes nothing, throws away what is pushed, and sends the same files by sendfile when they are pulled.\n\n" +
 		"| what | command | registry | wall ms | min | max | its CPU ms | peak MiB | wall / distribution | CPU / distribution |\n|---|---|---|---:|---:|---:|---:|---:|---:|---:|\n")
 	os.Setenv("HOME", b.dir) // oras has settings there
 	os.Unsetenv("ORAS_CACHE")
@@ -77,14 +85,14 @@ func (b *bench) registries(tools string) {
 		files int
 		size  int64
 	}{{"1 MiB", 1, 1 << 20}, {"100 MiB", 1, 100 << 20}, {"1 GiB", 1, 1 << 30}, {"1000 files of 10 KiB", 1000, 10 << 10}} {
-		b.pushAndPull(what.name, what.files, what.size, filepath.Join(tools, "oras"), servers)
+		b.pushAndPull(what.name, what.files, what.size, filepath.Join(tools, "oras"), []server{ours, none, theirs}, floor)
 	}
 	b.printf("\n")
-	b.latencies(servers)
+	b.latencies([]server{ours, theirs})
 }
 
 // pushAndPull measures one row for each command and server.
-func (b *bench) pushAndPull(what string, files int, size int64, oras string, servers []server) {
+func (b *bench) pushAndPull(what string, files int, size int64, oras string, servers []server, floor *nothing) {
 	in, out := filepath.Join(b.dir, "push"), filepath.Join(b.dir, "pull")
 	must(0, os.MkdirAll(in, 0o755))
 	defer os.RemoveAll(in)
@@ -96,6 +104,7 @@ func (b *bench) pushAndPull(what string, files int, size int64, oras string, ser
 		must(io.CopyN(f, random, size))
 		must(0, f.Close())
 		names = append(names, name)
+		floor.content.Store("sha256:"+b.hash(f.Name()), f.Name())
 	}
 	must(0, os.Chdir(in))
 	defer os.Chdir(b.dir)
@@ -137,6 +146,56 @@ func (b *bench) pushAndPull(what string, files int, size int64, oras string, ser
 			b.printf("| %s | %s | %s | %.0f | %.0f | %.0f | %.0f | %d | %.2f | %s |\n", what, verb, s.name,
 				ms(median(got, wall)), ms(slices.MinFunc(got, byWall).wall), ms(slices.MaxFunc(got, byWall).wall),
 				ms(median(got, cpu)), peaks[row{verb, s.name}], ms(median(got, wall))/ms(median(base, wall)), ratio)
+		}
+	}
+}
+
+// nothing is as little of a registry as oras needs: see [bench.registries].
+type nothing struct {
+	content sync.Map // by digest or tag: the path of a file, or bytes
+}
+
+// empty forgets what was pushed.
+func (n *nothing) empty() {
+	n.content.Range(func(name, content any) bool {
+		if _, pushed := content.([]byte); pushed {
+			n.content.Delete(name)
+		}
+		return true
+	})
+}
+
+func (n *nothing) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	name := path.Base(r.URL.Path)
+	switch {
+	case r.Method == "POST":
+		w.Header().Set("Location", r.URL.Path+"session")
+		w.WriteHeader(http.StatusAccepted)
+	case r.Method == "PUT" && r.ContentLength > 1<<20:
+		must(io.Copy(io.Discard, r.Body))
+		w.WriteHeader(http.StatusCreated)
+	case r.Method == "PUT":
+		content := must(io.ReadAll(r.Body))
+		if strings.Contains(r.URL.Path, "/manifests/") {
+			n.content.Store(name, content)
+			name = fmt.Sprintf("sha256:%x", sha256.Sum256(content))
+		} else {
+			name = r.URL.Query().Get("digest")
+		}
+		n.content.LoadOrStore(name, content)
+		w.WriteHeader(http.StatusCreated)
+	case r.Method == "HEAD" && strings.Contains(r.URL.Path, "/blobs/"):
+		w.WriteHeader(http.StatusNotFound) // so that it is pushed
+	default:
+		switch content, _ := n.content.Load(name); content := content.(type) {
+		case []byte:
+			w.Header().Set("Content-Type", "application/vnd.oci.image.manifest.v1+json")
+			w.Header().Set("Docker-Content-Digest", fmt.Sprintf("sha256:%x", sha256.Sum256(content)))
+			http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(content))
+		case string:
+			http.ServeFile(w, r, content)
+		default:
+			w.WriteHeader(http.StatusNotFound)
 		}
 	}
 }
