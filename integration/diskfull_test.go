@@ -24,13 +24,7 @@ func TestDiskFull(t *testing.T) {
 	if err := os.Mkdir(data, 0o750); err != nil {
 		t.Fatal(err)
 	}
-	// The file system is mounted where only the daemon sees it, and goes when the daemon does.
-	mount := fmt.Sprintf(`mount -t tmpfs -o size=16m,mode=750 none %s && exec "$0" "$@"`, data)
-	wrap := []string{"unshare", "--mount", "sh", "-c", mount}
-	if os.Geteuid() != 0 {
-		wrap = []string{"unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount}
-	}
-	d := startDaemon(t, home, wrap...)
+	d := startDaemon(t, home, onSmallDisk(data)...)
 	inside := filepath.Join("/proc", fmt.Sprint(d.cmd.Process.Pid), "root", data)
 	store := d.dial(t)
 	defer store.Close()
@@ -95,6 +89,16 @@ func TestDiskFull(t *testing.T) {
 	if _, err := r.Import(t.Context(), "after", bytes.NewReader(content(10<<20, 3)), blobstore.ImportOptions{}); err != nil {
 		t.Errorf("import after space was freed: %v", err)
 	}
+}
+
+// onSmallDisk returns a command that runs a daemon with a file system of 16 MiB mounted
+// at dir, where only the daemon sees it. It goes when the daemon does.
+func onSmallDisk(dir string) []string {
+	mount := fmt.Sprintf(`mount -t tmpfs -o size=16m,mode=750 none %s && exec "$0" "$@"`, dir)
+	if os.Geteuid() != 0 {
+		return []string{"unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount}
+	}
+	return []string{"unshare", "--mount", "sh", "-c", mount}
 }
 
 func freeBlocks(t *testing.T, path string) uint64 {

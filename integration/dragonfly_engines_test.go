@@ -4,11 +4,13 @@ import (
 	"bytes"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p/dragonfly/cluster/clustertest"
 	"github.com/dfcache/dfcache/p2p/dragonfly/dragonflytest"
+	"github.com/dfcache/dfcache/p2p/dragonfly/persistent/persistenttest"
 )
 
 // dragonflyHost is a dfdaemon with Dragonfly for its network.
@@ -19,7 +21,7 @@ type dragonflyHost struct {
 
 func startOnDragonfly(t *testing.T, flags ...string) dragonflyHost {
 	t.Helper()
-	return dragonflyHost{startDaemonWith(t, tempHome(t), append([]string{"--swarm-key", "off"}, flags...)), t}
+	return dragonflyHost{startDaemonWith(t, tempHome(t), append(flags, "--swarm-key", "off")), t}
 }
 
 func (h dragonflyHost) ok(args ...string) string {
@@ -62,6 +64,22 @@ func TestDragonflyBeside(t *testing.T) {
 	b.requireExport(a.add(content), content)
 }
 
+// The same with the newer one, which speaks the API v2.
+func TestDragonflyPersistent(t *testing.T) {
+	upstream := persistenttest.StartCluster(t)
+	flags := []string{"--engine", "dragonfly-v2", "--dragonfly-schedulers", upstream.Addr, "--dragonfly-daemon"}
+	a := startOnDragonfly(t, append(flags, upstream.Start(t).Socket)...)
+	b := startOnDragonfly(t, append(flags, upstream.Start(t).Socket)...)
+	content := bytes.Repeat([]byte("content "), 1<<20)
+	cid := a.add(content)
+	b.requireExport(cid, content)
+	a.ok("delete", "-t", "models", "-i", cid)
+	b.ok("delete", "-t", "models", "-i", cid)
+	if left := upstream.States(); len(left) > 0 {
+		t.Errorf("Dragonfly has %v", left)
+	}
+}
+
 // What one host imports, another exports, and so does a daemon of Dragonfly; and the reverse.
 func TestDragonflyCluster(t *testing.T) {
 	schedulers := clustertest.StartScheduler(t)
@@ -82,4 +100,34 @@ func TestDragonflyCluster(t *testing.T) {
 		t.Fatal(err)
 	}
 	a.requireExport(cid, content)
+}
+
+// A host whose disk is too small for what it fetches says so, keeps nothing of it, and goes on.
+func TestDragonflyDiskFull(t *testing.T) {
+	newer, schedulers := persistenttest.StartCluster(t), clustertest.StartScheduler(t)
+	for engine, flags := range map[string]func() []string{
+		"dragonfly-v2": func() []string {
+			return []string{"--dragonfly-schedulers", newer.Addr, "--dragonfly-daemon", newer.Start(t).Socket}
+		},
+		"dragonfly-cluster": func() []string {
+			return []string{"--dragonfly-schedulers", schedulers.Addr, "--dragonfly-advertise", "127.0.0.1",
+				"--dragonfly-peer-listen", "127.0.0.1:0", "--dragonfly-upload-listen", "127.0.0.1:0"}
+		},
+	} {
+		t.Run(engine, func(t *testing.T) {
+			a := startOnDragonfly(t, append(flags(), "--engine", engine)...)
+			home := tempHome(t)
+			data := filepath.Join(home, "data")
+			if err := os.Mkdir(data, 0o750); err != nil {
+				t.Fatal(err)
+			}
+			b := dragonflyHost{startDaemonWith(t, home, append(flags(), "--engine", engine, "--swarm-key", "off"), onSmallDisk(data)...), t}
+			big, small := content(20<<20, 1), content(1<<20, 2)
+			_, says, code := b.run(t, nil, "export", "-t", "models", "-i", a.add(big), "-O", filepath.Join(home, "out"))
+			if code != 7 || !strings.Contains(says, "free some space") {
+				t.Errorf("exit status %d, %s", code, says)
+			}
+			b.requireExport(a.add(small), small)
+		})
+	}
 }

@@ -16,7 +16,7 @@ var layers = [][]string{
 	{"cmd/internal/logs", "cmd/internal/manual", "cmd/internal/profiling", "cmd/internal/settings", "cmd/internal/tracing"},
 	{"cmd/internal/build", "cmd/internal/exit", "cmd/internal/paths", "docs"},
 	{"blobstore/registry", "blobstore/dragonfly"},
-	{"blobstore", "p2p/swarm", "p2p/swarm/discovery", "p2p/dragonfly", "p2p/dragonfly/cluster"}, // none of these knows another
+	{"blobstore", "p2p/swarm", "p2p/swarm/discovery", "p2p/dragonfly", "p2p/dragonfly/cluster", "p2p/dragonfly/persistent"}, // none of these knows another
 	{"p2p/rpc", "p2p/dragonfly/whole"},
 	{"p2p/rpc/pb", "p2p/pieces", "p2p/dragonfly/wire", "p2p/throttle"},
 	{"p2p"},
@@ -26,19 +26,20 @@ var layers = [][]string{
 // notLinked are modules that a package must not depend on, however indirectly:
 // each costs every start of the program, or ties a layer to what it must not know.
 var notLinked = map[string][]string{
-	"cmd/dfcache":           {"github.com/libp2p/", "github.com/russross/blackfriday", "github.com/cpuguy83/go-md2man"},
-	"cmd/dfdaemon":          {"github.com/russross/blackfriday", "github.com/cpuguy83/go-md2man"},
-	"blobstore/registry":    {"github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk"},
-	"blobstore/dragonfly":   {"github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk", "d7y.io/dragonfly"},
-	"blobstore":             {"oras.land/oras-go/v2/registry", "github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk", "go.opentelemetry.io/otel/exporters"},
-	"p2p/rpc":               {"github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk"},
-	"p2p/swarm":             {"github.com/libp2p/go-libp2p-kad-dht", "google.golang.org/grpc", "github.com/spf13/"},
-	"p2p/dragonfly":         {"github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk", "d7y.io/dragonfly"},
-	"p2p/dragonfly/cluster": {"github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk", "d7y.io/dragonfly"},
-	"p2p/swarm/schedule":    {"github.com/libp2p/", "google.golang.org/", "golang.org/x/", "github.com/spf13/"},
-	"p2p/pieces":            {"google.golang.org/grpc", "github.com/spf13/", "github.com/libp2p/"},
-	"p2p":                   {"google.golang.org/", "go.etcd.io/", "github.com/spf13/", "github.com/libp2p/"},
-	"digest":                {"google.golang.org/", "go.etcd.io/", "golang.org/x/", "github.com/spf13/", "github.com/libp2p/"},
+	"cmd/dfcache":              {"github.com/libp2p/", "github.com/russross/blackfriday", "github.com/cpuguy83/go-md2man"},
+	"cmd/dfdaemon":             {"github.com/russross/blackfriday", "github.com/cpuguy83/go-md2man"},
+	"blobstore/registry":       {"github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk"},
+	"blobstore/dragonfly":      {"github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk", "d7y.io/dragonfly"},
+	"blobstore":                {"oras.land/oras-go/v2/registry", "github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk", "go.opentelemetry.io/otel/exporters"},
+	"p2p/rpc":                  {"github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk"},
+	"p2p/swarm":                {"github.com/libp2p/go-libp2p-kad-dht", "google.golang.org/grpc", "github.com/spf13/"},
+	"p2p/dragonfly":            {"github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk", "d7y.io/dragonfly"},
+	"p2p/dragonfly/cluster":    {"github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk", "d7y.io/dragonfly"},
+	"p2p/dragonfly/persistent": {"github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk", "d7y.io/dragonfly"},
+	"p2p/swarm/schedule":       {"github.com/libp2p/", "google.golang.org/", "golang.org/x/", "github.com/spf13/"},
+	"p2p/pieces":               {"google.golang.org/grpc", "github.com/spf13/", "github.com/libp2p/"},
+	"p2p":                      {"google.golang.org/", "go.etcd.io/", "github.com/spf13/", "github.com/libp2p/"},
+	"digest":                   {"google.golang.org/", "go.etcd.io/", "golang.org/x/", "github.com/spf13/", "github.com/libp2p/"},
 }
 
 func goList(t *testing.T, args ...string) []string {

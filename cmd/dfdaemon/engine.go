@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -16,6 +17,7 @@ import (
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/dragonfly"
 	"github.com/dfcache/dfcache/p2p/dragonfly/cluster"
+	"github.com/dfcache/dfcache/p2p/dragonfly/persistent"
 	"github.com/dfcache/dfcache/p2p/pieces"
 	"github.com/dfcache/dfcache/p2p/swarm"
 	"github.com/dfcache/dfcache/p2p/swarm/discovery"
@@ -26,6 +28,7 @@ const (
 	engineOwn       = "own"
 	engineDragonfly = "dragonfly"
 	engineCluster   = "dragonfly-cluster"
+	engineV2        = "dragonfly-v2"
 )
 
 // engineOptions are the values of the flags that say what the network is.
@@ -41,10 +44,10 @@ type engineOptions struct {
 }
 
 func (o *engineOptions) flags(flags *pflag.FlagSet) {
-	flags.StringVar(&o.kind, "engine", engineOwn, "`where` to get what is not here: own is the swarm of dfdaemons, dragonfly a Dragonfly whose dfdaemon runs on this host, dragonfly-cluster the Dragonfly cluster of which this daemon is a peer itself")
-	flags.StringVar(&o.socket, "dragonfly-daemon", dragonfly.DefaultSocket, "unix `socket` of Dragonfly's dfdaemon, with --engine dragonfly")
+	flags.StringVar(&o.kind, "engine", engineOwn, "`where` to get what is not here: own is the swarm of dfdaemons, dragonfly a Dragonfly whose dfdaemon runs on this host, dragonfly-cluster the Dragonfly cluster of which this daemon is a peer itself, dragonfly-v2 a Dragonfly of the API v2, whose dfdaemon in Rust runs on this host")
+	flags.StringVar(&o.socket, "dragonfly-daemon", "", "unix `socket` of Dragonfly's dfdaemon, with --engine dragonfly and dragonfly-v2 (default "+dragonfly.DefaultSocket+"; "+persistent.DefaultSocket+" with dragonfly-v2)")
 	flags.DurationVar(&o.timeout, "dragonfly-timeout", dragonfly.DefaultTimeout, "how long Dragonfly may take to import or export a file, and with --engine dragonfly-cluster how long it may take to fetch one")
-	flags.StringVar(&o.schedulers, "dragonfly-schedulers", "", "`addresses` of all schedulers of the Dragonfly cluster, HOST:PORT with commas between them, as Dragonfly's daemons have them, with --engine dragonfly-cluster")
+	flags.StringVar(&o.schedulers, "dragonfly-schedulers", "", "`addresses` of all schedulers of the Dragonfly cluster, HOST:PORT with commas between them, as Dragonfly's daemons have them, with --engine dragonfly-cluster; with dragonfly-v2 one is enough")
 	flags.StringVar(&o.advertise, "dragonfly-advertise", "", "`IP` by which the hosts of the Dragonfly cluster reach this one (default the one from which the first scheduler is reached)")
 	flags.StringVar(&o.peerListen, "dragonfly-peer-listen", cluster.DefaultPeerListen, "`address` where the daemons of the Dragonfly cluster ask this one for pieces, without TLS; port 0 is any free port")
 	flags.StringVar(&o.uploadListen, "dragonfly-upload-listen", cluster.DefaultUploadListen, "`address` where they fetch them; port 0 is any free port")
@@ -59,12 +62,10 @@ func (o *options) checkEngine(cmd *cobra.Command) error {
 	switch e := &o.engine; {
 	case e.kind == engineOwn:
 		return nil
-	case e.kind != engineDragonfly && e.kind != engineCluster:
-		return exit.FlagError(cmd, fmt.Errorf("--engine %q: use %s, %s or %s", e.kind, engineOwn, engineDragonfly, engineCluster))
-	case e.kind == engineCluster && len(split(e.schedulers)) == 0:
-		return exit.FlagError(cmd, fmt.Errorf("--engine %s: name the schedulers with --dragonfly-schedulers", engineCluster))
-	case e.kind == engineDragonfly && e.socket == "":
-		return exit.FlagError(cmd, errors.New("--dragonfly-daemon is empty: name the socket of Dragonfly's dfdaemon"))
+	case e.kind != engineDragonfly && e.kind != engineCluster && e.kind != engineV2:
+		return exit.FlagError(cmd, fmt.Errorf("--engine %q: use %s, %s, %s or %s", e.kind, engineOwn, engineDragonfly, engineCluster, engineV2))
+	case e.kind != engineDragonfly && len(split(e.schedulers)) == 0:
+		return exit.FlagError(cmd, fmt.Errorf("--engine %s: name the schedulers with --dragonfly-schedulers", e.kind))
 	case e.timeout <= 0:
 		return exit.FlagError(cmd, fmt.Errorf("--dragonfly-timeout %s: want a duration above zero, such as 10m", e.timeout))
 	}
@@ -87,38 +88,74 @@ func (o *options) checkEngine(cmd *cobra.Command) error {
 	if rel, err := filepath.Rel(dragonflyData, o.dataDir); err == nil && filepath.IsLocal(rel) {
 		return exit.FlagError(cmd, fmt.Errorf("--data-dir %s: Dragonfly's dfdaemon keeps its cache in %s, and removes there what it does not know when it starts: choose another directory", o.dataDir, dragonflyData))
 	}
+	if o.engine.socket == "" {
+		o.engine.socket = dragonfly.DefaultSocket
+		if o.engine.kind == engineV2 {
+			o.engine.socket = persistent.DefaultSocket
+		}
+	}
 	socket, err := filepath.Abs(o.engine.socket)
 	if err != nil {
 		return err
 	}
 	o.engine.socket = socket
-	if own, err := filepath.Abs(o.dragonflySocket); err == nil && own == socket {
+	if samePath(o.dragonflySocket, socket) {
 		return exit.FlagError(cmd, fmt.Errorf("--dragonfly-sock and --dragonfly-daemon are both %s: the one is where this daemon stands in for Dragonfly's, the other where that one listens", socket))
 	}
+	if samePath(o.socket, socket) {
+		return exit.FlagError(cmd, fmt.Errorf("--daemon-sock and --dragonfly-daemon are both %s: give this daemon, and dfcache, another one", socket))
+	}
 	return nil
+}
+
+// samePath reports whether two paths, of what need not exist, are one.
+func samePath(a, b string) bool {
+	resolve := func(path string) string {
+		if dir, err := filepath.EvalSymlinks(filepath.Dir(path)); err == nil {
+			path = filepath.Join(dir, filepath.Base(path))
+		}
+		path, _ = filepath.Abs(path)
+		// The one is a link to the other, also where there is nothing in it yet.
+		if rest, found := strings.CutPrefix(path, "/var/run/"); found {
+			path = "/run/" + rest
+		}
+		return path
+	}
+	return resolve(a) == resolve(b)
 }
 
 // openEngine gives the store its network, as the flags say. It takes over the store,
 // also where it fails. at is who the daemon is there.
 func (d *daemon) openEngine(ctx context.Context, store *pieces.Store, key discovery.Key, inSwarm bool, warn func(string)) (engine p2p.Engine, at string, err error) {
-	switch {
-	case d.engine.kind == engineDragonfly:
-		e, err := dragonfly.New(store, dragonfly.Options{
+	var e interface {
+		p2p.Engine
+		Health(context.Context) error
+	}
+	who := "Dragonfly"
+	switch d.engine.kind {
+	case engineDragonfly:
+		at = "Dragonfly at " + d.engine.socket
+		e, err = dragonfly.New(store, dragonfly.Options{
 			Socket:         d.engine.socket,
 			LookupTimeout:  d.swarm.lookup,
 			Timeout:        d.engine.timeout,
 			DetectManifest: blobstore.DetectManifest,
 			Log:            d.log,
 		})
-		if err != nil {
-			return nil, "", errors.Join(err, store.Close())
-		}
-		if err := e.Health(ctx); err != nil {
-			warn(fmt.Sprintf("going on alone until Dragonfly answers: %v", err))
-		}
-		return e, "Dragonfly at " + d.engine.socket, nil
-	case d.engine.kind == engineCluster:
-		e, err := cluster.New(store, cluster.Options{
+	case engineV2:
+		at = "Dragonfly at " + d.engine.socket
+		e, err = persistent.New(store, persistent.Options{
+			Socket:         d.engine.socket,
+			Schedulers:     split(d.engine.schedulers),
+			LookupTimeout:  d.swarm.lookup,
+			Timeout:        d.engine.timeout,
+			DetectManifest: blobstore.DetectManifest,
+			Log:            d.log,
+		})
+	case engineCluster:
+		who = "a scheduler of Dragonfly"
+		var c *cluster.Engine
+		c, err = cluster.New(store, cluster.Options{
 			Schedulers:     split(d.engine.schedulers),
 			Advertise:      d.engine.advertise,
 			PeerListen:     d.engine.peerListen,
@@ -133,19 +170,25 @@ func (d *daemon) openEngine(ctx context.Context, store *pieces.Store, key discov
 			DetectManifest: blobstore.DetectManifest,
 			Log:            d.log,
 		})
-		if err != nil {
-			return nil, "", errors.Join(err, store.Close())
+		if err == nil {
+			at = "in Dragonfly at " + c.Address()
 		}
-		if err := e.Health(ctx); err != nil {
-			warn(fmt.Sprintf("going on alone until a scheduler of Dragonfly answers: %v", err))
+		e = c
+	default:
+		if !inSwarm {
+			return store, "none", nil
 		}
-		return e, "in Dragonfly at " + e.Address(), nil
-	case inSwarm:
 		joined, err := d.joinSwarm(store, key)
 		if err != nil {
 			return nil, "", errors.Join(err, store.Close())
 		}
 		return joined, joined.ID(), nil
 	}
-	return store, "none", nil
+	if err != nil {
+		return nil, "", errors.Join(err, store.Close())
+	}
+	if err := e.Health(ctx); err != nil {
+		warn(fmt.Sprintf("going on alone until %s answers: %v", who, err))
+	}
+	return e, at, nil
 }

@@ -66,8 +66,8 @@ with passwords, unless the flags say that it goes without.
 
 With a swarm key it trades content with the other daemons that have the same
 ('dfdaemon help swarm'). With --engine dragonfly it has a Dragonfly for that, whose
-dfdaemon runs on this host; with --engine dragonfly-cluster it is a peer of
-Dragonfly's daemons itself.
+dfdaemon runs on this host, dragonfly-v2 for the newer one in Rust; with --engine
+dragonfly-cluster it is a peer of Dragonfly's daemons itself.
 
 SETTINGS
 ========

@@ -7,13 +7,11 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"strings"
 	"time"
 
 	commonv1 "d7y.io/api/v2/pkg/apis/common/v1"
 	dfdaemonv1 "d7y.io/api/v2/pkg/apis/dfdaemon/v1"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/codes"
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/dfcache/dfcache/p2p"
@@ -102,20 +100,14 @@ func (c *client) call(ctx context.Context, what string, limit time.Duration, awa
 		return err
 	}
 	at := fmt.Sprintf("%s: Dragonfly's dfdaemon at %s", what, c.socket)
-	switch code := wire.Code(st); {
-	case code == commonv1.Code_PeerTaskNotFound:
+	code := wire.Code(st)
+	if code == commonv1.Code_PeerTaskNotFound {
 		return fmt.Errorf("%s: %w: %s", at, p2p.ErrNotFound, st.Message())
-	case late, code == commonv1.Code_RequestTimeOut:
-		return fmt.Errorf("%s: %w: no answer within %s: see its log, and whether its scheduler runs", at, away, limit)
-	case st.Code() == codes.Unavailable, st.Code() == codes.Canceled: // cancelled by the other side: ctx has not ended
-		advice := "see that it runs, and that this is its socket"
-		if strings.Contains(st.Message(), "permission denied") {
-			advice = "this user may not use its socket: run this dfdaemon as root, or as the user of Dragonfly's"
-		} else if strings.Contains(st.Message(), "dial tcp") { // an error of its own
-			advice = "it runs, but does not reach its scheduler"
-		}
-		return fmt.Errorf("%s: %w: %s: %s", at, away, wire.Reason(st), advice)
-	case code >= commonv1.Code_ClientError && errors.Is(away, p2p.ErrUnreachable): // and above: of its scheduler and its sources
+	}
+	if err := wire.Silent(at, st, late || code == commonv1.Code_RequestTimeOut, limit, away); err != nil {
+		return err
+	}
+	if code >= commonv1.Code_ClientError && errors.Is(away, p2p.ErrUnreachable) { // and above: of its scheduler and its sources
 		return fmt.Errorf("%s: %w: %s: see its log", at, away, st.Message())
 	}
 	return fmt.Errorf("%s: %s", at, st.Message())

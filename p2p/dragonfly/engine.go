@@ -21,8 +21,6 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/time/rate"
-
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/dragonfly/whole"
@@ -53,8 +51,6 @@ const (
 	// DefaultTimeout bounds an import or an export.
 	DefaultTimeout = 10 * time.Minute
 
-	// sweepRate is how many tasks a second a sweep hands in at most.
-	sweepRate = 50
 	// sweepsADay is how many sweeps there are to one that copies to Dragonfly what it has dropped.
 	sweepsADay = 24
 	// deleteTimeout bounds what Dragonfly does for one delete of ours.
@@ -81,7 +77,6 @@ type Engine struct {
 	*whole.Engine
 	opts     Options
 	dir      string // for what comes from Dragonfly and is not verified yet
-	store    *pieces.Store
 	upstream *client
 	log      *slog.Logger
 
@@ -121,60 +116,25 @@ func New(store *pieces.Store, opts Options) (*Engine, error) {
 	if err != nil {
 		return nil, err
 	}
-	e := &Engine{opts: opts, dir: dir, store: store, upstream: upstream, log: opts.Log}
+	e := &Engine{opts: opts, dir: dir, upstream: upstream, log: opts.Log}
 	e.ctx, e.cancel = context.WithCancel(context.Background())
 	e.Engine = whole.New(store, network{e}, whole.Options{DetectManifest: opts.DetectManifest, Log: opts.Log})
-	e.sweeping.Go(e.sweepAll)
+	e.sweeping.Go(func() { e.SweepEvery(e.ctx, opts.SweepInterval, e.sweep) })
 	return e, nil
 }
 
-// sweepAll hands in what the store holds again and again, until the engine is closed.
-func (e *Engine) sweepAll() {
-	tick := time.NewTicker(e.opts.SweepInterval)
-	defer tick.Stop()
-	for n := 0; ; n++ {
-		if err := e.sweep(n%sweepsADay == 0); err != nil && e.ctx.Err() == nil {
-			e.log.Warn("Dragonfly has not been told of all that is here: it will be", "error", err)
-			n = -1 // it may be another one when it answers
-		}
-		select {
-		case <-tick.C:
-		case <-e.ctx.Done():
-			return
-		}
-	}
-}
-
-// sweep hands in every task of the store; with those that Dragonfly's dfdaemon does not
-// have, if it is to be all. It fails where that does not answer.
-func (e *Engine) sweep(all bool) error {
-	pace := rate.NewLimiter(sweepRate, 1)
-	for entry, err := range e.store.List(e.ctx, p2p.Query{}) {
-		if err == nil && entry.Name == "" {
-			err = pace.Wait(e.ctx)
-		}
-		if err != nil {
-			return err
-		}
-		if entry.Name != "" {
-			continue
-		}
-		if !all {
-			if err = e.upstream.stat(e.ctx, entry.Task, true, e.opts.LookupTimeout); errors.Is(err, p2p.ErrNotFound) {
-				continue
+// sweep hands in a task of the store once more; one that Dragonfly's dfdaemon does not
+// have any more once a day.
+func (e *Engine) sweep(ctx context.Context, task p2p.Task, n int) error {
+	if n%sweepsADay != 0 {
+		if err := e.upstream.stat(ctx, task, true, e.opts.LookupTimeout); err != nil {
+			if errors.Is(err, p2p.ErrNotFound) {
+				return nil
 			}
-		}
-		if err == nil {
-			err = e.handInBlob(e.ctx, entry.Task)
-		}
-		if errors.Is(err, p2p.ErrUnavailable) || e.ctx.Err() != nil {
 			return err
 		}
-		if err != nil {
-			e.log.Warn("a file was not handed to Dragonfly", "task", entry.Task.String(), "error", err)
-		}
 	}
-	return nil
+	return e.handInBlob(ctx, task)
 }
 
 // network is what [whole.Engine] sees of Dragonfly.
@@ -205,17 +165,7 @@ func (n network) Deletable(ctx context.Context, task p2p.Task) error {
 
 // Holders implements [whole.Network].
 func (n network) Holders(ctx context.Context, task p2p.Task) (*p2p.Holders, error) {
-	err := n.upstream.stat(ctx, task, false, n.opts.LookupTimeout)
-	switch {
-	case err == nil:
-		return &p2p.Holders{Asked: 1, Some: 1, Whole: 1}, nil
-	case errors.Is(err, p2p.ErrNotFound):
-		return &p2p.Holders{Asked: 1}, nil
-	case context.Cause(ctx) != nil:
-		return nil, err
-	}
-	n.log.Warn("Dragonfly does not say who has a task", "task", task.String(), "error", err)
-	return &p2p.Holders{Asked: 1, Silent: 1}, nil
+	return n.HoldersOf(ctx, task, n.upstream.stat(ctx, task, false, n.opts.LookupTimeout))
 }
 
 // Bring implements [whole.Network]: it has Dragonfly export a task's blob, and stores it.
@@ -282,71 +232,28 @@ func (e *Engine) take(ctx context.Context, task p2p.Task, name string) error {
 
 // Offer implements [whole.Network].
 func (n network) Offer(ctx context.Context, tasks []p2p.Task) error {
-	seen := map[p2p.Task]bool{}
-	for _, task := range tasks {
-		if err := n.handIn(ctx, task, seen); err != nil {
-			return fmt.Errorf("it is stored on this host, but Dragonfly has not got all of it: %w; then import it again", err)
-		}
-	}
-	return nil
-}
-
-// handIn hands a task to Dragonfly, and what it refers to, as far as that is here: an
-// earlier commit may have failed to, and whoever pushes again leaves out what is here.
-func (e *Engine) handIn(ctx context.Context, task p2p.Task, seen map[p2p.Task]bool) error {
-	if seen[task] {
-		return nil
-	}
-	seen[task] = true
-	info, err := e.store.Stat(ctx, task.Tag, digest.FromDigest(task.Digest), p2p.StatOptions{Scope: p2p.Local, Manifest: true})
-	if errors.Is(err, p2p.ErrNotFound) {
-		return nil // deleted meanwhile
-	}
-	if err != nil {
-		return err
-	}
-	if err := e.handInBlob(ctx, task); err != nil {
-		return err
-	}
-	if info.Manifest == nil {
-		return nil
-	}
-	for _, ref := range info.Manifest.Refs {
-		if err := e.handIn(ctx, ref.Task, seen); err != nil {
-			return err
-		}
-	}
-	return nil
+	return n.HandIn(ctx, tasks, n.handInBlob)
 }
 
 // handInBlob has Dragonfly import a blob, which is verified before where Dragonfly's
 // dfdaemon does not have it yet. Where it has, it tells its scheduler once more.
 func (e *Engine) handInBlob(ctx context.Context, task p2p.Task) error {
-	blob, err := e.store.OpenForPeers(ctx, task)
-	if errors.Is(err, p2p.ErrNotFound) {
-		return nil // deleted meanwhile
+	hand := func(blob *pieces.Blob) error {
+		err := e.upstream.stat(ctx, task, true, e.opts.LookupTimeout)
+		if errors.Is(err, p2p.ErrNotFound) {
+			err = blob.CopyRange(ctx, io.Discard, 0, blob.Size(), nil)
+		}
+		if err != nil {
+			return err
+		}
+		return e.upstream.importFile(ctx, task, blob.File().Name(), e.opts.Timeout)
 	}
-	if err != nil {
-		return err
-	}
-	defer blob.Close()
-	err = e.upstream.stat(ctx, task, true, e.opts.LookupTimeout)
-	if errors.Is(err, p2p.ErrNotFound) {
-		err = blob.CopyRange(ctx, io.Discard, 0, blob.Size(), nil)
-	}
-	if err != nil {
-		return err
-	}
-	err = e.upstream.importFile(ctx, task, blob.File().Name(), e.opts.Timeout)
-	if _, gone := e.store.Stat(ctx, task.Tag, digest.FromDigest(task.Digest), p2p.StatOptions{Scope: p2p.Local}); errors.Is(gone, p2p.ErrNotFound) {
-		err = e.upstream.delete(ctx, task) // deleted meanwhile, there perhaps before
-	}
-	return err
+	return e.HandInBlob(ctx, task, hand, func() error { return e.upstream.delete(ctx, task) })
 }
 
 // Forget implements [whole.Network]: it has Dragonfly's dfdaemon delete tasks, and asks
 // whether that was all.
-func (n network) Forget(ctx context.Context, tasks []p2p.Task) (missed []p2p.Missed) {
+func (n network) Forget(ctx context.Context, tasks []p2p.Task, _ bool) (missed []p2p.Missed) {
 	miss := func(reason string) {
 		missed = append(missed, p2p.Missed{Peer: "Dragonfly", Address: n.opts.Socket, Reason: reason})
 	}

@@ -54,8 +54,9 @@ func (disk) Rename(from, to string) error { return os.Rename(from, to) }
 
 func (disk) Remove(name string) error { return os.Remove(name) }
 
-// diskError makes an error of the file system match [p2p.ErrNoSpace] where it is one of space.
-func diskError(err error) error {
+// DiskError makes an error of the file system match [p2p.ErrNoSpace] where it is one of
+// space, for all who write beside a [Store], too.
+func DiskError(err error) error {
 	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
 		return fmt.Errorf("%w: %w: free some space on the data directory's disk and try again", p2p.ErrNoSpace, err)
 	}

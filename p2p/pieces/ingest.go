@@ -74,7 +74,7 @@ func (in *ingest) Add(src io.Reader, opts p2p.AddOptions) (p2p.Added, error) {
 		err = cause
 	}
 	if err != nil {
-		return p2p.Added{}, diskError(err)
+		return p2p.Added{}, DiskError(err)
 	}
 	return p2p.Added{Digest: a.table.Digest, Size: a.table.Size}, nil
 }
@@ -315,7 +315,7 @@ func (in *ingest) Rehash(d, want digest.Digest) (p2p.Added, error) {
 		err = cause
 	}
 	if err != nil {
-		return p2p.Added{}, diskError(err)
+		return p2p.Added{}, DiskError(err)
 	}
 	return p2p.Added{Digest: a.table.Digest, Size: a.table.Size}, nil
 }
@@ -411,7 +411,7 @@ func (in *ingest) Commit(c p2p.Commit) error {
 	}
 	if err != nil {
 		// Files that are in place already go when the ingest is closed.
-		return diskError(err)
+		return DiskError(err)
 	}
 	in.done = true
 	for _, a := range fresh {

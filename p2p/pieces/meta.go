@@ -177,7 +177,7 @@ func openMeta(path string) (db *bbolt.DB, err error) {
 		return nil, fmt.Errorf("metadata %s: %w: another process has it open", path, p2p.ErrUnavailable)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("metadata %s: %w", path, diskError(err))
+		return nil, fmt.Errorf("metadata %s: %w", path, DiskError(err))
 	}
 	var version []byte
 	complete := false
@@ -198,7 +198,7 @@ func openMeta(path string) (db *bbolt.DB, err error) {
 	}
 	if err != nil {
 		db.Close()
-		return nil, fmt.Errorf("metadata %s: %w", path, diskError(err))
+		return nil, fmt.Errorf("metadata %s: %w", path, DiskError(err))
 	}
 	return db, nil
 }
@@ -302,7 +302,7 @@ func (s *Store) runUpdates(jobs []*job[func(*bbolt.Tx) error]) {
 		if failed != nil {
 			continue // again, without the one that failed
 		}
-		err = fmt.Errorf("write the metadata: %w", diskError(err))
+		err = fmt.Errorf("write the metadata: %w", DiskError(err))
 		if !errors.Is(err, p2p.ErrNoSpace) {
 			// After a failed write or fsync nobody knows what is on disk.
 			// Going on could acknowledge what is not there.

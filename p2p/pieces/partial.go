@@ -63,11 +63,11 @@ func (s *Store) Partial(ctx context.Context, d digest.Digest) (*Partial, error) 
 	}
 	f, err := os.OpenFile(p.name, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
-		return nil, diskError(err)
+		return nil, DiskError(err)
 	}
 	if p.read, err = os.Open(p.name); err != nil {
 		f.Close()
-		return nil, diskError(err)
+		return nil, DiskError(err)
 	}
 	s.partials[d] = true
 	p.f = f
@@ -90,7 +90,7 @@ func (p *Partial) seed(ctx context.Context) error {
 		return err
 	}
 	defer in.Close()
-	return diskError(copyChunks(p.f, in, func(c copied) error {
+	return DiskError(copyChunks(p.f, in, func(c copied) error {
 		if c.used != nil {
 			buffers.Put(c.used)
 		}
@@ -135,7 +135,7 @@ func (p *Partial) Use(ctx context.Context, size int64, chain []byte) error {
 		return err
 	} else if info.Size() > size {
 		if err := p.f.Truncate(size); err != nil {
-			return diskError(err)
+			return DiskError(err)
 		}
 	}
 	if err := p.verify(ctx, t); err != nil {
@@ -150,7 +150,7 @@ func (p *Partial) Use(ctx context.Context, size int64, chain []byte) error {
 	}
 	temporary := p.name + ".new"
 	if err := os.WriteFile(temporary, b, 0o600); err != nil {
-		return diskError(err)
+		return DiskError(err)
 	}
 	return os.Rename(temporary, p.name+tableSuffix)
 }
@@ -273,7 +273,7 @@ func (p *Partial) Receive(i int, r io.Reader, buf []byte) error {
 		return err
 	}
 	if _, err := p.f.WriteAt(piece, start); err != nil {
-		return diskError(err)
+		return DiskError(err)
 	}
 	if !p.hold(t, i, crc) {
 		return ErrStale
@@ -338,13 +338,13 @@ func (p *Partial) Commit(ctx context.Context, c p2p.Commit) (err error) {
 		err = p.s.files.Rename(p.name, a.name)
 	}
 	if err != nil {
-		return errors.Join(diskError(err), p.Close())
+		return errors.Join(DiskError(err), p.Close())
 	}
 	os.Remove(p.name + tableSuffix) // of no use any more; one that stays is removed as a partial
 	p.f = nil                       // it is the ingest's
 	p.forget(0)
 	if _, err := in.keep(a); err != nil {
-		return diskError(err)
+		return DiskError(err)
 	}
 	return in.Commit(c)
 }

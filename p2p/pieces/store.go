@@ -120,7 +120,7 @@ func open(dir string, opts Options, files files) (_ *Store, err error) {
 		}
 	}
 	if err := s.makeDirs(); err != nil {
-		return nil, fmt.Errorf("open store %s: %w", dir, diskError(err))
+		return nil, fmt.Errorf("open store %s: %w", dir, DiskError(err))
 	}
 	if err := s.takeLock(opts.Address); err != nil {
 		return nil, fmt.Errorf("open store %s: %w", dir, err)
@@ -145,7 +145,7 @@ func open(dir string, opts Options, files files) (_ *Store, err error) {
 	if err != nil {
 		s.db.Close()
 		s.lock.Close()
-		return nil, fmt.Errorf("open store %s: recover: %w", dir, diskError(err))
+		return nil, fmt.Errorf("open store %s: recover: %w", dir, DiskError(err))
 	}
 	return s, nil
 }

@@ -28,6 +28,7 @@ import (
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/dragonfly/wire"
+	"github.com/dfcache/dfcache/p2p/pieces"
 	"github.com/dfcache/dfcache/p2p/throttle"
 )
 
@@ -586,7 +587,7 @@ func copyTo(w io.Writer, r io.Reader) (n int64, err error) {
 		got, failed := r.Read(buf)
 		if got > 0 {
 			if _, err := w.Write(buf[:got]); err != nil {
-				return n, err
+				return n, pieces.DiskError(err)
 			}
 			n += int64(got)
 		}

@@ -299,7 +299,7 @@ func (n network) Offer(ctx context.Context, tasks []p2p.Task) error {
 
 // Forget implements [whole.Network]: it tells schedulers that tasks are not here any
 // more, and asks whether others have them.
-func (n network) Forget(ctx context.Context, tasks []p2p.Task) (missed []p2p.Missed) {
+func (n network) Forget(ctx context.Context, tasks []p2p.Task, _ bool) (missed []p2p.Missed) {
 	miss := func(task p2p.Task, reason string) {
 		missed = append(missed, p2p.Missed{Peer: "Dragonfly", Address: n.schedulers.of(taskID(task))[0].addr, Reason: reason})
 	}

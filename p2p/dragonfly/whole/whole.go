@@ -46,9 +46,9 @@ type Network interface {
 	// Deletable asks whether there is something to delete of a task that the store does
 	// not have. The error matches [p2p.ErrNotFound] where there is not.
 	Deletable(ctx context.Context, task p2p.Task) error
-	// Forget tells the network of tasks that were deleted here, and returns what is not
-	// deleted elsewhere, as far as it is known.
-	Forget(ctx context.Context, tasks []p2p.Task) []p2p.Missed
+	// Forget tells the network of tasks that were deleted here, where they were held, and
+	// returns what is not deleted elsewhere, as far as it is known.
+	Forget(ctx context.Context, tasks []p2p.Task, held bool) []p2p.Missed
 	// Stop ends what comes from the network, and Close the network, when no call is under
 	// way any more.
 	Stop()
@@ -285,6 +285,7 @@ func (e *Engine) Delete(ctx context.Context, tag string, cid digest.CID, opts p2
 	}
 	defer e.End()
 	deleted, tasks, err := e.store.DeleteTasks(ctx, tag, cid, opts)
+	held := err == nil
 	if errors.Is(err, p2p.ErrNotFound) && cid.Digest() != "" {
 		task := p2p.Task{Tag: tag, Digest: cid.Digest()}
 		tasks, err = []p2p.Task{task}, e.network.Deletable(ctx, task)
@@ -292,7 +293,7 @@ func (e *Engine) Delete(ctx context.Context, tag string, cid digest.CID, opts p2
 	if err != nil {
 		return p2p.Deleted{}, err
 	}
-	deleted.Missed = e.network.Forget(ctx, tasks)
+	deleted.Missed = e.network.Forget(ctx, tasks, held)
 	return deleted, nil
 }
 

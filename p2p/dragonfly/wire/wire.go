@@ -62,6 +62,24 @@ func Call(ctx context.Context, limit time.Duration, do func(context.Context) err
 	return st, limited.Err() != nil || st.Code() == codes.DeadlineExceeded, nil
 }
 
+// Silent returns what it means for a caller that Dragonfly's dfdaemon did not answer a
+// call, an error that matches away and begins with at; or nil where st is an answer.
+func Silent(at string, st *status.Status, late bool, limit time.Duration, away error) error {
+	switch {
+	case late:
+		return fmt.Errorf("%s: %w: no answer within %s: see its log, and whether its scheduler runs", at, away, limit)
+	case st.Code() != codes.Unavailable && st.Code() != codes.Canceled: // cancelled by the other side: the caller's context has not ended
+		return nil
+	}
+	advice := "see that it runs, and that this is its socket"
+	if strings.Contains(st.Message(), "permission denied") {
+		advice = "this user may not use its socket: run this dfdaemon as root, or as the user of Dragonfly's"
+	} else if strings.Contains(st.Message(), "dial tcp") { // an error of its own
+		advice = "it runs, but does not reach its scheduler"
+	}
+	return fmt.Errorf("%s: %w: %s: %s", at, away, Reason(st), advice)
+}
+
 // ErrAway says that there is no way to what may be on other hosts. It matches
 // [p2p.ErrUnreachable] and [p2p.ErrUnavailable].
 var ErrAway = fmt.Errorf("%w: %w", p2p.ErrUnreachable, p2p.ErrUnavailable)

@@ -1,0 +1,476 @@
+package persistent_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"math"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	commonv2 "d7y.io/api/v2/pkg/apis/common/v2"
+	dfdaemonv2 "d7y.io/api/v2/pkg/apis/dfdaemon/v2"
+	"go.uber.org/goleak"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	"github.com/dfcache/dfcache/blobstore"
+	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/dragonfly/persistent"
+	"github.com/dfcache/dfcache/p2p/dragonfly/persistent/persistenttest"
+	"github.com/dfcache/dfcache/p2p/dragonfly/wire"
+	"github.com/dfcache/dfcache/p2p/enginetest"
+	"github.com/dfcache/dfcache/p2p/pieces"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// host is a host with a Dragonfly and an engine on it.
+type host struct {
+	*persistent.Engine
+	t        *testing.T
+	upstream *persistenttest.Daemon
+	cluster  *persistenttest.Cluster
+	dir      string // of the store
+}
+
+// newHost starts a host. It ends with the test, with nothing left that is on its way.
+func newHost(t *testing.T, cluster *persistenttest.Cluster, opts persistent.Options) *host {
+	t.Helper()
+	h := &host{t: t, upstream: cluster.Start(t), cluster: cluster, dir: t.TempDir()}
+	h.open(opts)
+	t.Cleanup(func() {
+		if err := h.Close(); err != nil {
+			t.Error(err)
+		}
+		h.requireNothingLeft()
+	})
+	return h
+}
+
+func (h *host) open(opts persistent.Options) {
+	h.t.Helper()
+	store, err := pieces.Open(h.dir, pieces.Options{})
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	opts.Socket, opts.Schedulers, opts.DetectManifest = h.upstream.Socket, []string{h.cluster.Addr}, blobstore.DetectManifest
+	if h.Engine, err = persistent.New(store, opts); err != nil {
+		h.t.Fatal(err)
+	}
+}
+
+func (h *host) requireNothingLeft() {
+	h.t.Helper()
+	if entries, err := os.ReadDir(filepath.Join(h.dir, "dragonfly")); err != nil || len(entries) > 0 {
+		h.t.Errorf("there is left: %v, %v", entries, err)
+	}
+}
+
+func (h *host) stat(task p2p.Task, opts p2p.StatOptions) (p2p.Info, error) {
+	return h.Stat(h.t.Context(), task.Tag, digest.FromDigest(task.Digest), opts)
+}
+
+func (h *host) delete(task p2p.Task) (p2p.Deleted, error) {
+	return h.Delete(h.t.Context(), task.Tag, digest.FromDigest(task.Digest), p2p.DeleteOptions{})
+}
+
+func (h *host) requireFetched(task p2p.Task, want []byte) {
+	h.t.Helper()
+	if got, err := enginetest.Fetch(h.t.Context(), h, task); err != nil || !bytes.Equal(got, want) {
+		h.t.Fatalf("%s: %d bytes, %v; want the %d that were imported", task, len(got), err, len(want))
+	}
+}
+
+// requireOwnFile fails the test unless the blob's file is this store's alone.
+func (h *host) requireOwnFile(task p2p.Task) {
+	h.t.Helper()
+	info, err := os.Stat(filepath.Join(h.dir, "blobs", task.Digest.Algorithm().String(), task.Digest.Encoded()))
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	if n := info.Sys().(*syscall.Stat_t).Nlink; n != 1 {
+		h.t.Errorf("the file of %s has %d links", task, n)
+	}
+}
+
+// eventually waits until something holds.
+func eventually(t *testing.T, what string, holds func() bool) {
+	t.Helper()
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for deadline := time.After(20 * time.Second); !holds(); {
+		select {
+		case <-tick.C:
+		case <-deadline:
+			t.Fatalf("it never came: %s", what)
+		}
+	}
+}
+
+// requireSays fails the test unless an error says these texts.
+func requireSays(t *testing.T, err error, says ...string) {
+	t.Helper()
+	for _, text := range says {
+		if err == nil || !strings.Contains(err.Error(), text) {
+			t.Errorf("the error %v does not say %q", err, text)
+		}
+	}
+}
+
+func TestEngine(t *testing.T) {
+	enginetest.Run(t, func(t *testing.T) p2p.Engine {
+		cluster := persistenttest.StartCluster(t)
+		cluster.Start(t) // there is another host, which has nothing
+		h := &host{t: t, upstream: cluster.Start(t), cluster: cluster, dir: t.TempDir()}
+		h.open(persistent.Options{})
+		t.Cleanup(h.requireNothingLeft)
+		return h.Engine
+	})
+}
+
+// What is imported on one host is exported on another, by Dragonfly's daemons.
+func TestTwoHosts(t *testing.T) {
+	cluster := persistenttest.StartCluster(t)
+	a, b := newHost(t, cluster, persistent.Options{}), newHost(t, cluster, persistent.Options{})
+	for i, size := range []int{0, 1, 1000, p2p.MaxManifest, p2p.MaxManifest + 1, 9 << 20} {
+		data := enginetest.Content(size, uint64(i))
+		for _, tag := range []string{"", "models/large"} {
+			task := enginetest.Import(t, a, tag, data)
+			if _, err := b.Open(t.Context(), task, p2p.Local); !errors.Is(err, p2p.ErrNotFound) {
+				t.Fatalf("before: %v", err)
+			}
+			if size > p2p.MaxManifest {
+				info, err := b.stat(task, p2p.StatOptions{Holders: true})
+				if err != nil || info.Size != int64(size) || !info.Remote || *info.Holders != (p2p.Holders{Asked: 1, Some: 1, Whole: 1}) {
+					t.Errorf("stat: %+v, %v", info, err)
+				}
+			}
+			b.requireFetched(task, data)
+			a.requireOwnFile(task)
+			b.requireOwnFile(task)
+			enginetest.RequireContent(t, b, task, data)
+		}
+	}
+	if n := len(a.upstream.Tasks()); n != 12 {
+		t.Errorf("Dragonfly has %d tasks, want 12", n)
+	}
+}
+
+// What Dragonfly gives that is something else is stored nowhere, nor is a part of it.
+func TestWrongContent(t *testing.T) {
+	cluster := persistenttest.StartCluster(t)
+	a, b := newHost(t, cluster, persistent.Options{}), newHost(t, cluster, persistent.Options{})
+	data := enginetest.Content(9<<20, 1)
+	task := enginetest.Import(t, a, "t", data)
+	requireMissing := func() {
+		t.Helper()
+		if _, err := b.stat(task, p2p.StatOptions{Scope: p2p.Local}); !errors.Is(err, p2p.ErrNotFound) {
+			t.Errorf("it is here: %v", err)
+		}
+		b.requireNothingLeft()
+	}
+	b.upstream.Shorten(true)
+	_, err := b.Open(t.Context(), task, p2p.Network)
+	enginetest.RequireError(t, "open what ends early", err, p2p.ErrUnreachable, "it has ended after")
+	requireMissing()
+	b.upstream.Shorten(false)
+	b.upstream.Tamper(func(p *commonv2.Piece) { p.Content[0] ^= 1 })
+	_, err = b.Open(t.Context(), task, p2p.Network)
+	enginetest.RequireError(t, "open what is wrong", err, digest.ErrMismatch, task.Digest.String(), "delete it")
+	requireMissing()
+	for what, change := range map[string]func(*commonv2.Piece){
+		"a piece behind the end":         func(p *commonv2.Piece) { p.Offset += 5 << 20 },
+		"a piece before the beginning":   func(p *commonv2.Piece) { p.Offset = math.MaxUint64 - 10 },
+		"a piece that is shorter":        func(p *commonv2.Piece) { p.Content = p.Content[1:] },
+		"a piece without content":        func(p *commonv2.Piece) { p.Content, p.Length = nil, 0 },
+		"one piece in place of the rest": func(p *commonv2.Piece) { p.Number = 0 },
+	} {
+		b.upstream.Tamper(change)
+		_, err = b.Open(t.Context(), task, p2p.Network)
+		enginetest.RequireError(t, what, err, p2p.ErrUnreachable)
+		requireMissing()
+	}
+	b.upstream.Tamper(nil)
+	b.requireFetched(task, data)
+}
+
+// What Dragonfly has dropped, because its TTL is over or its daemon was started anew, it gets again.
+func TestDropped(t *testing.T) {
+	cluster := persistenttest.StartCluster(t)
+	a := newHost(t, cluster, persistent.Options{SweepInterval: 10 * time.Millisecond, TTL: time.Hour})
+	b := newHost(t, cluster, persistent.Options{})
+	data := []byte("data")
+	task := enginetest.Import(t, a, "t", data)
+	there := func() bool {
+		_, err := b.stat(task, p2p.StatOptions{})
+		return err == nil
+	}
+	a.upstream.Calls("UploadPersistentCacheTask")
+	cluster.Wait(2 * time.Hour)
+	eventually(t, "after its TTL", there)
+	if n := a.upstream.Calls("UploadPersistentCacheTask"); n != 1 {
+		t.Errorf("%d imports by Dragonfly, want 1", n)
+	}
+	if _, err := b.delete(task); err != nil { // of b's own, and of what Dragonfly has
+		t.Fatal(err)
+	}
+	eventually(t, "after a delete on another host", there)
+	b.upstream.Forget()
+	a.upstream.Forget()
+	eventually(t, "after a start of Dragonfly", func() bool { return len(a.upstream.Tasks()) == 1 })
+}
+
+// A delete reaches what Dragonfly has on every host, and says what it does not reach.
+func TestDelete(t *testing.T) {
+	cluster := persistenttest.StartCluster(t)
+	a, b := newHost(t, cluster, persistent.Options{}), newHost(t, cluster, persistent.Options{})
+	alone := enginetest.Import(t, a, "t", []byte("alone"))
+	if deleted, err := a.delete(alone); err != nil || deleted.Tasks != 1 || len(deleted.Missed) != 0 {
+		t.Errorf("delete: %+v, %v", deleted, err)
+	}
+	both := enginetest.Import(t, a, "t", []byte("both"))
+	b.requireFetched(both, []byte("both"))
+	deleted, err := a.delete(both)
+	if err != nil || deleted.Tasks != 1 || len(deleted.Missed) != 1 || !strings.Contains(deleted.Missed[0].Reason, "delete it on each of them") {
+		t.Errorf("delete: %+v, %v", deleted, err)
+	}
+	if left := slices.Concat(a.upstream.Tasks(), b.upstream.Tasks(), cluster.States()); len(left) > 0 {
+		t.Errorf("Dragonfly still has %v", left)
+	}
+	// What was never here, but is with Dragonfly.
+	there := enginetest.Import(t, a, "t", []byte("there"))
+	if deleted, err := b.delete(there); err != nil || len(deleted.Missed) != 1 || len(a.upstream.Tasks()) != 0 {
+		t.Errorf("delete: %+v, %v", deleted, err)
+	}
+	if _, err := b.delete(both); err != nil {
+		t.Errorf("delete of its own: %v", err)
+	}
+	if _, err := b.delete(both); !errors.Is(err, p2p.ErrNotFound) {
+		t.Errorf("delete of what is nowhere: %v", err)
+	}
+	// Without a scheduler.
+	kept := enginetest.Import(t, a, "t", []byte("kept"))
+	cluster.Leave(true)
+	deleted, err = a.delete(kept)
+	if err != nil || deleted.Tasks != 1 || len(deleted.Missed) != 1 || !strings.Contains(deleted.Missed[0].Reason, cluster.Addr) {
+		t.Errorf("delete: %+v, %v", deleted, err)
+	}
+}
+
+// An import that was broken off is not in the way of the next one.
+func TestBrokenOff(t *testing.T) {
+	cluster := persistenttest.StartCluster(t)
+	h := newHost(t, cluster, persistent.Options{})
+	ctx, cancel := context.WithCancelCause(t.Context())
+	gone := errors.New("gone")
+	h.upstream.OnCall(func(ctx context.Context, call string) error {
+		if call != "uploading" {
+			return nil
+		}
+		cancel(gone)
+		<-ctx.Done()
+		return ctx.Err()
+	})
+	in, err := h.Ingest(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.Close()
+	data := []byte("data")
+	if _, err := in.Add(bytes.NewReader(data), p2p.AddOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	task := p2p.Task{Tag: "t", Digest: digest.SHA256.FromBytes(data)}
+	err = in.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: task, Keep: p2p.KeepPinned}}})
+	enginetest.RequireError(t, "import", err, gone, "stored on this host")
+	if left := cluster.States(); slices.Contains(left, "Uploading") {
+		t.Errorf("Dragonfly has %v", left)
+	}
+	h.upstream.OnCall(nil)
+	enginetest.Import(t, h, "t", data)
+	if n := len(h.upstream.Tasks()); n != 1 {
+		t.Errorf("Dragonfly has %d tasks, want 1", n)
+	}
+}
+
+// One that a host has begun, and never ended, is in the way only as long as it can be under way.
+func TestStuck(t *testing.T) {
+	for name, c := range map[string]struct {
+		age     time.Duration
+		deletes int
+	}{"just begun": {0, 0}, "long ago": {time.Hour, 1}} {
+		t.Run(name, func(t *testing.T) {
+			cluster := persistenttest.StartCluster(t)
+			a := newHost(t, cluster, persistent.Options{})
+			a.upstream.OnCall(func(_ context.Context, call string) error {
+				if call == "uploading" {
+					cluster.Leave(true) // so that nothing can be taken back
+					return errors.New("no space left")
+				}
+				return nil
+			})
+			data := []byte("data")
+			task := p2p.Task{Tag: "t", Digest: digest.SHA256.FromBytes(data)}
+			requireSays(t, tryImport(a, task, data), "no space left")
+			cluster.Leave(false)
+			cluster.Age(c.age)
+			if got := cluster.States(); !slices.Equal(got, []string{"Uploading"}) {
+				t.Fatalf("Dragonfly has %v", got)
+			}
+			b := newHost(t, cluster, persistent.Options{})
+			if err := tryImport(b, task, data); err != nil {
+				t.Error(err)
+			}
+			if got := cluster.Deletes(); got != c.deletes || len(b.upstream.Tasks()) != c.deletes {
+				t.Errorf("%d deletes and %d tasks, want %d", got, len(b.upstream.Tasks()), c.deletes)
+			}
+		})
+	}
+}
+
+func tryImport(h *host, task p2p.Task, data []byte) error {
+	in, err := h.Ingest(h.t.Context())
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	if _, err := in.Add(bytes.NewReader(data), p2p.AddOptions{}); err != nil {
+		return err
+	}
+	return in.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: task, Keep: p2p.KeepPinned}}})
+}
+
+// Of two hosts that hand in the same, the one that comes second is content.
+func TestBothImport(t *testing.T) {
+	cluster := persistenttest.StartCluster(t)
+	a, b := newHost(t, cluster, persistent.Options{}), newHost(t, cluster, persistent.Options{})
+	data := []byte("data")
+	b.upstream.OnCall(func(_ context.Context, call string) error {
+		if call == "UploadPersistentCacheTask" {
+			b.upstream.OnCall(nil)
+			enginetest.Import(t, a, "t", data)
+		}
+		return nil
+	})
+	enginetest.Import(t, b, "t", data)
+	if n, m := len(a.upstream.Tasks()), len(b.upstream.Tasks()); n != 1 || m != 0 || cluster.Deletes() != 0 {
+		t.Errorf("Dragonfly has %d tasks on the one host and %d on the other, after %d deletes; want 1, 0 and none", n, m, cluster.Deletes())
+	}
+}
+
+// Another program can name our tasks as the documentation says. Where it has put something
+// else there, an import puts that right.
+func TestForeign(t *testing.T) {
+	cluster := persistenttest.StartCluster(t)
+	a, b := newHost(t, cluster, persistent.Options{}), newHost(t, cluster, persistent.Options{})
+	upload := func(task p2p.Task, content string) {
+		t.Helper()
+		conn, err := wire.Dial("unix:" + a.upstream.Socket)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		path := filepath.Join(t.TempDir(), "file")
+		if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		text := "dfcache/" + task.Digest.String() + "/" + task.Tag
+		if _, err := dfdaemonv2.NewDfdaemonDownloadClient(conn).UploadPersistentCacheTask(t.Context(), &dfdaemonv2.UploadPersistentCacheTaskRequest{
+			ContentForCalculatingTaskId: &text, Path: path, PersistentReplicaCount: 1, Ttl: durationpb.New(time.Hour),
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	right := p2p.Task{Tag: "models", Digest: digest.SHA256.FromString("right")}
+	upload(right, "right")
+	b.requireFetched(right, []byte("right"))
+	wrong := p2p.Task{Tag: "models", Digest: digest.SHA256.FromString("data")}
+	upload(wrong, "something else")
+	_, err := b.Open(t.Context(), wrong, p2p.Network)
+	enginetest.RequireError(t, "open", err, digest.ErrMismatch)
+	if err := tryImport(a, wrong, []byte("data")); err != nil {
+		t.Fatal(err)
+	}
+	b.requireFetched(wrong, []byte("data"))
+}
+
+// What is deleted while Dragonfly imports it is not there afterwards.
+func TestDeleteWhileHandedIn(t *testing.T) {
+	h := newHost(t, persistenttest.StartCluster(t), persistent.Options{})
+	data := []byte("data")
+	task := p2p.Task{Tag: "t", Digest: digest.SHA256.FromBytes(data)}
+	h.upstream.OnCall(func(_ context.Context, call string) error {
+		if call == "UploadPersistentCacheTask" {
+			h.upstream.OnCall(nil)
+			if _, err := h.delete(task); err != nil {
+				t.Error(err)
+			}
+		}
+		return nil
+	})
+	if err := tryImport(h, task, data); err != nil {
+		t.Fatal(err)
+	}
+	if left := h.upstream.Tasks(); len(left) > 0 {
+		t.Errorf("Dragonfly has %v", left)
+	}
+}
+
+// A daemon that is not what is needed is told of.
+func TestOtherDaemons(t *testing.T) {
+	cluster := persistenttest.StartCluster(t)
+	old, contained := newHost(t, cluster, persistent.Options{}), newHost(t, cluster, persistent.Options{})
+	task := p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("data")}
+	old.upstream.CountOldIDs()
+	requireSays(t, tryImport(old, task, []byte("data")), "stored on this host", "older than September 2025")
+	contained.upstream.Contain()
+	requireSays(t, tryImport(contained, task, []byte("data")), "stored on this host", "not exist")
+}
+
+// Who does not answer is told apart from who has nothing, and nobody is waited for long.
+func TestAway(t *testing.T) {
+	const short = 50 * time.Millisecond
+	cluster := persistenttest.StartCluster(t)
+	h := newHost(t, cluster, persistent.Options{LookupTimeout: short})
+	if err := h.Health(t.Context()); err != nil {
+		t.Error(err)
+	}
+	task := p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("data")}
+	_, err := h.stat(task, p2p.StatOptions{})
+	enginetest.RequireError(t, "stat of what nobody has", err, p2p.ErrNotFound)
+	cluster.Leave(true)
+	_, err = h.stat(task, p2p.StatOptions{})
+	enginetest.RequireError(t, "stat without a scheduler", err, p2p.ErrUnreachable, "available schedulers not found")
+	enginetest.RequireError(t, "import without a scheduler", tryImport(h, task, []byte("data")), p2p.ErrUnavailable, "stored on this host")
+	info, err := h.stat(task, p2p.StatOptions{Holders: true})
+	if err != nil || *info.Holders != (p2p.Holders{Asked: 1, Silent: 1}) {
+		t.Errorf("stat of what is here: %+v, %v", info.Holders, err)
+	}
+	h.upstream.OnCall(func(ctx context.Context, _ string) error {
+		<-ctx.Done()
+		return ctx.Err()
+	})
+	absent := p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("absent")}
+	_, err = h.stat(absent, p2p.StatOptions{})
+	enginetest.RequireError(t, "stat that hangs", err, p2p.ErrUnreachable, "no answer within 50ms")
+	h.upstream.OnCall(func(context.Context, string) error { return status.Error(codes.Unimplemented, "unknown service") })
+	_, err = h.stat(absent, p2p.StatOptions{})
+	enginetest.RequireError(t, "stat of an older daemon", err, p2p.ErrUnreachable, "API v2")
+	enginetest.RequireError(t, "health of an older daemon", h.Health(t.Context()), p2p.ErrUnavailable, "API v2")
+	h.upstream.Kill()
+	_, err = h.stat(absent, p2p.StatOptions{})
+	enginetest.RequireError(t, "stat of nobody", err, p2p.ErrUnreachable, h.upstream.Socket, "see that it runs")
+	enginetest.RequireError(t, "health of nobody", h.Health(t.Context()), p2p.ErrUnavailable, h.upstream.Socket)
+	h.upstream.OnCall(nil)
+	h.upstream.Run()
+	cluster.Leave(false)
+	eventually(t, "Dragonfly answers again", func() bool { return h.Health(t.Context()) == nil })
+}

@@ -1,0 +1,486 @@
+// Package persistenttest has a stand-in for a Dragonfly of the API v2, for tests of what
+// is built on one: a scheduler, and the dfdaemons of some hosts. They speak the real API,
+// and do as the real ones do where that hurts: a dfdaemon keeps a hard link of the file
+// that it is given, and compares nothing; what it sends, it sends in any order, and where
+// a piece fails, the stream ends as if that were all; nearly every error is "internal",
+// and says in words what it is; an upload that is broken off is under way for ever; what
+// is there can't be uploaded again, and is gone when its TTL is over.
+package persistenttest
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"math/rand/v2"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	commonv2 "d7y.io/api/v2/pkg/apis/common/v2"
+	dfdaemonv2 "d7y.io/api/v2/pkg/apis/dfdaemon/v2"
+	schedulerv2 "d7y.io/api/v2/pkg/apis/scheduler/v2"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/emptypb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+)
+
+// PieceLength is how long the pieces are into which the daemons cut a file.
+const PieceLength = 4 << 20
+
+// Cluster is a scheduler, and the daemons that have it. It is safe for concurrent use.
+type Cluster struct {
+	schedulerv2.UnimplementedSchedulerServer
+	Addr string // of the scheduler
+
+	mu      sync.Mutex
+	daemons []*Daemon
+	tasks   map[string]*task
+	late    time.Duration // how far its clock is ahead
+	away    bool
+	deletes int
+}
+
+// task is what the scheduler knows of one.
+type task struct {
+	size    uint64
+	state   string
+	ttl     time.Duration
+	created time.Time
+	updated time.Time
+}
+
+// Daemon is the dfdaemon of a host. It is safe for concurrent use.
+type Daemon struct {
+	dfdaemonv2.UnimplementedDfdaemonDownloadServer
+	Socket string // where it listens
+
+	t       testing.TB
+	cluster *Cluster
+	dir     string // of its cache
+	stop    func()
+
+	mu        sync.Mutex
+	files     map[string]string // the cache files of the tasks that it has
+	made      int
+	change    func(*commonv2.Piece)
+	short     bool
+	contained bool
+	oldIDs    bool
+	hook      func(ctx context.Context, call string) error
+	calls     map[string]int
+}
+
+// serve runs a server at a listener until the function it returns is called.
+func serve(server *grpc.Server, l net.Listener) (stop func()) {
+	served := make(chan struct{})
+	go func() {
+		defer close(served)
+		server.Serve(l)
+	}()
+	return func() {
+		server.Stop()
+		<-served
+	}
+}
+
+// StartCluster starts a scheduler, which ends with the test.
+func StartCluster(t testing.TB) *Cluster {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &Cluster{Addr: l.Addr().String(), tasks: map[string]*task{}}
+	server := grpc.NewServer()
+	schedulerv2.RegisterSchedulerServer(server, c)
+	t.Cleanup(serve(server, l))
+	return c
+}
+
+// Start starts a daemon of the cluster, which ends with the test.
+func (c *Cluster) Start(t testing.TB) *Daemon {
+	t.Helper()
+	// The test's own directory can have a name that is too long for a socket.
+	dir, err := os.MkdirTemp("", "dragonfly")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	d := &Daemon{
+		Socket: filepath.Join(dir, "s"), t: t, cluster: c, dir: filepath.Join(dir, "cache"),
+		files: map[string]string{}, calls: map[string]int{},
+	}
+	if err := os.Mkdir(d.dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	c.mu.Lock()
+	c.daemons = append(c.daemons, d)
+	c.mu.Unlock()
+	d.Run()
+	t.Cleanup(func() { d.Kill() })
+	return d
+}
+
+// Wait has the clock of the scheduler go forward.
+func (c *Cluster) Wait(d time.Duration) { c.set(func() { c.late += d }) }
+
+// Age has all that the scheduler knows be older.
+func (c *Cluster) Age(d time.Duration) {
+	c.set(func() {
+		for _, t := range c.tasks {
+			t.updated = t.updated.Add(-d)
+		}
+	})
+}
+
+// Leave has the scheduler answer nobody any more, or, with false, again.
+func (c *Cluster) Leave(away bool) { c.set(func() { c.away = away }) }
+
+// Deletes returns how many deletes the scheduler was asked for.
+func (c *Cluster) Deletes() (n int) {
+	c.set(func() { n = c.deletes })
+	return n
+}
+
+// States returns what the tasks are that the scheduler knows.
+func (c *Cluster) States() (states []string) {
+	c.set(func() {
+		for _, task := range c.tasks {
+			states = append(states, task.state)
+		}
+	})
+	slices.Sort(states)
+	return states
+}
+
+func (c *Cluster) set(do func()) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	do()
+}
+
+// Run has a daemon that was killed answer again, with what it had.
+func (d *Daemon) Run() {
+	d.t.Helper()
+	l, err := net.Listen("unix", d.Socket)
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	server := grpc.NewServer(
+		grpc.UnaryInterceptor(func(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+			if err := d.called(ctx, info.FullMethod); err != nil {
+				return nil, err
+			}
+			return handler(ctx, req)
+		}),
+		grpc.StreamInterceptor(func(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+			if err := d.called(stream.Context(), info.FullMethod); err != nil {
+				return err
+			}
+			return handler(srv, stream)
+		}))
+	dfdaemonv2.RegisterDfdaemonDownloadServer(server, d)
+	healthy := health.NewServer()
+	healthy.SetServingStatus(dfdaemonv2.DfdaemonDownload_ServiceDesc.ServiceName, healthpb.HealthCheckResponse_SERVING)
+	healthpb.RegisterHealthServer(server, healthy)
+	stop := serve(server, l)
+	d.set(func() { d.stop = stop })
+}
+
+// Kill ends the daemon, with all calls that are under way.
+func (d *Daemon) Kill() {
+	d.mu.Lock()
+	stop := d.stop
+	d.mu.Unlock()
+	stop()
+}
+
+func (d *Daemon) called(ctx context.Context, method string) error {
+	call := filepath.Base(method)
+	d.mu.Lock()
+	d.calls[call]++
+	hook := d.hook
+	d.mu.Unlock()
+	if hook == nil {
+		return nil
+	}
+	return hook(ctx, call)
+}
+
+// Tamper has change do something to each piece that the daemon sends.
+func (d *Daemon) Tamper(change func(*commonv2.Piece)) { d.set(func() { d.change = change }) }
+
+// Shorten has the daemon end what it sends before the last piece, or, with false, not.
+func (d *Daemon) Shorten(short bool) { d.set(func() { d.short = short }) }
+
+// Contain has the daemon see other directories than its callers.
+func (d *Daemon) Contain() { d.set(func() { d.contained = true }) }
+
+// CountOldIDs has the daemon calculate task IDs as it did before September 2025.
+func (d *Daemon) CountOldIDs() { d.set(func() { d.oldIDs = true }) }
+
+// OnCall has hook called at the beginning of every call, with its name, such as
+// "UploadPersistentCacheTask". Its error is that of the call.
+func (d *Daemon) OnCall(hook func(ctx context.Context, call string) error) {
+	d.set(func() { d.hook = hook })
+}
+
+// Forget has the daemon lose all that it has; the scheduler knows.
+func (d *Daemon) Forget() { d.set(func() { clear(d.files) }) }
+
+func (d *Daemon) set(do func()) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	do()
+}
+
+// Calls returns how many calls of this name there were since it was last asked.
+func (d *Daemon) Calls(call string) (n int) {
+	d.set(func() {
+		n = d.calls[call]
+		d.calls[call] = 0
+	})
+	return n
+}
+
+// Tasks returns the IDs of the tasks that the daemon has.
+func (d *Daemon) Tasks() (ids []string) {
+	d.set(func() {
+		for id := range d.files {
+			ids = append(ids, id)
+		}
+	})
+	slices.Sort(ids)
+	return ids
+}
+
+// Files returns the paths of the files in the daemon's cache.
+func (d *Daemon) Files() []string {
+	files, err := filepath.Glob(filepath.Join(d.dir, "*"))
+	if err != nil {
+		d.t.Error(err)
+	}
+	return files
+}
+
+func internal(format string, args ...any) error {
+	return status.Errorf(codes.Internal, format, args...)
+}
+
+var errNoScheduler = internal("available schedulers not found")
+
+// has returns the cache file of a task that this daemon has.
+func (d *Daemon) has(id string) (name string, found bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	name, found = d.files[id]
+	return name, found
+}
+
+// find returns what the scheduler knows of a task, and who has it.
+func (c *Cluster) find(id string) (*commonv2.PersistentCacheTask, []*Daemon, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.away {
+		return nil, nil, errNoScheduler
+	}
+	t := c.tasks[id]
+	if t != nil && time.Now().Add(c.late).After(t.created.Add(t.ttl)) {
+		delete(c.tasks, id)
+		t = nil
+	}
+	if t == nil {
+		return nil, nil, internal("persistent cache task %s not found", id)
+	}
+	var holders []*Daemon
+	for _, d := range c.daemons {
+		if _, found := d.has(id); found {
+			holders = append(holders, d)
+		}
+	}
+	n := uint64(len(holders))
+	return &commonv2.PersistentCacheTask{
+		Id: id, PersistentReplicaCount: 1, CurrentPersistentReplicaCount: n, CurrentReplicaCount: n,
+		PieceLength: PieceLength, ContentLength: t.size, PieceCount: uint32((t.size + PieceLength - 1) / PieceLength), State: t.state,
+		Ttl: durationpb.New(t.ttl), CreatedAt: timestamppb.New(t.created), UpdatedAt: timestamppb.New(t.updated),
+	}, holders, nil
+}
+
+// StatPersistentCacheTask implements the API.
+func (d *Daemon) StatPersistentCacheTask(_ context.Context, req *dfdaemonv2.StatPersistentCacheTaskRequest) (*commonv2.PersistentCacheTask, error) {
+	t, _, err := d.cluster.find(req.GetTaskId())
+	return t, err
+}
+
+// UploadPersistentCacheTask implements the API.
+func (d *Daemon) UploadPersistentCacheTask(ctx context.Context, req *dfdaemonv2.UploadPersistentCacheTaskRequest) (*commonv2.PersistentCacheTask, error) {
+	d.mu.Lock()
+	contained, oldIDs := d.contained, d.oldIDs
+	d.made++
+	name := filepath.Join(d.dir, fmt.Sprint(d.made))
+	d.mu.Unlock()
+	if err := req.ValidateAll(); err != nil {
+		return nil, status.Error(codes.InvalidArgument, err.Error())
+	}
+	info, err := os.Stat(req.GetPath())
+	if contained {
+		err = os.ErrNotExist
+	}
+	if err != nil {
+		return nil, internal("%v", err)
+	}
+	id := fmt.Sprintf("%x", sha256.Sum256([]byte(req.GetContentForCalculatingTaskId())))
+	if oldIDs {
+		id = fmt.Sprint(crc32.ChecksumIEEE([]byte(req.GetContentForCalculatingTaskId())))
+	}
+	if known, _, err := d.cluster.find(id); err == nil && known.GetState() != "Failed" {
+		return nil, internal("status: AlreadyExists, message: \"persistent cache task %s is %s cannot upload\"", id, known.GetState())
+	}
+	c := d.cluster
+	now := time.Now()
+	c.set(func() {
+		now = now.Add(c.late)
+		c.tasks[id] = &task{size: uint64(info.Size()), state: "Uploading", ttl: req.GetTtl().AsDuration(), created: now, updated: now}
+	})
+	d.mu.Lock()
+	hook := d.hook
+	d.mu.Unlock()
+	if hook != nil {
+		if err := hook(ctx, "uploading"); err != nil {
+			return nil, internal("%v", err) // and all stays as it is
+		}
+	}
+	if err := os.Link(req.GetPath(), name); err != nil {
+		return nil, internal("%v", err)
+	}
+	var gone bool
+	c.set(func() {
+		t := c.tasks[id]
+		if gone = t == nil; !gone {
+			t.state = "Succeeded"
+		}
+	})
+	if gone {
+		return nil, internal("persistent cache task %s is not there any more", id)
+	}
+	d.set(func() { d.files[id] = name })
+	t, _, err := c.find(id)
+	return t, err
+}
+
+// DownloadPersistentCacheTask implements the API.
+func (d *Daemon) DownloadPersistentCacheTask(req *dfdaemonv2.DownloadPersistentCacheTaskRequest, stream dfdaemonv2.DfdaemonDownload_DownloadPersistentCacheTaskServer) error {
+	id := req.GetTaskId()
+	t, holders, err := d.cluster.find(id)
+	if err != nil {
+		return err
+	}
+	name, found := d.has(id)
+	if !found {
+		if len(holders) == 0 {
+			return internal("not all persistent cache pieces are downloaded with scheduler")
+		}
+		from, _ := holders[0].has(id)
+		if name, err = d.keep(id, from); err != nil {
+			return internal("%v", err)
+		}
+	}
+	d.mu.Lock()
+	change, short := d.change, d.short
+	d.mu.Unlock()
+	send := func(answer *dfdaemonv2.DownloadPersistentCacheTaskResponse) error {
+		answer.HostId, answer.TaskId, answer.PeerId = "host", id, "peer"
+		return stream.Send(answer)
+	}
+	err = send(&dfdaemonv2.DownloadPersistentCacheTaskResponse{Response: &dfdaemonv2.DownloadPersistentCacheTaskResponse_DownloadPersistentCacheTaskStartedResponse{
+		DownloadPersistentCacheTaskStartedResponse: &dfdaemonv2.DownloadPersistentCacheTaskStartedResponse{ContentLength: t.GetContentLength()},
+	}})
+	if err != nil {
+		return err
+	}
+	f, err := os.Open(name)
+	if err != nil {
+		return internal("%v", err)
+	}
+	defer f.Close()
+	numbers := rand.Perm(int(t.GetPieceCount()))
+	if len(numbers) > 0 {
+		numbers = append(numbers, numbers[0]) // from the local cache and from a parent, at the same moment
+	}
+	if short {
+		numbers = numbers[:max(0, len(numbers)-2)]
+	}
+	for _, number := range numbers {
+		offset := int64(number) * PieceLength
+		buf := make([]byte, min(PieceLength, int64(t.GetContentLength())-offset))
+		if _, err := f.ReadAt(buf, offset); err != nil && !errors.Is(err, io.EOF) {
+			return internal("%v", err)
+		}
+		piece := &commonv2.Piece{Number: uint32(number), Offset: uint64(offset), Length: uint64(len(buf)), Content: buf, Cost: durationpb.New(0), CreatedAt: timestamppb.Now()}
+		if change != nil {
+			change(piece)
+		}
+		if !req.GetNeedPieceContent() {
+			piece.Content = nil
+		}
+		err := send(&dfdaemonv2.DownloadPersistentCacheTaskResponse{Response: &dfdaemonv2.DownloadPersistentCacheTaskResponse_DownloadPieceFinishedResponse{
+			DownloadPieceFinishedResponse: &dfdaemonv2.DownloadPieceFinishedResponse{Piece: piece},
+		}})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// keep copies a file to the cache, and returns its name there.
+func (d *Daemon) keep(id, from string) (string, error) {
+	content, err := os.ReadFile(from)
+	if err != nil {
+		return "", err
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.made++
+	name := filepath.Join(d.dir, fmt.Sprint(d.made))
+	if err := os.WriteFile(name, content, 0o644); err != nil {
+		return "", err
+	}
+	d.files[id] = name
+	return name, nil
+}
+
+// DeletePersistentCacheTask implements the API of the scheduler: on every host.
+func (c *Cluster) DeletePersistentCacheTask(_ context.Context, req *schedulerv2.DeletePersistentCacheTaskRequest) (*emptypb.Empty, error) {
+	if err := req.ValidateAll(); err != nil {
+		return nil, status.Error(codes.InvalidArgument, err.Error())
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.away {
+		return nil, status.Error(codes.Unavailable, "it shuts down")
+	}
+	c.deletes++
+	delete(c.tasks, req.GetTaskId())
+	for _, d := range c.daemons {
+		d.mu.Lock()
+		if name, found := d.files[req.GetTaskId()]; found {
+			delete(d.files, req.GetTaskId())
+			os.Remove(name)
+		}
+		d.mu.Unlock()
+	}
+	return &emptypb.Empty{}, nil
+}
