@@ -163,8 +163,8 @@ func (c *client) download(ctx context.Context, t p2p.Task, w io.WriterAt, limit 
 			}
 			piece := answer.GetDownloadPieceFinishedResponse().GetPiece()
 			offset, data := int64(piece.GetOffset()), piece.GetContent()
-			if len(data) == 0 || uint64(len(data)) != piece.GetLength() || offset < 0 || offset > size-int64(len(data)) {
-				return status.Errorf(codes.Aborted, "it has sent piece %d with %d bytes from %d on, said to be %d, of %d in all", piece.GetNumber(), len(data), offset, piece.GetLength(), size)
+			if len(data) == 0 || offset < 0 || offset > size-int64(len(data)) {
+				return status.Errorf(codes.Aborted, "it has sent piece %d with %d bytes from %d on, of %d in all", piece.GetNumber(), len(data), offset, size)
 			}
 			if seen[piece.GetNumber()] {
 				continue

@@ -326,6 +326,8 @@ func TestStuck(t *testing.T) {
 				t.Fatalf("Dragonfly has %v", got)
 			}
 			b := newHost(t, cluster, persistent.Options{})
+			_, err := b.stat(task, p2p.StatOptions{})
+			enginetest.RequireError(t, "stat", err, p2p.ErrNotFound, "it is Uploading, on 0 hosts")
 			if err := tryImport(b, task, data); err != nil {
 				t.Error(err)
 			}
