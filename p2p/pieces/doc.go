@@ -18,8 +18,8 @@
 // is checked and the copy is dropped.
 //
 // [Ingest.Commit] makes it durable, in an order of which every step can be
-// interrupted: fsync of the data; a marker in ingest/ that says which blob is
-// about to appear; rename into blobs/; fsync of the directory; one bbolt
+// interrupted: fsync of the data; a marker in ingest/, a second name of the file,
+// that says which blob is about to appear; rename into blobs/; fsync of the directory; one bbolt
 // transaction with blob, tasks and names; removal of the marker. The
 // transaction is the moment at which all of it exists. When a store is opened,
 // a marker whose blob is not in meta.db tells which file to remove, and all of ingest/ is emptied.

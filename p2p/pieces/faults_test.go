@@ -54,6 +54,8 @@ type faults struct {
 	at    int // the number of the operation that fails, from 0; -1 for none
 	dead  bool
 	error error
+
+	noLinks bool // a file system without hard links
 }
 
 func (f *faults) op(name string) error {
@@ -72,6 +74,16 @@ func (f *faults) Create(name string) (*os.File, error) {
 		return nil, err
 	}
 	return f.disk.Create(name)
+}
+
+func (f *faults) Mark(name, marker string) error {
+	if err := f.op("mark"); err != nil {
+		return err
+	}
+	if f.noLinks {
+		return emptyMarker(marker)
+	}
+	return f.disk.Mark(name, marker)
 }
 
 func (f *faults) Sync(file *os.File) error {
@@ -240,7 +252,7 @@ func TestOrder(t *testing.T) {
 	defer s.Close()
 	task := enginetest.Import(t, s, "t", []byte("data"))
 	// content, fsync, marker, rename into blobs/, fsync of blobs/, transaction, marker gone
-	if got, want := strings.Join(f.ops, " "), "create sync create rename syncdir commit remove"; got != want {
+	if got, want := strings.Join(f.ops, " "), "create sync mark rename syncdir commit remove"; got != want {
 		t.Errorf("an import does: %s; want: %s", got, want)
 	}
 	f.ops = nil
@@ -276,7 +288,7 @@ func TestFaults(t *testing.T) {
 					if errors.Is(err, syscall.ENOSPC) && !errors.Is(err, p2p.ErrNoSpace) {
 						t.Errorf("error is %v; want one of space", err)
 					}
-					if err == nil && (op == "sync" || op == "syncdir" || op == "create") {
+					if err == nil && (op == "sync" || op == "syncdir" || op == "create" || op == "mark") {
 						t.Errorf("%s fails, and nobody is told", op)
 					}
 					requireOutcome(t, s, name, err != nil)
@@ -304,10 +316,11 @@ func TestFaults(t *testing.T) {
 func TestCrash(t *testing.T) {
 	for name, work := range works {
 		n := countOps(t, func(s *Store) error { return work(t, s) })
-		for at := range n {
-			t.Run(fmt.Sprintf("%s/%d", name, at), func(t *testing.T) {
+		for i := range 2 * n {
+			at, noLinks := i/2, i%2 == 1
+			t.Run(fmt.Sprintf("%s/%d/%v", name, at, noLinks), func(t *testing.T) {
 				dir := t.TempDir()
-				f := &faults{at: -1, dead: true, error: syscall.EIO}
+				f := &faults{at: -1, dead: true, error: syscall.EIO, noLinks: noLinks}
 				s := openWith(t, dir, f)
 				if _, err := importArtifact(t.Context(), s, "v0", []byte("old")); err != nil {
 					t.Fatal(err)

@@ -485,14 +485,10 @@ func (in *ingest) publish(fresh []*addition) error {
 		d := a.table.Digest
 		algorithms[d.Algorithm()] = true
 		marker := fmt.Sprintf("%s.%s.%s", a.name, d.Algorithm(), d.Encoded())
-		m, err := in.s.files.Create(marker)
-		if err != nil {
+		if err := in.s.files.Mark(a.name, marker); err != nil {
 			return err
 		}
 		a.marker = marker
-		if err := m.Close(); err != nil {
-			return err
-		}
 		if err := in.s.files.Rename(a.name, in.s.blobPath(d)); err != nil {
 			return err
 		}
