@@ -39,7 +39,10 @@ func PieceLength(size int64) int64 {
 var castagnoli = sync.OnceValue(func() *crc32.Table { return crc32.MakeTable(crc32.Castagnoli) })
 
 // CRC32C returns the checksum that guards stored bytes against bit rot.
-func CRC32C(p []byte) uint32 { return crc32.Checksum(p, castagnoli()) }
+func CRC32C(p []byte) uint32 { return AddCRC32C(0, p) }
+
+// AddCRC32C returns the CRC32C of what has the CRC32C crc, followed by p.
+func AddCRC32C(crc uint32, p []byte) uint32 { return crc32.Update(crc, castagnoli(), p) }
 
 // Table describes the pieces of one blob: the CRC32C of each and the hash
 // state at each boundary between two. Its fields are not to be changed once it
@@ -65,12 +68,18 @@ func (t *Table) Bounds(i int) (start, end int64) {
 
 // CheckPiece compares piece i with its CRC32C. The error is a [CorruptError].
 func (t *Table) CheckPiece(i int, p []byte) error {
+	return t.CheckSum(i, int64(len(p)), CRC32C(p))
+}
+
+// CheckSum compares the length of piece i in bytes, and its CRC32C, with what they are to
+// be. The error is a [CorruptError].
+func (t *Table) CheckSum(i int, length int64, crc uint32) error {
 	start, end := t.Bounds(i)
-	if int64(len(p)) != end-start {
-		return &CorruptError{t.Digest, i, fmt.Sprintf("%d of %d bytes are missing", end-start-int64(len(p)), end-start)}
+	if length != end-start {
+		return &CorruptError{t.Digest, i, fmt.Sprintf("%d of %d bytes are missing", end-start-length, end-start)}
 	}
-	if got := CRC32C(p); got != t.CRC[i] {
-		return &CorruptError{t.Digest, i, fmt.Sprintf("CRC32C is %08x, recorded was %08x", got, t.CRC[i])}
+	if crc != t.CRC[i] {
+		return &CorruptError{t.Digest, i, fmt.Sprintf("CRC32C is %08x, recorded was %08x", crc, t.CRC[i])}
 	}
 	return nil
 }

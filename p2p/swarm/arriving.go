@@ -272,13 +272,7 @@ func (s *partialSource) have() (*schedule.Set, <-chan struct{}) {
 	return s.d.have, s.d.more
 }
 
-func (s *partialSource) read(i int, p []byte) error {
-	start, _ := s.table.Bounds(i)
-	if _, err := s.file.ReadAt(p, start); err != nil && err != io.EOF {
-		return err
-	}
-	return s.table.CheckPiece(i, p)
-}
+func (s *partialSource) bytes() io.ReaderAt { return s.file }
 
 func (s *partialSource) close() error { return s.file.Close() }
 

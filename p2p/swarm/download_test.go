@@ -397,13 +397,7 @@ func TestDamagedSource(t *testing.T) {
 	}
 	table := blob.Table()
 	blob.Close()
-	req := pieceRequest{links: links{table.Size, table.Chain}.hash(task.Digest), want: schedule.NewSet(table.Pieces())}
-	req.want.Add(300_000 / int(table.PieceLength))
-	resp, err := b.client.do(t.Context(), b.client.http, a.id, http.MethodPost, pathPieces, taskQuery(task), req.append(nil))
-	if err != nil {
-		t.Fatal(err)
-	}
-	resp.Body.Close()
+	askFor(t, b, a, task, table, 300_000).Body.Close()
 	for deadline := time.Now().Add(20 * time.Second); ; {
 		blob, err := a.store.Open(t.Context(), task, p2p.Local)
 		if err == nil {
@@ -416,6 +410,55 @@ func TestDamagedSource(t *testing.T) {
 			t.Fatalf("the damaged one has not been mended: %v", err)
 		}
 		<-time.After(time.Millisecond)
+	}
+}
+
+// askFor has p ask another one for the piece at an offset. The caller closes the body.
+func askFor(t *testing.T, p, from *testPeer, task p2p.Task, table *digest.Table, at int64) *http.Response {
+	t.Helper()
+	req := pieceRequest{links: links{table.Size, table.Chain}.hash(task.Digest), want: schedule.NewSet(table.Pieces())}
+	req.want.Add(int(at / table.PieceLength))
+	resp, err := p.client.do(t.Context(), p.client.http, from.id, http.MethodPost, pathPieces, taskQuery(task), req.append(nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return resp
+}
+
+// Of a piece that is sent in parts the last one is not sent where it is damaged.
+func TestDamagedParts(t *testing.T) {
+	h := newHub()
+	a, b, c := h.start(t), h.start(t), h.start(t)
+	a.uploads.chunk = 16 << 10
+	data := content(1<<20, 20)
+	task := a.add(t, "", data)
+	blob, err := a.store.OpenForPeers(t.Context(), task)
+	if err != nil {
+		t.Fatal(err)
+	}
+	table := blob.Table()
+	blob.Close()
+	const at = 300_000
+	damage(t, a.dir, task.Digest, at)
+	resp := askFor(t, b, a, task, table, at)
+	got, err := io.ReadAll(resp.Body)
+	resp.Body.Close()
+	if missing := resp.ContentLength - int64(len(got)); !errors.Is(err, io.ErrUnexpectedEOF) || missing != a.uploads.chunk {
+		t.Errorf("all but %d bytes were sent, and then %v; want all but the last %d", missing, err, a.uploads.chunk)
+	}
+	// It is not sent again.
+	resp = askFor(t, b, a, task, table, at)
+	reply, err := readPieceReply(resp.Body, table.Pieces())
+	resp.Body.Close()
+	if err != nil || reply.piece >= 0 || reply.have.Has(at/int(table.PieceLength)) {
+		t.Errorf("the second answer: %+v, %v", reply, err)
+	}
+	// One that has the piece is enough, and a is not taken for a liar.
+	c.add(t, "", data)
+	d := h.start(t)
+	d.want(t, task, data)
+	if d.peers.get(a.id).isShunned() {
+		t.Error("who has damage is shunned")
 	}
 }
 

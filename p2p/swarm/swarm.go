@@ -157,6 +157,7 @@ func New(store *pieces.Store, network Network, opts Options) (_ *Swarm, err erro
 			slots:   opts.UploadSlots,
 			all:     semaphore.NewWeighted(int64(opts.MaxUploads)),
 			limiter: throttle.New(opts.UploadRate),
+			chunk:   sendChunk,
 			buffers: newBuffers(opts.Memory),
 			active:  map[digest.Digest]*upload{},
 		},

@@ -2,10 +2,11 @@ package swarm
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"net/http"
-	"slices"
 	"sync"
 	"time"
 
@@ -28,7 +29,9 @@ const (
 	maxWaiting = 1024
 	// maxNewsWait is how long a request for news is kept waiting.
 	maxNewsWait = 10 * time.Second
-	// sendChunk is what is sent at a time, and sendTimeout how long that may take.
+	// sendChunk is how much of a piece is read and sent at a time, and sendTimeout how
+	// long sending it may take. What is read is still near the processor when it is sent,
+	// and what slow peers hold up is a part, not a piece.
 	sendChunk   = 256 << 10
 	sendTimeout = 20 * time.Second
 )
@@ -38,6 +41,7 @@ type uploads struct {
 	slots   int                 // at once, of each blob
 	all     *semaphore.Weighted // at once, of all
 	limiter *rate.Limiter       // nil: no limit
+	chunk   int64               // what is sent at a time, in bytes
 	buffers *buffers
 
 	mu     sync.Mutex
@@ -66,8 +70,8 @@ type uploadSource interface {
 	// have returns the set of pieces that are there, which is not to be
 	// changed, and a channel that is closed when there are more; nil where all are.
 	have() (*schedule.Set, <-chan struct{})
-	// read fills p with piece i, checked.
-	read(i int, p []byte) error
+	// bytes returns the content, unchecked.
+	bytes() io.ReaderAt
 	close() error
 }
 
@@ -78,13 +82,8 @@ type stored struct {
 }
 
 func (s stored) have() (*schedule.Set, <-chan struct{}) { return s.full, nil }
+func (s stored) bytes() io.ReaderAt                     { return s.blob.File() }
 func (s stored) close() error                           { return s.blob.Close() }
-
-func (s stored) read(i int, p []byte) error {
-	start, _ := s.blob.Table().Bounds(i)
-	_, err := s.blob.ReadAt(p, start)
-	return err
-}
 
 // use returns the upload of d, made with open where there is none. The caller
 // calls done.
@@ -330,7 +329,7 @@ func (s *Swarm) servePieces(w http.ResponseWriter, r *http.Request, from peer.ID
 	}
 	if req.news {
 		up.news(ctx, req.want)
-		return s.sendPiece(w, up, &reply, nil, from)
+		return s.answer(w, up, &reply, 0)
 	}
 	for {
 		piece, release, err := s.uploads.pick(ctx, up, from, req.want)
@@ -339,7 +338,7 @@ func (s *Swarm) servePieces(w http.ResponseWriter, r *http.Request, from peer.ID
 		}
 		if piece < 0 {
 			release(false)
-			return s.sendPiece(w, up, &reply, nil, from)
+			return s.answer(w, up, &reply, 0)
 		}
 		if done, err := s.servePiece(ctx, w, up, task, piece, &reply, from); done {
 			release(err == nil)
@@ -349,53 +348,71 @@ func (s *Swarm) servePieces(w http.ResponseWriter, r *http.Request, from peer.ID
 	}
 }
 
-// servePiece sends a piece. It reports false where the piece is damaged and
-// another one is to be sent.
+// servePiece sends a piece, of which the last part goes out only where the whole is as it
+// was stored. It reports false where the piece is damaged and another one is to be sent:
+// where nothing of it has been sent yet.
 func (s *Swarm) servePiece(ctx context.Context, w http.ResponseWriter, up *upload, task p2p.Task, piece int, reply *pieceReply, from peer.ID) (done bool, err error) {
 	start, end := up.table.Bounds(piece)
-	buf, err := s.uploads.buffers.get(ctx, int(end-start))
+	buf, err := s.uploads.buffers.get(ctx, int(min(end-start, s.uploads.chunk)))
 	if err != nil {
 		return true, err
 	}
 	defer s.uploads.buffers.put(buf)
-	if err := up.src.read(piece, buf); err != nil {
-		s.log.Error("a piece is damaged, and not served", "task", task.String(), "piece", piece, "error", err)
-		if up.broken(piece) {
-			s.mendLater(task)
+	entry := s.peers.get(from)
+	crc := uint32(0)
+	for at := start; at < end; at += int64(len(buf)) {
+		part := buf[:min(int64(len(buf)), end-at)]
+		n, err := up.src.bytes().ReadAt(part, at)
+		if errors.Is(err, io.EOF) {
+			err = nil // it may come with the last bytes; what is missing, the check tells
 		}
-		return false, nil
+		crc = digest.AddCRC32C(crc, part[:n])
+		if got := at + int64(n); err == nil && (n < len(part) || got == end) {
+			err = up.table.CheckSum(piece, got-start, crc)
+		}
+		if err != nil {
+			s.log.Error("a piece is damaged, and not served", "task", task.String(), "piece", piece, "error", err)
+			if up.broken(piece) {
+				s.mendLater(task)
+			}
+			return at > start, err
+		}
+		if at == start {
+			reply.piece = piece
+			if err := s.answer(w, up, reply, end-start); err != nil {
+				return true, err
+			}
+		}
+		if err := s.send(w, part, entry); err != nil {
+			return true, err
+		}
 	}
-	reply.piece = piece
-	return true, s.sendPiece(w, up, reply, buf, from)
+	return true, nil
 }
 
-// sendPiece sends an answer and, where there is one, a piece.
-func (s *Swarm) sendPiece(w http.ResponseWriter, up *upload, reply *pieceReply, piece []byte, to peer.ID) error {
+// answer sends the answer to a request, after which a piece of so many bytes follows.
+func (s *Swarm) answer(w http.ResponseWriter, up *upload, reply *pieceReply, length int64) error {
 	reply.have, _ = up.there()
 	header, err := reply.append(nil)
 	if err != nil {
 		return err
 	}
-	control := http.NewResponseController(w)
-	control.SetWriteDeadline(time.Now().Add(sendTimeout))
-	w.Header().Set("Content-Length", fmt.Sprint(len(header)+len(piece)))
-	if _, err := w.Write(header); err != nil {
+	http.NewResponseController(w).SetWriteDeadline(time.Now().Add(sendTimeout))
+	w.Header().Set("Content-Length", fmt.Sprint(int64(len(header))+length))
+	_, err = w.Write(header)
+	return err
+}
+
+// send sends a part of a piece.
+func (s *Swarm) send(w http.ResponseWriter, part []byte, to *peerEntry) error {
+	if err := throttle.Wait(context.Background(), s.uploads.limiter, len(part)); err != nil {
 		return err
 	}
-	entry := s.peers.get(to)
-	for chunk := range slices.Chunk(piece, sendChunk) {
-		if err := throttle.Wait(context.Background(), s.uploads.limiter, len(chunk)); err != nil {
-			return err
-		}
-		control.SetWriteDeadline(time.Now().Add(sendTimeout))
-		n, err := w.Write(chunk)
-		entry.addTook(int64(n))
-		s.metrics.sent.Add(float64(n))
-		if err != nil {
-			return err
-		}
-	}
-	return nil
+	http.NewResponseController(w).SetWriteDeadline(time.Now().Add(sendTimeout))
+	n, err := w.Write(part)
+	to.addTook(int64(n))
+	s.metrics.sent.Add(float64(n))
+	return err
 }
 
 // buffers are what pieces pass through. Their sum is bounded: who wants one waits.
