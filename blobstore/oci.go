@@ -650,28 +650,10 @@ type Manifest struct {
 // Manifest returns the manifest that reference, a tag or a digest, names. Other
 // content is none: the error matches [ErrNotFound].
 func (r *Repository) Manifest(ctx context.Context, reference string) (Manifest, error) {
-	return r.manifest(ctx, reference, p2p.StatOptions{Manifest: true})
-}
-
-// KeepManifest is Manifest for whoever means to fetch what it is made of: where
-// peers have it, the manifest is kept on this host, with the tag.
-func (r *Repository) KeepManifest(ctx context.Context, reference string) (Manifest, error) {
-	return r.manifest(ctx, reference, p2p.StatOptions{Manifest: true, Keep: true})
-}
-
-func (r *Repository) manifest(ctx context.Context, reference string, opts p2p.StatOptions) (Manifest, error) {
-	cid, err := parseReference(reference)
+	m, err := r.ManifestContent(ctx, reference, false)
 	if err != nil {
 		return Manifest{}, err
 	}
-	info, err := r.engine.Stat(ctx, r.tag, cid, opts)
-	if err == nil && info.Manifest == nil {
-		err = fmt.Errorf("%s is not a manifest: %w", p2p.Describe(r.tag, cid), ErrNotFound)
-	}
-	if err != nil {
-		return Manifest{}, toOCI(err)
-	}
-	m := Manifest{Descriptor: descriptorOf(info), Content: info.Manifest.Content}
 	if parsed, err := parseManifest(m.Content); err == nil {
 		m.ArtifactType, m.Annotations = parsed.artifactType(), parsed.Annotations
 		if parsed.Subject != nil {
@@ -679,6 +661,24 @@ func (r *Repository) manifest(ctx context.Context, reference string, opts p2p.St
 		}
 	}
 	return m, nil
+}
+
+// ManifestContent is Manifest for whoever reads the content: what that says of artifact
+// type, annotations and subject is not set. With keep, for whoever means to fetch what it
+// is made of: where peers have it, the manifest is kept on this host, with the tag.
+func (r *Repository) ManifestContent(ctx context.Context, reference string, keep bool) (Manifest, error) {
+	cid, err := parseReference(reference)
+	if err != nil {
+		return Manifest{}, err
+	}
+	info, err := r.engine.Stat(ctx, r.tag, cid, p2p.StatOptions{Manifest: true, ContentOnly: true, Keep: keep})
+	if err == nil && info.Manifest == nil {
+		err = fmt.Errorf("%s is not a manifest: %w", p2p.Describe(r.tag, cid), ErrNotFound)
+	}
+	if err != nil {
+		return Manifest{}, toOCI(err)
+	}
+	return Manifest{Descriptor: descriptorOf(info), Content: info.Manifest.Content}, nil
 }
 
 // ManifestOptions says how to push a manifest.

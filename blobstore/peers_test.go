@@ -545,16 +545,19 @@ func TestPushOfWhatArrives(t *testing.T) {
 	}
 }
 
-func TestKeepManifest(t *testing.T) {
+func TestManifestContent(t *testing.T) {
 	eachPeer(t, func(t *testing.T, e *peertest.Engine, r, theirs *blobstore.Repository) {
 		want := mustPushManifest(t, theirs, image(ocispec.Manifest{Config: blob("{}")}), "v1")
-		for i, get := range []func(context.Context, string) (blobstore.Manifest, error){r.Manifest, r.KeepManifest} {
-			m, err := get(t.Context(), "v1")
-			if err != nil || !reflect.DeepEqual(m, want) {
+		if m, err := r.Manifest(t.Context(), "v1"); err != nil || !reflect.DeepEqual(m, want) {
+			t.Errorf("got %+v, %v; want %+v", m, err, want)
+		}
+		for _, keep := range []bool{false, true} {
+			m, err := r.ManifestContent(t.Context(), "v1", keep)
+			if err != nil || m.Digest != want.Digest || m.Size != want.Size || m.MediaType != want.MediaType || !bytes.Equal(m.Content, want.Content) {
 				t.Errorf("got %+v, %v; want %+v", m, err, want)
 			}
-			if _, err := r.Stat(t.Context(), m.Digest.String(), local); (err == nil) != (i == 1) {
-				t.Errorf("kept: %v", err)
+			if _, err := r.Stat(t.Context(), m.Digest.String(), local); (err == nil) != keep {
+				t.Errorf("kept, where that is %v: %v", keep, err)
 			}
 		}
 	})

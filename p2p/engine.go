@@ -97,6 +97,9 @@ type StatOptions struct {
 	// Manifest asks for Info.Manifest, where the task is a manifest: enough to
 	// follow a cache ID to its files in one call.
 	Manifest bool
+	// ContentOnly says that Info.Manifest.Refs is not needed, which takes longer the
+	// more there are. An engine may tell them all the same.
+	ContentOnly bool
 	// Keep asks that the name, and the manifest that it points to, be kept
 	// here where peers have them. It needs Manifest and Network.
 	Keep bool

@@ -17,11 +17,7 @@ func (h *Handler) getManifest(w *response, r *request) error {
 	if _, err := manifestReference(r); err != nil {
 		return err
 	}
-	get := r.repo.KeepManifest
-	if r.Method == http.MethodHead {
-		get = r.repo.Manifest
-	}
-	m, err := get(r.Context(), r.reference)
+	m, err := r.repo.ManifestContent(r.Context(), r.reference, r.Method != http.MethodHead)
 	if err != nil {
 		return err
 	}

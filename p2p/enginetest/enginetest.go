@@ -998,6 +998,10 @@ func testStatManifest(t *testing.T, e p2p.Engine) {
 		if !info.LastUsed.IsZero() {
 			t.Errorf("stat %s counts as a use", id)
 		}
+		info, err = e.Stat(t.Context(), "t", cid(t, id), p2p.StatOptions{Scope: p2p.Local, Manifest: true, ContentOnly: true})
+		if err != nil || info.Manifest == nil || !bytes.Equal(info.Manifest.Content, content) {
+			t.Errorf("stat %s, content only: %+v, %v", id, info, err)
+		}
 		if info, err = e.Stat(t.Context(), "t", cid(t, id), p2p.StatOptions{Scope: p2p.Local}); err != nil || info.Manifest != nil {
 			t.Errorf("stat %s without the manifest: %+v, %v", id, info, err)
 		}

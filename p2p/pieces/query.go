@@ -56,7 +56,7 @@ func (s *Store) Stat(ctx context.Context, tag string, cid digest.CID, opts p2p.S
 		return p2p.Info{}, err
 	}
 	for attempt := 1; ; attempt++ {
-		info, refs, err := s.lookUp(tag, cid, opts.Manifest)
+		info, refs, err := s.lookUp(tag, cid, opts.Manifest && !opts.ContentOnly)
 		if err != nil {
 			return p2p.Info{}, err
 		}

@@ -21,3 +21,19 @@ func TestEngine(t *testing.T) {
 		return s
 	})
 }
+
+// Who wants a manifest's content only is not kept waiting for what it refers to.
+func TestStatContentOnly(t *testing.T) {
+	s := openWith(t, t.TempDir(), &faults{at: -1})
+	defer s.Close()
+	task, err := importArtifact(t.Context(), s, "v1", []byte("data"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, only := range []bool{false, true} {
+		info, err := s.Stat(t.Context(), task.Tag, cacheID(t, "v1"), p2p.StatOptions{Manifest: true, ContentOnly: only})
+		if err != nil || info.Manifest == nil || (len(info.Manifest.Refs) == 0) != only {
+			t.Errorf("content only %v: %+v, %v", only, info.Manifest, err)
+		}
+	}
+}

@@ -360,7 +360,7 @@ func (s *Swarm) statLocal(ctx context.Context, tag string, cid digest.CID, opts 
 
 // localOnly returns the same options for what is here alone.
 func localOnly(opts p2p.StatOptions) p2p.StatOptions {
-	return p2p.StatOptions{Scope: p2p.Local, Manifest: opts.Manifest}
+	return p2p.StatOptions{Scope: p2p.Local, Manifest: opts.Manifest, ContentOnly: opts.ContentOnly}
 }
 
 // statName describes what a name stands for.
@@ -431,7 +431,7 @@ func (s *Swarm) statDigest(ctx context.Context, task p2p.Task, opts p2p.StatOpti
 // withRefs completes what is known of what a manifest refers to with what peers
 // know, where one of them has told of it or all are asked.
 func (s *Swarm) withRefs(ctx context.Context, info p2p.Info, opts p2p.StatOptions, from peer.ID) p2p.Info {
-	if info.Manifest == nil || from == "" && !opts.Holders {
+	if info.Manifest == nil || opts.ContentOnly || from == "" && !opts.Holders {
 		return info
 	}
 	parsed := s.parseManifest(info.MediaType, info.Manifest.Content)
