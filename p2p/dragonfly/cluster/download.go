@@ -94,7 +94,7 @@ func (e *Engine) newDownload(task p2p.Task, at *scheduler, length int64) (_ *dow
 		d.length = -1 // it does not know
 	}
 	if d.file, err = os.CreateTemp(e.dir, ""); err != nil {
-		return nil, err
+		return nil, pieces.DiskError(err)
 	}
 	// Nothing is left of it, whatever happens to this process.
 	if err := os.Remove(d.file.Name()); err != nil {
@@ -213,7 +213,7 @@ func (d *download) fromParents(ctx context.Context, queue []parent, problem erro
 // direct stores content that the scheduler has sent itself.
 func (d *download) direct(ctx context.Context, content []byte) error {
 	if _, err := d.file.WriteAt(content, 0); err != nil {
-		return err
+		return pieces.DiskError(err)
 	}
 	if err := d.e.Take(ctx, d.task, d.file); err != nil {
 		if errors.Is(err, digest.ErrMismatch) {

@@ -129,6 +129,10 @@ func (c *client) upload(ctx context.Context, t p2p.Task, path string, ttl, limit
 	if err == nil && task.GetId() != taskID(t) {
 		err = fmt.Errorf("import %s: Dragonfly's dfdaemon at %s has given it the ID %q, where %s was to be expected: it is older than September 2025: update it",
 			t, c.socket, task.GetId(), taskID(t))
+		// Else it would know the content the next time, and an import seem to succeed.
+		if failed := c.deleteID(ctx, task.GetId()); failed != nil {
+			err = fmt.Errorf("%w (and it keeps what it has got: %w)", err, failed)
+		}
 	}
 	return err
 }
@@ -136,8 +140,6 @@ func (c *client) upload(ctx context.Context, t p2p.Task, path string, ttl, limit
 // download writes a task's content to w, piece by piece as they come.
 func (c *client) download(ctx context.Context, t p2p.Task, w io.WriterAt, limit time.Duration) error {
 	return c.call(ctx, "export "+t.String(), limit, wire.ErrAway, func(ctx context.Context) error {
-		ctx, cancel := context.WithCancel(ctx) // ends the stream, where it has not ended
-		defer cancel()
 		stream, err := c.daemon.DownloadPersistentCacheTask(ctx, &dfdaemonv2.DownloadPersistentCacheTaskRequest{
 			TaskId: taskID(t), Persistent: true, NeedPieceContent: true, Timeout: durationpb.New(limit),
 		})
@@ -183,13 +185,21 @@ type ownError struct{ error }
 
 func (e *ownError) Unwrap() error { return e.error }
 
-// delete has the first scheduler that answers delete a task, on every host that it
-// reaches. One that it does not know is no error. Schedulers of a cluster have one memory.
+// delete has Dragonfly delete a task, as deleteID does.
 func (c *client) delete(ctx context.Context, t p2p.Task) error {
+	if err := c.deleteID(ctx, taskID(t)); err != nil {
+		return fmt.Errorf("delete %s: %w", t, err)
+	}
+	return nil
+}
+
+// deleteID has the first scheduler that answers delete a task, on every host that it
+// reaches. One that it does not know is no error. Schedulers of a cluster have one memory.
+func (c *client) deleteID(ctx context.Context, id string) error {
 	var all error
 	for _, s := range c.schedulers {
 		st, late, err := wire.Call(ctx, deleteTimeout, func(ctx context.Context) error {
-			_, err := s.api.DeletePersistentCacheTask(ctx, &schedulerv2.DeletePersistentCacheTaskRequest{HostId: hostID, TaskId: taskID(t)})
+			_, err := s.api.DeletePersistentCacheTask(ctx, &schedulerv2.DeletePersistentCacheTaskRequest{HostId: hostID, TaskId: id})
 			return err
 		})
 		switch {
@@ -203,7 +213,7 @@ func (c *client) delete(ctx context.Context, t p2p.Task) error {
 			all = errors.Join(all, fmt.Errorf("scheduler %s: %w: %s", s.address, p2p.ErrUnavailable, wire.Reason(st)))
 		}
 	}
-	return fmt.Errorf("delete %s: %w", t, all)
+	return all
 }
 
 // call does a call of the daemon within limit, and says what its error is: away where

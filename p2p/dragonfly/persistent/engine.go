@@ -14,7 +14,6 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
-	"path/filepath"
 	"sync"
 	"time"
 
@@ -201,7 +200,7 @@ func (n network) Bring(ctx context.Context, task p2p.Task) error {
 	}
 	f, err := os.CreateTemp(n.dir, "")
 	if err != nil {
-		return fmt.Errorf("fetch %s: %w", task, err)
+		return fmt.Errorf("fetch %s: %w", task, pieces.DiskError(err))
 	}
 	defer os.Remove(f.Name())
 	defer f.Close()
@@ -249,15 +248,11 @@ func (e *Engine) handInBlob(ctx context.Context, task p2p.Task) error {
 
 // copyIn has Dragonfly import a copy of a blob.
 func (e *Engine) copyIn(ctx context.Context, task p2p.Task, blob *pieces.Blob) error {
-	dir, err := os.MkdirTemp(e.dir, "")
+	f, err := os.CreateTemp(e.dir, "")
 	if err != nil {
-		return fmt.Errorf("import %s: %w", task, err)
+		return fmt.Errorf("import %s: %w", task, pieces.DiskError(err))
 	}
-	defer os.RemoveAll(dir)
-	f, err := os.OpenFile(filepath.Join(dir, "content"), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return fmt.Errorf("import %s: %w", task, err)
-	}
+	defer os.Remove(f.Name())
 	err = blob.CopyRange(ctx, f, 0, blob.Size(), nil)
 	if err = errors.Join(err, f.Close()); err != nil {
 		return fmt.Errorf("import %s: %w", task, pieces.DiskError(err))
