@@ -11,7 +11,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -36,13 +35,8 @@ type Cluster struct {
 // Daemon is one dfdaemon. It is safe for concurrent use.
 type Daemon struct {
 	dfdaemonv1.UnimplementedDaemonServer
-	Socket string // where it listens
-
-	t       testing.TB
+	*Process
 	cluster *Cluster
-	dir     string // of its cache
-	server  *grpc.Server
-	served  chan struct{}
 
 	mu          sync.Mutex
 	tasks       map[string]string // the cache files of the tasks that it has
@@ -52,26 +46,18 @@ type Daemon struct {
 	contained   bool
 	advance     bool
 	copies      map[string]int // more of a task
-	hook        func(ctx context.Context, call string) error
-	calls       map[string]int
 	timeout     time.Duration
 }
 
 // Start starts a daemon of the cluster, which ends with the test.
 func (c *Cluster) Start(t testing.TB) *Daemon {
 	t.Helper()
-	// The test's own directory can have a name that is too long for a socket.
-	dir, err := os.MkdirTemp("", "dragonfly")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	d := &Daemon{
-		Socket: filepath.Join(dir, "s"), t: t, cluster: c, dir: filepath.Join(dir, "cache"),
-		tasks: map[string]string{}, copies: map[string]int{}, calls: map[string]int{},
-	}
-	if err := os.Mkdir(d.dir, 0o755); err != nil {
-		t.Fatal(err)
+	d := &Daemon{cluster: c, tasks: map[string]string{}, copies: map[string]int{}}
+	d.Process = NewProcess(t, func(server *grpc.Server) { dfdaemonv1.RegisterDaemonServer(server, d) })
+	d.seen = func(req any) {
+		if export, ok := req.(*dfdaemonv1.ExportTaskRequest); ok {
+			d.set(func() { d.timeout = time.Duration(export.GetTimeout()) })
+		}
 	}
 	c.mu.Lock()
 	c.daemons = append(c.daemons, d)
@@ -79,33 +65,6 @@ func (c *Cluster) Start(t testing.TB) *Daemon {
 	d.Run()
 	t.Cleanup(d.Kill)
 	return d
-}
-
-// Run has a daemon that was killed answer again, with what it had.
-func (d *Daemon) Run() {
-	d.t.Helper()
-	l, err := net.Listen("unix", d.Socket)
-	if err != nil {
-		d.t.Fatal(err)
-	}
-	server, served := grpc.NewServer(grpc.UnaryInterceptor(d.intercept)), make(chan struct{})
-	dfdaemonv1.RegisterDaemonServer(server, d)
-	d.mu.Lock()
-	d.server, d.served = server, served
-	d.mu.Unlock()
-	go func() {
-		defer close(served)
-		server.Serve(l)
-	}()
-}
-
-// Kill ends the daemon, with all calls that are under way.
-func (d *Daemon) Kill() {
-	d.mu.Lock()
-	server, served := d.server, d.served
-	d.mu.Unlock()
-	server.Stop()
-	<-served
 }
 
 // LoseScheduler has every call that needs more than this daemon wait until its context ends.
@@ -118,12 +77,6 @@ func (d *Daemon) Lie() { d.set(func() { d.lies = true }) }
 // nowhere to be found.
 func (d *Daemon) Contain() { d.set(func() { d.contained = true }) }
 
-// OnCall has hook called at the beginning of every call, with its name, such as
-// "ExportTask". Its error is that of the call.
-func (d *Daemon) OnCall(hook func(ctx context.Context, call string) error) {
-	d.set(func() { d.hook = hook })
-}
-
 // Advance has the daemon keep what it fetches beside the output that it was fetched for.
 func (d *Daemon) Advance() { d.set(func() { d.advance = true }) }
 
@@ -134,15 +87,6 @@ func (d *Daemon) set(do func()) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	do()
-}
-
-// Calls returns how many calls of this name there were since it was last asked.
-func (d *Daemon) Calls(call string) int {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	n := d.calls[call]
-	d.calls[call] = 0
-	return n
 }
 
 // Timeout returns the timeout in the last request for an export.
@@ -166,32 +110,6 @@ func (d *Daemon) Tasks() []string {
 
 // Forget has the daemon lose all that it has.
 func (d *Daemon) Forget() { d.set(func() { clear(d.tasks) }) }
-
-// Files returns the paths of the files in the daemon's cache.
-func (d *Daemon) Files() []string {
-	files, err := filepath.Glob(filepath.Join(d.dir, "*"))
-	if err != nil {
-		d.t.Error(err)
-	}
-	return files
-}
-
-func (d *Daemon) intercept(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
-	call := filepath.Base(info.FullMethod)
-	d.mu.Lock()
-	d.calls[call]++
-	hook := d.hook
-	if export, ok := req.(*dfdaemonv1.ExportTaskRequest); ok {
-		d.timeout = time.Duration(export.GetTimeout())
-	}
-	d.mu.Unlock()
-	if hook != nil {
-		if err := hook(ctx, call); err != nil {
-			return nil, err
-		}
-	}
-	return handler(ctx, req)
-}
 
 // dfError is an error as Dragonfly has them.
 func dfError(code commonv1.Code, format string, args ...any) error {
@@ -249,7 +167,7 @@ func (d *Daemon) keep(key, from string) (string, error) {
 	defer in.Close()
 	d.mu.Lock()
 	d.made++
-	name := filepath.Join(d.dir, fmt.Sprint(d.made))
+	name := d.CacheFile(fmt.Sprint(d.made))
 	d.mu.Unlock()
 	out, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o644)
 	if err != nil {

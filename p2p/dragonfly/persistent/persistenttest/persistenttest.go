@@ -17,7 +17,6 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
-	"path/filepath"
 	"slices"
 	"sync"
 	"testing"
@@ -34,6 +33,8 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/emptypb"
 	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/dfcache/dfcache/p2p/dragonfly/dragonflytest"
 )
 
 // PieceLength is how long the pieces are into which the daemons cut a file.
@@ -61,15 +62,13 @@ type task struct {
 	updated time.Time
 }
 
-// Daemon is the dfdaemon of a host. It is safe for concurrent use.
+// Daemon is the dfdaemon of a host. It is safe for concurrent use. What OnCall is given is
+// called with "uploading", too: when the scheduler knows of an upload, and the daemon has
+// nothing of it yet.
 type Daemon struct {
 	dfdaemonv2.UnimplementedDfdaemonDownloadServer
-	Socket string // where it listens
-
-	t       testing.TB
+	*dragonflytest.Process
 	cluster *Cluster
-	dir     string // of its cache
-	stop    func()
 
 	mu        sync.Mutex
 	files     map[string]string // the cache files of the tasks that it has
@@ -78,21 +77,6 @@ type Daemon struct {
 	short     bool
 	contained bool
 	oldIDs    bool
-	hook      func(ctx context.Context, call string) error
-	calls     map[string]int
-}
-
-// serve runs a server at a listener until the function it returns is called.
-func serve(server *grpc.Server, l net.Listener) (stop func()) {
-	served := make(chan struct{})
-	go func() {
-		defer close(served)
-		server.Serve(l)
-	}()
-	return func() {
-		server.Stop()
-		<-served
-	}
 }
 
 // StartCluster starts a scheduler, which ends with the test.
@@ -105,31 +89,25 @@ func StartCluster(t testing.TB) *Cluster {
 	c := &Cluster{Addr: l.Addr().String(), tasks: map[string]*task{}}
 	server := grpc.NewServer()
 	schedulerv2.RegisterSchedulerServer(server, c)
-	t.Cleanup(serve(server, l))
+	t.Cleanup(dragonflytest.Serve(server, l))
 	return c
 }
 
 // Start starts a daemon of the cluster, which ends with the test.
 func (c *Cluster) Start(t testing.TB) *Daemon {
 	t.Helper()
-	// The test's own directory can have a name that is too long for a socket.
-	dir, err := os.MkdirTemp("", "dragonfly")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	d := &Daemon{
-		Socket: filepath.Join(dir, "s"), t: t, cluster: c, dir: filepath.Join(dir, "cache"),
-		files: map[string]string{}, calls: map[string]int{},
-	}
-	if err := os.Mkdir(d.dir, 0o755); err != nil {
-		t.Fatal(err)
-	}
+	d := &Daemon{cluster: c, files: map[string]string{}}
+	d.Process = dragonflytest.NewProcess(t, func(server *grpc.Server) {
+		dfdaemonv2.RegisterDfdaemonDownloadServer(server, d)
+		healthy := health.NewServer()
+		healthy.SetServingStatus(dfdaemonv2.DfdaemonDownload_ServiceDesc.ServiceName, healthpb.HealthCheckResponse_SERVING)
+		healthpb.RegisterHealthServer(server, healthy)
+	})
 	c.mu.Lock()
 	c.daemons = append(c.daemons, d)
 	c.mu.Unlock()
 	d.Run()
-	t.Cleanup(func() { d.Kill() })
+	t.Cleanup(d.Kill)
 	return d
 }
 
@@ -171,54 +149,6 @@ func (c *Cluster) set(do func()) {
 	do()
 }
 
-// Run has a daemon that was killed answer again, with what it had.
-func (d *Daemon) Run() {
-	d.t.Helper()
-	l, err := net.Listen("unix", d.Socket)
-	if err != nil {
-		d.t.Fatal(err)
-	}
-	server := grpc.NewServer(
-		grpc.UnaryInterceptor(func(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
-			if err := d.called(ctx, info.FullMethod); err != nil {
-				return nil, err
-			}
-			return handler(ctx, req)
-		}),
-		grpc.StreamInterceptor(func(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
-			if err := d.called(stream.Context(), info.FullMethod); err != nil {
-				return err
-			}
-			return handler(srv, stream)
-		}))
-	dfdaemonv2.RegisterDfdaemonDownloadServer(server, d)
-	healthy := health.NewServer()
-	healthy.SetServingStatus(dfdaemonv2.DfdaemonDownload_ServiceDesc.ServiceName, healthpb.HealthCheckResponse_SERVING)
-	healthpb.RegisterHealthServer(server, healthy)
-	stop := serve(server, l)
-	d.set(func() { d.stop = stop })
-}
-
-// Kill ends the daemon, with all calls that are under way.
-func (d *Daemon) Kill() {
-	d.mu.Lock()
-	stop := d.stop
-	d.mu.Unlock()
-	stop()
-}
-
-func (d *Daemon) called(ctx context.Context, method string) error {
-	call := filepath.Base(method)
-	d.mu.Lock()
-	d.calls[call]++
-	hook := d.hook
-	d.mu.Unlock()
-	if hook == nil {
-		return nil
-	}
-	return hook(ctx, call)
-}
-
 // Tamper has change do something to each piece that the daemon sends.
 func (d *Daemon) Tamper(change func(*commonv2.Piece)) { d.set(func() { d.change = change }) }
 
@@ -231,12 +161,6 @@ func (d *Daemon) Contain() { d.set(func() { d.contained = true }) }
 // CountOldIDs has the daemon calculate task IDs as it did before September 2025.
 func (d *Daemon) CountOldIDs() { d.set(func() { d.oldIDs = true }) }
 
-// OnCall has hook called at the beginning of every call, with its name, such as
-// "UploadPersistentCacheTask". Its error is that of the call.
-func (d *Daemon) OnCall(hook func(ctx context.Context, call string) error) {
-	d.set(func() { d.hook = hook })
-}
-
 // Forget has the daemon lose all that it has; the scheduler knows.
 func (d *Daemon) Forget() { d.set(func() { clear(d.files) }) }
 
@@ -244,15 +168,6 @@ func (d *Daemon) set(do func()) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	do()
-}
-
-// Calls returns how many calls of this name there were since it was last asked.
-func (d *Daemon) Calls(call string) (n int) {
-	d.set(func() {
-		n = d.calls[call]
-		d.calls[call] = 0
-	})
-	return n
 }
 
 // Tasks returns the IDs of the tasks that the daemon has.
@@ -264,15 +179,6 @@ func (d *Daemon) Tasks() (ids []string) {
 	})
 	slices.Sort(ids)
 	return ids
-}
-
-// Files returns the paths of the files in the daemon's cache.
-func (d *Daemon) Files() []string {
-	files, err := filepath.Glob(filepath.Join(d.dir, "*"))
-	if err != nil {
-		d.t.Error(err)
-	}
-	return files
 }
 
 func internal(format string, args ...any) error {
@@ -329,7 +235,7 @@ func (d *Daemon) UploadPersistentCacheTask(ctx context.Context, req *dfdaemonv2.
 	d.mu.Lock()
 	contained, oldIDs := d.contained, d.oldIDs
 	d.made++
-	name := filepath.Join(d.dir, fmt.Sprint(d.made))
+	name := d.CacheFile(fmt.Sprint(d.made))
 	d.mu.Unlock()
 	if err := req.ValidateAll(); err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
@@ -354,13 +260,8 @@ func (d *Daemon) UploadPersistentCacheTask(ctx context.Context, req *dfdaemonv2.
 		now = now.Add(c.late)
 		c.tasks[id] = &task{size: uint64(info.Size()), state: "Uploading", ttl: req.GetTtl().AsDuration(), created: now, updated: now}
 	})
-	d.mu.Lock()
-	hook := d.hook
-	d.mu.Unlock()
-	if hook != nil {
-		if err := hook(ctx, "uploading"); err != nil {
-			return nil, internal("%v", err) // and all stays as it is
-		}
+	if err := d.Hook(ctx, "uploading"); err != nil {
+		return nil, internal("%v", err) // and all stays as it is
 	}
 	if err := os.Link(req.GetPath(), name); err != nil {
 		return nil, internal("%v", err)
@@ -454,7 +355,7 @@ func (d *Daemon) keep(id, from string) (string, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.made++
-	name := filepath.Join(d.dir, fmt.Sprint(d.made))
+	name := d.CacheFile(fmt.Sprint(d.made))
 	if err := os.WriteFile(name, content, 0o644); err != nil {
 		return "", err
 	}
