@@ -324,6 +324,21 @@ func TestImportAgain(t *testing.T) {
 	}
 }
 
+// Of one import Dragonfly gets each blob once, whatever refers to it.
+func TestHandInOnce(t *testing.T) {
+	h := newHost(t, new(dragonflytest.Cluster), dragonfly.Options{})
+	r, err := blobstore.New(h).Repository("t")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.Import(t.Context(), "v1", strings.NewReader("data"), blobstore.ImportOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if n := h.upstream.Calls("ImportTask"); n != 3 {
+		t.Errorf("%d imports by Dragonfly, want those of a manifest, a config and a file", n)
+	}
+}
+
 // What else Dragonfly has to say is told in its words, and is not taken for an answer.
 func TestOtherErrors(t *testing.T) {
 	h := newHost(t, new(dragonflytest.Cluster), dragonfly.Options{})
