@@ -1,4 +1,5 @@
-// Package throttle bounds how many bytes move in a second, for all who move them.
+// Package throttle bounds how many bytes move in a second, for all who move them: from above,
+// by a limiter, and from below, by a [Progress].
 package throttle
 
 import (

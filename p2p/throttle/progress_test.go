@@ -1,0 +1,113 @@
+package throttle
+
+import (
+	"context"
+	"errors"
+	"io"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// source sends n bytes after each pause.
+type source struct {
+	ctx   context.Context
+	pause time.Duration
+	n     int
+}
+
+func (s source) Read(p []byte) (int, error) {
+	select {
+	case <-time.After(s.pause):
+		return min(len(p), s.n), nil
+	case <-s.ctx.Done():
+		return 0, context.Cause(s.ctx)
+	}
+}
+
+func TestProgress(t *testing.T) {
+	const span = 10 * time.Second
+	for name, test := range map[string]struct {
+		pause   time.Duration
+		n       int
+		rate    int64
+		stalled time.Duration // 0: not within an hour
+	}{
+		"nothing":             {pause: 2 * time.Hour, n: 1, stalled: span},
+		"a byte now and then": {pause: 2 * time.Second, n: 1, stalled: span},
+		"just enough":         {pause: time.Second, n: MinRate},
+		"enough, in bursts":   {pause: span - time.Second, n: MinRate * 10},
+		"our own limit":       {pause: time.Millisecond, n: 64, rate: 100},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				p := NewProgress(t.Context(), span)
+				defer p.Stop()
+				limit := New(test.rate)
+				r := p.Reader(source{p.Context(), test.pause, test.n}, limit)
+				start := time.Now()
+				var err error
+				for buf := make([]byte, 1<<20); err == nil && time.Since(start) < time.Hour; {
+					_, err = r.Read(buf)
+				}
+				if test.stalled == 0 {
+					if err != nil {
+						t.Fatalf("after %s: %v", time.Since(start), err)
+					}
+					return
+				}
+				if !errors.Is(err, ErrStalled) || time.Since(start) != test.stalled {
+					t.Fatalf("after %s: %v; want %v after %s", time.Since(start), err, ErrStalled, test.stalled)
+				}
+			})
+		})
+	}
+}
+
+func TestProgressIsSlowBeforeItStalls(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := NewProgress(t.Context(), 10*time.Second)
+		defer p.Stop()
+		start := time.Now()
+		go p.Reader(source{p.Context(), time.Hour, 1}, nil).Read(make([]byte, 1))
+		<-p.Slow()
+		if got := time.Since(start); got != 5*time.Second {
+			t.Errorf("slow after %s", got)
+		}
+		<-p.Context().Done()
+		if got := time.Since(start); got != 10*time.Second {
+			t.Errorf("stalled after %s", got)
+		}
+	})
+}
+
+// What this host does with what has come is not the source's fault; and an answer may
+// be given more time than what follows it.
+func TestProgressCountsOnlyWhatIsAwaited(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := NewProgress(t.Context(), 30*time.Second)
+		defer p.Stop()
+		wait := func(d time.Duration) {
+			p.Await(func() (int, error) { time.Sleep(d); return 0, nil })
+		}
+		wait(29 * time.Second)
+		p.Restart(10 * time.Second)
+		time.Sleep(time.Hour)
+		wait(9 * time.Second)
+		time.Sleep(time.Hour)
+		if err := p.Context().Err(); err != nil {
+			t.Fatal(err)
+		}
+		wait(2 * time.Second)
+		if err := context.Cause(p.Context()); !errors.Is(err, ErrStalled) {
+			t.Fatal(err)
+		}
+		if n, err := p.Reader(io.LimitReader(zeros{}, 3), nil).Read(make([]byte, 5)); n != 3 || err != nil {
+			t.Fatal(n, err)
+		}
+	})
+}
+
+type zeros struct{}
+
+func (zeros) Read(p []byte) (int, error) { return len(p), nil }
