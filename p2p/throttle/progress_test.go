@@ -35,7 +35,7 @@ func TestProgress(t *testing.T) {
 	}{
 		"nothing":             {pause: 2 * time.Hour, n: 1, stalled: span},
 		"a byte now and then": {pause: 2 * time.Second, n: 1, stalled: span},
-		"just enough":         {pause: time.Second, n: MinRate},
+		"just enough":         {pause: time.Second, n: MinRate * 5 / 4},
 		"enough, in bursts":   {pause: span - time.Second, n: MinRate * 10},
 		"our own limit":       {pause: time.Millisecond, n: 64, rate: 100},
 	} {
