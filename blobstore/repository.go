@@ -456,6 +456,10 @@ type ExportOptions struct {
 	// Overwrite lets an export replace a file. Without it an existing output
 	// is an error that matches [fs.ErrExist].
 	Overwrite bool
+	// NoSync lets [Repository.ExportFile] return before the disk has what it wrote.
+	// That is faster, and a power cut within the next half a minute can leave an empty file, also
+	// in place of one that was replaced.
+	NoSync bool
 	// Progress, where it is not nil, is called with the count of bytes written so far.
 	Progress func(written int64)
 }
@@ -478,8 +482,9 @@ func (r *Repository) Export(ctx context.Context, cid string, w io.Writer, opts E
 
 // ExportFile writes the file that cid names to a new file at path. It is all or
 // nothing: the content is written to a file that can't be seen yet, in the
-// same directory, and gets its name when it is complete and verified. A failure
-// leaves no file, and one that was there as it was.
+// same directory, and gets its name when it is complete, verified and on disk. A failure
+// leaves no file, and one that was there as it was. When ExportFile returns, the
+// file survives a power cut, unless opts.NoSync is set.
 //
 // An artifact of several files becomes a directory at path. A new one appears at
 // once, with everything in it. Into an empty one that is there, or, with
@@ -489,8 +494,8 @@ func (r *Repository) Export(ctx context.Context, cid string, w io.Writer, opts E
 func (r *Repository) ExportFile(ctx context.Context, cid, path string, opts ExportOptions) (File, error) {
 	f, err := r.find(ctx, cid, opts.Lookup, func(f *found) error {
 		if len(f.Files) == 0 {
-			return writeFile(path, opts.Overwrite, func(out *os.File) (err error) {
-				f.Sources, err = r.copyFile(ctx, f.File, out, opts.Lookup, opts.Progress)
+			return writeFile(path, opts, func(out *os.File) (err error) {
+				f.Sources, err = r.copyFile(ctx, f.File, out, opts)
 				return err
 			})
 		}
@@ -507,12 +512,12 @@ func (r *Repository) ExportFile(ctx context.Context, cid, path string, opts Expo
 func (r *Repository) writeDir(ctx context.Context, artifact *File, path string, opts ExportOptions) error {
 	var written int64
 	next := 0
-	err := writeDir(path, opts.Overwrite, artifact.Files, func(f File, out *os.File) error {
-		progress := opts.Progress
-		if before := written; progress != nil {
-			progress = func(n int64) { opts.Progress(before + n) }
+	err := writeDir(path, opts, artifact.Files, func(f File, out *os.File) error {
+		each := opts
+		if before := written; opts.Progress != nil {
+			each.Progress = func(n int64) { opts.Progress(before + n) }
 		}
-		sources, err := r.copyFile(ctx, f, out, opts.Lookup, progress)
+		sources, err := r.copyFile(ctx, f, out, each)
 		artifact.Files[next].Sources = sources
 		written, next = written+f.Size, next+1
 		return err
@@ -536,9 +541,13 @@ func (r *Repository) writeDir(ctx context.Context, artifact *File, path string, 
 
 // copyFile copies the content of f to out, which is empty, and says which peers
 // it came from.
-func (r *Repository) copyFile(ctx context.Context, f File, out *os.File, l Lookup, progress func(int64)) ([]Source, error) {
+func (r *Repository) copyFile(ctx context.Context, f File, out *os.File, opts ExportOptions) ([]Source, error) {
+	progress := opts.Progress
+	if !opts.NoSync {
+		progress = writeBack(out, progress)
+	}
 	for attempt := 1; ; attempt++ {
-		sources, err := r.copyBlob(ctx, f.Digest, out, l.scope(), progress)
+		sources, err := r.copyBlob(ctx, f.Digest, out, opts.scope(), progress)
 		if !errors.Is(err, ErrMismatch) || attempt == copyAttempts {
 			return sources, err
 		}

@@ -14,9 +14,12 @@ import (
 // writeFile makes the file at path with what write writes to it, or nothing at
 // all. The file has no name until it is complete, so that not even kill -9
 // leaves a part of it; a file system that has no unnamed files gets a hidden
-// one in the same directory instead. Without overwrite an existing path is an
+// one in the same directory instead. Without opts.Overwrite an existing path is an
 // error that matches fs.ErrExist, also when it appears at the last moment.
-func writeFile(path string, overwrite bool, write func(*os.File) error) error {
+//
+// Unless opts.NoSync is set, the content is on disk before the name appears, and
+// the name when writeFile returns: a power cut leaves what was there before or all of it.
+func writeFile(path string, opts ExportOptions, write func(*os.File) error) error {
 	mode := fs.FileMode(0)
 	switch info, err := os.Stat(path); {
 	case errors.Is(err, fs.ErrNotExist):
@@ -30,7 +33,7 @@ func writeFile(path string, overwrite bool, write func(*os.File) error) error {
 		return fmt.Errorf("output %s: %w: it is a directory: name a file in it", path, fs.ErrExist)
 	case !info.Mode().IsRegular():
 		return fmt.Errorf("output %s: %w: it is not a regular file: write to \"-\" and redirect it there", path, fs.ErrExist)
-	case !overwrite:
+	case !opts.Overwrite:
 		return fmt.Errorf("output %s: %w: pass --overwrite to replace it", path, fs.ErrExist)
 	default:
 		// Through a link the file is replaced, not the link.
@@ -50,15 +53,35 @@ func writeFile(path string, overwrite bool, write func(*os.File) error) error {
 			return fmt.Errorf("output: %w", err)
 		}
 	}
-	switch err := write(f.File); {
+	return f.fill(path, opts, write)
+}
+
+// fill writes the file and gives it its name.
+func (o *output) fill(path string, opts ExportOptions, write func(*os.File) error) error {
+	err := write(o.File)
+	if err == nil && !opts.NoSync {
+		err = onDisk(syncFile(o.File))
+	}
+	switch {
 	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
 		// The error names the file, which has no name, by its directory.
 		return fmt.Errorf("output %s: %w: free some space on its disk, or choose another place", path, ErrNoSpace)
 	case err != nil:
 		return err
 	}
-	if err := f.publish(path, overwrite); err != nil {
+	if err := o.publish(path, opts); err != nil {
 		return fmt.Errorf("output: %w", err)
+	}
+	return nil
+}
+
+// syncFile has the disk take in a file's content, or a directory's names. Only tests change it.
+var syncFile = (*os.File).Sync
+
+// onDisk says of what a sync failed.
+func onDisk(err error) error {
+	if err != nil {
+		return fmt.Errorf("write to disk: %w", err)
 	}
 	return nil
 }
@@ -91,11 +114,26 @@ func newNamedOutput(dir string) (*output, error) {
 	return &output{File: f, dir: dir, temp: f.Name()}, nil
 }
 
-// publish gives the file its name.
-func (o *output) publish(path string, overwrite bool) error {
-	if !overwrite {
+// publish gives the file its name, and makes that durable unless opts.NoSync is
+// set. Where it fails, there is no file, or the one before.
+func (o *output) publish(path string, opts ExportOptions) error {
+	if !opts.Overwrite {
 		// A link never replaces what is there.
-		return o.link(path)
+		if err := o.link(path); err != nil {
+			return err
+		}
+		if err := o.removeTemp(); err != nil {
+			return errors.Join(err, os.Remove(path))
+		}
+		if err := o.syncDir(opts); err != nil {
+			return errors.Join(err, os.Remove(path))
+		}
+		return nil
+	}
+	// What was there can't be had back, so a directory that can't be synced is
+	// found out before.
+	if err := o.syncDir(opts); err != nil {
+		return err
 	}
 	if o.temp == "" {
 		// There is no call that gives an unnamed file the name of another:
@@ -110,7 +148,57 @@ func (o *output) publish(path string, overwrite bool) error {
 		return err
 	}
 	o.temp = ""
-	return nil
+	return o.syncDir(opts)
+}
+
+// syncDir makes the names in the file's directory durable.
+func (o *output) syncDir(opts ExportOptions) error {
+	if opts.NoSync {
+		return nil
+	}
+	d, err := os.Open(o.dir)
+	if errors.Is(err, fs.ErrPermission) {
+		// Files can be put into a directory that can't be read. It can't be opened
+		// either, so everything on its file system is synced.
+		return onDisk(os.NewSyscallError("syncfs", unix.Syncfs(int(o.Fd()))))
+	}
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return onDisk(syncNames(d))
+}
+
+// syncNames makes the names in the directory d durable.
+func syncNames(d *os.File) error {
+	err := syncFile(d)
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, errors.ErrUnsupported) {
+		return nil // its file system knows no such thing
+	}
+	return err
+}
+
+// writeBackLength is how many bytes are written before their way to the disk begins.
+const writeBackLength = 8 << 20
+
+// writeBack has what is written to f begin its way to the disk, so that the sync at
+// the end finds little to do. It returns what is told how many bytes f has,
+// and tells next, where that is not nil.
+func writeBack(f *os.File, next func(written int64)) func(written int64) {
+	var begun int64
+	return func(written int64) {
+		if written < begun { // all over again
+			begun = 0
+		}
+		if written-begun >= writeBackLength {
+			// Advice: a file system that knows no such thing does without.
+			_ = unix.SyncFileRange(int(f.Fd()), begun, written-begun, unix.SYNC_FILE_RANGE_WRITE)
+			begun = written
+		}
+		if next != nil {
+			next(written)
+		}
+	}
 }
 
 func (o *output) link(path string) error {
@@ -127,19 +215,29 @@ func (o *output) link(path string) error {
 // tempName returns a name in dir that nothing else has.
 func tempName(dir string) string { return filepath.Join(dir, ".dfcache-"+rand.Text()) }
 
+// removeTemp removes the name that the file has for now.
+func (o *output) removeTemp() error {
+	if o.temp == "" {
+		return nil
+	}
+	err := os.Remove(o.temp)
+	o.temp = ""
+	return err
+}
+
 // Close closes the file and removes it if it was not published.
 func (o *output) Close() error {
 	err := o.File.Close()
-	if o.temp != "" {
-		os.Remove(o.temp)
-	}
+	o.removeTemp()
 	return err
 }
 
 // writeDir makes the directory at path with the files of an artifact, each with
 // what write writes to it, or nothing at all. A directory that is there is used,
-// if it is empty; with overwrite, files are put between those that are in it.
-func writeDir(path string, overwrite bool, files []File, write func(File, *os.File) error) (err error) {
+// if it is empty; with opts.Overwrite, files are put between those that are in it.
+// Unless opts.NoSync is set, what it makes is on disk when it returns, and no
+// file has its name before its content is.
+func writeDir(path string, opts ExportOptions, files []File, write func(File, *os.File) error) (err error) {
 	names, err := fileNames(files)
 	if err != nil {
 		return err
@@ -156,7 +254,7 @@ func writeDir(path string, overwrite bool, files []File, write func(File, *os.Fi
 		return fmt.Errorf("output: %w", err)
 	case !info.IsDir():
 		return fmt.Errorf("output %s: %w: the artifact has %d files: name a directory for them", path, fs.ErrExist, len(files))
-	case !overwrite:
+	case !opts.Overwrite:
 		entries, err := os.ReadDir(path)
 		if err != nil {
 			return fmt.Errorf("output: %w", err)
@@ -177,21 +275,80 @@ func writeDir(path string, overwrite bool, files []File, write func(File, *os.Fi
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(temp)) }()
 	for i, f := range files {
-		name := filepath.Join(temp, names[i])
-		if err := os.MkdirAll(filepath.Dir(name), 0o777); err != nil {
-			return fmt.Errorf("output: %w", err)
-		}
-		if err := writeFile(name, false, func(out *os.File) error { return write(f, out) }); err != nil {
+		if err := writeNew(filepath.Join(temp, names[i]), opts, func(out *os.File) error { return write(f, out) }); err != nil {
 			return err
 		}
 	}
 	if exists {
-		err = moveFiles(path, filepath.Base(temp), names, overwrite)
+		err = moveFiles(path, filepath.Base(temp), names, opts)
 	} else {
-		err = os.Rename(temp, path)
+		err = moveDir(temp, path, names, opts)
 	}
 	if err != nil {
 		return fmt.Errorf("output: %w", err)
+	}
+	return nil
+}
+
+// writeNew makes a file in a directory that nobody else knows, with those that lead
+// to it. It does not make its name durable.
+func writeNew(path string, opts ExportOptions, write func(*os.File) error) error {
+	if err := os.MkdirAll(filepath.Dir(path), 0o777); err != nil {
+		return fmt.Errorf("output: %w", err)
+	}
+	f, err := newOutput(path)
+	if err != nil {
+		return fmt.Errorf("output: %w", err)
+	}
+	defer f.Close()
+	return f.fill(path, opts, write)
+}
+
+// moveDir gives the directory temp, which has the files of these names, its own name.
+func moveDir(temp, path string, names []string, opts ExportOptions) error {
+	if opts.NoSync {
+		return os.Rename(temp, path)
+	}
+	if err := syncDirs(temp, names); err != nil {
+		return err
+	}
+	if err := os.Rename(temp, path); err != nil {
+		return err
+	}
+	if err := syncDirs(filepath.Dir(path), nil); err != nil {
+		return errors.Join(err, os.Rename(path, temp)) // where it is removed
+	}
+	return nil
+}
+
+// syncDirs makes the files of these names in the directory at path durable, with
+// the directories that lead to them.
+func syncDirs(path string, names []string) error {
+	root, err := os.OpenRoot(path)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	return syncRoot(root, names)
+}
+
+func syncRoot(root *os.Root, names []string) error {
+	dirs := map[string]bool{".": true}
+	for _, name := range names {
+		for dir := filepath.Dir(name); !dirs[dir]; dir = filepath.Dir(dir) {
+			dirs[dir] = true
+		}
+	}
+	for dir := range dirs {
+		d, err := root.Open(dir)
+		if err != nil {
+			return err
+		}
+		err = syncNames(d)
+		d.Close()
+		if err != nil {
+			return onDisk(err)
+		}
 	}
 	return nil
 }
@@ -221,10 +378,10 @@ func fileNames(files []File) ([]string, error) {
 }
 
 // moveFiles moves the files of these names to the directory at path from one of
-// its own, without leaving it through a link. With overwrite they replace files,
-// whose modes they get; without, nothing was in the directory, and what does not
+// its own, which it removes, without leaving it through a link. With opts.Overwrite they
+// replace files, whose modes they get; without, nothing was in the directory, and what does not
 // succeed is undone.
-func moveFiles(path, from string, names []string, overwrite bool) (err error) {
+func moveFiles(path, from string, names []string, opts ExportOptions) (err error) {
 	root, err := os.OpenRoot(path)
 	if err != nil {
 		return err
@@ -232,7 +389,7 @@ func moveFiles(path, from string, names []string, overwrite bool) (err error) {
 	defer root.Close()
 	var moved []string
 	defer func() {
-		if err == nil || overwrite {
+		if err == nil || opts.Overwrite {
 			return
 		}
 		for _, name := range moved {
@@ -260,7 +417,7 @@ func moveFiles(path, from string, names []string, overwrite bool) (err error) {
 	}
 	for i, name := range names {
 		source := filepath.Join(from, name)
-		if !overwrite {
+		if !opts.Overwrite {
 			// A link never replaces what is there.
 			if err := root.Link(source, name); err != nil {
 				return err
@@ -277,5 +434,9 @@ func moveFiles(path, from string, names []string, overwrite bool) (err error) {
 			return err
 		}
 	}
-	return nil
+	// Now, so that the sync covers it.
+	if err := root.RemoveAll(from); err != nil || opts.NoSync {
+		return err
+	}
+	return syncRoot(root, names)
 }

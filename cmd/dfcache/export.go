@@ -22,7 +22,8 @@ func (a *app) exportCommand() *cobra.Command {
 The "export" command writes the file that a cid names to a new file. All of it
 is verified before the new file can be seen; a failure leaves no file behind. An
 existing file is left as it is, unless --overwrite is given. The new file belongs
-to who runs the command.
+to who runs the command. It is on disk when the command returns, and survives a
+power cut; with --no-sync the disk gets it later, within half a minute or so.
 
 What is not on this host is fetched from the peers that have it, from all of them
 at once, and is kept on this host; a cache ID is kept with it, so that this host
@@ -34,7 +35,7 @@ they are exported under their own names to a new or empty directory OUTPUT, all
 of them or none. With --overwrite the directory may have other files, too.
 
 The output "-" is stdout. What a failed export has written there by then can't be
-taken back, so check the exit status. The result goes to stderr.
+taken back, so check the exit status. It is not synced. The result goes to stderr.
 
 As JSON, "sources" is an array of the peers that bytes came from, with "peer",
 "address" and "bytes"; it is empty where the file was here, and "local" and "held"
@@ -68,6 +69,7 @@ are how it was before.
 	a.result.flags(cmd)
 	cmd.Flags().StringVarP(&output, "output", "O", "", "export to the given `file`, - is stdout; several files to a directory")
 	cmd.Flags().BoolVar(&opts.Overwrite, "overwrite", false, "replace an existing file, or put files into a directory that is not empty")
+	cmd.Flags().BoolVar(&opts.NoSync, "no-sync", false, "return before the output is on disk: faster, and a power cut can leave an empty file")
 	localFlag(cmd, &opts.Lookup)
 	return cmd
 }

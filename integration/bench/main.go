@@ -318,6 +318,7 @@ func (b *bench) files(size int64) {
 		{name: "`dfcache import -i sha256:… FILE`", before: gone, args: []string{b.dfcache, "import", "-i", digest, file}},
 		{name: "the same, when it is held already", before: fresh, args: []string{b.dfcache, "import", "-t", "again", "-i", digest, file}},
 		{name: "`dfcache export -i sha256:… COPY`", before: fresh, args: []string{b.dfcache, "export", "-i", digest, copied}},
+		{name: "`dfcache export --no-sync -i sha256:… COPY`", before: fresh, args: []string{b.dfcache, "export", "--no-sync", "-i", digest, copied}},
 	}
 	resetPeak(b.daemon.Process.Pid)
 	samples := b.measure(commands)

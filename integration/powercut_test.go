@@ -1,0 +1,147 @@
+package integration
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// powerless is a file system of its own in a file, mounted where only this test sees it, of
+// which the power can be cut.
+type powerless struct {
+	t     *testing.T
+	image string
+	shell io.Writer     // of the mount namespace
+	said  *bufio.Reader // what it prints
+	at    string        // where it is mounted
+	dir   string        // the same, seen from here
+	enter []string      // a command that runs another one where it is mounted
+}
+
+// newDisk makes a file system of a kind, "ext4" or "xfs". It needs root.
+func newDisk(t *testing.T, kind string) *powerless {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root, to mount a file system whose power can be cut")
+	}
+	if _, err := os.Stat("/dev/loop-control"); err != nil {
+		t.Skip("needs loop devices, which a container may lack: ", err)
+	}
+	d := &powerless{t: t, image: filepath.Join(t.TempDir(), "image")}
+	f, err := os.Create(d.image)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Truncate(512 << 20); err != nil { // mostly holes; xfs wants 300 MiB
+		t.Fatal(err)
+	}
+	f.Close()
+	if out, err := exec.Command("mkfs."+kind, "-q", d.image).CombinedOutput(); err != nil {
+		t.Fatalf("mkfs.%s: %v\n%s", kind, err, out)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	at := t.TempDir()
+	shell := exec.CommandContext(ctx, "unshare", "--mount", "sh")
+	shell.Stderr = os.Stderr
+	in, err := shell.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := shell.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := shell.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { // the mount ends with the shell
+		cancel()
+		shell.Wait()
+	})
+	d.shell, d.said = in, bufio.NewReader(out)
+	pid := shell.Process.Pid
+	d.at, d.dir = at, fmt.Sprintf("/proc/%d/root%s", pid, at)
+	d.enter = []string{"nsenter", fmt.Sprintf("--mount=/proc/%d/ns/mnt", pid)}
+	d.mount()
+	return d
+}
+
+// run runs a command where the file system is mounted.
+func (d *powerless) run(command string) {
+	d.t.Helper()
+	fmt.Fprintf(d.shell, "%s && echo done || echo failed\n", command)
+	if line, err := d.said.ReadString('\n'); line != "done\n" {
+		d.t.Fatalf("%s: %q, %v", command, line, err)
+	}
+}
+
+func (d *powerless) mount() { d.run(fmt.Sprintf("mount -o loop %s %s", d.image, d.at)) }
+
+// cutPower drops what the disk has not got, and mounts what it has again.
+func (d *powerless) cutPower() {
+	d.t.Helper()
+	f, err := os.Open(d.dir)
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	// EXT4_IOC_SHUTDOWN and XFS_IOC_GOINGDOWN, without a flush of the log.
+	const shutdown, noLogFlush = 0x8004587d, 2
+	err = unix.IoctlSetPointerInt(int(f.Fd()), shutdown, noLogFlush)
+	f.Close()
+	if err != nil {
+		d.t.Fatalf("cut the power: %v", err)
+	}
+	d.run("umount " + d.at)
+	d.mount()
+}
+
+// TestExportSurvivesPowerCut: what an export has acknowledged is there after a
+// power cut, whatever file system it went to, and what it replaced is not lost
+// where it had not come so far.
+func TestExportSurvivesPowerCut(t *testing.T) {
+	for _, kind := range []string{"ext4", "xfs"} {
+		t.Run(kind, func(t *testing.T) {
+			t.Parallel()
+			disk := newDisk(t, kind)
+			d := startDaemon(t, t.TempDir())
+			data := bytes.Repeat([]byte("some content\n"), 100_000)
+			if _, stderr, code := d.run(t, bytes.NewReader(data), "import", "-i", "v1", "-"); code != 0 {
+				t.Fatal(stderr)
+			}
+			export := func(name string, flags ...string) {
+				t.Helper()
+				args := append([]string{"export", "-i", "v1", filepath.Join(disk.at, name)}, flags...)
+				if _, stderr, code := d.runWrapped(t, disk.enter, nil, args...); code != 0 {
+					t.Fatal(stderr)
+				}
+			}
+
+			old := filepath.Join(disk.dir, "old")
+			if err := os.WriteFile(old, []byte("old"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			disk.run("sync")
+			for _, name := range []string{"new", "old"} {
+				export(name, "--overwrite")
+				disk.cutPower()
+				if got, err := os.ReadFile(filepath.Join(disk.dir, name)); err != nil || !bytes.Equal(got, data) {
+					t.Errorf("export %s: after a power cut the file has %d bytes, %v", name, len(got), err)
+				}
+			}
+			// That this cuts the power is shown by what was not synced.
+			export("unsynced", "--no-sync")
+			disk.cutPower()
+			if got, err := os.ReadFile(filepath.Join(disk.dir, "unsynced")); err == nil && bytes.Equal(got, data) {
+				t.Error("the power cut has cut nothing")
+			}
+		})
+	}
+}
