@@ -226,6 +226,18 @@ func TestSwarmRegistry(t *testing.T) {
 		t.Errorf("what was pulled on the other host is not what was pushed: %v", err)
 	}
 	b.eventually("stat", "-l", "-t", "models", "-i", "v2")
+
+	// Who reads a tag that was moved on another host takes nothing away from it.
+	here.write("one.txt", []byte("one"))
+	there.write("two.txt", []byte("two"))
+	oras(here, b, "push", b.daemon.host+"/moved:v1", "one.txt")
+	first := strings.TrimSpace(oras(here, b, "resolve", b.daemon.host+"/moved:v1"))
+	oras(there, a, "push", a.daemon.host+"/moved:v1", "two.txt")
+	oras(here, b, "pull", b.daemon.host+"/moved:v1")
+	here.has("two.txt", []byte("two"))
+	oras(here, b, "pull", "-o", "before", b.daemon.host+"/moved@"+first)
+	here.has("before/one.txt", []byte("one"))
+
 	a.kill()
 	b.export(data, "-t", "models", "-i", "v2")
 }

@@ -287,11 +287,12 @@ type NewName struct {
 	Name   string        // a cache ID
 	Digest digest.Digest // of a task that is held under Tag, or committed together with the name
 	// Updated is when the name was pointed there, where that was on another
-	// host: it is not moved if it has been pointed elsewhere later. The default
-	// is now.
+	// host: it is not moved if it has been pointed elsewhere later, and whatever
+	// was put in on this host is kept, as with KeepOld: nobody here has moved the
+	// name. The default is now.
 	Updated time.Time
 	// KeepOld keeps what the name pointed to before, as KeepLoose where
-	// nothing else holds it.
+	// nothing else holds it. Hosts that learn of the move do so, too.
 	KeepOld bool
 }
 

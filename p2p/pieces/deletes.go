@@ -375,11 +375,11 @@ func (s *Store) ForgetDeletes(ctx context.Context, before time.Time) (n int, err
 	return n, err
 }
 
-// Name returns what a name points to here, and since when. It fails with
-// [p2p.ErrNotFound] where there is none.
-func (s *Store) Name(ctx context.Context, tag, name string) (d digest.Digest, at time.Time, err error) {
+// Name returns what a name points to here, since when, and how it was pointed
+// there. It fails with [p2p.ErrNotFound] where there is none.
+func (s *Store) Name(ctx context.Context, tag, name string) (n p2p.NewName, err error) {
 	if err := s.begin(ctx); err != nil {
-		return "", at, err
+		return n, err
 	}
 	defer s.end()
 	err = s.view(func(tx *bbolt.Tx) error {
@@ -387,8 +387,8 @@ func (s *Store) Name(ctx context.Context, tag, name string) (d digest.Digest, at
 		if err == nil && !found {
 			err = fmt.Errorf("name %s under tag %q: %w", name, tag, p2p.ErrNotFound)
 		}
-		d, at = record.Digest, record.Updated
+		n = p2p.NewName{Tag: tag, Name: name, Digest: record.Digest, Updated: record.Updated, KeepOld: !record.LetGo}
 		return err
 	})
-	return d, at, err
+	return n, err
 }

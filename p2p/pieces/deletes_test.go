@@ -176,8 +176,8 @@ func TestNameFromPeer(t *testing.T) {
 	}
 	want := func(d digest.Digest) {
 		t.Helper()
-		if got, _, err := s.Name(t.Context(), "t", "v"); err != nil || got != d {
-			t.Errorf("the name points to %s, %v; want %s", got, err, d)
+		if got, err := s.Name(t.Context(), "t", "v"); err != nil || got.Digest != d {
+			t.Errorf("the name points to %s, %v; want %s", got.Digest, err, d)
 		}
 	}
 	now := time.Now().UTC()

@@ -534,7 +534,7 @@ func (r *removal) commit(tx *bbolt.Tx, c p2p.Commit, fresh []*addition, now time
 			return err
 		}
 	}
-	var released []p2p.Task
+	var released, learned []p2p.Task // what was let go, here and by a peer
 	for _, n := range c.Tasks {
 		if tx.Bucket(bucketBlobs).Get(key(n.Task.Digest)) == nil {
 			return fmt.Errorf("commit %s: blob: %w", n.Task, p2p.ErrNotFound)
@@ -544,7 +544,12 @@ func (r *removal) commit(tx *bbolt.Tx, c p2p.Commit, fresh []*addition, now time
 			return err
 		}
 		for _, d := range children {
-			released = append(released, p2p.Task{Tag: n.Task.Tag, Digest: d})
+			child := p2p.Task{Tag: n.Task.Tag, Digest: d}
+			if n.Origin.IsZero() {
+				released = append(released, child)
+			} else {
+				learned = append(learned, child)
+			}
 		}
 	}
 	for _, n := range c.Tasks {
@@ -567,16 +572,28 @@ func (r *removal) commit(tx *bbolt.Tx, c p2p.Commit, fresh []*addition, now time
 			if err := loosen(tx, old); err != nil {
 				return err
 			}
-		default:
+		case n.Updated.IsZero():
 			released = append(released, old)
+		default:
+			learned = append(learned, old)
 		}
 	}
+	committed := func(t p2p.Task) bool {
+		return slices.ContainsFunc(c.Tasks, func(n p2p.NewTask) bool { return n.Task == t })
+	}
 	for _, t := range released {
-		committed := slices.ContainsFunc(c.Tasks, func(n p2p.NewTask) bool { return n.Task == t })
-		if committed {
+		if committed(t) {
 			continue
 		}
 		if err := r.release(tx, t); err != nil {
+			return err
+		}
+	}
+	for _, t := range learned {
+		if committed(t) {
+			continue
+		}
+		if err := r.releaseCopies(tx, t); err != nil {
 			return err
 		}
 	}

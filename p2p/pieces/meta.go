@@ -69,6 +69,7 @@ type taskRecord struct {
 type nameRecord struct {
 	Digest  digest.Digest `json:"digest"`
 	Updated time.Time     `json:"updated"`
+	LetGo   bool          `json:"letGo,omitempty"` // whoever pointed it there let go of what it pointed to before
 }
 
 // key joins the parts of a key.
@@ -476,7 +477,7 @@ func setName(tx *bbolt.Tx, n p2p.NewName, now time.Time) (before digest.Digest, 
 			return "", err
 		}
 	}
-	if err := put(tx, bucketNames, k, nameRecord{Digest: n.Digest, Updated: at}); err != nil {
+	if err := put(tx, bucketNames, k, nameRecord{Digest: n.Digest, Updated: at, LetGo: !n.KeepOld}); err != nil {
 		return "", err
 	}
 	if err := adopt(tx, p2p.Task{Tag: n.Tag, Digest: n.Digest}); err != nil {
@@ -490,6 +491,8 @@ type removal struct {
 	tasks []p2p.Task
 	loose int   // blobs that no task is left of
 	freed int64 // bytes in them
+
+	copiesOnly bool // what was put in on this host is not taken away: it becomes loose
 }
 
 func (r *removal) deleted() p2p.Deleted { return p2p.Deleted{Tasks: len(r.tasks), Freed: r.freed} }
@@ -501,7 +504,19 @@ func (r *removal) release(tx *bbolt.Tx, t p2p.Task) error {
 	if err != nil || !found || record.keep() != p2p.KeepHeld || record.held(tx, t) {
 		return err
 	}
+	if r.copiesOnly && !record.Fetched {
+		return setLoose(tx, t, true)
+	}
 	return r.remove(tx, t)
+}
+
+// releaseCopies does what release does, but takes away nothing that was put in on
+// this host: the change is one that was learned from a peer, by whoever reads here.
+func (r *removal) releaseCopies(tx *bbolt.Tx, t p2p.Task) error {
+	before := r.copiesOnly
+	r.copiesOnly = true
+	defer func() { r.copiesOnly = before }()
+	return r.release(tx, t)
 }
 
 // remove removes a task, the names that point to it, and what only it held.

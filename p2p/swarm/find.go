@@ -346,8 +346,11 @@ func (s *Swarm) nameState(ctx context.Context, tag, name string) (*nameState, er
 	if state.Deleted, _, err = s.store.Deleted(ctx, tag, cid); err != nil {
 		return nil, err
 	}
-	state.Digest, state.Updated, err = s.store.Name(ctx, tag, name)
-	if errors.Is(err, p2p.ErrNotFound) {
+	n, err := s.store.Name(ctx, tag, name)
+	switch {
+	case err == nil:
+		state.Digest, state.Updated, state.LetGo = n.Digest, n.Updated, !n.KeepOld
+	case errors.Is(err, p2p.ErrNotFound):
 		err = nil
 	}
 	if err != nil || state == (nameState{}) {
@@ -360,6 +363,7 @@ func (s *Swarm) nameState(ctx context.Context, tag, name string) (*nameState, er
 type resolved struct {
 	digest  digest.Digest
 	updated time.Time
+	letGo   bool    // whoever pointed it there let go of what it stood for before
 	from    peer.ID // who told; "" where it is known here
 }
 
@@ -378,7 +382,7 @@ func (s *Swarm) resolve(ctx context.Context, tag, name string) (resolved, error)
 	var best resolved
 	var deleted time.Time
 	if mine != nil {
-		best, deleted = resolved{digest: mine.Digest, updated: mine.Updated}, mine.Deleted
+		best, deleted = resolved{digest: mine.Digest, updated: mine.Updated, letGo: mine.LetGo}, mine.Deleted
 	}
 	if best.digest != "" {
 		// It is here: whoever is slow to say that it is older is not waited for.
@@ -396,7 +400,7 @@ func (s *Swarm) resolve(ctx context.Context, tag, name string) (resolved, error)
 			deleted = n.Deleted
 		}
 		if n.Digest != "" && (best.digest == "" || pieces.NewerName(n.Digest, n.Updated, best.digest, best.updated)) {
-			best = resolved{n.Digest, n.Updated, a.peer}
+			best = resolved{n.Digest, n.Updated, n.LetGo, a.peer}
 		}
 	}
 	if err := context.Cause(ctx); err != nil {

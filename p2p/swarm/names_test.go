@@ -29,9 +29,16 @@ func parseTestManifest(mediaType string, content []byte) (*p2p.NewManifest, erro
 
 func withManifests(o *Options) { o.ParseManifest = parseTestManifest }
 
-// push stores a manifest of files under a name, and the files.
+// push stores a manifest of files under a name, and the files, as an import does.
 func (p *testPeer) push(t testing.TB, tag, name string, subject digest.Digest, files ...[]byte) p2p.Task {
 	t.Helper()
+	return p.pushNamed(t, p2p.NewName{Tag: tag, Name: name}, subject, files...)
+}
+
+// pushNamed does what push does, with a name that says what becomes of the one before.
+func (p *testPeer) pushNamed(t testing.TB, name p2p.NewName, subject digest.Digest, files ...[]byte) p2p.Task {
+	t.Helper()
+	tag := name.Tag
 	in, err := p.Ingest(t.Context())
 	if err != nil {
 		t.Fatal(err)
@@ -57,8 +64,9 @@ func (p *testPeer) push(t testing.TB, tag, name string, subject digest.Digest, f
 	}
 	task := p2p.Task{Tag: tag, Digest: add(b)}
 	c.Tasks = append(c.Tasks, p2p.NewTask{Task: task, MediaType: manifestType, Manifest: &m})
-	if name != "" {
-		c.Names = []p2p.NewName{{Tag: tag, Name: name, Digest: task.Digest}}
+	if name.Name != "" {
+		name.Digest = task.Digest
+		c.Names = []p2p.NewName{name}
 	}
 	if err := in.Commit(c); err != nil {
 		t.Fatal(err)
@@ -127,6 +135,89 @@ func TestNames(t *testing.T) {
 	if info, err = b.statName(t, "models", "v1", p2p.StatOptions{Manifest: true}); err != nil || info.Task != second {
 		t.Errorf("alone again: %+v, %v", info, err)
 	}
+}
+
+// Whoever reads a name that was moved on another host takes nothing away that was put
+// in on this one. What a registry's client moves away from stays on every host; what
+// an import replaces is let go where it is a copy.
+func TestReadTakesNothingAway(t *testing.T) {
+	for _, keepOld := range []bool{true, false} {
+		h := newHub()
+		a, b, c := h.start(t, withManifests), h.start(t, withManifests), h.start(t, withManifests)
+		name := p2p.NewName{Tag: "models", Name: "v1", KeepOld: keepOld}
+		one, two := []byte("one"), []byte("two")
+		first := b.pushNamed(t, name, "", one)
+		layer := p2p.Task{Tag: "models", Digest: digest.SHA256.FromBytes(one)}
+		read := func(p *testPeer) {
+			t.Helper()
+			if _, err := p.statName(t, "models", "v1", p2p.StatOptions{Manifest: true, Keep: true}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		read(c)
+		c.want(t, layer, one)
+		c.wantStored(t, layer)
+
+		second := a.pushNamed(t, name, "", two)
+		for _, p := range []*testPeer{b, c} {
+			read(p)
+			if info, err := p.statName(t, "models", "v1", p2p.StatOptions{Scope: p2p.Local}); err != nil || info.Task != second {
+				t.Errorf("the name that was read is %+v, %v", info, err)
+			}
+		}
+		if info := b.wantStored(t, first); info.Keep != p2p.KeepLoose {
+			t.Errorf("keepOld %t: what was put in here is kept by %v, want as loose", keepOld, info.Keep)
+		}
+		b.wantStored(t, layer)
+		if keepOld {
+			c.wantStored(t, first)
+			c.wantStored(t, layer)
+		} else {
+			c.gone(t, "models", string(first.Digest))
+			c.gone(t, "models", string(layer.Digest))
+		}
+
+		// The rule goes with the name, from host to host.
+		a.Close()
+		d := h.start(t, withManifests)
+		read(d)
+		n, err := d.store.Name(t.Context(), "models", "v1")
+		if err != nil || n.Digest != second.Digest || n.KeepOld != keepOld {
+			t.Errorf("learned at second hand, the name is %+v, %v", n, err)
+		}
+	}
+}
+
+// What is pushed here, and only held by what came from a peer, is not taken away with it.
+func TestReadSparesWhatACopyHolds(t *testing.T) {
+	h := newHub()
+	a, b := h.start(t, withManifests), h.start(t, withManifests)
+	shared := []byte("shared")
+	first := a.push(t, "models", "v1", "", shared)
+	task := p2p.Task{Tag: "models", Digest: digest.SHA256.FromBytes(shared)}
+	in, err := b.Ingest(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.Close()
+	if _, err := in.Add(bytes.NewReader(shared), p2p.AddOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if err := in.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: task, Keep: p2p.KeepLoose}}}); err != nil {
+		t.Fatal(err)
+	}
+	read := func() {
+		t.Helper()
+		if _, err := b.statName(t, "models", "v1", p2p.StatOptions{Manifest: true, Keep: true}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	read()
+	b.wantStored(t, first)
+	a.push(t, "models", "v1", "", []byte("another"))
+	read()
+	b.gone(t, "models", string(first.Digest))
+	b.wantStored(t, task)
 }
 
 func TestReferrersFollow(t *testing.T) {

@@ -377,7 +377,9 @@ func (s *Swarm) statName(ctx context.Context, tag string, cid digest.CID, opts p
 		}
 		return s.statDigest(ctx, info.Task, opts, nil)
 	}
-	return s.statDigest(ctx, p2p.Task{Tag: tag, Digest: name.digest}, opts, &p2p.NewName{Tag: tag, Name: cid.CacheID(), Digest: name.digest, Updated: name.updated})
+	return s.statDigest(ctx, p2p.Task{Tag: tag, Digest: name.digest}, opts, &p2p.NewName{
+		Tag: tag, Name: cid.CacheID(), Digest: name.digest, Updated: name.updated, KeepOld: !name.letGo,
+	})
 }
 
 // statDigest describes a task. name is what led to it where that is not here.

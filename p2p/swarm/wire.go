@@ -106,7 +106,8 @@ func (t *taskState) pieces() (*schedule.Set, error) {
 type nameState struct {
 	Digest  digest.Digest `json:"digest,omitempty"` // empty: it only knows that it was deleted
 	Updated time.Time     `json:"updated"`
-	Deleted time.Time     `json:"deleted"` // zero: not that it knows
+	LetGo   bool          `json:"letGo,omitempty"` // whoever pointed it there let go of what it stood for before
+	Deleted time.Time     `json:"deleted"`         // zero: not that it knows
 }
 
 // hint says where a peer may be found.
