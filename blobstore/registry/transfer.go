@@ -177,6 +177,17 @@ func (b *body) SetReadDeadline(t time.Time) error {
 	return b.control.SetReadDeadline(t)
 }
 
+// firstOf is the first n bytes of a body.
+type firstOf struct {
+	io.LimitedReader
+	*body
+}
+
+func (b *body) first(n int64) *firstOf { return &firstOf{io.LimitedReader{R: b, N: n}, b} }
+
+// Read implements [io.Reader].
+func (f *firstOf) Read(p []byte) (int, error) { return f.LimitedReader.Read(p) }
+
 // interrupt ends a Read under way, and those that come.
 func (b *body) interrupt() { b.SetReadDeadline(time.Unix(1, 0)) }
 

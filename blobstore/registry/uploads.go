@@ -8,6 +8,7 @@ import (
 	"io"
 	"net/http"
 	"strconv"
+	"sync/atomic"
 	"time"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -26,10 +27,11 @@ type session struct {
 	end  context.CancelCauseFunc
 	turn chan struct{} // of capacity 1
 
-	alg  digest.Algorithm  // that the client said it would use, or ""
-	in   *blobstore.Upload // nil until bytes come
-	used time.Time         // when a request last ended
-	over bool              // it has been committed, cancelled or given up
+	alg  digest.Algorithm // that the client said it would use, or ""
+	used time.Time        // when a request last ended
+	over bool             // it has been committed, cancelled or given up
+
+	in atomic.Pointer[blobstore.Upload] // nil until bytes come; who has no turn may look how many
 }
 
 // Why the context of a session ended.
@@ -41,10 +43,10 @@ var (
 
 // size returns how many bytes have come.
 func (u *session) size() int64 {
-	if u.in == nil {
-		return 0
+	if in := u.in.Load(); in != nil {
+		return in.Size()
 	}
-	return u.in.Size()
+	return 0
 }
 
 // state sets the headers that say how far the upload is.
@@ -139,8 +141,8 @@ func (h *Handler) withUpload(r *request, use func(*session) error) error {
 func (h *Handler) drop(u *session) {
 	u.over = true
 	u.end(errOver)
-	if u.in != nil {
-		if err := u.in.Close(); err != nil {
+	if in := u.in.Load(); in != nil {
+		if err := in.Close(); err != nil {
 			h.log.Warn("an upload could not be cleaned up", "repository", u.name, "error", err)
 		}
 	}
@@ -296,13 +298,19 @@ func bodyProblem(r *request, err error) error {
 	return newProblem(http.StatusBadRequest, codeSizeInvalid, "the body ended before its length: go on from what the upload has, or begin again").because(err)
 }
 
-// getUpload says how far an upload is.
+// getUpload says how far an upload is. It does not wait for a request that is
+// sending to it: a client that asks may be in doubt whether that one lives.
 func (h *Handler) getUpload(w *response, r *request) error {
-	return h.withUpload(r, func(u *session) error {
-		u.state(w.Header())
-		w.sendEmpty(http.StatusNoContent)
-		return nil
-	})
+	u, err := h.findUpload(r.target)
+	if err != nil {
+		return err
+	}
+	if u.ctx.Err() != nil {
+		return errUnknownUpload(r.target) // it is over, and about to be forgotten
+	}
+	u.state(w.Header())
+	w.sendEmpty(http.StatusNoContent)
+	return nil
 }
 
 // deleteUpload cancels an upload. A request that is sending to it is broken off.
@@ -343,7 +351,7 @@ func (h *Handler) putUpload(w *response, r *request) error {
 		if err != nil {
 			return err
 		}
-		if u.in == nil && r.ContentLength >= 0 && r.Header.Get("Content-Range") == "" {
+		if u.in.Load() == nil && r.ContentLength >= 0 && r.Header.Get("Content-Range") == "" {
 			err = h.finishWhole(r, u, d)
 		} else {
 			err = h.finishChunks(r, u, d)
@@ -375,7 +383,7 @@ func (h *Handler) finishChunks(r *request, u *session, d digest.Digest) error {
 	if err := h.takeChunk(r, u, d.Algorithm()); err != nil {
 		return err
 	}
-	_, err := u.in.Commit(d)
+	_, err := u.in.Load().Commit(d)
 	h.dropAfter(u, err)
 	return err
 }
@@ -407,17 +415,18 @@ func (h *Handler) takeChunk(r *request, u *session, alg digest.Algorithm) error 
 			return newProblem(http.StatusBadRequest, codeSizeInvalid, "Content-Range says %d bytes, Content-Length %d", n, r.ContentLength)
 		}
 		// A body of unknown length may turn out longer.
-		src, want = io.LimitReader(r.body, n), n
+		src, want = r.body.first(n), n
 	}
-	if u.in == nil {
-		in, err := r.repo.NewUpload(u.ctx, alg)
-		if err != nil {
+	in := u.in.Load()
+	if in == nil {
+		var err error
+		if in, err = r.repo.NewUpload(u.ctx, alg); err != nil {
 			return err
 		}
-		u.in = in
+		u.in.Store(in)
 	}
 	stop := context.AfterFunc(u.ctx, r.body.interrupt)
-	taken, err := u.in.Append(src)
+	taken, err := in.Append(src)
 	stop() // what ends the session from here on must not break off the answer
 	switch {
 	case err != nil && r.body.err == nil:
