@@ -69,7 +69,7 @@ func (s *Store) Holds(ctx context.Context, d digest.Digest) (held bool, err erro
 	}
 	defer s.end()
 	err = s.view(func(tx *bbolt.Tx) error {
-		held = tx.Bucket(bucketBlobs).Get(key(d)) != nil
+		held = has(tx, bucketBlobs, key(d))
 		return nil
 	})
 	return held, err
@@ -89,7 +89,7 @@ func (s *Store) Referenced(ctx context.Context, task p2p.Task) (referenced bool,
 }
 
 func holdsTask(tx *bbolt.Tx, task p2p.Task) error {
-	if tx.Bucket(bucketTasks).Get(taskKey(task)) == nil {
+	if !has(tx, bucketTasks, taskKey(task)) {
 		return fmt.Errorf("%s: %w", task, p2p.ErrNotFound)
 	}
 	return nil
@@ -145,10 +145,10 @@ func (s *Store) cutAnew(f *os.File, old *digest.Table) (*digest.Table, error) {
 	}
 	return table, s.update(func(tx *bbolt.Tx) error {
 		k := key(table.Digest)
-		if tx.Bucket(bucketTables).Get(k) == nil {
+		if !has(tx, bucketTables, k) {
 			return nil // it was deleted just now; the reader can read on
 		}
-		return tx.Bucket(bucketTables).Put(k, b)
+		return putValue(tx, bucketTables, k, b)
 	})
 }
 
@@ -170,7 +170,7 @@ func errNoFile(d digest.Digest) error {
 
 func (s *Store) table(d digest.Digest) (table *digest.Table, err error) {
 	err = s.view(func(tx *bbolt.Tx) error {
-		v := tx.Bucket(bucketTables).Get(key(d))
+		v := value(tx, bucketTables, key(d))
 		if v == nil {
 			return fmt.Errorf("blob %s: %w", d, p2p.ErrNotFound)
 		}

@@ -99,7 +99,7 @@ func (c *checker) metadata() error {
 		for err := range tx.Check() {
 			c.foundMetadata("%v", err)
 		}
-		exists := func(bucket []byte, parts ...string) bool { return tx.Bucket(bucket).Get(key(parts...)) != nil }
+		exists := func(bucket []byte, parts ...string) bool { return has(tx, bucket, key(parts...)) }
 		scan(tx, bucketTasks, nil, func(k, _ []byte) bool {
 			tag, d := firstPart(k), lastPart(k)
 			if _, _, err := get[taskRecord](tx, bucketTasks, k); err != nil {
@@ -262,7 +262,7 @@ func (c *checker) strays() error {
 		d := digest.Digest(filepath.Base(filepath.Dir(path)) + ":" + e.Name())
 		known := false
 		err = c.s.view(func(tx *bbolt.Tx) error {
-			known = tx.Bucket(bucketBlobs).Get(key(d)) != nil
+			known = has(tx, bucketBlobs, key(d))
 			return nil
 		})
 		if err == nil && !known {

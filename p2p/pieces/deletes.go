@@ -265,8 +265,7 @@ func remember(tx *bbolt.Tx, d Delete) (news bool, err error) {
 			return false, err
 		}
 	}
-	log := tx.Bucket(bucketDeleteLog)
-	number, err := log.NextSequence()
+	number, err := tx.Bucket(bucketDeleteLog).NextSequence()
 	if err != nil {
 		return false, err
 	}
@@ -277,7 +276,7 @@ func remember(tx *bbolt.Tx, d Delete) (news bool, err error) {
 	if err := addToSum(tx, k, record); err != nil {
 		return false, err
 	}
-	return true, log.Put(binary.BigEndian.AppendUint64(nil, number), k)
+	return true, putValue(tx, bucketDeleteLog, binary.BigEndian.AppendUint64(nil, number), k)
 }
 
 // forget takes out a delete.
@@ -292,12 +291,12 @@ func forget(tx *bbolt.Tx, k []byte, record deleteRecord) error {
 // order: two stores with the same sum know the same.
 func addToSum(tx *bbolt.Tx, k []byte, r deleteRecord) error {
 	sum := make([]byte, sha256.Size)
-	copy(sum, tx.Bucket(bucketMeta).Get(keyDeletes))
+	copy(sum, value(tx, bucketMeta, keyDeletes))
 	one := sha256.Sum256(fmt.Appendf(nil, "%s\x00%d\x00%t%t", k, r.At.UnixNano(), r.Force, r.NameOnly))
 	for i := range sum {
 		sum[i] ^= one[i]
 	}
-	return tx.Bucket(bucketMeta).Put(keyDeletes, sum)
+	return putValue(tx, bucketMeta, keyDeletes, sum)
 }
 
 // DeletesSum returns a sum over all deletes that are known. Where that of a
@@ -308,7 +307,7 @@ func (s *Store) DeletesSum(ctx context.Context) (sum [sha256.Size]byte, err erro
 	}
 	defer s.end()
 	err = s.view(func(tx *bbolt.Tx) error {
-		copy(sum[:], tx.Bucket(bucketMeta).Get(keyDeletes))
+		copy(sum[:], value(tx, bucketMeta, keyDeletes))
 		return nil
 	})
 	return sum, err
@@ -325,6 +324,7 @@ func (s *Store) Deletes(ctx context.Context, after uint64, limit int) (deletes [
 	err = s.view(func(tx *bbolt.Tx) error {
 		c := tx.Bucket(bucketDeleteLog).Cursor()
 		for n, k := c.Seek(binary.BigEndian.AppendUint64(nil, after+1)); n != nil && len(deletes) < limit; n, k = c.Next() {
+			k, _ = mustUnseal(bucketDeleteLog, n, k)
 			record, _, err := get[deleteRecord](tx, bucketDeletes, k)
 			if err != nil {
 				return err

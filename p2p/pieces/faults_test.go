@@ -532,7 +532,7 @@ func TestCheckFindsContradictions(t *testing.T) {
 		}
 		err := s.update(func(tx *bbolt.Tx) error {
 			k, _ := tx.Bucket(bucket).Cursor().First()
-			return tx.Bucket(bucket).Delete(k)
+			return removeKeys(tx, bucket, k)
 		})
 		if err != nil {
 			t.Fatal(err)
@@ -608,7 +608,7 @@ func TestExisting(t *testing.T) {
 func TestUnknownVersion(t *testing.T) {
 	s := newStore(t)
 	err := s.update(func(tx *bbolt.Tx) error {
-		return tx.Bucket(bucketMeta).Put([]byte("version"), binary.BigEndian.AppendUint32(nil, formatVersion+1))
+		return putValue(tx, bucketMeta, []byte("version"), binary.BigEndian.AppendUint32(nil, formatVersion+1))
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -672,10 +672,10 @@ func TestOpenDoesNotWalk(t *testing.T) {
 			for i := range n {
 				d := string(digest.SHA256) + fmt.Sprintf(":%064x", i)
 				err := errors.Join(
-					tx.Bucket(bucketBlobs).Put([]byte(d), []byte(`{"size":1}`)),
-					tx.Bucket(bucketTables).Put([]byte(d), make([]byte, 24)),
-					tx.Bucket(bucketTasks).Put(key("t", d), []byte(`{"imported":"2026-01-01T00:00:00Z"}`)),
-					tx.Bucket(bucketHolders).Put(key(d, "t"), nil))
+					putValue(tx, bucketBlobs, []byte(d), []byte(`{"size":1}`)),
+					putValue(tx, bucketTables, []byte(d), make([]byte, 24)),
+					putValue(tx, bucketTasks, key("t", d), []byte(`{"imported":"2026-01-01T00:00:00Z"}`)),
+					putValue(tx, bucketHolders, key(d, "t"), nil))
 				if err != nil {
 					return err
 				}
@@ -715,7 +715,7 @@ func TestUpdatesShare(t *testing.T) {
 	for i := range 100 {
 		all.Go(func() {
 			err := s.update(func(tx *bbolt.Tx) error {
-				if err := tx.Bucket(bucketLoose).Put(fmt.Appendf(nil, "%d", i), nil); err != nil {
+				if err := putValue(tx, bucketLoose, fmt.Appendf(nil, "%d", i), nil); err != nil {
 					return err
 				}
 				if i%2 == 1 {
@@ -732,10 +732,10 @@ func TestUpdatesShare(t *testing.T) {
 	err := s.update(func(tx *bbolt.Tx) error {
 		for i := range 100 {
 			k := fmt.Appendf(nil, "%d", i)
-			if there := tx.Bucket(bucketLoose).Get(k) != nil; there != (i%2 == 0) {
+			if there := value(tx, bucketLoose, k) != nil; there != (i%2 == 0) {
 				t.Errorf("record %d is there: %v", i, there)
 			}
-			if err := tx.Bucket(bucketLoose).Delete(k); err != nil {
+			if err := removeKeys(tx, bucketLoose, k); err != nil {
 				return err
 			}
 		}
@@ -826,11 +826,11 @@ func FuzzRecords(f *testing.F) {
 	f.Fuzz(func(t *testing.T, taskRecord, nameRecord, blobRecord, used []byte) {
 		err := s.update(func(tx *bbolt.Tx) error {
 			return errors.Join(
-				tx.Bucket(bucketTasks).Put(taskKey(task), taskRecord),
-				tx.Bucket(bucketNames).Put(key("t", "v1"), nameRecord),
-				tx.Bucket(bucketBlobs).Put(key(d), blobRecord),
-				tx.Bucket(bucketTables).Put(key(d), blobRecord),
-				tx.Bucket(bucketUsed).Put(taskKey(task), used))
+				putValue(tx, bucketTasks, taskKey(task), taskRecord),
+				putValue(tx, bucketNames, key("t", "v1"), nameRecord),
+				putValue(tx, bucketBlobs, key(d), blobRecord),
+				putValue(tx, bucketTables, key(d), blobRecord),
+				putValue(tx, bucketUsed, taskKey(task), used))
 		})
 		if err != nil {
 			t.Fatal(err)

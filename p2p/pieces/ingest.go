@@ -530,13 +530,13 @@ func (r *removal) commit(tx *bbolt.Tx, c p2p.Commit, fresh []*addition, now time
 		if err := put(tx, bucketBlobs, k, blobRecord{Size: a.table.Size}); err != nil {
 			return err
 		}
-		if err := tx.Bucket(bucketTables).Put(k, table); err != nil {
+		if err := putValue(tx, bucketTables, k, table); err != nil {
 			return err
 		}
 	}
 	var released, learned []p2p.Task // what was let go, here and by a peer
 	for _, n := range c.Tasks {
-		if tx.Bucket(bucketBlobs).Get(key(n.Task.Digest)) == nil {
+		if !has(tx, bucketBlobs, key(n.Task.Digest)) {
 			return fmt.Errorf("commit %s: blob: %w", n.Task, p2p.ErrNotFound)
 		}
 		children, err := addTask(tx, n, now)
@@ -559,7 +559,7 @@ func (r *removal) commit(tx *bbolt.Tx, c p2p.Commit, fresh []*addition, now time
 	}
 	for _, n := range c.Names {
 		t := p2p.Task{Tag: n.Tag, Digest: n.Digest}
-		if tx.Bucket(bucketTasks).Get(taskKey(t)) == nil {
+		if !has(tx, bucketTasks, taskKey(t)) {
 			return fmt.Errorf("name %s: %s: %w", n.Name, t, p2p.ErrNotFound)
 		}
 		before, err := setName(tx, n, now)
@@ -613,7 +613,7 @@ func checkManifest(tx *bbolt.Tx, n p2p.NewTask) error {
 		return fmt.Errorf("manifest %s: %w: it has %d bytes, the limit is %d", n.Task, digest.ErrInvalid, blob.Size, p2p.MaxManifest)
 	}
 	for _, d := range n.Manifest.Needs {
-		if t := (p2p.Task{Tag: n.Task.Tag, Digest: d}); tx.Bucket(bucketTasks).Get(taskKey(t)) == nil {
+		if t := (p2p.Task{Tag: n.Task.Tag, Digest: d}); !has(tx, bucketTasks, taskKey(t)) {
 			return &p2p.MissingRefError{Manifest: n.Task.Digest, Missing: d}
 		}
 	}

@@ -3,26 +3,27 @@ package pieces
 import (
 	"bytes"
 	"encoding/binary"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
+	"runtime/debug"
 	"strings"
 	"syscall"
 	"time"
 
 	"go.etcd.io/bbolt"
-	berrors "go.etcd.io/bbolt/errors"
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
 )
 
 // formatVersion is the version of the directory's format, docs/format.md. A
-// store of any other version is not opened.
-const formatVersion = 1
+// store of an earlier version is brought to it when it is opened, one of a
+// later version is not opened. It changes with whatever an earlier program
+// would misread, or not keep up: a bucket, the meaning of a field.
+const formatVersion = 2
 
-// The buckets of meta.db. Keys are text; the parts of a key are separated by a
+// The buckets of meta.db. Their values are sealed, see records.go. Keys are text; the parts of a key are separated by a
 // zero byte, which no tag, digest or name contains.
 var (
 	bucketMeta      = []byte("meta")      // keyVersion -> version, 4 bytes; keyBytes -> bytes in all blobs, 8 bytes; both big-endian; keyDeletes -> sum over deletes
@@ -38,8 +39,9 @@ var (
 	bucketLoose     = []byte("loose")     // digest -> nothing: blobs that may be held by nobody
 	bucketDeletes   = []byte("deletes")   // tag, cid -> deleteRecord: what was deleted in the swarm
 	bucketDeleteLog = []byte("deletelog") // number, 8 bytes, big-endian -> key in deletes, in the order in which this store learned of them
+	bucketSums      = []byte("sums")      // bucket -> bucketSum
 
-	allBuckets = [][]byte{bucketMeta, bucketBlobs, bucketTables, bucketTasks, bucketHolders,
+	allBuckets = [][]byte{bucketSums, bucketMeta, bucketBlobs, bucketTables, bucketTasks, bucketHolders,
 		bucketNames, bucketNamed, bucketParents, bucketReferrers, bucketUsed, bucketLoose, bucketDeletes, bucketDeleteLog}
 
 	keyVersion = []byte("version")
@@ -107,17 +109,6 @@ func after(c *bbolt.Cursor, last []byte) []byte {
 	return k
 }
 
-// scan calls f for every key that starts with prefix, until f returns false.
-// f must not change the bucket.
-func scan(tx *bbolt.Tx, bucket, prefix []byte, f func(k, v []byte) bool) {
-	c := tx.Bucket(bucket).Cursor()
-	for k, v := c.Seek(prefix); k != nil && bytes.HasPrefix(k, prefix); k, v = c.Next() {
-		if !f(k, v) {
-			return
-		}
-	}
-}
-
 // lastParts returns the last part of every key that starts with prefix.
 func lastParts(tx *bbolt.Tx, bucket, prefix []byte) []string {
 	var parts []string
@@ -137,27 +128,6 @@ func hasAny(tx *bbolt.Tx, bucket, prefix []byte) bool {
 	return found
 }
 
-// get decodes the record under k into a T. It reports false where there is none.
-func get[T any](tx *bbolt.Tx, bucket, k []byte) (T, bool, error) {
-	var record T
-	v := tx.Bucket(bucket).Get(k)
-	if v == nil {
-		return record, false, nil
-	}
-	if err := json.Unmarshal(v, &record); err != nil {
-		return record, false, fmt.Errorf("%w: record %q in bucket %s of the metadata: %w", digest.ErrCorrupt, k, bucket, err)
-	}
-	return record, true, nil
-}
-
-func put(tx *bbolt.Tx, bucket, k []byte, record any) error {
-	v, err := json.Marshal(record)
-	if err != nil {
-		return err
-	}
-	return tx.Bucket(bucket).Put(k, v)
-}
-
 func encodeTime(t time.Time) []byte { return binary.BigEndian.AppendUint64(nil, uint64(t.UnixNano())) }
 
 func decodeTime(v []byte) time.Time {
@@ -167,70 +137,9 @@ func decodeTime(v []byte) time.Time {
 	return time.Unix(0, int64(binary.BigEndian.Uint64(v))).UTC()
 }
 
-// openMeta opens or makes the metadata file.
-func openMeta(path string) (db *bbolt.DB, err error) {
-	defer recoverDamage(&err)
-	db, err = bbolt.Open(path, 0o600, &bbolt.Options{
-		Timeout:      time.Second,
-		FreelistType: bbolt.FreelistMapType,
-	})
-	if errors.Is(err, berrors.ErrTimeout) {
-		return nil, fmt.Errorf("metadata %s: %w: another process has it open", path, p2p.ErrUnavailable)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("metadata %s: %w", path, DiskError(err))
-	}
-	var version []byte
-	complete := false
-	err = db.View(func(tx *bbolt.Tx) error {
-		if b := tx.Bucket(bucketMeta); b != nil {
-			version = bytes.Clone(b.Get(keyVersion))
-			complete = b.Get(keyBytes) != nil
-		}
-		for _, name := range allBuckets {
-			complete = complete && tx.Bucket(name) != nil
-		}
-		return nil
-	})
-	if err == nil && version != nil && (len(version) != 4 || binary.BigEndian.Uint32(version) != formatVersion) {
-		err = fmt.Errorf("%w: its format is version %x, this program knows version %d: use the dfcache that wrote it, or another directory", p2p.ErrUnavailable, version, formatVersion)
-	} else if err == nil && !complete {
-		err = db.Update(initialise)
-	}
-	if err != nil {
-		db.Close()
-		return nil, fmt.Errorf("metadata %s: %w", path, DiskError(err))
-	}
-	return db, nil
-}
-
-func initialise(tx *bbolt.Tx) error {
-	for _, name := range allBuckets {
-		if _, err := tx.CreateBucketIfNotExists(name); err != nil {
-			return err
-		}
-	}
-	// A store that was made before there was a count of bytes gets it now.
-	var bytes int64
-	var err error
-	scan(tx, bucketBlobs, nil, func(k, _ []byte) bool {
-		var blob blobRecord
-		blob, _, err = get[blobRecord](tx, bucketBlobs, k)
-		bytes += blob.Size
-		return err == nil
-	})
-	if err != nil {
-		return err
-	}
-	if err := countBytes(tx, bytes); err != nil {
-		return err
-	}
-	return tx.Bucket(bucketMeta).Put(keyVersion, binary.BigEndian.AppendUint32(nil, formatVersion))
-}
-
 // storedBytes returns the count of bytes in all blobs.
 func storedBytes(tx *bbolt.Tx) int64 {
-	v := tx.Bucket(bucketMeta).Get(keyBytes)
+	v := value(tx, bucketMeta, keyBytes)
 	if len(v) != 8 {
 		return 0
 	}
@@ -239,19 +148,13 @@ func storedBytes(tx *bbolt.Tx) int64 {
 
 // countBytes adds n to the count of bytes in all blobs.
 func countBytes(tx *bbolt.Tx, n int64) error {
-	return tx.Bucket(bucketMeta).Put(keyBytes, binary.BigEndian.AppendUint64(nil, uint64(storedBytes(tx)+n)))
-}
-
-// recoverDamage turns the panics with which bbolt meets damaged pages into errors.
-func recoverDamage(err *error) {
-	if r := recover(); r != nil {
-		*err = fmt.Errorf("%w: metadata: %v", digest.ErrCorrupt, r)
-	}
+	return putValue(tx, bucketMeta, keyBytes, binary.BigEndian.AppendUint64(nil, uint64(storedBytes(tx)+n)))
 }
 
 // view reads the metadata.
 func (s *Store) view(f func(tx *bbolt.Tx) error) (err error) {
 	defer recoverDamage(&err)
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	return s.db.View(f)
 }
 
@@ -318,6 +221,7 @@ func (s *Store) runUpdates(jobs []*job[func(*bbolt.Tx) error]) {
 // transaction is db.Update with a fault that tests can inject in place of the commit.
 func (s *Store) transaction(f func(tx *bbolt.Tx) error) (err error) {
 	defer recoverDamage(&err)
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	return s.db.Update(func(tx *bbolt.Tx) error {
 		if err := f(tx); err != nil {
 			return err
@@ -372,7 +276,7 @@ func addTask(tx *bbolt.Tx, n p2p.NewTask, now time.Time) (released []digest.Dige
 			return nil, err
 		}
 	}
-	return released, tx.Bucket(bucketHolders).Put(key(string(n.Task.Digest), n.Task.Tag), nil)
+	return released, putValue(tx, bucketHolders, key(string(n.Task.Digest), n.Task.Tag), nil)
 }
 
 // origin returns when the task was imported or pushed, on whatever host.
@@ -401,7 +305,7 @@ func (r *taskRecord) keep() p2p.Keep {
 // link enters what the manifest t refers to in the indexes, and makes it its own.
 func (r *taskRecord) link(tx *bbolt.Tx, t p2p.Task) error {
 	for _, child := range r.Refs {
-		if err := tx.Bucket(bucketParents).Put(key(t.Tag, string(child), string(t.Digest)), nil); err != nil {
+		if err := putValue(tx, bucketParents, key(t.Tag, string(child), string(t.Digest)), nil); err != nil {
 			return err
 		}
 		if err := adopt(tx, p2p.Task{Tag: t.Tag, Digest: child}); err != nil {
@@ -411,7 +315,7 @@ func (r *taskRecord) link(tx *bbolt.Tx, t p2p.Task) error {
 	if r.Subject == "" {
 		return nil
 	}
-	return tx.Bucket(bucketReferrers).Put(key(t.Tag, string(r.Subject), string(t.Digest)), nil)
+	return putValue(tx, bucketReferrers, key(t.Tag, string(r.Subject), string(t.Digest)), nil)
 }
 
 // unlink takes out of the indexes what the manifest t refers to.
@@ -431,7 +335,7 @@ func (r *taskRecord) unlink(tx *bbolt.Tx, t p2p.Task) error {
 func (r *taskRecord) held(tx *bbolt.Tx, t p2p.Task) bool {
 	return hasAny(tx, bucketNamed, prefix(t.Tag, string(t.Digest))) ||
 		hasAny(tx, bucketParents, prefix(t.Tag, string(t.Digest))) ||
-		r.Subject != "" && tx.Bucket(bucketTasks).Get(key(t.Tag, string(r.Subject))) != nil
+		r.Subject != "" && has(tx, bucketTasks, key(t.Tag, string(r.Subject)))
 }
 
 // adopt says that something holds the task t from now on, where t exists.
@@ -473,7 +377,7 @@ func setName(tx *bbolt.Tx, n p2p.NewName, now time.Time) (before digest.Digest, 
 	}
 	if found && record.Digest != n.Digest {
 		before = record.Digest
-		if err := tx.Bucket(bucketNamed).Delete(key(n.Tag, string(before), n.Name)); err != nil {
+		if err := removeKeys(tx, bucketNamed, key(n.Tag, string(before), n.Name)); err != nil {
 			return "", err
 		}
 	}
@@ -483,7 +387,7 @@ func setName(tx *bbolt.Tx, n p2p.NewName, now time.Time) (before digest.Digest, 
 	if err := adopt(tx, p2p.Task{Tag: n.Tag, Digest: n.Digest}); err != nil {
 		return "", err
 	}
-	return before, tx.Bucket(bucketNamed).Put(key(n.Tag, string(n.Digest), n.Name), nil)
+	return before, putValue(tx, bucketNamed, key(n.Tag, string(n.Digest), n.Name), nil)
 }
 
 // removal is what a change takes away.
@@ -541,7 +445,7 @@ func (r *removal) remove(tx *bbolt.Tx, t p2p.Task) error {
 		}
 		r.loose++
 		r.freed += blob.Size
-		if err := tx.Bucket(bucketLoose).Put(key(t.Digest), nil); err != nil {
+		if err := putValue(tx, bucketLoose, key(t.Digest), nil); err != nil {
 			return err
 		}
 	}
@@ -554,16 +458,6 @@ func (r *removal) remove(tx *bbolt.Tx, t p2p.Task) error {
 	}
 	for _, d := range released {
 		if err := r.release(tx, p2p.Task{Tag: t.Tag, Digest: d}); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// removeKeys removes keys given as bucket, key, bucket, key and so on.
-func removeKeys(tx *bbolt.Tx, pairs ...[]byte) error {
-	for i := 0; i < len(pairs); i += 2 {
-		if err := tx.Bucket(pairs[i]).Delete(pairs[i+1]); err != nil {
 			return err
 		}
 	}

@@ -323,7 +323,7 @@ func TestOlderTable(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := s.update(func(tx *bbolt.Tx) error { return tx.Bucket(bucketTables).Put(key(task.Digest), b) }); err != nil {
+	if err := s.update(func(tx *bbolt.Tx) error { return putValue(tx, bucketTables, key(task.Digest), b) }); err != nil {
 		t.Fatal(err)
 	}
 	for range 2 {

@@ -178,7 +178,7 @@ func (s *Store) lastUsed(tx *bbolt.Tx, task p2p.Task) time.Time {
 	if found {
 		return at.UTC()
 	}
-	return decodeTime(tx.Bucket(bucketUsed).Get(taskKey(task)))
+	return decodeTime(value(tx, bucketUsed, taskKey(task)))
 }
 
 // Delete implements [p2p.Engine].
@@ -405,7 +405,7 @@ func (l *lister) batch(bucket, all []byte, tag string, last []byte) (batch []p2p
 				return nil
 			}
 			next = bytes.Clone(k)
-			if bytes.Equal(bucket, bucketReferrers) && tx.Bucket(bucketParents).Get(k) != nil {
+			if bytes.Equal(bucket, bucketReferrers) && has(tx, bucketParents, k) {
 				continue // it was among those
 			}
 			e, err := l.entry(tx, bucket, tag, lastPart(k))

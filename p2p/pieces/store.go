@@ -126,7 +126,7 @@ func open(dir string, opts Options, files files) (_ *Store, err error) {
 		return nil, fmt.Errorf("open store %s: %w", dir, err)
 	}
 	if err = s.checkMeta(); err == nil {
-		s.db, err = openMeta(s.path("meta.db"))
+		s.db, err = s.openMeta()
 	}
 	if err != nil {
 		s.lock.Close()
@@ -367,10 +367,10 @@ func (s *Store) pending() (map[p2p.Task]time.Time, []digest.Digest) {
 // flush writes what is pending.
 func flush(tx *bbolt.Tx, used map[p2p.Task]time.Time, cleared []digest.Digest) error {
 	for t, at := range used {
-		if tx.Bucket(bucketTasks).Get(taskKey(t)) == nil {
+		if !has(tx, bucketTasks, taskKey(t)) {
 			continue // deleted since
 		}
-		if err := tx.Bucket(bucketUsed).Put(taskKey(t), encodeTime(at)); err != nil {
+		if err := putValue(tx, bucketUsed, taskKey(t), encodeTime(at)); err != nil {
 			return err
 		}
 	}
@@ -423,7 +423,7 @@ func (s *Store) letGo(d digest.Digest, published bool) error {
 	}
 	unheld := false
 	err := s.view(func(tx *bbolt.Tx) error {
-		stored := h.orphan || tx.Bucket(bucketBlobs).Get(key(d)) != nil
+		stored := h.orphan || has(tx, bucketBlobs, key(d))
 		unheld = stored && !hasAny(tx, bucketHolders, prefix(string(d)))
 		return nil
 	})

@@ -1,0 +1,220 @@
+package pieces
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"flag"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"testing"
+	"time"
+
+	"go.etcd.io/bbolt"
+
+	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/enginetest"
+)
+
+var (
+	flips    = flag.Int("flips", 2000, "how many bits of meta.db TestFlippedBits flips, each alone; 0 for all")
+	flipSeed = flag.Uint64("flips.seed", uint64(time.Now().UnixNano()), "chooses the bits that TestFlippedBits flips")
+)
+
+// richStore makes a store whose metadata has something of everything, and pages
+// of every kind. It is closed.
+func richStore(t *testing.T) (dir string, content map[p2p.Task][]byte, names map[string]p2p.Task) {
+	t.Helper()
+	s := newStore(t)
+	content, names = map[p2p.Task][]byte{}, map[string]p2p.Task{}
+	for i := range 6 {
+		data := fmt.Appendf(nil, "artifact %d", i)
+		layer, err := importArtifact(t.Context(), s, fmt.Sprint("v", i), data)
+		if err != nil {
+			t.Fatal(err)
+		}
+		manifest := []byte("manifest of " + string(layer.Digest))
+		content[layer] = data
+		names[fmt.Sprint("v", i)] = p2p.Task{Tag: "t", Digest: digest.SHA512.FromBytes(manifest)}
+		content[names[fmt.Sprint("v", i)]] = manifest
+		enginetest.RequireContent(t, s, layer, data)
+	}
+	in, err := s.Ingest(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.Close()
+	subject := names["v0"].Digest
+	added, err := in.Add(bytes.NewReader([]byte("referrer")), p2p.AddOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	referrer := p2p.Task{Tag: "t", Digest: added.Digest}
+	if err := in.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: referrer, Manifest: &p2p.NewManifest{Subject: subject}}}}); err != nil {
+		t.Fatal(err)
+	}
+	content[referrer] = []byte("referrer")
+	// Many deletes, some of which are forgotten, make branches and free pages.
+	for i := range 120 {
+		if _, err := s.ApplyDelete(t.Context(), Delete{Tag: "gone", CID: cacheID(t, fmt.Sprint("n", i)), At: time.Unix(int64(i), 0)}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := s.ForgetDeletes(t.Context(), time.Unix(50, 0)); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := s.DeleteForAll(t.Context(), "t", cacheID(t, "v5"), p2p.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	for _, task := range []p2p.Task{names["v5"], {Tag: "t", Digest: digest.SHA256.FromString("artifact 5")}} {
+		delete(content, task)
+	}
+	delete(names, "v5")
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return s.dir, content, names
+}
+
+// pageKinds returns what each page of a bbolt file is, free ones as "free".
+func pageKinds(t *testing.T, file []byte) []string {
+	t.Helper()
+	page := os.Getpagesize()
+	kinds := slices.Repeat([]string{"free"}, len(file)/page)
+	kinds[0], kinds[1] = "meta", "meta"
+	r := &pageReader{f: bytes.NewReader(file), v: &metaCheck{buckets: map[string]*bucketCheck{}}}
+	if err := r.readMeta(int64(len(file))); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.readAll(); err != nil {
+		t.Fatal(err)
+	}
+	free := map[uint64]bool{}
+	list := file[r.meta.freelist*uint64(page):]
+	for i := range uint64(binary.NativeEndian.Uint16(list[10:])) {
+		free[binary.NativeEndian.Uint64(list[16+8*i:])] = true
+	}
+	for id := uint64(2); id < r.meta.pages; id++ {
+		if !free[id] {
+			kinds[id] = map[uint16]string{flagBranch: "branch", flagLeaf: "leaf", flagFreelist: "freelist"}[binary.NativeEndian.Uint16(file[id*uint64(page)+8:])]
+		}
+	}
+	return kinds
+}
+
+// TestFlippedBits flips bits of the metadata, each alone. Either the store says
+// that its metadata is damaged before it does anything, or the bit does not
+// matter: all that was acknowledged is there, and what is imported then is
+// there after a restart.
+func TestFlippedBits(t *testing.T) {
+	dir, content, names := richStore(t)
+	path := filepath.Join(dir, "meta.db")
+	good, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	page := os.Getpagesize()
+	byKind := map[string][]int{} // the bits of pages of a kind
+	for i, kind := range pageKinds(t, good) {
+		used := bytes.TrimRight(good[i*page:(i+1)*page], "\x00")
+		for bit := range 8 * min(page, len(used)+8) {
+			byKind[kind] = append(byKind[kind], i*page*8+bit)
+		}
+	}
+	for _, kind := range []string{"meta", "freelist", "branch", "leaf", "free"} {
+		if len(byKind[kind]) == 0 {
+			t.Errorf("there is no %s page", kind)
+		}
+	}
+	rnd := rand.New(rand.NewPCG(*flipSeed, 0))
+	var bits []int
+	for kind, all := range byKind {
+		n := len(all)
+		if *flips > 0 {
+			n = min(n, max(1, *flips/len(byKind)))
+			rnd.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
+		}
+		t.Logf("%d of the %d bits of %s pages", n, len(all), kind)
+		bits = append(bits, all[:n]...)
+	}
+	detected := 0
+	for _, bit := range bits {
+		bad := bytes.Clone(good)
+		bad[bit/8] ^= 1 << (bit % 8)
+		if err := os.WriteFile(path, bad, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		s, err := Open(dir, Options{})
+		if err != nil {
+			if !errors.Is(err, digest.ErrCorrupt) {
+				t.Errorf("bit %d: %v", bit, err)
+			}
+			if after, err := os.ReadFile(path); err != nil || !bytes.Equal(after, bad) {
+				t.Fatalf("bit %d: the damaged file was changed (%v)", bit, err)
+			}
+			detected++
+			continue
+		}
+		requireAll(t, s, content, names)
+		later := enginetest.Import(t, s, "later", []byte("later"))
+		s.Close()
+		if s, err = Open(dir, Options{}); err != nil {
+			t.Fatalf("bit %d: the store does not open again: %v", bit, err)
+		}
+		requireAll(t, s, content, names)
+		enginetest.RequireContent(t, s, later, []byte("later"))
+		s.Close()
+		if err := os.Remove(s.blobPath(later.Digest)); err != nil {
+			t.Fatal(err)
+		}
+		if t.Failed() {
+			t.Fatalf("after a flip of bit %d of the metadata, -flips.seed %d", bit, *flipSeed)
+		}
+	}
+	t.Logf("%d of %d flips were detected, the others do not matter", detected, len(bits))
+}
+
+func requireAll(t *testing.T, s *Store, content map[p2p.Task][]byte, names map[string]p2p.Task) {
+	t.Helper()
+	for task, data := range content {
+		enginetest.RequireContent(t, s, task, data)
+	}
+	for name, task := range names {
+		if info, err := s.Stat(t.Context(), "t", cacheID(t, name), p2p.StatOptions{}); err != nil || info.Task != task {
+			t.Errorf("%s is %s, %v; want %s", name, info.Task, err, task)
+		}
+	}
+}
+
+// TestPagesAreAsChecked: whatever bbolt writes passes the check of its pages.
+func TestPagesAreAsChecked(t *testing.T) {
+	s := newStore(t)
+	s.db.NoSync = true
+	rnd := rand.New(rand.NewPCG(*flipSeed, 1))
+	for round := range 60 {
+		err := s.update(func(tx *bbolt.Tx) error {
+			for range rnd.IntN(400) {
+				bucket := [][]byte{bucketHolders, bucketTables, bucketUsed}[rnd.IntN(3)]
+				k := fmt.Appendf(nil, "%d", rnd.IntN(1000))
+				err := removeKeys(tx, bucket, k)
+				if rnd.IntN(round%7+1) < 3 {
+					err = putValue(tx, bucket, k, make([]byte, rnd.IntN(1<<rnd.IntN(14))))
+				}
+				if err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := checkMetaFile(s.path("meta.db")); err != nil {
+			t.Fatalf("round %d, -flips.seed %d: %v", round, *flipSeed, err)
+		}
+	}
+}

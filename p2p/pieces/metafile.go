@@ -1,0 +1,324 @@
+package pieces
+
+import (
+	"bytes"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"runtime/debug"
+	"slices"
+	"time"
+
+	"go.etcd.io/bbolt"
+	berrors "go.etcd.io/bbolt/errors"
+
+	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p"
+)
+
+// openMeta opens the metadata, makes it where there is none, and brings it to
+// this program's format where it has an earlier one. All of it is read and
+// checked first: nothing is acknowledged on top of what is damaged.
+func (s *Store) openMeta() (*bbolt.DB, error) {
+	path := s.path("meta.db")
+	fresh := path + ".new" // what becomes meta.db when it is whole
+	if err := os.Remove(fresh); err != nil && !isMissing(err) {
+		return nil, err
+	}
+	version, err := checkMetaFile(path)
+	if err != nil {
+		return nil, err
+	}
+	if version < formatVersion {
+		if version > 0 {
+			s.log.Info("bringing the metadata to this program's format", "from", version, "to", formatVersion)
+		}
+		err := writeMeta(fresh, path, version)
+		if err == nil {
+			err = s.files.Rename(fresh, path)
+		}
+		if err == nil {
+			err = s.files.SyncDir(s.dir)
+		}
+		if err != nil {
+			return nil, errors.Join(fmt.Errorf("metadata %s: %w", path, DiskError(err)), ignoreMissing(os.Remove(fresh)))
+		}
+	}
+	return openBolt(path, false)
+}
+
+func ignoreMissing(err error) error {
+	if isMissing(err) {
+		return nil
+	}
+	return err
+}
+
+// openBolt opens a file that was checked.
+func openBolt(path string, readOnly bool) (db *bbolt.DB, err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer recoverDamage(&err)
+	db, err = bbolt.Open(path, 0o600, &bbolt.Options{
+		Timeout:      time.Second,
+		FreelistType: bbolt.FreelistMapType,
+		ReadOnly:     readOnly,
+	})
+	if errors.Is(err, berrors.ErrTimeout) {
+		return nil, fmt.Errorf("metadata %s: %w: another process has it open", path, p2p.ErrUnavailable)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("metadata %s: %w", path, DiskError(err))
+	}
+	if readOnly {
+		return db, nil
+	}
+	complete := true
+	err = db.View(func(tx *bbolt.Tx) error {
+		for _, bucket := range allBuckets {
+			complete = complete && tx.Bucket(bucket) != nil
+		}
+		return nil
+	})
+	if err == nil && !complete {
+		err = db.Update(createBuckets)
+	}
+	if err != nil {
+		db.Close()
+		return nil, fmt.Errorf("metadata %s: %w", path, DiskError(err))
+	}
+	return db, nil
+}
+
+func createBuckets(tx *bbolt.Tx) error {
+	for _, bucket := range allBuckets {
+		if err := createBucket(tx, bucket); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// errDamagedMeta says what can be done about damaged metadata.
+func errDamagedMeta(path string, err error) error {
+	return fmt.Errorf("metadata %s is %w: %w: nothing was changed; put the file back from a copy; or move the data directory away, start with an empty one, and import from the old one's blobs/, where each file is named by its digest",
+		path, digest.ErrCorrupt, err)
+}
+
+// checkMetaFile reads all of the metadata and returns its format version: 0
+// where there is nothing in it. Where it is damaged the error matches
+// [digest.ErrCorrupt]; where this program does not know the format,
+// [p2p.ErrUnavailable]. It does not need memory in proportion to what it reads.
+func checkMetaFile(path string) (version uint32, err error) {
+	if info, err := os.Stat(path); isMissing(err) || err == nil && info.Mode().IsRegular() && info.Size() == 0 {
+		return 0, nil
+	}
+	c := metaCheck{buckets: map[string]*bucketCheck{}}
+	err = checkPages(path, &c)
+	if err == nil {
+		version, err = c.finish()
+	}
+	if err == nil || errors.Is(err, fs.ErrPermission) || errors.Is(err, p2p.ErrUnavailable) {
+		if err != nil {
+			err = fmt.Errorf("metadata %s: %w", path, err)
+		}
+		return version, err
+	}
+	return 0, errDamagedMeta(path, err)
+}
+
+// metaCheck compares the records with their checksums, and the buckets with
+// their sums. It is a visitor.
+type metaCheck struct {
+	buckets map[string]*bucketCheck
+	current *bucketCheck
+	version []byte // as it is in the file
+	damage  error  // the first record that is not sealed, or not as it was
+}
+
+type bucketCheck struct {
+	name   []byte
+	found  bucketSum
+	stated *bucketSum // from bucketSums
+}
+
+func (c *metaCheck) named(name []byte) *bucketCheck {
+	b := c.buckets[string(name)]
+	if b == nil {
+		b = &bucketCheck{name: bytes.Clone(name)}
+		c.buckets[string(name)] = b
+	}
+	return b
+}
+
+func (c *metaCheck) bucket(name []byte, sequence uint64) error {
+	known := slices.ContainsFunc(allBuckets, func(b []byte) bool { return bytes.Equal(b, name) })
+	if !known && c.damage == nil {
+		c.damage = fmt.Errorf("it has a bucket %q", name) // unless it is of another version
+	}
+	c.current = c.named(name)
+	c.current.found.sequence = sequence
+	return nil
+}
+
+func (c *metaCheck) record(k, sealed []byte) error {
+	b := c.current
+	if bytes.Equal(b.name, bucketMeta) && bytes.Equal(k, keyVersion) {
+		c.version = bytes.Clone(sealed)
+	}
+	b.found.records++
+	v, sum, err := unseal(b.name, k, sealed)
+	if err != nil {
+		if c.damage == nil {
+			c.damage = err
+		}
+		return nil // it may be of version 1, where nothing is sealed
+	}
+	b.found.sum += uint64(sum)
+	if bytes.Equal(b.name, bucketSums) {
+		stated, err := decodeBucketSum(v)
+		if err != nil {
+			return err
+		}
+		c.named(k).stated = &stated
+	}
+	return nil
+}
+
+// finish returns the version when all is read.
+func (c *metaCheck) finish() (uint32, error) {
+	if len(c.buckets) == 0 {
+		return 0, nil // an earlier program was interrupted when it made it
+	}
+	if len(c.version) == 4 && c.buckets[string(bucketSums)] == nil {
+		if version := binary.BigEndian.Uint32(c.version); version != 1 {
+			return 0, errVersion(version)
+		}
+		return 1, nil
+	}
+	sealed, _, err := unseal(bucketMeta, keyVersion, c.version)
+	if err != nil || len(sealed) != 4 {
+		return 0, fmt.Errorf("its version is not what was written")
+	}
+	if version := binary.BigEndian.Uint32(sealed); version != formatVersion {
+		return 0, errVersion(version)
+	}
+	if c.damage != nil {
+		return 0, c.damage
+	}
+	for _, b := range c.buckets {
+		switch {
+		case bytes.Equal(b.name, bucketSums):
+			if b.found.sequence != 0 {
+				return 0, fmt.Errorf("bucket %s has given out a number", b.name)
+			}
+		case b.stated == nil:
+			return 0, fmt.Errorf("bucket %s has no sum", b.name)
+		case *b.stated != b.found:
+			return 0, fmt.Errorf("bucket %s has %d records that add up to %x, number %d; written were %d with %x, number %d", b.name,
+				b.found.records, b.found.sum, b.found.sequence, b.stated.records, b.stated.sum, b.stated.sequence)
+		}
+	}
+	return formatVersion, nil
+}
+
+func errVersion(version uint32) error {
+	return fmt.Errorf("%w: its format is version %d, this program knows versions 1 to %d: use the dfcache that wrote it, or another directory", p2p.ErrUnavailable, version, formatVersion)
+}
+
+// migrateBatch is how many records a migration writes in one transaction.
+const migrateBatch = 10_000
+
+// writeMeta makes a metadata file at path, with what the one at old has, which
+// is of an earlier version; 0 for one that has nothing. It is on disk when
+// writeMeta returns. Until it is put in old's place, old is what counts.
+func writeMeta(path, old string, version uint32) (err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer recoverDamage(&err)
+	db, err := bbolt.Open(path, 0o600, &bbolt.Options{Timeout: time.Second, FreelistType: bbolt.FreelistMapType, NoSync: true})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, db.Close()) }()
+	if err := db.Update(createBuckets); err != nil {
+		return err
+	}
+	if version == 1 {
+		if err := migrate1(db, old); err != nil {
+			return err
+		}
+	}
+	err = db.Update(func(tx *bbolt.Tx) error {
+		return putValue(tx, bucketMeta, keyVersion, binary.BigEndian.AppendUint32(nil, formatVersion))
+	})
+	if err != nil {
+		return err
+	}
+	return db.Sync()
+}
+
+// migrate1 copies the records of version 1, which has no checksums, and counts
+// the bytes of all blobs anew: its programs have counted some of them twice.
+func migrate1(db *bbolt.DB, old string) error {
+	from, err := bbolt.Open(old, 0o600, &bbolt.Options{Timeout: time.Second, ReadOnly: true})
+	if err != nil {
+		return err
+	}
+	defer from.Close()
+	var stored int64
+	err = from.View(func(source *bbolt.Tx) error {
+		for _, bucket := range allBuckets {
+			b := source.Bucket(bucket)
+			if b == nil {
+				continue // it came in later
+			}
+			var k, v []byte
+			for c, more := b.Cursor(), true; more; {
+				err := db.Update(func(tx *bbolt.Tx) error {
+					tx.Bucket(bucket).FillPercent = 0.9
+					if err := tx.Bucket(bucket).SetSequence(b.Sequence()); err != nil {
+						return err
+					}
+					if k == nil {
+						k, v = c.First()
+					}
+					for n := 0; k != nil && n < migrateBatch; n++ {
+						if bytes.Equal(bucket, bucketBlobs) {
+							var blob blobRecord
+							if err := json.Unmarshal(v, &blob); err != nil {
+								return fmt.Errorf("%w: record %q in bucket %s: %w", digest.ErrCorrupt, k, bucket, err)
+							}
+							stored += blob.Size
+						}
+						if err := putValue(tx, bucket, k, v); err != nil {
+							return err
+						}
+						k, v = c.Next()
+					}
+					more = k != nil
+					return addToBucket(tx, bucket, bucketSum{sequence: b.Sequence()})
+				})
+				if err != nil {
+					return err
+				}
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	return db.Update(func(tx *bbolt.Tx) error {
+		return putValue(tx, bucketMeta, keyBytes, binary.BigEndian.AppendUint64(nil, uint64(stored)))
+	})
+}
+
+// recoverDamage turns the panics with which bbolt meets damaged pages, the
+// memory one that can't be read, and the store damaged records, into errors.
+func recoverDamage(err *error) {
+	if r := recover(); r != nil {
+		*err = fmt.Errorf("%w: metadata: %v", digest.ErrCorrupt, r)
+	}
+}
