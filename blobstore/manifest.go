@@ -12,11 +12,17 @@ import (
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/jsonlimit"
 )
 
 // MaxManifest is the largest manifest in bytes that is stored and read: the
 // limit that the OCI distribution specification asks every registry for.
 const MaxManifest = p2p.MaxManifest
+
+// maxManifestElements is how many elements a manifest has at most, annotations, URLs and
+// what is not known here included; see package jsonlimit. It bounds what is made of 4 MiB
+// to a few times that.
+const maxManifestElements = 1 << 18
 
 // The media types of manifests that are not in the image specification.
 const (
@@ -113,7 +119,7 @@ func parseManifest(data []byte) (*manifest, error) {
 		return nil, fmt.Errorf("manifest: %w: it is not a JSON object", ErrInvalid)
 	}
 	var m manifest
-	if err := json.Unmarshal(data, &m); err != nil {
+	if err := jsonlimit.Unmarshal(data, &m, maxManifestElements); err != nil {
 		// What is wrong may be quoted, at any length.
 		return nil, fmt.Errorf("manifest: %w: it is not the JSON of one: %.300s", ErrInvalid, err)
 	}

@@ -374,3 +374,24 @@ func TestDetectManifest(t *testing.T) {
 		}
 	}
 }
+
+// TestManifestOfManyElements: a manifest that is small and becomes large in memory is refused
+// before it does.
+func TestManifestOfManyElements(t *testing.T) {
+	for name, many := range map[string]string{
+		"annotations": `{"annotations":{` + strings.Repeat(`"":"",`, 600_000) + `"":""}}`,
+		"URLs":        `{"config":{"digest":"` + string(digest.SHA256.FromString("")) + `","urls":[` + strings.Repeat(`"",`, 1_300_000) + `""]}}`,
+		"depth":       `{"x":` + strings.Repeat("[", 5000) + strings.Repeat("]", 5000) + `}`,
+	} {
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		_, err := blobstore.ParseManifest("", []byte(many))
+		runtime.ReadMemStats(&after)
+		if !errors.Is(err, blobstore.ErrInvalid) {
+			t.Errorf("%s: %v", name, err)
+		}
+		if took := int(after.TotalAlloc - before.TotalAlloc); took > 2*len(many) {
+			t.Errorf("%s: %d bytes are allocated for %d", name, took, len(many))
+		}
+	}
+}

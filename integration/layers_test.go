@@ -19,7 +19,7 @@ var layers = [][]string{
 	{"blobstore", "p2p/swarm", "p2p/swarm/discovery", "p2p/dragonfly", "p2p/dragonfly/cluster", "p2p/dragonfly/persistent"}, // none of these knows another
 	{"p2p/rpc", "p2p/dragonfly/whole"},
 	{"p2p/rpc/pb", "p2p/pieces", "p2p/dragonfly/wire", "p2p/throttle"},
-	{"p2p"},
+	{"p2p", "p2p/grpclimit", "p2p/jsonlimit"},
 	{"digest", "p2p/swarm/schedule"},
 }
 
@@ -38,6 +38,7 @@ var notLinked = map[string][]string{
 	"p2p/dragonfly/persistent": {"github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk", "d7y.io/dragonfly"},
 	"p2p/swarm/schedule":       {"github.com/libp2p/", "google.golang.org/", "golang.org/x/", "github.com/spf13/"},
 	"p2p/pieces":               {"google.golang.org/grpc", "github.com/spf13/", "github.com/libp2p/"},
+	"p2p/jsonlimit":            {"google.golang.org/", "go.etcd.io/", "golang.org/x/", "github.com/libp2p/"},
 	"p2p":                      {"google.golang.org/", "go.etcd.io/", "github.com/spf13/", "github.com/libp2p/"},
 	"digest":                   {"google.golang.org/", "go.etcd.io/", "golang.org/x/", "github.com/spf13/", "github.com/libp2p/"},
 }

@@ -23,6 +23,7 @@ import (
 	"github.com/dfcache/dfcache/blobstore"
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/dragonfly/wire"
+	"github.com/dfcache/dfcache/p2p/grpclimit"
 )
 
 // Server serves a store to Dragonfly's dfcache. It is safe for concurrent use.
@@ -32,7 +33,7 @@ type Server struct {
 
 // NewServer returns a server of store. The caller closes the store after Shutdown.
 func NewServer(store *blobstore.Store, log *slog.Logger, opts ...grpc.ServerOption) *Server {
-	s := &Server{grpc.NewServer(append(opts, grpc.Creds(localCredentials{}), grpc.UnaryInterceptor(admit), grpc.StreamInterceptor(admitStream))...)}
+	s := &Server{grpc.NewServer(append(opts, grpc.MaxRecvMsgSize(64<<10), grpc.MaxHeaderListSize(16<<10), grpc.ForceServerCodecV2(grpclimit.Codec(wire.MaxQuestion)), grpc.Creds(localCredentials{}), grpc.UnaryInterceptor(admit), grpc.StreamInterceptor(admitStream))...)}
 	dfdaemonv1.RegisterDaemonServer(s.grpc, &daemon{store: store, log: log})
 	return s
 }

@@ -14,6 +14,7 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sync/semaphore"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -22,6 +23,7 @@ import (
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/grpclimit"
 	"github.com/dfcache/dfcache/p2p/rpc/pb"
 )
 
@@ -112,13 +114,15 @@ func NewServer(engine p2p.Engine, log *slog.Logger, opts ...ServerOption) *Serve
 		grpc.ConnectionTimeout(handshakeTimeout),
 		grpc.MaxConcurrentStreams(maxStreams),
 		grpc.MaxRecvMsgSize(maxRequest),
+		grpc.MaxHeaderListSize(maxHeaders),
+		grpc.ForceServerCodecV2(grpclimit.Codec(maxElements)),
 		grpc.StaticStreamWindowSize(window),
 		grpc.StaticConnWindowSize(window),
 		grpc.WaitForHandlers(true),
 		grpc.UnaryInterceptor(s.unary),
 		grpc.StreamInterceptor(s.stream),
 	}, config.grpc...)...)
-	pb.RegisterDaemonServer(s.grpc, &service{engine: engine, log: log})
+	pb.RegisterDaemonServer(s.grpc, &service{engine: engine, log: log, commits: semaphore.NewWeighted(maxCommits)})
 	return s
 }
 
@@ -248,8 +252,9 @@ func (s *Server) ended(ctx context.Context, method string, start time.Time, err 
 // service answers calls.
 type service struct {
 	pb.UnimplementedDaemonServer
-	engine p2p.Engine
-	log    *slog.Logger
+	engine  p2p.Engine
+	log     *slog.Logger
+	commits *semaphore.Weighted // bytes of all commits that are under way
 }
 
 func (s *service) Stat(ctx context.Context, req *pb.StatRequest) (*pb.StatReply, error) {
@@ -638,7 +643,8 @@ func openSource(fd int, offset int64) (f *os.File, err error) {
 
 // commit answers the Commit of an ingest, of which part is the first part.
 func (s *service) commit(stream grpc.BidiStreamingServer[pb.IngestRequest, pb.IngestReply], ingest p2p.Ingest, part *pb.IngestRequest_Commit) error {
-	var parser commitParser
+	parser := commitParser{room: s.commits}
+	defer parser.end()
 	for {
 		if err := parser.add(part); err != nil {
 			return err

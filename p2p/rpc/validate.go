@@ -6,6 +6,7 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sync/semaphore"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/dfcache/dfcache/digest"
@@ -15,12 +16,15 @@ import (
 
 // The limits of what a request may hold.
 const (
-	maxRequest   = 4 << 20  // bytes of one message
-	maxMediaType = 255      // bytes
-	maxRefs      = 10_000   // of one manifest
-	maxCommit    = 64 << 20 // bytes of all parts of a commit
-	maxAfter     = 255      // bytes: the longest tag; a name is shorter
-	maxReplicas  = 1 << 20  // peers
+	maxRequest   = 4 << 20       // bytes of one message
+	maxElements  = 1 << 16       // of one message, in either direction: see package grpclimit
+	maxHeaders   = 64 << 10      // bytes of a call's headers
+	maxMediaType = 255           // bytes
+	maxRefs      = 10_000        // of one manifest
+	maxCommit    = 64 << 20      // bytes of all parts of a commit
+	maxCommits   = 2 * maxCommit // of all that are under way
+	maxAfter     = 255           // bytes: the longest tag; a name is shorter
+	maxReplicas  = 1 << 20       // peers
 )
 
 // maxPieces is the number of pieces that a blob that is arriving may have. They
@@ -227,12 +231,29 @@ func parseRehash(r *pb.IngestRequest_Rehash) (d, want digest.Digest, err error) 
 // commitParser puts the parts of a commit together.
 type commitParser struct {
 	commit p2p.Commit
-	size   int // bytes of the parts so far
+	size   int                 // bytes of the parts so far
+	room   *semaphore.Weighted // for the parts of all commits; nil: no limit
+	taken  int                 // bytes of it
+}
+
+// end gives back the room. The commit is not to be used any more.
+func (p *commitParser) end() {
+	if p.taken > 0 {
+		p.room.Release(int64(p.taken))
+	}
 }
 
 func (p *commitParser) add(part *pb.IngestRequest_Commit) error {
-	if p.size += proto.Size(part); p.size > maxCommit {
+	size := proto.Size(part)
+	if p.size += size; p.size > maxCommit {
 		return fmt.Errorf("commit: %w: it has more than %d bytes: commit less at once", digest.ErrInvalid, maxCommit)
+	}
+	if p.room != nil {
+		// Who waited here would keep the room of its first parts from others who wait.
+		if !p.room.TryAcquire(int64(size)) {
+			return fmt.Errorf("commit: %w: other commits that are under way have %d bytes together: try again", p2p.ErrUnavailable, maxCommits)
+		}
+		p.taken += size
 	}
 	for _, t := range part.GetTasks() {
 		task, err := parseNewTask(t)

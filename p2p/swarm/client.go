@@ -33,6 +33,7 @@ type client struct {
 	security *security
 	network  Network
 	peers    *peerTable
+	inbox    *inbox
 	http     *http.Client // for blobs: over connections of its own where that can be, else over libp2p
 	streams  *http.Client // for words: over the libp2p connection that is there
 }
@@ -50,7 +51,7 @@ const (
 )
 
 func newClient(security *security, network Network, peers *peerTable) *client {
-	c := &client{security: security, network: network, peers: peers}
+	c := &client{security: security, network: network, peers: peers, inbox: newInbox()}
 	transport := func(dial func(context.Context, peer.ID) (net.Conn, error)) *http.Client {
 		return &http.Client{Transport: &http.Transport{
 			DialContext: func(ctx context.Context, _, address string) (net.Conn, error) {
@@ -223,7 +224,7 @@ func NewResolver(identity crypto.PrivKey, secret []byte, plain bool) (func(ctx c
 	if err != nil {
 		return nil, err
 	}
-	c := &client{security: security, peers: newPeerTable()}
+	c := &client{security: security, peers: newPeerTable(), inbox: newInbox()}
 	return c.resolve, nil
 }
 
@@ -294,11 +295,11 @@ func isIdempotent(path string) bool {
 }
 
 // call sends a message, where in is not nil, and decodes the answer into out.
-func (c *client) call(ctx context.Context, over *http.Client, p peer.ID, method, path string, in, out any) error {
+func (c *client) call(ctx context.Context, over *http.Client, p peer.ID, method, path string, in any, out message) error {
 	return c.callQuery(ctx, over, p, method, path, nil, in, out)
 }
 
-func (c *client) callQuery(ctx context.Context, over *http.Client, p peer.ID, method, path string, query url.Values, in, out any) error {
+func (c *client) callQuery(ctx context.Context, over *http.Client, p peer.ID, method, path string, query url.Values, in any, out message) error {
 	var body []byte
 	if in != nil {
 		var err error
@@ -320,19 +321,21 @@ func (c *client) callQuery(ctx context.Context, over *http.Client, p peer.ID, me
 	}
 	stop := context.AfterFunc(ctx, func() { resp.Body.Close() })
 	defer stop()
-	if err := decodeJSON(resp.Body, out); err != nil {
+	limit, _ := out.bounds()
+	b, done, err := c.inbox.read(ctx, resp.Body, limit)
+	defer done()
+	if err != nil {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
 		return err
 	}
-	io.Copy(io.Discard, io.LimitReader(resp.Body, 1024)) // so that the connection can be used again
-	return nil
+	return decodeJSON(b, out)
 }
 
 // find asks a peer what it has. The answer is as long as the request.
 func (c *client) find(ctx context.Context, p peer.ID, req *findRequest) (*findReply, error) {
-	var reply findReply
+	reply := findReply{to: *req}
 	if err := c.call(ctx, c.streams, p, http.MethodPost, pathFind, req, &reply); err != nil {
 		return nil, err
 	}
@@ -343,7 +346,7 @@ func (c *client) find(ctx context.Context, p peer.ID, req *findRequest) (*findRe
 		if t == nil {
 			continue
 		}
-		if _, err := t.pieces(); err != nil {
+		if err := t.check(); err != nil {
 			return nil, err
 		}
 		t.Hints = t.Hints[:min(len(t.Hints), maxHints)]

@@ -89,8 +89,8 @@ func FuzzAnswers(f *testing.F) {
 		f.Add(b)
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
-		var reply findReply
-		if decodeJSON(bytes.NewReader(b), &reply) == nil {
+		reply := findReply{to: findRequest{Tasks: make([]taskRef, 2), Names: make([]nameRef, 2)}}
+		if decodeJSON(b, &reply) == nil {
 			for _, s := range reply.Tasks {
 				if s == nil {
 					continue
@@ -104,7 +104,7 @@ func FuzzAnswers(f *testing.F) {
 			}
 		}
 		var deletes deletesReply
-		if decodeJSON(bytes.NewReader(b), &deletes) == nil {
+		if decodeJSON(b, &deletes) == nil {
 			for _, m := range deletes.Deletes {
 				if d, err := m.parse(); err == nil && (d.At.IsZero() || d.CID.String() == "") {
 					t.Errorf("%+v is taken for a delete", m)
@@ -112,7 +112,7 @@ func FuzzAnswers(f *testing.F) {
 			}
 		}
 		var h hello
-		if decodeJSON(bytes.NewReader(b), &h) == nil {
+		if decodeJSON(b, &h) == nil {
 			info, err := hint{h.ID, h.Addrs}.addrInfo()
 			if err == nil && len(directAddresses(&h, info)) > 8 {
 				t.Error("too many addresses")

@@ -66,15 +66,24 @@ func (s *Swarm) refuse(w http.ResponseWriter, r *http.Request, from peer.ID, err
 	http.Error(w, text, code)
 }
 
-func readBody(r *http.Request) ([]byte, error) {
-	b, err := io.ReadAll(io.LimitReader(r.Body, maxJSON+1))
-	if err == nil && len(b) > maxJSON {
-		err = fmt.Errorf("%w: it is longer than %d bytes", errMessage, maxJSON)
-	}
-	return b, err
+// readBody reads what a peer sends, of up to limit bytes and for as long as sending
+// may take. The caller calls done as for [inbox.read].
+func (s *Swarm) readBody(w http.ResponseWriter, r *http.Request, limit int) (b []byte, done func(), err error) {
+	c := http.NewResponseController(w)
+	c.SetReadDeadline(time.Now().Add(sendTimeout))
+	defer c.SetReadDeadline(time.Time{}) // from here on the server watches whether the peer goes away
+	return s.inbox.read(r.Context(), r.Body, limit)
 }
 
-func readJSON(r *http.Request, v any) error { return decodeJSON(r.Body, v) }
+// readJSON reads a message. The caller calls done as for [inbox.read].
+func (s *Swarm) readJSON(w http.ResponseWriter, r *http.Request, m message) (done func(), err error) {
+	limit, _ := m.bounds()
+	b, done, err := s.readBody(w, r, limit)
+	if err == nil {
+		err = decodeJSON(b, m)
+	}
+	return done, err
+}
 
 func writeJSON(w http.ResponseWriter, v any) error {
 	b, err := json.Marshal(v)
@@ -111,7 +120,9 @@ func (s *Swarm) hello() *hello {
 
 func (s *Swarm) serveFind(w http.ResponseWriter, r *http.Request, from peer.ID) error {
 	var req findRequest
-	if err := readJSON(r, &req); err != nil {
+	done, err := s.readJSON(w, r, &req)
+	defer done()
+	if err != nil {
 		return err
 	}
 	if len(req.Tasks)+len(req.Names)+len(req.Referrers) > maxFind {
@@ -123,7 +134,6 @@ func (s *Swarm) serveFind(w http.ResponseWriter, r *http.Request, from peer.ID) 
 		Referrers: make([][]digest.Digest, len(req.Referrers)),
 	}
 	ctx := r.Context()
-	var err error
 	for i, t := range req.Tasks {
 		task := p2p.Task(t)
 		if err := task.Validate(); err != nil {
@@ -231,7 +241,9 @@ func (s *Swarm) serveDeletes(w http.ResponseWriter, r *http.Request, _ peer.ID) 
 
 func (s *Swarm) takeDeletes(w http.ResponseWriter, r *http.Request, from peer.ID) error {
 	var req deletesRequest
-	if err := readJSON(r, &req); err != nil {
+	done, err := s.readJSON(w, r, &req)
+	defer done()
+	if err != nil {
 		return err
 	}
 	if len(req.Deletes) > maxDeletes {

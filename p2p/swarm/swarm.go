@@ -112,6 +112,7 @@ type Swarm struct {
 	security  *security
 	client    *client
 	peers     *peerTable
+	inbox     *inbox
 	uploads   *uploads
 	buffers   *buffers
 	limit     *rate.Limiter // of what is fetched; nil: none
@@ -153,6 +154,7 @@ func New(store *pieces.Store, network Network, opts Options) (_ *Swarm, err erro
 		network:  network,
 		security: security,
 		peers:    newPeerTable(),
+		inbox:    newInbox(),
 		uploads: &uploads{
 			slots:   opts.UploadSlots,
 			all:     semaphore.NewWeighted(int64(opts.MaxUploads)),

@@ -301,11 +301,12 @@ func (s *Swarm) servePieces(w http.ResponseWriter, r *http.Request, from peer.ID
 	if err != nil {
 		return err
 	}
-	body, err := readBody(r)
+	body, read, err := s.readBody(w, r, pieceRequestHeader+maxPieces/8)
 	if err != nil {
 		return err
 	}
 	req, err := parsePieceRequest(body)
+	read()
 	if err != nil {
 		return err
 	}

@@ -1,17 +1,22 @@
 package swarm
 
 import (
+	"bytes"
+	"context"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"sync"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/peer"
+	"golang.org/x/sync/semaphore"
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/jsonlimit"
 	"github.com/dfcache/dfcache/p2p/pieces"
 	"github.com/dfcache/dfcache/p2p/swarm/schedule"
 )
@@ -33,13 +38,44 @@ const (
 	maxFind      = 512     // tasks, names and subjects in one request
 	maxReferrers = 1024    // in one answer
 	maxHints     = 16      // peers named in one answer
+	maxHintAddrs = 16      // addresses of one of them that are looked at; half as many are told
 	maxDeletes   = 1024    // in one message
-	maxJSON      = 4 << 20 // bytes of any JSON message
+	maxJSON      = 4 << 20 // bytes of any JSON message; most kinds have less
 	maxPieces    = 1 << 20 // pieces of one blob: 4 TiB, whose hash chain has 32 MiB
 )
 
 // Errors of messages.
 var errMessage = errors.New("malformed message")
+
+// message is a JSON message. It says how many bytes it may have, and how many
+// elements (see package jsonlimit): a few bytes can be many in memory. Fields that a later version
+// may add are allowed for.
+type message interface{ bounds() (bytes, elements int) }
+
+const (
+	hintElements = 4 + 2*maxHintAddrs
+	taskElements = 16 + maxHints*hintElements
+	nameElements = 16
+)
+
+func (*hello) bounds() (bytes, elements int)       { return 64 << 10, 1024 }
+func (*findRequest) bounds() (bytes, elements int) { return maxFind << 10, maxFind * 8 }
+
+// What is asked for bounds the answer.
+func (r *findReply) bounds() (bytes, elements int) {
+	tasks, names, referrers := len(r.to.Tasks), len(r.to.Names), len(r.to.Referrers)
+	bytes = 4<<10 + tasks*(maxPieces/6+64<<10) + names<<10 + referrers*maxReferrers*256
+	return min(bytes, maxJSON), 16 + tasks*taskElements + names*nameElements + referrers*(maxReferrers+4)
+}
+
+func (*deletesRequest) bounds() (bytes, elements int) { return maxDeletes << 11, maxDeletes * 32 }
+func (*deletesReply) bounds() (bytes, elements int)   { return maxDeletes << 11, maxDeletes * 32 }
+func (*deletesResult) bounds() (bytes, elements int)  { return maxDeletes << 11, maxDeletes * 8 }
+
+// hints are those that go before a piece.
+type hints []hint
+
+func (*hints) bounds() (bytes, elements int) { return maxHintBytes, maxHints * hintElements }
 
 // hello is what a peer says of itself.
 type hello struct {
@@ -73,6 +109,8 @@ type findReply struct {
 	Tasks     []*taskState      `json:"tasks,omitempty"` // null for what it does not have
 	Names     []*nameState      `json:"names,omitempty"`
 	Referrers [][]digest.Digest `json:"referrers,omitempty"`
+
+	to findRequest // what it answers
 }
 
 // taskState is what a peer has of a task.
@@ -89,6 +127,16 @@ type taskState struct {
 
 // whole reports whether the peer has all of it.
 func (t *taskState) whole() bool { return len(t.Held) == 0 }
+
+// check reports whether there can be such a blob. It makes no set: a size of a few
+// digits can have a large one.
+func (t *taskState) check() error {
+	n, err := pieceCount(t.Size)
+	if err == nil && !t.whole() {
+		_, err = schedule.ParseSet(n, t.Held)
+	}
+	return err
+}
 
 // pieces returns the set of pieces that the peer has.
 func (t *taskState) pieces() (*schedule.Set, error) {
@@ -119,7 +167,7 @@ type hint struct {
 func hintOf(p peer.AddrInfo) hint {
 	h := hint{ID: p.ID.String()}
 	for _, a := range p.Addrs {
-		if len(h.Addrs) < 8 {
+		if len(h.Addrs) < maxHintAddrs/2 {
 			h.Addrs = append(h.Addrs, a.String())
 		}
 	}
@@ -133,7 +181,7 @@ func (h hint) addrInfo() (peer.AddrInfo, error) {
 		return peer.AddrInfo{}, fmt.Errorf("%w: peer %q: %w", errMessage, h.ID, err)
 	}
 	info := peer.AddrInfo{ID: id}
-	for _, s := range h.Addrs[:min(len(h.Addrs), 16)] {
+	for _, s := range h.Addrs[:min(len(h.Addrs), maxHintAddrs)] {
 		if a, err := parseAddr(s); err == nil {
 			info.Addrs = append(info.Addrs, a)
 		}
@@ -199,15 +247,51 @@ type deletesReply struct {
 }
 
 // decodeJSON reads one JSON message. Unknown fields are ignored: a later version may have more.
-func decodeJSON(r io.Reader, v any) error {
-	limited := &io.LimitedReader{R: r, N: maxJSON + 1}
-	if err := json.NewDecoder(limited).Decode(v); err != nil {
-		if limited.N <= 0 {
-			return fmt.Errorf("%w: it is longer than %d bytes", errMessage, maxJSON)
-		}
+func decodeJSON(b []byte, m message) error {
+	_, elements := m.bounds()
+	if err := jsonlimit.Unmarshal(b, m, elements); err != nil {
 		return fmt.Errorf("%w: %w", errMessage, err)
 	}
 	return nil
+}
+
+const (
+	// shortMessage is up to how many bytes of a message are taken in at any time.
+	shortMessage = 16 << 10
+	// inboxRoom is how many bytes longer ones may have together, in each direction.
+	inboxRoom = 4 * maxJSON
+)
+
+// inbox takes in messages. Of those that are longer than most, only so many are there at
+// once that they fit into its room: others wait.
+type inbox struct{ room *semaphore.Weighted }
+
+func newInbox() *inbox { return &inbox{semaphore.NewWeighted(inboxRoom)} }
+
+// read reads a message of up to limit bytes. The caller calls done when neither the
+// bytes nor what was made of them is needed any more.
+func (in *inbox) read(ctx context.Context, r io.Reader, limit int) (b []byte, done func(), err error) {
+	done = func() {}
+	b, err = io.ReadAll(io.LimitReader(r, int64(min(limit, shortMessage)+1)))
+	if err != nil || len(b) <= min(limit, shortMessage) {
+		return b, done, err
+	}
+	if len(b) <= limit {
+		if err := in.room.Acquire(ctx, int64(limit)); err != nil {
+			return nil, done, err
+		}
+		done = sync.OnceFunc(func() { in.room.Release(int64(limit)) })
+		long := bytes.NewBuffer(b)
+		_, err = long.ReadFrom(io.LimitReader(r, int64(limit+1-len(b))))
+		b = long.Bytes()
+	}
+	if err == nil && len(b) > limit {
+		err = fmt.Errorf("%w: it is longer than %d bytes", errMessage, limit)
+	}
+	if err != nil {
+		done()
+	}
+	return b, done, err
 }
 
 // pieceCount returns the number of pieces of a blob, as far as one can be
@@ -275,7 +359,7 @@ func parsePieceRequest(b []byte) (*pieceRequest, error) {
 type pieceReply struct {
 	piece int           // -1: none follows
 	have  *schedule.Set // what the peer has
-	hints []hint        // who else asks for the blob
+	hints hints         // who else asks for the blob
 }
 
 func (r *pieceReply) append(b []byte) ([]byte, error) {
@@ -339,8 +423,8 @@ func readPieceReply(r io.Reader, n int) (*pieceReply, error) {
 		return nil, fmt.Errorf("%w: %w", errMessage, err)
 	}
 	if hintSize > 0 {
-		if err := json.Unmarshal(rest[haveSize:], &reply.hints); err != nil {
-			return nil, fmt.Errorf("%w: %w", errMessage, err)
+		if err := decodeJSON(rest[haveSize:], &reply.hints); err != nil {
+			return nil, err
 		}
 		reply.hints = reply.hints[:min(len(reply.hints), maxHints)]
 	}

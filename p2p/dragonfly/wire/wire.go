@@ -18,6 +18,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/grpclimit"
 )
 
 // Scheme begins the URL that Dragonfly's dfcache makes of a cid; the cid follows,
@@ -37,13 +38,25 @@ func URL(t p2p.Task) string { return Scheme + url.QueryEscape(t.Digest.String())
 // Meta is the other part of a task's name: see [URL].
 func Meta(t p2p.Task) *commonv1.UrlMeta { return &commonv1.UrlMeta{Tag: t.Tag} }
 
+// MaxElements is how many elements (see package grpclimit) a message of Dragonfly may have that
+// is an answer, and MaxQuestion one that asks.
+const (
+	MaxElements = 1 << 16
+	MaxQuestion = 1 << 10
+)
+
+// maxHeaders is how many bytes the headers of an answer may have, errors among them.
+const maxHeaders = 256 << 10
+
 // Dial returns a connection to what a target of gRPC names, which is made when it is
 // used, without TLS. One that was lost is made again within a second. The caller closes it.
 func Dial(target string, opts ...grpc.DialOption) (*grpc.ClientConn, error) {
 	retry := backoff.DefaultConfig
 	retry.BaseDelay, retry.MaxDelay = 100*time.Millisecond, time.Second
-	return grpc.NewClient(target, append(opts, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithDisableServiceConfig(),
-		grpc.WithConnectParams(grpc.ConnectParams{Backoff: retry, MinConnectTimeout: time.Second}))...)
+	return grpc.NewClient(target, append([]grpc.DialOption{
+		grpc.WithMaxHeaderListSize(maxHeaders), grpc.WithDefaultCallOptions(grpc.ForceCodecV2(grpclimit.Codec(MaxElements))),
+	}, append(opts, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithDisableServiceConfig(),
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: retry, MinConnectTimeout: time.Second}))...)...)
 }
 
 // Call does a call within limit. Where it fails, it returns what the other side says, and

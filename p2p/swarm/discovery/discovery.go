@@ -187,7 +187,7 @@ func New(opts Options) (_ *Network, err error) {
 		return nil, fmt.Errorf("start relaying: %w", err)
 	}
 	n.records = newRecords(n.Self(), n.keys, opts.MaxRecords, opts.Validity, time.Now)
-	n.table, err = dht.New(n.host,
+	n.table, err = dht.New(tableHost{n.host},
 		dht.ProtocolPrefix(tablePrefix),
 		dht.Mode(dht.ModeServer),
 		dht.DisableValues(),

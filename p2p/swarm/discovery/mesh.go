@@ -19,6 +19,8 @@ import (
 	"github.com/libp2p/go-libp2p/p2p/host/eventbus"
 	"github.com/multiformats/go-multiaddr"
 	manet "github.com/multiformats/go-multiaddr/net"
+
+	"github.com/dfcache/dfcache/p2p/jsonlimit"
 )
 
 const (
@@ -442,7 +444,7 @@ func decodePeers(r io.Reader) ([]peer.AddrInfo, error) {
 		return nil, fmt.Errorf("the list of peers is longer than %d bytes", maxPeersMessage)
 	}
 	var infos []peer.AddrInfo
-	if err := json.Unmarshal(data, &infos); err != nil {
+	if err := jsonlimit.Unmarshal(data, &infos, maxPeersTold*(maxAddrs+8)); err != nil {
 		return nil, fmt.Errorf("list of peers: %w", err)
 	}
 	if len(infos) > maxPeersTold {

@@ -1,0 +1,141 @@
+package swarm
+
+import (
+	"bytes"
+	"errors"
+	"net/http"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p"
+)
+
+// allocated returns how many bytes are allocated in all while f runs.
+func allocated(f func()) int {
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	f()
+	runtime.ReadMemStats(&after)
+	return int(after.TotalAlloc - before.TotalAlloc)
+}
+
+// TestAnswersOfManyElements: a peer answers with as many elements as fit into the bytes of
+// an answer. They are refused before anything is made of them.
+func TestAnswersOfManyElements(t *testing.T) {
+	const asks = 20
+	task := p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("x")}
+	for _, body := range []string{
+		`{"tasks":[` + strings.Repeat(`{},`, maxJSON/3-10) + `{}]}`,
+		`{"tasks":[null],"names":[` + strings.Repeat(`{},`, maxJSON/3-10) + `{}]}`,
+		`{"tasks":[{"hints":[` + strings.Repeat(`{},`, 200_000/3) + `{}]}]}`,
+		`{"tasks":[{"hints":[{"addrs":[` + strings.Repeat(`"",`, 200_000/3) + `""]}]}]}`,
+		`{"tasks":[` + strings.Repeat(`[`, maxJSON/2) + strings.Repeat(`]`, maxJSON/2-10) + `]}`,
+		`{"tasks":[{"size":4398046511104}` + strings.Repeat(`,{"size":4398046511104}`, 500) + `]}`,
+	} {
+		h, answer := newHub(), []byte(body)
+		h.start(t, func(o *Options) {
+			o.tamper = func(honest http.Handler) http.Handler {
+				return instead(honest, pathFind, func(w http.ResponseWriter, _ *http.Request) { w.Write(answer) })
+			}
+		})
+		asker := h.start(t)
+		var all sync.WaitGroup
+		n := allocated(func() {
+			for range asks {
+				all.Go(func() {
+					_, err := asker.Stat(t.Context(), task.Tag, digest.FromDigest(task.Digest), p2p.StatOptions{})
+					if err == nil {
+						t.Errorf("%.30s… is taken for an answer", body)
+					}
+				})
+			}
+			all.Wait()
+		})
+		if limit := asks * 4 * (maxPieces/6 + 80<<10); n > limit {
+			t.Errorf("%d answers of %.30s… take %d bytes, want at most %d", asks, body, n, limit)
+		}
+	}
+}
+
+// TestRequestsOfManyElements is the same for what a peer asks, and tells.
+func TestRequestsOfManyElements(t *testing.T) {
+	h := newHub()
+	server, other := h.start(t), h.start(t)
+	send := func(path string, body []byte) error {
+		_, err := other.client.do(t.Context(), other.client.streams, server.id, http.MethodPost, path, nil, body)
+		return err
+	}
+	if err := send(pathFind, []byte(`{}`)); err != nil {
+		t.Fatal(err)
+	}
+	for path, body := range map[string]string{
+		pathFind:    `{"tasks":[` + strings.Repeat(`{},`, 150_000) + `{}]}`,
+		pathDeletes: `{"deletes":[` + strings.Repeat(`{},`, 600_000) + `{}]}`,
+	} {
+		const asks = 10
+		n := allocated(func() {
+			for range asks {
+				err := send(path, []byte(body))
+				if e, ok := errors.AsType[*statusError](err); !ok || e.code != http.StatusBadRequest {
+					t.Errorf("%s: %v; want it refused", path, err)
+				}
+			}
+		})
+		// What is read grows in a buffer, and the request is made of a copy.
+		if limit := asks * 8 * len(body); n > limit {
+			t.Errorf("%s: %d requests of %d bytes take %d, want at most %d", path, asks, len(body), n, limit)
+		}
+		long := bytes.Repeat([]byte(" "), maxJSON)
+		if e, ok := errors.AsType[*statusError](send(path, long)); !ok || e.code != http.StatusBadRequest {
+			t.Errorf("%s: a request of %d bytes is taken", path, len(long))
+		}
+	}
+}
+
+// TestInbox: of long messages only so many are taken in at once as there is room for;
+// short ones do not wait for them.
+func TestInbox(t *testing.T) {
+	in := newInbox()
+	var held []func()
+	for range inboxRoom / maxJSON {
+		_, done, err := in.read(t.Context(), bytes.NewReader(make([]byte, maxJSON)), maxJSON)
+		if err != nil {
+			t.Fatal(err)
+		}
+		held = append(held, done)
+	}
+	if b, _, err := in.read(t.Context(), bytes.NewReader(make([]byte, shortMessage)), maxJSON); err != nil || len(b) != shortMessage {
+		t.Errorf("a short message: %d bytes, %v", len(b), err)
+	}
+	got := make(chan error, 1)
+	go func() {
+		b, done, err := in.read(t.Context(), bytes.NewReader(make([]byte, maxJSON)), maxJSON)
+		if err == nil && len(b) != maxJSON {
+			err = errors.New("not all of it")
+		}
+		done()
+		got <- err
+	}()
+	select {
+	case err := <-got:
+		t.Fatalf("a long message is taken in without room (%v)", err)
+	case <-time.After(50 * time.Millisecond):
+	}
+	held[0]()
+	if err := <-got; err != nil {
+		t.Error(err)
+	}
+	for _, done := range held {
+		done()
+	}
+	if _, _, err := in.read(t.Context(), bytes.NewReader(make([]byte, maxJSON+1)), maxJSON); !errors.Is(err, errMessage) {
+		t.Errorf("one byte too many: %v", err)
+	}
+	if !in.room.TryAcquire(inboxRoom) {
+		t.Error("there is less room than at first")
+	}
+}
