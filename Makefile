@@ -58,8 +58,8 @@ fuzz: ## every fuzz target for a minute
 	    echo "$$pkg $$f"; $(GO) test -run '^$$' -fuzz "^$$f\$$" -fuzztime 1m $$pkg || exit 1; \
 	  done; done
 
-bench: build clients $(TOOLS)/registry ## measure, and write docs/benchmarks.md
-	$(GO) run ./integration/bench -bin $(BIN) -tools $(TOOLS) -out docs/benchmarks.md
+bench: build clients $(TOOLS)/registry ## measure, and write docs/benchmarks.md; BEFORE=DIR has binaries to compare with
+	$(GO) run ./integration/bench -bin $(BIN) -tools $(TOOLS) $(if $(BEFORE),-before $(BEFORE)) -out docs/benchmarks.md
 
 clean: ## remove what was built
 	rm -rf $(BIN) $(CURDIR)/.cache

@@ -40,7 +40,8 @@ func main() {
 	runs := flag.Int("runs", 7, "runs of each command")
 	many := flag.Int("many", 1_000_000, "blobs in the store that is only opened")
 	tools := flag.String("tools", "", "directory with oras and distribution's registry; empty leaves the registries out")
-	only := flag.String("only", "", "only this part of the report: files, stat, small, open, registry, peer or crowd")
+	only := flag.String("only", "", "only this part of the report: files, stat, small, open, registry, before, peer or crowd")
+	before := flag.String("before", "", "directory with dfcache and dfdaemon of an earlier build, to compare with")
 	crowds := flag.String("crowds", "8,16", "how many fetch the same file at once")
 	rates := flag.String("rates", "10,25", "their links, in Mbit/s")
 	hash := flag.String("sha256", "", "only hash this file, as the process to compare with")
@@ -67,7 +68,7 @@ func main() {
 		log.Fatal(err)
 	}
 	defer b.close()
-	b.report(*only, *many, *tools, *crowds, *rates)
+	b.report(*only, *many, *tools, *before, *crowds, *rates)
 	if *out == "" {
 		os.Stdout.Write(b.text.Bytes())
 	} else if err := os.WriteFile(*out, b.text.Bytes(), 0o644); err != nil {
@@ -216,7 +217,7 @@ func wall(s sample) time.Duration { return s.wall }
 
 func (b *bench) printf(format string, args ...any) { fmt.Fprintf(&b.text, format, args...) }
 
-func (b *bench) report(only string, many int, tools, crowds, rates string) {
+func (b *bench) report(only string, many int, tools, before, crowds, rates string) {
 	b.printf("# Benchmarks\n\nMade by `make bench`; do not edit. Medians of %d runs, after one that is not counted; the commands of a table take turns.\n"+
 		"Files are in the page cache, and memory for copies is at hand: before each run one is made and removed.\n"+
 		"Wall time of whole processes, unless it says otherwise.\n\n", b.runs)
@@ -236,6 +237,11 @@ func (b *bench) report(only string, many int, tools, crowds, rates string) {
 		{"registry", func() {
 			if tools != "" {
 				b.registries(tools)
+			}
+		}},
+		{"before", func() {
+			if before != "" {
+				b.before(before, tools)
 			}
 		}},
 		{"peer", func() {
