@@ -5,15 +5,14 @@ import (
 	"crypto/hmac"
 	"crypto/sha256"
 	"fmt"
-	"io"
 	"io/fs"
-	"os"
 	"regexp"
 	"strconv"
 	"strings"
 	"sync/atomic"
 
 	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p/secret"
 )
 
 // passwords is what a password file says.
@@ -43,24 +42,12 @@ const (
 
 var bcryptHash = regexp.MustCompile(`^\$2[aby]\$([0-9]{2})\$[./A-Za-z0-9]{53}$`)
 
-// readPasswords reads a password file. Errors name the file and the line, and
+// readPasswords reads a password file, which is a secret as a key is. Errors name the file and the line, and
 // nothing that stands there but the user.
 func readPasswords(path string) (*passwords, error) {
-	f, err := os.Open(path)
+	content, info, err := secret.Read(path, maxPasswords)
 	if err != nil {
 		return nil, fmt.Errorf("password file: %w", err)
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, fmt.Errorf("password file: %w", err)
-	}
-	content, err := io.ReadAll(io.LimitReader(f, maxPasswords+1))
-	if err != nil {
-		return nil, fmt.Errorf("password file: %w", err)
-	}
-	if len(content) > maxPasswords {
-		return nil, fmt.Errorf("password file %s: %w: it is larger than %d bytes", path, digest.ErrInvalid, maxPasswords)
 	}
 	p, err := parsePasswords(content)
 	if err != nil {
@@ -107,7 +94,7 @@ func parsePasswords(content []byte) (*passwords, error) {
 
 // isOf reports whether the file is still the one that was read.
 func (p *passwords) isOf(file fs.FileInfo) bool {
-	return os.SameFile(p.file, file) && p.file.Size() == file.Size() && p.file.ModTime().Equal(file.ModTime())
+	return secret.Same(p.file, file)
 }
 
 // find returns the user of that name, or one whose password is never right.

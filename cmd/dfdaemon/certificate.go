@@ -2,15 +2,21 @@ package main
 
 import (
 	"crypto/tls"
+	"fmt"
 	"io/fs"
 	"log/slog"
 	"os"
 	"sync"
 	"time"
+
+	"github.com/dfcache/dfcache/p2p/secret"
 )
 
 // certInterval is the least time between two looks at a certificate's files.
 const certInterval = time.Minute
+
+// maxKeyFile bounds, in bytes, the file of a certificate's key, which may have its chain, too.
+const maxKeyFile = 1 << 20
 
 // certificate is a TLS certificate that is read again when its files change.
 // What can't be read changes nothing. It is safe for concurrent use.
@@ -25,7 +31,8 @@ type certificate struct {
 	looked  time.Time
 }
 
-// readCertificate reads a certificate with its chain, and its key.
+// readCertificate reads a certificate with its chain, and its key, which is refused where
+// others may read or write it.
 func readCertificate(certFile, keyFile string, log *slog.Logger) (*certificate, error) {
 	c := &certificate{certFile: certFile, keyFile: keyFile, log: log, now: time.Now}
 	return c, c.load()
@@ -53,14 +60,20 @@ func (c *certificate) load() error {
 		if files[i], err = os.Stat(name); err != nil {
 			return err
 		}
-		if old := c.files[i]; old == nil || !os.SameFile(old, files[i]) || old.Size() != files[i].Size() || !old.ModTime().Equal(files[i].ModTime()) {
-			changed = true
-		}
+		changed = changed || !secret.Same(c.files[i], files[i])
 	}
 	if !changed {
 		return nil
 	}
-	read, err := tls.LoadX509KeyPair(c.certFile, c.keyFile)
+	chain, err := os.ReadFile(c.certFile)
+	if err != nil {
+		return err
+	}
+	key, _, err := secret.Read(c.keyFile, maxKeyFile)
+	if err != nil {
+		return fmt.Errorf("key: %w", err)
+	}
+	read, err := tls.X509KeyPair(chain, key)
 	if err != nil {
 		return err
 	}

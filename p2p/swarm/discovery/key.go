@@ -18,6 +18,8 @@ import (
 	"strings"
 
 	"github.com/libp2p/go-libp2p/core/crypto"
+
+	"github.com/dfcache/dfcache/p2p/secret"
 )
 
 // keyHeader is what a swarm key file starts with: the format of libp2p's
@@ -64,7 +66,7 @@ func ParseKey(data []byte) (Key, error) {
 // others can read, or that group or others can write. The error is
 // fs.ErrNotExist where there is no file.
 func ReadKeyFile(path string) (Key, error) {
-	data, err := readSecret(path)
+	data, _, err := secret.Read(path, maxKeyFile)
 	if err != nil {
 		return Key{}, fmt.Errorf("swarm key: %w", err)
 	}
@@ -119,10 +121,10 @@ func (k Key) derive(label string, n int) []byte {
 // file. It refuses a file that others can read, or that group or others can
 // write.
 func LoadIdentity(path string) (crypto.PrivKey, error) {
-	data, err := readSecret(path)
+	data, _, err := secret.Read(path, maxKeyFile)
 	if errors.Is(err, fs.ErrNotExist) {
 		if err = newIdentity(path); err == nil || errors.Is(err, fs.ErrExist) {
-			data, err = readSecret(path) // another process may have been faster
+			data, _, err = secret.Read(path, maxKeyFile) // another process may have been faster
 		}
 	}
 	if err != nil {
@@ -154,31 +156,6 @@ func newIdentity(path string) error {
 		return err
 	}
 	return writeNew(path, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}))
-}
-
-// readSecret reads a small file that nobody else may read or write.
-func readSecret(path string) ([]byte, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	fi, err := f.Stat()
-	if err != nil {
-		return nil, err
-	}
-	if !fi.Mode().IsRegular() {
-		return nil, fmt.Errorf("%s is not a regular file", path)
-	}
-	// A group may read it, as the secrets of containers often have it.
-	if perm := fi.Mode().Perm(); perm&0o026 != 0 {
-		return nil, fmt.Errorf("the permissions %#o of %s are too open: it is a secret; run: chmod 600 %s", perm, path, path)
-	}
-	data, err := io.ReadAll(io.LimitReader(f, maxKeyFile+1))
-	if err == nil && len(data) > maxKeyFile {
-		err = fmt.Errorf("%s is larger than a key", path)
-	}
-	return data, err
 }
 
 // writeNew makes a durable file, at once and whole, unless there is one.
