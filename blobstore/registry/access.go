@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"log/slog"
 	"math"
-	"net"
 	"net/http"
 	"net/netip"
 	"os"
@@ -22,28 +21,35 @@ import (
 
 	"golang.org/x/crypto/bcrypt"
 
+	"github.com/dfcache/dfcache/blobstore/loopback"
 	"github.com/dfcache/dfcache/digest"
 )
 
-// Who says who has a right: anyone, all users of a password file, which is the
+// Who says who has a right: anyone, the owner, all users of a password file, which is the
 // zero value, or some of them.
 type Who struct {
-	anyone bool
-	names  []string // of users; all of them where it is empty
+	anyone, owner bool
+	names         []string // of users; all of them where it is empty
 }
 
 // Anyone needs no password.
 var Anyone = Who{anyone: true}
 
+// Owner is the user of this process on this host, and root. Neither needs a password:
+// the kernel says whose the connection is. The server wants [loopback.ConnContext].
+var Owner = Who{owner: true}
+
 // Users are all users of the password file.
 var Users = Who{}
 
-// ParseWho reads "anyone", "users", or names of users with commas between
+// ParseWho reads "anyone", "owner", "users", or names of users with commas between
 // them. The error matches [digest.ErrInvalid].
 func ParseWho(s string) (Who, error) {
 	switch s {
 	case "anyone":
 		return Anyone, nil
+	case "owner":
+		return Owner, nil
 	case "users":
 		return Users, nil
 	}
@@ -52,8 +58,8 @@ func ParseWho(s string) (Who, error) {
 		name = strings.TrimSpace(name)
 		switch {
 		case name == "" || strings.Contains(name, ":"):
-			return Who{}, fmt.Errorf("%w: %q is no name of a user: want anyone, users, or names with commas between them", digest.ErrInvalid, name)
-		case name == "anyone" || name == "users":
+			return Who{}, fmt.Errorf("%w: %q is no name of a user: want anyone, users, or names with commas between them, or owner", digest.ErrInvalid, name)
+		case name == "anyone" || name == "owner" || name == "users":
 			return Who{}, fmt.Errorf("%w: %q stands alone, not in a list of names", digest.ErrInvalid, name)
 		}
 		w.names = append(w.names, name)
@@ -61,14 +67,19 @@ func ParseWho(s string) (Who, error) {
 	return w, nil
 }
 
-// Anyone reports whether no password is needed.
+// Anyone reports whether everybody has the right.
 func (w Who) Anyone() bool { return w.anyone }
+
+// NeedsPassword reports whether the right is for users of the password file.
+func (w Who) NeedsPassword() bool { return !w.anyone && !w.owner }
 
 // String returns what [ParseWho] reads.
 func (w Who) String() string {
 	switch {
 	case w.anyone:
 		return "anyone"
+	case w.owner:
+		return "owner"
 	case len(w.names) == 0:
 		return "users"
 	}
@@ -85,7 +96,7 @@ type AccessOptions struct {
 	// Htpasswd is the path of a password file: lines of a user, a colon, and
 	// the password's bcrypt hash ($2y$, $2a$ or $2b$), as htpasswd -B writes
 	// them. Empty lines and those that begin with # are skipped. The file has
-	// 1 MiB at most. "" is none: then nobody can log in.
+	// 1 MiB at most, and nobody but its owner may write it, nor others read it. "" is none: then nobody can log in.
 	Htpasswd string
 	// Read is who may GET and HEAD. Who may write may read, too.
 	Read Who
@@ -121,6 +132,7 @@ type Access struct {
 	key    []byte        // of the passwords that are remembered
 	hashes chan struct{} // holds a value for each password that is being hashed
 	wrong  limiter
+	lines  lines
 
 	mu        sync.Mutex // guards what follows
 	passwords *passwords
@@ -143,8 +155,8 @@ const (
 
 // NewAccess reads the password file. It fails with an error that matches
 // [digest.ErrInvalid] where a line of the file is no user with a bcrypt hash,
-// where there is no file and a right needs a password, or where anyone may
-// write but not read.
+// where there is no file and a right needs a password, where there is one and a right
+// is the owner's, or where anyone may write but not read.
 func NewAccess(o AccessOptions) (*Access, error) {
 	a := &Access{path: o.Htpasswd, read: o.Read, write: o.Write, localOnly: o.LocalOnly, log: o.Log, now: time.Now}
 	if a.log == nil {
@@ -154,10 +166,13 @@ func NewAccess(o AccessOptions) (*Access, error) {
 		return nil, fmt.Errorf("%w: who may write may read, too: let anyone read where anyone may write", digest.ErrInvalid)
 	}
 	if a.path == "" {
-		if !a.read.anyone || !a.write.anyone {
+		if a.read.NeedsPassword() || a.write.NeedsPassword() {
 			return nil, fmt.Errorf("%w: read is for %s and write for %s, but without a password file nobody can log in", digest.ErrInvalid, a.read, a.write)
 		}
 		return a, nil
+	}
+	if a.read.owner || a.write.owner {
+		return nil, fmt.Errorf("%w: read is for %s and write for %s: with a password file the owner logs in as others do", digest.ErrInvalid, a.read, a.write)
 	}
 	var err error
 	if a.passwords, err = readPasswords(a.path); err != nil {
@@ -181,11 +196,12 @@ func NewAccess(o AccessOptions) (*Access, error) {
 //
 //   - 401 and UNAUTHORIZED, with a challenge, where a login is needed, and where
 //     one was sent that is wrong, needed or not
-//   - 403 and DENIED where the user lacks the right
+//   - 403 and DENIED where the user lacks the right, or the right is the owner's and
+//     the connection another's
 //   - 421 and DENIED where the request is to another host, and only local ones
 //     are answered
 //   - 429 and TOOMANYREQUESTS, with Retry-After, where too many wrong
-//     passwords came from the same address
+//     passwords came from the same address, and this one is wrong, too
 //
 // Without a password file logins are not looked at.
 //
@@ -206,10 +222,14 @@ func (a *Access) Wrap(next http.Handler) http.Handler {
 
 // check returns why a request gets no further, or nil.
 func (a *Access) check(r *http.Request) *problem {
-	if a.localOnly && !isLocal(r.Host) {
+	if a.localOnly && !loopback.IsNamed(r.Host) {
 		return newProblem(http.StatusMisdirectedRequest, codeDenied, "this registry answers only requests to localhost or a loopback address")
 	}
 	if a.path == "" {
+		if who := a.right(r); who.owner && !loopback.IsOwner(r) {
+			a.log.Info("denied", "remote", r.RemoteAddr, "method", r.Method, "path", r.URL.Path)
+			return newProblem(http.StatusForbidden, codeDenied, "this registry is for the user who runs it, and for root on the same host; others need a user and a password (dfdaemon --registry-htpasswd), or that anyone may (--registry-read, --registry-write)")
+		}
 		return nil
 	}
 	name, password, sent := r.BasicAuth()
@@ -236,17 +256,12 @@ func (a *Access) check(r *http.Request) *problem {
 	}
 }
 
-// isLocal reports whether a Host header names this host as such.
-func isLocal(host string) bool {
-	if name, _, err := net.SplitHostPort(host); err == nil {
-		host = name
+// right returns who has the right that a request needs.
+func (a *Access) right(r *http.Request) Who {
+	if isRead(r) {
+		return a.read
 	}
-	host = strings.ToLower(strings.TrimSuffix(host, "."))
-	if host == "localhost" || strings.HasSuffix(host, ".localhost") { // RFC 6761
-		return true
-	}
-	ip, err := netip.ParseAddr(strings.Trim(host, "[]"))
-	return err == nil && ip.Unmap().IsLoopback()
+	return a.write
 }
 
 func isRead(r *http.Request) bool { return r.Method == http.MethodGet || r.Method == http.MethodHead }
@@ -266,38 +281,79 @@ var (
 
 // login checks a password. It fails with errWrong, with errLimited and how long
 // to wait, or because the request's context has ended.
+//
+// Wrong passwords are counted by where they come from. A place with too many of them
+// may be one that many share, so that a right one from there is let in all the same: but its
+// attempts are hashed one after the other, those for each user in turn, and a wrong one is not
+// told so but to wait.
 func (a *Access) login(r *http.Request, name, password string) (wait time.Duration, err error) {
 	ctx, from := r.Context(), remote(r)
 	user, known := a.current().find(name)
 	if user.remembers(a.key, password) {
 		return 0, nil
 	}
-	if wait = a.wrong.full(from, a.now()); wait > 0 {
-		return wait, errLimited
+	if wait = a.wrong.full(from, a.now()); wait == 0 {
+		var right bool
+		if right, wait, err = a.compare(ctx, from, user, password, true); err != nil {
+			return 0, err
+		}
+		if right && known {
+			return 0, nil
+		}
+		if wait == 0 {
+			a.log.Warn("login failed", "user", name[:min(len(name), maxLoggedName)], "remote", r.RemoteAddr)
+			return 0, errWrong
+		}
 	}
+	leave, err := a.lines.enter(ctx, line{from, user}, maxInLine)
+	if err != nil {
+		return time.Second, err
+	}
+	defer leave()
+	leaveAll, err := a.lines.enter(ctx, line{from, nil}, math.MaxInt) // one of each user at most
+	if err != nil {
+		return 0, err
+	}
+	defer leaveAll()
+	right, _, err := a.compare(ctx, from, user, password, false)
+	if err != nil {
+		return 0, err
+	}
+	if right && known {
+		return 0, nil
+	}
+	return wait, errLimited
+}
+
+// compare reports whether a password is that of a user. The attempt is counted where that is asked
+// for; where there is no room for it, compare says how long there is none.
+func (a *Access) compare(ctx context.Context, from netip.Prefix, user *user, password string, counted bool) (right bool, wait time.Duration, err error) {
 	select {
 	case a.hashes <- struct{}{}:
 		defer func() { <-a.hashes }()
 	case <-ctx.Done():
-		return 0, context.Cause(ctx)
+		return false, 0, context.Cause(ctx)
 	}
 	// A client sends many requests at once: the one before may have been the
 	// same. Only now the attempt counts, or the right password, sent often,
 	// would be too much.
 	if user.remembers(a.key, password) {
-		return 0, nil
+		return true, 0, nil
 	}
-	if wait = a.wrong.add(from, a.now()); wait > 0 {
-		return wait, errLimited
+	if counted {
+		if wait = a.wrong.add(from, a.now()); wait > 0 {
+			return false, wait, nil
+		}
 	}
-	// A user that is not known takes the time of one that is.
-	if err := bcrypt.CompareHashAndPassword(user.hash, []byte(password)); err != nil || !known {
-		a.log.Warn("login failed", "user", name[:min(len(name), maxLoggedName)], "remote", r.RemoteAddr)
-		return 0, errWrong
+	// A user that is not known takes the time of one that is, and has no right password.
+	if bcrypt.CompareHashAndPassword(user.hash, []byte(password)) != nil {
+		return false, 0, nil
 	}
-	a.wrong.takeBack(from)
+	if counted {
+		a.wrong.takeBack(from)
+	}
 	user.remember(a.key, password)
-	return 0, nil
+	return true, 0, nil
 }
 
 // current returns the passwords of the file as it is, or as it was last good.
@@ -438,6 +494,64 @@ func (l *limiter) takeBack(from netip.Prefix) {
 		delete(l.senders, from)
 	} else {
 		l.senders[from] = w
+	}
+}
+
+// line is a line of attempts: those for a user from a place, or, without a user,
+// all from a place.
+type line struct {
+	from netip.Prefix
+	user *user
+}
+
+// maxInLine bounds those in the line of a user.
+const maxInLine = 64
+
+// lines lets one at a time of each line go on, in the order in which they came.
+type lines struct {
+	mu    sync.Mutex
+	lines map[line]*turn
+}
+
+type turn struct {
+	going chan struct{} // holds a value while one goes on
+	in    int           // that wait or go on
+}
+
+// enter waits until it is the caller's turn, who calls leave when it is over. It
+// fails with errLimited where there are so many in the line, or with the cause of ctx.
+func (l *lines) enter(ctx context.Context, at line, most int) (leave func(), err error) {
+	l.mu.Lock()
+	t := l.lines[at]
+	if t == nil {
+		t = &turn{going: make(chan struct{}, 1)}
+		if l.lines == nil {
+			l.lines = map[line]*turn{}
+		}
+		l.lines[at] = t
+	}
+	if t.in >= most {
+		l.mu.Unlock()
+		return nil, errLimited
+	}
+	t.in++
+	l.mu.Unlock()
+	out := func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		if t.in--; t.in == 0 {
+			delete(l.lines, at)
+		}
+	}
+	select {
+	case t.going <- struct{}{}:
+		return func() {
+			<-t.going
+			out()
+		}, nil
+	case <-ctx.Done():
+		out()
+		return nil, context.Cause(ctx)
 	}
 }
 

@@ -71,7 +71,7 @@ func newDoor(t *testing.T, read, write string) *door {
 
 func (d *door) write(content string) {
 	d.t.Helper()
-	if err := os.WriteFile(d.path, []byte(content), 0o600); err != nil {
+	if err := errors.Join(os.WriteFile(d.path, []byte(content), 0o600), os.Chmod(d.path, 0o600)); err != nil {
 		d.t.Fatal(err)
 	}
 }
@@ -272,6 +272,10 @@ func TestNewAccess(t *testing.T) {
 	if err := os.WriteFile(good, []byte(hashed(t, "alice", "x")), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	open := filepath.Join(t.TempDir(), "open")
+	if err := os.WriteFile(open, []byte(hashed(t, "alice", "x")), 0o644); err != nil {
+		t.Fatal(err)
+	}
 	tests := []struct {
 		options AccessOptions
 		want    error
@@ -280,8 +284,12 @@ func TestNewAccess(t *testing.T) {
 		{AccessOptions{}, digest.ErrInvalid, "without a password file nobody can log in"},
 		{AccessOptions{Read: Anyone}, digest.ErrInvalid, "without a password file"},
 		{AccessOptions{Htpasswd: good, Write: Anyone}, digest.ErrInvalid, "who may write may read"},
+		{AccessOptions{Write: Owner}, digest.ErrInvalid, "without a password file nobody can log in"},
+		{AccessOptions{Read: Owner, Write: Anyone}, digest.ErrInvalid, "who may write may read"},
+		{AccessOptions{Htpasswd: good, Read: Owner}, digest.ErrInvalid, "with a password file the owner logs in as others do"},
 		{AccessOptions{Htpasswd: good + "x"}, fs.ErrNotExist, good + "x"},
 		{AccessOptions{Htpasswd: filepath.Dir(good)}, nil, "is a directory"},
+		{AccessOptions{Htpasswd: open}, nil, "the permissions 0644 of " + open + " are too open: it is a secret; run: chmod 600 " + open},
 	}
 	for _, test := range tests {
 		_, err := NewAccess(test.options)
@@ -402,6 +410,7 @@ func TestReload(t *testing.T) {
 	d.log.Reset()
 	broken := map[string]func(){
 		"not hashed with bcrypt":  func() { d.write("alice:secret") },
+		"too open":                func() { d.write(changed); os.Chmod(d.path, 0o666) },
 		"no such file":            func() { os.Remove(d.path) },
 		"want a user":             func() { d.write("mallory\n") },
 		"larger than 1048576 byt": func() { d.write(strings.Repeat("\n", maxPasswords+1)) },
@@ -511,9 +520,10 @@ func TestLimit(t *testing.T) {
 		remote, authorization string
 		want                  int
 	}{
-		{here, login("alice"), 429}, // right, but that is not even looked at
+		{here, login("alice"), 200}, // right, though others there were wrong
 		{here, login("bob"), 200},   // known to be right
-		{here, "", 200},             // no login
+		{here, wrong, 429},
+		{here, "", 200}, // no login
 		{other, wrong, 401},
 		{other, login("alice"), 200},
 	} {
@@ -540,7 +550,7 @@ func TestLimit(t *testing.T) {
 	}
 }
 
-// However many come at once, no more than the limit are looked at.
+// However many come at once, no more than the limit are told that they are wrong.
 func TestLimitConcurrent(t *testing.T) {
 	d := newDoor(t, "users", "users")
 	d.log = bytes.Buffer{}
@@ -556,7 +566,85 @@ func TestLimitConcurrent(t *testing.T) {
 	}
 	group.Wait()
 	if got := looked.Load(); got != maxWrong {
-		t.Errorf("%d wrong passwords were looked at, want %d", got, maxWrong)
+		t.Errorf("%d wrong passwords were told so, want %d", got, maxWrong)
+	}
+	if n := len(d.lines.lines); n != 0 {
+		t.Errorf("%d lines are left", n)
+	}
+}
+
+// Whoever has not logged in since the daemon's start is let in, while others at the same
+// address go on being wrong, and with them as many requests at once as clients send.
+func TestRightAmongWrong(t *testing.T) {
+	d := newDoor(t, "users", "users")
+	d.Access.log = slog.New(slog.DiscardHandler)
+	for range maxWrong {
+		d.request("GET", manifest, basic("alice", "wrong"), "")
+	}
+	var attackers, clients sync.WaitGroup
+	over := make(chan struct{})
+	for i := range 16 {
+		attackers.Go(func() {
+			for n := 0; ; n++ {
+				select {
+				case <-over:
+					return
+				default:
+				}
+				name := []string{"alice", "mallory", strconv.Itoa(n)}[i%3]
+				if code := d.request("GET", manifest, basic(name, strconv.Itoa(n)), "").Code; code != 429 {
+					t.Errorf("a wrong password over the limit: %d", code)
+					return
+				}
+			}
+		})
+	}
+	next := http.HandlerFunc(func(http.ResponseWriter, *http.Request) {})
+	for _, name := range []string{"alice", "bob", "carol"} {
+		for range 10 {
+			clients.Go(func() {
+				r := httptest.NewRequest("GET", manifest, nil)
+				r.Header.Set("Authorization", login(name))
+				w := httptest.NewRecorder()
+				if d.Wrap(next).ServeHTTP(w, r); w.Code != 200 {
+					t.Errorf("%s: status %d", name, w.Code)
+				}
+			})
+		}
+	}
+	clients.Wait()
+	close(over)
+	attackers.Wait()
+}
+
+// A line has an end, and whoever gives up is not in it.
+func TestLines(t *testing.T) {
+	var l lines
+	leave, err := l.enter(t.Context(), line{}, 2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	waited := make(chan error)
+	go func() {
+		_, err := l.enter(ctx, line{}, 2)
+		waited <- err
+	}()
+	for in := 0; in < 2; {
+		l.mu.Lock()
+		in = l.lines[line{}].in
+		l.mu.Unlock()
+	}
+	if _, err := l.enter(t.Context(), line{}, 2); !errors.Is(err, errLimited) {
+		t.Errorf("a third one: %v", err)
+	}
+	cancel()
+	if err := <-waited; !errors.Is(err, context.Canceled) {
+		t.Errorf("one who gives up: %v", err)
+	}
+	leave()
+	if len(l.lines) != 0 {
+		t.Errorf("left are %v", l.lines)
 	}
 }
 

@@ -83,7 +83,7 @@ func (a *app) globalFlags(cmd *cobra.Command) {
 	f.BoolVar(&a.verbose, "verbose", false, "log at debug level")
 	f.String("config", paths.Config("dfcache"), "configuration `file` in YAML, also set by DFCACHE_CONFIG (default /etc/dragonfly/dfcache.yaml, or dragonfly/dfcache.yaml in the XDG configuration directory)")
 	f.Lookup("config").DefValue = ""
-	f.IntVar(&a.pprofPort, "pprof-port", -1, "serve pprof profiles on this `port` of 127.0.0.1; 0 is any free port, which is printed; -1 is off")
+	f.IntVar(&a.pprofPort, "pprof-port", -1, "serve pprof profiles on this `port` of 127.0.0.1, to this user and root; 0 is any free port, which is printed; -1 is off")
 	f.StringVar(&a.jaeger, "jaeger", "", "send traces to this OTLP/HTTP `URL` of a Jaeger or a collector, for example http://localhost:4318")
 	f.StringVar(&a.serviceName, "service-name", "dragonfly-dfcache", "`name` of the service in traces")
 	f.StringVar(&a.socket, "daemon-sock", "", "unix `socket` of the dfdaemon (default dfdaemon.sock in /run/dragonfly for root, else in dragonfly in the XDG runtime directory; a dfdaemon is started there when none answers)")

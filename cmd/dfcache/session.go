@@ -241,16 +241,21 @@ func (s *session) launch(ctx context.Context) error {
 		// Beside its log: what it prints when it crashes.
 		options.LogPath = filepath.Join(s.logDir, "dfdaemon.out")
 	}
-	pid, err := rpc.Launch(ctx, options)
+	launched, err := rpc.Launch(ctx, options)
 	if err != nil {
 		return &toldError{
 			fmt.Sprintf("no dfdaemon answers at %s, and none can be started: %v", s.socket, err),
 			errors.Join(blobstore.ErrUnavailable, err),
 		}
 	}
-	if pid != 0 { // else another dfcache was faster
-		s.log.Info("started dfdaemon", "daemon", pid, "socket", s.socket)
-		fmt.Fprintf(s.stderr, "dfcache: started dfdaemon (pid %d, socket %s)\n", pid, s.socket)
+	if launched.PID == 0 { // another dfcache was faster
+		return nil
+	}
+	s.log.Info("started dfdaemon", "daemon", launched.PID, "socket", s.socket, "door", launched.Door)
+	fmt.Fprintf(s.stderr, "dfcache: started dfdaemon (pid %d, socket %s, %s)\n", launched.PID, s.socket, printable(launched.Door))
+	for _, text := range launched.Warnings {
+		s.log.Warn("dfdaemon: " + text)
+		fmt.Fprintf(s.stderr, "dfcache: warning: dfdaemon: %s\n", printable(text))
 	}
 	return nil
 }

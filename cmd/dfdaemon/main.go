@@ -48,6 +48,7 @@ type options struct {
 	jaeger          string
 	serviceName     string
 	readyFD         int
+	launched        bool
 }
 
 func newRoot() *cobra.Command {
@@ -60,9 +61,9 @@ The "dfdaemon" command holds the content of the cache in its data directory and
 answers dfcache at a unix socket, until it gets SIGTERM or SIGINT. Then it lets
 running operations end; a second signal ends them at once.
 
-It serves the same content as an OCI registry at --registry, to every user of this
-host by default. At an address that other hosts can reach, it wants TLS, and users
-with passwords, unless the flags say that it goes without.
+It serves the same content as an OCI registry at --registry, by default to the user
+that it runs as, and to root, on this host. At an address that other hosts can reach,
+it wants TLS, and users with passwords, unless the flags say that it goes without.
 
 With a swarm key it trades content with the other daemons that have the same
 ('dfdaemon help swarm'). With --engine dragonfly it has a Dragonfly for that, whose
@@ -108,11 +109,13 @@ value counts. An unknown key in the file is an error.
 	o.swarm.flags(flags)
 	flags.Var(&o.maxSize, "max-size", "`bytes` that blobs and unfinished uploads may take on disk, such as 500GiB; 0 is no limit")
 	flags.DurationVar(&o.shutdownTimeout, "shutdown-timeout", 30*time.Second, "how long running operations may take after SIGTERM; 0 is as long as they need")
-	flags.IntVar(&o.pprofPort, "pprof-port", -1, "serve pprof profiles on this `port` of 127.0.0.1; 0 is any free port, which is printed; -1 is off")
+	flags.IntVar(&o.pprofPort, "pprof-port", -1, "serve pprof profiles on this `port` of 127.0.0.1, to this user and root; 0 is any free port, which is printed; -1 is off")
 	flags.StringVar(&o.jaeger, "jaeger", "", "send traces to this OTLP/HTTP `URL` of a Jaeger or a collector, for example http://localhost:4318")
 	flags.StringVar(&o.serviceName, "service-name", "dragonfly-dfdaemon", "`name` of the service in traces")
 	flags.IntVar(&o.readyFD, "ready-fd", -1, "file descriptor to tell whoever starts the daemon that it is ready, or why not")
 	flags.Lookup("ready-fd").Hidden = true
+	flags.BoolVar(&o.launched, "launched", false, "say at --ready-fd where the content is served, too, and what there was to warn of")
+	flags.Lookup("launched").Hidden = true
 
 	root.AddCommand(newFsck(o), newSwarm(o), newVersion())
 	manual.Add(root)

@@ -21,6 +21,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/dfcache/dfcache/blobstore"
+	"github.com/dfcache/dfcache/blobstore/loopback"
 	"github.com/dfcache/dfcache/blobstore/registry"
 	"github.com/dfcache/dfcache/cmd/internal/exit"
 	"github.com/dfcache/dfcache/p2p"
@@ -51,8 +52,8 @@ func (o *registryOptions) flags(flags *pflag.FlagSet) {
 	flags.StringVar(&o.cert, "registry-cert", "", "`file` of the registry's TLS certificate, with the chain, in PEM")
 	flags.StringVar(&o.key, "registry-key", "", "`file` of the key of --registry-cert")
 	flags.StringVar(&o.htpasswd, "registry-htpasswd", "", "`file` of the registry's users and their passwords, as htpasswd -B writes it")
-	flags.StringVar(&o.read, "registry-read", "", "`who` may read: anyone, users (those of --registry-htpasswd), or names with commas between them (default users with --registry-htpasswd, else anyone)")
-	flags.StringVar(&o.write, "registry-write", "", "`who` may write and read, in the words of --registry-read (default users with --registry-htpasswd, else anyone)")
+	flags.StringVar(&o.read, "registry-read", "", "`who` may read: owner (the user of this dfdaemon on this host, and root), anyone, users (those of --registry-htpasswd), or names with commas between them (default users with --registry-htpasswd, else owner)")
+	flags.StringVar(&o.write, "registry-write", "", "`who` may write and read, in the words of --registry-read (default users with --registry-htpasswd, else owner)")
 	flags.BoolVar(&o.insecure, "registry-insecure", false, "allow a registry without TLS at an address that other hosts can reach")
 	flags.DurationVar(&o.uploadTimeout, "registry-upload-timeout", time.Hour, "how long an unfinished upload is kept that no request uses")
 }
@@ -83,18 +84,18 @@ func (o registryOptions) prepare(cmd *cobra.Command) (*registryServer, error) {
 	if err := s.check(); err != nil {
 		return nil, exit.FlagError(cmd, err)
 	}
-	loopback, byAddress, err := s.resolve(cmd.Context())
+	local, byAddress, err := s.resolve(cmd.Context())
 	if err != nil {
 		return nil, err
 	}
-	if !loopback {
+	if !local {
 		if err := s.checkExposed(); err != nil {
 			return nil, exit.FlagError(cmd, err)
 		}
 	}
-	// Whoever gives a name, a certificate or the right to read wants it to be
+	// Whoever gives a name, a certificate or anyone the right to read wants it to be
 	// reached by other names, too.
-	s.rights.LocalOnly = loopback && byAddress && o.cert == "" && o.htpasswd == "" && o.read == ""
+	s.rights.LocalOnly = local && byAddress && o.cert == "" && o.htpasswd == "" && !s.rights.Read.Anyone()
 	return s, nil
 }
 
@@ -115,7 +116,7 @@ func (s *registryServer) check() error {
 			return err
 		}
 	}
-	fallback := "anyone"
+	fallback := "owner"
 	if s.htpasswd != "" {
 		fallback = "users"
 	}
@@ -132,8 +133,11 @@ func (s *registryServer) check() error {
 		if *right.who, err = registry.ParseWho(value); err != nil {
 			return fmt.Errorf("%s: %w", right.flag, err)
 		}
-		if s.htpasswd == "" && !right.who.Anyone() {
+		if s.htpasswd == "" && right.who.NeedsPassword() {
 			return fmt.Errorf("%s %s needs passwords: give --registry-htpasswd, too", right.flag, value)
+		}
+		if s.htpasswd != "" && value == registry.Owner.String() {
+			return fmt.Errorf("%s owner goes without --registry-htpasswd: give %s the names of users, or leave the file out", right.flag, right.flag)
 		}
 	}
 	if s.rights.Write.Anyone() && !s.rights.Read.Anyone() {
@@ -144,7 +148,7 @@ func (s *registryServer) check() error {
 
 // resolve finds out what to listen at. It returns whether none but this host
 // can reach that, and whether it was named by an address, or as localhost.
-func (s *registryServer) resolve(ctx context.Context) (loopback, byAddress bool, err error) {
+func (s *registryServer) resolve(ctx context.Context) (local, byAddress bool, err error) {
 	host, port, err := net.SplitHostPort(s.address)
 	if err != nil {
 		return false, false, exit.Usage(fmt.Errorf("--registry %q: want HOST:PORT, such as 127.0.0.1:65001, or off", s.address))
@@ -161,7 +165,7 @@ func (s *registryServer) resolve(ctx context.Context) (loopback, byAddress bool,
 	if err != nil {
 		return false, false, fmt.Errorf("--registry %s: %w", s.address, err)
 	}
-	loopback = !slices.ContainsFunc(addresses, func(a netip.Addr) bool { return !a.Unmap().IsLoopback() })
+	local = !slices.ContainsFunc(addresses, func(a netip.Addr) bool { return !a.Unmap().IsLoopback() })
 	// Of several addresses one is listened at, as Go does it: that which comes
 	// first, of IPv4 where there is one. It is one of those that were looked at.
 	ip := addresses[0]
@@ -170,7 +174,7 @@ func (s *registryServer) resolve(ctx context.Context) (loopback, byAddress bool,
 	}
 	s.at = net.JoinHostPort(ip.String(), port)
 	_, err = netip.ParseAddr(host)
-	return loopback, err == nil || host == "localhost", nil
+	return local, err == nil || host == "localhost", nil
 }
 
 // checkExposed refuses what would open the content to other hosts without
@@ -181,10 +185,10 @@ func (s *registryServer) checkExposed() error {
 		missing = append(missing, "--registry-cert and --registry-key, or --registry-insecure to let content and passwords pass in the clear")
 	}
 	var open []string
-	if s.rights.Read.Anyone() && s.read == "" {
+	if s.htpasswd == "" && s.read == "" {
 		open = append(open, "--registry-read anyone")
 	}
-	if s.rights.Write.Anyone() && s.write == "" {
+	if s.htpasswd == "" && s.write == "" {
 		open = append(open, "--registry-write anyone")
 	}
 	if len(open) > 0 {
@@ -240,6 +244,7 @@ func (s *registryServer) listen(store *blobstore.Store, log *slog.Logger, warn f
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    maxHeader,
 		BaseContext:       func(net.Listener) context.Context { return ctx },
+		ConnContext:       loopback.ConnContext,
 		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
 	}
 	return true, nil
@@ -255,6 +260,19 @@ func (s *registryServer) url() string {
 		scheme = "https"
 	}
 	return scheme + "://" + s.listener.Addr().String()
+}
+
+// door says where the registry is and who may come in, for people; "no registry" where there is none.
+func (s *registryServer) door() string {
+	switch {
+	case s == nil:
+		return "no registry"
+	case s.htpasswd != "":
+		return "registry " + s.url() + " with passwords"
+	case s.rights.Read.Anyone():
+		return "registry " + s.url() + " for anyone"
+	}
+	return "registry " + s.url() + " for this user only"
 }
 
 // serve serves until the registry is shut down; it then returns nil.

@@ -36,7 +36,11 @@ func (o *options) run(cmd *cobra.Command) error {
 	defer signal.Stop(signals)
 
 	d, err := o.start(cmd)
-	rpc.Ready(o.readyFD, err)
+	var says *rpc.Launched
+	if err == nil && o.launched {
+		says = &rpc.Launched{Door: d.registry.door(), Warnings: d.warnings}
+	}
+	rpc.Ready(o.readyFD, says, err)
 	if err != nil {
 		return err
 	}
@@ -53,6 +57,7 @@ type daemon struct {
 	registry *registryServer // nil where there is none
 	upstream *upstreamServer // the same
 	metrics  *prometheus.Registry
+	warnings []string // of the start
 	closers  []func() // to be called in reverse order
 }
 
@@ -95,6 +100,7 @@ func (o *options) start(cmd *cobra.Command) (_ *daemon, err error) {
 	}()
 	stderr := cmd.ErrOrStderr()
 	warn := func(text string) {
+		d.warnings = append(d.warnings, text)
 		d.log.Warn(text)
 		fmt.Fprintf(stderr, "dfdaemon: warning: %s\n", text)
 	}

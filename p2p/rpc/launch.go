@@ -2,6 +2,7 @@ package rpc
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -21,18 +22,25 @@ import (
 // says that it is ready.
 const readyFD = 3
 
-// readyLine is what it says.
+// readyLine is what it says. With --launched a [Launched] in JSON follows.
 const readyLine = "ready\n"
 
-// maxReady bounds, in bytes, what a daemon can say instead.
+// maxReady bounds, in bytes, what a daemon can say.
 const maxReady = 64 << 10
+
+// Launched is what a daemon that has been started says of itself.
+type Launched struct {
+	PID      int      `json:"-"`        // 0 where a daemon answered already
+	Door     string   `json:"door"`     // where else than at the socket it serves the content, and to whom, for people
+	Warnings []string `json:"warnings"` // of its start
+}
 
 // LaunchOptions says what [Launch] starts.
 type LaunchOptions struct {
 	// Path is the dfdaemon program, found as a shell would.
 	Path string
 	// Args are its arguments. Paths in them are absolute: the daemon runs in
-	// the root directory. "--ready-fd 3" is added to them.
+	// the root directory. "--ready-fd 3 --launched" is added to them.
 	Args []string
 	// Socket is the path of the socket that the daemon listens on.
 	Socket string
@@ -42,7 +50,7 @@ type LaunchOptions struct {
 }
 
 // Launch starts a dfdaemon in the background, in a session of its own, and waits
-// until it serves. It returns its process ID, or 0 where a daemon answers on the
+// until it serves. It returns what the daemon says, the zero Launched where one answers on the
 // socket already: of several that launch one at once, one starts it.
 //
 // Where the daemon fails to start, the error is its own message. When ctx ends
@@ -51,22 +59,22 @@ type LaunchOptions struct {
 // no zombie is left; a caller that ends leaves the daemon running.
 //
 // Every descriptor of the process from 3 up becomes close-on-exec.
-func Launch(ctx context.Context, opts LaunchOptions) (pid int, err error) {
+func Launch(ctx context.Context, opts LaunchOptions) (Launched, error) {
 	unlock, err := lockStart(ctx, opts.Socket)
 	if err != nil {
-		return 0, fmt.Errorf("start dfdaemon: %w", err)
+		return Launched{}, fmt.Errorf("start dfdaemon: %w", err)
 	}
 	defer unlock()
 	if alive, err := listens(opts.Socket); err != nil {
-		return 0, fmt.Errorf("start dfdaemon: socket %s: %w", opts.Socket, err)
+		return Launched{}, fmt.Errorf("start dfdaemon: socket %s: %w", opts.Socket, err)
 	} else if alive {
-		return 0, nil
+		return Launched{}, nil
 	}
-	pid, err = start(ctx, opts)
+	launched, err := start(ctx, opts)
 	if err != nil {
-		return 0, fmt.Errorf("start dfdaemon: %w", err)
+		return Launched{}, fmt.Errorf("start dfdaemon: %w", err)
 	}
-	return pid, nil
+	return launched, nil
 }
 
 // lockStart takes the lock that one launch at a time holds.
@@ -88,21 +96,21 @@ func lockStart(ctx context.Context, socket string) (unlock func(), err error) {
 }
 
 // start starts the daemon and waits for its word.
-func start(ctx context.Context, opts LaunchOptions) (int, error) {
+func start(ctx context.Context, opts LaunchOptions) (Launched, error) {
 	program, err := exec.LookPath(opts.Path)
 	if err != nil {
-		return 0, fmt.Errorf("%w: install dfdaemon beside dfcache, or start it by hand", err)
+		return Launched{}, fmt.Errorf("%w: install dfdaemon beside dfcache, or start it by hand", err)
 	}
 	if program, err = filepath.Abs(program); err != nil {
-		return 0, err
+		return Launched{}, err
 	}
 	r, w, err := os.Pipe()
 	if err != nil {
-		return 0, err
+		return Launched{}, err
 	}
 	defer r.Close()
 	defer w.Close()
-	cmd := exec.Command(program, append(append([]string(nil), opts.Args...), "--ready-fd", fmt.Sprint(readyFD))...)
+	cmd := exec.Command(program, append(append([]string(nil), opts.Args...), "--ready-fd", fmt.Sprint(readyFD), "--launched")...)
 	cmd.Dir = "/"
 	cmd.ExtraFiles = []*os.File{w} // becomes readyFD
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
@@ -110,7 +118,7 @@ func start(ctx context.Context, opts LaunchOptions) (int, error) {
 	if opts.LogPath != "" {
 		log, err := os.OpenFile(opts.LogPath, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o640)
 		if err != nil {
-			return 0, err
+			return Launched{}, err
 		}
 		defer log.Close()
 		cmd.Stdout, cmd.Stderr = log, log
@@ -118,7 +126,7 @@ func start(ctx context.Context, opts LaunchOptions) (int, error) {
 	}
 	closeOnExec()
 	if err := cmd.Start(); err != nil {
-		return 0, err
+		return Launched{}, err
 	}
 	w.Close()
 	ended := make(chan error, 1)
@@ -132,11 +140,15 @@ func start(ctx context.Context, opts LaunchOptions) (int, error) {
 	switch {
 	case err != nil:
 		cmd.Process.Signal(syscall.SIGTERM)
-		return 0, fmt.Errorf("wait until it is ready: %w", err)
-	case string(said) == readyLine:
-		return cmd.Process.Pid, nil
+		return Launched{}, fmt.Errorf("wait until it is ready: %w", err)
+	case strings.HasPrefix(string(said), readyLine):
+		launched := Launched{PID: cmd.Process.Pid}
+		if rest := said[len(readyLine):]; len(rest) > 0 {
+			_ = json.Unmarshal(rest, &launched) // it serves, whatever it says of it
+		}
+		return launched, nil
 	case len(said) > 0:
-		return 0, errors.New(strings.TrimSpace(string(said)))
+		return Launched{}, errors.New(strings.TrimSpace(string(said)))
 	}
 	select {
 	case err = <-ended:
@@ -147,7 +159,7 @@ func start(ctx context.Context, opts LaunchOptions) (int, error) {
 	if err == nil {
 		err = errors.New("exit status 0")
 	}
-	return 0, fmt.Errorf("%w: it ended before it was ready (%w): %s", p2p.ErrUnavailable, err, advice)
+	return Launched{}, fmt.Errorf("%w: it ended before it was ready (%w): %s", p2p.ErrUnavailable, err, advice)
 }
 
 // closeOnExec keeps the descriptors that this process has inherited from the
@@ -165,17 +177,21 @@ func closeOnExec() {
 }
 
 // Ready is called by a daemon that was started with --ready-fd: with nil when it
-// serves, or with what keeps it from serving. It closes fd. A negative fd says
-// that nobody waits.
-func Ready(fd int, err error) {
+// serves, or with what keeps it from serving. With --launched it also says something of
+// itself; without, says is nil. It closes fd. A negative fd says that nobody waits.
+func Ready(fd int, says *Launched, err error) {
 	if fd < 0 {
 		return
 	}
 	f := os.NewFile(uintptr(fd), "ready")
 	defer f.Close()
-	word := readyLine
+	word := []byte(readyLine)
 	if err != nil {
-		word = err.Error() + "\n"
+		word = []byte(err.Error() + "\n")
+	} else if says != nil {
+		if text, err := json.Marshal(says); err == nil && len(word)+len(text) <= maxReady {
+			word = append(word, text...)
+		}
 	}
-	io.WriteString(f, word) // whoever waited may be gone
+	f.Write(word) // whoever waited may be gone
 }

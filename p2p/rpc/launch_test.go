@@ -34,7 +34,7 @@ func testDaemon(mode string) int {
 	signal.Notify(stop, syscall.SIGTERM)
 	switch mode {
 	case "fails":
-		Ready(fd, errors.New("data directory /x is locked by process 17"))
+		Ready(fd, nil, errors.New("data directory /x is locked by process 17"))
 		return 1
 	case "dies":
 		fmt.Fprintln(os.Stderr, "panic: at the disco")
@@ -46,14 +46,14 @@ func testDaemon(mode string) int {
 	}
 	l, err := Listen(socket)
 	if err != nil {
-		Ready(fd, err)
+		Ready(fd, nil, err)
 		return 1
 	}
 	wd, _ := os.Getwd()
 	fmt.Printf("dir %s, session of its own %t\n", wd, sessionOfItsOwn())
 	s := NewServer(newStore(os.TempDir()), slog.New(slog.NewTextHandler(io.Discard, nil)))
 	go s.Serve(l)
-	Ready(fd, nil)
+	Ready(fd, &Launched{Door: "registry nowhere", Warnings: []string{"it is a test"}}, nil)
 	<-stop
 	s.Shutdown(context.Background())
 	return 0
@@ -98,9 +98,12 @@ func TestLaunchStartsOne(t *testing.T) {
 	var all sync.WaitGroup
 	for range cap(pids) {
 		all.Go(func() {
-			pid, err := Launch(t.Context(), opts)
+			launched, err := Launch(t.Context(), opts)
 			if err != nil {
 				t.Error(err)
+			}
+			if launched.PID != 0 && (launched.Door != "registry nowhere" || !slices.Equal(launched.Warnings, []string{"it is a test"})) {
+				t.Errorf("the daemon says %+v", launched)
 			}
 			// Whoever started it, it answers now.
 			c, err := Dial(t.Context(), opts.Socket)
@@ -109,7 +112,7 @@ func TestLaunchStartsOne(t *testing.T) {
 			} else {
 				c.Close()
 			}
-			pids <- pid
+			pids <- launched.PID
 		})
 	}
 	all.Wait()
@@ -141,10 +144,11 @@ func TestLaunchClosesDescriptors(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer unix.Close(fd)
-	pid, err := Launch(t.Context(), opts)
+	launched, err := Launch(t.Context(), opts)
 	if err != nil {
 		t.Fatal(err)
 	}
+	pid := launched.PID
 	defer stop(t, pid, opts.Socket)
 	links, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid))
 	if err != nil || len(links) < 3 {
@@ -195,8 +199,8 @@ func TestLaunchStopsWithContext(t *testing.T) {
 }
 
 func TestReadyWithoutLauncher(t *testing.T) {
-	Ready(-1, nil)
-	Ready(-1, errors.New("x"))
+	Ready(-1, nil, nil)
+	Ready(-1, nil, errors.New("x"))
 	// Whoever waited has gone.
 	r, w, err := os.Pipe()
 	if err != nil {
@@ -208,7 +212,7 @@ func TestReadyWithoutLauncher(t *testing.T) {
 		t.Fatal(err)
 	}
 	w.Close()
-	Ready(fd, nil)
+	Ready(fd, nil, nil)
 	if err := syscall.Close(fd); !errors.Is(err, syscall.EBADF) {
 		t.Errorf("the descriptor is not closed: %v", err)
 	}

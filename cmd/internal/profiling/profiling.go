@@ -10,11 +10,13 @@ import (
 	"strconv"
 	"time"
 
+	"github.com/dfcache/dfcache/blobstore/loopback"
 	"github.com/dfcache/dfcache/cmd/internal/exit"
 )
 
 // Start serves profiles on a port of 127.0.0.1 until stop is called, which
-// waits until everything has ended. Port -1 is off: nothing happens. Port 0 is
+// waits until everything has ended. Only the user of this process and root get an
+// answer, and only under a name of this host. Port -1 is off: nothing happens. Port 0 is
 // a free port; log is called with the address. Other ports than these and 1
 // to 65535 are a usage error of package exit.
 func Start(port int, log func(string)) (stop func(), err error) {
@@ -24,7 +26,8 @@ func Start(port int, log func(string)) (stop func(), err error) {
 	if port < -1 || port > 65535 {
 		return nil, exit.Usage(fmt.Errorf("pprof port %d: want 1 to 65535, 0 for any free port, or -1 for off", port))
 	}
-	// Loopback only: profiles tell file names and what is going on.
+	// Loopback only, and not for every user of the host: profiles tell file names and
+	// what is going on, and cost time.
 	l, err := net.Listen("tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(port)))
 	if err != nil {
 		return nil, fmt.Errorf("serve profiles: %w", err)
@@ -38,7 +41,7 @@ func Start(port int, log func(string)) (stop func(), err error) {
 	mux.HandleFunc("/debug/pprof/symbol", pprof.Symbol)
 	mux.HandleFunc("/debug/pprof/trace", pprof.Trace)
 
-	server := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second}
+	server := &http.Server{Handler: forOwner(mux), ConnContext: loopback.ConnContext, ReadHeaderTimeout: 10 * time.Second}
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
@@ -51,4 +54,18 @@ func Start(port int, log func(string)) (stop func(), err error) {
 		server.Close()
 		<-done
 	}, nil
+}
+
+// forOwner hands to next what the user of this process or root asks for.
+func forOwner(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch {
+		case !loopback.IsNamed(r.Host):
+			http.Error(w, "profiles are served to requests to localhost or a loopback address only", http.StatusMisdirectedRequest)
+		case !loopback.IsOwner(r):
+			http.Error(w, "profiles are for the user who runs the program, and for root on the same host", http.StatusForbidden)
+		default:
+			next.ServeHTTP(w, r)
+		}
+	})
 }

@@ -2,6 +2,7 @@ package script
 
 import (
 	"bytes"
+	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -16,10 +17,12 @@ import (
 	"net/http"
 	"os"
 	"regexp"
+	"runtime"
 	"strings"
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+	"golang.org/x/sys/unix"
 )
 
 var registryPattern = regexp.MustCompile(`\bregistry (https?://[^\s,]+)`)
@@ -39,9 +42,10 @@ func (d *daemon) registry(ts *testscript.TestScript) string {
 }
 
 func httpCmd(ts *testscript.TestScript, neg bool, args []string) {
-	const usage = "http [-ca FILE] [-user NAME:PASSWORD] [-body FILE] METHOD URL [HEADER:VALUE...]"
+	const usage = "http [-ca FILE] [-as UID] [-user NAME:PASSWORD] [-body FILE] METHOD URL [HEADER:VALUE...]"
 	flags := flag.NewFlagSet("http", flag.ContinueOnError)
 	flags.SetOutput(io.Discard)
+	as := flags.Int("as", os.Geteuid(), "")
 	ca, user, body := flags.String("ca", "", ""), flags.String("user", "", ""), flags.String("body", "", "")
 	if flags.Parse(args) != nil || flags.NArg() < 2 {
 		ts.Fatalf("usage: %s", usage)
@@ -74,7 +78,7 @@ func httpCmd(ts *testscript.TestScript, neg bool, args []string) {
 		r.SetBasicAuth(name, password)
 	}
 	// Nothing is left open that a daemon would have to wait for.
-	transport := &http.Transport{DisableKeepAlives: true, ForceAttemptHTTP2: true, TLSClientConfig: &tls.Config{}}
+	transport := &http.Transport{DisableKeepAlives: true, ForceAttemptHTTP2: true, TLSClientConfig: &tls.Config{}, DialContext: dialAs(*as)}
 	if *ca != "" {
 		transport.TLSClientConfig.RootCAs = x509.NewCertPool()
 		if !transport.TLSClientConfig.RootCAs.AppendCertsFromPEM([]byte(ts.ReadFile(*ca))) {
@@ -100,6 +104,34 @@ func httpCmd(ts *testscript.TestScript, neg bool, args []string) {
 	_, err = io.WriteString(ts.Stdout(), strings.ReplaceAll(text.String(), "\r\n", "\n"))
 	ts.Check(err)
 }
+
+// dialAs dials as a user. Another one than that of the test needs root.
+func dialAs(uid int) func(ctx context.Context, network, at string) (net.Conn, error) {
+	return func(ctx context.Context, network, at string) (net.Conn, error) {
+		if uid == os.Geteuid() {
+			return new(net.Dialer).DialContext(ctx, network, at)
+		}
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		if _, err := unix.SetfsuidRetUid(uid); err != nil { // of this thread alone
+			return nil, err
+		}
+		defer unix.SetfsuidRetUid(os.Geteuid())
+		return new(net.Dialer).DialContext(ctx, network, at)
+	}
+}
+
+// urlCmd takes the URL that is told out of a text.
+func urlCmd(ts *testscript.TestScript, neg bool, args []string) {
+	need(ts, neg, len(args) == 2, "url FILE VAR")
+	match := urlPattern.FindString(ts.ReadFile(args[0]))
+	if match == "" {
+		ts.Fatalf("no URL in %s", args[0])
+	}
+	ts.Setenv(args[1], match)
+}
+
+var urlPattern = regexp.MustCompile(`https?://[^\s,)]+`)
 
 // certificateCmd writes a certificate that is its own authority.
 func certificateCmd(ts *testscript.TestScript, neg bool, args []string) {

@@ -29,10 +29,12 @@
 //	flipbit FILE OFFSET       invert the lowest bit of a byte
 //	filesame A B              compare two files of any size
 //	json FILE PATH VALUE      compare a field, as in "json stdout tasks.0.size 12"
-//	http [-ca FILE] [-user NAME:PASSWORD] [-body FILE] METHOD URL [HEADER:VALUE...]
+//	http [-ca FILE] [-as UID] [-user NAME:PASSWORD] [-body FILE] METHOD URL [HEADER:VALUE...]
 //	                          send a request; a URL that begins with "/" is of the running
 //	                          daemon's registry. The status line, headers and body of the
-//	                          answer go to stdout. It fails where there is no answer
+//	                          answer go to stdout. It fails where there is no answer. With
+//	                          -as the connection is that of another user, which needs root
+//	url FILE VAR              set VAR to the first URL in FILE, or stdout or stderr
 //	certificate CERT KEY      write a TLS certificate for 127.0.0.1, ::1 and localhost, which
 //	                          is its own authority, and its key
 package script
@@ -150,6 +152,7 @@ func Run(t *testing.T, dir string) {
 			"mkfile":      mkfileCmd,
 			"sha256":      sha256Cmd,
 			"stopdaemon":  stopDaemonCmd,
+			"url":         urlCmd,
 		},
 	})
 }

@@ -1,0 +1,144 @@
+package loopback
+
+import (
+	"context"
+	"errors"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"runtime"
+	"strconv"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// accept returns the two ends of a connection to a listener at the address, which dial dials.
+func accept(t *testing.T, network, at string, dial func(network, at string) (net.Conn, error)) (theirs, ours net.Conn) {
+	t.Helper()
+	l, err := net.Listen(network, at)
+	if err != nil {
+		t.Skipf("this host has no %s at %s: %v", network, at, err)
+	}
+	defer l.Close()
+	_, port, _ := net.SplitHostPort(l.Addr().String())
+	host := "127.0.0.1"
+	if at == "[::1]:0" {
+		host = "::1"
+	}
+	if theirs, err = dial("tcp", net.JoinHostPort(host, port)); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { theirs.Close() })
+	if ours, err = l.Accept(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { ours.Close() })
+	return theirs, ours
+}
+
+// dialAs dials as another user.
+func dialAs(uid int) func(network, at string) (net.Conn, error) {
+	return func(network, at string) (net.Conn, error) {
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		if _, err := unix.SetfsuidRetUid(uid); err != nil { // of this thread alone
+			return nil, err
+		}
+		defer unix.SetfsuidRetUid(os.Geteuid())
+		return net.Dial(network, at)
+	}
+}
+
+func TestUserOf(t *testing.T) {
+	for _, c := range []struct{ network, at string }{
+		{"tcp4", "127.0.0.1:0"}, {"tcp6", "[::1]:0"}, {"tcp", "[::]:0"}, {"tcp4", "0.0.0.0:0"},
+	} {
+		t.Run(c.network+" "+c.at, func(t *testing.T) {
+			_, ours := accept(t, c.network, c.at, net.Dial)
+			if uid, err := userOf(ours); err != nil || uid != os.Geteuid() {
+				t.Errorf("user %d, %v; want %d", uid, err, os.Geteuid())
+			}
+			if os.Geteuid() != 0 {
+				t.Skip("to be another user needs root")
+			}
+			_, ours = accept(t, c.network, c.at, dialAs(12345))
+			if uid, err := userOf(ours); err != nil || uid != 12345 {
+				t.Errorf("user %d, %v; want 12345", uid, err)
+			}
+		})
+	}
+}
+
+// What is closed belongs to nobody, and least of all to root, as the kernel says.
+func TestUserOfClosed(t *testing.T) {
+	theirs, ours := accept(t, "tcp4", "127.0.0.1:0", net.Dial)
+	theirs.(*net.TCPConn).CloseWrite()
+	if uid, err := userOf(ours); err != nil || uid != os.Geteuid() {
+		t.Errorf("half closed: user %d, %v", uid, err)
+	}
+	theirs.Close()
+	if uid, err := userOf(ours); !errors.Is(err, ErrUnknown) {
+		t.Errorf("closed: user %d, %v", uid, err)
+	}
+	theirs, ours = accept(t, "tcp4", "127.0.0.1:0", net.Dial)
+	theirs.(*net.TCPConn).SetLinger(0)
+	theirs.Close()
+	if uid, err := userOf(ours); !errors.Is(err, ErrUnknown) {
+		t.Errorf("reset: user %d, %v", uid, err)
+	}
+	a, b := net.Pipe()
+	defer a.Close()
+	defer b.Close()
+	if uid, err := userOf(a); !errors.Is(err, ErrUnknown) {
+		t.Errorf("not TCP: user %d, %v", uid, err)
+	}
+}
+
+// Every connection is asked about, with TLS and without.
+func TestIsOwner(t *testing.T) {
+	for _, start := range []func(*httptest.Server){(*httptest.Server).Start, (*httptest.Server).StartTLS} {
+		server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			w.Write([]byte(strconv.FormatBool(IsOwner(r))))
+		}))
+		server.Config.ConnContext = ConnContext
+		start(server)
+		ask := func(dial func(network, at string) (net.Conn, error)) string {
+			transport := server.Client().Transport.(*http.Transport).Clone()
+			transport.DialContext = func(_ context.Context, network, at string) (net.Conn, error) { return dial(network, at) }
+			defer transport.CloseIdleConnections()
+			response, err := (&http.Client{Transport: transport}).Get(server.URL)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer response.Body.Close()
+			var text [5]byte
+			n, _ := response.Body.Read(text[:])
+			return string(text[:n])
+		}
+		if got := ask(net.Dial); got != "true" {
+			t.Errorf("%s: the same user: %s", server.URL, got)
+		}
+		if os.Geteuid() == 0 {
+			if got := ask(dialAs(12345)); got != "false" {
+				t.Errorf("%s: another user: %s", server.URL, got)
+			}
+		}
+		server.Close()
+	}
+	if IsOwner(httptest.NewRequest("GET", "/", nil)) {
+		t.Error("a request of no connection is the owner's")
+	}
+}
+
+func TestIsNamed(t *testing.T) {
+	for host, want := range map[string]bool{
+		"localhost": true, "LOCALHOST:80": true, "a.localhost.": true, "127.0.0.1:65001": true, "127.1.2.3": true, "[::1]:80": true, "::1": true,
+		"": false, "example.com": false, "localhost.example.com": false, "127.0.0.1.example.com": false, "10.0.0.1": false, "[::]": false,
+	} {
+		if IsNamed(host) != want {
+			t.Errorf("%q: want %t", host, want)
+		}
+	}
+}
