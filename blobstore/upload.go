@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -23,23 +24,14 @@ type Upload struct {
 	cancel context.CancelCauseFunc
 	ctx    context.Context
 
-	parts  chan part     // what the engine reads
+	parts  *parts        // what the engine reads
 	added  chan struct{} // closed when the engine has read everything, or failed
 	blob   p2p.Added     // what it has then
 	addErr error         // or why it failed
 
-	mu   sync.Mutex
-	size int64
-
 	committing sync.Mutex // held while the ingest is committed or closed
 	closing    sync.Once
 	closed     error
-}
-
-// part is bytes on their way to the engine, which says when it has them.
-type part struct {
-	p    []byte
-	done chan<- struct{}
 }
 
 var errUploadOver = errors.New("the upload is over")
@@ -60,10 +52,10 @@ func (r *Repository) NewUpload(ctx context.Context, alg digest.Algorithm) (*Uplo
 		cancel(nil)
 		return nil, toOCI(fmt.Errorf("upload: %w", err))
 	}
-	u := &Upload{r: r, in: in, ctx: ctx, cancel: cancel, parts: make(chan part), added: make(chan struct{})}
+	u := &Upload{r: r, in: in, ctx: ctx, cancel: cancel, parts: &parts{ctx: ctx, next: make(chan part)}, added: make(chan struct{})}
 	go func() {
 		defer close(u.added)
-		u.blob, u.addErr = in.Add(&partReader{parts: u.parts, ctx: ctx}, p2p.AddOptions{Algorithm: alg})
+		u.blob, u.addErr = in.Add(u.parts, p2p.AddOptions{Algorithm: alg})
 		if u.addErr != nil {
 			u.cancel(u.addErr) // whoever has a part for it need not wait
 		}
@@ -71,80 +63,127 @@ func (r *Repository) NewUpload(ctx context.Context, alg digest.Algorithm) (*Uplo
 	return u, nil
 }
 
-// partReader reads the parts of an upload one after the other. A Read ends with
-// the upload's context.
-type partReader struct {
-	parts <-chan part
-	ctx   context.Context
-	now   part
+// parts are the parts of an upload, which the engine reads one after the other,
+// as if they were one. They pass through no buffer on the way.
+type parts struct {
+	ctx  context.Context // of the upload: a Read that waits for a part ends with it
+	next chan part
+	size atomic.Int64 // bytes that the engine has read
+
+	reading sync.Mutex // held while a part is read
+	mu      sync.Mutex // guards now
+	now     part       // src is nil between two parts
 }
 
-func (r *partReader) Read(p []byte) (int, error) {
-	if len(r.now.p) == 0 {
+// part is a source of bytes.
+type part struct {
+	src  io.Reader
+	done chan<- error // gets why src gave no more: nil at its end
+}
+
+// Read implements [io.Reader]. It returns no bytes and no error where a part has
+// ended, so that the engine keeps no memory for the next one, which may take long to come.
+func (r *parts) Read(p []byte) (int, error) {
+	r.reading.Lock()
+	defer r.reading.Unlock()
+	now := r.current()
+	if now.src == nil {
 		select {
-		case next, more := <-r.parts:
+		case next, more := <-r.next:
 			if !more {
 				return 0, io.EOF
 			}
-			r.now = next
+			now = next
+			r.set(next)
 		case <-r.ctx.Done():
 			return 0, context.Cause(r.ctx)
 		}
 	}
-	n := copy(p, r.now.p)
-	if r.now.p = r.now.p[n:]; len(r.now.p) == 0 {
-		r.now.done <- struct{}{}
+	n, err := now.src.Read(p)
+	if r.ctx.Err() != nil {
+		n, err = 0, context.Cause(r.ctx)
 	}
+	r.size.Add(int64(n))
+	if err == nil {
+		return n, nil
+	}
+	r.set(part{})
+	if errors.Is(err, io.EOF) {
+		err = nil
+	}
+	now.done <- err
 	return n, nil
 }
 
-// SetReadDeadline says that a Read can be interrupted, so that the engine reads
-// without a goroutine in between. It is called when the context has ended,
-// which interrupts by itself.
-func (r *partReader) SetReadDeadline(time.Time) error { return nil }
+func (r *parts) current() part {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.now
+}
 
-// uploadBuffers are what parts pass through.
-var uploadBuffers = sync.Pool{New: func() any { return new([1 << 20]byte) }}
+func (r *parts) set(p part) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.now = p
+}
+
+// takeBack has the engine read no more of a part. It waits for a Read that runs.
+func (r *parts) takeBack() {
+	r.reading.Lock()
+	defer r.reading.Unlock()
+	r.set(part{})
+}
+
+// SetReadDeadline says that a Read can be interrupted, so that the engine reads
+// without a goroutine in between. It is called when the context has ended: a Read
+// that waits for a part ends by itself then.
+func (r *parts) SetReadDeadline(t time.Time) error {
+	if src, ok := r.current().src.(interface{ SetReadDeadline(time.Time) error }); ok {
+		return src.SetReadDeadline(t)
+	}
+	return nil
+}
 
 // Append takes in src to its end and returns how many bytes that were. That the
 // last of them find no room may come out only with the next Append or Commit. Where
 // reading src fails, what came before stays, and another Append can go on after
 // it; the error is that of src. When the upload is over, or its context ends,
-// Append fails as soon as src gives something; it does not interrupt a Read.
+// Append fails: at once, where src has a SetReadDeadline method as connections
+// have, else as soon as src gives something.
 func (u *Upload) Append(src io.Reader) (int64, error) {
-	space := uploadBuffers.Get().(*[1 << 20]byte)
-	done := make(chan struct{}, 1)
-	var taken int64
-	for {
-		n, err := src.Read(space[:])
-		if u.ctx.Err() != nil {
-			return taken, u.err()
-		}
-		if n > 0 {
-			select {
-			case u.parts <- part{space[:n], done}:
-			case <-u.ctx.Done():
-				return taken, u.err()
-			}
-			select {
-			case <-done:
-			case <-u.ctx.Done():
-				return taken, u.err() // the engine may still be reading from the buffer: it is not used again
-			}
-			taken += int64(n)
-			u.mu.Lock()
-			u.size += int64(n)
-			u.mu.Unlock()
-		}
-		switch {
-		case errors.Is(err, io.EOF):
-			uploadBuffers.Put(space)
-			return taken, nil
-		case err != nil:
-			uploadBuffers.Put(space)
-			return taken, err
+	if u.ctx.Err() != nil {
+		return 0, u.err()
+	}
+	from := src
+	var feed func() error
+	if _, ok := src.(interface{ SetReadDeadline(time.Time) error }); !ok {
+		r, w := io.Pipe()
+		defer context.AfterFunc(u.ctx, func() { r.CloseWithError(context.Cause(u.ctx)) })()
+		from, feed = r, func() error {
+			_, err := io.Copy(w, src)
+			return w.CloseWithError(err)
 		}
 	}
+	before := u.Size()
+	done := make(chan error, 1)
+	select {
+	case u.parts.next <- part{from, done}:
+	case <-u.ctx.Done():
+		return 0, u.err()
+	}
+	if feed != nil {
+		feed() // its error is what the engine reads
+	}
+	var err error
+	select {
+	case err = <-done:
+	case <-u.added:
+		u.parts.takeBack()
+	}
+	if u.ctx.Err() != nil {
+		err = u.err()
+	}
+	return u.Size() - before, err
 }
 
 func (u *Upload) err() error {
@@ -152,11 +191,7 @@ func (u *Upload) err() error {
 }
 
 // Size returns how many bytes have been taken in.
-func (u *Upload) Size() int64 {
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	return u.size
-}
+func (u *Upload) Size() int64 { return u.parts.size.Load() }
 
 // Commit stores what was taken in under want, durably, or fails with
 // [ErrMismatch] where it has another digest. The upload is over either way.
@@ -177,7 +212,7 @@ func (u *Upload) commit(want digest.Digest) error {
 	if u.ctx.Err() != nil {
 		return context.Cause(u.ctx)
 	}
-	close(u.parts)
+	close(u.parts.next)
 	if <-u.added; u.addErr != nil {
 		return u.addErr
 	}

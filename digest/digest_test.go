@@ -318,6 +318,40 @@ func TestVerifiedFindsDamage(t *testing.T) {
 	}
 }
 
+// TestVerifiedCopyWithoutMemory: where other copies have all the memory there is, the
+// same comes out, and what has changed since it was checked does not.
+func TestVerifiedCopyWithoutMemory(t *testing.T) {
+	kept.Add(maxKept)
+	defer kept.Add(-maxKept)
+	data := content(40*MinPieceLength+99, 1)
+	table := record(t, SHA256, data, 1<<20)
+	source := bytes.Clone(data)
+	v := NewVerified(bytes.NewReader(source), table)
+	for _, r := range [][2]int64{{0, v.Size()}, {1, 1}, {MinPieceLength - 1, 2}, {3*MinPieceLength + 5, 20 * MinPieceLength}, {v.Size() - 1, 1}} {
+		var out bytes.Buffer
+		if err := v.CopyRange(t.Context(), &out, r[0], r[1], nil); err != nil || !bytes.Equal(out.Bytes(), data[r[0]:r[0]+r[1]]) {
+			t.Errorf("copy of %d bytes from %d on: %d bytes, %v", r[1], r[0], out.Len(), err)
+		}
+	}
+	// The first MiB has been checked when its first block is written.
+	var out bytes.Buffer
+	changing := writerFunc(func(p []byte) (int, error) {
+		source[3*MinPieceLength] ^= 1
+		return out.Write(p)
+	})
+	err := v.CopyRange(t.Context(), changing, 0, v.Size(), nil)
+	if e, ok := errors.AsType[*CorruptError](err); !ok || e.Piece != 3 || !bytes.Equal(out.Bytes(), data[:3*MinPieceLength]) {
+		t.Errorf("copy of what changes: %d bytes, %v; want a corrupt piece 3, and what is before it", out.Len(), err)
+	}
+	if n := kept.Load(); n != maxKept {
+		t.Errorf("%d blocks are kept in memory, want none but those of others", n-maxKept)
+	}
+}
+
+type writerFunc func([]byte) (int, error)
+
+func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
+
 type brokenReaderAt struct{}
 
 var errBroken = errors.New("broken disk")

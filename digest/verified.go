@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -135,19 +136,22 @@ func (v *Verified) checkedPiece(i int, p []byte) error {
 	return err
 }
 
-// copyLength is how many bytes CopyRange has read before it writes them, in whole pieces.
+// copyLength is how many bytes CopyRange has checked before it writes them, in whole pieces.
 const copyLength = 1 << 20
 
 // CopyRange writes the n bytes from off on to w, checking each piece before
 // bytes of it are written, and calls progress, where it is not nil, with the
-// count of bytes written so far. Reading and checking run beside the writing;
-// three pieces, or as many of small ones as make 3 MiB, are held in memory. It stops when ctx ends, with the context's
+// count of bytes written so far. Reading and checking run beside the writing, up
+// to three pieces, or as many of small ones as make 3 MiB, ahead of it. It stops when ctx ends, with the context's
 // cause: at the next piece, or, where w has a SetWriteDeadline method as pipes
 // and connections do, at once.
 //
 // A connection or an [net/http.ResponseWriter] takes the bytes from the blob's
 // file by itself, in the kernel: they are read to be checked, but not copied
-// again.
+// again, and nothing of them is in memory while w takes its time. For any other w
+// what was checked stays in memory until it is written, 32 MiB of it for all
+// copies of the process; what finds no room there is read and checked again, 64 KiB at
+// a time.
 func (v *Verified) CopyRange(ctx context.Context, w io.Writer, off, n int64, progress func(written int64)) error {
 	if off < 0 || n < 0 || off > v.t.Size-n {
 		return fmt.Errorf("read blob %s: %d bytes from %d on: it has %d", v.t.Digest, n, off, v.t.Size)
@@ -159,33 +163,27 @@ func (v *Verified) CopyRange(ctx context.Context, w io.Writer, off, n int64, pro
 		stop := context.AfterFunc(ctx, func() { d.SetWriteDeadline(time.Unix(1, 0)) })
 		defer stop()
 	}
-	write := func(p []byte) (int64, error) {
-		n, err := w.Write(p)
-		return int64(n), err
-	}
+	keep, write := true, func(b *block) (int64, error) { return v.writeBlock(w, b) }
 	if to, file := kernelCopy(w, v.r, off); file != nil {
 		defer file.Close()
-		write = func(p []byte) (int64, error) {
-			n, err := to.ReadFrom(&io.LimitedReader{R: file, N: int64(len(p))})
-			if err == nil && n < int64(len(p)) {
+		keep, write = false, func(b *block) (int64, error) {
+			n, err := to.ReadFrom(&io.LimitedReader{R: file, N: b.n})
+			if err == nil && n < b.n {
 				err = io.ErrUnexpectedEOF
 			}
 			return n, err
 		}
+	} else if w == io.Discard {
+		keep, write = false, func(b *block) (int64, error) { return b.n, nil }
 	}
 
 	caller := ctx
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	type checked struct {
-		buf  []byte // to be used again
-		part []byte // what is wanted of it
-		err  error
-	}
 	const ahead = 3
-	free := make(chan []byte, ahead)
+	free := make(chan struct{}, ahead)
 	for range ahead {
-		free <- nil
+		free <- struct{}{}
 	}
 	ready := make(chan checked)
 	var reader sync.WaitGroup
@@ -193,9 +191,8 @@ func (v *Verified) CopyRange(ctx context.Context, w io.Writer, off, n int64, pro
 		defer close(ready)
 		last := int((off + n - 1) / v.t.PieceLength)
 		for i := int(off / v.t.PieceLength); i <= last; {
-			var buf []byte
 			select {
-			case buf = <-free:
+			case <-free:
 			case <-ctx.Done():
 				return
 			}
@@ -204,26 +201,21 @@ func (v *Verified) CopyRange(ctx context.Context, w io.Writer, off, n int64, pro
 			if v.await == nil {
 				until = min(last, i+max(1, int(copyLength/v.t.PieceLength))-1)
 			}
-			start, _ := v.t.Bounds(i)
-			_, end := v.t.Bounds(until)
-			if int64(cap(buf)) < end-start {
-				buf = make([]byte, end-start)
+			var c checked
+			for ; i <= until && c.err == nil; i++ {
+				c.err = v.check(ctx, i, keep, &c.blocks)
 			}
-			buf = buf[:end-start]
-			good, err := start, error(nil)
-			for ; i <= until && err == nil; i++ {
-				from, to := v.t.Bounds(i)
-				if err = v.readPiece(ctx, i, buf[from-start:to-start]); err == nil {
-					good = to
-				}
+			c.cut(off, off+n)
+			if !keep {
+				c.join()
 			}
-			begin := min(max(off, start), good)
 			select {
-			case ready <- checked{buf, buf[begin-start : max(begin, min(off+n, good))-start], err}:
+			case ready <- c:
 			case <-ctx.Done():
+				c.drop()
 				return
 			}
-			if err != nil {
+			if c.err != nil {
 				return
 			}
 		}
@@ -232,26 +224,170 @@ func (v *Verified) CopyRange(ctx context.Context, w io.Writer, off, n int64, pro
 	defer cancel(nil)
 	var written int64
 	for c := range ready {
-		if err := context.Cause(ctx); err != nil {
-			return err
-		}
-		if len(c.part) > 0 {
-			n, err := write(c.part)
+		err := context.Cause(ctx)
+		for i := range c.blocks {
+			if err != nil {
+				break
+			}
+			var n int64
+			n, err = write(&c.blocks[i])
 			written += n
 			if err != nil {
 				// It may have failed because of the caller's context, which ends before ours.
-				return cmp.Or(context.Cause(caller), err)
-			}
-			if progress != nil {
-				progress(written)
+				err = cmp.Or(context.Cause(caller), err)
 			}
 		}
-		if c.err != nil {
-			return c.err
+		if err == nil && progress != nil && len(c.blocks) > 0 {
+			progress(written)
 		}
-		free <- c.buf
+		c.drop()
+		if err = cmp.Or(err, c.err); err != nil {
+			return err
+		}
+		free <- struct{}{}
 	}
 	return context.Cause(ctx)
+}
+
+// blockLength is how many bytes are in memory together: pieces are checked by
+// blocks. It divides the length of every piece.
+const blockLength = MinPieceLength
+
+// space is the memory of a block.
+type space = [blockLength]byte
+
+// spaces are those that nobody uses.
+var spaces = sync.Pool{New: func() any { return new(space) }}
+
+// maxKept is how many blocks are kept in memory by all copies together, until they are written.
+const maxKept = 32 << 20 / blockLength
+
+var kept atomic.Int64
+
+// block is a part of a piece that has been checked, or what is wanted of it.
+type block struct {
+	off, n int64
+	whole  int64 // where what crc is of begins
+	length int64 // of that, in bytes
+	crc    uint32
+	space  *space // that from whole on, where it was kept in memory
+}
+
+// checked are blocks that can be written, of whole pieces.
+type checked struct {
+	blocks []block
+	err    error // why there are no more
+}
+
+// check waits for piece i, reads and checks it, and adds its blocks to blocks where it is good.
+func (v *Verified) check(ctx context.Context, i int, keep bool, blocks *[]block) error {
+	if err := v.arrive(ctx, i); err != nil {
+		return err
+	}
+	scratch := spaces.Get().(*space)
+	defer func() { spaces.Put(scratch) }()
+	start, end := v.t.Bounds(i)
+	found := checked{blocks: make([]block, 0, (end-start+blockLength-1)/blockLength)}
+	var crc uint32
+	for at := start; at < end; {
+		length := min(blockLength, end-at)
+		got, err := v.read(scratch[:length], at)
+		if err != nil {
+			found.drop()
+			return fmt.Errorf("read piece %d of blob %s: %w", i, v.t.Digest, err)
+		}
+		b := block{off: at, n: length, whole: at, length: length, crc: CRC32C(scratch[:got])}
+		if at == start {
+			crc = b.crc
+		} else {
+			crc = combineCRC(crc, b.crc, int64(got))
+		}
+		if int64(got) < length {
+			found.drop()
+			return v.t.CheckSum(i, at+int64(got)-start, crc)
+		}
+		if keep {
+			if kept.Add(1) <= maxKept {
+				b.space, scratch = scratch, spaces.Get().(*space)
+			} else {
+				kept.Add(-1)
+			}
+		}
+		found.blocks = append(found.blocks, b)
+		at += length
+	}
+	if err := v.t.CheckSum(i, end-start, crc); err != nil {
+		found.drop()
+		return err
+	}
+	*blocks = append(*blocks, found.blocks...)
+	return nil
+}
+
+// read fills p from off on, as far as there is something.
+func (v *Verified) read(p []byte, off int64) (int, error) {
+	n, err := v.r.ReadAt(p, off)
+	if n == len(p) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+		err = nil // a full read may come with io.EOF
+	}
+	return n, err
+}
+
+// writeBlock writes a block. What is not in memory any more is checked again.
+func (v *Verified) writeBlock(w io.Writer, b *block) (int64, error) {
+	from := b.space
+	if from == nil {
+		from = spaces.Get().(*space)
+		defer spaces.Put(from)
+		n, err := v.read(from[:b.length], b.whole)
+		if i := int(b.whole / v.t.PieceLength); err != nil {
+			return 0, fmt.Errorf("read piece %d of blob %s: %w", i, v.t.Digest, err)
+		} else if int64(n) < b.length || CRC32C(from[:n]) != b.crc {
+			return 0, &CorruptError{v.t.Digest, i, "it has changed since it was checked"}
+		}
+	}
+	n, err := w.Write(from[b.off-b.whole:][:b.n])
+	return int64(n), err
+}
+
+// cut leaves of the blocks what is between off and end.
+func (c *checked) cut(off, end int64) {
+	wanted := c.blocks[:0]
+	for _, b := range c.blocks {
+		from, to := max(off, b.off), min(end, b.off+b.n)
+		if from >= to {
+			b.drop()
+			continue
+		}
+		b.off, b.n = from, to-from
+		wanted = append(wanted, b)
+	}
+	c.blocks = wanted
+}
+
+// join makes one block of all, none of which is in memory.
+func (c *checked) join() {
+	if len(c.blocks) == 0 {
+		return
+	}
+	last := c.blocks[len(c.blocks)-1]
+	c.blocks[0].n = last.off + last.n - c.blocks[0].off
+	c.blocks = c.blocks[:1]
+}
+
+func (c *checked) drop() {
+	for i := range c.blocks {
+		c.blocks[i].drop()
+	}
+}
+
+// drop gives the memory of a block back.
+func (b *block) drop() {
+	if b.space != nil {
+		spaces.Put(b.space)
+		b.space = nil
+		kept.Add(-1)
+	}
 }
 
 // CopyWhole is CopyRange of the whole blob, of which the last piece is written

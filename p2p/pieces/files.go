@@ -92,7 +92,7 @@ const chunk = 8 << 20
 type copied struct {
 	end  int64
 	part []byte
-	used *[1 << 20]byte // what part is in, to be given back to buffers
+	used *buffer // what part is in, to be given back to buffers
 }
 
 // copyChunks copies src to dst up to its end. Now and then it calls done with
@@ -150,17 +150,37 @@ func copyFile(dst, src *os.File, done func(copied) error) error {
 	}
 }
 
-// buffers are what bytes pass through on their way to a file or a hash.
-var buffers = sync.Pool{New: func() any { return new([1 << 20]byte) }}
+// buffer is what bytes pass through on their way to a file or a hash. It is short, so
+// that a thousand senders who send nothing more can each have one.
+type buffer [64 << 10]byte
+
+var buffers = sync.Pool{New: func() any { return new(buffer) }}
+
+// firstLength is how many bytes are taken in at once of a source that gave less
+// before, or nothing: whoever is waited for need not have a buffer.
+const firstLength = 4 << 10
 
 // copyReader copies through memory. Who is told of a part gives its buffer back.
 func copyReader(dst *os.File, src io.Reader, done func(copied) error) error {
+	first := make([]byte, firstLength)
+	waiting := true
 	for end := int64(0); ; {
-		space := buffers.Get().(*[1 << 20]byte)
-		n, err := io.ReadAtLeast(src, space[:], 1)
-		if n == 0 {
-			buffers.Put(space)
+		var space *buffer
+		var n int
+		var err error
+		if waiting {
+			if n, err = src.Read(first); n > 0 {
+				space = buffers.Get().(*buffer)
+				copy(space[:], first[:n])
+			}
 		} else {
+			space = buffers.Get().(*buffer)
+			if n, err = src.Read(space[:]); n == 0 {
+				buffers.Put(space)
+			}
+		}
+		waiting = n < firstLength
+		if n > 0 {
 			if _, err := dst.WriteAt(space[:n], end); err != nil {
 				return err
 			}
@@ -169,7 +189,7 @@ func copyReader(dst *os.File, src io.Reader, done func(copied) error) error {
 				return err
 			}
 		}
-		if errors.Is(err, io.EOF) && n == 0 {
+		if errors.Is(err, io.EOF) {
 			return nil
 		}
 		if err != nil {

@@ -155,7 +155,7 @@ func (in *ingest) compare(f *os.File, opts p2p.AddOptions) (*addition, error) {
 
 // record feeds a recorder.
 func record(ctx context.Context, recorder *digest.Recorder, src io.Reader, progress func(int64)) error {
-	space := buffers.Get().(*[1 << 20]byte)
+	space := buffers.Get().(*buffer)
 	defer buffers.Put(space)
 	buf := space[:]
 	for {
@@ -208,7 +208,7 @@ func (in *ingest) copy(a *addition, src io.Reader, alg digest.Algorithm, progres
 		defer r.Close()
 		source := src
 		go func() {
-			space := buffers.Get().(*[1 << 20]byte)
+			space := buffers.Get().(*buffer)
 			defer buffers.Put(space)
 			_, err := io.CopyBuffer(w, struct{ io.Reader }{source}, space[:])
 			w.CloseWithError(err)
@@ -272,7 +272,7 @@ func hash(ctx context.Context, recorder *digest.Recorder, f *os.File, c copied) 
 		_, err := recorder.Write(c.part)
 		return err
 	}
-	space := buffers.Get().(*[1 << 20]byte)
+	space := buffers.Get().(*buffer)
 	defer buffers.Put(space)
 	for recorder.Size() < c.end && ctx.Err() == nil {
 		p := space[:min(int64(len(space)), c.end-recorder.Size())]
