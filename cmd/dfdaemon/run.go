@@ -19,6 +19,7 @@ import (
 	"github.com/dfcache/dfcache/blobstore"
 	"github.com/dfcache/dfcache/cmd/internal/build"
 	"github.com/dfcache/dfcache/cmd/internal/logs"
+	"github.com/dfcache/dfcache/cmd/internal/memory"
 	"github.com/dfcache/dfcache/cmd/internal/profiling"
 	"github.com/dfcache/dfcache/cmd/internal/tracing"
 	"github.com/dfcache/dfcache/p2p"
@@ -93,6 +94,10 @@ func (o *options) start(cmd *cobra.Command) (_ *daemon, err error) {
 		return nil, err
 	}
 	d.log = log
+	if limit := memory.Limit(); limit > 0 {
+		d.log.Info("memory is limited by the control group", "limit", limit)
+	}
+	d.onClose(memory.GiveBack())
 	defer func() {
 		if err != nil {
 			d.log.Error("not started", "error", err.Error())
