@@ -13,12 +13,13 @@
 //	Download.Next     asks for a piece         Uploads.Ask
 //	                                           Uploads.Grant  whose turn it is, and with which piece
 //	Download.Answered the answer begins
+//	Download.Slow     hardly anything comes
 //	Download.Done     the piece is here        Uploads.End
 //	Download.Idle     who has nothing wanted, and is to tell when it has
 //
 // The want sets of requests under way are disjoint, and that of one that has been
 // answered shrinks to the piece that is coming: no piece comes twice. Only of the
-// last few pieces a second one is asked for, of another source.
+// last few pieces a second one is asked for, of another source, and of what is slow to come.
 //
 // The numbers here were chosen by simulation and in real swarms: see docs/swarm.md.
 package schedule

@@ -31,6 +31,7 @@ type source struct {
 	id       string
 	have     *Set // as far as is known
 	requests int
+	slow     int // of these
 }
 
 type request struct {
@@ -38,6 +39,7 @@ type request struct {
 	source *source
 	claim  *Set // Want, and then only what was answered
 	piece  int  // what was answered, or -1
+	slow   bool // its claim does not count
 }
 
 // Request is to be sent to a source: any one of the pieces in Want is asked for.
@@ -88,7 +90,7 @@ func (d *Download) Prefer(pieces *Set) { d.prefer = pieces }
 // Next returns a request that is to be sent now, and claims what it wants. Call
 // it until it reports false, and again whenever something has changed.
 func (d *Download) Next() (Request, bool) {
-	if len(d.requests) >= d.limits.Requests || d.Complete() {
+	if d.underWay() >= d.limits.Requests || d.Complete() {
 		return Request{}, false
 	}
 	useful := 0
@@ -100,10 +102,9 @@ func (d *Download) Next() (Request, bool) {
 	if useful == 0 {
 		return Request{}, false
 	}
-	limit := max(1, d.limits.PerSource/useful)
 	if d.prefer != nil {
 		first := d.prefer.Clone().And(d.free)
-		if s := d.choose(first, limit); s != nil {
+		if s := d.choose(first, useful); s != nil {
 			one := NewSet(first.Len())
 			for i := range first.And(s.have).All() {
 				one.Add(i)
@@ -112,7 +113,7 @@ func (d *Download) Next() (Request, bool) {
 			return d.ask(s, one), true
 		}
 	}
-	if s := d.choose(d.free, limit); s != nil {
+	if s := d.choose(d.free, useful); s != nil {
 		return d.ask(s, share(d.free.Clone().And(s.have))), true
 	}
 	if d.free.Count() > 0 {
@@ -136,12 +137,16 @@ func (d *Download) Next() (Request, bool) {
 	return Request{}, false
 }
 
-// choose returns the source of one of the pieces that has the fewest requests,
-// fewer than limit, and of several the one that was asked longest ago; nil where
-// there is none.
-func (d *Download) choose(pieces *Set, limit int) *source {
+// choose returns the source of one of the pieces that has the fewest requests, no more
+// than its share among so many useful ones, and of several the one that was asked longest
+// ago; nil where there is none.
+func (d *Download) choose(pieces *Set, useful int) *source {
 	var best *source
+	limit := max(1, d.limits.PerSource/useful)
 	for _, s := range d.sources {
+		if s.slow > 0 && useful > 1 {
+			continue
+		}
 		if s.requests < limit && s.have.Intersects(pieces) {
 			best, limit = s, s.requests
 		}
@@ -164,7 +169,7 @@ func share(s *Set) *Set {
 
 func (d *Download) ask(s *source, want *Set) Request {
 	d.lastID++
-	r := &request{Request{d.lastID, s.id, want}, s, want, -1}
+	r := &request{Request: Request{d.lastID, s.id, want}, source: s, claim: want, piece: -1}
 	d.requests = append(d.requests, r)
 	s.requests++
 	if i := slices.Index(d.sources, s); i >= 0 {
@@ -192,10 +197,30 @@ func (d *Download) Answered(id, piece int, have *Set) bool {
 		return false
 	}
 	d.release(r)
+	r.hurry()
 	r.piece, r.claim = piece, NewSet(have.Len())
 	r.claim.Add(piece)
 	d.claim(r)
 	return true
+}
+
+// hurry says that a request is not slow any more.
+func (r *request) hurry() {
+	if r.slow {
+		r.slow = false
+		r.source.slow--
+	}
+}
+
+// Slow says that a request brings nothing, or hardly anything: what it wants is asked of
+// other sources, too, and a request to them may take its place. It goes on; where there are
+// others, its source is asked for nothing else meanwhile.
+func (d *Download) Slow(id int) {
+	if r := d.request(id); r != nil && !r.slow {
+		d.release(r)
+		r.slow = true
+		r.source.slow++
+	}
 }
 
 // Done ends a request: the piece that was Answered is here, and is proven. It
@@ -256,7 +281,18 @@ func (d *Download) end(id int) *request {
 	d.requests = slices.DeleteFunc(d.requests, func(r *request) bool { return r.ID == id })
 	r.source.requests--
 	d.release(r)
+	r.hurry()
 	return r
+}
+
+// underWay counts the requests that are not slow.
+func (d *Download) underWay() (n int) {
+	for _, r := range d.requests {
+		if !r.slow {
+			n++
+		}
+	}
+	return n
 }
 
 func (d *Download) claim(r *request) {
@@ -267,6 +303,9 @@ func (d *Download) claim(r *request) {
 }
 
 func (d *Download) release(r *request) {
+	if r.slow {
+		return // it was released before
+	}
 	for i := range r.claim.All() {
 		if d.claims[i]--; d.claims[i] == 0 && d.missing.Has(i) {
 			d.free.Add(i)

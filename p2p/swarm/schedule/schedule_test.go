@@ -234,3 +234,48 @@ func TestModel(t *testing.T) {
 		}
 	}
 }
+
+// What one source is slow with is asked of another, and comes from whoever is first.
+func TestSlow(t *testing.T) {
+	d := NewDownload(2, nil, Limits{Requests: 2, PerSource: 4})
+	d.SetSource("a", FullSet(2))
+	slow := wants(d)
+	d.Answered(slow[0].ID, 0, FullSet(2))
+	slow = append(slow, wants(d)...)
+	if len(slow) != 2 {
+		t.Fatalf("asked are %v", slow)
+	}
+	d.SetSource("b", FullSet(2))
+	if got := wants(d); len(got) > 0 {
+		t.Fatalf("more is under way than may be: %v", got)
+	}
+	for _, r := range slow {
+		d.Slow(r.ID)
+		d.Slow(r.ID)
+	}
+	got := wants(d)
+	if len(got) == 1 {
+		d.Answered(got[0].ID, 0, FullSet(2))
+		got = append(got, wants(d)...)
+	}
+	if len(got) != 2 || got[0].Source != "b" || got[1].Source != "b" {
+		t.Fatalf("with one slow source it asks %v", got)
+	}
+	if useless := d.Done(got[0].ID); !slices.Equal(useless, []int{slow[0].ID}) {
+		t.Errorf("of no use are %v", useless)
+	}
+	d.Cancel(slow[0].ID)
+	// The slow one is faster with the other piece in the end.
+	if !d.Answered(slow[1].ID, 1, FullSet(2)) {
+		t.Error("there is no use for what a slow source sends")
+	}
+	if useless := d.Done(slow[1].ID); !slices.Equal(useless, []int{got[1].ID}) || !d.Complete() {
+		t.Errorf("of no use are %v, complete is %t", useless, d.Complete())
+	}
+	d.Cancel(got[1].ID)
+	for _, s := range d.sources {
+		if s.requests != 0 || s.slow != 0 {
+			t.Errorf("%s has %d requests, %d slow ones, at the end", s.id, s.requests, s.slow)
+		}
+	}
+}
