@@ -331,7 +331,7 @@ type Peer struct {
 	Took      int64         // bytes of blobs it has taken from this one
 	Latency   time.Duration // of a request and its answer, smoothed; 0 where unknown
 	LastSeen  time.Time
-	Faults    int    // lies and stalls it was caught with
+	Faults    int    // lies it was caught with
 	Reason    string // of the last fault
 }
 

@@ -23,6 +23,8 @@ type Arriving struct {
 	file *os.File
 	stop func() bool
 
+	notices *int // the key of d.notices
+
 	// Guarded by d.mu.
 	table *digest.Table // with the checksums of the pieces in given
 	given *schedule.Set // pieces that were handed out
@@ -241,6 +243,7 @@ func (a *Arriving) release() {
 		d.mu.Lock()
 		defer d.mu.Unlock()
 		delete(d.readers, a)
+		delete(d.notices, a.notices)
 		d.stopIfUnwanted()
 	})
 }

@@ -24,6 +24,7 @@ import (
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/throttle"
 )
 
 func parseAddr(s string) (multiaddr.Multiaddr, error) { return multiaddr.NewMultiaddr(s) }
@@ -397,11 +398,23 @@ func (c *client) blob(ctx context.Context, p peer.ID, t p2p.Task, limit int64) (
 }
 
 // links gets the size and the hash chain of a blob.
-func (c *client) links(ctx context.Context, p peer.ID, t p2p.Task) (links, error) {
-	resp, err := c.do(ctx, c.http, p, http.MethodGet, pathLinks, taskQuery(t), nil)
-	if err != nil {
+func (c *client) links(pace *throttle.Progress, p peer.ID, t p2p.Task) (l links, err error) {
+	var resp *http.Response
+	if _, err := pace.Await(func() (_ int, err error) {
+		resp, err = c.do(pace.Context(), c.http, p, http.MethodGet, pathLinks, taskQuery(t), nil)
+		return 0, err
+	}); err != nil {
 		return links{}, err
 	}
 	defer resp.Body.Close()
-	return readLinks(resp.Body, t.Digest)
+	body := &counted{r: pace.Reader(resp.Body, nil)}
+	l, err = readLinks(body, t.Digest)
+	switch {
+	case err == nil:
+	case pace.Context().Err() != nil:
+		err = context.Cause(pace.Context())
+	case isShort(err):
+		err = body.short()
+	}
+	return l, err
 }

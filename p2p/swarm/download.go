@@ -10,11 +10,12 @@ import (
 	"net/http"
 	"os"
 	"slices"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/peer"
-	"golang.org/x/time/rate"
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
@@ -28,8 +29,12 @@ const (
 	maxSources = 32
 	// searchInterval is how often a download looks for further sources.
 	searchInterval = 15 * time.Second
-	// maxFailed is how often a source may fail without a fault of its own.
+	// searchPause is the time between two searches when no source can be asked.
+	searchPause = time.Second
+	// maxFailed is how often in a row a source may fail before it makes room for another.
 	maxFailed = 5
+	// maxTries is how often one hash chain is gone by.
+	maxTries = 3
 	// quietFor is how long a download may make no progress with one hash chain
 	// while there are sources that have another.
 	quietFor = 2 * time.Second
@@ -37,10 +42,17 @@ const (
 	smallBlob = 1 << 20
 	// tickInterval is how often a download looks at the clock.
 	tickInterval = 200 * time.Millisecond
+	// maxGap is how long a download may not have looked at the clock: what is longer is
+	// time in which this process was stopped, or busy, and nobody is to blame for it.
+	maxGap = time.Second
+	// noticeAfter is how long nothing may move before whoever waits is told why, and
+	// noticeInterval how often.
+	noticeAfter    = 3 * time.Second
+	noticeInterval = 10 * time.Second
 )
 
 var (
-	errStalled = errors.New("it sent nothing for too long")
+	errStalled = throttle.ErrStalled
 	errUseless = errors.New("it has come from another peer")
 )
 
@@ -62,14 +74,19 @@ type download struct {
 	chains     map[linksHash]*chain
 	sources    map[peer.ID]*source
 	prefer     *schedule.Set // what readers wait for
-	requests   map[int]context.CancelCauseFunc
+	requests   map[int]*request
 	hinted     map[peer.ID]bool
 	searching  bool
 	nextSearch time.Time
-	searched   time.Time // when it was last looked for sources
-	searches   int       // how often
+	searched   time.Time // when the last search for sources began
+	searches   int       // how many there were
 	missed     error     // of the last of these
-	progress   time.Time // when a piece arrived, or a chain was chosen
+	noRoom     error     // why there was no room for a chain's blob
+	ticked     time.Time // when the clock was looked at last
+	progress   time.Time // when it had made any progress, by the one clock that ends it
+	lastPiece  time.Time // when a piece arrived, or a chain was chosen
+	lastEnd    time.Time // when a source had nothing more to give
+	noticed    time.Time // when those who wait were told last
 
 	mu       sync.Mutex
 	tasks    map[p2p.Task]p2p.Info // who wants it, as peers describe it
@@ -83,13 +100,26 @@ type download struct {
 	sealed   bool // no task is added any more
 	err      error
 	taken    map[peer.ID]int64
+	notices  map[*int]func(string) // of those who want to know what is waited for
+	useless  bool                  // what has arrived is of no use to anybody later
 	storeErr error
+
+	held atomic.Int32 // transfers that wait for this host: its memory, its limits
 }
 
 // chain is a size and a hash chain that some sources say the blob has.
 type chain struct {
 	links
 	tried time.Time // when it was chosen last
+	tries int       // how often
+	came  int64     // bytes that had arrived with it at the last progress
+}
+
+// request is one for a piece that is under way.
+type request struct {
+	cancel context.CancelCauseFunc
+	pace   *throttle.Progress
+	came   atomic.Int64 // bytes of the piece
 }
 
 // source is a peer that has pieces.
@@ -105,8 +135,14 @@ type source struct {
 	failed   int       // in a row
 	resting  bool      // after a failure
 	away     time.Time // until when
+	problem  error     // of the last failure
+	dry      bool      // it has nothing that is missing, and expects nothing
+	gone     bool      // it has said that it does not have the blob any more
 	excluded bool      // for good, as far as this blob goes
 }
+
+// ended reports whether there is nothing to be had from a source, nor will be as far as it knows.
+func (s *source) ended() bool { return s.dry || s.gone || s.excluded }
 
 // fetch returns a reader of a blob that is not here, or is damaged, and has it
 // fetched; or nil, where its bytes were here and only the task was not, or where
@@ -128,7 +164,7 @@ func (s *Swarm) fetch(ctx context.Context, task p2p.Task, damaged bool) (*Arrivi
 				return nil, err
 			}
 		}
-		d, err := s.download(task)
+		d, err := s.download(ctx, task)
 		if err != nil {
 			return nil, err
 		}
@@ -174,7 +210,7 @@ func (s *Swarm) openTask(ctx context.Context, d *download, task p2p.Task) (*Arri
 
 // download returns the download of a task's blob, and begins one where there is
 // none; or nil, when one has just ended. The caller has it open or leaves it.
-func (s *Swarm) download(task p2p.Task) (*download, error) {
+func (s *Swarm) download(ctx context.Context, task p2p.Task) (*download, error) {
 	s.mu.Lock()
 	d := s.downloads[task.Digest]
 	if d == nil {
@@ -185,8 +221,12 @@ func (s *Swarm) download(task p2p.Task) (*download, error) {
 	if d.join() {
 		return d, nil
 	}
-	<-d.ended
-	return nil, nil
+	select {
+	case <-d.ended:
+		return nil, nil
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
 }
 
 // startDownload begins a download. s.mu is held.
@@ -201,13 +241,14 @@ func (s *Swarm) startDownload(task p2p.Task) (*download, error) {
 		ended:    make(chan struct{}),
 		chains:   map[linksHash]*chain{},
 		sources:  map[peer.ID]*source{},
-		requests: map[int]context.CancelCauseFunc{},
+		requests: map[int]*request{},
 		hinted:   map[peer.ID]bool{},
 		tasks:    map[p2p.Task]p2p.Info{task: {Task: task}},
 		readers:  map[*Arriving]struct{}{},
 		waiting:  1,
 		more:     make(chan struct{}),
 		taken:    map[peer.ID]int64{},
+		notices:  map[*int]func(string){},
 		storeErr: errors.New("it has not been stored"),
 	}
 	d.ctx, d.cancel = context.WithCancelCause(s.ctx)
@@ -315,8 +356,25 @@ func (d *download) changed() {
 // open waits until the size of the blob is known and returns a reader. It
 // takes over one join.
 func (d *download) open(ctx context.Context) (*Arriving, error) {
+	key := new(int)
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if notice := p2p.NoticeOf(ctx); notice != nil {
+		d.notices[key] = notice
+	}
+	a, err := d.openNow(ctx)
+	if err != nil {
+		delete(d.notices, key)
+		return nil, err
+	}
+	a.notices = key
+	d.readers[a] = struct{}{}
+	a.stop = context.AfterFunc(ctx, func() { a.fail(context.Cause(ctx)) })
+	return a, nil
+}
+
+// openNow waits for the first chain and makes a reader. d.mu is held.
+func (d *download) openNow(ctx context.Context) (*Arriving, error) {
 	for d.table == nil && d.err == nil {
 		if err := d.waitChange(ctx); err != nil {
 			d.waiting--
@@ -334,11 +392,8 @@ func (d *download) open(ctx context.Context) (*Arriving, error) {
 	}
 	if err != nil {
 		d.stopIfUnwanted()
-		return nil, err
 	}
-	d.readers[a] = struct{}{}
-	a.stop = context.AfterFunc(ctx, func() { a.fail(context.Cause(ctx)) })
-	return a, nil
+	return a, err
 }
 
 // info describes the task as far as it has arrived. It reports false where not even its size is known.
@@ -376,6 +431,7 @@ func (d *download) state(task p2p.Task) *taskState {
 // run is the life of a download.
 func (d *download) run() {
 	started := time.Now()
+	d.progress, d.lastPiece = started, started
 	d.resume()
 	tick := time.NewTicker(tickInterval)
 	defer tick.Stop()
@@ -392,6 +448,13 @@ func (d *download) run() {
 		}
 	}
 	d.cancel(err)
+	if err != nil {
+		// Whoever waits for it is told now: what is asked of peers may take a while to end.
+		d.mu.Lock()
+		d.err = err
+		d.changed()
+		d.mu.Unlock()
+	}
 	d.calls.Wait()
 	d.finish(err, started)
 }
@@ -416,7 +479,11 @@ func (d *download) finish(err error, started time.Time) {
 		s.log.Debug("download ended", "digest", d.digest, "error", err)
 	}
 	d.mu.Lock()
-	if err := d.partial.Close(); err != nil {
+	closePartial := d.partial.Close
+	if d.useless || errors.Is(err, p2p.ErrNoSpace) {
+		closePartial = d.partial.Remove
+	}
+	if err := closePartial(); err != nil {
 		s.log.Warn("a partial blob could not be closed", "digest", d.digest, "error", err)
 	}
 	if !d.proven {
@@ -540,40 +607,166 @@ func (d *download) step() {
 	}
 }
 
+// patience is how long a download goes on without any progress.
+func (d *download) patience() time.Duration {
+	return 3 * max(d.s.opts.StallTimeout, d.s.opts.LookupTimeout)
+}
+
 // tick looks at the clock.
 func (d *download) tick() error {
 	now := time.Now()
-	usable := 0
+	if gap := now.Sub(d.ticked); !d.ticked.IsZero() && gap > maxGap {
+		d.progress, d.lastPiece = d.progress.Add(gap), d.lastPiece.Add(gap)
+	}
+	d.ticked = now
+	d.measure(now)
+	usable, ended, asking := 0, 0, false
 	for _, src := range d.sources {
-		if !src.excluded && (d.sched == nil || !src.stated || src.chain == d.active) {
+		if src.resting && now.After(src.away) {
+			src.resting = false
+			d.offer(src)
+		}
+		switch {
+		case src.ended():
+			ended++
+		case !src.resting && (d.sched == nil || !src.stated || src.chain == d.active):
 			usable++
 		}
+		asking = asking || src.asking
 	}
-	if !d.searching && (now.After(d.nextSearch) || usable == 0 && now.Sub(d.searched) > time.Second) {
+	for id, r := range d.requests {
+		select {
+		case <-r.pace.Slow():
+			d.sched.Slow(id)
+		default:
+		}
+	}
+	if !d.searching && (now.After(d.nextSearch) || usable == 0 && now.Sub(d.searched) > searchPause) {
 		d.search()
 	}
-	if usable == 0 && d.missed != nil && d.sched == nil && len(d.sources) == 0 && !d.searching {
-		return d.missed // nobody has it
+	if !d.searching && d.searches > 0 && d.sched == nil {
+		switch {
+		case d.missed != nil && len(d.sources) == 0:
+			return d.missed // nobody has it
+		case d.noRoom != nil && !asking:
+			return d.noRoom
+		}
 	}
-	if d.sched != nil && len(d.requests) == 0 && now.Sub(d.progress) > min(quietFor, d.s.opts.StallTimeout) {
+	// Where there is nothing to be had any more of those who had it, one search shows
+	// whether there are others.
+	if ended > 0 && ended == len(d.sources) && !asking && len(d.requests) == 0 && !d.searching && d.searched.After(d.lastEnd) {
+		return d.over()
+	}
+	quiet := 3 * d.s.opts.StallTimeout
+	if len(d.requests) == 0 {
+		quiet = min(quietFor, d.s.opts.StallTimeout)
+	}
+	if d.sched != nil && now.Sub(d.lastPiece) > quiet {
 		if other, ok := d.otherChain(); ok {
 			d.s.log.Warn("the peers that have one hash chain of a blob do not give all of it: trying another chain", "digest", d.digest)
 			d.activate(other)
 		}
 	}
-	if limit := 3 * max(d.s.opts.StallTimeout, d.s.opts.LookupTimeout); !d.searching && now.Sub(d.progress) > limit && len(d.requests) == 0 {
-		if d.sched == nil {
-			return fmt.Errorf("fetch %s: %w: none of those that have it tells its size", d.digest, p2p.ErrUnreachable)
-		}
-		return fmt.Errorf("fetch %s: %w that has the rest of it: %d of %d pieces have arrived, and are kept: try again", d.digest, p2p.ErrUnreachable, d.sched.Held().Count(), d.sched.Held().Len())
+	still := now.Sub(d.progress)
+	if still > d.patience() {
+		return fmt.Errorf("fetch %s: %w that gives it: %s: try again", d.digest, p2p.ErrUnreachable, d.standing(still))
 	}
-	for _, src := range d.sources {
-		if !src.excluded && src.resting && now.After(src.away) {
-			src.resting = false
-			d.offer(src)
-		}
+	if still > min(noticeAfter, d.s.opts.StallTimeout) && now.Sub(d.noticed) > noticeInterval {
+		d.noticed = now
+		d.notify(fmt.Sprintf("%s: given up in %s", d.standing(still), (d.patience() - still).Round(time.Second)))
 	}
 	return nil
+}
+
+// measure notes progress: where more has arrived with the chain in use than ever since it was
+// chosen, and by more than a byte now and then. Time in which this host is what is waited for counts
+// as progress, too.
+func (d *download) measure(now time.Time) {
+	if d.held.Load() > 0 {
+		d.progress = now
+	}
+	if d.sched == nil {
+		return
+	}
+	c := d.chains[d.active]
+	came := int64(d.sched.Held().Count()) * digest.PieceLength(c.size)
+	for _, r := range d.requests {
+		came += r.came.Load()
+	}
+	enough := int64(d.patience().Seconds() * throttle.MinRate)
+	if d.s.limit != nil {
+		enough = 1 // it may be slow by our own choice
+	}
+	if came-c.came >= max(enough, 1) {
+		c.came, d.progress = came, now
+	}
+}
+
+// over is how a download ends that nobody has anything for any more.
+func (d *download) over() error {
+	gone := 0
+	var why error
+	for _, src := range d.sources {
+		switch {
+		case src.gone:
+			gone++
+		case src.dry && why == nil:
+			why = fmt.Errorf("peer %s has it, and lacks pieces of it: they are damaged there", d.s.nameOf(src.id))
+		case src.problem != nil:
+			why = fmt.Errorf("peer %s: %w", d.s.nameOf(src.id), src.problem)
+		}
+	}
+	if gone == len(d.sources) && errors.Is(d.missed, p2p.ErrNotFound) {
+		d.mu.Lock()
+		d.useless = true
+		d.mu.Unlock()
+		return fmt.Errorf("%w: it was deleted, or its name moved, while it was fetched", d.missed)
+	}
+	if why == nil {
+		why = errors.New("those that had it do not have it any more")
+	}
+	return fmt.Errorf("fetch %s: %w that has the rest of it: %s: %w", d.digest, p2p.ErrUnreachable, d.arrivedSoFar(), why)
+}
+
+// arrivedSoFar says how much there is.
+func (d *download) arrivedSoFar() string {
+	if d.sched == nil {
+		return "not even its size is known"
+	}
+	return fmt.Sprintf("%d of %d pieces have arrived, and are kept", d.sched.Held().Count(), d.sched.Held().Len())
+}
+
+// standing says how it stands with a download that makes no progress, and what it waits for.
+func (d *download) standing(still time.Duration) string {
+	var waits []string
+	for _, src := range d.sources {
+		switch {
+		case src.ended():
+		case src.resting && src.problem != nil:
+			waits = append(waits, fmt.Sprintf("peer %s (%v)", d.s.nameOf(src.id), src.problem))
+		default:
+			waits = append(waits, "peer "+d.s.nameOf(src.id))
+		}
+	}
+	slices.Sort(waits)
+	if n := len(waits); n == 0 {
+		waits = []string{"a peer that has it"}
+	} else if n > maxNamed {
+		waits = append(waits[:maxNamed], fmt.Sprintf("%d more", n-maxNamed))
+	}
+	return fmt.Sprintf("%s; nothing has come for %s: waiting for %s", d.arrivedSoFar(), still.Round(time.Second), strings.Join(waits, ", "))
+}
+
+// maxNamed is how many peers are named that are waited for.
+const maxNamed = 3
+
+// notify tells those who wait what they wait for.
+func (d *download) notify(text string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, notice := range d.notices {
+		notice(text)
+	}
 }
 
 // search looks for sources.
@@ -621,18 +814,16 @@ func (d *download) addSource(p peer.ID, t p2p.Task, state *taskState) {
 	d.mu.Unlock()
 	src := d.sources[p]
 	if src == nil {
-		if len(d.sources) >= maxSources {
+		if len(d.sources) >= maxSources && !d.makePlace() {
 			return
 		}
 		src = &source{id: p}
 		d.sources[p] = src
-		if d.progress.IsZero() {
-			d.progress = time.Now()
-		}
 	}
-	if src.excluded {
-		return
+	if src.excluded || src.dry {
+		return // what it says of itself in general, it can't give: it is asked for news
 	}
+	src.gone = false
 	if src.size != state.Size {
 		src.stated = false
 	}
@@ -641,6 +832,20 @@ func (d *download) addSource(p peer.ID, t p2p.Task, state *taskState) {
 	for _, h := range state.Hints {
 		d.follow(h)
 	}
+}
+
+// makePlace forgets a source that gives nothing.
+func (d *download) makePlace() bool {
+	for id, src := range d.sources {
+		if src.ended() && !src.excluded || src.failed > maxFailed {
+			if d.sched != nil {
+				d.sched.RemoveSource(string(id))
+			}
+			delete(d.sources, id)
+			return true
+		}
+	}
+	return false
 }
 
 // follow asks a peer that another one has named.
@@ -670,7 +875,7 @@ func (d *download) follow(h hint) {
 // offer gives a source to the scheduler, where it has the chain in use, or may
 // have it; and asks for its chain, where that is of interest.
 func (d *download) offer(src *source) {
-	if src.excluded {
+	if src.excluded || src.gone || src.resting {
 		return
 	}
 	asked := 0
@@ -698,9 +903,9 @@ func (d *download) askLinks(src *source) {
 	src.asking = true
 	id, task := src.id, src.task
 	d.calls.Go(func() {
-		ctx, cancel := context.WithTimeoutCause(d.ctx, d.s.opts.StallTimeout, errStalled)
-		defer cancel()
-		l, err := d.s.client.links(ctx, id, task)
+		pace := throttle.NewProgress(d.ctx, d.s.opts.StallTimeout)
+		defer pace.Stop()
+		l, err := d.s.client.links(pace, id, task)
 		d.post(func() {
 			src.asking = false
 			if err != nil {
@@ -744,7 +949,7 @@ func (d *download) choose() {
 func (d *download) otherChain() (linksHash, bool) {
 	votes := map[linksHash]int{}
 	for _, src := range d.sources {
-		if src.stated && !src.excluded && (d.sched == nil || src.chain != d.active) {
+		if src.stated && !src.excluded && !src.gone && (d.sched == nil || src.chain != d.active) {
 			votes[src.chain]++
 			if src.have.Full() {
 				votes[src.chain] += maxSources
@@ -755,7 +960,7 @@ func (d *download) otherChain() (linksHash, bool) {
 	found := false
 	for h, n := range votes {
 		a, b := d.chains[h], d.chains[best]
-		if a == nil {
+		if a == nil || a.tries == maxTries {
 			continue
 		}
 		if !found || a.tried.Before(b.tried) || a.tried.Equal(b.tried) && n > votes[best] {
@@ -768,16 +973,23 @@ func (d *download) otherChain() (linksHash, bool) {
 // activate goes on with a chain: what has arrived is verified with it.
 func (d *download) activate(h linksHash) {
 	c := d.chains[h]
-	c.tried, d.progress = time.Now(), time.Now()
-	for _, cancel := range d.requests {
-		cancel(errUseless)
+	c.tried, c.tries, c.came = time.Now(), c.tries+1, 0
+	for _, r := range d.requests {
+		r.cancel(errUseless)
 	}
+	clear(d.requests)
 	if err := d.partial.Use(d.ctx, c.size, c.chain); err != nil {
 		if d.ctx.Err() != nil {
 			return
 		}
+		err = fmt.Errorf("fetch %s: %w", d.digest, err)
+		if errors.Is(err, p2p.ErrNoSpace) && d.sched == nil {
+			// The size may be a lie: another chain may fit.
+			d.noRoom, c.tries = err, maxTries
+			return
+		}
 		if !errors.Is(err, digest.ErrMismatch) && !errors.Is(err, digest.ErrInvalid) {
-			d.cancel(fmt.Errorf("fetch %s: %w", d.digest, err))
+			d.cancel(err)
 			return
 		}
 		delete(d.chains, h)
@@ -801,9 +1013,10 @@ func (d *download) activate(h linksHash) {
 	d.sched = schedule.NewDownload(table.Pieces(), have, schedule.Limits{Requests: d.s.opts.MaxRequests})
 	d.prefer = schedule.NewSet(table.Pieces())
 	for _, src := range d.sources {
-		src.failed, src.resting = 0, false
+		src.failed, src.resting, src.dry = 0, false, false
 		d.offer(src)
 	}
+	d.progress, d.lastPiece = time.Now(), time.Now()
 	d.dispute()
 	d.mu.Lock()
 	d.table, d.links, d.have = table, h, have.Clone()
@@ -856,16 +1069,23 @@ func (d *download) first(from, to int) {
 func (d *download) request(req schedule.Request) {
 	src := d.sources[peer.ID(req.Source)]
 	ctx, cancel := context.WithCancelCause(d.ctx)
-	d.requests[req.ID] = cancel
+	// A busy peer lets a request wait for its turn. One that has failed is asked soon again instead.
+	turn := 3 * d.s.opts.StallTimeout
+	if src.failed > 0 {
+		turn = d.s.opts.StallTimeout
+	}
+	r := &request{cancel: cancel, pace: throttle.NewProgress(ctx, turn)}
+	d.requests[req.ID] = r
 	active, task, sched := d.active, src.task, d.sched
 	d.calls.Go(func() {
 		defer cancel(nil)
-		piece, n, err := d.transfer(ctx, src.id, task, &pieceRequest{links: active, want: req.Want}, func(reply *pieceReply) {
+		defer r.pace.Stop()
+		piece, n, err := d.transfer(r, src.id, task, &pieceRequest{links: active, want: req.Want}, func(reply *pieceReply) {
 			d.post(func() {
 				if d.sched != sched {
 					return
 				}
-				src.have = reply.have
+				src.have, src.dry = reply.have, false
 				for _, h := range reply.hints {
 					d.follow(h)
 				}
@@ -875,7 +1095,9 @@ func (d *download) request(req schedule.Request) {
 			})
 		})
 		d.post(func() {
-			delete(d.requests, req.ID)
+			if d.requests[req.ID] == r {
+				delete(d.requests, req.ID)
+			}
 			if d.sched == sched {
 				d.done(req, src, piece, n, err)
 			}
@@ -894,13 +1116,13 @@ func (d *download) done(req schedule.Request, src *source, piece int, n int64, e
 		}
 	case err == nil:
 		src.failed, src.resting = 0, false
-		d.progress = time.Now()
+		d.progress, d.lastPiece = time.Now(), time.Now()
 		src.stated, src.chain = true, d.active // it has agreed
 		useless := d.sched.Done(req.ID)
 		d.arrived(src.id, piece, n)
 		for _, id := range useless {
-			if cancel := d.requests[id]; cancel != nil {
-				cancel(errUseless)
+			if r := d.requests[id]; r != nil {
+				r.cancel(errUseless)
 			}
 		}
 	default:
@@ -929,24 +1151,19 @@ func (d *download) failed(src *source, err error) {
 	if d.ctx.Err() != nil || errors.Is(err, errUseless) {
 		return
 	}
+	src.problem = err
 	var refused *statusError
 	switch {
 	case errors.Is(err, digest.ErrMismatch), errors.Is(err, errMessage), errors.Is(err, errLength):
 		// It has said which chain it goes by, or how long the piece is, and does not hold to it.
 		d.lied(src, err)
-	case errors.Is(err, errStalled):
-		d.exclude(src)
-		d.fault(src, err, false)
 	case errors.Is(err, p2p.ErrNoSpace), errors.Is(err, os.ErrPermission):
 		d.cancel(fmt.Errorf("fetch %s: %w", d.digest, err)) // it is ours
 	case errors.As(err, &refused):
 		d.refused(src, refused)
 	default:
-		// It may have gone, or the network; it may come back.
-		d.rest(src, 200*time.Millisecond<<min(src.failed, 5))
-		if src.failed > maxFailed {
-			delete(d.sources, src.id)
-		}
+		// It may have gone, or be stopped or slow, or the network, or this host may have been: it may come back.
+		d.rest(src, 200*time.Millisecond<<min(src.failed, 4))
 		d.s.log.Debug("a source failed", "digest", d.digest, "peer", src.id.String(), "error", err)
 	}
 }
@@ -965,12 +1182,22 @@ func (d *download) refused(src *source, e *statusError) {
 		}
 		src.stated = d.chains[h] != nil && h != d.active
 		src.chain = h
-		if !src.stated && !src.asking {
-			d.askLinks(src)
+		if !src.stated {
+			d.rest(src, tickInterval) // and then it is asked which
+		}
+	case http.StatusNotFound:
+		// It may have it again later, which a search tells.
+		src.gone, d.lastEnd = true, time.Now()
+		if d.sched != nil {
+			d.sched.RemoveSource(string(src.id))
 		}
 	case http.StatusServiceUnavailable, http.StatusTooManyRequests:
 		d.rest(src, 500*time.Millisecond)
 	default:
+		if e.code >= 500 {
+			d.rest(src, 200*time.Millisecond<<min(src.failed, 4))
+			return
+		}
 		d.exclude(src)
 	}
 }
@@ -986,7 +1213,7 @@ func (d *download) rest(src *source, pause time.Duration) {
 
 // exclude asks a source for nothing more of this blob.
 func (d *download) exclude(src *source) {
-	src.excluded = true
+	src.excluded, d.lastEnd = true, time.Now()
 	if d.sched != nil {
 		d.sched.RemoveSource(string(src.id))
 	}
@@ -994,28 +1221,31 @@ func (d *download) exclude(src *source) {
 
 // lied excludes a source that was caught, and has it shunned for a while.
 func (d *download) lied(src *source, err error) {
+	src.problem = err
 	d.exclude(src)
-	d.fault(src, err, true)
+	d.s.caught(src.id, d.digest, err)
 }
-
-func (d *download) fault(src *source, err error, lie bool) { d.s.caught(src.id, d.digest, err, lie) }
 
 // askNews asks a source to tell when it has one of the pieces that are wanted.
 func (d *download) askNews(src *source, want *schedule.Set) {
 	src.news = true
 	id, task, active, sched := src.id, src.task, d.active, d.sched
 	d.calls.Go(func() {
-		ctx, cancel := context.WithTimeoutCause(d.ctx, maxNewsWait+d.s.opts.StallTimeout, errStalled)
-		defer cancel()
+		r := &request{pace: throttle.NewProgress(d.ctx, maxNewsWait+d.s.opts.StallTimeout)}
+		defer r.pace.Stop()
 		var have *schedule.Set
-		_, _, err := d.transfer(ctx, id, task, &pieceRequest{links: active, news: true, want: want}, func(reply *pieceReply) { have = reply.have })
-		if err == nil && (have == nil || !have.Intersects(want)) {
+		began := time.Now()
+		_, _, err := d.transfer(r, id, task, &pieceRequest{links: active, news: true, want: want}, func(reply *pieceReply) { have = reply.have })
+		none := err == nil && (have == nil || !have.Intersects(want))
+		// Who expects more keeps the request waiting.
+		dry := none && time.Since(began) < maxNewsWait/2
+		if none {
 			// Who answers at once, again and again, is not to keep us busy.
 			t := time.NewTimer(tickInterval)
 			defer t.Stop()
 			select {
 			case <-t.C:
-			case <-ctx.Done():
+			case <-d.ctx.Done():
 			}
 		}
 		d.post(func() {
@@ -1028,6 +1258,10 @@ func (d *download) askNews(src *source, want *schedule.Set) {
 				return
 			}
 			src.failed, src.resting, src.have = 0, false, have
+			if dry && !src.dry {
+				d.lastEnd = time.Now()
+			}
+			src.dry = dry
 			d.offer(src)
 		})
 	})
@@ -1038,17 +1272,9 @@ var errLength = errors.New("the answer has another length than promised")
 
 // transfer sends one request for a piece, and takes in what comes. It returns
 // the piece, or -1, and how many bytes have come.
-func (d *download) transfer(ctx context.Context, p peer.ID, task p2p.Task, req *pieceRequest, answered func(*pieceReply)) (piece int, n int64, err error) {
+func (d *download) transfer(r *request, p peer.ID, task p2p.Task, req *pieceRequest, answered func(*pieceReply)) (piece int, n int64, err error) {
 	s := d.s
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	stall := s.opts.StallTimeout
-	// A busy peer lets a request wait for its turn.
-	watch := time.AfterFunc(3*stall, func() { cancel(errStalled) })
-	if req.news {
-		watch.Reset(maxNewsWait + stall)
-	}
-	defer watch.Stop()
+	ctx := r.pace.Context()
 	explain := func(err error) error {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
@@ -1062,17 +1288,20 @@ func (d *download) transfer(ctx context.Context, p peer.ID, task p2p.Task, req *
 		over = s.client.streams
 	}
 	start := time.Now()
-	resp, err := s.client.do(ctx, over, p, http.MethodPost, pathPieces, taskQuery(task), req.append(nil))
-	if err != nil {
+	var resp *http.Response
+	if _, err := r.pace.Await(func() (_ int, err error) {
+		resp, err = s.client.do(ctx, over, p, http.MethodPost, pathPieces, taskQuery(task), req.append(nil))
+		return 0, err
+	}); err != nil {
 		return -1, 0, explain(err)
 	}
 	defer resp.Body.Close()
-	watch.Reset(stall)
-	body := &watched{r: resp.Body, watch: watch, stall: stall, ctx: ctx, limit: s.limit}
+	r.pace.Restart(s.opts.StallTimeout)
+	body := &counted{r: r.pace.Reader(resp.Body, s.limit)}
 	reply, err := readPieceReply(body, req.want.Len())
 	if err != nil {
 		if isShort(err) {
-			err = errLength
+			err = body.short()
 		}
 		return -1, 0, explain(err)
 	}
@@ -1091,14 +1320,15 @@ func (d *download) transfer(ctx context.Context, p peer.ID, task p2p.Task, req *
 	if resp.ContentLength >= 0 && resp.ContentLength != body.n+length {
 		return -1, 0, fmt.Errorf("%w: %d bytes for a piece of %d", errLength, resp.ContentLength-body.n, length)
 	}
-	watch.Stop() // it is not the peer's fault when there is no memory
+	d.held.Add(1) // it is not the peer's fault when there is no memory
 	buf, err := s.buffers.get(ctx, int(length))
+	d.held.Add(-1)
 	if err != nil {
 		return -1, 0, explain(err)
 	}
 	defer s.buffers.put(buf)
-	watch.Reset(stall)
 	before := body.n
+	body.came = &r.came
 	err = d.partial.Receive(reply.piece, body, buf)
 	n = body.n - before
 	s.metrics.received.Add(float64(n))
@@ -1112,37 +1342,34 @@ func (d *download) transfer(ctx context.Context, p peer.ID, task p2p.Task, req *
 	return reply.piece, n, nil
 }
 
-// errGone says that a connection has ended in the middle of a piece.
+// errGone says that a connection has ended in the middle of an answer.
 var errGone = errors.New("the connection broke off")
 
 func isShort(err error) bool {
 	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF)
 }
 
-// watched reads a body, at the rate that is allowed, and notes that bytes come.
-type watched struct {
-	r     io.Reader
-	watch *time.Timer
-	stall time.Duration
-	ctx   context.Context
-	limit *rate.Limiter
-	n     int64
+// counted counts what is read of a body.
+type counted struct {
+	r    io.Reader
+	n    int64
+	came *atomic.Int64 // counts, too, where it is not nil
+	err  error         // of the last Read
 }
 
-func (w *watched) Read(p []byte) (int, error) {
-	if w.limit != nil && len(p) > w.limit.Burst() {
-		p = p[:w.limit.Burst()]
+func (c *counted) Read(p []byte) (n int, err error) {
+	n, c.err = c.r.Read(p)
+	c.n += int64(n)
+	if c.came != nil {
+		c.came.Add(int64(n))
 	}
-	n, err := w.r.Read(p)
-	w.n += int64(n)
-	if n > 0 {
-		if w.limit != nil {
-			w.watch.Stop()
-			if e := throttle.Wait(w.ctx, w.limit, n); e != nil && err == nil {
-				err = e
-			}
-		}
-		w.watch.Reset(w.stall)
+	return n, c.err
+}
+
+// short is why a body is too short: its sender has ended it so, or the connection broke off.
+func (c *counted) short() error {
+	if c.err == io.EOF {
+		return errLength
 	}
-	return n, err
+	return errGone
 }

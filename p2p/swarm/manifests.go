@@ -64,7 +64,7 @@ func (s *Swarm) fetchManifest(ctx context.Context, task p2p.Task, from peer.ID) 
 	defer cancel()
 	content, err := s.client.blob(ctx, from, task, p2p.MaxManifest)
 	if errors.Is(err, digest.ErrMismatch) {
-		s.caught(from, task.Digest, err, true)
+		s.caught(from, task.Digest, err)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("fetch manifest %s from peer %s: %w", task, from, err)

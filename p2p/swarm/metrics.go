@@ -14,7 +14,7 @@ func newMetrics(registry prometheus.Registerer, s *Swarm) *metrics {
 	m := &metrics{
 		sent:     prometheus.NewCounter(prometheus.CounterOpts{Name: "dfcache_swarm_sent_bytes_total", Help: "Bytes of blobs sent to peers."}),
 		received: prometheus.NewCounter(prometheus.CounterOpts{Name: "dfcache_swarm_received_bytes_total", Help: "Bytes of blobs received from peers, also such as proved wrong."}),
-		faults:   prometheus.NewCounterVec(prometheus.CounterOpts{Name: "dfcache_swarm_faults_total", Help: "Lies and stalls, by the peer that was caught."}, []string{"peer"}),
+		faults:   prometheus.NewCounterVec(prometheus.CounterOpts{Name: "dfcache_swarm_faults_total", Help: "Lies, by the peer that was caught."}, []string{"peer"}),
 	}
 	if registry != nil {
 		registry.MustRegister(m.sent, m.received, m.faults,

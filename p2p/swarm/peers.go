@@ -144,15 +144,13 @@ func (e *peerEntry) addTook(n int64) {
 	e.seen = e.now()
 }
 
-// fault notes that the peer was caught. A lie has it shunned.
-func (e *peerEntry) fault(reason string, lie bool) {
+// fault notes that the peer was caught with a lie, and has it shunned.
+func (e *peerEntry) fault(reason string) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.faults++
 	e.reason = reason
-	if lie {
-		e.shunned = e.now().Add(min(shunFor<<min(e.faults-1, 10), maxShun))
-	}
+	e.shunned = e.now().Add(min(shunFor<<min(e.faults-1, 10), maxShun))
 }
 
 func (e *peerEntry) isShunned() bool {

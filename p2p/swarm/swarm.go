@@ -41,7 +41,7 @@ type Options struct {
 	Version string
 
 	LookupTimeout time.Duration // of asking the network what it has; 3 s
-	StallTimeout  time.Duration // without a byte, after which a peer is given up; 10 s
+	StallTimeout  time.Duration // in which a request has to bring throttle.MinRate on average, or is given up; 10 s
 	UploadRate    int64         // bytes a second; 0 is no limit
 	DownloadRate  int64         // bytes a second; 0 is no limit
 	UploadSlots   int           // uploads of one blob at once; schedule.Slots
@@ -652,12 +652,20 @@ func (s *Swarm) List(ctx context.Context, q p2p.Query) iter.Seq2[p2p.Entry, erro
 	}
 }
 
-// caught notes that a peer lied about a blob, or stalled.
-func (s *Swarm) caught(p peer.ID, d digest.Digest, err error, lie bool) {
+// caught notes that a peer lied about a blob.
+func (s *Swarm) caught(p peer.ID, d digest.Digest, err error) {
 	e := s.peers.get(p)
-	e.fault(err.Error(), lie)
+	e.fault(err.Error())
 	s.metrics.faults.WithLabelValues(p.String()).Inc()
-	s.log.Warn("a peer was caught, and is not asked for this blob any more", "peer", p.String(), "address", e.lastAddress(), "digest", d, "lie", lie, "error", err)
+	s.log.Warn("a peer was caught with a lie, and is not asked for this blob any more", "peer", p.String(), "address", e.lastAddress(), "digest", d, "error", err)
+}
+
+// nameOf names a peer in messages.
+func (s *Swarm) nameOf(p peer.ID) string {
+	if address := s.peers.get(p).lastAddress(); address != "" {
+		return fmt.Sprintf("%s (%s)", p, address)
+	}
+	return p.String()
 }
 
 // Peers implements [p2p.Engine].

@@ -1,0 +1,235 @@
+package swarm
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p"
+)
+
+// frost holds back whatever a peer answers, as long as it lasts.
+type frost struct {
+	mu   sync.Mutex
+	over chan struct{} // nil: there is none
+}
+
+func (f *frost) begin() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.over = make(chan struct{})
+}
+
+func (f *frost) end() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	close(f.over)
+	f.over = nil
+}
+
+func (f *frost) on(o *Options) {
+	before := o.tamper
+	o.tamper = func(honest http.Handler) http.Handler {
+		if before != nil {
+			honest = before(honest)
+		}
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			f.mu.Lock()
+			over := f.over
+			f.mu.Unlock()
+			if over != nil {
+				select {
+				case <-over:
+				case <-r.Context().Done():
+				}
+			}
+			honest.ServeHTTP(w, r)
+		})
+	}
+}
+
+// patient gives a peer this patience: three times that.
+func patient(d time.Duration) func(*Options) {
+	return func(o *Options) { o.StallTimeout, o.LookupTimeout = d, d }
+}
+
+// slowly makes a peer send its pieces a byte at a time.
+func slowly(o *Options) {
+	o.tamper = func(honest http.Handler) http.Handler {
+		return edit(honest, pathPieces, func(w http.ResponseWriter, r *http.Request, answer *httptest.ResponseRecorder) {
+			if answer.Body.Len() < 1000 {
+				send(w, answer)
+				return
+			}
+			for _, b := range answer.Body.Bytes() {
+				w.Write([]byte{b})
+				http.NewResponseController(w).Flush()
+				select {
+				case <-time.After(20 * time.Millisecond):
+				case <-r.Context().Done():
+					return
+				}
+			}
+		})
+	}
+}
+
+// wantEnd reads a task, which has to fail with kind, long before a minute is over.
+func (p *testPeer) wantEnd(t *testing.T, ctx context.Context, task p2p.Task, kind error) error {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(ctx, 40*time.Second)
+	defer cancel()
+	_, err := p.read(ctx, task)
+	if !errors.Is(err, kind) || ctx.Err() != nil {
+		t.Fatalf("the read ends with %v, want %v", err, kind)
+	}
+	return err
+}
+
+func (p *testPeer) wantNoPartials(t *testing.T) {
+	t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); ; {
+		left, err := os.ReadDir(p.dir + "/partial")
+		if err == nil && len(left) == 0 {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("left are %v, %v", left, err)
+		}
+		<-time.After(time.Millisecond)
+	}
+}
+
+// A download whose only source falls silent ends, whoever else is connected, and says
+// meanwhile what it waits for.
+func TestSilentSource(t *testing.T) {
+	h := newHub()
+	g, f := newGate(10), new(frost)
+	a, b := h.start(t, g.through, f.on), h.start(t, patient(time.Second))
+	h.start(t)
+	data := content(gateSize, 30)
+	task := a.add(t, "", data)
+	var mu sync.Mutex
+	var told []string
+	ctx := p2p.WithNotice(t.Context(), func(text string) {
+		mu.Lock()
+		defer mu.Unlock()
+		told = append(told, text)
+	})
+	blob := b.open(t, ctx, task)
+	defer blob.Close()
+	arrive(t, blob, 10)
+	f.begin()
+	err := b.wantEnd(t, ctx, task, p2p.ErrUnreachable)
+	if !strings.Contains(err.Error(), "10 of 32 pieces have arrived, and are kept") || !strings.Contains(err.Error(), a.id.String()) {
+		t.Errorf("the error is: %v", err)
+	}
+	mu.Lock()
+	defer mu.Unlock()
+	if len(told) == 0 || !strings.Contains(told[0], "waiting for peer "+a.id.String()) {
+		t.Errorf("told was %q", told)
+	}
+	f.end()
+	g.open()
+	b.want(t, task, data)
+}
+
+// Who falls silent for longer than a peer may is asked again: nothing is held against it.
+func TestStallIsNoVerdict(t *testing.T) {
+	h := newHub()
+	g, f := newGate(10), new(frost)
+	a, b := h.start(t, g.through, f.on), h.start(t, func(o *Options) { o.StallTimeout = 300 * time.Millisecond })
+	data := content(gateSize, 31)
+	task := a.add(t, "", data)
+	blob := b.open(t, t.Context(), task)
+	defer blob.Close()
+	arrive(t, blob, 10)
+	f.begin()
+	<-time.After(3 * time.Second)
+	g.open()
+	f.end()
+	b.want(t, task, data)
+	peers, err := b.Peers(t.Context())
+	if err != nil || len(peers) != 1 || peers[0].Faults != 0 {
+		t.Errorf("after a stall the peers are %+v, %v", peers, err)
+	}
+}
+
+// Time in which the receiver is stopped is not the source's.
+func TestReceiverSleeps(t *testing.T) {
+	h := newHub()
+	g := newGate(10)
+	a, b := h.start(t, g.through), h.start(t, patient(300*time.Millisecond))
+	data := content(gateSize, 32)
+	task := a.add(t, "", data)
+	blob := b.open(t, t.Context(), task)
+	defer blob.Close()
+	arrive(t, blob, 10)
+	blob.d.post(func() { time.Sleep(3 * time.Second) })
+	g.open()
+	b.want(t, task, data)
+}
+
+// A source that sends a byte now and then holds nothing up that others have. Alone it is
+// given up.
+func TestSlowSource(t *testing.T) {
+	h := newHub()
+	data := content(10*digest.MinPieceLength, 33)
+	slow := []*testPeer{h.start(t, slowly), h.start(t, slowly), h.start(t, slowly)}
+	b, c := h.start(t, patient(time.Second)), h.start(t)
+	var task p2p.Task
+	for _, p := range slow {
+		task = p.add(t, "", data)
+	}
+	b.wantEnd(t, t.Context(), task, p2p.ErrUnreachable)
+	c.add(t, "", data)
+	ctx, cancel := context.WithTimeout(t.Context(), 40*time.Second)
+	defer cancel()
+	if got, err := b.read(ctx, task); err != nil || !bytes.Equal(got, data) {
+		t.Errorf("with one that is not slow: %d bytes, %v", len(got), err)
+	}
+}
+
+// What the only one that has a blob can't give is said at once.
+func TestDamagedAtTheOnlySource(t *testing.T) {
+	for _, size := range []int{1 << 20, 1000} {
+		h := newHub()
+		long := patient(time.Minute)
+		a, b := h.start(t, long), h.start(t, long)
+		h.start(t, long)
+		task := a.add(t, "", content(size, 34))
+		damage(t, a.dir, task.Digest, int64(size/3))
+		err := b.wantEnd(t, t.Context(), task, p2p.ErrUnreachable)
+		if !strings.Contains(err.Error(), "damaged") || !strings.Contains(err.Error(), a.id.String()) {
+			t.Errorf("the error is: %v", err)
+		}
+	}
+}
+
+// So is it where all who had it have lost it, and what has arrived goes.
+func TestLostMeanwhile(t *testing.T) {
+	h := newHub()
+	g := newGate(10)
+	long := patient(time.Minute)
+	a, b := h.start(t, long, g.through), h.start(t, long)
+	h.start(t, long)
+	task := a.add(t, "", content(gateSize, 35))
+	blob := b.open(t, t.Context(), task)
+	defer blob.Close()
+	arrive(t, blob, 10)
+	// As where a name has moved on: nobody is told.
+	if _, err := a.store.Delete(t.Context(), "", digest.FromDigest(task.Digest), p2p.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	g.open()
+	b.wantEnd(t, t.Context(), task, p2p.ErrNotFound)
+	b.wantNoPartials(t)
+}
