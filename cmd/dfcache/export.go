@@ -4,12 +4,14 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 
 	"github.com/spf13/cobra"
 
 	"github.com/dfcache/dfcache/blobstore"
 	"github.com/dfcache/dfcache/cmd/internal/exit"
+	"github.com/dfcache/dfcache/p2p"
 )
 
 func (a *app) exportCommand() *cobra.Command {
@@ -28,7 +30,8 @@ power cut; with --no-sync the disk gets it later, within half a minute or so.
 What is not on this host is fetched from the peers that have it, from all of them
 at once, and is kept on this host; a cache ID is kept with it, so that this host
 can serve the file on. The result says where the bytes came from. With --local
-nobody is asked.
+nobody is asked. While nothing comes, a line on stderr says now and then what is
+waited for, and how long still.
 
 A cache ID can lead to several files, where a registry client has pushed it so:
 they are exported under their own names to a new or empty directory OUTPUT, all
@@ -85,6 +88,7 @@ func (s *session) exportFile(ctx context.Context, output string, opts blobstore.
 		return err
 	}
 	defer done()
+	ctx = p2p.WithNotice(ctx, func(text string) { fmt.Fprintf(s.stderr, "dfcache: waiting: %s\n", printable(text)) })
 	end := func() {}
 	if s.hasTerminal() {
 		file, err := repo.Stat(ctx, s.cid, opts.Lookup)

@@ -48,7 +48,7 @@ The "peers" command prints the dfdaemons of other hosts that the one of this hos
 knows, those that it is connected with first. The columns are
 
     STATE      connected; away: known, and not connected now; shunned: caught with
-               wrong data or a stall, and asked for nothing for a while
+               wrong data, and asked for nothing for a while
     MODE       full, seed-only or never-serve, as the peer was started
     GAVE       bytes of files that it has given to this host
     TOOK       bytes of files that it has taken from this host

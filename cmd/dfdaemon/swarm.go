@@ -79,7 +79,7 @@ func (o *swarmOptions) flags(flags *pflag.FlagSet) {
 	flags.Var(&o.memory, "piece-memory", "`bytes` of pieces in memory, for sending and for fetching each")
 	flags.Lookup("piece-memory").DefValue = "64MiB"
 	flags.DurationVar(&o.lookup, "lookup-timeout", 3*time.Second, "how long peers, or Dragonfly, are asked for what is not here")
-	flags.DurationVar(&o.stall, "stall-timeout", 10*time.Second, "how long a peer may send nothing before it is given up")
+	flags.DurationVar(&o.stall, "stall-timeout", 10*time.Second, "how long a peer may send nothing, or next to nothing, before it is asked anew")
 	flags.DurationVar(&o.remember, "remember-deletes", 30*24*time.Hour, "how long deletes are remembered for peers that are away")
 	flags.DurationVar(&o.keepPieces, "keep-partial", 24*time.Hour, "how long what has arrived of a file is kept that nobody fetches any more")
 	flags.StringVar(&o.metrics, "metrics", "off", "`address` at which to serve metrics for Prometheus, such as 127.0.0.1:65004; off is none")

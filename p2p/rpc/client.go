@@ -431,7 +431,7 @@ func (c *Client) List(ctx context.Context, q p2p.Query) iter.Seq2[p2p.Entry, err
 // until it is whole: its pieces are announced by a call that goes on until then,
 // or until ctx ends, the blob is closed, or the client is.
 func (c *Client) Open(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.Blob, error) {
-	req := &pb.OpenRequest{Task: taskMessage(task), Scope: scopes.message(scope)}
+	req := &pb.OpenRequest{Task: taskMessage(task), Scope: scopes.message(scope), Notices: p2p.NoticeOf(ctx) != nil}
 	if _, _, err := parseOpen(req); err != nil {
 		return nil, err
 	}
@@ -483,6 +483,7 @@ func (c *Client) open(ctx context.Context, s *session, req *pb.OpenRequest) (ope
 			err = errors.New("the daemon's answer ends too early")
 		}
 		if err == nil {
+			notice(ctx, reply)
 			err = parser.add(digest.Digest(req.GetTask().GetDigest()), reply)
 		}
 		if err != nil {
@@ -495,6 +496,13 @@ func (c *Client) open(ctx context.Context, s *session, req *pb.OpenRequest) (ope
 		return nil, nil, nil, c.lostError(err)
 	}
 	return stream, os.NewFile(uintptr(fd), "blob "+req.GetTask().GetDigest()), &parser, nil
+}
+
+// notice tells whoever wants to know what the daemon waits for.
+func notice(ctx context.Context, reply *pb.OpenReply) {
+	if tell := p2p.NoticeOf(ctx); tell != nil && reply.GetNotice() != "" {
+		tell(reply.GetNotice())
+	}
 }
 
 // blob is an open blob: the daemon's file, read here.

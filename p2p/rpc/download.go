@@ -84,6 +84,7 @@ func (d *download) receive() {
 		}
 		whole := false
 		if err == nil {
+			notice(d.ctx, reply)
 			whole, err = d.add(reply)
 		}
 		if err != nil {

@@ -320,6 +320,39 @@ func TestDownloadOutlivesEverything(t *testing.T) {
 	}
 }
 
+// What the engine waits for is told to a client that wants to know, before there is a blob and after.
+func TestNotices(t *testing.T) {
+	content := random(2 * pieceLength)
+	a, h := arriving(t, content)
+	open, told := h.open, make(chan string)
+	var notice func(string)
+	h.open = func(ctx context.Context, task p2p.Task) (p2p.Blob, error) {
+		if notice = p2p.NoticeOf(ctx); notice != nil {
+			notice("a peer")
+			if got := <-told; got != "a peer" {
+				t.Errorf("told is %q", got)
+			}
+		}
+		return open(ctx, task)
+	}
+	c := pair(t, h)
+	ctx := p2p.WithNotice(t.Context(), func(text string) { told <- text })
+	b, err := c.Open(ctx, a.task(), p2p.Network)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Close()
+	notice("a \xff piece")
+	if got := <-told; got != "a \uFFFD piece" {
+		t.Errorf("told is %q", got)
+	}
+	a.put(0, 1)
+	a.end(nil)
+	if r := <-copyAll(ctx, b, 0, b.Size()); !bytes.Equal(r.data, content) || r.err != nil {
+		t.Errorf("read %d bytes, %v", len(r.data), r.err)
+	}
+}
+
 func TestDownloadOfNothing(t *testing.T) {
 	a, h := arriving(t, nil)
 	a.sources = []p2p.Source{{Peer: "12D3KooWA"}}

@@ -348,7 +348,17 @@ func (s *service) Open(stream grpc.BidiStreamingServer[pb.OpenRequest, pb.OpenRe
 		return err
 	}
 	ctx := stream.Context()
-	blob, err := s.engine.Open(ctx, task, scope)
+	var notices chan string
+	if req.GetNotices() {
+		notices = make(chan string, 1)
+		ctx = p2p.WithNotice(ctx, func(text string) {
+			select {
+			case notices <- valid(text):
+			default: // the client has not read the last one yet
+			}
+		})
+	}
+	blob, err := openNoticing(notices, stream, func() (p2p.Blob, error) { return s.engine.Open(ctx, task, scope) })
 	if err != nil {
 		return err
 	}
@@ -364,7 +374,7 @@ func (s *service) Open(stream grpc.BidiStreamingServer[pb.OpenRequest, pb.OpenRe
 		return fmt.Errorf("open %s: %w", task, err)
 	}
 	if arriving, ok := blob.(arrivingBlob); ok {
-		return announce(stream, arriving, blob.Sources)
+		return announce(stream, arriving, blob.Sources, notices)
 	}
 	for _, m := range openMessages(fb.Table()) {
 		if err := stream.Send(m); err != nil {
@@ -372,6 +382,26 @@ func (s *service) Open(stream grpc.BidiStreamingServer[pb.OpenRequest, pb.OpenRe
 		}
 	}
 	return nil
+}
+
+// openNoticing calls open, and passes notices on meanwhile.
+func openNoticing(notices <-chan string, stream grpc.BidiStreamingServer[pb.OpenRequest, pb.OpenReply], open func() (p2p.Blob, error)) (blob p2p.Blob, err error) {
+	if notices == nil {
+		return open()
+	}
+	opened := make(chan struct{})
+	go func() {
+		defer close(opened)
+		blob, err = open()
+	}()
+	for {
+		select {
+		case text := <-notices:
+			stream.Send(&pb.OpenReply{Notice: text}) // where that fails, the call is over, and open ends
+		case <-opened:
+			return blob, err
+		}
+	}
 }
 
 // wanted are the pieces that a client wants first.
@@ -383,7 +413,7 @@ type wanted struct {
 // announce tells a client of each piece of a blob as it arrives, several at a time, and
 // the blob which pieces the client wants. Where the client does not read, sending blocks, and
 // with it all of this.
-func announce(stream grpc.BidiStreamingServer[pb.OpenRequest, pb.OpenReply], blob arrivingBlob, sources func() []p2p.Source) error {
+func announce(stream grpc.BidiStreamingServer[pb.OpenRequest, pb.OpenReply], blob arrivingBlob, sources func() []p2p.Source, notices <-chan string) error {
 	table := blob.Table()
 	header := &pb.OpenReply_Header{Size: table.Size, PieceLength: table.PieceLength, Arriving: true}
 	if err := stream.Send(&pb.OpenReply{Header: header, Sent: true}); err != nil {
@@ -459,6 +489,10 @@ func announce(stream grpc.BidiStreamingServer[pb.OpenRequest, pb.OpenReply], blo
 			}
 			for _, p := range message.Pieces {
 				soon = soon || asked[p.GetIndex()]
+			}
+		case text := <-notices:
+			if err := stream.Send(&pb.OpenReply{Notice: text}); err != nil {
+				return err
 			}
 		case <-late.C:
 			soon = true

@@ -643,6 +643,7 @@ type OpenRequest struct {
 	Scope         Scope                  `protobuf:"varint,2,opt,name=scope,proto3,enum=dfcache.v1.Scope" json:"scope,omitempty"`
 	DescriptorId  uint64                 `protobuf:"varint,3,opt,name=descriptor_id,json=descriptorId,proto3" json:"descriptor_id,omitempty"` // the id under which the descriptor is to be sent
 	Want          *OpenRequest_Want      `protobuf:"bytes,4,opt,name=want,proto3" json:"want,omitempty"`                                      // in every message but the first; only while a blob is arriving
+	Notices       bool                   `protobuf:"varint,5,opt,name=notices,proto3" json:"notices,omitempty"`                               // tell what is waited for while nothing moves
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -705,13 +706,21 @@ func (x *OpenRequest) GetWant() *OpenRequest_Want {
 	return nil
 }
 
+func (x *OpenRequest) GetNotices() bool {
+	if x != nil {
+		return x.Notices
+	}
+	return false
+}
+
 // OpenReply is one message of several. The header comes first. Of a blob that is
 // here the checksums of all pieces follow in order, at most 16384 in one message;
 // the last message has sent set, and one message can be all of these.
 //
 // Of a blob that is arriving, the header's message has sent set. Pieces follow as
 // they can be read, each once and in any order, at most 16384 in one message, and
-// at the end done. A message with none of these is to be ignored.
+// at the end done. A message with none of these is to be ignored, but for its
+// notice, with which it may come even before the header.
 type OpenReply struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Header        *OpenReply_Header      `protobuf:"bytes,1,opt,name=header,proto3" json:"header,omitempty"`
@@ -719,6 +728,7 @@ type OpenReply struct {
 	Sent          bool                   `protobuf:"varint,3,opt,name=sent,proto3" json:"sent,omitempty"`             // the descriptor is in the channel
 	Pieces        []*OpenReply_Piece     `protobuf:"bytes,4,rep,name=pieces,proto3" json:"pieces,omitempty"`
 	Done          *OpenReply_Done        `protobuf:"bytes,5,opt,name=done,proto3" json:"done,omitempty"`
+	Notice        string                 `protobuf:"bytes,6,opt,name=notice,proto3" json:"notice,omitempty"` // what is waited for, in words, now and then while nothing moves; only where notices was set
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -786,6 +796,13 @@ func (x *OpenReply) GetDone() *OpenReply_Done {
 		return x.Done
 	}
 	return nil
+}
+
+func (x *OpenReply) GetNotice() string {
+	if x != nil {
+		return x.Notice
+	}
+	return ""
 }
 
 // Source is a peer that has given bytes of a blob.
@@ -1725,7 +1742,7 @@ type Peer struct {
 	Took             int64                  `protobuf:"varint,6,opt,name=took,proto3" json:"took,omitempty"`                                                     // bytes of blobs that it has taken from the daemon
 	LatencyNano      int64                  `protobuf:"varint,7,opt,name=latency_nano,json=latencyNano,proto3" json:"latency_nano,omitempty"`                    // nanoseconds of a request and its answer, smoothed; 0 where unknown
 	LastSeenUnixNano int64                  `protobuf:"varint,8,opt,name=last_seen_unix_nano,json=lastSeenUnixNano,proto3" json:"last_seen_unix_nano,omitempty"` // nanoseconds since 1970, UTC; 0 where never
-	Faults           int64                  `protobuf:"varint,9,opt,name=faults,proto3" json:"faults,omitempty"`                                                 // lies and stalls that it was caught with
+	Faults           int64                  `protobuf:"varint,9,opt,name=faults,proto3" json:"faults,omitempty"`                                                 // lies that it was caught with
 	Reason           string                 `protobuf:"bytes,10,opt,name=reason,proto3" json:"reason,omitempty"`                                                 // of the last fault
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
@@ -2581,21 +2598,23 @@ const file_p2p_rpc_pb_daemon_proto_rawDesc = "" +
 	"\x13last_used_unix_nano\x18\n" +
 	" \x01(\x03R\x10lastUsedUnixNano\x12\x16\n" +
 	"\x06remote\x18\v \x01(\bR\x06remote\x12(\n" +
-	"\x10origin_unix_nano\x18\f \x01(\x03R\x0eoriginUnixNano\"\xe5\x01\n" +
+	"\x10origin_unix_nano\x18\f \x01(\x03R\x0eoriginUnixNano\"\xff\x01\n" +
 	"\vOpenRequest\x12$\n" +
 	"\x04task\x18\x01 \x01(\v2\x10.dfcache.v1.TaskR\x04task\x12'\n" +
 	"\x05scope\x18\x02 \x01(\x0e2\x11.dfcache.v1.ScopeR\x05scope\x12#\n" +
 	"\rdescriptor_id\x18\x03 \x01(\x04R\fdescriptorId\x120\n" +
-	"\x04want\x18\x04 \x01(\v2\x1c.dfcache.v1.OpenRequest.WantR\x04want\x1a0\n" +
+	"\x04want\x18\x04 \x01(\v2\x1c.dfcache.v1.OpenRequest.WantR\x04want\x12\x18\n" +
+	"\anotices\x18\x05 \x01(\bR\anotices\x1a0\n" +
 	"\x04Want\x12\x14\n" +
 	"\x05first\x18\x01 \x01(\rR\x05first\x12\x12\n" +
-	"\x04last\x18\x02 \x01(\rR\x04last\"\x9c\x03\n" +
+	"\x04last\x18\x02 \x01(\rR\x04last\"\xb4\x03\n" +
 	"\tOpenReply\x124\n" +
 	"\x06header\x18\x01 \x01(\v2\x1c.dfcache.v1.OpenReply.HeaderR\x06header\x12\x16\n" +
 	"\x06crc32c\x18\x02 \x03(\aR\x06crc32c\x12\x12\n" +
 	"\x04sent\x18\x03 \x01(\bR\x04sent\x123\n" +
 	"\x06pieces\x18\x04 \x03(\v2\x1b.dfcache.v1.OpenReply.PieceR\x06pieces\x12.\n" +
-	"\x04done\x18\x05 \x01(\v2\x1a.dfcache.v1.OpenReply.DoneR\x04done\x1a[\n" +
+	"\x04done\x18\x05 \x01(\v2\x1a.dfcache.v1.OpenReply.DoneR\x04done\x12\x16\n" +
+	"\x06notice\x18\x06 \x01(\tR\x06notice\x1a[\n" +
 	"\x06Header\x12\x12\n" +
 	"\x04size\x18\x01 \x01(\x03R\x04size\x12!\n" +
 	"\fpiece_length\x18\x02 \x01(\x03R\vpieceLength\x12\x1a\n" +
