@@ -137,7 +137,8 @@ type ImportOptions struct {
 // of an OCI artifact of this one file, and if it was the name of another one,
 // that is let go. With an empty cid the content is stored under its digest,
 // which the result has; its times are zero. A regular [*os.File] is copied in
-// the kernel. A Read of src that blocks does not keep Import from returning when
+// the kernel; where somebody writes to it meanwhile, nothing is stored, as it may be a mix
+// that never was the file's content, and the error matches [ErrChanged]. A Read of src that blocks does not keep Import from returning when
 // ctx ends.
 func (r *Repository) Import(ctx context.Context, cid string, src io.Reader, opts ImportOptions) (File, error) {
 	var id digest.CID

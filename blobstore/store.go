@@ -26,6 +26,7 @@ var (
 	ErrNoSpace     = p2p.ErrNoSpace     // a disk or a quota is full
 	ErrUnavailable = p2p.ErrUnavailable // the daemon can't be reached, or another process holds the directory
 	ErrUnreachable = p2p.ErrUnreachable // it is not on this host, and no peer could be asked
+	ErrChanged     = p2p.ErrChanged     // a file was written to while it was imported
 	ErrClosed      = p2p.ErrClosed      // the Store has been closed
 )
 

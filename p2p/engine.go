@@ -196,6 +196,7 @@ type Ingest interface {
 	// Add copies src up to its end, hashes it on the way, and returns its
 	// digest and size. A regular *os.File is read from its current offset
 	// on, in the kernel where that can be, and its offset is left undefined.
+	// Where it is written to meanwhile, the error matches [ErrChanged].
 	Add(src io.Reader, opts AddOptions) (Added, error)
 
 	// Rehash adds what was added under the digest d once more, under want, a

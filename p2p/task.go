@@ -24,6 +24,8 @@ var (
 	ErrUnavailable = errors.New("unavailable")
 	// ErrUnreachable: it is not here, and there was no peer that could be asked.
 	ErrUnreachable = errors.New("no peer can be reached")
+	// ErrChanged: a file was written to while it was added.
+	ErrChanged = errors.New("the file changed while it was read")
 	// ErrClosed: the engine has been closed.
 	ErrClosed = errors.New("closed")
 )

@@ -28,6 +28,9 @@ func (a *app) importCommand() *cobra.Command {
 The "import" command stores a file under a cid, and returns when it is durable:
 it then survives a crash and a power cut. The file "-" is stdin.
 
+A file that is written to while it is imported is refused: what was read may be a mix
+that it never was. The message says where it was only appended to.
+
 Where the cid is a digest, the content has to match it; otherwise nothing is
 stored. Where it is a cache ID, it names the file from now on, and if it was the
 name of another file, that one is let go. Without --cid the file is stored under
@@ -38,7 +41,7 @@ fails where there are not so many that can, or when --timeout is over; the file
 is stored on this host then all the same. As JSON, "replicas" is an array of the
 IDs of these peers.
 
-` + storeStatus(exit.Mismatch, exit.NoSpace, exit.Unreachable),
+` + storeStatus(exit.Mismatch, exit.NoSpace, exit.Unreachable, exit.Changed),
 		Example: `  # under a name of your own
   dfcache import --tag models --cid v1 /srv/model.bin
 

@@ -33,6 +33,7 @@ func Run(t *testing.T, open func(t *testing.T) p2p.Engine) {
 		"Mismatch":                  testMismatch,
 		"MismatchOfHeldBlob":        testMismatchOfHeldBlob,
 		"SourceError":               testSourceError,
+		"SourceChanges":             testSourceChanges,
 		"InvalidInput":              testInvalidInput,
 		"NotFound":                  testNotFound,
 		"NothingBeforeCommit":       testNothingBeforeCommit,
@@ -411,6 +412,79 @@ func testSourceError(t *testing.T, e p2p.Engine) {
 type failingReader struct{}
 
 func (failingReader) Read([]byte) (int, error) { return 0, errSource }
+
+// testSourceChanges: a file that is written to while it is added is refused, whether it
+// is copied or compared with what is held. One whose name or mode alone changes is taken.
+func testSourceChanges(t *testing.T, e p2p.Engine) {
+	// So long that the clock of the file system goes on meanwhile.
+	data := Content(4*digest.MaxPieceLength, 1)
+	held := digest.SHA256.FromBytes(data)
+	if _, err := importReader(t.Context(), e, "held", bytes.NewReader(data), p2p.AddOptions{}, p2p.KeepPinned); err != nil {
+		t.Fatal(err)
+	}
+	name := filepath.Join(t.TempDir(), "file")
+	for what, c := range map[string]struct {
+		change func(f *os.File, n int) error
+		says   string // where it is refused
+	}{
+		"written in place": {func(f *os.File, n int) error {
+			_, err := f.WriteAt([]byte{byte(n)}, 0)
+			return err
+		}, "it was written to"},
+		"appended to": {func(f *os.File, n int) error {
+			_, err := f.WriteAt([]byte("more"), int64(len(data)+4*n))
+			return err
+		}, "it was only appended to"},
+		"cut": {func(f *os.File, n int) error { return f.Truncate(int64(max(10, len(data)-n))) }, "it was cut"},
+		"mode": {func(f *os.File, n int) error {
+			if n > 0 {
+				return nil // or it goes on while the content is looked at again
+			}
+			return f.Chmod(0o640)
+		}, ""},
+	} {
+		for _, want := range []digest.Digest{"", held} {
+			if err := os.WriteFile(name, data, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			f, err := os.OpenFile(name, os.O_RDWR, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			over := make(chan struct{})
+			var changing sync.WaitGroup
+			changing.Go(func() {
+				for n := 0; ; n++ {
+					if err := c.change(f, n); err != nil {
+						t.Error(err)
+						return
+					}
+					select {
+					case <-over:
+						return
+					case <-time.After(100 * time.Microsecond):
+					}
+				}
+			})
+			src, err := os.Open(name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			task, err := importReader(t.Context(), e, "changes", src, p2p.AddOptions{Want: want}, p2p.KeepPinned)
+			close(over)
+			changing.Wait()
+			src.Close()
+			f.Close()
+			if c.says == "" {
+				if err != nil || task.Digest != held {
+					t.Errorf("%s, want %q: %s, %v", what, want, task, err)
+				}
+			} else if !errors.Is(err, p2p.ErrChanged) || !strings.Contains(err.Error(), c.says) {
+				t.Errorf("%s, want %q: %v; want %q", what, want, err, c.says)
+			}
+		}
+	}
+}
 
 func testInvalidInput(t *testing.T, e p2p.Engine) {
 	ctx, good := t.Context(), Import(t, e, "t", []byte("good"))

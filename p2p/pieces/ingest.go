@@ -80,8 +80,12 @@ func (in *ingest) Add(src io.Reader, opts p2p.AddOptions) (p2p.Added, error) {
 }
 
 func (in *ingest) add(src io.Reader, alg digest.Algorithm, opts p2p.AddOptions) (*addition, error) {
-	if f, ok := src.(*os.File); ok && opts.Want != "" {
-		if a, err := in.compare(f, opts); a != nil || err != nil {
+	source, err := newSource(src)
+	if err != nil {
+		return nil, err
+	}
+	if source != nil && opts.Want != "" {
+		if a, err := in.compare(source, opts); a != nil || err != nil {
 			return a, err
 		}
 	}
@@ -91,7 +95,10 @@ func (in *ingest) add(src io.Reader, alg digest.Algorithm, opts p2p.AddOptions) 
 		return nil, err
 	}
 	a := &addition{f: f, name: name}
-	if a.table, err = in.copy(a, src, alg, opts.Progress); err == nil && opts.Want != "" {
+	if a.table, err = in.copy(a, src, alg, opts.Progress); err == nil {
+		err = source.unchanged(in.ctx, a.table)
+	}
+	if err == nil && opts.Want != "" {
 		err = match(opts.Want, a.table)
 	}
 	if err != nil {
@@ -110,15 +117,7 @@ func match(want digest.Digest, t *digest.Table) error {
 // compare takes a shortcut where the wanted blob is in the store and the source
 // is a regular file: nothing is copied, both are read and checked. It returns
 // nil and no error, with the source as it was, where the shortcut leads nowhere.
-func (in *ingest) compare(f *os.File, opts p2p.AddOptions) (*addition, error) {
-	info, err := f.Stat()
-	if err != nil || !info.Mode().IsRegular() {
-		return nil, nil
-	}
-	start, err := f.Seek(0, io.SeekCurrent)
-	if err != nil {
-		return nil, nil
-	}
+func (in *ingest) compare(source *source, opts p2p.AddOptions) (*addition, error) {
 	in.s.hold(opts.Want)
 	blob, err := in.s.openBlob(opts.Want)
 	if err != nil {
@@ -135,7 +134,7 @@ func (in *ingest) compare(f *os.File, opts p2p.AddOptions) (*addition, error) {
 		}
 	})
 	recorder := digest.NewRecorder(opts.Want.Algorithm())
-	err = record(ctx, recorder, io.NewSectionReader(f, start, 1<<63-1-start), opts.Progress)
+	err = record(ctx, recorder, io.NewSectionReader(source.f, source.start, 1<<63-1-source.start), opts.Progress)
 	if err != nil {
 		cancel()
 	}
@@ -144,6 +143,9 @@ func (in *ingest) compare(f *os.File, opts p2p.AddOptions) (*addition, error) {
 		return nil, in.s.letGo(opts.Want, false)
 	}
 	t, err := recorder.Table()
+	if err == nil {
+		err = source.unchanged(in.ctx, t)
+	}
 	if err == nil {
 		err = match(opts.Want, t)
 	}

@@ -38,6 +38,7 @@ var kinds = []struct {
 	{"REFERENCED", codes.FailedPrecondition, p2p.ErrReferenced},
 	{"MISSING_REF", codes.FailedPrecondition, p2p.ErrMissingRef},
 	{"NO_SPACE", codes.ResourceExhausted, p2p.ErrNoSpace},
+	{"CHANGED", codes.Aborted, p2p.ErrChanged},
 	{"INVALID", codes.InvalidArgument, digest.ErrInvalid},
 	{"PERMISSION", codes.PermissionDenied, fs.ErrPermission},
 	{"CLOSED", codes.Unavailable, p2p.ErrClosed},

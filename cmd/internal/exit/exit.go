@@ -33,6 +33,7 @@ const (
 	OutputExists = 9
 	Referenced   = 10
 	Unreachable  = 11
+	Changed      = 12
 	Interrupted  = 130
 )
 
@@ -53,6 +54,7 @@ var Codes = []struct {
 	{OutputExists, "output exists", "the output exists and --overwrite was not given"},
 	{Referenced, "referenced", "other content still refers to what was to be deleted"},
 	{Unreachable, "unreachable", "it is not on this host and no peer can be reached, or too few of them for --replicas"},
+	{Changed, "changed", "the file was written to while it was imported; nothing was stored"},
 	{Interrupted, "interrupted", "a signal ended the command before it was done"},
 }
 
@@ -78,6 +80,8 @@ func Code(err error) int {
 		return Mismatch
 	case is(digest.ErrCorrupt):
 		return Corrupt
+	case is(p2p.ErrChanged):
+		return Changed
 	case is(p2p.ErrNoSpace, syscall.ENOSPC, syscall.EDQUOT):
 		return NoSpace
 	case is(context.DeadlineExceeded, os.ErrDeadlineExceeded):
