@@ -16,6 +16,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/semaphore"
+	"golang.org/x/sys/unix"
 	"golang.org/x/time/rate"
 
 	"github.com/dfcache/dfcache/digest"
@@ -47,7 +48,7 @@ type Options struct {
 	UploadSlots   int           // uploads of one blob at once; schedule.Slots
 	MaxUploads    int           // uploads at once; 64
 	MaxRequests   int           // requests for pieces of one blob at once; schedule.Requests
-	MaxConns      int           // connections that peers may have open here; 1024
+	MaxConns      int           // connections that peers may have open here; 1024, or a quarter of the descriptors that the process may have
 	Memory        int64         // bytes of pieces in memory, for uploads and for downloads each; 64 MiB
 
 	// RememberDeletes is how long deletes are remembered: a peer that is away
@@ -65,6 +66,16 @@ type Options struct {
 	Metrics prometheus.Registerer
 
 	tamper func(http.Handler) http.Handler // for tests: what the peer API is replaced with
+}
+
+// descriptors returns how many descriptors the process may have open. Go has raised that to what the
+// system allows when the process began.
+func descriptors() int {
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		return 1024
+	}
+	return int(min(limit.Cur, 1<<30))
 }
 
 func (o *Options) setDefaults() {
@@ -85,7 +96,7 @@ func (o *Options) setDefaults() {
 	def(&o.UploadSlots, schedule.Slots)
 	def(&o.MaxUploads, 64)
 	def(&o.MaxRequests, schedule.Requests)
-	def(&o.MaxConns, 1024)
+	def(&o.MaxConns, min(1024, descriptors()/4))
 	if o.Memory == 0 {
 		o.Memory = 64 << 20
 	}
@@ -176,8 +187,8 @@ func New(store *pieces.Store, network Network, opts Options) (_ *Swarm, err erro
 	s.client = newClient(security, network, s.peers)
 	s.ctx, s.cancel = context.WithCancelCause(context.Background())
 
-	limit := make(chan struct{}, opts.MaxConns)
-	listeners := []net.Listener{&listener{network.Listener(), security, true, limit}}
+	conns := newConns(opts.MaxConns)
+	listeners := []net.Listener{&listener{network.Listener(), security, true, conns}}
 	for _, address := range opts.Listen {
 		l, err := net.Listen("tcp", address)
 		if err != nil {
@@ -187,7 +198,7 @@ func New(store *pieces.Store, network Network, opts Options) (_ *Swarm, err erro
 			return nil, fmt.Errorf("listen for peers: %w", err)
 		}
 		s.advertise = append(s.advertise, l.Addr().String())
-		listeners = append(listeners, &listener{l, security, false, limit})
+		listeners = append(listeners, &listener{l, security, false, conns})
 	}
 	handler := s.handler()
 	if opts.tamper != nil {

@@ -18,6 +18,8 @@ import (
 	"github.com/libp2p/go-libp2p/core/crypto"
 	"github.com/libp2p/go-libp2p/core/peer"
 	libp2ptls "github.com/libp2p/go-libp2p/p2p/security/tls"
+
+	"github.com/dfcache/dfcache/p2p/connpool"
 )
 
 // Connections for pieces are TCP connections of their own, outside of libp2p,
@@ -35,9 +37,14 @@ import (
 const plainMagic = "dfcache plain 1\n"
 
 const (
-	handshakeTimeout = 10 * time.Second
-	nonceSize        = 32
-	proofSize        = sha256.Size
+	// handshakeTimeout is how long a connection may take to be proven, and then to bring the
+	// first request.
+	handshakeTimeout = 5 * time.Second
+	// maxUnproven is how many connections may be open that are not proven yet. They have a
+	// pool of their own: who has no key can't keep out who has.
+	maxUnproven = 128
+	nonceSize   = 32
+	proofSize   = sha256.Size
 )
 
 // errNotMember says that the other end does not have this swarm's key.
@@ -217,9 +224,49 @@ type inbound struct {
 	c        net.Conn
 	id       peer.ID
 	err      error
-	release  func()
-	closing  sync.Once
+	conns    *conns
+
+	mu     sync.Mutex
+	leave  func() // the pool that the connection is in
+	closed bool
 }
+
+// conns are the connections that are open, of all listeners.
+type conns struct{ unproven, proven *connpool.Pool }
+
+func newConns(proven int) *conns {
+	return &conns{connpool.New(min(maxUnproven, proven)), connpool.New(proven)}
+}
+
+// enter has an accepted connection counted.
+func (c *inbound) enter() (ok bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.c == nil {
+		c.leave, ok = c.conns.unproven.Push(connpool.Host(c.Conn.RemoteAddr()), func() { c.Conn.Close() }), true
+	} else {
+		c.leave, ok = c.conns.proven.Offer(string(c.id), func() { c.Conn.Close() })
+	}
+	return ok
+}
+
+// prove moves a connection to those that are proven.
+func (c *inbound) prove() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed {
+		return net.ErrClosed
+	}
+	c.leave()
+	var ok bool
+	if c.leave, ok = c.conns.proven.Offer(string(c.id), func() { c.Conn.Close() }); !ok {
+		return errTooMany
+	}
+	return nil
+}
+
+// errTooMany closes a connection: the peer tries again, or asks another one.
+var errTooMany = errors.New("too many connections are open")
 
 func (c *inbound) handshake() error {
 	c.once.Do(func() {
@@ -252,6 +299,9 @@ func (c *inbound) handshake() error {
 		default:
 			c.err = fmt.Errorf("%w: neither TLS nor a plain connection that is allowed", errMessage)
 		}
+		if c.err == nil {
+			c.err = c.prove()
+		}
 	})
 	return c.err
 }
@@ -272,7 +322,10 @@ func (c *inbound) Write(p []byte) (int, error) {
 
 // Close closes the connection, with a TLS alert where there is a proven one.
 func (c *inbound) Close() error {
-	defer c.closing.Do(c.release)
+	c.mu.Lock()
+	c.closed = true
+	c.leave()
+	c.mu.Unlock()
 	return c.Conn.Close()
 }
 
@@ -295,8 +348,8 @@ func (c *prefixed) Read(p []byte) (int, error) {
 type listener struct {
 	net.Listener
 	s      *security
-	proven bool          // what it accepts is proven by libp2p, and the remote address is the peer's ID
-	limit  chan struct{} // holds a token for every connection that is open
+	proven bool // what it accepts is proven by libp2p, and the remote address is the peer's ID
+	conns  *conns
 }
 
 func (l *listener) Accept() (net.Conn, error) {
@@ -305,19 +358,17 @@ func (l *listener) Accept() (net.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		select {
-		case l.limit <- struct{}{}:
-		default:
-			raw.Close() // too many: the peer tries again, or asks another one
-			continue
-		}
-		c := &inbound{Conn: raw, s: l.s, release: func() { <-l.limit }}
+		c := &inbound{Conn: raw, s: l.s, conns: l.conns}
 		if l.proven {
 			if c.id, err = peer.Decode(raw.RemoteAddr().String()); err != nil {
-				c.Close()
+				raw.Close()
 				continue
 			}
 			c.c = raw
+		}
+		if !c.enter() {
+			raw.Close()
+			continue
 		}
 		return c, nil
 	}

@@ -1,6 +1,7 @@
 package swarm
 
 import (
+	"bufio"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -8,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"testing"
+	"time"
 
 	"github.com/libp2p/go-libp2p/core/crypto"
 	"github.com/libp2p/go-libp2p/core/peer"
@@ -39,7 +41,7 @@ func meet(t testing.TB, client, server *security, plain bool, want peer.ID) (see
 	if err != nil {
 		t.Fatal(err)
 	}
-	in := &listener{l, server, false, make(chan struct{}, 1)}
+	in := &listener{l, server, false, newConns(1)}
 	defer in.Close()
 	accepted := make(chan *inbound, 1)
 	done := make(chan struct{})
@@ -102,7 +104,8 @@ func TestGarbageIsNoHandshake(t *testing.T) {
 	server, _ := testSecurity(t, "one", true)
 	for _, opening := range []string{"", "GET / HTTP/1.1\r\n\r\n", "\x16\x03\x01\x00\x05hello", plainMagic, plainMagic + "short", "d", "dfcache plain 2\n0123456789"} {
 		mine, theirs := net.Pipe()
-		i := &inbound{Conn: theirs, s: server, release: func() {}}
+		i := &inbound{Conn: theirs, s: server, conns: newConns(1)}
+		i.enter()
 		done := make(chan struct{})
 		go func() {
 			defer close(done)
@@ -149,33 +152,78 @@ func TestStrangers(t *testing.T) {
 	}
 }
 
-func TestConnectionLimit(t *testing.T) {
+// TestUnproven: however many connect and prove nothing, from the same address, too, who has
+// the key gets in.
+func TestUnproven(t *testing.T) {
 	h := newHub()
-	a := h.start(t, func(o *Options) { o.MaxConns = 3 })
+	a, b := h.start(t, func(o *Options) { o.MaxConns = 8 }), h.start(t)
+	task := a.add(t, "", content(100_000, 1))
 	var open []net.Conn
-	for range 10 {
+	defer func() {
+		for _, c := range open {
+			c.Close()
+		}
+	}()
+	for range 100 {
 		c, err := net.Dial("tcp", a.advertise[0])
 		if err != nil {
 			t.Fatal(err)
 		}
 		open = append(open, c)
 	}
-	// All but three are closed at once.
-	closed := make(chan int, len(open))
-	for i, c := range open {
+	conn, err := b.client.dialDirect(t.Context(), a.advertise[0], false, a.id)
+	if err != nil {
+		t.Fatalf("a member does not get in: %v", err)
+	}
+	defer conn.Close()
+	b.want(t, task, content(100_000, 1))
+	// All but eight were thrown out; the others have their time.
+	closed := make(chan struct{}, len(open))
+	for _, c := range open {
 		go func() {
 			c.Read(make([]byte, 1))
-			closed <- i
+			closed <- struct{}{}
 		}()
 	}
-	for range 7 {
+	for range open {
 		<-closed
 	}
-	for _, c := range open {
-		c.Close()
+}
+
+// TestProvenPool: a peer with many connections takes none from another.
+func TestProvenPool(t *testing.T) {
+	h := newHub()
+	a, many, one := h.start(t, func(o *Options) { o.MaxConns = 8 }), h.start(t), h.start(t)
+	ask := func(c net.Conn) error {
+		c.SetDeadline(time.Now().Add(time.Minute))
+		if _, err := io.WriteString(c, "GET "+pathHello+" HTTP/1.1\r\nHost: peer\r\n\r\n"); err != nil {
+			return err
+		}
+		resp, err := http.ReadResponse(bufio.NewReader(c), nil)
+		if err == nil {
+			resp.Body.Close()
+		}
+		return err
 	}
-	for range 3 {
-		<-closed
+	dial := func(p *testPeer) error {
+		c, err := p.client.dialDirect(t.Context(), a.advertise[0], false, a.id)
+		if err != nil {
+			return err
+		}
+		t.Cleanup(func() { c.Close() })
+		return ask(c)
+	}
+	refused := 0
+	for range 20 {
+		if dial(many) != nil {
+			refused++
+		}
+	}
+	if refused < 12 {
+		t.Errorf("a peer has %d connections of 8", 20-refused)
+	}
+	if err := dial(one); err != nil {
+		t.Errorf("another one does not get in: %v", err)
 	}
 }
 

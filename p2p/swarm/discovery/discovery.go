@@ -255,7 +255,7 @@ func (n *Network) newHost() (host.Host, error) {
 	}
 	if n.opts.NAT {
 		options = append(options, libp2p.NATPortMap(), libp2p.Transport(func(u transport.Upgrader, r network.ResourceManager) (*puncher, error) {
-			shared, err := tcp.NewTCPTransport(u, r, nil, tcp.WithConnectionTimeout(dialTimeout))
+			shared, err := tcp.NewTCPTransport(newUpgrader(u), r, nil, tcp.WithConnectionTimeout(dialTimeout))
 			other, otherErr := newTCP(u, r)
 			return &puncher{shared, other, n.relays}, errors.Join(err, otherErr)
 		}))
@@ -273,18 +273,20 @@ func (n *Network) newHost() (host.Host, error) {
 // it serves to punch holes. It also lets two daemons listen at the same one, without an
 // error, and each get half of the connections.
 func newTCP(u transport.Upgrader, r network.ResourceManager) (*tcp.TcpTransport, error) {
-	return tcp.NewTCPTransport(u, r, nil, tcp.WithConnectionTimeout(dialTimeout), tcp.DisableReuseport())
+	return tcp.NewTCPTransport(newUpgrader(u), r, nil, tcp.WithConnectionTimeout(dialTimeout), tcp.DisableReuseport())
 }
 
 // newResources bounds connections to a multiple of maxPeers, and other resources
 // by memory as libp2p does, but nothing by address: all hosts behind a router,
-// and all daemons in a test, have the same.
+// and all daemons in a test, have the same. Connections that are not proven yet
+// have a smaller bound before (see upgrader), which lets in who comes.
 func newResources(maxPeers int) (network.ResourceManager, error) {
 	limits := rcmgr.DefaultLimits
 	libp2p.SetDefaultServiceLimits(&limits)
 	conns := rcmgr.LimitVal(4 * max(maxPeers, 64))
 	all := rcmgr.ResourceLimits{Conns: conns, ConnsInbound: conns, ConnsOutbound: conns}
 	partial := rcmgr.PartialLimitConfig{System: all, Transient: all}
+	partial.Transient.FD = 4 * maxUnproven
 	return rcmgr.NewResourceManager(rcmgr.NewFixedLimiter(partial.Build(limits.AutoScale())),
 		rcmgr.WithLimitPerSubnet([]rcmgr.ConnLimitPerSubnet{}, []rcmgr.ConnLimitPerSubnet{}),
 		rcmgr.WithConnRateLimiters(&rate.Limiter{}),
