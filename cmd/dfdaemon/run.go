@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
@@ -59,6 +60,7 @@ type daemon struct {
 	upstream *upstreamServer // the same
 	metrics  *prometheus.Registry
 	warnings []string // of the start
+	local    *pieces.Store
 	closers  []func() // to be called in reverse order
 }
 
@@ -151,6 +153,7 @@ func (o *options) start(cmd *cobra.Command) (_ *daemon, err error) {
 	if err != nil {
 		return nil, err
 	}
+	d.local = local
 	engine, peer, err := d.openEngine(cmd.Context(), local, key, inSwarm, warn)
 	if err != nil {
 		return nil, err
@@ -217,8 +220,14 @@ func (o *options) openLog(console io.Writer, onClose func(func())) (*slog.Logger
 	return log, nil
 }
 
-// serve serves until a signal comes, and then until running operations have
-// ended. It returns nil where they could end.
+// failureTimeout is how long running operations may go on when the store can't
+// store anything any more: enough for them to say why they failed.
+const failureTimeout = 5 * time.Second
+
+// serve serves until a signal comes, or the store can't store anything any
+// more, and then until running operations have ended. It returns nil where they
+// could end. A store that failed is the error: whoever supervises the daemon may
+// start it again, which looks at everything anew.
 func (d *daemon) serve(signals <-chan os.Signal) error {
 	doors := []door{{d.socket, func() error { return d.server.Serve(d.listener) }, d.server.Shutdown}}
 	if d.registry != nil {
@@ -239,7 +248,15 @@ func (d *daemon) serve(signals <-chan os.Signal) error {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
+	var failure error
+	timeout := d.shutdownTimeout
 	select {
+	case <-d.local.Failed():
+		failure = d.local.Failure()
+		d.log.Error("stop: the store failed", "error", failure.Error())
+		if timeout == 0 || timeout > failureTimeout {
+			timeout = failureTimeout
+		}
 	case err := <-served:
 		// What runs would hold up closing the store, and nobody can ask for more.
 		cancel()
@@ -252,8 +269,8 @@ func (d *daemon) serve(signals <-chan os.Signal) error {
 		d.log.Info("stop", "signal", s.String())
 	}
 
-	if d.shutdownTimeout > 0 {
-		ctx, cancel = context.WithTimeout(ctx, d.shutdownTimeout)
+	if timeout > 0 {
+		ctx, cancel = context.WithTimeout(ctx, timeout)
 		defer cancel()
 	}
 	stopped := make(chan error, 1)
@@ -268,6 +285,9 @@ func (d *daemon) serve(signals <-chan os.Signal) error {
 	}
 	for range doors {
 		<-served
+	}
+	if failure != nil {
+		return failure
 	}
 	if err != nil {
 		d.log.Warn("operations were cut off", "error", err.Error())

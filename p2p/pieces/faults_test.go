@@ -128,7 +128,8 @@ func openWith(t *testing.T, dir string, f *faults) *Store {
 // abandon leaves a store as a crash would: files stay as they are.
 func (s *Store) abandon() {
 	s.db.Close()
-	s.lock.Close()
+	s.guard.file.Close()
+	s.guard.lock.Close()
 }
 
 // importArtifact stores data under a name and under a pinned task, in one

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"runtime/debug"
 	"strings"
@@ -151,13 +152,6 @@ func countBytes(tx *bbolt.Tx, n int64) error {
 	return putValue(tx, bucketMeta, keyBytes, binary.BigEndian.AppendUint64(nil, uint64(storedBytes(tx)+n)))
 }
 
-// view reads the metadata.
-func (s *Store) view(f func(tx *bbolt.Tx) error) (err error) {
-	defer recoverDamage(&err)
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
-	return s.db.View(f)
-}
-
 // update changes the metadata, durably, in one transaction with whatever
 // others want to change at the same time. f may be called more than once, and
 // an error of f undoes what it did and nothing else. It must not have effects
@@ -174,8 +168,8 @@ func (s *Store) runUpdates(jobs []*job[func(*bbolt.Tx) error]) {
 			}
 		}
 	}
-	if s.broken != nil {
-		fail(s.broken)
+	if err := s.Failure(); err != nil {
+		fail(err)
 		return
 	}
 	used, cleared := s.pending()
@@ -206,31 +200,54 @@ func (s *Store) runUpdates(jobs []*job[func(*bbolt.Tx) error]) {
 		if failed != nil {
 			continue // again, without the one that failed
 		}
-		err = fmt.Errorf("write the metadata: %w", DiskError(err))
-		if !errors.Is(err, p2p.ErrNoSpace) {
-			// After a failed write or fsync nobody knows what is on disk.
-			// Going on could acknowledge what is not there.
-			err = fmt.Errorf("%w: %w: nothing more is stored until a restart: look at the disk first", p2p.ErrUnavailable, err)
-			s.broken = err
-		}
-		fail(err)
+		fail(s.failedUpdate(err))
 		return
 	}
 }
 
-// transaction is db.Update with a fault that tests can inject in place of the commit.
+// failedUpdate says what a failed transaction means for the store.
+func (s *Store) failedUpdate(err error) error {
+	if failure := s.Failure(); failure != nil {
+		return failure
+	}
+	_, written := errors.AsType[*fs.PathError](err) // of a write; that of a sync has no path
+	err = fmt.Errorf("write the metadata: %w", DiskError(err))
+	switch {
+	case written && errors.Is(err, p2p.ErrNoSpace):
+		return err // pages that nothing refers to yet were not written
+	case errors.Is(err, digest.ErrCorrupt):
+		return s.fail(errDamagedMeta(s.path("meta.db"), err))
+	case s.unmapped():
+		return fmt.Errorf("%w: %w: try again", p2p.ErrUnavailable, err) // nothing was written yet
+	}
+	// After a failed write or fsync nobody knows what is on disk. Going on could
+	// acknowledge what is not there.
+	return s.fail(fmt.Errorf("%w: %w: nothing more is stored until a restart: look at the disk first", p2p.ErrUnavailable, err))
+}
+
+// transaction runs f in a transaction of its own, with a fault that tests can
+// inject in place of the commit.
 func (s *Store) transaction(f func(tx *bbolt.Tx) error) (err error) {
 	defer recoverDamage(&err)
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
-	return s.db.Update(func(tx *bbolt.Tx) error {
-		if err := f(tx); err != nil {
+	tx, err := s.beginUpdate()
+	if err != nil {
+		return err
+	}
+	defer tx.Rollback()
+	if err := f(tx); err != nil {
+		return err
+	}
+	if s.failCommit != nil {
+		if err := s.failCommit(); err != nil {
 			return err
 		}
-		if s.failCommit != nil {
-			return s.failCommit()
-		}
-		return nil
-	})
+	}
+	txid := tx.ID()
+	if err := tx.Commit(); err != nil {
+		return err
+	}
+	return s.committed(txid)
 }
 
 // addTask makes or completes a task. It returns the children it referred to

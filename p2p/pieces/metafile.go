@@ -22,15 +22,15 @@ import (
 // openMeta opens the metadata, makes it where there is none, and brings it to
 // this program's format where it has an earlier one. All of it is read and
 // checked first: nothing is acknowledged on top of what is damaged.
-func (s *Store) openMeta() (*bbolt.DB, error) {
+func (s *Store) openMeta() error {
 	path := s.path("meta.db")
 	fresh := path + ".new" // what becomes meta.db when it is whole
 	if err := os.Remove(fresh); err != nil && !isMissing(err) {
-		return nil, err
+		return err
 	}
 	version, err := checkMetaFile(path)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if version < formatVersion {
 		if version > 0 {
@@ -44,10 +44,22 @@ func (s *Store) openMeta() (*bbolt.DB, error) {
 			err = s.files.SyncDir(s.dir)
 		}
 		if err != nil {
-			return nil, errors.Join(fmt.Errorf("metadata %s: %w", path, DiskError(err)), ignoreMissing(os.Remove(fresh)))
+			return errors.Join(fmt.Errorf("metadata %s: %w", path, DiskError(err)), ignoreMissing(os.Remove(fresh)))
 		}
 	}
-	return openBolt(path, false)
+	if s.db, err = openBolt(path, false); err != nil {
+		return err
+	}
+	if s.guard.file, err = os.Open(path); err == nil {
+		var newest *metaPage
+		if newest, err = s.metaPages(); err == nil {
+			s.guard.last.Store(newest)
+			return nil
+		}
+		s.guard.file.Close()
+	}
+	s.db.Close()
+	return err
 }
 
 func ignoreMissing(err error) error {
@@ -313,12 +325,4 @@ func migrate1(db *bbolt.DB, old string) error {
 	return db.Update(func(tx *bbolt.Tx) error {
 		return putValue(tx, bucketMeta, keyBytes, binary.BigEndian.AppendUint64(nil, uint64(stored)))
 	})
-}
-
-// recoverDamage turns the panics with which bbolt meets damaged pages, the
-// memory one that can't be read, and the store damaged records, into errors.
-func recoverDamage(err *error) {
-	if r := recover(); r != nil {
-		*err = fmt.Errorf("%w: metadata: %v", digest.ErrCorrupt, r)
-	}
 }

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
-	"hash/fnv"
 	"io"
 	"math/bits"
 	"os"
@@ -94,51 +93,63 @@ func checkPages(path string, v visitor) error {
 	return r.readAll()
 }
 
-// readMeta reads the two meta pages. A commit writes one of them, in turn, so
-// that both are whole and their numbers follow each other, whatever
-// interrupted the last one: the 80 bytes that change are in one sector.
-func (r *pageReader) readMeta(size int64) error {
-	first, err := r.oneMeta(0)
-	if err != nil {
-		return fmt.Errorf("meta page 0: %w", err)
+// readMeta reads the meta pages.
+func (r *pageReader) readMeta(size int64) (err error) {
+	if r.meta, err = readMetaPages(r.f, size); err != nil {
+		return err
 	}
-	r.pageSize = int(first.pageSize)
-	if r.pageSize < 1024 || r.pageSize > 1<<16 || bits.OnesCount(uint(r.pageSize)) != 1 {
-		return fmt.Errorf("meta page 0: pages of %d bytes", r.pageSize)
-	}
-	second, err := r.oneMeta(int64(r.pageSize))
-	if err != nil {
-		return fmt.Errorf("meta page 1: %w", err)
-	}
-	r.meta = first
-	if second.txid > first.txid {
-		r.meta, second = second, first
-	}
-	if r.meta.txid != second.txid+1 || second.pageSize != r.meta.pageSize || first.txid%2 != 0 {
-		return fmt.Errorf("the meta pages are of the changes %d and %d", r.meta.txid, second.txid)
-	}
-	if r.meta.pages < 4 || r.meta.pages > uint64(size)/uint64(r.pageSize) {
-		return fmt.Errorf("it has %d bytes, want %d pages of %d", size, r.meta.pages, r.pageSize)
-	}
+	r.pageSize = int(r.meta.pageSize)
 	r.seen = make([]uint64, (r.meta.pages+63)/64)
 	r.seen[0] = 3
 	return nil
 }
 
-func (r *pageReader) oneMeta(at int64) (m metaPage, err error) {
+// readMetaPages reads the two meta pages of a file of size bytes, and returns
+// the newer one. A commit writes one of them, in turn, so that both are whole
+// and their numbers follow each other, whatever interrupted the last one: the
+// 80 bytes that change are in one sector.
+func readMetaPages(f io.ReaderAt, size int64) (newest metaPage, err error) {
+	first, err := readMetaPage(f, 0)
+	if err != nil {
+		return newest, fmt.Errorf("meta page 0: %w", err)
+	}
+	pageSize := first.pageSize
+	if pageSize < 1024 || pageSize > 1<<16 || bits.OnesCount32(pageSize) != 1 {
+		return newest, fmt.Errorf("meta page 0: pages of %d bytes", pageSize)
+	}
+	second, err := readMetaPage(f, int64(pageSize))
+	if err != nil {
+		return newest, fmt.Errorf("meta page 1: %w", err)
+	}
+	newest, older := first, second
+	if second.txid > first.txid {
+		newest, older = second, first
+	}
+	if newest.txid != older.txid+1 || second.pageSize != pageSize || first.txid%2 != 0 {
+		return newest, fmt.Errorf("the meta pages are of the changes %d and %d", newest.txid, older.txid)
+	}
+	if newest.pages < 4 || newest.pages > uint64(size)/uint64(pageSize) {
+		return newest, fmt.Errorf("it has %d bytes, want %d pages of %d", size, newest.pages, pageSize)
+	}
+	return newest, nil
+}
+
+func readMetaPage(f io.ReaderAt, at int64) (m metaPage, err error) {
 	var page [pageHeader + 64]byte
-	if _, err := r.f.ReadAt(page[:], at); err != nil {
+	if _, err := f.ReadAt(page[:], at); err != nil {
 		return m, err
 	}
 	b := page[pageHeader:]
-	h := fnv.New64a()
-	h.Write(b[:56])
+	sum := uint64(14695981039346656037) // FNV-1a
+	for _, c := range b[:56] {
+		sum = (sum ^ uint64(c)) * 1099511628211
+	}
 	switch {
 	case native.Uint32(b) != 0xED0CDAED:
 		return m, fmt.Errorf("it is not one of bbolt's")
 	case native.Uint32(b[4:]) != 2:
 		return m, fmt.Errorf("version %d of bbolt's format", native.Uint32(b[4:]))
-	case native.Uint64(b[56:]) != h.Sum64():
+	case native.Uint64(b[56:]) != sum:
 		return m, fmt.Errorf("its checksum is wrong")
 	}
 	return metaPage{native.Uint32(b[8:]), native.Uint64(b[16:]), native.Uint64(b[24:]),

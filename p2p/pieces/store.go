@@ -17,7 +17,6 @@ import (
 	"time"
 
 	"go.etcd.io/bbolt"
-	"golang.org/x/sys/unix"
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
@@ -44,15 +43,14 @@ type Store struct {
 	dir   string
 	log   *slog.Logger
 	files files
-	lock  *os.File
 	db    *bbolt.DB
+	guard guard
 
 	maxSize  int64        // 0 is no limit
 	stored   atomic.Int64 // bytes in all blobs
 	incoming atomic.Int64 // bytes in copies that are not blobs yet
 
 	updates    batch[func(*bbolt.Tx) error]
-	broken     error        // why the metadata can't be written any more; only touched within updates
 	failCommit func() error // for tests: a commit that fails
 	dirSyncs   map[digest.Algorithm]*batch[struct{}]
 
@@ -100,6 +98,7 @@ func open(dir string, opts Options, files files) (_ *Store, err error) {
 		log:      opts.Log,
 		files:    files,
 		maxSize:  opts.MaxSize,
+		guard:    guard{failed: make(chan struct{})},
 		dirSyncs: map[digest.Algorithm]*batch[struct{}]{},
 		holds:    map[digest.Digest]*hold{},
 		used:     map[p2p.Task]time.Time{},
@@ -126,10 +125,10 @@ func open(dir string, opts Options, files files) (_ *Store, err error) {
 		return nil, fmt.Errorf("open store %s: %w", dir, err)
 	}
 	if err = s.checkMeta(); err == nil {
-		s.db, err = s.openMeta()
+		err = s.openMeta()
 	}
 	if err != nil {
-		s.lock.Close()
+		s.guard.lock.Close()
 		return nil, fmt.Errorf("open store: %w", err)
 	}
 	err = s.view(func(tx *bbolt.Tx) error {
@@ -144,7 +143,8 @@ func open(dir string, opts Options, files files) (_ *Store, err error) {
 	}
 	if err != nil {
 		s.db.Close()
-		s.lock.Close()
+		s.guard.file.Close()
+		s.guard.lock.Close()
 		return nil, fmt.Errorf("open store %s: recover: %w", dir, DiskError(err))
 	}
 	return s, nil
@@ -173,34 +173,6 @@ func (s *Store) makeDirs() error {
 		return nil
 	}
 	return errors.Join(s.files.SyncDir(s.path("blobs")), s.files.SyncDir(s.dir))
-}
-
-// takeLock makes sure that no other process has the store open.
-func (s *Store) takeLock(address string) error {
-	f, err := os.OpenFile(s.path("lock"), os.O_RDWR|os.O_CREATE, 0o640)
-	if err != nil {
-		return err
-	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		defer f.Close()
-		if !errors.Is(err, unix.EWOULDBLOCK) {
-			return fmt.Errorf("lock: %w", err)
-		}
-		holder := make([]byte, 256)
-		n, _ := f.ReadAt(holder, 0)
-		return fmt.Errorf("%w: %s has it open: stop that first, or use another directory", p2p.ErrUnavailable,
-			strings.TrimSpace("process "+string(holder[:n])))
-	}
-	// Who holds the lock is for people to read; the lock itself is the kernel's.
-	who := filepath.Base(os.Args[0])
-	if address != "" {
-		who += " at " + address
-	}
-	if err := f.Truncate(0); err == nil {
-		fmt.Fprintf(f, "%d (%s)\n", os.Getpid(), who)
-	}
-	s.lock = f
-	return nil
 }
 
 // checkMeta makes sure that a new metadata file is not made beside blobs that
@@ -336,7 +308,7 @@ func (s *Store) Close() error {
 	if used, cleared := s.pending(); len(used)+len(cleared) > 0 {
 		err = s.update(func(*bbolt.Tx) error { return nil })
 	}
-	return errors.Join(err, s.db.Close(), s.lock.Close())
+	return errors.Join(err, s.db.Close(), s.guard.file.Close(), s.guard.lock.Close())
 }
 
 // touch notes that a task was used now.
