@@ -650,7 +650,7 @@ type Manifest struct {
 // Manifest returns the manifest that reference, a tag or a digest, names. Other
 // content is none: the error matches [ErrNotFound].
 func (r *Repository) Manifest(ctx context.Context, reference string) (Manifest, error) {
-	m, err := r.ManifestContent(ctx, reference, false)
+	m, err := r.ManifestContent(ctx, reference, false, 0)
 	if err != nil {
 		return Manifest{}, err
 	}
@@ -665,13 +665,14 @@ func (r *Repository) Manifest(ctx context.Context, reference string) (Manifest, 
 
 // ManifestContent is Manifest for whoever reads the content: what that says of artifact
 // type, annotations and subject is not set. With keep, for whoever means to fetch what it
-// is made of: where peers have it, the manifest is kept on this host, with the tag.
-func (r *Repository) ManifestContent(ctx context.Context, reference string, keep bool) (Manifest, error) {
+// is made of: where peers have it, the manifest is kept on this host, with the tag. One of
+// more than limit bytes, where that is not 0, may come without its content, for Fetch to read.
+func (r *Repository) ManifestContent(ctx context.Context, reference string, keep bool, limit int64) (Manifest, error) {
 	cid, err := parseReference(reference)
 	if err != nil {
 		return Manifest{}, err
 	}
-	info, err := r.engine.Stat(ctx, r.tag, cid, p2p.StatOptions{Manifest: true, ContentOnly: true, Keep: keep})
+	info, err := r.engine.Stat(ctx, r.tag, cid, p2p.StatOptions{Manifest: true, ContentOnly: true, Keep: keep, MaxContent: limit})
 	if err == nil && info.Manifest == nil {
 		err = fmt.Errorf("%s is not a manifest: %w", p2p.Describe(r.tag, cid), ErrNotFound)
 	}

@@ -552,7 +552,7 @@ func TestManifestContent(t *testing.T) {
 			t.Errorf("got %+v, %v; want %+v", m, err, want)
 		}
 		for _, keep := range []bool{false, true} {
-			m, err := r.ManifestContent(t.Context(), "v1", keep)
+			m, err := r.ManifestContent(t.Context(), "v1", keep, 0)
 			if err != nil || m.Digest != want.Digest || m.Size != want.Size || m.MediaType != want.MediaType || !bytes.Equal(m.Content, want.Content) {
 				t.Errorf("got %+v, %v; want %+v", m, err, want)
 			}

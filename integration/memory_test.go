@@ -199,6 +199,30 @@ func streams() *http.Client {
 	return &http.Client{Transport: transport}
 }
 
+// TestMemoryOfStalledManifests: answers that are made in memory do not stay there while
+// nobody reads them.
+func TestMemoryOfStalledManifests(t *testing.T) {
+	d := startLean(t, nil)
+	manifest := []byte(fmt.Sprintf(`{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[],"annotations":{"a":%q}}`, strings.Repeat("x", 4<<20-200)))
+	d.require(t, http.StatusCreated, http.MethodPut, "/v2/models/manifests/v1", manifest)
+	hangUp := d.stalled(t, 300, true, func(int) string {
+		return "GET /v2/models/manifests/v1 HTTP/1.1\r\nHost: " + d.host + "\r\n\r\n"
+	})
+	hangUp()
+	d.requireMemory(t, memoryBound)
+}
+
+// TestMemoryOfHeldManifests: a manifest of which the end does not come waits elsewhere.
+func TestMemoryOfHeldManifests(t *testing.T) {
+	d := startLean(t, nil)
+	const size = 4 << 20
+	head := fmt.Sprintf("PUT /v2/models/manifests/v1 HTTP/1.1\r\nHost: %s\r\nContent-Length: %d\r\n\r\n", d.host, size)
+	body := strings.Repeat(" ", size-10)
+	hangUp := d.stalled(t, 500, false, func(int) string { return head + body })
+	hangUp()
+	d.requireMemory(t, memoryBound)
+}
+
 // TestMemoryOfUnfinishedPushes: neither does a push that stops in the middle keep much.
 func TestMemoryOfUnfinishedPushes(t *testing.T) {
 	d := startLean(t, nil)

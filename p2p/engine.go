@@ -100,6 +100,9 @@ type StatOptions struct {
 	// ContentOnly says that Info.Manifest.Refs is not needed, which takes longer the
 	// more there are. An engine may tell them all the same.
 	ContentOnly bool
+	// MaxContent leaves it to Open to read a manifest of more bytes: an engine may
+	// then leave Info.Manifest.Content nil. 0 is no limit.
+	MaxContent int64
 	// Keep asks that the name, and the manifest that it points to, be kept
 	// here where peers have them. It needs Manifest and Network.
 	Keep bool

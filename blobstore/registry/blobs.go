@@ -128,11 +128,3 @@ func (w *response) created(path string, d digest.Digest) {
 	w.Header().Set("Docker-Content-Digest", d.String())
 	w.sendEmpty(http.StatusCreated)
 }
-
-// sendJSON answers with a document.
-func (w *response) sendJSON(mediaType string, document []byte) error {
-	w.Header().Set("Content-Type", mediaType)
-	w.Header().Set("Content-Length", strconv.Itoa(len(document)))
-	_, err := w.Write(document)
-	return err
-}

@@ -90,7 +90,7 @@ func (h *Handler) tags(w *response, r *request) error {
 	if more {
 		w.linkAfter(r, n, tags[n-1])
 	}
-	return w.sendValue(struct {
+	return h.sendValue(w, r, struct {
 		Name string   `json:"name"`
 		Tags []string `json:"tags"`
 	}{r.name, append([]string{}, tags...)})
@@ -122,7 +122,7 @@ func (h *Handler) catalog(w *response, r *request) error {
 	if more {
 		w.linkAfter(r, n, names[len(names)-1])
 	}
-	return w.sendValue(struct {
+	return h.sendValue(w, r, struct {
 		Repositories []string `json:"repositories"`
 	}{append([]string{}, names...)})
 }
@@ -211,14 +211,14 @@ func (h *Handler) referrers(w *response, r *request) error {
 	if artifactType != "" {
 		w.Header().Set("OCI-Filters-Applied", "artifactType")
 	}
-	return w.sendJSON(ocispec.MediaTypeImageIndex, document.Bytes())
+	return h.sendDocument(w, r, ocispec.MediaTypeImageIndex, document.Bytes())
 }
 
 // sendValue answers with JSON.
-func (w *response) sendValue(v any) error {
+func (h *Handler) sendValue(w *response, r *request, v any) error {
 	document, err := json.Marshal(v)
 	if err != nil {
 		return err
 	}
-	return w.sendJSON("application/json", document)
+	return h.sendDocument(w, r, "application/json", document)
 }

@@ -1,7 +1,6 @@
 package registry
 
 import (
-	"io"
 	"mime"
 	"net/http"
 	"strings"
@@ -17,7 +16,7 @@ func (h *Handler) getManifest(w *response, r *request) error {
 	if _, err := manifestReference(r); err != nil {
 		return err
 	}
-	m, err := r.repo.ManifestContent(r.Context(), r.reference, r.Method != http.MethodHead)
+	m, err := r.repo.ManifestContent(r.Context(), r.reference, r.Method != http.MethodHead, maxWaiting)
 	if err != nil {
 		return err
 	}
@@ -25,8 +24,19 @@ func (h *Handler) getManifest(w *response, r *request) error {
 	if w.isKnown(r, m.Digest) {
 		return nil
 	}
-	_, err = w.Write(m.Content)
-	return err
+	if w.headOnly {
+		w.begin()
+		return nil
+	}
+	if m.Content == nil && m.Size > 0 {
+		content, err := r.repo.Fetch(r.Context(), m.Descriptor)
+		if err != nil {
+			return err
+		}
+		defer content.Close()
+		return content.(*blobstore.Reader).CopyRange(r.Context(), w.writer(r.Request), 0, m.Size)
+	}
+	return h.sendDocument(w, r, m.MediaType, m.Content)
 }
 
 // manifestReference reads the reference of a manifest. What can't be a tag names
@@ -65,10 +75,11 @@ func (h *Handler) putManifest(w *response, r *request) error {
 	if opts.MediaType, err = manifestType(r.Header.Get("Content-Type")); err != nil {
 		return err
 	}
-	content, err := readManifest(r)
+	content, done, err := h.readManifest(r)
 	if err != nil {
 		return err
 	}
+	defer done()
 	m, err := r.repo.PushManifest(r.Context(), content, opts)
 	if err != nil {
 		return err
@@ -100,22 +111,6 @@ func manifestType(header string) (string, error) {
 		return "", newProblem(http.StatusBadRequest, codeUnsupported, "manifests of Docker's schema 1 are not supported: push with a newer client")
 	}
 	return mediaType, nil
-}
-
-// readManifest reads the body of a request, up to the largest manifest.
-func readManifest(r *request) ([]byte, error) {
-	tooLarge := newProblem(http.StatusRequestEntityTooLarge, codeManifestInvalid, "a manifest can have %d bytes at most", blobstore.MaxManifest)
-	if r.ContentLength > blobstore.MaxManifest {
-		return nil, tooLarge
-	}
-	content, err := io.ReadAll(io.LimitReader(r.body, blobstore.MaxManifest+1))
-	switch {
-	case err != nil:
-		return nil, bodyProblem(r, err)
-	case len(content) > blobstore.MaxManifest:
-		return nil, tooLarge
-	}
-	return content, nil
 }
 
 // deleteManifest removes a tag, or a manifest with the tags that point to it.

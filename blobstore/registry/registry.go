@@ -5,10 +5,13 @@ import (
 	"errors"
 	"log/slog"
 	"net/http"
+	"os"
 	"slices"
 	"strings"
 	"sync"
 	"time"
+
+	"golang.org/x/sync/semaphore"
 
 	"github.com/dfcache/dfcache/blobstore"
 	"github.com/dfcache/dfcache/digest"
@@ -28,6 +31,9 @@ type Options struct {
 	// StallTimeout is how long a client can take to send a byte, or to receive
 	// 128 KiB, until it is cut off, by default a minute.
 	StallTimeout time.Duration
+	// Scratch is the directory for documents of more than 32 KiB while a client
+	// sends or receives them, by default that of temporary files. Nothing is left in it.
+	Scratch string
 }
 
 // Handler serves a store as a registry. It is safe for concurrent use.
@@ -36,6 +42,7 @@ type Handler struct {
 	opts   Options
 	log    *slog.Logger
 	origin *http.CrossOriginProtection
+	parsed *semaphore.Weighted // bytes of manifests that are taken in
 
 	ctx     context.Context // of all upload sessions
 	stop    context.CancelCauseFunc
@@ -60,8 +67,12 @@ func New(store *blobstore.Store, opts Options) *Handler {
 	if opts.StallTimeout <= 0 {
 		opts.StallTimeout = time.Minute
 	}
+	if opts.Scratch == "" {
+		opts.Scratch = os.TempDir()
+	}
 	h := &Handler{
-		store: store, opts: opts, log: opts.Log,
+		parsed: semaphore.NewWeighted(maxParsed),
+		store:  store, opts: opts, log: opts.Log,
 		origin:  http.NewCrossOriginProtection(),
 		uploads: map[string]*session{},
 	}
@@ -173,7 +184,7 @@ func (h *Handler) serve(w *response, r *request) error {
 
 // base says that this is a registry.
 func (h *Handler) base(w *response, r *request) error {
-	return w.sendJSON("application/json", []byte("{}"))
+	return h.sendDocument(w, r, "application/json", []byte("{}"))
 }
 
 // logRequest logs a request and what became of it.

@@ -72,6 +72,7 @@ type registryServer struct {
 	handler  *registry.Handler
 	server   *http.Server
 	cancel   context.CancelFunc // ends requests that run
+	scratch  string             // directory of what waits for clients
 }
 
 // prepare finds what is wrong with the flags alone. It returns nil where there
@@ -236,7 +237,7 @@ func (s *registryServer) listen(store *blobstore.Store, log *slog.Logger, warn f
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	s.cancel = cancel
-	s.handler = registry.New(store, registry.Options{Log: log, UploadTimeout: s.uploadTimeout})
+	s.handler = registry.New(store, registry.Options{Log: log, UploadTimeout: s.uploadTimeout, Scratch: s.scratch})
 	s.server = &http.Server{
 		Handler:           s.access.Wrap(s.handler),
 		TLSConfig:         s.tls,

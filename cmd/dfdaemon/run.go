@@ -175,6 +175,7 @@ func (o *options) start(cmd *cobra.Command) (_ *daemon, err error) {
 	d.server = rpc.NewServer(engine, d.log, serverOptions(trace.ServerStatsHandler())...)
 
 	if oci != nil {
+		oci.scratch = local.Scratch()
 		listens, err := oci.listen(store, d.log, warn)
 		if err != nil {
 			return nil, err

@@ -60,7 +60,9 @@ func (s *Store) Stat(ctx context.Context, tag string, cid digest.CID, opts p2p.S
 		if err != nil {
 			return p2p.Info{}, err
 		}
-		if info.IsManifest && opts.Manifest {
+		if info.IsManifest && opts.Manifest && opts.ContentOnly && opts.MaxContent > 0 && info.Size > opts.MaxContent {
+			info.Manifest, err = &p2p.Manifest{}, s.checkFile(info)
+		} else if info.IsManifest && opts.Manifest {
 			info.Manifest, err = s.manifest(info.Task.Digest, refs)
 		} else {
 			err = s.checkFile(info)

@@ -269,6 +269,10 @@ func (s *Store) makeLayout() error {
 // Dir returns the directory that the store is in, as an absolute path.
 func (s *Store) Dir() string { return s.dir }
 
+// Scratch returns a directory on the same disk for what is short-lived. What is left in it
+// goes when the store is opened again.
+func (s *Store) Scratch() string { return s.path("ingest") }
+
 func (s *Store) path(elem ...string) string {
 	return filepath.Join(append([]string{s.dir}, elem...)...)
 }

@@ -373,7 +373,7 @@ func (s *Swarm) statLocal(ctx context.Context, tag string, cid digest.CID, opts 
 
 // localOnly returns the same options for what is here alone.
 func localOnly(opts p2p.StatOptions) p2p.StatOptions {
-	return p2p.StatOptions{Scope: p2p.Local, Manifest: opts.Manifest, ContentOnly: opts.ContentOnly}
+	return p2p.StatOptions{Scope: p2p.Local, Manifest: opts.Manifest, ContentOnly: opts.ContentOnly, MaxContent: opts.MaxContent}
 }
 
 // statName describes what a name stands for.

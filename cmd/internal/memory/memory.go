@@ -73,11 +73,14 @@ func controlGroupLimit(root, groups string) int64 {
 }
 
 const (
-	// interval is how often it is looked whether there is something to give back.
-	interval = 2 * time.Second
-	// spare is how many bytes a process may keep for what comes next. Who has allocated
-	// as many since the last look is busy, and keeps all.
-	spare = 16 << 20
+	// interval is how often it is looked whether there is something to give back. Where
+	// nothing came of it, it is tried less often, down to once in maxInterval: what
+	// is in use can only be told from what is not by collecting garbage.
+	interval    = 2 * time.Second
+	maxInterval = 16 * time.Second
+	// spare is how many bytes of heap a process may keep for what comes next. Who has
+	// allocated half of that since the last look is busy, and keeps all.
+	spare = 32 << 20
 )
 
 // GiveBack returns memory to the operating system that a load has left, within seconds of
@@ -88,7 +91,7 @@ func GiveBack() (stop func()) {
 	working.Go(func() {
 		tick := time.NewTicker(interval)
 		defer tick.Stop()
-		before := read()
+		before, pause, tried := read(), interval, time.Time{}
 		for {
 			select {
 			case <-tick.C:
@@ -96,10 +99,17 @@ func GiveBack() (stop func()) {
 				return
 			}
 			now := read()
-			if now.held-now.live > spare && now.allocated-before.allocated < spare {
+			switch busy := now.allocated-before.allocated > spare/2; {
+			case busy:
+				pause = interval
+			case now.held > spare && time.Since(tried) >= pause:
 				runtime.GC() // pools let go of what they have with the second one
 				debug.FreeOSMemory()
-				now = read()
+				after := read()
+				if pause = min(2*pause, maxInterval); now.held-after.held > spare/2 {
+					pause = interval
+				}
+				now, tried = after, time.Now()
 			}
 			before = now
 		}
@@ -113,7 +123,6 @@ func GiveBack() (stop func()) {
 // usage is what a process has, in bytes.
 type usage struct {
 	held      int64 // of the heap, not given back to the operating system
-	live      int64 // of it, what was in use at the end of the last garbage collection
 	allocated int64 // since the process began
 }
 
@@ -122,10 +131,9 @@ func read() usage {
 		{Name: "/memory/classes/heap/objects:bytes"},
 		{Name: "/memory/classes/heap/unused:bytes"},
 		{Name: "/memory/classes/heap/free:bytes"},
-		{Name: "/gc/heap/live:bytes"},
 		{Name: "/gc/heap/allocs:bytes"},
 	}
 	metrics.Read(samples)
 	n := func(i int) int64 { return int64(samples[i].Value.Uint64()) }
-	return usage{held: n(0) + n(1) + n(2), live: n(3), allocated: n(4)}
+	return usage{held: n(0) + n(1) + n(2), allocated: n(3)}
 }

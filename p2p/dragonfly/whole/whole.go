@@ -158,7 +158,7 @@ func (e *Engine) Stat(ctx context.Context, tag string, cid digest.CID, opts p2p.
 		return p2p.Info{}, err
 	}
 	defer e.End()
-	local := p2p.StatOptions{Scope: p2p.Local, Manifest: opts.Manifest, ContentOnly: opts.ContentOnly}
+	local := p2p.StatOptions{Scope: p2p.Local, Manifest: opts.Manifest, ContentOnly: opts.ContentOnly, MaxContent: opts.MaxContent}
 	info, err := e.store.Stat(ctx, tag, cid, local)
 	if opts.Scope == p2p.Local {
 		return info, err
