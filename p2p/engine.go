@@ -123,6 +123,7 @@ type Info struct {
 	IsManifest  bool      // committed as a manifest, with what it refers to
 	Keep        Keep      // what keeps it
 	Origin      time.Time // when it was imported or pushed, on whatever host that was
+	After       time.Time // the latest import or delete of it that was known to who did; zero where that is not known
 	Imported    time.Time // when the task was committed here; zero where it is not here
 	LastUsed    time.Time // when the blob was last opened here; zero where never
 
@@ -250,8 +251,11 @@ type NewTask struct {
 	MediaType string
 	Keep      Keep
 	// Origin is when the task was imported or pushed first, where that was on
-	// another host. The default is now.
+	// another host. The default is now, or later where an import or a delete is
+	// known that is dated later.
 	Origin time.Time
+	// After is Info.After of the same host, where there is an Origin.
+	After time.Time
 	// Manifest, where it is not nil, says that the content is a manifest, and
 	// what it refers to.
 	Manifest *NewManifest
@@ -293,8 +297,12 @@ type NewName struct {
 	// Updated is when the name was pointed there, where that was on another
 	// host: it is not moved if it has been pointed elsewhere later, and whatever
 	// was put in on this host is kept, as with KeepOld: nobody here has moved the
-	// name. The default is now.
+	// name. The default is now, or later where an earlier move or a delete is known
+	// that is dated later.
 	Updated time.Time
+	// After is the latest move or delete of the name that was known to whoever
+	// points it there; zero where that is not known, or none was.
+	After time.Time
 	// KeepOld keeps what the name pointed to before, as KeepLoose where
 	// nothing else holds it. Hosts that learn of the move do so, too.
 	KeepOld bool
@@ -336,7 +344,11 @@ type Peer struct {
 	Latency   time.Duration // of a request and its answer, smoothed; 0 where unknown
 	LastSeen  time.Time
 	Faults    int    // lies it was caught with
-	Reason    string // of the last fault
+	Reason    string // of the last fault, or of the state
+	Version   string // of its dfdaemon; "" where it has not told
+	// Ahead is how far its clock is ahead of this host's; below zero it is
+	// behind. 0 where it is not known.
+	Ahead time.Duration
 }
 
 // PeerState says how it stands with a peer.
@@ -346,6 +358,8 @@ const (
 	PeerConnected PeerState = "connected"
 	PeerAway      PeerState = "away"    // known, and not connected now
 	PeerShunned   PeerState = "shunned" // caught with lies: it is asked for nothing for a while
+	PeerForeign   PeerState = "foreign" // it speaks another version of the protocol, and is asked for nothing
+	PeerCloned    PeerState = "cloned"  // two hosts have this identity; it may be that of this host itself
 )
 
 // Query says what to list. Its zero value lists everything.

@@ -186,7 +186,8 @@ func (d *daemon) joinSwarm(store *pieces.Store, key discovery.Key) (*swarm.Swarm
 	if err != nil {
 		return nil, err
 	}
-	resolve, err := swarm.NewResolver(identity, key.Secret(), o.plain)
+	instance := swarm.NewInstance()
+	resolve, err := swarm.NewResolver(identity, key.Secret(), o.plain, instance)
 	if err != nil {
 		return nil, err
 	}
@@ -217,6 +218,7 @@ func (d *daemon) joinSwarm(store *pieces.Store, key discovery.Key) (*swarm.Swarm
 		Plain:           o.plain,
 		Mode:            swarm.Mode(o.mode),
 		Version:         build.Get().Version,
+		Instance:        instance,
 		LookupTimeout:   o.lookup,
 		StallTimeout:    o.stall,
 		UploadRate:      int64(o.upRate),

@@ -8,6 +8,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -17,13 +18,41 @@ import (
 	"github.com/dfcache/dfcache/p2p"
 )
 
+// Version is one import of a task, or one move of a name, on whatever host that
+// was. Each is later than all that the host and its reachable peers knew of it,
+// whatever their clocks say (a hybrid logical clock): so those are in order that
+// could see each other.
+type Version struct {
+	At time.Time
+	// After is the latest version or delete that was known when this one was
+	// made. It is zero where that is not known: earlier programs did not keep it.
+	After time.Time
+}
+
+// beginning is the After of a version before which nothing was known.
+var beginning = time.Unix(0, 0).UTC()
+
+// Unseen reports whether a later version of something else was made by who did not know of v.
+func (v Version) Unseen(later Version) bool {
+	return !later.After.IsZero() && later.After.Before(v.At)
+}
+
 // Delete is what a swarm remembers of a delete, so that peers who were away
 // learn of it, and so that nobody brings back what they still hold: a
-// tombstone. It covers what was imported, or named, no later than At.
+// tombstone.
 type Delete struct {
 	Tag string
 	CID digest.CID
-	At  time.Time
+	// At is the newest version that could be seen where the delete was made.
+	// It covers that, and all versions up to After; where that is zero, all up
+	// to At. See Covers.
+	At, After time.Time
+	// Seen are further versions that could be seen there. They are not remembered:
+	// who has one of them is told of the delete by who has made it.
+	Seen []time.Time
+	// Made is when it was made, by the clock of this host: it is remembered for
+	// some time from then on.
+	Made time.Time
 	// Force deletes a task that others refer to.
 	Force bool
 	// NameOnly deletes a name and keeps what it pointed to.
@@ -31,6 +60,66 @@ type Delete struct {
 	// Soft deletes a task only where it is a copy that came from peers, and
 	// nothing holds it: what went together with the name that was deleted.
 	Soft bool
+}
+
+// MaxAhead is how far the clock of a host may be ahead without a delete by it
+// covering less than what it names.
+const MaxAhead = time.Hour
+
+// MaxSeen bounds Delete.Seen.
+const MaxSeen = 16
+
+// Covers reports whether a version goes with the delete: it was seen by whoever
+// made that, or is older than what was known there. A date beyond limit is that of
+// a clock that was wrong: what is dated earlier need not be older.
+func (d Delete) Covers(v time.Time, limit time.Time) bool {
+	if d.At.IsZero() || v.Equal(d.At) || slices.ContainsFunc(d.Seen, v.Equal) {
+		return !d.At.IsZero()
+	}
+	upTo := timeOr(d.After, d.At)
+	return !v.After(upTo) && (!upTo.After(limit) || v.After(limit))
+}
+
+// timeOr returns the first of two times, or the second where that is zero.
+func timeOr(a, b time.Time) time.Time {
+	if a.IsZero() {
+		return b
+	}
+	return a
+}
+
+func latest(all ...time.Time) time.Time { return slices.MaxFunc(all, time.Time.Compare) }
+
+// Last returns the latest date up to limit that what is imported again has to come after.
+func (d Delete) Last(limit time.Time) time.Time {
+	for _, t := range []time.Time{d.At, timeOr(d.After, d.At)} {
+		if !t.After(limit) {
+			return t
+		}
+	}
+	return time.Time{}
+}
+
+// See adds to what the delete covers a version, or what another delete covers.
+func (d *Delete) See(v Version) {
+	after := timeOr(v.After, v.At)
+	if len(d.Seen) < MaxSeen && !v.At.IsZero() && !slices.ContainsFunc(d.Seen, v.At.Equal) {
+		d.Seen = append(d.Seen, v.At)
+	}
+	switch {
+	case v.At.IsZero():
+		return
+	case v.At.After(d.At):
+		if !d.At.IsZero() {
+			after = latest(after, d.At, timeOr(d.After, d.At))
+		}
+		d.At = v.At
+	case v.At.Before(d.At):
+		after = latest(after, v.At, timeOr(d.After, d.At))
+	default:
+		after = latest(after, timeOr(d.After, d.At))
+	}
+	d.After = after
 }
 
 // softMark ends the key of a soft delete, which is kept beside the other one of
@@ -47,9 +136,33 @@ func (d Delete) key() []byte {
 // deleteRecord is a Delete as it is stored. The rest of it is in the key.
 type deleteRecord struct {
 	At       time.Time `json:"at"`
+	After    time.Time `json:"after,omitzero"`
+	Made     time.Time `json:"made,omitzero"` // zero: At
 	Force    bool      `json:"force,omitempty"`
 	NameOnly bool      `json:"nameOnly,omitempty"`
 	Number   uint64    `json:"number"` // in bucketDeleteLog
+}
+
+// delete returns what a record under the key k says.
+func (r deleteRecord) delete(k []byte) (Delete, error) {
+	parts := strings.Split(string(k), "\x00")
+	cid, err := digest.ParseCID(parts[1])
+	if err != nil {
+		return Delete{}, fmt.Errorf("%w: delete %q in the metadata: %w", digest.ErrCorrupt, k, err)
+	}
+	return Delete{
+		Tag: parts[0], CID: cid, At: r.At, After: r.After, Made: timeOr(r.Made, r.At),
+		Force: r.Force, NameOnly: r.NameOnly, Soft: len(parts) > 2,
+	}, nil
+}
+
+// getDelete returns what is known of a delete.
+func getDelete(tx *bbolt.Tx, k []byte) (d Delete, record deleteRecord, found bool, err error) {
+	record, found, err = get[deleteRecord](tx, bucketDeletes, k)
+	if err == nil && found {
+		d, err = record.delete(k)
+	}
+	return d, record, found, err
 }
 
 // errDeleted says that peers have deleted what is to be taken from one of them.
@@ -62,71 +175,78 @@ func NewerName(a digest.Digest, atA time.Time, b digest.Digest, atB time.Time) b
 	return cmp.Or(atA.Compare(atB), cmp.Compare(a, b)) > 0
 }
 
-// origin returns the origin of a task that is committed. What an import or a
-// push makes is newer than any delete that is known.
-func origin(tx *bbolt.Tx, n p2p.NewTask, before, now time.Time) (time.Time, error) {
-	return stamp(tx, n.Task.Tag, string(n.Task.Digest), n.Origin, before, now)
-}
-
-// updated returns when a name that is committed was pointed to its task.
-func updated(tx *bbolt.Tx, n p2p.NewName, before, now time.Time) (time.Time, error) {
-	at, err := stamp(tx, n.Tag, n.Name, n.Updated, time.Time{}, now)
-	if err == nil && n.Updated.IsZero() && !at.After(before) {
-		at = before.Add(1)
-	}
-	return at, err
-}
-
-// stamp returns the later of before and given, where given is not zero; where it
-// is, a time from now on that is later than the last delete. It fails where what
-// is given was deleted since.
-func stamp(tx *bbolt.Tx, tag, cid string, given, before, now time.Time) (time.Time, error) {
-	gone, found, err := get[deleteRecord](tx, bucketDeletes, key(tag, cid))
+// stamp returns the version of what is committed. Where given has no time it is
+// imported or moved here: now, and later than before, than what given came after,
+// and than the last delete. Else it is a copy of what a peer has, and fails where
+// that was deleted; where before is later, that stays.
+func (s *Store) stamp(tx *bbolt.Tx, tag, cid string, given, before Version, now time.Time) (Version, error) {
+	gone, _, found, err := getDelete(tx, key(tag, cid))
 	if err != nil {
 		return given, err
 	}
-	if given.IsZero() {
-		if found && !now.After(gone.At) {
+	if given.At.IsZero() {
+		known := latest(beginning, given.After, before.At, gone.Last(s.Limit()))
+		if !now.After(known) {
+			now = known.Add(1)
+		}
+		if gone.Covers(now, s.Limit()) {
 			now = gone.At.Add(1)
 		}
-		given = now
-	} else if found && !given.After(gone.At) && !before.After(gone.At) {
+		return Version{now, known}, nil
+	}
+	covered := func(v Version) bool { return v.At.IsZero() || gone.Covers(v.At, s.Limit()) }
+	if found && covered(given) && covered(before) {
 		return given, fmt.Errorf("%q under tag %q: %w", cid, tag, errDeleted)
 	}
-	if before.After(given) {
+	if before.At.After(given.At) {
 		return before, nil
 	}
 	return given, nil
 }
 
-// Deleted returns when the swarm has deleted cid under tag, as far as it is
-// known here, and whether by force; zero where it has not.
-func (s *Store) Deleted(ctx context.Context, tag string, cid digest.CID) (at time.Time, force bool, err error) {
+// Limit returns the latest date that a clock can have come to. What is dated later is
+// in order among itself, and takes nothing from what is not.
+func (s *Store) Limit() time.Time {
+	if f := s.believed.Load(); f != nil {
+		return (*f)().Add(MaxAhead)
+	}
+	return s.now().Add(MaxAhead)
+}
+
+// Believe has f tell the time by which the dates of others are judged, in place
+// of the clock of this host.
+func (s *Store) Believe(f func() time.Time) { s.believed.Store(&f) }
+
+// Deleted returns what the swarm has deleted of cid under tag, as far as it is
+// known here. It covers nothing where it has not.
+func (s *Store) Deleted(ctx context.Context, tag string, cid digest.CID) (d Delete, err error) {
 	if err := s.begin(ctx); err != nil {
-		return at, false, err
+		return d, err
 	}
 	defer s.end()
-	err = s.view(func(tx *bbolt.Tx) error {
-		record, found, err := get[deleteRecord](tx, bucketDeletes, key(tag, cid.String()))
-		if found {
-			at, force = record.At, record.Force
-		}
+	err = s.view(func(tx *bbolt.Tx) (err error) {
+		d, _, _, err = getDelete(tx, key(tag, cid.String()))
 		return err
 	})
-	return at, force, err
+	return d, err
 }
+
+// Covers reports whether a delete covers a version, as seen from here.
+func (s *Store) Covers(d Delete, version time.Time) bool { return d.Covers(version, s.Limit()) }
 
 // DeleteResult says what a delete did.
 type DeleteResult struct {
 	p2p.Deleted
-	Found bool // there was something of that name
-	News  bool // the delete was not known before
+	Found bool    // there was something of that name
+	News  bool    // the delete was not known before
+	Newer Version // what is here and is not covered by it; zero: nothing
 }
 
 // DeleteForAll does what [Store.Delete] does, and remembers it: the Deletes that
-// it returns are for the peers. It succeeds where nothing of that name is here,
-// as a peer may have it.
-func (s *Store) DeleteForAll(ctx context.Context, tag string, cid digest.CID, opts p2p.DeleteOptions) (result DeleteResult, deletes []Delete, err error) {
+// it returns are for the peers. seen is what they have said that they have, for the
+// delete to cover it, too. Where neither they nor this store have it, there is
+// nothing to delete, and to remember.
+func (s *Store) DeleteForAll(ctx context.Context, tag string, cid digest.CID, opts p2p.DeleteOptions, seen ...Version) (result DeleteResult, deletes []Delete, err error) {
 	if err := validateDelete(tag, cid, opts); err != nil {
 		return result, nil, err
 	}
@@ -136,27 +256,37 @@ func (s *Store) DeleteForAll(ctx context.Context, tag string, cid digest.CID, op
 	defer s.end()
 	var removed removal
 	err = s.update(func(tx *bbolt.Tx) error {
-		removed, result = removal{}, DeleteResult{News: true}
-		d := Delete{Tag: tag, CID: cid, At: time.Now().UTC(), Force: opts.Force, NameOnly: opts.NameOnly}
-		version, err := versionOf(tx, tag, cid)
-		if err == nil && version.After(d.At) {
-			d.At = version // made by a clock that is ahead of ours
+		removed, result, deletes = removal{}, DeleteResult{News: true}, nil
+		d := Delete{Tag: tag, CID: cid, Made: s.now(), Force: opts.Force, NameOnly: opts.NameOnly}
+		for _, v := range seen {
+			d.See(v)
 		}
+		version, err := versionOf(tx, tag, cid)
 		if err == nil {
+			d.See(version)
 			err = removed.delete(tx, tag, cid, opts)
 		}
 		if err != nil && !errors.Is(err, p2p.ErrNotFound) {
 			return err
 		}
 		result.Found = err == nil
+		if d.At.IsZero() {
+			return nil
+		}
+		before, _, _, err := getDelete(tx, d.key())
+		if err != nil {
+			return err
+		}
+		d.See(Version{before.At, before.After})
 		deletes = []Delete{d}
-		for _, t := range removed.tasks {
+		for i, t := range removed.tasks {
 			if c := digest.FromDigest(t.Digest); c != cid {
-				deletes = append(deletes, Delete{Tag: tag, CID: c, At: d.At, Soft: true})
+				at := latest(d.At, removed.origins[i]) // all copies up to then
+				deletes = append(deletes, Delete{Tag: tag, CID: c, At: at, After: at, Made: d.Made, Soft: true})
 			}
 		}
 		for _, d := range deletes {
-			if _, err := remember(tx, d); err != nil {
+			if _, _, err := remember(tx, d); err != nil {
 				return err
 			}
 		}
@@ -188,21 +318,24 @@ func (s *Store) ApplyDelete(ctx context.Context, d Delete) (result DeleteResult,
 	var removed removal
 	err = s.update(func(tx *bbolt.Tx) (err error) {
 		removed, result = removal{}, DeleteResult{}
-		if result.News, err = remember(tx, d); err != nil || !result.News {
+		var all Delete
+		if all, result.News, err = remember(tx, d); err != nil {
 			return err
 		}
 		version, err := versionOf(tx, d.Tag, d.CID)
-		if err == nil && !version.After(d.At) {
-			if d.Soft {
-				err = removed.soft(tx, p2p.Task{Tag: d.Tag, Digest: d.CID.Digest()})
-			} else if err = removed.delete(tx, d.Tag, d.CID, opts); err == nil {
-				result.Found = true
-			}
-		}
-		if errors.Is(err, p2p.ErrNotFound) {
+		switch {
+		case errors.Is(err, p2p.ErrNotFound):
 			return nil
+		case err != nil:
+			return err
+		case !s.Covers(all, version.At) && !s.Covers(d, version.At):
+			result.Newer = version
+			return nil
+		case d.Soft:
+			return removed.soft(tx, p2p.Task{Tag: d.Tag, Digest: d.CID.Digest()})
 		}
-		return err
+		result.Found = true
+		return removed.delete(tx, d.Tag, d.CID, opts)
 	})
 	if err != nil {
 		return DeleteResult{}, err
@@ -224,21 +357,21 @@ func validateDelete(tag string, cid digest.CID, opts p2p.DeleteOptions) error {
 	return nil
 }
 
-// versionOf returns when what cid names was imported or named.
-func versionOf(tx *bbolt.Tx, tag string, cid digest.CID) (time.Time, error) {
+// versionOf returns the version of what cid names.
+func versionOf(tx *bbolt.Tx, tag string, cid digest.CID) (Version, error) {
 	if name := cid.CacheID(); name != "" {
 		record, found, err := get[nameRecord](tx, bucketNames, key(tag, name))
 		if err == nil && !found {
 			err = fmt.Errorf("%s: %w", p2p.Describe(tag, cid), p2p.ErrNotFound)
 		}
-		return record.Updated, err
+		return record.version(), err
 	}
 	task := p2p.Task{Tag: tag, Digest: cid.Digest()}
 	record, found, err := get[taskRecord](tx, bucketTasks, taskKey(task))
 	if err == nil && !found {
 		err = fmt.Errorf("%s: %w", task, p2p.ErrNotFound)
 	}
-	return record.origin(), err
+	return record.version(), err
 }
 
 // soft removes a task that came from peers and that nothing holds.
@@ -250,33 +383,44 @@ func (r *removal) soft(tx *bbolt.Tx, t p2p.Task) error {
 	return r.remove(tx, t)
 }
 
-// remember notes a delete, unless one that covers it is known.
-func remember(tx *bbolt.Tx, d Delete) (news bool, err error) {
+// remember notes a delete, unless one that covers as much is known. It returns
+// all that is known to be deleted of the same cid.
+func remember(tx *bbolt.Tx, d Delete) (all Delete, news bool, err error) {
 	k := d.key()
-	before, found, err := get[deleteRecord](tx, bucketDeletes, k)
+	before, record, found, err := getDelete(tx, k)
 	if err != nil {
-		return false, err
+		return d, false, err
 	}
 	if found {
-		if !d.At.After(before.At) {
-			return false, nil
+		all = before
+		all.See(Version{d.At, d.After})
+		all.Made = latest(before.Made, d.Made)
+		switch d.At.Compare(before.At) {
+		case 1:
+			all.Force, all.NameOnly = d.Force, d.NameOnly
+		case 0:
+			all.Force, all.NameOnly = before.Force || d.Force, before.NameOnly && d.NameOnly
 		}
-		if err := forget(tx, k, before); err != nil {
-			return false, err
+		if all.At.Equal(before.At) && all.After.Equal(timeOr(before.After, before.At)) && all.Force == before.Force && all.NameOnly == before.NameOnly {
+			return before, false, nil
 		}
+		if err := forget(tx, k, record); err != nil {
+			return d, false, err
+		}
+		d = all
 	}
 	number, err := tx.Bucket(bucketDeleteLog).NextSequence()
 	if err != nil {
-		return false, err
+		return d, false, err
 	}
-	record := deleteRecord{At: d.At.UTC(), Force: d.Force, NameOnly: d.NameOnly, Number: number}
+	record = deleteRecord{At: d.At.UTC(), After: d.After.UTC(), Made: d.Made.UTC(), Force: d.Force, NameOnly: d.NameOnly, Number: number}
 	if err := put(tx, bucketDeletes, k, record); err != nil {
-		return false, err
+		return d, false, err
 	}
 	if err := addToSum(tx, k, record); err != nil {
-		return false, err
+		return d, false, err
 	}
-	return true, putValue(tx, bucketDeleteLog, binary.BigEndian.AppendUint64(nil, number), k)
+	return d, true, putValue(tx, bucketDeleteLog, binary.BigEndian.AppendUint64(nil, number), k)
 }
 
 // forget takes out a delete.
@@ -292,7 +436,11 @@ func forget(tx *bbolt.Tx, k []byte, record deleteRecord) error {
 func addToSum(tx *bbolt.Tx, k []byte, r deleteRecord) error {
 	sum := make([]byte, sha256.Size)
 	copy(sum, value(tx, bucketMeta, keyDeletes))
-	one := sha256.Sum256(fmt.Appendf(nil, "%s\x00%d\x00%t%t", k, r.At.UnixNano(), r.Force, r.NameOnly))
+	text := fmt.Appendf(nil, "%s\x00%d\x00%t%t", k, r.At.UnixNano(), r.Force, r.NameOnly)
+	if !r.After.IsZero() && !r.After.Equal(r.At) {
+		text = fmt.Appendf(text, "\x00%d", r.After.UnixNano())
+	}
+	one := sha256.Sum256(text)
 	for i := range sum {
 		sum[i] ^= one[i]
 	}
@@ -325,24 +473,20 @@ func (s *Store) Deletes(ctx context.Context, after uint64, limit int) (deletes [
 		c := tx.Bucket(bucketDeleteLog).Cursor()
 		for n, k := c.Seek(binary.BigEndian.AppendUint64(nil, after+1)); n != nil && len(deletes) < limit; n, k = c.Next() {
 			k, _ = mustUnseal(bucketDeleteLog, n, k)
-			record, _, err := get[deleteRecord](tx, bucketDeletes, k)
+			d, _, _, err := getDelete(tx, k)
 			if err != nil {
 				return err
 			}
 			last = binary.BigEndian.Uint64(n)
-			parts := strings.Split(string(k), "\x00")
-			cid, err := digest.ParseCID(parts[1])
-			if err != nil {
-				return fmt.Errorf("%w: delete %q in the metadata: %w", digest.ErrCorrupt, k, err)
-			}
-			deletes = append(deletes, Delete{parts[0], cid, record.At, record.Force, record.NameOnly, len(parts) > 2})
+			deletes = append(deletes, d)
 		}
 		return nil
 	})
 	return deletes, last, err
 }
 
-// ForgetDeletes forgets deletes from before a time.
+// ForgetDeletes forgets the deletes that were made before a time. What was made
+// in the future, by a clock that was wrong, is remembered as if it were made now.
 func (s *Store) ForgetDeletes(ctx context.Context, before time.Time) (n int, err error) {
 	if err := s.begin(ctx); err != nil {
 		return 0, err
@@ -354,13 +498,17 @@ func (s *Store) ForgetDeletes(ctx context.Context, before time.Time) (n int, err
 			k      []byte
 			record deleteRecord
 		}
-		var olds []old
+		var olds, ahead []old
 		var failed error
+		now := s.now()
 		scan(tx, bucketDeletes, nil, func(k, _ []byte) bool {
 			var record deleteRecord
 			record, _, failed = get[deleteRecord](tx, bucketDeletes, k)
-			if failed == nil && record.At.Before(before) {
+			made := timeOr(record.Made, record.At)
+			if failed == nil && made.Before(before) {
 				olds = append(olds, old{bytes.Clone(k), record})
+			} else if failed == nil && made.After(now) {
+				ahead = append(ahead, old{bytes.Clone(k), record})
 			}
 			return failed == nil
 		})
@@ -369,6 +517,12 @@ func (s *Store) ForgetDeletes(ctx context.Context, before time.Time) (n int, err
 				return err
 			}
 			n++
+		}
+		for _, o := range ahead {
+			o.record.Made = now
+			if err := put(tx, bucketDeletes, o.k, o.record); err != nil {
+				return err
+			}
 		}
 		return failed
 	})
@@ -387,7 +541,7 @@ func (s *Store) Name(ctx context.Context, tag, name string) (n p2p.NewName, err 
 		if err == nil && !found {
 			err = fmt.Errorf("name %s under tag %q: %w", name, tag, p2p.ErrNotFound)
 		}
-		n = p2p.NewName{Tag: tag, Name: name, Digest: record.Digest, Updated: record.Updated, KeepOld: !record.LetGo}
+		n = p2p.NewName{Tag: tag, Name: name, Digest: record.Digest, Updated: record.Updated, After: record.After, KeepOld: !record.LetGo}
 		return err
 	})
 	return n, err

@@ -408,7 +408,7 @@ func (in *ingest) Commit(c p2p.Commit) error {
 	if err == nil {
 		err = in.s.update(func(tx *bbolt.Tx) error {
 			removed = removal{}
-			return removed.commit(tx, c, fresh, time.Now().UTC())
+			return removed.commit(in.s, tx, c, fresh)
 		})
 	}
 	if err != nil {
@@ -515,7 +515,8 @@ func (s *Store) syncBlobs(alg digest.Algorithm) error {
 }
 
 // commit writes the records of a commit.
-func (r *removal) commit(tx *bbolt.Tx, c p2p.Commit, fresh []*addition, now time.Time) error {
+func (r *removal) commit(s *Store, tx *bbolt.Tx, c p2p.Commit, fresh []*addition) error {
+	now := s.now()
 	for _, a := range fresh {
 		table, err := a.table.AppendBinary(nil)
 		if err != nil {
@@ -541,7 +542,7 @@ func (r *removal) commit(tx *bbolt.Tx, c p2p.Commit, fresh []*addition, now time
 		if !has(tx, bucketBlobs, key(n.Task.Digest)) {
 			return fmt.Errorf("commit %s: blob: %w", n.Task, p2p.ErrNotFound)
 		}
-		children, err := addTask(tx, n, now)
+		children, err := s.addTask(tx, n, now)
 		if err != nil {
 			return err
 		}
@@ -564,7 +565,7 @@ func (r *removal) commit(tx *bbolt.Tx, c p2p.Commit, fresh []*addition, now time
 		if !has(tx, bucketTasks, taskKey(t)) {
 			return fmt.Errorf("name %s: %s: %w", n.Name, t, p2p.ErrNotFound)
 		}
-		before, err := setName(tx, n, now)
+		before, err := s.setName(tx, n, now)
 		if err != nil {
 			return err
 		}

@@ -63,6 +63,7 @@ type taskRecord struct {
 	Loose     bool            `json:"loose,omitempty"` // kept until something holds it
 	Imported  time.Time       `json:"imported"`
 	Origin    time.Time       `json:"origin,omitzero"`   // when it was imported or pushed, wherever that was; zero: Imported
+	After     time.Time       `json:"after,omitzero"`    // Version.After of the same
 	Fetched   bool            `json:"fetched,omitempty"` // it came from peers, and nobody has imported it here
 	Manifest  bool            `json:"manifest,omitempty"`
 	Refs      []digest.Digest `json:"refs,omitempty"`
@@ -72,8 +73,11 @@ type taskRecord struct {
 type nameRecord struct {
 	Digest  digest.Digest `json:"digest"`
 	Updated time.Time     `json:"updated"`
+	After   time.Time     `json:"after,omitzero"`  // Version.After
 	LetGo   bool          `json:"letGo,omitempty"` // whoever pointed it there let go of what it pointed to before
 }
+
+func (r *nameRecord) version() Version { return Version{r.Updated, r.After} }
 
 // key joins the parts of a key.
 func key[T ~string](parts ...T) []byte {
@@ -252,21 +256,25 @@ func (s *Store) transaction(f func(tx *bbolt.Tx) error) (err error) {
 
 // addTask makes or completes a task. It returns the children it referred to
 // and does not any more.
-func addTask(tx *bbolt.Tx, n p2p.NewTask, now time.Time) (released []digest.Digest, err error) {
+func (s *Store) addTask(tx *bbolt.Tx, n p2p.NewTask, now time.Time) (released []digest.Digest, err error) {
 	k := taskKey(n.Task)
 	record, found, err := get[taskRecord](tx, bucketTasks, k)
 	if err != nil {
 		return nil, err
 	}
-	before := record.origin()
-	if !found {
+	var before Version
+	if found {
+		before = record.version()
+	} else {
 		record.Imported = now
 		record.Loose = n.Keep == p2p.KeepLoose
 		record.Fetched = !n.Origin.IsZero()
 	}
-	if record.Origin, err = origin(tx, n, before, now); err != nil {
+	version, err := s.stamp(tx, n.Task.Tag, string(n.Task.Digest), Version{n.Origin, n.After}, before, now)
+	if err != nil {
 		return nil, err
 	}
+	record.Origin, record.After = version.At, version.After
 	record.Fetched = record.Fetched && !n.Origin.IsZero()
 	record.Pinned = record.Pinned || n.Keep == p2p.KeepPinned
 	if n.MediaType != "" && (n.Manifest != nil || !record.isManifest()) {
@@ -303,6 +311,9 @@ func (r *taskRecord) origin() time.Time {
 	}
 	return r.Origin
 }
+
+// version returns when that was, and after what.
+func (r *taskRecord) version() Version { return Version{r.origin(), r.After} }
 
 // isManifest reports whether the task was committed as one. The first stores
 // said so by its references only.
@@ -379,17 +390,21 @@ func loosen(tx *bbolt.Tx, t p2p.Task) error {
 
 // setName points a name to a task and returns the task it pointed to before, or
 // "". What came from a peer does not replace what is newer.
-func setName(tx *bbolt.Tx, n p2p.NewName, now time.Time) (before digest.Digest, err error) {
+func (s *Store) setName(tx *bbolt.Tx, n p2p.NewName, now time.Time) (before digest.Digest, err error) {
 	k := key(n.Tag, n.Name)
 	record, found, err := get[nameRecord](tx, bucketNames, k)
 	if err != nil {
 		return "", err
 	}
-	at, err := updated(tx, n, record.Updated, now)
+	known := record.version()
+	if !n.Updated.IsZero() {
+		known = Version{} // what is to be compared with it is not part of it
+	}
+	version, err := s.stamp(tx, n.Tag, n.Name, Version{n.Updated, n.After}, known, now)
 	if err != nil {
 		return "", err
 	}
-	if found && !n.Updated.IsZero() && !NewerName(n.Digest, at, record.Digest, record.Updated) {
+	if found && !n.Updated.IsZero() && !NewerName(n.Digest, n.Updated, record.Digest, record.Updated) {
 		return "", nil
 	}
 	if found && record.Digest != n.Digest {
@@ -398,7 +413,7 @@ func setName(tx *bbolt.Tx, n p2p.NewName, now time.Time) (before digest.Digest, 
 			return "", err
 		}
 	}
-	if err := put(tx, bucketNames, k, nameRecord{Digest: n.Digest, Updated: at, LetGo: !n.KeepOld}); err != nil {
+	if err := put(tx, bucketNames, k, nameRecord{Digest: n.Digest, Updated: version.At, After: version.After, LetGo: !n.KeepOld}); err != nil {
 		return "", err
 	}
 	if err := adopt(tx, p2p.Task{Tag: n.Tag, Digest: n.Digest}); err != nil {
@@ -409,9 +424,10 @@ func setName(tx *bbolt.Tx, n p2p.NewName, now time.Time) (before digest.Digest, 
 
 // removal is what a change takes away.
 type removal struct {
-	tasks []p2p.Task
-	loose int   // blobs that no task is left of
-	freed int64 // bytes in them
+	tasks   []p2p.Task
+	origins []time.Time // of tasks
+	loose   int         // blobs that no task is left of
+	freed   int64       // bytes in them
 
 	copiesOnly bool // what was put in on this host is not taken away: it becomes loose
 }
@@ -454,7 +470,7 @@ func (r *removal) remove(tx *bbolt.Tx, t p2p.Task) error {
 	if err := removeKeys(tx, bucketTasks, taskKey(t), bucketUsed, taskKey(t), bucketHolders, key(string(t.Digest), t.Tag)); err != nil {
 		return err
 	}
-	r.tasks = append(r.tasks, t)
+	r.tasks, r.origins = append(r.tasks, t), append(r.origins, record.origin())
 	if !hasAny(tx, bucketHolders, prefix(string(t.Digest))) {
 		blob, _, err := get[blobRecord](tx, bucketBlobs, key(t.Digest))
 		if err != nil {

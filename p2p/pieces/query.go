@@ -168,6 +168,7 @@ func (s *Store) info(tx *bbolt.Tx, task p2p.Task) (p2p.Info, taskRecord, error) 
 		IsManifest:  record.isManifest(),
 		Keep:        record.keep(),
 		Origin:      record.origin(),
+		After:       record.After,
 		Imported:    record.Imported,
 		LastUsed:    s.lastUsed(tx, task),
 	}, record, nil

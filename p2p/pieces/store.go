@@ -35,6 +35,8 @@ type Options struct {
 	// MaxSize is how many bytes blobs and what is being taken in may have
 	// together; 0 is no limit. What goes beyond it fails with [p2p.ErrNoSpace].
 	MaxSize int64
+	// Now tells the time; the default is time.Now.
+	Now func() time.Time
 }
 
 // Store is a store in a directory of this machine. It implements [p2p.Engine]
@@ -53,6 +55,9 @@ type Store struct {
 	updates    batch[func(*bbolt.Tx) error]
 	failCommit func() error // for tests: a commit that fails
 	dirSyncs   map[digest.Algorithm]*batch[struct{}]
+
+	clock    func() time.Time
+	believed atomic.Pointer[func() time.Time] // see Believe
 
 	calls  sync.WaitGroup // calls under way
 	callMu sync.Mutex     // guards closed, and calls against Close
@@ -99,6 +104,7 @@ func open(dir string, opts Options, files files) (_ *Store, err error) {
 		files:    files,
 		maxSize:  opts.MaxSize,
 		guard:    guard{failed: make(chan struct{})},
+		clock:    opts.Now,
 		dirSyncs: map[digest.Algorithm]*batch[struct{}]{},
 		holds:    map[digest.Digest]*hold{},
 		used:     map[p2p.Task]time.Time{},
@@ -106,6 +112,9 @@ func open(dir string, opts Options, files files) (_ *Store, err error) {
 		cleared:  map[digest.Digest]bool{},
 		partials: map[digest.Digest]bool{},
 		unopened: map[digest.Digest]int64{},
+	}
+	if s.clock == nil {
+		s.clock = time.Now
 	}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
@@ -265,6 +274,9 @@ func (s *Store) makeLayout() error {
 	}
 	return s.files.SyncDir(s.dir)
 }
+
+// now returns the time by the clock of this host.
+func (s *Store) now() time.Time { return s.clock().UTC() }
 
 // Dir returns the directory that the store is in, as an absolute path.
 func (s *Store) Dir() string { return s.dir }

@@ -35,8 +35,10 @@ type client struct {
 	network  Network
 	peers    *peerTable
 	inbox    *inbox
-	http     *http.Client // for blobs: over connections of its own where that can be, else over libp2p
-	streams  *http.Client // for words: over the libp2p connection that is there
+	instance *Instance
+	now      func() time.Time // of this host's clock
+	http     *http.Client     // for blobs: over connections of its own where that can be, else over libp2p
+	streams  *http.Client     // for words: over the libp2p connection that is there
 }
 
 const (
@@ -51,8 +53,8 @@ const (
 	retryDirect = time.Minute
 )
 
-func newClient(security *security, network Network, peers *peerTable) *client {
-	c := &client{security: security, network: network, peers: peers, inbox: newInbox()}
+func newClient(security *security, network Network, peers *peerTable, instance *Instance, now func() time.Time) *client {
+	c := &client{security: security, network: network, peers: peers, inbox: newInbox(), instance: instance, now: now}
 	transport := func(dial func(context.Context, peer.ID) (net.Conn, error)) *http.Client {
 		return &http.Client{Transport: &http.Transport{
 			DialContext: func(ctx context.Context, _, address string) (net.Conn, error) {
@@ -210,22 +212,25 @@ func directAddresses(h *hello, info peer.AddrInfo) []string {
 // hello asks a peer who it is, over libp2p, and remembers it.
 func (c *client) hello(ctx context.Context, p peer.ID) (*hello, error) {
 	var h hello
+	start := c.now()
 	if err := c.call(ctx, c.streams, p, http.MethodGet, pathHello, nil, &h); err != nil {
 		return nil, err
 	}
-	c.peers.get(p).introduce(&h)
+	e := c.peers.get(p)
+	e.clocked(&h, start, c.now())
+	e.introduce(&h)
 	return &h, nil
 }
 
 // NewResolver returns a function that asks whoever takes connections for pieces
 // at an address (host:port) which peer it is. It fails where that is not of the
-// swarm with this secret.
-func NewResolver(identity crypto.PrivKey, secret []byte, plain bool) (func(ctx context.Context, address string) (peer.AddrInfo, error), error) {
+// swarm with this secret, and where it is another host with this identity.
+func NewResolver(identity crypto.PrivKey, secret []byte, plain bool, instance *Instance) (func(ctx context.Context, address string) (peer.AddrInfo, error), error) {
 	security, err := newSecurity(identity, secret, plain)
 	if err != nil {
 		return nil, err
 	}
-	c := &client{security: security, peers: newPeerTable(), inbox: newInbox()}
+	c := &client{security: security, peers: newPeerTable(), inbox: newInbox(), instance: instance, now: time.Now}
 	return c.resolve, nil
 }
 
@@ -247,7 +252,12 @@ func (c *client) resolve(ctx context.Context, address string) (peer.AddrInfo, er
 	if err != nil {
 		return peer.AddrInfo{}, fmt.Errorf("ask %s which peer it is: %w", address, err)
 	}
-	return hint{h.ID, h.Addrs}.addrInfo()
+	info, err := hint{h.ID, h.Addrs}.addrInfo()
+	if err == nil && info.ID == c.security.id && h.Instance != c.instance.id {
+		c.instance.found(address)
+		err = errTwin
+	}
+	return info, err
 }
 
 // statusError is an answer that is a refusal.
@@ -269,6 +279,7 @@ func (c *client) do(ctx context.Context, over *http.Client, p peer.ID, method, p
 	if err != nil {
 		return nil, err
 	}
+	c.instance.says(req.Header)
 	if isIdempotent(path) {
 		req.Header["Idempotency-Key"] = nil // a connection that was closed while idle is not a failure
 	}
@@ -331,6 +342,9 @@ func (c *client) callQuery(ctx context.Context, over *http.Client, p peer.ID, me
 		}
 		return err
 	}
+	if h, ok := out.(*hello); ok {
+		h.date = resp.Header.Get("Date")
+	}
 	return decodeJSON(b, out)
 }
 
@@ -350,17 +364,26 @@ func (c *client) find(ctx context.Context, p peer.ID, req *findRequest) (*findRe
 		if err := t.check(); err != nil {
 			return nil, err
 		}
+		if err := checkStamps(t.Origin, t.After); err != nil {
+			return nil, err
+		}
 		t.Hints = t.Hints[:min(len(t.Hints), maxHints)]
 	}
 	for _, n := range reply.Names {
-		if n == nil || n.Digest == "" {
+		if n == nil {
+			continue
+		}
+		if err := checkStamps(n.Updated, n.After, n.Deleted, n.DeletedAfter); err != nil {
+			return nil, err
+		}
+		if n.Digest == "" {
 			continue
 		}
 		if _, err := digest.Parse(string(n.Digest)); err != nil {
 			return nil, fmt.Errorf("%w: %w", errMessage, err)
 		}
-		if n.Updated.After(time.Now().Add(maxClockSkew)) {
-			return nil, fmt.Errorf("%w: a name of %s: the peer's clock is wrong", errMessage, n.Updated)
+		if n.Updated.IsZero() {
+			return nil, fmt.Errorf("%w: a name without a date", errMessage)
 		}
 	}
 	for _, list := range reply.Referrers {

@@ -34,46 +34,82 @@ const (
 	maxTelling = 16
 )
 
-// Delete implements [p2p.Engine].
+// Delete implements [p2p.Engine]. It covers what this daemon and its peers have
+// when it is called, as they say, and what is older than that.
 func (s *Swarm) Delete(ctx context.Context, tag string, cid digest.CID, opts p2p.DeleteOptions) (p2p.Deleted, error) {
 	if err := s.begin(ctx); err != nil {
 		return p2p.Deleted{}, err
 	}
 	defer s.calls.Done()
-	if cid.Digest() != "" && !opts.Force {
-		if err := s.checkReferred(ctx, p2p.Task{Tag: tag, Digest: cid.Digest()}); err != nil {
-			return p2p.Deleted{}, err
-		}
-	}
-	result, deletes, err := s.store.DeleteForAll(ctx, tag, cid, opts)
+	seen, asked, err := s.see(ctx, tag, cid, opts.Force)
 	if err != nil {
 		return p2p.Deleted{}, err
 	}
-	s.forget(deletes)
-	found := s.tellOthers(ctx, deletes, &result.Deleted)
-	if !found && !result.Found {
-		err := fmt.Errorf("%s: %w here or on %d peers", p2p.Describe(tag, cid), p2p.ErrNotFound, result.Reached)
-		return result.Deleted, cmp.Or(context.Cause(ctx), err)
+	var all p2p.Deleted
+	var told telling
+	found := false
+	// Who was not asked, or has imported it since, says so, and is told once more.
+	for range 2 {
+		result, deletes, err := s.store.DeleteForAll(ctx, tag, cid, opts, seen...)
+		if err != nil {
+			return p2p.Deleted{}, err
+		}
+		all.Tasks, all.Freed, found = all.Tasks+result.Tasks, all.Freed+result.Freed, found || result.Found
+		if len(deletes) == 0 {
+			break
+		}
+		s.forget(deletes)
+		newer := told.tellOthers(ctx, s, deletes)
+		if len(newer) == 0 {
+			break
+		}
+		seen = append(seen, newer...)
 	}
-	return result.Deleted, nil
+	found = told.result(&all, s) || found
+	if !found {
+		err := fmt.Errorf("%s: %w here or on %d peers", p2p.Describe(tag, cid), p2p.ErrNotFound, max(asked, all.Reached))
+		return all, cmp.Or(context.Cause(ctx), err)
+	}
+	return all, nil
 }
 
-// checkReferred refuses what another task refers to on some peer, before it is
-// deleted on others.
-func (s *Swarm) checkReferred(ctx context.Context, task p2p.Task) error {
-	if err := task.Validate(); err != nil {
-		return err
+// see asks peers what they have of what is to be deleted, and returns how many of
+// them have answered, too. It refuses what another task refers to on some peer, before it is
+// deleted on others, unless that is forced.
+func (s *Swarm) see(ctx context.Context, tag string, cid digest.CID, force bool) (seen []pieces.Version, answered int, err error) {
+	if err := p2p.ValidateTag(tag); err != nil {
+		return nil, 0, err
+	}
+	if _, err := digest.ParseCID(cid.String()); err != nil {
+		return nil, 0, err
+	}
+	task := p2p.Task{Tag: tag, Digest: cid.Digest()}
+	req, key := &findRequest{Tasks: []taskRef{taskRef(task)}}, taskKey(task)
+	if name := cid.CacheID(); name != "" {
+		req, key = &findRequest{Names: []nameRef{{tag, name}}}, nameKey(tag, name)
 	}
 	lookupCtx, cancel := s.within(ctx)
 	defer cancel()
-	l := s.lookup(lookupCtx, &findRequest{Tasks: []taskRef{taskRef(task)}}, taskKey(task), true)
+	l := s.lookup(lookupCtx, req, key, true)
 	defer l.end()
 	for a := range l.answers {
-		if state := a.reply.Tasks[0]; state != nil && state.Referred {
-			return fmt.Errorf("%s: %w: by other content on peer %s (%s): delete that first, or force it", task, p2p.ErrReferenced, a.peer, s.peers.get(a.peer).lastAddress())
+		answered++
+		if cid.CacheID() != "" {
+			if n := a.reply.Names[0]; n != nil && n.Digest != "" {
+				seen = append(seen, n.version())
+			}
+			continue
 		}
+		state := a.reply.Tasks[0]
+		if state == nil {
+			continue
+		}
+		if state.Referred && !force {
+			return nil, 0, fmt.Errorf("%s: %w: by other content on peer %s (%s): delete that first, or force it", task, p2p.ErrReferenced, a.peer, s.peers.get(a.peer).lastAddress())
+		}
+		seen = append(seen, pieces.Version{At: state.Origin, After: state.After})
 	}
-	return context.Cause(ctx)
+	return seen, answered, context.Cause(ctx)
 }
 
 // forget ends what is under way with what has been deleted here.
@@ -85,29 +121,37 @@ func (s *Swarm) forget(deletes []pieces.Delete) {
 			continue
 		}
 		task := p2p.Task{Tag: d.Tag, Digest: d.CID.Digest()}
-		if held, err := s.store.Stat(s.ctx, task.Tag, d.CID, p2p.StatOptions{Scope: p2p.Local}); err == nil && held.Origin.After(d.At) {
+		if held, err := s.store.Stat(s.ctx, task.Tag, d.CID, p2p.StatOptions{Scope: p2p.Local}); err == nil && !s.store.Covers(d, held.Origin) {
 			continue // it has come back since
 		}
 		keys = append(keys, taskKey(task))
 		if down := s.downloadOf(task); down != nil && !d.Soft {
-			down.deleted(task, d.At)
+			down.deleted(task, d)
 		}
 	}
 	s.network.Withdraw(keys...)
 }
 
 // deleted ends a download of what has been deleted meanwhile.
-func (d *download) deleted(task p2p.Task, at time.Time) {
+func (d *download) deleted(task p2p.Task, by pieces.Delete) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if info := d.tasks[task]; !info.Origin.IsZero() && !info.Origin.After(at) && len(d.tasks) == 1 && !d.proven {
+	if info := d.tasks[task]; !info.Origin.IsZero() && d.s.store.Covers(by, info.Origin) && len(d.tasks) == 1 && !d.proven {
 		d.cancel(fmt.Errorf("%s: %w: it has been deleted", task, p2p.ErrNotFound))
 	}
 }
 
-// tellOthers tells peers of deletes, and notes in result what they did. It
-// reports whether one of them had what the first is about.
-func (s *Swarm) tellOthers(ctx context.Context, deletes []pieces.Delete, result *p2p.Deleted) (found bool) {
+// telling is what peers have done with a delete that was made here.
+type telling map[peer.ID]*told
+
+type told struct {
+	found, removed bool
+	failed         string // why it was not done, or ""
+}
+
+// tellOthers tells peers of deletes. It returns what they have that the first of
+// these does not cover.
+func (t *telling) tellOthers(ctx context.Context, s *Swarm, deletes []pieces.Delete) (newer []pieces.Version) {
 	first := deletes[0]
 	targets := map[peer.ID]peer.AddrInfo{}
 	for _, p := range s.network.Connected() {
@@ -132,6 +176,9 @@ func (s *Swarm) tellOthers(ctx context.Context, deletes []pieces.Delete, result 
 			targets[p] = s.network.Addresses(p)
 		}
 	}
+	if *t == nil {
+		*t = telling{}
+	}
 	var mu sync.Mutex
 	var telling sync.WaitGroup
 	slots := make(chan struct{}, maxTelling)
@@ -142,25 +189,48 @@ func (s *Swarm) tellOthers(ctx context.Context, deletes []pieces.Delete, result 
 			results, err := s.tellNow(ctx, p, deletes)
 			mu.Lock()
 			defer mu.Unlock()
-			if err == nil && results[0].Refused != "" {
-				err = errors.New(results[0].Refused)
+			one := (*t)[p.ID]
+			if one == nil {
+				one = &told{}
+				(*t)[p.ID] = one
 			}
+			one.failed = ""
 			if err != nil {
-				result.Missed = append(result.Missed, p2p.Missed{Peer: p.ID.String(), Address: s.peers.get(p.ID).lastAddress(), Reason: err.Error()})
+				one.failed = err.Error()
 				return
 			}
-			result.Reached++
-			found = found || results[0].Found
-			removed := 0
-			for _, r := range results {
-				removed += r.Removed
+			if results[0].Refused != "" {
+				one.failed = results[0].Refused
+				return
 			}
-			if removed > 0 {
-				result.Removed++
+			if v := (pieces.Version{At: results[0].Newer, After: results[0].NewerAfter}); !v.At.IsZero() {
+				one.failed = "it has been imported or moved there again, at " + v.At.Format(time.RFC3339)
+				newer = append(newer, v)
+			}
+			one.found = one.found || results[0].Found
+			for _, r := range results {
+				one.removed = one.removed || r.Removed > 0
 			}
 		})
 	}
 	telling.Wait()
+	return newer
+}
+
+// result adds to a result what peers have done, and reports whether one of them had
+// what was deleted.
+func (t telling) result(result *p2p.Deleted, s *Swarm) (found bool) {
+	for p, one := range t {
+		found = found || one.found
+		if one.removed {
+			result.Removed++
+		}
+		if one.failed != "" {
+			result.Missed = append(result.Missed, p2p.Missed{Peer: p.String(), Address: s.peers.get(p).lastAddress(), Reason: one.failed})
+		} else {
+			result.Reached++
+		}
+	}
 	slices.SortFunc(result.Missed, func(a, b p2p.Missed) int { return cmp.Compare(a.Peer, b.Peer) })
 	return found
 }
@@ -178,7 +248,7 @@ func (s *Swarm) tellNow(ctx context.Context, p peer.AddrInfo, deletes []pieces.D
 	for part := range slices.Chunk(deletes, maxDeletes) {
 		var req deletesRequest
 		for _, d := range part {
-			req.Deletes = append(req.Deletes, deleteMessageOf(d))
+			req.Deletes = append(req.Deletes, deleteMessageOf(d, s.opts.Now()))
 		}
 		var result deletesResult
 		if err := s.client.call(ctx, s.client.streams, p.ID, http.MethodPost, pathDeletes, &req, &result); err != nil {
@@ -186,6 +256,11 @@ func (s *Swarm) tellNow(ctx context.Context, p peer.AddrInfo, deletes []pieces.D
 		}
 		if len(result.Results) != len(part) {
 			return nil, fmt.Errorf("%w: an answer to something else", errMessage)
+		}
+		for _, r := range result.Results {
+			if err := checkStamps(r.Newer, r.NewerAfter); err != nil {
+				return nil, err
+			}
 		}
 		all = append(all, result.Results...)
 	}
@@ -253,11 +328,13 @@ func (s *Swarm) applyDelete(ctx context.Context, d pieces.Delete, from peer.ID) 
 		s.log.Warn("a delete by a peer was not done", "what", p2p.Describe(d.Tag, d.CID), "peer", from.String(), "error", err)
 		return result, err
 	}
-	if !result.News {
+	if !result.News && !result.Found {
 		return result, nil
 	}
 	s.forget([]pieces.Delete{d})
-	s.enqueue(toldDelete{delete: d, not: from})
+	if result.News {
+		s.enqueue(toldDelete{delete: d, not: from})
+	}
 	if result.Tasks > 0 || result.Found {
 		s.log.Info("deleted by a peer", "what", p2p.Describe(d.Tag, d.CID), "peer", from.String(), "tasks", result.Tasks, "freed", result.Freed)
 	}
@@ -269,7 +346,7 @@ func (s *Swarm) applyDelete(ctx context.Context, d pieces.Delete, from peer.ID) 
 // learn what it did.
 type applied struct {
 	mu      sync.Mutex
-	results map[pieces.Delete]pieces.DeleteResult
+	results map[string]pieces.DeleteResult // by what the delete is
 }
 
 const maxApplied = 1024
@@ -281,9 +358,9 @@ func (a *applied) do(d pieces.Delete, apply func() (pieces.DeleteResult, error))
 	if err != nil {
 		return result, err
 	}
-	d.At = d.At.UTC().Round(0) // so that the same times are equal
+	k := fmt.Sprint(d.Tag, " ", d.CID, " ", d.At.UnixNano(), " ", d.After.UnixNano(), d.Force, d.NameOnly, d.Soft)
 	if !result.News {
-		if before, ok := a.results[d]; ok {
+		if before, ok := a.results[k]; ok && !result.Found {
 			before.News = false
 			return before, nil
 		}
@@ -292,15 +369,18 @@ func (a *applied) do(d pieces.Delete, apply func() (pieces.DeleteResult, error))
 	if len(a.results) >= maxApplied {
 		clear(a.results)
 	}
-	a.results[d] = result
+	a.results[k] = result
 	return result, nil
 }
 
-// syncDeletes learns of the deletes that a peer knows of, when it has been met.
-func (s *Swarm) syncDeletes(p peer.ID) {
+// greet asks a peer that has been met who it is, and what was deleted.
+func (s *Swarm) greet(p peer.ID) {
 	ctx, cancel := context.WithTimeout(s.ctx, time.Minute)
 	defer cancel()
-	err := s.learnDeletes(ctx, p)
+	err := s.meet(ctx, p)
+	if err == nil && s.peers.get(p).misunderstood() == "" {
+		err = s.learnDeletes(ctx, p)
+	}
 	if err != nil && s.ctx.Err() == nil {
 		s.log.Debug("could not ask a peer what was deleted", "peer", p.String(), "error", err)
 	}
@@ -321,11 +401,12 @@ func (s *Swarm) learnDeletes(ctx context.Context, p peer.ID) error {
 			return fmt.Errorf("%w: more than %d deletes", errMessage, maxDeletes)
 		}
 		for _, m := range reply.Deletes {
-			d, err := m.parse()
+			d, err := m.parse(s.opts.Now())
 			if err != nil {
-				return err
+				s.log.Debug("a peer told of a delete that is none", "peer", p.String(), "error", err)
+				continue
 			}
-			if time.Since(d.At) > s.opts.RememberDeletes {
+			if s.opts.Now().Sub(d.Made) > s.opts.RememberDeletes {
 				continue // it was forgotten here
 			}
 			if _, err := s.applyDelete(ctx, d, p); err != nil && !errors.Is(err, p2p.ErrReferenced) {

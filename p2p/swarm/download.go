@@ -336,7 +336,7 @@ func (d *download) addTask(info p2p.Info) error {
 func (d *download) describe(info p2p.Info) {
 	known := d.tasks[info.Task]
 	if known.Origin.Before(info.Origin) {
-		known.Origin = info.Origin
+		known.Origin, known.After = info.Origin, info.After
 	}
 	if known.MediaType == "" {
 		known.MediaType = info.MediaType
@@ -420,7 +420,7 @@ func (d *download) state(task p2p.Task) *taskState {
 	defer d.mu.Unlock()
 	state := &taskState{
 		Size: info.Size, MediaType: info.MediaType, Manifest: info.IsManifest,
-		Pinned: info.Keep == p2p.KeepPinned, Origin: info.Origin,
+		Pinned: info.Keep == p2p.KeepPinned, Origin: info.Origin, After: info.After,
 	}
 	if !d.have.Full() || d.have.Len() == 0 {
 		state.Held, _ = d.have.AppendBinary(nil)
@@ -545,7 +545,7 @@ func (d *download) readAll(p []byte) error {
 
 // newTask is how a task is kept that peers have described.
 func newTask(info p2p.Info) p2p.NewTask {
-	n := p2p.NewTask{Task: info.Task, MediaType: info.MediaType, Keep: p2p.KeepLoose, Origin: info.Origin}
+	n := p2p.NewTask{Task: info.Task, MediaType: info.MediaType, Keep: p2p.KeepLoose, Origin: info.Origin, After: info.After}
 	if info.Keep == p2p.KeepPinned {
 		n.Keep = p2p.KeepPinned
 	}

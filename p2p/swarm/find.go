@@ -185,16 +185,15 @@ func (s *Swarm) accept(ctx context.Context, from peer.ID, task p2p.Task, state *
 	if state == nil {
 		return false
 	}
-	cid := digest.FromDigest(task.Digest)
-	deleted, force, err := s.store.Deleted(ctx, task.Tag, cid)
-	if err != nil || deleted.IsZero() || state.Origin.After(deleted) {
+	d, err := s.store.Deleted(ctx, task.Tag, digest.FromDigest(task.Digest))
+	if err != nil || !s.store.Covers(d, state.Origin) {
 		return err == nil
 	}
-	if state.Referred && !force {
-		state.Origin = deleted.Add(1)
+	if state.Referred && !d.Force {
+		state.Origin, state.After = d.At.Add(1), d.At
 		return true
 	}
-	s.tell(from, pieces.Delete{Tag: task.Tag, CID: cid, At: deleted})
+	s.tell(from, d)
 	return false
 }
 
@@ -231,7 +230,7 @@ func (s *Swarm) statTask(ctx context.Context, task p2p.Task, holders bool) (info
 			l.end()
 			return info, "", err
 		}
-		missed := l.missed(task.String())
+		missed := s.explain(l.missed(task.String()))
 		counted.Asked, counted.Silent = l.end()
 		return p2p.Info{Holders: counted}, "", missed
 	}
@@ -286,7 +285,7 @@ func infoOf(task p2p.Task, state *taskState) p2p.Info {
 	table := digest.Table{Size: state.Size, PieceLength: digest.PieceLength(state.Size)}
 	info := p2p.Info{
 		Task: task, Size: state.Size, PieceLength: table.PieceLength, Pieces: table.Pieces(), Remote: true,
-		MediaType: state.MediaType, IsManifest: state.Manifest, Origin: state.Origin, Keep: p2p.KeepLoose,
+		MediaType: state.MediaType, IsManifest: state.Manifest, Origin: state.Origin, After: state.After, Keep: p2p.KeepLoose,
 	}
 	if state.Pinned {
 		info.Keep = p2p.KeepPinned
@@ -305,7 +304,7 @@ func (s *Swarm) taskState(ctx context.Context, task p2p.Task, asker peer.ID) (*t
 	case err == nil:
 		state = &taskState{
 			Size: info.Size, MediaType: info.MediaType, Manifest: info.IsManifest,
-			Pinned: info.Keep == p2p.KeepPinned, Origin: info.Origin,
+			Pinned: info.Keep == p2p.KeepPinned, Origin: info.Origin, After: info.After,
 		}
 		if state.Referred, err = s.store.Referenced(ctx, task); err != nil {
 			return nil, err
@@ -342,14 +341,15 @@ func (s *Swarm) nameState(ctx context.Context, tag, name string) (*nameState, er
 	if err := p2p.ValidateTag(tag); err != nil {
 		return nil, err
 	}
-	var state nameState
-	if state.Deleted, _, err = s.store.Deleted(ctx, tag, cid); err != nil {
+	gone, err := s.store.Deleted(ctx, tag, cid)
+	if err != nil {
 		return nil, err
 	}
+	state := nameState{Deleted: gone.At, DeletedAfter: gone.After}
 	n, err := s.store.Name(ctx, tag, name)
 	switch {
 	case err == nil:
-		state.Digest, state.Updated, state.LetGo = n.Digest, n.Updated, !n.KeepOld
+		state.Digest, state.Updated, state.After, state.LetGo = n.Digest, n.Updated, n.After, !n.KeepOld
 	case errors.Is(err, p2p.ErrNotFound):
 		err = nil
 	}
@@ -362,13 +362,13 @@ func (s *Swarm) nameState(ctx context.Context, tag, name string) (*nameState, er
 // resolved is what a name stands for.
 type resolved struct {
 	digest  digest.Digest
-	updated time.Time
+	version pieces.Version
 	letGo   bool    // whoever pointed it there let go of what it stood for before
 	from    peer.ID // who told; "" where it is known here
 }
 
 // resolve finds what a name stands for: of what this daemon and its peers know,
-// the newest (see [pieces.NewerName]); nothing, where it was deleted since.
+// the newest (see [pieces.NewerName]) that was not deleted since.
 func (s *Swarm) resolve(ctx context.Context, tag, name string) (resolved, error) {
 	cid, err := digest.ParseCID(name)
 	if err != nil {
@@ -379,43 +379,85 @@ func (s *Swarm) resolve(ctx context.Context, tag, name string) (resolved, error)
 		return resolved{}, err
 	}
 	timeout := s.opts.LookupTimeout
-	var best resolved
-	var deleted time.Time
-	if mine != nil {
-		best, deleted = resolved{digest: mine.Digest, updated: mine.Updated, letGo: mine.LetGo}, mine.Deleted
+	var all []resolved
+	gone := pieces.Delete{Tag: tag, CID: cid}
+	add := func(n *nameState, from peer.ID) {
+		if n != nil {
+			gone.See(n.deleted())
+		}
+		if n != nil && n.Digest != "" {
+			all = append(all, resolved{n.Digest, n.version(), n.LetGo, from})
+		}
 	}
-	if best.digest != "" {
+	add(mine, "")
+	here := len(all) > 0
+	if here {
 		// It is here: whoever is slow to say that it is older is not waited for.
 		timeout = min(timeout, newerTimeout)
 	}
 	lookupCtx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	l := s.lookup(lookupCtx, &findRequest{Names: []nameRef{{tag, name}}}, nameKey(tag, name), best.digest != "")
+	l := s.lookup(lookupCtx, &findRequest{Names: []nameRef{{tag, name}}}, nameKey(tag, name), here)
 	for a := range l.answers {
-		n := a.reply.Names[0]
-		if n == nil {
-			continue
-		}
-		if n.Deleted.After(deleted) {
-			deleted = n.Deleted
-		}
-		if n.Digest != "" && (best.digest == "" || pieces.NewerName(n.Digest, n.Updated, best.digest, best.updated)) {
-			best = resolved{n.Digest, n.Updated, n.LetGo, a.peer}
-		}
+		add(a.reply.Names[0], a.peer)
 	}
 	if err := context.Cause(ctx); err != nil {
 		l.end()
 		return resolved{}, err
 	}
 	what := p2p.Describe(tag, cid)
-	if best.digest == "" {
-		return resolved{}, l.missed(what)
+	if len(all) == 0 {
+		return resolved{}, s.explain(l.missed(what))
 	}
 	l.end()
-	if !best.updated.After(deleted) {
+	all = slices.DeleteFunc(all, func(r resolved) bool { return s.store.Covers(gone, r.version.At) })
+	if len(all) == 0 {
 		return resolved{}, fmt.Errorf("%s: %w: it has been deleted", what, p2p.ErrNotFound)
 	}
+	best := all[0]
+	for _, r := range all[1:] {
+		if pieces.NewerName(r.digest, r.version.At, best.digest, best.version.At) {
+			best = r
+		}
+	}
+	for _, r := range all {
+		if r.digest != best.digest && r.version.Unseen(best.version) {
+			s.conflicts.tell(s, what, best, r)
+		}
+	}
 	return best, nil
+}
+
+// conflicts remembers of which moves of names, made by who did not know of each
+// other, has been told.
+type conflicts struct {
+	mu   sync.Mutex
+	told map[[2]resolved]bool
+}
+
+const maxConflicts = 1024
+
+// tell logs, once, that of two moves of a name one counts, though who made it did not
+// know of the other.
+func (c *conflicts) tell(s *Swarm, what string, best, other resolved) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	pair := [2]resolved{{digest: best.digest, version: best.version}, {digest: other.digest, version: other.version}}
+	if c.told[pair] {
+		return
+	}
+	if c.told == nil || len(c.told) >= maxConflicts {
+		c.told = map[[2]resolved]bool{}
+	}
+	c.told[pair] = true
+	where := func(r resolved) string {
+		if r.from == "" {
+			return "this host"
+		}
+		return "peer " + r.from.String()
+	}
+	s.log.Warn("a name was moved on two hosts that could not see each other: the later date counts, and what the other one pointed to stays where it is until it is deleted",
+		"name", what, "counts", best.digest, "at", best.version.At, "on", where(best), "instead of", other.digest, "dated", other.version.At, "of", where(other))
 }
 
 // newerTimeout is how long peers are waited for to tell of a newer version of a

@@ -106,7 +106,7 @@ func FuzzAnswers(f *testing.F) {
 		var deletes deletesReply
 		if decodeJSON(b, &deletes) == nil {
 			for _, m := range deletes.Deletes {
-				if d, err := m.parse(); err == nil && (d.At.IsZero() || d.CID.String() == "") {
+				if d, err := m.parse(time.Now()); err == nil && (d.At.IsZero() || d.CID.String() == "") {
 					t.Errorf("%+v is taken for a delete", m)
 				}
 			}

@@ -51,6 +51,10 @@ type Network interface {
 	// is connected now or later, whenever it was not before.
 	OnConnect(f func(peer.ID))
 
+	// Trouble says why peers that were found can't be connected with, where that
+	// is what somebody has to mend, as a clock; nil where it is not known.
+	Trouble() error
+
 	// Close ends all connections.
 	Close() error
 }

@@ -56,6 +56,14 @@ type peerEntry struct {
 	faults  int
 	reason  string
 	shunned time.Time // until when
+
+	foreign   string        // why it can't be understood, or ""
+	ahead     time.Duration // how far its clock is ahead of this host's, give or take doubt
+	doubt     time.Duration
+	timed     bool      // that is known
+	toldSkew  bool      // that it is much has been logged
+	instances []string  // runs of it, the one that was there last at the end
+	twins     time.Time // when it was last seen that two hosts are this peer
 }
 
 // get returns the entry of a peer, a new one where there is none.
@@ -156,7 +164,7 @@ func (e *peerEntry) fault(reason string) {
 func (e *peerEntry) isShunned() bool {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	return e.now().Before(e.shunned)
+	return e.foreign != "" || e.now().Before(e.shunned)
 }
 
 func (e *peerEntry) mode() Mode {
@@ -196,8 +204,17 @@ func (e *peerEntry) describe(info peer.AddrInfo, connected bool) p2p.Peer {
 	if e.now().Before(e.shunned) {
 		p.State = p2p.PeerShunned
 	}
+	if e.foreign != "" {
+		p.State, p.Reason = p2p.PeerForeign, e.foreign
+	}
+	if !e.twins.IsZero() && e.now().Sub(e.twins) <= twinFor {
+		p.State, p.Reason = p2p.PeerCloned, "two hosts have this identity: peer.key was copied"
+	}
+	if e.timed {
+		p.Ahead = e.ahead
+	}
 	if e.said != nil {
-		p.Mode = string(e.said.Mode)
+		p.Mode, p.Version = string(e.said.Mode), e.said.Version
 	}
 	if e.address != "" {
 		p.Addresses = append(p.Addresses, e.address)

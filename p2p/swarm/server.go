@@ -27,6 +27,7 @@ func (s *Swarm) handler() http.Handler {
 				http.Error(w, "not a peer", http.StatusForbidden)
 				return
 			}
+			s.introduced(from, r)
 			if err := h(w, r, from); err != nil {
 				s.refuse(w, r, from, err)
 			}
@@ -102,8 +103,12 @@ func parseTaskQuery(r *http.Request) (p2p.Task, error) {
 	return t, t.Validate()
 }
 
-func (s *Swarm) serveHello(w http.ResponseWriter, _ *http.Request, _ peer.ID) error {
-	return writeJSON(w, s.hello())
+func (s *Swarm) serveHello(w http.ResponseWriter, _ *http.Request, from peer.ID) error {
+	h := s.hello()
+	if from != s.network.Self() && s.peers.get(from).isTwin() {
+		h.Twin = s.addressesOf(from)
+	}
+	return writeJSON(w, h)
 }
 
 // hello is what this daemon says of itself.
@@ -111,6 +116,7 @@ func (s *Swarm) hello() *hello {
 	h := &hello{
 		ID: s.network.Self().String(), Pieces: s.advertise,
 		Plain: s.security.plain, Mode: s.opts.Mode, Version: s.opts.Version,
+		Protocol: protocol, OldestProtocol: oldestProtocol, Clock: s.opts.Now().UTC(), Instance: s.instance.id,
 	}
 	for _, a := range s.network.Addresses(s.network.Self()).Addrs {
 		h.Addrs = append(h.Addrs, a.String())
@@ -148,7 +154,16 @@ func (s *Swarm) serveFind(w http.ResponseWriter, r *http.Request, from peer.ID) 
 			return err
 		}
 		if state := reply.Names[i]; state != nil && s.opts.Mode == NeverServe {
-			*state = nameState{Deleted: state.Deleted} // what it stands for could not be had here
+			*state = nameState{Deleted: state.Deleted, DeletedAfter: state.DeletedAfter} // what it stands for could not be had here
+		}
+		if state := reply.Names[i]; state != nil && protocolOf(r) == 1 {
+			// It would refuse the whole answer for a date that is far ahead.
+			if now := s.opts.Now(); state.Updated.After(now.Add(maxAheadOld)) {
+				state.Updated = now
+			}
+			if state.Deleted.After(s.store.Limit()) {
+				state.Deleted = time.Time{}
+			}
 		}
 	}
 	for i, t := range req.Referrers {
@@ -234,7 +249,10 @@ func (s *Swarm) serveDeletes(w http.ResponseWriter, r *http.Request, _ peer.ID) 
 		reply.Next = next
 	}
 	for _, d := range deletes {
-		reply.Deletes = append(reply.Deletes, deleteMessageOf(d))
+		if protocolOf(r) == 1 && d.At.After(s.opts.Now().Add(maxAheadOld)) {
+			continue // it would learn of none that come after this one
+		}
+		reply.Deletes = append(reply.Deletes, deleteMessageOf(d, s.opts.Now()))
 	}
 	return writeJSON(w, &reply)
 }
@@ -251,12 +269,12 @@ func (s *Swarm) takeDeletes(w http.ResponseWriter, r *http.Request, from peer.ID
 	}
 	var result deletesResult
 	for _, m := range req.Deletes {
-		d, err := m.parse()
+		d, err := m.parse(s.opts.Now())
 		if err != nil {
 			return err
 		}
 		applied, err := s.applyDelete(r.Context(), d, from)
-		one := deleteResult{Found: applied.Found, Removed: applied.Tasks}
+		one := deleteResult{Found: applied.Found, Removed: applied.Tasks, Newer: applied.Newer.At, NewerAfter: applied.Newer.After}
 		if err != nil {
 			one.Refused = err.Error()
 		}

@@ -40,6 +40,8 @@ type Options struct {
 	Mode Mode
 	// Version is told to peers.
 	Version string
+	// Instance is this run of the daemon; the default is a new one.
+	Instance *Instance
 
 	LookupTimeout time.Duration // of asking the network what it has; 3 s
 	StallTimeout  time.Duration // in which a request has to bring throttle.MinRate on average, or is given up; 10 s
@@ -58,6 +60,8 @@ type Options struct {
 	// wants it any more. 24 h.
 	KeepPartial time.Duration
 
+	// Now tells the time of imports, moves and deletes; the default is time.Now.
+	Now func() time.Time
 	// ParseManifest reads what a manifest refers to.
 	ParseManifest func(mediaType string, content []byte) (*p2p.NewManifest, error)
 	// Log gets what an operator should know. The default is to be silent.
@@ -103,6 +107,12 @@ func (o *Options) setDefaults() {
 	if o.Mode == "" {
 		o.Mode = Full
 	}
+	if o.Instance == nil {
+		o.Instance = NewInstance()
+	}
+	if o.Now == nil {
+		o.Now = time.Now
+	}
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
@@ -123,6 +133,7 @@ type Swarm struct {
 	security  *security
 	client    *client
 	peers     *peerTable
+	instance  *Instance
 	inbox     *inbox
 	uploads   *uploads
 	buffers   *buffers
@@ -132,6 +143,7 @@ type Swarm struct {
 	advertise []string // where peers connect for pieces
 	manifests *manifestCache
 	recent    *recent
+	conflicts conflicts
 
 	server *http.Server
 
@@ -165,6 +177,7 @@ func New(store *pieces.Store, network Network, opts Options) (_ *Swarm, err erro
 		network:  network,
 		security: security,
 		peers:    newPeerTable(),
+		instance: opts.Instance,
 		inbox:    newInbox(),
 		uploads: &uploads{
 			slots:   opts.UploadSlots,
@@ -181,10 +194,14 @@ func New(store *pieces.Store, network Network, opts Options) (_ *Swarm, err erro
 		recent:    &recent{tasks: map[p2p.Task][]holder{}},
 		downloads: map[digest.Digest]*download{},
 		told:      make(chan toldDelete, 1024),
-		applied:   applied{results: map[pieces.Delete]pieces.DeleteResult{}},
+		applied:   applied{results: map[string]pieces.DeleteResult{}},
 	}
 	s.metrics = newMetrics(opts.Metrics, s)
-	s.client = newClient(security, network, s.peers)
+	s.client = newClient(security, network, s.peers, s.instance, opts.Now)
+	s.instance.mu.Lock()
+	s.instance.log = opts.Log
+	s.instance.mu.Unlock()
+	store.Believe(s.now)
 	s.ctx, s.cancel = context.WithCancelCause(context.Background())
 
 	conns := newConns(opts.MaxConns)
@@ -222,7 +239,7 @@ func New(store *pieces.Store, network Network, opts Options) (_ *Swarm, err erro
 		if s.begin(s.ctx) != nil {
 			return
 		}
-		s.background.Go(func() { s.syncDeletes(p) })
+		s.background.Go(func() { s.greet(p) })
 		s.calls.Done()
 	})
 	return s, nil
@@ -273,14 +290,20 @@ func (s *Swarm) tend() {
 	tick := time.NewTicker(uploadIdle / 2)
 	defer tick.Stop()
 	var housekept time.Time
+	met := time.Now()
 	for {
 		s.uploads.sweep(false)
+		if time.Since(met) > helloInterval {
+			met = time.Now()
+			s.meetAll()
+		}
 		if time.Since(housekept) > time.Hour {
 			housekept = time.Now()
+			now := s.opts.Now()
 			if err := s.store.DropPartials(housekept.Add(-s.opts.KeepPartial)); err != nil {
 				s.log.Warn("what has arrived of blobs that nobody wants could not be removed", "error", err)
 			}
-			if n, err := s.store.ForgetDeletes(s.ctx, housekept.Add(-s.opts.RememberDeletes)); err != nil && s.ctx.Err() == nil {
+			if n, err := s.store.ForgetDeletes(s.ctx, now.Add(-s.opts.RememberDeletes)); err != nil && s.ctx.Err() == nil {
 				s.log.Warn("old deletes could not be forgotten", "error", err)
 			} else if n > 0 {
 				s.log.Info("forgot old deletes", "deletes", n)
@@ -391,7 +414,7 @@ func (s *Swarm) statName(ctx context.Context, tag string, cid digest.CID, opts p
 		return s.statDigest(ctx, info.Task, opts, nil)
 	}
 	return s.statDigest(ctx, p2p.Task{Tag: tag, Digest: name.digest}, opts, &p2p.NewName{
-		Tag: tag, Name: cid.CacheID(), Digest: name.digest, Updated: name.updated, KeepOld: !name.letGo,
+		Tag: tag, Name: cid.CacheID(), Digest: name.digest, Updated: name.version.At, After: name.version.After, KeepOld: !name.letGo,
 	})
 }
 
@@ -595,6 +618,7 @@ func (in *ingest) Commit(c p2p.Commit) error {
 			}
 		}
 	}
+	c.Names = in.s.afterAll(in.ctx, c.Names)
 	if err := in.Ingest.Commit(c); err != nil {
 		return err
 	}
@@ -603,6 +627,26 @@ func (in *ingest) Commit(c p2p.Commit) error {
 		in.s.calls.Done()
 	}
 	return nil
+}
+
+// afterAll returns names that are moved here, with what peers know of them: whoever
+// moves a name does it after all that can be seen of it, whatever the clocks say.
+// A peer that does not answer in time does not keep a name from being moved.
+func (s *Swarm) afterAll(ctx context.Context, names []p2p.NewName) []p2p.NewName {
+	names = slices.Clone(names)
+	ctx, cancel := s.within(ctx)
+	defer cancel()
+	for i := range names {
+		n := &names[i]
+		l := s.lookup(ctx, &findRequest{Names: []nameRef{{n.Tag, n.Name}}}, nameKey(n.Tag, n.Name), true)
+		for a := range l.answers {
+			if at := a.reply.Names[0].latest(s.store.Limit()); at.After(n.After) {
+				n.After = at
+			}
+		}
+		l.end()
+	}
+	return names
 }
 
 // awaitStored waits until a blob of which all has arrived is in the store: who
@@ -695,6 +739,11 @@ func (s *Swarm) Peers(ctx context.Context) ([]p2p.Peer, error) {
 		if !seen[p] {
 			others = append(others, s.peers.get(p).describe(s.network.Addresses(p), false))
 		}
+	}
+	if where := s.instance.other(); where != "" {
+		connected = append(connected, p2p.Peer{
+			ID: s.ID(), State: p2p.PeerCloned, Addresses: []string{where}, LastSeen: s.opts.Now(), Version: s.opts.Version, Reason: errTwin.Error(),
+		})
 	}
 	return append(connected, others...), nil
 }

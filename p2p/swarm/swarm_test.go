@@ -207,6 +207,8 @@ func (n *fakeNetwork) OnConnect(f func(peer.ID)) {
 	}
 }
 
+func (n *fakeNetwork) Trouble() error { return nil }
+
 func (n *fakeNetwork) Close() error {
 	n.closing.Do(func() {
 		n.hub.mu.Lock()
@@ -265,7 +267,7 @@ func (p *testPeer) restart(t testing.TB, h *hub) {
 	if p.id, err = peer.IDFromPrivateKey(p.key); err != nil {
 		t.Fatal(err)
 	}
-	store, err := pieces.Open(p.dir, pieces.Options{Log: p.opts.Log})
+	store, err := pieces.Open(p.dir, pieces.Options{Log: p.opts.Log, Now: p.opts.Now})
 	if err != nil {
 		t.Fatal(err)
 	}

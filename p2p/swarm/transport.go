@@ -53,6 +53,7 @@ var errNotMember = errors.New("it is not of this swarm: the swarm keys differ")
 // security is what a connection is proven with.
 type security struct {
 	identity crypto.PrivKey // ed25519
+	id       peer.ID        // made of it
 	tls      *libp2ptls.Identity
 	secret   []byte
 	plain    bool // take plain connections, too
@@ -66,7 +67,11 @@ func newSecurity(identity crypto.PrivKey, secret []byte, plain bool) (*security,
 	if err != nil {
 		return nil, fmt.Errorf("identity: %w", err)
 	}
-	return &security{identity: identity, tls: id, secret: secret, plain: plain}, nil
+	self, err := peer.IDFromPrivateKey(identity)
+	if err != nil {
+		return nil, fmt.Errorf("identity: %w", err)
+	}
+	return &security{identity: identity, id: self, tls: id, secret: secret, plain: plain}, nil
 }
 
 // proof is what the end with the role sends, over binding, which is unique to the connection.

@@ -68,9 +68,9 @@ func (r *findReply) bounds() (bytes, elements int) {
 	return min(bytes, maxJSON), 16 + tasks*taskElements + names*nameElements + referrers*(maxReferrers+4)
 }
 
-func (*deletesRequest) bounds() (bytes, elements int) { return maxDeletes << 11, maxDeletes * 32 }
-func (*deletesReply) bounds() (bytes, elements int)   { return maxDeletes << 11, maxDeletes * 32 }
-func (*deletesResult) bounds() (bytes, elements int)  { return maxDeletes << 11, maxDeletes * 8 }
+func (*deletesRequest) bounds() (bytes, elements int) { return maxDeletes << 11, maxDeletes * 64 }
+func (*deletesReply) bounds() (bytes, elements int)   { return maxDeletes << 11, maxDeletes * 64 }
+func (*deletesResult) bounds() (bytes, elements int)  { return maxDeletes << 11, maxDeletes * 16 }
 
 // hints are those that go before a piece.
 type hints []hint
@@ -85,6 +85,15 @@ type hello struct {
 	Plain   bool     `json:"plain"`  // those are not encrypted
 	Mode    Mode     `json:"mode"`
 	Version string   `json:"version"`
+
+	// What the first daemons did not tell.
+	Protocol       int       `json:"protocol,omitempty"`       // of what peers say; 0: 1
+	OldestProtocol int       `json:"oldestProtocol,omitempty"` // that it understands; 0: 1
+	Clock          time.Time `json:"clock,omitzero"`           // what time it has
+	Instance       string    `json:"instance,omitempty"`       // which run of it this is
+	Twin           string    `json:"twin,omitempty"`           // where a peer with the identity of who asks was seen, too
+
+	date string // of the HTTP answer
 }
 
 type taskRef struct {
@@ -121,6 +130,7 @@ type taskState struct {
 	Manifest  bool      `json:"manifest,omitempty"`
 	Pinned    bool      `json:"pinned,omitempty"`
 	Origin    time.Time `json:"origin"`
+	After     time.Time `json:"after,omitzero"`     // pieces.Version.After of it
 	Referred  bool      `json:"referred,omitempty"` // another task refers to it there
 	Hints     []hint    `json:"hints,omitempty"`    // who else has it, or a part of it
 }
@@ -154,9 +164,51 @@ func (t *taskState) pieces() (*schedule.Set, error) {
 type nameState struct {
 	Digest  digest.Digest `json:"digest,omitempty"` // empty: it only knows that it was deleted
 	Updated time.Time     `json:"updated"`
+	After   time.Time     `json:"after,omitzero"`  // pieces.Version.After of it
 	LetGo   bool          `json:"letGo,omitempty"` // whoever pointed it there let go of what it stood for before
 	Deleted time.Time     `json:"deleted"`         // zero: not that it knows
+	// DeletedAfter is pieces.Version.After of the delete.
+	DeletedAfter time.Time `json:"deletedAfter,omitzero"`
 }
+
+// version returns when the name was moved.
+func (n *nameState) version() pieces.Version { return pieces.Version{At: n.Updated, After: n.After} }
+
+// deleted returns what was deleted.
+func (n *nameState) deleted() pieces.Version {
+	return pieces.Version{At: n.Deleted, After: n.DeletedAfter}
+}
+
+// latest returns the latest move that a peer knows of, or the latest delete that is
+// dated up to limit; zero of nil.
+func (n *nameState) latest(limit time.Time) time.Time {
+	if n == nil {
+		return time.Time{}
+	}
+	gone := pieces.Delete{At: n.Deleted, After: n.DeletedAfter}.Last(limit)
+	if gone.After(n.Updated) {
+		return gone
+	}
+	return n.Updated
+}
+
+// lastStamp bounds the dates that peers may tell. They order imports, moves and
+// deletes, and are mostly, but not only, what the clock of some host has said: there
+// has to be a later one.
+var lastStamp = time.Date(9000, 1, 1, 0, 0, 0, 0, time.UTC)
+
+// checkStamps refuses dates that are none.
+func checkStamps(all ...time.Time) error {
+	for _, t := range all {
+		if t.After(lastStamp) || !t.IsZero() && t.Before(firstStamp) {
+			return fmt.Errorf("%w: the date %s", errMessage, t)
+		}
+	}
+	return nil
+}
+
+// firstStamp is what a version has after which nothing was known.
+var firstStamp = time.Unix(0, 0)
 
 // hint says where a peer may be found.
 type hint struct {
@@ -191,19 +243,25 @@ func (h hint) addrInfo() (peer.AddrInfo, error) {
 
 // deleteMessage is a delete as peers tell it.
 type deleteMessage struct {
-	Tag      string    `json:"tag"`
-	CID      string    `json:"cid"`
-	At       time.Time `json:"at"`
-	Force    bool      `json:"force,omitempty"`
-	NameOnly bool      `json:"nameOnly,omitempty"`
-	Soft     bool      `json:"soft,omitempty"`
+	Tag      string      `json:"tag"`
+	CID      string      `json:"cid"`
+	At       time.Time   `json:"at"`
+	After    time.Time   `json:"after,omitzero"` // zero: At
+	Age      int64       `json:"age,omitempty"`  // seconds since it was made; with After
+	Seen     []time.Time `json:"seen,omitempty"` // pieces.Delete.Seen
+	Force    bool        `json:"force,omitempty"`
+	NameOnly bool        `json:"nameOnly,omitempty"`
+	Soft     bool        `json:"soft,omitempty"`
 }
 
-func deleteMessageOf(d pieces.Delete) deleteMessage {
-	return deleteMessage{d.Tag, d.CID.String(), d.At, d.Force, d.NameOnly, d.Soft}
+// deleteMessageOf returns the message of a delete, at the time now.
+func deleteMessageOf(d pieces.Delete, now time.Time) deleteMessage {
+	age := min(max(0, int64(now.Sub(d.Made)/time.Second)), maxAge)
+	return deleteMessage{d.Tag, d.CID.String(), d.At, d.After, age, d.Seen, d.Force, d.NameOnly, d.Soft}
 }
 
-func (m deleteMessage) parse() (pieces.Delete, error) {
+// parse returns the delete of a message that came at the time now.
+func (m deleteMessage) parse(now time.Time) (pieces.Delete, error) {
 	if err := p2p.ValidateTag(m.Tag); err != nil {
 		return pieces.Delete{}, err
 	}
@@ -214,15 +272,24 @@ func (m deleteMessage) parse() (pieces.Delete, error) {
 	if m.Soft && cid.Digest() == "" || m.NameOnly && cid.CacheID() == "" {
 		return pieces.Delete{}, fmt.Errorf("%w: delete of %s", errMessage, cid)
 	}
-	// A clock that is far ahead would delete what is not made yet.
-	if m.At.IsZero() || m.At.After(time.Now().Add(maxClockSkew)) {
-		return pieces.Delete{}, fmt.Errorf("%w: delete of %s at %s: the peer's clock is wrong", errMessage, cid, m.At)
+	if m.At.IsZero() || m.Age < 0 || m.Age > maxAge || len(m.Seen) > pieces.MaxSeen {
+		return pieces.Delete{}, fmt.Errorf("%w: delete of %s at %s, %d seconds ago", errMessage, cid, m.At, m.Age)
 	}
-	return pieces.Delete{Tag: m.Tag, CID: cid, At: m.At, Force: m.Force, NameOnly: m.NameOnly, Soft: m.Soft}, nil
+	if err := checkStamps(append(m.Seen, m.At, m.After)...); err != nil {
+		return pieces.Delete{}, fmt.Errorf("delete of %s: %w", cid, err)
+	}
+	made := now.Add(-time.Duration(m.Age) * time.Second)
+	if m.After.IsZero() && m.At.Before(now) { // by a peer that tells nothing else
+		made = m.At
+	}
+	return pieces.Delete{
+		Tag: m.Tag, CID: cid, At: m.At, After: m.After, Seen: m.Seen, Made: made,
+		Force: m.Force, NameOnly: m.NameOnly, Soft: m.Soft,
+	}, nil
 }
 
-// maxClockSkew is how far a peer's clock may be ahead.
-const maxClockSkew = time.Hour
+// maxAge is the most that a delete can be old, in seconds.
+const maxAge = 100 * 365 * 24 * 60 * 60
 
 type deletesRequest struct {
 	Deletes []deleteMessage `json:"deletes"`
@@ -237,6 +304,9 @@ type deleteResult struct {
 	Found   bool   `json:"found"`             // there was something of that name
 	Removed int    `json:"removed"`           // tasks
 	Refused string `json:"refused,omitempty"` // why it was not done
+	// Newer, and NewerAfter, is the version that is there and that the delete does not cover.
+	Newer      time.Time `json:"newer,omitzero"`
+	NewerAfter time.Time `json:"newerAfter,omitzero"`
 }
 
 // deletesReply is a part of what a peer knows of deletes.

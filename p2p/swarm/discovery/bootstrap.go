@@ -296,6 +296,7 @@ func (b *bootstrapper) tryHost(ctx context.Context, e entry) error {
 		defer cancel()
 		info, err := b.n.opts.Resolve(askCtx, at)
 		if err != nil {
+			b.n.trouble.note(err)
 			return fmt.Errorf("ask %s who it is: %w", at, err)
 		}
 		b.mu.Lock()

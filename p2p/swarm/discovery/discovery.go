@@ -2,6 +2,7 @@ package discovery
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"iter"
@@ -115,6 +116,7 @@ type Network struct {
 	book         *book
 	wake         chan struct{} // has maintain look at once
 	askSoon      atomic.Bool   // has maintain ask somebody for peers
+	trouble      trouble
 
 	ctx    context.Context // ends with Close
 	cancel context.CancelFunc
@@ -411,6 +413,7 @@ func (n *Network) Connect(ctx context.Context, p peer.AddrInfo) error {
 		s.Backoff().Clear(p.ID)
 	}
 	if err := n.host.Connect(network.WithAllowLimitedConn(ctx, httpProtocol), p); err != nil {
+		n.trouble.note(err)
 		return fmt.Errorf("connect with peer %s: %w; is it up, and has it the same swarm key?", p.ID, err)
 	}
 	return nil
@@ -579,4 +582,49 @@ type mdnsNetwork struct{ network.Network }
 func (n mdnsNetwork) InterfaceListenAddresses() ([]multiaddr.Multiaddr, error) {
 	addrs, err := n.Network.InterfaceListenAddresses()
 	return publicOf(addrs), err
+}
+
+// troubleFor is how long it is told why a peer could not be connected with.
+const troubleFor = 5 * time.Minute
+
+// trouble is why peers that were found can't be connected with.
+type trouble struct {
+	mu  sync.Mutex
+	err error
+	at  time.Time
+}
+
+// note keeps an error that comes of clocks, which libp2p says in many words.
+func (t *trouble) note(err error) {
+	if why := clockError(err); why != nil {
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		t.err, t.at = why, time.Now()
+	}
+}
+
+// Trouble says why peers that were found can't be connected with, where that is what
+// somebody has to mend: a clock. It returns nil where it is not known.
+func (n *Network) Trouble() error {
+	n.trouble.mu.Lock()
+	defer n.trouble.mu.Unlock()
+	if time.Since(n.trouble.at) > troubleFor {
+		return nil
+	}
+	return n.trouble.err
+}
+
+// clockError returns what an error of a connection says of the clocks of both ends,
+// or nil. Certificates are valid from an hour before a daemon has started.
+func clockError(err error) error {
+	if err == nil {
+		return nil
+	}
+	if invalid, ok := errors.AsType[x509.CertificateInvalidError](err); ok && invalid.Reason == x509.Expired || strings.Contains(err.Error(), "not yet valid") {
+		return errors.New("a peer was found, but its certificate is not yet valid here: the clock of this host is behind, or that of the peer is ahead, by more than an hour: set it right")
+	}
+	if strings.Contains(err.Error(), "bad certificate") {
+		return errors.New("a peer was found, but it refuses the certificate of this host: the clock of this host is ahead, or that of the peer is behind, by more than an hour: set it right, and start the dfdaemon again")
+	}
+	return nil
 }

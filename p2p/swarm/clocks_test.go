@@ -1,0 +1,322 @@
+package swarm
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/peer"
+
+	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p"
+)
+
+// clock is one that is wrong by so much.
+type clock struct{ ahead atomic.Int64 }
+
+func (c *clock) now() time.Time          { return time.Now().Add(time.Duration(c.ahead.Load())) }
+func (c *clock) set(ahead time.Duration) { c.ahead.Store(int64(ahead)) }
+
+// with gives a peer this clock.
+func (c *clock) with(o *Options) { o.Now = c.now }
+
+const year = 365 * 24 * time.Hour
+
+// skews are how far clocks are ahead in tests.
+var skews = []time.Duration{5 * time.Second, 5 * time.Minute, year, -5 * time.Second, -5 * time.Minute, -year}
+
+// record is a log that tests look into.
+type record struct {
+	mu   sync.Mutex
+	text bytes.Buffer
+}
+
+func (r *record) Write(p []byte) (int, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.text.Write(p)
+}
+
+func (r *record) with(o *Options) { o.Log = slog.New(slog.NewTextHandler(r, nil)) }
+
+func (r *record) has(s string) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return strings.Contains(r.text.String(), s)
+}
+
+// wantName asks for a name on all of these peers.
+func wantName(t *testing.T, what, tag, name string, want p2p.Task, peers ...*testPeer) {
+	t.Helper()
+	for i, p := range peers {
+		info, err := p.statName(t, tag, name, p2p.StatOptions{Manifest: true})
+		if err != nil || info.Task != want {
+			t.Errorf("%s: on host %d %s is %s, %v; want %s", what, i, name, info.Task, err, want)
+		}
+	}
+}
+
+func wantNoName(t *testing.T, what, tag, name string, peers ...*testPeer) {
+	t.Helper()
+	for i, p := range peers {
+		if info, err := p.statName(t, tag, name, p2p.StatOptions{}); !errors.Is(err, p2p.ErrNotFound) {
+			t.Errorf("%s: on host %d %s is %s, %v; want %v", what, i, name, info.Task, err, p2p.ErrNotFound)
+		}
+	}
+}
+
+// Whoever imports, moves or deletes last is last, whatever the clocks say.
+func TestClocksTogether(t *testing.T) {
+	for _, skew := range skews {
+		t.Run(skew.String(), func(t *testing.T) {
+			h := newHub()
+			var wrong clock
+			wrong.set(skew)
+			a, b, c := h.start(t, withManifests), h.start(t, withManifests), h.start(t, withManifests, wrong.with)
+			layer := func(s string) []byte { return []byte(s + skew.String()) }
+
+			first := c.push(t, "m", "v1", "", layer("first"))
+			wantName(t, "imported by the wrong clock", "m", "v1", first, a, b, c)
+			second := a.push(t, "m", "v1", "", layer("second"))
+			wantName(t, "moved by a right one", "m", "v1", second, a, b, c)
+			if info, err := a.statName(t, "m", "v1", p2p.StatOptions{Scope: p2p.Local}); err != nil || info.Task != second {
+				t.Errorf("on that host alone: %v, %v", info.Task, err)
+			}
+			third := c.push(t, "m", "v1", "", layer("third"))
+			wantName(t, "moved by the wrong one", "m", "v1", third, a, b, c)
+
+			b.delete(t, "m", "v1", p2p.DeleteOptions{})
+			wantNoName(t, "deleted by a right one", "m", "v1", a, b, c)
+			fourth := c.push(t, "m", "v1", "", layer("fourth"))
+			wantName(t, "imported again by the wrong one", "m", "v1", fourth, a, b, c)
+			c.delete(t, "m", "v1", p2p.DeleteOptions{})
+			wantNoName(t, "deleted by the wrong one", "m", "v1", a, b, c)
+			fifth := a.push(t, "m", "v1", "", layer("fifth"))
+			wantName(t, "imported again by a right one", "m", "v1", fifth, a, b, c)
+
+			// The same by digest.
+			data := content(1000, uint64(skew))
+			for i, steps := range [][2]*testPeer{{c, a}, {a, c}, {c, c}} {
+				task := steps[0].add(t, "d", data)
+				steps[1].delete(t, "d", string(task.Digest), p2p.DeleteOptions{})
+				for _, p := range []*testPeer{a, b, c} {
+					if _, err := p.store.Stat(t.Context(), "d", digest.FromDigest(task.Digest), p2p.StatOptions{Scope: p2p.Local}); !errors.Is(err, p2p.ErrNotFound) {
+						t.Errorf("step %d: deleted, it is there: %v", i, err)
+					}
+				}
+			}
+			task := a.add(t, "d", data)
+			for _, p := range []*testPeer{b, c} {
+				p.want(t, task, data)
+			}
+		})
+	}
+}
+
+// A delete covers what its maker could see, and a move that could not be seen
+// loses or wins by the same rule everywhere, and nothing of it is lost.
+func TestClocksApart(t *testing.T) {
+	for _, skew := range skews {
+		t.Run(skew.String(), func(t *testing.T) {
+			h := newHub()
+			var wrong clock
+			var logA, logC record
+			wrong.set(skew)
+			a, b, c := h.start(t, withManifests, logA.with), h.start(t, withManifests), h.start(t, withManifests, wrong.with, logC.with)
+			all := []*testPeer{a, b, c}
+			layer := func(s string) []byte { return []byte(s + skew.String()) }
+			old := a.push(t, "m", "old", "", layer("old"))
+			wantName(t, "before", "m", "old", old, all...)
+			h.setCut(func(x, y peer.ID) bool { return (x == c.id) != (y == c.id) })
+
+			// What the other side deletes of its own, or had never had, stays here.
+			data := content(1000, uint64(skew))
+			c.push(t, "m", "v1", "", layer("theirs"))
+			c.delete(t, "m", "v1", p2p.DeleteOptions{})
+			lost := c.add(t, "d", data)
+			c.delete(t, "d", string(lost.Digest), p2p.DeleteOptions{})
+			mine := a.push(t, "m", "v1", "", layer("mine"))
+			task := a.add(t, "d", data)
+
+			// A name that both move, neither knowing of the other.
+			x := a.push(t, "m", "both", "", layer("a's"))
+			y := c.push(t, "m", "both", "", layer("c's"))
+			h.setCut(nil)
+			wantName(t, "after they met", "m", "v1", mine, all...)
+			for _, p := range all {
+				p.want(t, task, data)
+			}
+			want, loser, lost, log := x, c, y, &logC
+			if skew > 0 {
+				want, loser, lost, log = y, a, x, &logA
+			}
+			wantName(t, "moved on both sides", "m", "both", want, all...)
+			if !log.has("could not see each other") {
+				t.Error("it was not told where it lost")
+			}
+			if _, err := loser.statName(t, "m", "both", p2p.StatOptions{Manifest: true, Keep: true}); err != nil {
+				t.Fatal(err)
+			}
+			if info, err := loser.store.Stat(t.Context(), "m", digest.FromDigest(lost.Digest), p2p.StatOptions{Scope: p2p.Local, Manifest: true}); err != nil || len(info.Manifest.Refs) != 1 {
+				t.Errorf("what lost is %+v, %v; want it to be kept where it was imported", info, err)
+			}
+			for _, p := range all { // and from then on the last one counts again
+				wantName(t, "moved after that", "m", "both", p.push(t, "m", "both", "", layer(p.id.String())), all...)
+			}
+			c.delete(t, "m", "old", p2p.DeleteOptions{})
+			wantNoName(t, "what it could see it deletes", "m", "old", all...)
+		})
+	}
+}
+
+// A host that was a year ahead, alone: what it has is seen, moved and deleted as
+// anything else when its clock is right, and its deletes kill nothing they did not see.
+func TestClockRepaired(t *testing.T) {
+	for _, skew := range []time.Duration{year, -year} {
+		t.Run(skew.String(), func(t *testing.T) {
+			h := newHub()
+			var wrong clock
+			wrong.set(skew)
+			a, b, c := h.start(t, withManifests), h.start(t, withManifests), h.start(t, withManifests, wrong.with)
+			all := []*testPeer{a, b, c}
+			h.setCut(func(x, y peer.ID) bool { return (x == c.id) != (y == c.id) })
+			v1 := c.push(t, "m", "v1", "", []byte("one"))
+			c.push(t, "m", "v2", "", []byte("two"))
+			for range 3 { // moved again and again, and deleted: all dated by that clock
+				c.push(t, "m", "v3", "", []byte("three, there"))
+				c.delete(t, "m", "v3", p2p.DeleteOptions{})
+			}
+			data := content(1000, 1)
+			task := c.add(t, "d", data)
+			v3 := a.push(t, "m", "v3", "", []byte("three"))
+			wrong.set(0)
+			c.Close()
+			h.setCut(nil)
+			c.restart(t, h)
+
+			wantName(t, "seen", "m", "v1", v1, all...)
+			b.want(t, task, data)
+			wantName(t, "moved", "m", "v1", a.push(t, "m", "v1", "", []byte("one more")), all...)
+			wantName(t, "not deleted", "m", "v3", v3, all...)
+			a.delete(t, "m", "v2", p2p.DeleteOptions{})
+			wantNoName(t, "deleted", "m", "v2", all...)
+			a.delete(t, "d", string(task.Digest), p2p.DeleteOptions{})
+			for _, p := range all {
+				p.gone(t, "d", string(task.Digest))
+			}
+			wantName(t, "imported again", "m", "v2", b.push(t, "m", "v2", "", []byte("two more")), all...)
+			task = b.add(t, "d", data)
+			for _, p := range all {
+				p.want(t, task, data)
+			}
+		})
+	}
+}
+
+// answering has a peer answer one path with a message of the test.
+func answering(path string, message any) func(*Options) {
+	return func(o *Options) {
+		o.tamper = func(honest http.Handler) http.Handler {
+			return instead(honest, path, func(w http.ResponseWriter, _ *http.Request) { writeJSON(w, message) })
+		}
+	}
+}
+
+// A delete as earlier daemons tell it, dated by a clock that is far ahead, deletes
+// nothing, and does not keep anybody from importing again.
+func TestDeleteFromTheFuture(t *testing.T) {
+	h := newHub()
+	a, b := h.start(t, withManifests), h.start(t, withManifests)
+	v1 := a.push(t, "m", "v1", "", []byte("one"))
+	for _, ahead := range []time.Duration{2 * time.Hour, year, 100 * year} {
+		d, err := deleteMessage{Tag: "m", CID: "v1", At: time.Now().Add(ahead)}.parse(time.Now())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := a.applyDelete(t.Context(), d, b.id); err != nil {
+			t.Fatal(err)
+		}
+		wantName(t, fmt.Sprint(ahead), "m", "v1", v1, a, b)
+		v1 = b.push(t, "m", "v1", "", fmt.Append(nil, ahead))
+		wantName(t, fmt.Sprint("moved after ", ahead), "m", "v1", v1, a, b)
+	}
+	a.delete(t, "m", "v1", p2p.DeleteOptions{})
+	wantNoName(t, "deleted", "m", "v1", a, b)
+}
+
+// Dates that no clock can come to are refused in every message.
+func TestStampsAreBounded(t *testing.T) {
+	far, before := time.Date(9500, 1, 1, 0, 0, 0, 0, time.UTC), time.Unix(-1, 0)
+	for _, at := range []time.Time{far, before} {
+		for _, m := range []deleteMessage{{At: at}, {At: time.Now(), After: at}} {
+			m.CID = "v1"
+			if _, err := m.parse(time.Now()); !errors.Is(err, errMessage) {
+				t.Errorf("a delete %+v: %v", m, err)
+			}
+		}
+	}
+	h := newHub()
+	for i, reply := range []findReply{
+		{Names: []*nameState{{Digest: digest.SHA256.FromString("x"), Updated: far}}},
+		{Names: []*nameState{{Digest: digest.SHA256.FromString("x"), Updated: time.Now(), After: far}}},
+		{Names: []*nameState{{Digest: digest.SHA256.FromString("x")}}},
+		{Names: []*nameState{{Deleted: far}}},
+		{Names: []*nameState{{Deleted: time.Now(), DeletedAfter: far}}},
+		{Tasks: []*taskState{{Origin: far}}},
+		{Tasks: []*taskState{{Origin: time.Now(), After: far}}},
+	} {
+		liar := h.start(t, answering(pathFind, reply))
+		a := h.start(t)
+		req := &findRequest{Names: make([]nameRef, len(reply.Names)), Tasks: make([]taskRef, len(reply.Tasks))}
+		if _, err := a.client.find(t.Context(), liar.id, req); !errors.Is(err, errMessage) {
+			t.Errorf("answer %d: %v, want %v", i, err, errMessage)
+		}
+		liar.Close()
+		a.Close()
+	}
+}
+
+// How long a delete is remembered does not depend on how old what it deletes is,
+// nor on anybody's clock.
+func TestDeleteIsRememberedSinceItWasMade(t *testing.T) {
+	h := newHub()
+	var clockA, clockB clock
+	clockA.set(-year)
+	short := func(o *Options) { o.RememberDeletes = time.Hour }
+	a, b := h.start(t, clockA.with, short), h.start(t, clockB.with, short)
+	task := a.add(t, "d", content(1000, 1))
+	clockA.set(0)
+	c := h.start(t, short)
+	c.want(t, task, content(1000, 1))
+	c.wantStored(t, task)
+	h.setCut(func(x, y peer.ID) bool { return (x == c.id) != (y == c.id) })
+	a.delete(t, "d", string(task.Digest), p2p.DeleteOptions{})
+	forget := func(p *testPeer) int {
+		n, err := p.store.ForgetDeletes(context.Background(), p.opts.Now().Add(-p.opts.RememberDeletes))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	if n := forget(a) + forget(b); n != 0 {
+		t.Errorf("%d were forgotten at once", n)
+	}
+	h.setCut(nil)
+	c.gone(t, "d", string(task.Digest))
+	clockB.set(2 * time.Hour)
+	if n := forget(b); n != 1 {
+		t.Errorf("after its time %d were forgotten", n)
+	}
+	d, err := a.store.Deleted(t.Context(), "d", digest.FromDigest(task.Digest))
+	if err != nil || time.Since(d.Made) > time.Minute || time.Since(d.At) < year/2 {
+		t.Errorf("the delete is %+v, %v", d, err)
+	}
+}
