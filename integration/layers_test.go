@@ -19,6 +19,7 @@ var layers = [][]string{
 	{"blobstore", "p2p/swarm", "p2p/swarm/discovery", "p2p/dragonfly", "p2p/dragonfly/cluster", "p2p/dragonfly/persistent"}, // none of these knows another
 	{"p2p/rpc", "p2p/dragonfly/whole"},
 	{"p2p/rpc/pb", "p2p/pieces", "p2p/dragonfly/wire", "p2p/throttle", "p2p/connpool"},
+	{"p2p/source"},
 	{"p2p", "p2p/grpclimit", "p2p/jsonlimit", "p2p/secret"},
 	{"digest", "p2p/swarm/schedule", "blobstore/loopback"},
 }

@@ -16,6 +16,7 @@ import (
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/source"
 )
 
 // ingest implements [p2p.Ingest].
@@ -80,12 +81,12 @@ func (in *ingest) Add(src io.Reader, opts p2p.AddOptions) (p2p.Added, error) {
 }
 
 func (in *ingest) add(src io.Reader, alg digest.Algorithm, opts p2p.AddOptions) (*addition, error) {
-	source, err := newSource(src)
+	file, err := source.New(src)
 	if err != nil {
 		return nil, err
 	}
-	if source != nil && opts.Want != "" {
-		if a, err := in.compare(source, opts); a != nil || err != nil {
+	if file != nil && opts.Want != "" {
+		if a, err := in.compare(file, opts); a != nil || err != nil {
 			return a, err
 		}
 	}
@@ -96,7 +97,7 @@ func (in *ingest) add(src io.Reader, alg digest.Algorithm, opts p2p.AddOptions) 
 	}
 	a := &addition{f: f, name: name}
 	if a.table, err = in.copy(a, src, alg, opts.Progress); err == nil {
-		err = source.unchanged(in.ctx, a.table)
+		err = file.Unchanged(in.ctx, a.table.Digest, a.table.Size)
 	}
 	if err == nil && opts.Want != "" {
 		err = match(opts.Want, a.table)
@@ -117,7 +118,7 @@ func match(want digest.Digest, t *digest.Table) error {
 // compare takes a shortcut where the wanted blob is in the store and the source
 // is a regular file: nothing is copied, both are read and checked. It returns
 // nil and no error, with the source as it was, where the shortcut leads nowhere.
-func (in *ingest) compare(source *source, opts p2p.AddOptions) (*addition, error) {
+func (in *ingest) compare(file *source.File, opts p2p.AddOptions) (*addition, error) {
 	in.s.hold(opts.Want)
 	blob, err := in.s.openBlob(opts.Want)
 	if err != nil {
@@ -134,7 +135,7 @@ func (in *ingest) compare(source *source, opts p2p.AddOptions) (*addition, error
 		}
 	})
 	recorder := digest.NewRecorder(opts.Want.Algorithm())
-	err = record(ctx, recorder, io.NewSectionReader(source.f, source.start, 1<<63-1-source.start), opts.Progress)
+	err = record(ctx, recorder, io.NewSectionReader(file, file.Start, 1<<63-1-file.Start), opts.Progress)
 	if err != nil {
 		cancel()
 	}
@@ -144,7 +145,7 @@ func (in *ingest) compare(source *source, opts p2p.AddOptions) (*addition, error
 	}
 	t, err := recorder.Table()
 	if err == nil {
-		err = source.unchanged(in.ctx, t)
+		err = file.Unchanged(in.ctx, t.Digest, t.Size)
 	}
 	if err == nil {
 		err = match(opts.Want, t)

@@ -407,6 +407,8 @@ func TestHostileDescriptors(t *testing.T) {
 	}{
 		"directory":             {open(t.TempDir(), os.O_RDONLY), 0, "it is a directory"},
 		"device":                {open(os.DevNull, os.O_RDONLY), 0, "it is a device"},
+		"file in /proc":         {open("/proc/self/status", os.O_RDONLY), 0, "through a pipe"},
+		"file in /sys":          {open("/sys/kernel/mm/transparent_hugepage/enabled", os.O_RDONLY), 0, "through a pipe"},
 		"write-only":            {open(path, os.O_WRONLY), 0, "not open for reading"},
 		"O_PATH":                {open(path, unix.O_PATH), 0, "not open for reading"},
 		"writing end":           {pipe(1), 0, "not open for reading"},

@@ -14,6 +14,7 @@ import (
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/rpc/pb"
+	"github.com/dfcache/dfcache/p2p/source"
 )
 
 // commitPart is the length in bytes that a part of a commit should have.
@@ -39,7 +40,7 @@ var errCommitted = errors.New("the ingest is committed already")
 // daemon can't begin an ingest, the first Add or Commit says so.
 //
 // An Add of a reader that is not a regular *os.File copies it to the daemon
-// through a pipe. Where ctx ends or the daemon fails while a Read of src blocks,
+// through a pipe; so does one of a file whose content may depend on who reads it, as in /proc. Where ctx ends or the daemon fails while a Read of src blocks,
 // Add returns at once, and the goroutine that copies ends when that Read
 // returns. It does not close src.
 func (c *Client) Ingest(ctx context.Context) (p2p.Ingest, error) {
@@ -91,11 +92,17 @@ func (i *ingest) Add(src io.Reader, opts p2p.AddOptions) (p2p.Added, error) {
 		return p2p.Added{}, err
 	}
 	var added p2p.Added
-	if f, offset, ok := regularFile(src); ok {
-		req.Offset = offset
-		added, err = i.add(req, f, opts.Progress)
-	} else {
-		added, err = i.addPipe(req, src, opts.Progress)
+	file, err := source.New(src)
+	switch {
+	case err != nil:
+	case file != nil && isPlain(file.File):
+		req.Offset = file.Start
+		added, err = i.add(req, file.File, opts.Progress)
+	default:
+		// What a file says may depend on who reads it: that is done here.
+		if added, err = i.addPipe(req, src, opts.Progress); err == nil {
+			err = file.Unchanged(i.ctx, added.Digest, added.Size)
+		}
 	}
 	if err != nil {
 		i.fail(err)
@@ -104,18 +111,15 @@ func (i *ingest) Add(src io.Reader, opts p2p.AddOptions) (p2p.Added, error) {
 	return added, nil
 }
 
-// regularFile returns src as a regular file, with its current offset, where it is one.
-func regularFile(src io.Reader) (f *os.File, offset int64, ok bool) {
-	f, ok = src.(*os.File)
-	if !ok {
-		return nil, 0, false
+// isPlain reports whether the content of f is the same for the daemon.
+func isPlain(f *os.File) bool {
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return false
 	}
-	info, err := f.Stat()
-	if err != nil || !info.Mode().IsRegular() {
-		return nil, 0, false
-	}
-	offset, err = f.Seek(0, io.SeekCurrent)
-	return f, offset, err == nil
+	same := false
+	controlErr := raw.Control(func(fd uintptr) { same, err = source.IsPlain(int(fd)) })
+	return same && err == nil && controlErr == nil
 }
 
 // add hands f to the daemon, and waits until it has taken it in.

@@ -25,6 +25,7 @@ import (
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/grpclimit"
 	"github.com/dfcache/dfcache/p2p/rpc/pb"
+	"github.com/dfcache/dfcache/p2p/source"
 )
 
 const (
@@ -631,6 +632,9 @@ func (s *service) rehash(stream grpc.BidiStreamingServer[pb.IngestRequest, pb.In
 // interrupt, by its SetReadDeadline: a pipe that nobody writes to. A regular file
 // has no deadline, and needs none.
 //
+// A regular file whose content may depend on who reads it is refused: here it would be read
+// with the daemon's rights. A client reads it itself.
+//
 // A regular file shares its offset with the client. It is set here because the
 // engine reads from where the file stands; the client waits meanwhile.
 func openSource(fd int, offset int64) (f *os.File, err error) {
@@ -655,6 +659,12 @@ func openSource(fd int, offset int64) (f *os.File, err error) {
 	}
 	switch stat.Mode & unix.S_IFMT {
 	case unix.S_IFREG:
+		switch plain, err := source.IsPlain(fd); {
+		case err != nil:
+			return nil, fmt.Errorf("what is to be added: %w", err)
+		case !plain:
+			return refuse("its file system may show it otherwise to the daemon than to its reader, as /proc does: send what it has through a pipe")
+		}
 		if _, err := unix.Seek(fd, offset, io.SeekStart); err != nil {
 			return nil, fmt.Errorf("what is to be added: seek to %d: %w", offset, err)
 		}
