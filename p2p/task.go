@@ -22,6 +22,9 @@ var (
 	ErrNoSpace = errors.New("no space left")
 	// ErrUnavailable: the daemon, or the store's directory, can't be reached or used.
 	ErrUnavailable = errors.New("unavailable")
+	// ErrBusy: it would need more than there is at the moment, as of descriptors; it is to
+	// be tried again. It matches ErrUnavailable.
+	ErrBusy = fmt.Errorf("%w: busy", ErrUnavailable)
 	// ErrUnreachable: it is not here, and there was no peer that could be asked.
 	ErrUnreachable = errors.New("no peer can be reached")
 	// ErrChanged: a file was written to while it was added.

@@ -142,6 +142,9 @@ func openFile(path string) (*os.File, error) {
 		return nil, fmt.Errorf("path %q: %w: it is not absolute", path, blobstore.ErrInvalid)
 	}
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if errors.Is(err, unix.EMFILE) || errors.Is(err, unix.ENFILE) {
+		return nil, fmt.Errorf("%w: %w: try again", blobstore.ErrBusy, err)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", blobstore.ErrInvalid, err)
 	}

@@ -83,6 +83,9 @@ func problemOf(err error, t target) *problem {
 	switch {
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		p = newProblem(http.StatusServiceUnavailable, codeUnknown, "the request was given up: try again")
+	case errors.Is(err, blobstore.ErrBusy):
+		// Here, or the peers that have it: before all that says that it is not there.
+		p = newProblem(http.StatusServiceUnavailable, codeUnknown, "too much is under way: try again").with("Retry-After", "1")
 	case errors.Is(err, blobstore.ErrNoSpace):
 		p = newProblem(http.StatusInsufficientStorage, codeDenied, "no space left: the disk of the registry, or its quota, is full: delete something there, then push again")
 	case errors.Is(err, blobstore.ErrCorrupt):

@@ -103,7 +103,7 @@ func (s *Store) openBlob(d digest.Digest) (*Blob, error) {
 	}
 	f, err := os.Open(s.blobPath(d))
 	if err != nil && !isMissing(err) {
-		return nil, fmt.Errorf("open blob %s: %w", d, err)
+		return nil, fmt.Errorf("open blob %s: %w", d, DiskError(err))
 	}
 	if err == nil {
 		var info os.FileInfo

@@ -75,8 +75,11 @@ func (disk) Rename(from, to string) error { return os.Rename(from, to) }
 func (disk) Remove(name string) error { return os.Remove(name) }
 
 // DiskError makes an error of the file system match [p2p.ErrNoSpace] where it is one of
-// space, for all who write beside a [Store], too.
+// space, and [p2p.ErrBusy] where it is one of descriptors, for all who open files beside a [Store], too.
 func DiskError(err error) error {
+	if errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) {
+		return fmt.Errorf("%w: %w: try again; if that does not help, let the process have more (ulimit -n)", p2p.ErrBusy, err)
+	}
 	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
 		return fmt.Errorf("%w: %w: free some space on the data directory's disk and try again", p2p.ErrNoSpace, err)
 	}

@@ -58,7 +58,7 @@ func TestCommitsUnderWay(t *testing.T) {
 	if err := one.add(part); err != nil {
 		t.Fatal(err)
 	}
-	if err := other.add(part); !errors.Is(err, p2p.ErrUnavailable) {
+	if err := other.add(part); !errors.Is(err, p2p.ErrBusy) {
 		t.Errorf("no room: %v", err)
 	}
 	other.end()

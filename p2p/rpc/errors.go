@@ -43,6 +43,7 @@ var kinds = []struct {
 	{"PERMISSION", codes.PermissionDenied, fs.ErrPermission},
 	{"CLOSED", codes.Unavailable, p2p.ErrClosed},
 	{"UNREACHABLE", codes.Unavailable, p2p.ErrUnreachable},
+	{"BUSY", codes.Unavailable, p2p.ErrBusy},
 	{"UNAVAILABLE", codes.Unavailable, p2p.ErrUnavailable},
 	{"UNSUPPORTED", codes.Unimplemented, errors.ErrUnsupported},
 	{"TIMEOUT", codes.DeadlineExceeded, context.DeadlineExceeded},

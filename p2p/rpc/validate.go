@@ -251,7 +251,7 @@ func (p *commitParser) add(part *pb.IngestRequest_Commit) error {
 	if p.room != nil {
 		// Who waited here would keep the room of its first parts from others who wait.
 		if !p.room.TryAcquire(int64(size)) {
-			return fmt.Errorf("commit: %w: other commits that are under way have %d bytes together: try again", p2p.ErrUnavailable, maxCommits)
+			return fmt.Errorf("commit: %w: other commits that are under way have %d bytes together: try again", p2p.ErrBusy, maxCommits)
 		}
 		p.taken += size
 	}

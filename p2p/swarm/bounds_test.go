@@ -3,12 +3,17 @@ package swarm
 import (
 	"bytes"
 	"errors"
+	"io"
 	"net/http"
+	"os"
+	"path/filepath"
 	"runtime"
 	"strings"
 	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
@@ -137,5 +142,94 @@ func TestInbox(t *testing.T) {
 	}
 	if !in.room.TryAcquire(inboxRoom) {
 		t.Error("there is less room than at first")
+	}
+}
+
+// openFiles returns how many files of a directory this process has open.
+func openFiles(t *testing.T, dir string) (n int) {
+	t.Helper()
+	fds, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, fd := range fds {
+		if name, err := os.Readlink("/proc/self/fd/" + fd.Name()); err == nil && strings.HasPrefix(name, dir) {
+			n++
+		}
+	}
+	return n
+}
+
+// TestServedFilesAreClosed: a peer that takes many small files does not have this one keep all of
+// them open.
+func TestServedFilesAreClosed(t *testing.T) {
+	h := newHub()
+	a, b := h.start(t), h.start(t)
+	a.uploads.open = 5
+	for i := range uint64(30) {
+		data := content(100, i)
+		b.want(t, a.add(t, "t", data), data)
+		if n := openFiles(t, filepath.Join(a.dir, "blobs")); n > 6 {
+			t.Fatalf("%d files were served, and %d are open", i+1, n)
+		}
+	}
+}
+
+// withoutDescriptors runs f while this process can open nothing.
+func withoutDescriptors(t *testing.T, f func()) {
+	t.Helper()
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 3, Max: limit.Max}); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Setrlimit(unix.RLIMIT_NOFILE, &limit)
+	f()
+}
+
+// TestOutOfDescriptors: what can't be opened for want of descriptors is not called missing.
+func TestOutOfDescriptors(t *testing.T) {
+	h := newHub()
+	a, b := h.start(t), h.start(t)
+	data := content(100, 1)
+	task := a.add(t, "t", data)
+	ask := func(path string) error {
+		resp, err := b.client.do(t.Context(), b.client.streams, a.id, http.MethodGet, path, taskQuery(task), nil)
+		if err == nil {
+			io.Copy(io.Discard, resp.Body)
+			resp.Body.Close()
+		}
+		return err
+	}
+	if err := ask(pathBlob); err != nil {
+		t.Fatal(err)
+	}
+	withoutDescriptors(t, func() {
+		if _, err := a.Open(t.Context(), task, p2p.Network); !errors.Is(err, p2p.ErrBusy) || errors.Is(err, p2p.ErrNotFound) {
+			t.Errorf("open: %v", err)
+		}
+		for _, path := range []string{pathBlob, pathLinks} {
+			if err := ask(path); !errors.Is(err, p2p.ErrBusy) {
+				t.Errorf("%s: %v", path, err)
+			}
+		}
+	})
+	b.want(t, task, data)
+}
+
+// TestBusySource: where who has a blob is too busy for as long as anybody waits, that is the reason.
+func TestBusySource(t *testing.T) {
+	h := newHub()
+	a := h.start(t, func(o *Options) {
+		o.tamper = func(honest http.Handler) http.Handler {
+			busy := func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "busy", http.StatusServiceUnavailable) }
+			return instead(instead(honest, pathLinks, busy), pathPieces, busy)
+		}
+	})
+	b := h.start(t, func(o *Options) { o.LookupTimeout, o.StallTimeout = 200*time.Millisecond, 200*time.Millisecond })
+	if _, err := b.read(t.Context(), a.add(t, "t", content(100, 1))); !errors.Is(err, p2p.ErrBusy) || errors.Is(err, p2p.ErrNotFound) {
+		t.Errorf("read: %v", err)
 	}
 }

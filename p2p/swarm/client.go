@@ -266,6 +266,11 @@ type statusError struct {
 	text string
 }
 
+// Is makes a refusal for now match [p2p.ErrBusy].
+func (e *statusError) Is(target error) bool {
+	return target == p2p.ErrBusy && (e.code == http.StatusServiceUnavailable || e.code == http.StatusTooManyRequests)
+}
+
 func (e *statusError) Error() string { return fmt.Sprintf("%d: %s", e.code, e.text) }
 
 // do sends a request and returns the answer, which is 200. The caller closes its body.

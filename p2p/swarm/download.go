@@ -669,7 +669,13 @@ func (d *download) tick() error {
 	}
 	still := now.Sub(d.progress)
 	if still > d.patience() {
-		return fmt.Errorf("fetch %s: %w that gives it: %s: try again", d.digest, p2p.ErrUnreachable, d.standing(still))
+		err := fmt.Errorf("fetch %s: %w that gives it: %s: try again", d.digest, p2p.ErrUnreachable, d.standing(still))
+		for _, src := range d.sources {
+			if errors.Is(src.problem, p2p.ErrBusy) {
+				return fmt.Errorf("%w (peer %s: %w)", err, d.s.nameOf(src.id), src.problem)
+			}
+		}
+		return err
 	}
 	if still > min(noticeAfter, d.s.opts.StallTimeout) && now.Sub(d.noticed) > noticeInterval {
 		d.noticed = now

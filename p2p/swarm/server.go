@@ -50,6 +50,8 @@ func (s *Swarm) refuse(w http.ResponseWriter, r *http.Request, from peer.ID, err
 	text := err.Error()
 	if e, ok := errors.AsType[*statusError](err); ok {
 		code, text = e.code, e.text
+	} else if errors.Is(err, p2p.ErrBusy) {
+		code = http.StatusServiceUnavailable
 	} else if errors.Is(err, p2p.ErrNotFound) {
 		code = http.StatusNotFound
 	} else if errors.Is(err, digest.ErrInvalid) || errors.Is(err, errMessage) {
@@ -62,6 +64,9 @@ func (s *Swarm) refuse(w http.ResponseWriter, r *http.Request, from peer.ID, err
 	}
 	if len(w.Header()) > 0 {
 		panic(http.ErrAbortHandler) // the answer has begun: all that is left is to cut it off
+	}
+	if code == http.StatusServiceUnavailable {
+		w.Header().Set("Retry-After", "1")
 	}
 	http.NewResponseController(w).SetWriteDeadline(time.Now().Add(sendTimeout))
 	http.Error(w, text, code)

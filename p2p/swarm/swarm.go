@@ -185,6 +185,7 @@ func New(store *pieces.Store, network Network, opts Options) (_ *Swarm, err erro
 			limiter: throttle.New(opts.UploadRate),
 			chunk:   sendChunk,
 			buffers: newBuffers(opts.Memory),
+			open:    min(maxOpen, descriptors()/8),
 			active:  map[digest.Digest]*upload{},
 		},
 		buffers:   newBuffers(opts.Memory),

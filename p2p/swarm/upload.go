@@ -25,6 +25,9 @@ const (
 	// uploadIdle is how long an upload is remembered that nobody asks for: how
 	// often each piece was sent, and who asked.
 	uploadIdle = time.Minute
+	// maxOpen is how many uploads are remembered at most, those apart that are asked for
+	// at the moment. A small file needs it for one piece.
+	maxOpen = 256
 	// maxWaiting is how many requests for one blob may wait.
 	maxWaiting = 1024
 	// maxNewsWait is how long a request for news is kept waiting.
@@ -43,6 +46,7 @@ type uploads struct {
 	limiter *rate.Limiter       // nil: no limit
 	chunk   int64               // what is sent at a time, in bytes
 	buffers *buffers
+	open    int // how many are kept that nobody asks for now: each has a descriptor
 
 	mu     sync.Mutex
 	active map[digest.Digest]*upload
@@ -92,7 +96,12 @@ func (u *uploads) use(d digest.Digest, open func() (*upload, error)) (_ *upload,
 	defer u.mu.Unlock()
 	up := u.active[d]
 	if up == nil {
-		if up, err = open(); err != nil {
+		up, err = open()
+		if errors.Is(err, p2p.ErrBusy) {
+			u.shrink(0)
+			up, err = open()
+		}
+		if err != nil {
 			return nil, nil, err
 		}
 		up.sched = schedule.NewUploads(up.table.Pieces(), u.slots)
@@ -104,6 +113,7 @@ func (u *uploads) use(d digest.Digest, open func() (*upload, error)) (_ *upload,
 	up.mu.Lock()
 	up.users++
 	up.mu.Unlock()
+	u.shrink(u.open)
 	return up, func() {
 		up.mu.Lock()
 		defer up.mu.Unlock()
@@ -121,10 +131,35 @@ func (up *upload) tryClose() {
 	}
 }
 
+// shrink drops uploads that nobody asks for now, those first that nobody has asked for the longest,
+// until there are n. u.mu is held.
+func (u *uploads) shrink(n int) {
+	for len(u.active) > n {
+		var oldest digest.Digest
+		var used time.Time
+		for d, up := range u.active {
+			up.mu.Lock()
+			if up.users == 0 && (oldest == "" || up.used.Before(used)) {
+				oldest, used = d, up.used
+			}
+			up.mu.Unlock()
+		}
+		if oldest == "" {
+			return // requests are bounded by connections
+		}
+		u.end(oldest)
+	}
+}
+
 // drop ends an upload for new requests: its source is not what it was.
 func (u *uploads) drop(d digest.Digest) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
+	u.end(d)
+}
+
+// end is drop with u.mu held.
+func (u *uploads) end(d digest.Digest) {
 	if up := u.active[d]; up != nil {
 		delete(u.active, d)
 		up.mu.Lock()
