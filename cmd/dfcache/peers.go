@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"strings"
 	"time"
 
@@ -12,12 +13,13 @@ import (
 
 	"github.com/dfcache/dfcache/blobstore"
 	"github.com/dfcache/dfcache/cmd/internal/exit"
+	"github.com/dfcache/dfcache/p2p"
 )
 
 // knownPeer is one line of the peers.
 type knownPeer struct {
 	ID        string     `json:"id"`
-	State     string     `json:"state"` // connected, away or shunned
+	State     string     `json:"state"` // connected, away, shunned, foreign or cloned
 	Mode      string     `json:"mode"`  // full, seed-only, never-serve, or "" where it has not told
 	Addresses []string   `json:"addresses"`
 	Gave      int64      `json:"gave"`     // bytes
@@ -25,13 +27,16 @@ type knownPeer struct {
 	Latency   float64    `json:"latency"`  // milliseconds
 	LastSeen  *time.Time `json:"lastSeen"` // null where never
 	Faults    int        `json:"faults"`
-	Reason    string     `json:"reason"` // of the last fault
+	Reason    string     `json:"reason"`  // of the last fault, or of the state
+	Version   string     `json:"version"` // of its dfdaemon, or "" where it has not told
+	Ahead     float64    `json:"ahead"`   // seconds that its clock is ahead of this host's; 0 where it is not known
 }
 
 func newKnownPeer(p blobstore.Peer) knownPeer {
 	k := knownPeer{
 		ID: p.ID, State: string(p.State), Mode: p.Mode, Addresses: append([]string{}, p.Addresses...),
 		Gave: p.Gave, Took: p.Took, Latency: float64(p.Latency) / float64(time.Millisecond), Faults: p.Faults, Reason: p.Reason,
+		Version: p.Version, Ahead: p.Ahead.Seconds(),
 	}
 	if !p.LastSeen.IsZero() {
 		k.LastSeen = &p.LastSeen
@@ -48,18 +53,21 @@ The "peers" command prints the dfdaemons of other hosts that the one of this hos
 knows, those that it is connected with first. The columns are
 
     STATE      connected; away: known, and not connected now; shunned: caught with
-               wrong data, and asked for nothing for a while
+               wrong data, and asked for nothing for a while; foreign: its dfdaemon is
+               too old or too new for this one; cloned: two hosts have this identity,
+               which may be that of this host
     MODE       full, seed-only or never-serve, as the peer was started
     GAVE       bytes of files that it has given to this host
     TOOK       bytes of files that it has taken from this host
     LATENCY    of a request and its answer
+    CLOCK      how far its clock is ahead (+) or behind (-), from a second on
     LAST SEEN  when it was heard of last
     FAULTS     how often it was caught, and with what the last time
     ADDRESSES  where it can be reached
 
 A "-" stands for what is not known. As JSON the peers are an array of objects, in
-which "latency" is in milliseconds, 0 where it is not known, and "lastSeen" is null
-where that was never. A template is executed on all of it.
+which "latency" is in milliseconds and "ahead" in seconds, 0 where they are not known,
+and "lastSeen" is null where that was never. A template is executed on all of it.
 
 ` + storeStatus(),
 		Example: `  dfcache peers
@@ -104,10 +112,13 @@ func peersText(peers []knownPeer) string {
 		return "no peers are known: start dfdaemon on other hosts, with the same swarm key, and give its bootstrap addresses where they are not on one network\n"
 	}
 	var text strings.Builder
-	const line = "%-52s  %-9s  %-11s  %10s  %10s  %8s  %-25s  %-6s  %s\n"
-	fmt.Fprintf(&text, line, "ID", "STATE", "MODE", "GAVE", "TOOK", "LATENCY", "LAST SEEN", "FAULTS", "ADDRESSES")
+	const line = "%-52s  %-9s  %-11s  %10s  %10s  %8s  %-8s  %-25s  %-6s  %s\n"
+	fmt.Fprintf(&text, line, "ID", "STATE", "MODE", "GAVE", "TOOK", "LATENCY", "CLOCK", "LAST SEEN", "FAULTS", "ADDRESSES")
 	for _, p := range peers {
-		latency, seen := "-", "-"
+		latency, seen, ahead := "-", "-", "-"
+		if math.Abs(p.Ahead) >= 1 {
+			ahead = fmt.Sprintf("%+.0fs", p.Ahead)
+		}
 		if p.Latency > 0 {
 			latency = fmt.Sprintf("%.1f ms", p.Latency)
 		}
@@ -115,11 +126,48 @@ func peersText(peers []knownPeer) string {
 			seen = moment(*p.LastSeen)
 		}
 		faults := fmt.Sprint(p.Faults)
-		if p.Faults > 0 && p.Reason != "" {
+		if p.Reason != "" {
 			faults += " (" + printable(p.Reason) + ")"
 		}
 		addresses := cmp.Or(printable(strings.Join(p.Addresses, " ")), "-")
-		fmt.Fprintf(&text, line, printable(p.ID), p.State, cmp.Or(printable(p.Mode), "-"), human(p.Gave), human(p.Took), latency, seen, faults, addresses)
+		fmt.Fprintf(&text, line, printable(p.ID), p.State, cmp.Or(printable(p.Mode), "-"), human(p.Gave), human(p.Took), latency, ahead, seen, faults, addresses)
 	}
 	return text.String()
+}
+
+// maxSkew is how much the clocks of two hosts may differ before a command says so.
+const maxSkew = 5 * time.Second
+
+// warnOfClocks says on stderr where the clock of this host and those of peers differ,
+// after a command about a name: which of its moves counts may depend on them.
+func (s *session) warnOfClocks(ctx context.Context, store *blobstore.Store) {
+	peers, err := store.Peers(ctx)
+	if err != nil {
+		return // the command itself has been done
+	}
+	var off, all int
+	var worst blobstore.Peer
+	for _, p := range peers {
+		if p.State != p2p.PeerConnected {
+			continue
+		}
+		all++
+		if p.Ahead.Abs() > maxSkew {
+			off++
+			if p.Ahead.Abs() > worst.Ahead.Abs() {
+				worst = p
+			}
+		}
+	}
+	if off == 0 {
+		return
+	}
+	ahead := "ahead of"
+	if worst.Ahead < 0 {
+		ahead = "behind"
+	}
+	text := fmt.Sprintf("the clock of peer %s is %s %s that of this host (%d of %d peers differ by more than %s): keep clocks in step, and see 'dfcache peers'",
+		printable(worst.ID), worst.Ahead.Abs().Round(time.Second), ahead, off, all, maxSkew)
+	s.log.Warn(text)
+	fmt.Fprintf(s.stderr, "dfcache: warning: %s\n", text)
 }

@@ -249,14 +249,15 @@ func TestPeers(t *testing.T) {
 			{
 				ID: "12D3KooWA", Addresses: []string{"10.0.0.7:4001", "[fd00::7]:4001"}, State: p2p.PeerConnected, Mode: "seed-only",
 				Gave: 3 << 20, Took: 10, Latency: 1500 * time.Microsecond, LastSeen: time.Unix(1, 0),
+				Version: "v1.2", Ahead: -5*time.Minute - time.Second/2,
 			},
 			{ID: "12D3KooWB", State: p2p.PeerShunned, Faults: 2, Reason: "a wrong\npiece"},
 		}
 	})
 	run("peers").want(0,
-		`ID +STATE +MODE +GAVE +TOOK +LATENCY +LAST SEEN +FAULTS +ADDRESSES`,
-		`12D3KooWA +connected +seed-only +3\.0 MiB +10 B +1\.5 ms +1970-01-01T00:00:01Z +0 +10\.0\.0\.7:4001 \[fd00::7\]:4001`,
-		`12D3KooWB +shunned +- +0 B +0 B +- +- +2 \("a wrong\\npiece"\) +-`)
+		`ID +STATE +MODE +GAVE +TOOK +LATENCY +CLOCK +LAST SEEN +FAULTS +ADDRESSES`,
+		`12D3KooWA +connected +seed-only +3\.0 MiB +10 B +1\.5 ms +-300s +1970-01-01T00:00:01Z +0 +10\.0\.0\.7:4001 \[fd00::7\]:4001`,
+		`12D3KooWB +shunned +- +0 B +0 B +- +- +- +2 \("a wrong\\npiece"\) +-`)
 	o := run("peers", "--format", "json").want(0)
 	var got []map[string]any
 	if err := json.Unmarshal([]byte(o.stdout), &got); err != nil || len(got) != 2 {
@@ -264,16 +265,28 @@ func TestPeers(t *testing.T) {
 	}
 	for key, want := range map[string]any{
 		"id": "12D3KooWA", "state": "connected", "mode": "seed-only", "gave": 3.0 * (1 << 20), "took": 10.0, "latency": 1.5,
-		"lastSeen": "1970-01-01T00:00:01Z", "faults": 0.0, "reason": "",
+		"lastSeen": "1970-01-01T00:00:01Z", "faults": 0.0, "reason": "", "version": "v1.2", "ahead": -300.5,
 	} {
 		if got[0][key] != want {
 			t.Errorf("%s is %v, want %v", key, got[0][key], want)
 		}
 	}
-	if len(got[0]) != 10 || len(got[0]["addresses"].([]any)) != 2 || len(got[1]["addresses"].([]any)) != 0 || got[1]["lastSeen"] != nil {
+	if len(got[0]) != 12 || len(got[0]["addresses"].([]any)) != 2 || len(got[1]["addresses"].([]any)) != 0 || got[1]["lastSeen"] != nil {
 		t.Errorf("got %s", o.stdout)
 	}
 	run("peers", "--template", "{{range .}}{{println .id .state}}{{end}}").want(0, "12D3KooWB shunned")
+
+	// Which move of a name counts depends on clocks: commands about one say where they differ.
+	const warning = "warning: the clock of peer 12D3KooWA is 5m1s behind that of this host (1 of 1 peers differ by more than 5s)"
+	for args, want := range map[string]bool{"import -i v1 /proc/self/cmdline": true, "stat -i v1": true, "delete -i v1": true, "import /proc/self/cmdline": false, "list": false} {
+		if o := run(strings.Fields(args)...); strings.Contains(o.stderr, warning) != want {
+			t.Errorf("dfcache %s: stderr has %s", args, o.stderr)
+		}
+	}
+	n.set(func() { n.peers[0].Ahead = 4 * time.Second })
+	if o := run("import", "-i", "v1", "/proc/self/cmdline").want(0); o.stderr != "" {
+		t.Errorf("stderr has %s", o.stderr)
+	}
 	run("peers", "-i", "v1").want(2, "dfcache: peers takes no --cid and no --tag: .*")
 	run("peers", "-t", "t").want(2)
 	run("peers", "surplus").want(2)

@@ -191,7 +191,12 @@ func (s *session) repository(ctx context.Context) (repo *blobstore.Repository, d
 		store.Close()
 		return nil, nil, err
 	}
-	return repo, func() { store.Close() }, nil
+	return repo, func() {
+		if cid, err := digest.ParseCID(s.cid); err == nil && cid.CacheID() != "" {
+			s.warnOfClocks(ctx, store)
+		}
+		store.Close()
+	}, nil
 }
 
 // dial opens the store of the dfdaemon. Where none answers, and the user named

@@ -722,6 +722,8 @@ func TestReplicateAndPeers(t *testing.T) {
 		},
 		{ID: "12D3KooWB", State: p2p.PeerAway},
 		{ID: "12D3KooWC", State: p2p.PeerShunned, Reason: "\uFFFD"},
+		{ID: "12D3KooWD", State: p2p.PeerForeign, Version: "v9", Ahead: -time.Hour},
+		{ID: "12D3KooWE", State: p2p.PeerCloned, Ahead: 365 * 24 * time.Hour},
 	}
 	h.peers = func() ([]p2p.Peer, error) {
 		sent := slices.Clone(want)

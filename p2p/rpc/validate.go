@@ -61,6 +61,8 @@ var (
 		pb.PeerState_PEER_STATE_CONNECTED: p2p.PeerConnected,
 		pb.PeerState_PEER_STATE_AWAY:      p2p.PeerAway,
 		pb.PeerState_PEER_STATE_SHUNNED:   p2p.PeerShunned,
+		pb.PeerState_PEER_STATE_FOREIGN:   p2p.PeerForeign,
+		pb.PeerState_PEER_STATE_CLONED:    p2p.PeerCloned,
 	}
 )
 
@@ -431,6 +433,8 @@ func peerMessage(p p2p.Peer) *pb.Peer {
 		LastSeenUnixNano: nanoseconds(p.LastSeen),
 		Faults:           int64(p.Faults),
 		Reason:           valid(p.Reason),
+		Version:          valid(p.Version),
+		AheadNano:        int64(p.Ahead),
 	}
 	for _, address := range p.Addresses {
 		message.Addresses = append(message.Addresses, valid(address))
@@ -624,6 +628,8 @@ func parsePeer(p *pb.Peer) (p2p.Peer, error) {
 		LastSeen:  timeOf(p.GetLastSeenUnixNano()),
 		Faults:    int(p.GetFaults()),
 		Reason:    p.GetReason(),
+		Version:   p.GetVersion(),
+		Ahead:     time.Duration(p.GetAheadNano()),
 	}, nil
 }
 

@@ -48,6 +48,7 @@ type answer struct {
 type lookup struct {
 	answers chan answer // closed at the end
 	cancel  context.CancelFunc
+	explain func(error) error // adds what is known of why nobody could be asked
 
 	mu     sync.Mutex
 	asked  int
@@ -61,7 +62,7 @@ type lookup struct {
 // The caller reads the answers up to the end, or calls end or missed.
 func (s *Swarm) lookup(ctx context.Context, req *findRequest, key Key, quick bool) *lookup {
 	ctx, cancel := context.WithCancel(ctx)
-	l := &lookup{answers: make(chan answer), cancel: cancel}
+	l := &lookup{answers: make(chan answer), cancel: cancel, explain: s.explain}
 	seen := map[peer.ID]bool{s.network.Self(): true}
 	var asking, connected sync.WaitGroup
 	ask := func(p peer.AddrInfo, done func()) {
@@ -164,9 +165,9 @@ func (l *lookup) missed(what string) error {
 	defer l.mu.Unlock()
 	switch {
 	case asked == 0:
-		return fmt.Errorf("%s is not here, and %w: none is connected", what, p2p.ErrUnreachable)
+		return l.explain(fmt.Errorf("%s is not here, and %w: none is connected", what, p2p.ErrUnreachable))
 	case asked == silent:
-		return fmt.Errorf("%s is not here, and %w: none of %d answered: %w", what, p2p.ErrUnreachable, asked, l.failed)
+		return l.explain(fmt.Errorf("%s is not here, and %w: none of %d answered: %w", what, p2p.ErrUnreachable, asked, l.failed))
 	case silent > 0:
 		return fmt.Errorf("%s: %w here or on %d peers; %d more did not answer", what, p2p.ErrNotFound, asked-silent, silent)
 	}
@@ -230,7 +231,7 @@ func (s *Swarm) statTask(ctx context.Context, task p2p.Task, holders bool) (info
 			l.end()
 			return info, "", err
 		}
-		missed := s.explain(l.missed(task.String()))
+		missed := l.missed(task.String())
 		counted.Asked, counted.Silent = l.end()
 		return p2p.Info{Holders: counted}, "", missed
 	}
@@ -407,7 +408,7 @@ func (s *Swarm) resolve(ctx context.Context, tag, name string) (resolved, error)
 	}
 	what := p2p.Describe(tag, cid)
 	if len(all) == 0 {
-		return resolved{}, s.explain(l.missed(what))
+		return resolved{}, l.missed(what)
 	}
 	l.end()
 	all = slices.DeleteFunc(all, func(r resolved) bool { return s.store.Covers(gone, r.version.At) })

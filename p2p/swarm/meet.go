@@ -239,6 +239,16 @@ func (e *peerEntry) misunderstood() string {
 	return e.foreign
 }
 
+// version returns that of the peer's dfdaemon, or "".
+func (e *peerEntry) version() string {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.said == nil {
+		return ""
+	}
+	return e.said.Version
+}
+
 // skew returns how far the clock of the peer is ahead of this one's, where that is known.
 func (e *peerEntry) skew() (ahead time.Duration, known bool) {
 	e.mu.Lock()

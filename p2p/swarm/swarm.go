@@ -711,6 +711,9 @@ func (s *Swarm) List(ctx context.Context, q p2p.Query) iter.Seq2[p2p.Entry, erro
 // caught notes that a peer lied about a blob.
 func (s *Swarm) caught(p peer.ID, d digest.Digest, err error) {
 	e := s.peers.get(p)
+	if v := e.version(); v != "" && v != s.opts.Version {
+		err = fmt.Errorf("%w (its dfdaemon is %s, this one %s)", err, v, s.opts.Version)
+	}
 	e.fault(err.Error())
 	s.metrics.faults.WithLabelValues(p.String()).Inc()
 	s.log.Warn("a peer was caught with a lie, and is not asked for this blob any more", "peer", p.String(), "address", e.lastAddress(), "digest", d, "error", err)

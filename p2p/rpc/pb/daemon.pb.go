@@ -191,6 +191,8 @@ const (
 	PeerState_PEER_STATE_CONNECTED   PeerState = 1
 	PeerState_PEER_STATE_AWAY        PeerState = 2 // known, and not connected now
 	PeerState_PEER_STATE_SHUNNED     PeerState = 3 // caught with lies: it is asked for nothing for a while
+	PeerState_PEER_STATE_FOREIGN     PeerState = 4 // it speaks another version of the protocol, and is asked for nothing
+	PeerState_PEER_STATE_CLONED      PeerState = 5 // two hosts have its identity, which may be that of this host
 )
 
 // Enum value maps for PeerState.
@@ -200,12 +202,16 @@ var (
 		1: "PEER_STATE_CONNECTED",
 		2: "PEER_STATE_AWAY",
 		3: "PEER_STATE_SHUNNED",
+		4: "PEER_STATE_FOREIGN",
+		5: "PEER_STATE_CLONED",
 	}
 	PeerState_value = map[string]int32{
 		"PEER_STATE_UNSPECIFIED": 0,
 		"PEER_STATE_CONNECTED":   1,
 		"PEER_STATE_AWAY":        2,
 		"PEER_STATE_SHUNNED":     3,
+		"PEER_STATE_FOREIGN":     4,
+		"PEER_STATE_CLONED":      5,
 	}
 )
 
@@ -1743,7 +1749,9 @@ type Peer struct {
 	LatencyNano      int64                  `protobuf:"varint,7,opt,name=latency_nano,json=latencyNano,proto3" json:"latency_nano,omitempty"`                    // nanoseconds of a request and its answer, smoothed; 0 where unknown
 	LastSeenUnixNano int64                  `protobuf:"varint,8,opt,name=last_seen_unix_nano,json=lastSeenUnixNano,proto3" json:"last_seen_unix_nano,omitempty"` // nanoseconds since 1970, UTC; 0 where never
 	Faults           int64                  `protobuf:"varint,9,opt,name=faults,proto3" json:"faults,omitempty"`                                                 // lies that it was caught with
-	Reason           string                 `protobuf:"bytes,10,opt,name=reason,proto3" json:"reason,omitempty"`                                                 // of the last fault
+	Reason           string                 `protobuf:"bytes,10,opt,name=reason,proto3" json:"reason,omitempty"`                                                 // of the last fault, or of the state
+	Version          string                 `protobuf:"bytes,11,opt,name=version,proto3" json:"version,omitempty"`                                               // of its daemon; empty where it has not told
+	AheadNano        int64                  `protobuf:"varint,12,opt,name=ahead_nano,json=aheadNano,proto3" json:"ahead_nano,omitempty"`                         // how far its clock is ahead of that of this host, in nanoseconds; 0 where unknown
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
@@ -1846,6 +1854,20 @@ func (x *Peer) GetReason() string {
 		return x.Reason
 	}
 	return ""
+}
+
+func (x *Peer) GetVersion() string {
+	if x != nil {
+		return x.Version
+	}
+	return ""
+}
+
+func (x *Peer) GetAheadNano() int64 {
+	if x != nil {
+		return x.AheadNano
+	}
+	return 0
 }
 
 // Manifest is the content of a manifest and what is known of what it refers to.
@@ -2712,7 +2734,7 @@ const file_p2p_rpc_pb_daemon_proto_rawDesc = "" +
 	"\fPeersRequest\"4\n" +
 	"\n" +
 	"PeersReply\x12&\n" +
-	"\x05peers\x18\x01 \x03(\v2\x10.dfcache.v1.PeerR\x05peers\"\x9f\x02\n" +
+	"\x05peers\x18\x01 \x03(\v2\x10.dfcache.v1.PeerR\x05peers\"\xd8\x02\n" +
 	"\x04Peer\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1c\n" +
 	"\taddresses\x18\x02 \x03(\tR\taddresses\x12+\n" +
@@ -2724,7 +2746,10 @@ const file_p2p_rpc_pb_daemon_proto_rawDesc = "" +
 	"\x13last_seen_unix_nano\x18\b \x01(\x03R\x10lastSeenUnixNano\x12\x16\n" +
 	"\x06faults\x18\t \x01(\x03R\x06faults\x12\x16\n" +
 	"\x06reason\x18\n" +
-	" \x01(\tR\x06reason*R\n" +
+	" \x01(\tR\x06reason\x12\x18\n" +
+	"\aversion\x18\v \x01(\tR\aversion\x12\x1d\n" +
+	"\n" +
+	"ahead_nano\x18\f \x01(\x03R\taheadNano*R\n" +
 	"\x05Scope\x12\x15\n" +
 	"\x11SCOPE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rSCOPE_NETWORK\x10\x01\x12\x0f\n" +
@@ -2742,12 +2767,14 @@ const file_p2p_rpc_pb_daemon_proto_rawDesc = "" +
 	"\bKIND_ALL\x10\x01\x12\x0e\n" +
 	"\n" +
 	"KIND_NAMES\x10\x02\x12\r\n" +
-	"\tKIND_TAGS\x10\x03*n\n" +
+	"\tKIND_TAGS\x10\x03*\x9d\x01\n" +
 	"\tPeerState\x12\x1a\n" +
 	"\x16PEER_STATE_UNSPECIFIED\x10\x00\x12\x18\n" +
 	"\x14PEER_STATE_CONNECTED\x10\x01\x12\x13\n" +
 	"\x0fPEER_STATE_AWAY\x10\x02\x12\x16\n" +
-	"\x12PEER_STATE_SHUNNED\x10\x032\xb8\x03\n" +
+	"\x12PEER_STATE_SHUNNED\x10\x03\x12\x16\n" +
+	"\x12PEER_STATE_FOREIGN\x10\x04\x12\x15\n" +
+	"\x11PEER_STATE_CLONED\x10\x052\xb8\x03\n" +
 	"\x06Daemon\x126\n" +
 	"\x04Stat\x12\x17.dfcache.v1.StatRequest\x1a\x15.dfcache.v1.StatReply\x12:\n" +
 	"\x04Open\x12\x17.dfcache.v1.OpenRequest\x1a\x15.dfcache.v1.OpenReply(\x010\x01\x12@\n" +
