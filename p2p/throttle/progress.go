@@ -22,11 +22,11 @@ var ErrStalled = errors.New("it sent nothing, or next to nothing, for too long")
 // passes outside of Await, while this host waits for its own limits, its disk or its
 // memory, is not the source's. It is safe for concurrent use.
 type Progress struct {
-	ctx  context.Context
-	end  context.CancelCauseFunc
-	slow chan struct{}
+	ctx context.Context
+	end context.CancelCauseFunc
 
 	mu      sync.Mutex
+	slow    chan struct{} // closed where isSlow
 	span    time.Duration
 	came    int64         // bytes, since the span began
 	waited  time.Duration // since it began, but for what goes on
@@ -48,8 +48,13 @@ func NewProgress(ctx context.Context, span time.Duration) *Progress {
 func (p *Progress) Context() context.Context { return p.ctx }
 
 // Slow returns a channel that is closed when half of a span has passed without the bytes
-// of a whole one: time to ask another source, too. It stays closed.
-func (p *Progress) Slow() <-chan struct{} { return p.slow }
+// of a whole one: time to ask another source, too. It stays closed; after a [Progress.Restart]
+// there is another one.
+func (p *Progress) Slow() <-chan struct{} {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.slow
+}
 
 // Stop ends the context, and lets go of the timer.
 func (p *Progress) Stop() {
@@ -66,6 +71,9 @@ func (p *Progress) Restart(span time.Duration) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.span = span
+	if p.isSlow {
+		p.isSlow, p.slow = false, make(chan struct{})
+	}
 	p.begin()
 }
 

@@ -78,6 +78,12 @@ func TestProgressIsSlowBeforeItStalls(t *testing.T) {
 		if got := time.Since(start); got != 10*time.Second {
 			t.Errorf("stalled after %s", got)
 		}
+		p.Restart(10 * time.Second)
+		select {
+		case <-p.Slow():
+			t.Error("it is slow from the start of a new span")
+		default:
+		}
 	})
 }
 
