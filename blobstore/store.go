@@ -113,6 +113,12 @@ func (s *Store) List(ctx context.Context) iter.Seq2[Entry, error] {
 	return s.engine.List(ctx, p2p.Query{})
 }
 
+// Partials yields the files of which only a part is on this host: they are being fetched, or
+// nobody waits for them any more. Total of each is how many bytes of it there are.
+func (s *Store) Partials(ctx context.Context) iter.Seq2[Entry, error] {
+	return s.engine.List(ctx, p2p.Query{Kind: p2p.KindPartials})
+}
+
 // Peers are other dfdaemons, and what they have and did.
 type (
 	Peer      = p2p.Peer      // another dfdaemon

@@ -24,7 +24,7 @@ func TestDiskFull(t *testing.T) {
 	if err := os.Mkdir(data, 0o750); err != nil {
 		t.Fatal(err)
 	}
-	d := startDaemon(t, home, onSmallDisk(data)...)
+	d := startDaemon(t, home, onSmallDisk(data, 16)...)
 	inside := filepath.Join("/proc", fmt.Sprint(d.cmd.Process.Pid), "root", data)
 	store := d.dial(t)
 	defer store.Close()
@@ -81,20 +81,86 @@ func TestDiskFull(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
+	fill(t, filepath.Join(inside, "something else"))
 	for name := range stored {
 		if _, err := r.Remove(t.Context(), name, blobstore.DeleteOptions{}); err != nil {
 			t.Fatalf("delete when the disk is full: %v", err)
 		}
+	}
+	if err := os.Remove(filepath.Join(inside, "something else")); err != nil {
+		t.Fatal(err)
 	}
 	if _, err := r.Import(t.Context(), "after", bytes.NewReader(content(10<<20, 3)), blobstore.ImportOptions{}); err != nil {
 		t.Errorf("import after space was freed: %v", err)
 	}
 }
 
-// onSmallDisk returns a command that runs a daemon with a file system of 16 MiB mounted
+// TestFetchDoesNotFit has a host with a small disk fetch a file from another one that does not
+// fit there: it is refused before it begins, and costs nothing. What has arrived of others makes room.
+func TestFetchDoesNotFit(t *testing.T) {
+	l := newLAN(t, 2)
+	a, b := l.hosts[0], l.hosts[1]
+	a.start("--upload-rate", "10MiB")
+	data := filepath.Join(b.home, "data")
+	if err := os.Mkdir(data, 0o750); err != nil {
+		t.Fatal(err)
+	}
+	b.daemon = startDaemonWith(t, b.home, []string{"--swarm-key", l.key}, append(b.in(), onSmallDisk(data, 64)...)...)
+	l.meet(1)
+	inside := filepath.Join("/proc", fmt.Sprint(b.cmd.Process.Pid), "root", data)
+	free := freeBlocks(t, inside)
+
+	name, _, cid := l.file(100<<20, 1)
+	a.ok("import", "-i", cid, name)
+	code, says := b.fails("export", "-O", filepath.Join(b.home, "out"), "-i", cid)
+	if code != 7 || !strings.Contains(says, "bytes free") {
+		t.Errorf("export of what does not fit: exit status %d: %s", code, says)
+	}
+	if left, err := os.ReadDir(filepath.Join(inside, "partial")); err != nil || len(left) > 0 {
+		t.Errorf("left are %v, %v", left, err)
+	}
+	if now := freeBlocks(t, inside); now+256 < free { // the metadata may have grown
+		t.Errorf("%d blocks are free, %d were before", now, free)
+	}
+
+	// What somebody has given up to fetch is seen, and in nobody's way.
+	name, _, cid = l.file(40<<20, 2)
+	a.ok("import", "-i", cid, name)
+	if code, says := b.fails("export", "--timeout", "3s", "-O", filepath.Join(b.home, "out"), "-i", cid); code != 5 {
+		t.Errorf("export that is given up: exit status %d: %s", code, says)
+	}
+	for !strings.Contains(b.ok("list"), "partial ") {
+		if l.late() {
+			t.Fatal("what has arrived is not listed")
+		}
+	}
+	name, _, own := l.file(45<<20, 3)
+	b.ok("import", "-i", own, name)
+	fill(t, filepath.Join(inside, "something else"))
+	b.ok("delete", "-i", own)
+}
+
+// fill writes a file until the disk is full.
+func fill(t *testing.T, name string) {
+	t.Helper()
+	f, err := os.Create(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	for size := 1 << 20; size > 0; {
+		if _, err := f.Write(make([]byte, size)); errors.Is(err, unix.ENOSPC) {
+			size /= 2
+		} else if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// onSmallDisk returns a command that runs a daemon with a file system of so many MiB mounted
 // at dir, where only the daemon sees it. It goes when the daemon does.
-func onSmallDisk(dir string) []string {
-	mount := fmt.Sprintf(`mount -t tmpfs -o size=16m,mode=750 none %s && exec "$0" "$@"`, dir)
+func onSmallDisk(dir string, size int) []string {
+	mount := fmt.Sprintf(`mount -t tmpfs -o size=%dm,mode=750 none %s && exec "$0" "$@"`, size, dir)
 	if os.Geteuid() != 0 {
 		return []string{"unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount}
 	}

@@ -121,7 +121,7 @@ func TestDragonflyDiskFull(t *testing.T) {
 			if err := os.Mkdir(data, 0o750); err != nil {
 				t.Fatal(err)
 			}
-			b := dragonflyHost{startDaemonWith(t, home, append(flags(), "--engine", engine, "--swarm-key", "off"), onSmallDisk(data)...), t}
+			b := dragonflyHost{startDaemonWith(t, home, append(flags(), "--engine", engine, "--swarm-key", "off"), onSmallDisk(data, 16)...), t}
 			big, small := content(20<<20, 1), content(1<<20, 2)
 			_, says, code := b.run(t, nil, "export", "-t", "models", "-i", a.add(big), "-O", filepath.Join(home, "out"))
 			if code != 7 || !strings.Contains(says, "free some space") {

@@ -384,9 +384,10 @@ type Query struct {
 type Kind int
 
 const (
-	KindAll   Kind = iota // names and tasks
-	KindNames             // names
-	KindTags              // one entry for every tag, of which only Info.Task.Tag is set
+	KindAll      Kind = iota // names and tasks
+	KindNames                // names
+	KindTags                 // one entry for every tag, of which only Info.Task.Tag is set
+	KindPartials             // blobs of which only a part is here: Info.Size is that of the whole, Total that of the part
 )
 
 // Entry is one line of a List: a name where Name is not "", else a task. A name

@@ -22,7 +22,7 @@ import (
 // listed is one line of a list.
 type listed struct {
 	Tag       string        `json:"tag"`
-	Type      string        `json:"type"` // name, manifest, blob or part
+	Type      string        `json:"type"` // name, manifest, blob, part or partial
 	CID       string        `json:"cid"`
 	Digest    digest.Digest `json:"digest"`   // empty for a name
 	Manifest  digest.Digest `json:"manifest"` // what a name leads to, else empty
@@ -42,6 +42,8 @@ func newListed(e blobstore.Entry) listed {
 		l.LastUsed = &e.LastUsed
 	}
 	switch {
+	case e.Held < e.Pieces:
+		l.Type, l.Size = "partial", e.Total
 	case e.Name != "":
 		l.Type, l.CID, l.Digest, l.Manifest, l.Size = "name", e.Name, "", e.Task.Digest, e.Total
 	case e.Keep != p2p.KeepHeld && e.IsManifest:
@@ -66,6 +68,8 @@ this tag; the empty tag is --tag "". The types are
     manifest  one that a registry client has pushed, and that no name leads to
     blob      content that was imported or pushed under its digest
     part      content that is held because a name or a manifest leads to it
+    partial   what has arrived of a file that is being fetched, or was and nobody
+              waits for it any more; it makes room for others. They come last
 
 As JSON the list is an array of objects. A template is executed on all of it. Of
 a name, "manifest" is the digest of the manifest that it leads to, and "digest"
@@ -111,6 +115,7 @@ func (s *session) list(ctx context.Context, tagGiven bool) error {
 		}
 		entries = repo.List(ctx)
 	}
+	entries = join(entries, store.Partials(ctx), func(e blobstore.Entry) bool { return !tagGiven || e.Task.Tag == s.tag })
 	// It may be long: what is printed goes out before the end is known.
 	out := bufio.NewWriterSize(s.stdout, 64<<10)
 	switch s.result.name {
@@ -128,6 +133,25 @@ func (s *session) list(ctx context.Context, tagGiven bool) error {
 		err = fmt.Errorf("print result: %w", flushed)
 	}
 	return err
+}
+
+// join yields what two lists have, of the second one what counts, up to an error.
+func join(first, second iter.Seq2[blobstore.Entry, error], counts func(blobstore.Entry) bool) iter.Seq2[blobstore.Entry, error] {
+	return func(yield func(blobstore.Entry, error) bool) {
+		for e, err := range first {
+			if !yield(e, err) || err != nil {
+				return
+			}
+		}
+		for e, err := range second {
+			if err == nil && !counts(e) {
+				continue
+			}
+			if !yield(e, err) || err != nil {
+				return
+			}
+		}
+	}
 }
 
 func listText(w io.Writer, entries iter.Seq2[blobstore.Entry, error]) error {

@@ -1408,7 +1408,7 @@ func testListKinds(t *testing.T, e p2p.Engine) {
 	d := digest.SHA256.FromString("")
 	for _, q := range []p2p.Query{
 		{Kind: -1},
-		{Kind: p2p.KindTags + 1},
+		{Kind: p2p.KindPartials + 1},
 		{Kind: p2p.KindTags, Tag: &a},
 		{RefersTo: d},
 		{RefersTo: d, Tag: &a, Kind: p2p.KindNames},

@@ -255,7 +255,7 @@ func (s *Store) DeleteForAll(ctx context.Context, tag string, cid digest.CID, op
 	}
 	defer s.end()
 	var removed removal
-	err = s.update(func(tx *bbolt.Tx) error {
+	err = s.free(func(tx *bbolt.Tx) error {
 		removed, result, deletes = removal{}, DeleteResult{News: true}, nil
 		d := Delete{Tag: tag, CID: cid, Made: s.now(), Force: opts.Force, NameOnly: opts.NameOnly}
 		for _, v := range seen {
@@ -316,7 +316,7 @@ func (s *Store) ApplyDelete(ctx context.Context, d Delete) (result DeleteResult,
 	}
 	defer s.end()
 	var removed removal
-	err = s.update(func(tx *bbolt.Tx) (err error) {
+	err = s.free(func(tx *bbolt.Tx) (err error) {
 		removed, result = removal{}, DeleteResult{}
 		var all Delete
 		if all, result.News, err = remember(tx, d); err != nil {
@@ -492,7 +492,7 @@ func (s *Store) ForgetDeletes(ctx context.Context, before time.Time) (n int, err
 		return 0, err
 	}
 	defer s.end()
-	err = s.update(func(tx *bbolt.Tx) error {
+	err = s.free(func(tx *bbolt.Tx) error {
 		n = 0
 		type old struct {
 			k      []byte

@@ -292,12 +292,16 @@ func hash(ctx context.Context, recorder *digest.Recorder, f *os.File, c copied) 
 // account counts the bytes that a's file has now, or refuses them where the
 // store has no room.
 func (s *Store) account(a *addition, size int64) error {
-	incoming := s.incoming.Add(size - a.size)
+	s.incoming.Add(size - a.size)
 	a.size = size
-	if total := incoming + s.stored.Load(); s.maxSize > 0 && total > s.maxSize {
-		return fmt.Errorf("%w: the store may have %d bytes, this would make it %d: delete something, or raise the limit", p2p.ErrNoSpace, s.maxSize, total)
+	for s.hasUnopened() {
+		// What nobody fetches any more makes room, before there is none for the next chunk.
+		free, known := s.diskFree()
+		if s.underLimit(0) == nil && (!known || free >= 2*chunk) || !s.dropOldestPartial() {
+			break
+		}
 	}
-	return nil
+	return s.underLimit(0)
 }
 
 // Rehash implements [p2p.Ingest].

@@ -1,11 +1,15 @@
 package pieces
 
 import (
+	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -27,15 +31,27 @@ type Partial struct {
 	f    *os.File // nil when it is committed or closed
 	read *os.File // the same, for reading, whatever it is called by now; until Close
 
-	mu    sync.Mutex
-	table *digest.Table // nil until Use
-	held  []bool
-	count int // of held
-	a     *addition
+	mu       sync.Mutex
+	table    *digest.Table // nil until Use
+	held     []bool
+	count    int // of held
+	a        *addition
+	promised int64    // bytes that are missing
+	tags     []string // whose it is
 }
 
-// tableSuffix ends the name of the file with a partial's piece table.
-const tableSuffix = ".table"
+// leftover is what has arrived of a blob that nobody fetches.
+type leftover struct {
+	size int64    // on disk
+	tags []string // whose it is
+}
+
+// What ends the names of the files beside a partial: its piece table, and the tags under which
+// it was wanted, as JSON.
+const (
+	tableSuffix = ".table"
+	tagsSuffix  = ".tags"
+)
 
 // ErrStale says that a piece was verified with a hash chain that is not used any more.
 var ErrStale = errors.New("the hash chain has been replaced")
@@ -58,7 +74,7 @@ func (s *Store) Partial(ctx context.Context, d digest.Digest) (*Partial, error) 
 	p := &Partial{s: s, d: d, name: s.partialPath(d)}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.partials[d] {
+	if s.partials[d] != nil {
 		return nil, fmt.Errorf("partial blob %s: it is open already", d)
 	}
 	f, err := os.OpenFile(p.name, os.O_RDWR|os.O_CREATE, 0o600)
@@ -69,11 +85,40 @@ func (s *Store) Partial(ctx context.Context, d digest.Digest) (*Partial, error) 
 		f.Close()
 		return nil, DiskError(err)
 	}
-	s.partials[d] = true
+	s.partials[d] = p
 	p.f = f
-	p.a = &addition{f: f, size: s.unopened[d]}
+	p.a = &addition{f: f, size: s.unopened[d].size}
 	delete(s.unopened, d)
 	return p, nil
+}
+
+// Want records under which tags the blob is wanted: what has arrived goes with the last
+// of them, see [Store.ReleasePartial].
+func (p *Partial) Want(tags []string) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.tags = slices.Sorted(slices.Values(tags))
+	if p.f == nil {
+		return nil
+	}
+	return DiskError(writeTags(p.name, p.tags))
+}
+
+func writeTags(name string, tags []string) error {
+	b, err := json.Marshal(tags)
+	if err != nil {
+		return err
+	}
+	return writeBeside(name, tagsSuffix, b)
+}
+
+// writeBeside writes a file beside a partial, all of it or nothing.
+func writeBeside(name, suffix string, content []byte) error {
+	temporary := name + ".new"
+	if err := os.WriteFile(temporary, content, 0o600); err != nil {
+		return errors.Join(err, ignoreMissing(os.Remove(temporary)))
+	}
+	return os.Rename(temporary, name+suffix)
 }
 
 // seed takes what the store has of the blob, where that is damaged and nothing
@@ -125,6 +170,9 @@ func (p *Partial) Use(ctx context.Context, size int64, chain []byte) error {
 		return fmt.Errorf("partial blob %s: %w: it is not empty", p.d, digest.ErrMismatch) // there is no piece that could tell
 	}
 	t.CRC = make([]uint32, t.Pieces())
+	if err := p.promise(size); err != nil {
+		return fmt.Errorf("a blob of %d bytes: %w", size, err)
+	}
 	if err := p.seed(ctx); err != nil {
 		return err
 	}
@@ -148,11 +196,26 @@ func (p *Partial) Use(ctx context.Context, size int64, chain []byte) error {
 	if err != nil {
 		return err
 	}
-	temporary := p.name + ".new"
-	if err := os.WriteFile(temporary, b, 0o600); err != nil {
-		return DiskError(err)
+	return DiskError(writeBeside(p.name, tableSuffix, b))
+}
+
+// promise sets aside room for what is missing of a blob of size bytes.
+func (p *Partial) promise(size int64) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	missing := max(0, size-p.a.size)
+	if err := p.s.promise(missing - p.promised); err != nil {
+		return err
 	}
-	return os.Rename(temporary, p.name+tableSuffix)
+	p.promised = missing
+	return nil
+}
+
+// unpromise takes back what was set aside. p.mu is held.
+func (p *Partial) unpromise(n int64) {
+	n = min(n, p.promised)
+	p.promised -= n
+	p.s.promised.Add(-n)
 }
 
 // verify finds out which pieces are there.
@@ -194,7 +257,16 @@ func (p *Partial) verify(ctx context.Context, t *digest.Table) error {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.s.account(p.a, counted)
+	p.unpromise(p.promised)
+	if err := p.s.account(p.a, counted); err != nil {
+		return err
+	}
+	missing := max(0, t.Size-counted)
+	if err := p.s.promise(missing); err != nil {
+		return err
+	}
+	p.promised = missing
+	return nil
 }
 
 // dataFrom returns the bounds of the next run of bytes in the file that is not a hole.
@@ -263,6 +335,7 @@ func (p *Partial) Receive(i int, r io.Reader, buf []byte) error {
 	p.mu.Lock()
 	stale, there := p.table != t, p.held[i]
 	if !stale && !there {
+		p.unpromise(end - start)
 		err = p.s.account(p.a, p.a.size+end-start)
 	}
 	p.mu.Unlock()
@@ -340,8 +413,8 @@ func (p *Partial) Commit(ctx context.Context, c p2p.Commit) (err error) {
 	if err != nil {
 		return errors.Join(DiskError(err), p.Close())
 	}
-	os.Remove(p.name + tableSuffix) // of no use any more; one that stays is removed as a partial
-	p.f = nil                       // it is the ingest's
+	removeBeside(p.name) // of no use any more; what stays is removed as a partial
+	p.f = nil            // it is the ingest's
 	p.forget(0)
 	if _, err := in.keep(a); err != nil {
 		return DiskError(err)
@@ -379,20 +452,25 @@ func (p *Partial) Remove() error {
 
 // forget lets the blob have another Partial. size is what it has on disk.
 func (p *Partial) forget(size int64) {
+	p.mu.Lock()
+	p.unpromise(p.promised)
+	tags := p.tags
+	p.mu.Unlock()
 	p.s.mu.Lock()
 	defer p.s.mu.Unlock()
 	delete(p.s.partials, p.d)
 	if size > 0 {
-		p.s.unopened[p.d] = size
+		p.s.unopened[p.d] = leftover{size, tags}
 	}
 }
 
 func removePartial(name string) error {
-	err := os.Remove(name)
-	if e := os.Remove(name + tableSuffix); e != nil && !isMissing(e) {
-		err = errors.Join(err, e)
-	}
-	return err
+	return errors.Join(os.Remove(name), removeBeside(name))
+}
+
+// removeBeside removes the files beside a partial.
+func removeBeside(name string) error {
+	return errors.Join(ignoreMissing(os.Remove(name+tableSuffix)), ignoreMissing(os.Remove(name+tagsSuffix)))
 }
 
 // findPartials counts what earlier processes have left of partial blobs.
@@ -405,7 +483,11 @@ func (s *Store) findPartials() error {
 		alg, hex, _ := strings.Cut(e.Name(), ".")
 		d, err := digest.Parse(alg + ":" + hex)
 		if err != nil {
-			if base, isTable := strings.CutSuffix(e.Name(), tableSuffix); isTable {
+			base, beside := strings.CutSuffix(e.Name(), tableSuffix)
+			if !beside {
+				base, beside = strings.CutSuffix(e.Name(), tagsSuffix)
+			}
+			if beside {
 				if _, err := os.Stat(s.path("partial", base)); err == nil {
 					continue
 				}
@@ -419,7 +501,11 @@ func (s *Store) findPartials() error {
 		if err := unix.Stat(s.partialPath(d), &stat); err != nil {
 			return err
 		}
-		s.unopened[d] = stat.Blocks * 512
+		left := leftover{size: stat.Blocks * 512}
+		if b, err := os.ReadFile(s.partialPath(d) + tagsSuffix); err == nil {
+			_ = json.Unmarshal(b, &left.tags) // what can't be read is nobody's
+		}
+		s.unopened[d] = left
 		s.incoming.Add(stat.Blocks * 512)
 	}
 	return nil
@@ -431,17 +517,89 @@ func (s *Store) DropPartials(since time.Time) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	var errs []error
-	for d, size := range s.unopened {
+	for d := range s.unopened {
 		info, err := os.Stat(s.partialPath(d))
 		if err == nil && !info.ModTime().Before(since) {
 			continue
 		}
-		if err := removePartial(s.partialPath(d)); err != nil && !isMissing(err) {
-			errs = append(errs, err)
-			continue
-		}
-		delete(s.unopened, d)
-		s.incoming.Add(-size)
+		errs = append(errs, s.dropPartial(d))
 	}
 	return errors.Join(errs...)
+}
+
+// dropPartial removes what has arrived of a blob that nobody fetches. s.mu is held.
+func (s *Store) dropPartial(d digest.Digest) error {
+	if err := removePartial(s.partialPath(d)); err != nil && !isMissing(err) {
+		return err
+	}
+	s.incoming.Add(-s.unopened[d].size)
+	delete(s.unopened, d)
+	return nil
+}
+
+func (s *Store) hasUnopened() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.unopened) > 0
+}
+
+// ReleasePartial says that a task was deleted: what has arrived of its blob goes, where it is
+// not wanted under another tag, and nobody fetches it.
+func (s *Store) ReleasePartial(t p2p.Task) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	left, found := s.unopened[t.Digest]
+	if !found || !slices.Contains(left.tags, t.Tag) {
+		return nil
+	}
+	left.tags = slices.DeleteFunc(slices.Clone(left.tags), func(tag string) bool { return tag == t.Tag })
+	if len(left.tags) == 0 {
+		return s.dropPartial(t.Digest)
+	}
+	s.unopened[t.Digest] = left
+	return DiskError(writeTags(s.partialPath(t.Digest), left.tags))
+}
+
+// Arriving is a blob of which a part has arrived.
+type Arriving struct {
+	Task  p2p.Task
+	Size  int64 // of the whole, in bytes; 0 where that is not known
+	Bytes int64 // that have arrived
+	Open  bool  // it is being fetched
+}
+
+// Arriving returns the blobs of which a part has arrived, under every tag under which they
+// are wanted.
+func (s *Store) Arriving() (all []Arriving) {
+	s.mu.Lock()
+	unopened, open := maps.Clone(s.unopened), slices.Collect(maps.Values(s.partials))
+	s.mu.Unlock()
+	add := func(d digest.Digest, tags []string, a Arriving) {
+		for _, tag := range tags {
+			a.Task = p2p.Task{Tag: tag, Digest: d}
+			all = append(all, a)
+		}
+	}
+	for d, left := range unopened {
+		a := Arriving{Bytes: left.size}
+		if b, err := os.ReadFile(s.partialPath(d) + tableSuffix); err == nil {
+			if t, err := digest.DecodeTable(d, b); err == nil {
+				a.Size = t.Size
+			}
+		}
+		add(d, left.tags, a)
+	}
+	for _, p := range open {
+		p.mu.Lock()
+		a, tags := Arriving{Open: true}, p.tags
+		if p.table != nil {
+			a.Size, a.Bytes = p.table.Size, min(p.table.Size, int64(p.count)*p.table.PieceLength)
+		}
+		p.mu.Unlock()
+		add(p.d, tags, a)
+	}
+	slices.SortFunc(all, func(a, b Arriving) int {
+		return cmp.Or(cmp.Compare(a.Task.Tag, b.Task.Tag), cmp.Compare(a.Task.Digest, b.Task.Digest))
+	})
+	return all
 }

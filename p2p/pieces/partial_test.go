@@ -242,45 +242,127 @@ func TestPartialConcurrently(t *testing.T) {
 	enginetest.RequireContent(t, s, task, data)
 }
 
+// What does not fit is refused before it begins, and what fits is kept room for.
 func TestPartialRoom(t *testing.T) {
 	dir := t.TempDir()
-	s, err := Open(dir, Options{MaxSize: 3 * digest.MinPieceLength})
+	s, err := Open(dir, Options{MaxSize: 5 * digest.MinPieceLength})
 	if err != nil {
 		t.Fatal(err)
 	}
-	data := randomContent(4*digest.MinPieceLength, 4)
+	data := randomContent(6*digest.MinPieceLength, 4)
 	if _, err := fetchPartial(t, s, data); !errors.Is(err, p2p.ErrNoSpace) {
 		t.Errorf("more than there is room for: %v, want %v", err, p2p.ErrNoSpace)
 	}
-	s.Close()
-	// What is left of it counts, until it is dropped.
-	if s, err = Open(dir, Options{MaxSize: 3 * digest.MinPieceLength}); err != nil {
-		t.Fatal(err)
+	requireEmpty(t, filepath.Join(dir, "partial"))
+	for _, beyond := range []int64{1 << 42, 1 << 50} { // of the disk
+		s.maxSize = 0
+		if err := s.Room(beyond); !errors.Is(err, p2p.ErrNoSpace) {
+			t.Errorf("room for %d bytes: %v", beyond, err)
+		}
 	}
-	defer s.Close()
+	s.maxSize = 5 * digest.MinPieceLength
 	add := func() error {
 		in, err := s.Ingest(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer in.Close()
-		_, err = in.Add(bytes.NewReader(data[:digest.MinPieceLength]), p2p.AddOptions{})
+		_, err = in.Add(bytes.NewReader(data[:2*digest.MinPieceLength]), p2p.AddOptions{})
 		return err
 	}
+	data = data[:4*digest.MinPieceLength]
+	table := tableOf(t, data)
+	p, err := s.Partial(t.Context(), table.Digest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(p.Use(t.Context(), table.Size, table.Chain), p.Want([]string{"a", "b"}), receive(p, table, data, 1)); err != nil {
+		t.Fatal(err)
+	}
 	if err := add(); !errors.Is(err, p2p.ErrNoSpace) {
-		t.Errorf("beside what has arrived: %v, want %v", err, p2p.ErrNoSpace)
+		t.Errorf("beside what is to arrive: %v, want %v", err, p2p.ErrNoSpace)
+	}
+	for i := range 4 {
+		if err := receive(p, table, data, i); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := p.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if n := s.promised.Load(); n != 0 {
+		t.Errorf("%d bytes are set aside for nothing", n)
+	}
+	s.Close()
+
+	// What is left of it is seen, and makes room for what comes.
+	if s, err = Open(dir, Options{MaxSize: 5 * digest.MinPieceLength}); err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	var listed []string
+	for e, err := range s.List(t.Context(), p2p.Query{Kind: p2p.KindPartials}) {
+		if err != nil || e.Task.Digest != table.Digest || e.Size != table.Size || e.Total != table.Size || e.Local() {
+			t.Errorf("listed is %+v, %v", e, err)
+		}
+		listed = append(listed, e.Task.Tag)
+	}
+	if !slices.Equal(listed, []string{"a", "b"}) {
+		t.Errorf("listed is what %q want", listed)
 	}
 	if err := s.DropPartials(time.Now().Add(-time.Hour)); err != nil {
 		t.Fatal(err)
 	}
-	if err := add(); !errors.Is(err, p2p.ErrNoSpace) {
-		t.Errorf("what has just arrived was dropped: %v", err)
-	}
-	if err := s.DropPartials(time.Now().Add(time.Hour)); err != nil {
-		t.Fatal(err)
+	if !s.hasUnopened() {
+		t.Error("what has just arrived was dropped")
 	}
 	if err := add(); err != nil {
-		t.Errorf("after it was dropped: %v", err)
+		t.Errorf("beside what nobody waits for: %v", err)
+	}
+	requireEmpty(t, filepath.Join(dir, "partial"))
+}
+
+func requireEmpty(t *testing.T, dir string) {
+	t.Helper()
+	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
+		t.Errorf("left in %s are %v, %v", dir, left, err)
+	}
+}
+
+// What has arrived of a blob goes with the last task that it was for.
+func TestReleasePartial(t *testing.T) {
+	dir := t.TempDir()
+	s, err := Open(dir, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	data := randomContent(4*digest.MinPieceLength, 7)
+	p, err := fetchPartial(t, s, data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := p.Table().Digest
+	if err := errors.Join(p.Want([]string{"b", "a"}), s.ReleasePartial(p2p.Task{Tag: "a", Digest: d}), p.Close()); err != nil {
+		t.Fatal(err)
+	}
+	for _, tag := range []string{"other", "a", "b"} {
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if s, err = Open(dir, Options{}); err != nil {
+			t.Fatal(err)
+		}
+		if !s.hasUnopened() {
+			t.Fatalf("it is gone before it was released under %s", tag)
+		}
+		if err := s.ReleasePartial(p2p.Task{Tag: tag, Digest: d}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	defer s.Close()
+	requireEmpty(t, filepath.Join(dir, "partial"))
+	if n := s.incoming.Load(); n != 0 {
+		t.Errorf("%d bytes are counted that are gone", n)
 	}
 }
 

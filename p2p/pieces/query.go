@@ -201,7 +201,7 @@ func (s *Store) DeleteTasks(ctx context.Context, tag string, cid digest.CID, opt
 		return p2p.Deleted{}, nil, err
 	}
 	var removed removal
-	err := s.update(func(tx *bbolt.Tx) error {
+	err := s.free(func(tx *bbolt.Tx) error {
 		removed = removal{}
 		return removed.delete(tx, tag, cid, opts)
 	})
@@ -263,6 +263,10 @@ func (s *Store) List(ctx context.Context, q p2p.Query) iter.Seq2[p2p.Entry, erro
 			yield(p2p.Entry{}, err)
 			return
 		}
+		if q.Kind == p2p.KindPartials {
+			l.partials(yield)
+			return
+		}
 		if q.Tag != nil {
 			l.list(*q.Tag, yield)
 			return
@@ -291,7 +295,7 @@ func (s *Store) List(ctx context.Context, q p2p.Query) iter.Seq2[p2p.Entry, erro
 }
 
 func validateQuery(q p2p.Query) error {
-	if q.Kind < p2p.KindAll || q.Kind > p2p.KindTags {
+	if q.Kind < p2p.KindAll || q.Kind > p2p.KindPartials {
 		return fmt.Errorf("list: %w: there is no kind %d of entries", digest.ErrInvalid, q.Kind)
 	}
 	if q.Tag != nil {
@@ -326,6 +330,28 @@ type lister struct {
 	ctx context.Context
 	q   p2p.Query
 	err error
+}
+
+// partials yields what has arrived of blobs.
+func (l *lister) partials(yield func(p2p.Entry, error) bool) {
+	if err := l.s.begin(l.ctx); err != nil {
+		yield(p2p.Entry{}, err)
+		return
+	}
+	all := l.s.Arriving()
+	l.s.end()
+	for _, a := range all {
+		if l.q.Tag != nil && a.Task.Tag != *l.q.Tag {
+			continue
+		}
+		size := max(a.Size, a.Bytes)
+		table := digest.Table{Size: size, PieceLength: digest.PieceLength(size)}
+		info := p2p.Info{Task: a.Task, Size: size, PieceLength: table.PieceLength, Pieces: table.Pieces(), Keep: p2p.KeepLoose}
+		info.Held = min(int(a.Bytes/table.PieceLength), info.Pieces-1)
+		if !yield(p2p.Entry{Info: info, Total: a.Bytes}, context.Cause(l.ctx)) {
+			return
+		}
+	}
 }
 
 // read runs f in a transaction of its own, as a call of its own.

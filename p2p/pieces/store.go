@@ -51,6 +51,8 @@ type Store struct {
 	maxSize  int64        // 0 is no limit
 	stored   atomic.Int64 // bytes in all blobs
 	incoming atomic.Int64 // bytes in copies that are not blobs yet
+	promised atomic.Int64 // bytes that are to arrive, for which room was set aside
+	roomMu   sync.Mutex   // kept while room is looked for and promised
 
 	updates    batch[func(*bbolt.Tx) error]
 	failCommit func() error // for tests: a commit that fails
@@ -73,8 +75,8 @@ type Store struct {
 	saved   time.Time              // when they were last written there
 	cleared map[digest.Digest]bool // loose blobs that are gone, to be taken off the list
 
-	partials map[digest.Digest]bool  // those that are open
-	unopened map[digest.Digest]int64 // those that are not, and how many bytes they have
+	partials map[digest.Digest]*Partial // those that are open
+	unopened map[digest.Digest]leftover // those that are not
 }
 
 // hold is what keeps a blob from being dropped.
@@ -110,8 +112,8 @@ func open(dir string, opts Options, files files) (_ *Store, err error) {
 		used:     map[p2p.Task]time.Time{},
 		saved:    time.Now(),
 		cleared:  map[digest.Digest]bool{},
-		partials: map[digest.Digest]bool{},
-		unopened: map[digest.Digest]int64{},
+		partials: map[digest.Digest]*Partial{},
+		unopened: map[digest.Digest]leftover{},
 	}
 	if s.clock == nil {
 		s.clock = time.Now
@@ -149,6 +151,9 @@ func open(dir string, opts Options, files files) (_ *Store, err error) {
 	}
 	if err == nil {
 		err = s.findPartials()
+	}
+	if err == nil {
+		s.keepReserve()
 	}
 	if err != nil {
 		s.db.Close()
@@ -428,6 +433,9 @@ func (s *Store) drop(blobs []digest.Digest) error {
 		// Freeing the blocks of a large file takes time: it is done outside of the lock.
 		err = errors.Join(err, s.files.Remove(name))
 	}
+	if len(trash) > 0 {
+		s.keepReserve()
+	}
 	return err
 }
 
@@ -438,7 +446,7 @@ func (s *Store) unlink(blobs []digest.Digest) (trash []string, err error) {
 	s.holdMu.Lock()
 	defer s.holdMu.Unlock()
 	var gone []digest.Digest
-	err = s.update(func(tx *bbolt.Tx) error {
+	err = s.free(func(tx *bbolt.Tx) error {
 		gone = gone[:0]
 		for _, d := range blobs {
 			if hasAny(tx, bucketHolders, prefix(string(d))) {

@@ -331,7 +331,7 @@ func TestValidate(t *testing.T) {
 		"list":                  {list(&pb.ListRequest{Kind: all}), ""},
 		"tag of a list":         {list(&pb.ListRequest{Tag: proto.String("X"), Kind: all}), "tag"},
 		"kind missing":          {list(&pb.ListRequest{}), "kind 0"},
-		"kind unknown":          {list(&pb.ListRequest{Kind: 4}), "kind 4"},
+		"kind unknown":          {list(&pb.ListRequest{Kind: 5}), "kind 5"},
 		"after":                 {list(&pb.ListRequest{Kind: names, After: make([]byte, 255)}), ""},
 		"long after":            {list(&pb.ListRequest{Kind: names, After: make([]byte, 256)}), "256"},
 		"refers to":             {list(&pb.ListRequest{Tag: &task.Tag, Kind: all, RefersTo: d}), ""},

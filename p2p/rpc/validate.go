@@ -56,6 +56,8 @@ var (
 		pb.Kind_KIND_ALL:   p2p.KindAll,
 		pb.Kind_KIND_NAMES: p2p.KindNames,
 		pb.Kind_KIND_TAGS:  p2p.KindTags,
+
+		pb.Kind_KIND_PARTIALS: p2p.KindPartials,
 	}
 	peerStates = enum[pb.PeerState, p2p.PeerState]{
 		pb.PeerState_PEER_STATE_CONNECTED: p2p.PeerConnected,

@@ -118,6 +118,7 @@ func (s *Swarm) forget(deletes []pieces.Delete) {
 	for _, d := range deletes {
 		if name := d.CID.CacheID(); name != "" {
 			keys = append(keys, nameKey(d.Tag, name))
+			s.releaseLost(d.Tag)
 			continue
 		}
 		task := p2p.Task{Tag: d.Tag, Digest: d.CID.Digest()}
@@ -128,15 +129,68 @@ func (s *Swarm) forget(deletes []pieces.Delete) {
 		if down := s.downloadOf(task); down != nil && !d.Soft {
 			down.deleted(task, d)
 		}
+		if err := s.store.ReleasePartial(task); err != nil {
+			s.log.Warn("what has arrived of a deleted blob could not be removed", "task", task.String(), "error", err)
+		}
 	}
 	s.network.Withdraw(keys...)
 }
 
-// deleted ends a download of what has been deleted meanwhile.
+// releaseLost removes what has arrived under a tag of which a name was deleted, where nobody
+// fetches it and no peer has it any more: what it led to is not known here.
+func (s *Swarm) releaseLost(tag string) {
+	left := func() (all []p2p.Task) {
+		for _, a := range s.store.Arriving() {
+			if !a.Open && a.Task.Tag == tag {
+				all = append(all, a.Task)
+			}
+		}
+		return all
+	}
+	if len(left()) == 0 || s.begin(s.ctx) != nil {
+		return
+	}
+	defer s.calls.Done()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.releasing[tag] {
+		return
+	}
+	s.releasing[tag] = true
+	s.background.Go(func() {
+		select {
+		case <-time.After(lostAfter):
+		case <-s.ctx.Done():
+			return
+		}
+		s.mu.Lock()
+		delete(s.releasing, tag)
+		s.mu.Unlock()
+		for _, task := range left() {
+			if _, _, err := s.statTask(s.ctx, task, false); !errors.Is(err, p2p.ErrNotFound) {
+				continue
+			}
+			if err := s.store.ReleasePartial(task); err != nil {
+				s.log.Warn("what has arrived of a deleted blob could not be removed", "task", task.String(), "error", err)
+			}
+		}
+	})
+}
+
+// lostAfter is how long peers have to do a delete before they are asked what is left.
+const lostAfter = 2 * time.Second
+
+// deleted ends a download of what has been deleted meanwhile, as far as it was for that.
 func (d *download) deleted(task p2p.Task, by pieces.Delete) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if info := d.tasks[task]; !info.Origin.IsZero() && d.s.store.Covers(by, info.Origin) && len(d.tasks) == 1 && !d.proven {
+	info, wanted := d.tasks[task]
+	switch {
+	case !wanted || d.sealed || d.proven || info.Origin.IsZero() || !d.s.store.Covers(by, info.Origin):
+	case len(d.tasks) > 1:
+		delete(d.tasks, task)
+	default:
+		d.useless = true
 		d.cancel(fmt.Errorf("%s: %w: it has been deleted", task, p2p.ErrNotFound))
 	}
 }

@@ -86,6 +86,7 @@ type download struct {
 	progress   time.Time // when it had made any progress, by the one clock that ends it
 	lastPiece  time.Time // when a piece arrived, or a chain was chosen
 	lastEnd    time.Time // when a source had nothing more to give
+	labelled   int       // how many tasks were recorded with the partial blob
 	noticed    time.Time // when those who wait were told last
 
 	mu       sync.Mutex
@@ -330,6 +331,22 @@ func (d *download) addTask(info p2p.Info) error {
 	}
 	d.describe(info)
 	return nil
+}
+
+// label records whose it is that arrives, where that has changed.
+func (d *download) label() {
+	tasks := d.wanted()
+	if d.sched == nil || d.sched.Held().Len() < 2 || len(tasks) == d.labelled {
+		return // of one piece there is never a part
+	}
+	d.labelled = len(tasks)
+	var tags []string
+	for _, t := range tasks {
+		tags = append(tags, t.Tag)
+	}
+	if err := d.partial.Want(tags); err != nil {
+		d.s.log.Warn("it could not be noted whose a partial blob is", "digest", d.digest, "error", err)
+	}
 }
 
 // describe notes what a peer says of a task. d.mu is held.
@@ -620,6 +637,7 @@ func (d *download) tick() error {
 	}
 	d.ticked = now
 	d.measure(now)
+	d.label()
 	usable, ended, asking := 0, 0, false
 	for _, src := range d.sources {
 		if src.resting && now.After(src.away) {
@@ -989,7 +1007,7 @@ func (d *download) activate(h linksHash) {
 			return
 		}
 		err = fmt.Errorf("fetch %s: %w", d.digest, err)
-		if errors.Is(err, p2p.ErrNoSpace) && d.sched == nil {
+		if errors.Is(err, p2p.ErrNoSpace) && (d.sched == nil || c.size != d.chains[d.active].size) {
 			// The size may be a lie: another chain may fit.
 			d.noRoom, c.tries = err, maxTries
 			return
@@ -1023,6 +1041,7 @@ func (d *download) activate(h linksHash) {
 		d.offer(src)
 	}
 	d.progress, d.lastPiece = time.Now(), time.Now()
+	d.label()
 	d.dispute()
 	d.mu.Lock()
 	d.table, d.links, d.have = table, h, have.Clone()
@@ -1187,7 +1206,7 @@ func (d *download) refused(src *source, e *statusError) {
 			h = linksHash(b)
 		}
 		src.stated = d.chains[h] != nil && h != d.active
-		src.chain = h
+		src.chain, src.dry = h, false
 		if !src.stated {
 			d.rest(src, tickInterval) // and then it is asked which
 		}

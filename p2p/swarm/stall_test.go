@@ -3,6 +3,7 @@ package swarm
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"net/http"
 	"net/http/httptest"
@@ -232,4 +233,102 @@ func TestLostMeanwhile(t *testing.T) {
 	g.open()
 	b.wantEnd(t, t.Context(), task, p2p.ErrNotFound)
 	b.wantNoPartials(t)
+}
+
+// What there is no room for is refused before it begins, by whom it is offered alone. Where it
+// is a lie that it is so long, it is fetched.
+func TestNoRoom(t *testing.T) {
+	h := newHub()
+	data := content(gateSize, 36)
+	b := h.start(t)
+	b.Close()
+	b.maxSize = gateSize - 1
+	b.restart(t, h)
+	a := h.start(t)
+	task := a.add(t, "", data)
+	b.wantEnd(t, t.Context(), task, p2p.ErrNoSpace)
+	b.wantNoPartials(t)
+	peers, err := b.Peers(t.Context())
+	if err != nil || len(peers) != 1 || peers[0].Gave != 0 {
+		t.Errorf("peers are %+v, %v; want none that gave anything", peers, err)
+	}
+
+	b.Close()
+	b.maxSize = gateSize + 1000
+	b.restart(t, h)
+	long := content(2*gateSize, 37)
+	table := tableOf(digest.SHA256.FromBytes(long), long)
+	l := links{table.Size, table.Chain}
+	for range 3 {
+		h.start(t, func(o *Options) {
+			o.tamper = func(honest http.Handler) http.Handler {
+				honest = instead(honest, pathLinks, func(w http.ResponseWriter, r *http.Request) { w.Write(l.append(nil)) })
+				return edit(honest, pathFind, func(w http.ResponseWriter, _ *http.Request, answer *httptest.ResponseRecorder) {
+					var reply findReply
+					json.Unmarshal(answer.Body.Bytes(), &reply)
+					for _, t := range reply.Tasks {
+						if t != nil {
+							t.Size = table.Size
+						}
+					}
+					json.NewEncoder(w).Encode(reply)
+				})
+			}
+		}).add(t, "", data)
+	}
+	b.want(t, task, data)
+}
+
+// A part of a blob goes when its task is deleted, or the name that led to it.
+func TestPartialsGoWithTheirTask(t *testing.T) {
+	for _, byName := range []bool{false, true} {
+		h := newHub()
+		g := newGate(10)
+		a, b, c := h.start(t, g.through), h.start(t), h.start(t)
+		data := content(gateSize, 38)
+		task := a.add(t, "models", data)
+		cid := digest.FromDigest(task.Digest)
+		if byName {
+			var err error
+			if cid, err = digest.ParseCID("v1"); err != nil {
+				t.Fatal(err)
+			}
+			in, err := a.Ingest(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			manifest := []byte("manifest")
+			added, err := in.Add(bytes.NewReader(manifest), p2p.AddOptions{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := a.store.Delete(t.Context(), "models", digest.FromDigest(task.Digest), p2p.DeleteOptions{}); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := in.Add(bytes.NewReader(data), p2p.AddOptions{}); err != nil {
+				t.Fatal(err)
+			}
+			if err := in.Commit(p2p.Commit{
+				Tasks: []p2p.NewTask{
+					{Task: task},
+					{Task: p2p.Task{Tag: "models", Digest: added.Digest}, Manifest: &p2p.NewManifest{Refs: []digest.Digest{task.Digest}}},
+				},
+				Names: []p2p.NewName{{Tag: "models", Name: "v1", Digest: added.Digest}},
+			}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		blob := b.open(t, t.Context(), task)
+		arrive(t, blob, 10)
+		d := blob.d
+		blob.Close()
+		<-d.ended
+		if left := b.store.Arriving(); len(left) != 1 || left[0].Task != task || left[0].Open || left[0].Size != gateSize {
+			t.Fatalf("what has arrived is %+v", left)
+		}
+		if _, err := c.Delete(t.Context(), "models", cid, p2p.DeleteOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		b.wantNoPartials(t)
+	}
 }

@@ -159,6 +159,7 @@ type Swarm struct {
 	downloads map[digest.Digest]*download
 	told      chan toldDelete // what is to be told to peers
 	applied   applied
+	releasing map[string]bool // tags of which it is looked for what is left to nobody
 }
 
 var _ p2p.Engine = (*Swarm)(nil)
@@ -196,6 +197,7 @@ func New(store *pieces.Store, network Network, opts Options) (_ *Swarm, err erro
 		downloads: map[digest.Digest]*download{},
 		told:      make(chan toldDelete, 1024),
 		applied:   applied{results: map[string]pieces.DeleteResult{}},
+		releasing: map[string]bool{},
 	}
 	s.metrics = newMetrics(opts.Metrics, s)
 	s.client = newClient(security, network, s.peers, s.instance, opts.Now)

@@ -229,6 +229,8 @@ type testPeer struct {
 	id   peer.ID
 	key  crypto.PrivKey
 	opts Options
+
+	maxSize int64 // of the store, when it is started again
 }
 
 func testLog(t testing.TB) *slog.Logger {
@@ -267,7 +269,7 @@ func (p *testPeer) restart(t testing.TB, h *hub) {
 	if p.id, err = peer.IDFromPrivateKey(p.key); err != nil {
 		t.Fatal(err)
 	}
-	store, err := pieces.Open(p.dir, pieces.Options{Log: p.opts.Log, Now: p.opts.Now})
+	store, err := pieces.Open(p.dir, pieces.Options{Log: p.opts.Log, Now: p.opts.Now, MaxSize: p.maxSize})
 	if err != nil {
 		t.Fatal(err)
 	}

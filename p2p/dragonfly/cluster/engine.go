@@ -244,6 +244,9 @@ func (n network) Holders(ctx context.Context, task p2p.Task) (*p2p.Holders, erro
 // Bring implements [whole.Network].
 func (n network) Bring(ctx context.Context, task p2p.Task) error {
 	found, at, err := n.lookup(ctx, task)
+	if err == nil {
+		err = n.Room(task, found.GetContentLength())
+	}
 	if err != nil {
 		return err
 	}

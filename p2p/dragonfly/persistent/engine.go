@@ -195,7 +195,11 @@ func (e *Engine) find(ctx context.Context, task p2p.Task) (*commonv2.PersistentC
 
 // Bring implements [whole.Network].
 func (n network) Bring(ctx context.Context, task p2p.Task) error {
-	if _, err := n.find(ctx, task); err != nil {
+	found, err := n.find(ctx, task)
+	if err == nil {
+		err = n.Room(task, int64(found.GetContentLength()))
+	}
+	if err != nil {
 		return err
 	}
 	f, err := os.CreateTemp(n.dir, "")

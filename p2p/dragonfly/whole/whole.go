@@ -315,6 +315,16 @@ func (e *Engine) Replicate(ctx context.Context, tag string, cid digest.CID, n in
 	return nil, fmt.Errorf("replicate %s: %w: %w by Dragonfly: export it on the hosts that are to have it", p2p.Describe(tag, cid), p2p.ErrUnreachable, errors.ErrUnsupported)
 }
 
+// Room reports whether the store has room for what is to be brought, of so many bytes, or of an
+// unknown size where that is below 0: else the error matches [p2p.ErrNoSpace]. Networks ask before they
+// begin.
+func (e *Engine) Room(task p2p.Task, size int64) error {
+	if err := e.store.Room(max(size, 0)); err != nil {
+		return fmt.Errorf("fetch %s of %d bytes: %w", task, size, err)
+	}
+	return nil
+}
+
 // Take stores the content of a file that the network has brought, where it is what was
 // asked for: the error matches [digest.ErrMismatch] where it is not. The content is
 // copied: the file may be known by other names. The caller closes the file.

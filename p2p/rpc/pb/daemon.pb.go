@@ -138,6 +138,7 @@ const (
 	Kind_KIND_ALL         Kind = 1 // names and tasks
 	Kind_KIND_NAMES       Kind = 2 // names
 	Kind_KIND_TAGS        Kind = 3 // one for every tag, of which only info.task.tag is set
+	Kind_KIND_PARTIALS    Kind = 4 // blobs of which only a part is here: info.size is that of the whole, total that of the part
 )
 
 // Enum value maps for Kind.
@@ -147,12 +148,14 @@ var (
 		1: "KIND_ALL",
 		2: "KIND_NAMES",
 		3: "KIND_TAGS",
+		4: "KIND_PARTIALS",
 	}
 	Kind_value = map[string]int32{
 		"KIND_UNSPECIFIED": 0,
 		"KIND_ALL":         1,
 		"KIND_NAMES":       2,
 		"KIND_TAGS":        3,
+		"KIND_PARTIALS":    4,
 	}
 )
 
@@ -2761,13 +2764,14 @@ const file_p2p_rpc_pb_daemon_proto_rawDesc = "" +
 	"\tKEEP_HELD\x10\x01\x12\x0e\n" +
 	"\n" +
 	"KEEP_LOOSE\x10\x02\x12\x0f\n" +
-	"\vKEEP_PINNED\x10\x03*I\n" +
+	"\vKEEP_PINNED\x10\x03*\\\n" +
 	"\x04Kind\x12\x14\n" +
 	"\x10KIND_UNSPECIFIED\x10\x00\x12\f\n" +
 	"\bKIND_ALL\x10\x01\x12\x0e\n" +
 	"\n" +
 	"KIND_NAMES\x10\x02\x12\r\n" +
-	"\tKIND_TAGS\x10\x03*\x9d\x01\n" +
+	"\tKIND_TAGS\x10\x03\x12\x11\n" +
+	"\rKIND_PARTIALS\x10\x04*\x9d\x01\n" +
 	"\tPeerState\x12\x1a\n" +
 	"\x16PEER_STATE_UNSPECIFIED\x10\x00\x12\x18\n" +
 	"\x14PEER_STATE_CONNECTED\x10\x01\x12\x13\n" +

@@ -1,0 +1,150 @@
+package pieces
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"go.etcd.io/bbolt"
+	"golang.org/x/sys/unix"
+
+	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p"
+)
+
+const (
+	// diskMargin is how many bytes of the disk are left to the metadata when there is
+	// to be room for a blob.
+	diskMargin = 1 << 20
+	// reserveSize is how many bytes are kept for changes that free some.
+	reserveSize = 2 << 20
+)
+
+// Room reports whether there is room for n more bytes, under the limit of the store and on
+// its disk: else the error matches [p2p.ErrNoSpace]. What has arrived of blobs that nobody
+// fetches any more makes room for it, the oldest first.
+func (s *Store) Room(n int64) error {
+	s.roomMu.Lock()
+	defer s.roomMu.Unlock()
+	return s.room(n)
+}
+
+// room is Room. s.roomMu is held.
+func (s *Store) room(n int64) error {
+	for {
+		err := s.hasRoom(n)
+		if err == nil || !s.dropOldestPartial() {
+			return err
+		}
+	}
+}
+
+func (s *Store) hasRoom(n int64) error {
+	if err := s.underLimit(n); err != nil {
+		return err
+	}
+	free, known := s.diskFree()
+	if n += s.promised.Load(); known && n > 0 && n > free-diskMargin {
+		return fmt.Errorf("%w: the disk of %s has %d bytes free, %d are needed: free some space on it, or delete something", p2p.ErrNoSpace, s.dir, free, n+diskMargin)
+	}
+	return nil
+}
+
+// underLimit reports whether n more bytes are within the limit of the store.
+func (s *Store) underLimit(n int64) error {
+	total := s.incoming.Load() + s.stored.Load() + s.promised.Load() + n
+	if s.maxSize > 0 && total > s.maxSize {
+		return fmt.Errorf("%w: the store may have %d bytes, this would make it %d: delete something, or raise the limit", p2p.ErrNoSpace, s.maxSize, total)
+	}
+	return nil
+}
+
+// diskFree returns how many bytes are free on the disk, where that is known.
+func (s *Store) diskFree() (n int64, known bool) {
+	var fs unix.Statfs_t
+	if err := unix.Statfs(s.dir, &fs); err != nil || fs.Blocks == 0 {
+		return 0, false
+	}
+	return int64(fs.Bavail) * fs.Bsize, true
+}
+
+// promise sets room aside for n bytes that are to arrive, or takes back what was set aside
+// where n is negative.
+func (s *Store) promise(n int64) error {
+	s.roomMu.Lock()
+	defer s.roomMu.Unlock()
+	if n > 0 {
+		if err := s.room(n); err != nil {
+			return err
+		}
+	}
+	s.promised.Add(n)
+	return nil
+}
+
+// dropOldestPartial removes what has arrived of the blob that was fetched longest ago, of
+// those that nobody fetches. It reports false where there is none.
+func (s *Store) dropOldestPartial() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var oldest digest.Digest
+	var when time.Time
+	for d := range s.unopened {
+		var at time.Time
+		if info, err := os.Stat(s.partialPath(d)); err == nil {
+			at = info.ModTime()
+		}
+		if oldest == "" || at.Before(when) {
+			oldest, when = d, at
+		}
+	}
+	if oldest == "" {
+		return false
+	}
+	if err := s.dropPartial(oldest); err != nil {
+		s.log.Warn("what has arrived of a blob could not be removed to make room", "digest", oldest, "error", err)
+		return false
+	}
+	s.log.Info("removed what had arrived of a blob, to make room", "digest", oldest)
+	return true
+}
+
+// A full disk must not keep anybody from deleting, and a delete needs room, too: for the new
+// pages of the metadata. So the store has a file that is there to be removed.
+
+// keepReserve makes the reserve, where it is not there and there is plenty of room for it.
+func (s *Store) keepReserve() {
+	s.roomMu.Lock()
+	defer s.roomMu.Unlock()
+	name := s.path("reserve")
+	if info, err := os.Stat(name); err == nil && info.Size() == reserveSize {
+		return
+	}
+	if free, known := s.diskFree(); !known || free < 2*reserveSize {
+		return
+	}
+	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err == nil {
+		err = unix.Fallocate(int(f.Fd()), 0, 0, reserveSize)
+		if errors.Is(err, unix.EOPNOTSUPP) {
+			_, err = f.Write(make([]byte, reserveSize))
+		}
+		err = errors.Join(err, f.Close())
+	}
+	if err != nil {
+		s.log.Warn("no room could be reserved for deletes on a full disk", "error", err)
+		os.Remove(name)
+	}
+}
+
+// free is update for what frees room: where there is none for the change itself, partial blobs
+// and then the reserve make some.
+func (s *Store) free(f func(tx *bbolt.Tx) error) error {
+	for {
+		err := s.update(f)
+		if !errors.Is(err, p2p.ErrNoSpace) || !s.dropOldestPartial() && os.Remove(s.path("reserve")) != nil {
+			return err
+		}
+	}
+}
