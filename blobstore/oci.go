@@ -15,6 +15,7 @@ import (
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/source"
 )
 
 // The methods in this file make a Repository what oras-go calls a target. Their
@@ -234,6 +235,9 @@ func (r *Repository) push(ctx context.Context, expected ocispec.Descriptor, src 
 	if err := checkMediaType(expected.MediaType); err != nil {
 		return err
 	}
+	if err := source.Check(src); err != nil {
+		return err
+	}
 	if isManifestType(expected.MediaType) {
 		if expected.Size > MaxManifest {
 			return fmt.Errorf("manifest %s: %w: %w: it has %d bytes, the limit is %d", expected.Digest, errdef.ErrSizeExceedsLimit, ErrInvalid, expected.Size, MaxManifest)
@@ -278,8 +282,10 @@ func pointing(names []p2p.NewName, d digest.Digest) []p2p.NewName {
 // readAll reads src, which has size bytes. A Read that blocks does not keep it
 // from returning when ctx ends.
 func readAll(ctx context.Context, src io.Reader, size int64) ([]byte, error) {
-	if d, ok := src.(interface{ SetReadDeadline(time.Time) error }); ok {
-		defer context.AfterFunc(ctx, func() { d.SetReadDeadline(time.Unix(1, 0)) })()
+	interrupt := source.Interruptor(src)
+	src = source.Guard(ctx, src)
+	if interrupt != nil {
+		defer context.AfterFunc(ctx, interrupt)()
 		data, err := readSized(src, size)
 		if ctx.Err() != nil {
 			return nil, context.Cause(ctx)
@@ -330,10 +336,10 @@ func (r interruptibleReader) SetReadDeadline(t time.Time) error {
 // is shorter than size, and with [content.ErrTrailingData] where it is longer.
 func sized(src io.Reader, size int64) io.Reader {
 	s := &sizedReader{src: src, left: size}
-	if d, ok := src.(interface{ SetReadDeadline(time.Time) error }); ok {
-		return interruptibleReader{s, d}
+	if source.Interruptor(src) == nil {
+		return s
 	}
-	return s
+	return interruptibleReader{s, src.(interface{ SetReadDeadline(time.Time) error })}
 }
 
 func (r *sizedReader) Read(p []byte) (int, error) {

@@ -469,6 +469,9 @@ type ExportOptions struct {
 // it is written, but when Export fails w may have got some of them; [Repository.ExportFile]
 // leaves nothing behind.
 func (r *Repository) Export(ctx context.Context, cid string, w io.Writer, opts ExportOptions) (File, error) {
+	if w == nil {
+		return File{}, fmt.Errorf("export %s: %w: there is no writer to export to", cid, ErrInvalid)
+	}
 	in, err := r.Open(ctx, cid, opts.Lookup)
 	if err != nil {
 		return File{}, fmt.Errorf("export: %w", err)

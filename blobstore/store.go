@@ -132,6 +132,7 @@ type (
 // first. An embedded store has none.
 func (s *Store) Peers(ctx context.Context) ([]Peer, error) { return s.engine.Peers(ctx) }
 
-// Close closes the Store. Operations under way end first; open [Reader]s stay
-// readable, but for those of files that are still coming from peers.
+// Close closes the Store. Operations under way end first, but for imports, pushes and uploads that
+// still read their content: these fail with [ErrClosed], as a reader may give nothing for ever.
+// Open [Reader]s stay readable, but for those of files that are still coming from peers.
 func (s *Store) Close() error { return s.engine.Close() }

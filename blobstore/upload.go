@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -13,6 +14,7 @@ import (
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/source"
 )
 
 // Upload takes in a blob that arrives in parts, as a registry's clients send
@@ -38,8 +40,8 @@ var errUploadOver = errors.New("the upload is over")
 
 // NewUpload begins an upload. ctx bounds all of it. alg is the algorithm of the
 // digest that is expected at its end, sha256 where it is ""; another one costs
-// a second pass over the bytes then. The caller closes the upload; closing the
-// store waits for that.
+// a second pass over the bytes then. The caller closes the upload; it is over when
+// the store is closed.
 func (r *Repository) NewUpload(ctx context.Context, alg digest.Algorithm) (*Upload, error) {
 	if alg != "" {
 		if _, err := digest.ParseAlgorithm(alg.String()); err != nil {
@@ -52,7 +54,7 @@ func (r *Repository) NewUpload(ctx context.Context, alg digest.Algorithm) (*Uplo
 		cancel(nil)
 		return nil, toOCI(fmt.Errorf("upload: %w", err))
 	}
-	u := &Upload{r: r, in: in, ctx: ctx, cancel: cancel, parts: &parts{ctx: ctx, next: make(chan part)}, added: make(chan struct{})}
+	u := &Upload{r: r, in: in, ctx: ctx, cancel: cancel, parts: &parts{ctx: ctx, next: make(chan part), ended: make(chan struct{})}, added: make(chan struct{})}
 	go func() {
 		defer close(u.added)
 		u.blob, u.addErr = in.Add(u.parts, p2p.AddOptions{Algorithm: alg})
@@ -69,6 +71,9 @@ type parts struct {
 	ctx  context.Context // of the upload: a Read that waits for a part ends with it
 	next chan part
 	size atomic.Int64 // bytes that the engine has read
+
+	ending sync.Once
+	ended  chan struct{} // closed when nothing more is to be read
 
 	reading sync.Mutex // held while a part is read
 	mu      sync.Mutex // guards now
@@ -97,7 +102,13 @@ func (r *parts) Read(p []byte) (int, error) {
 			r.set(next)
 		case <-r.ctx.Done():
 			return 0, context.Cause(r.ctx)
+		case <-r.ended:
 		}
+	}
+	select {
+	case <-r.ended:
+		return 0, os.ErrDeadlineExceeded
+	default:
 	}
 	n, err := now.src.Read(p)
 	if r.ctx.Err() != nil {
@@ -135,11 +146,12 @@ func (r *parts) takeBack() {
 }
 
 // SetReadDeadline says that a Read can be interrupted, so that the engine reads
-// without a goroutine in between. It is called when the context has ended: a Read
-// that waits for a part ends by itself then.
-func (r *parts) SetReadDeadline(t time.Time) error {
-	if src, ok := r.current().src.(interface{ SetReadDeadline(time.Time) error }); ok {
-		return src.SetReadDeadline(t)
+// without a goroutine in between. It is called when there is nothing more to read: the
+// upload's context has ended, or the store is closed.
+func (r *parts) SetReadDeadline(time.Time) error {
+	r.ending.Do(func() { close(r.ended) })
+	if src, ok := r.current().src.(guarded); ok {
+		src.interrupt()
 	}
 	return nil
 }
@@ -151,15 +163,21 @@ func (r *parts) SetReadDeadline(t time.Time) error {
 // Append fails: at once, where src has a SetReadDeadline method as connections
 // have, else as soon as src gives something.
 func (u *Upload) Append(src io.Reader) (int64, error) {
+	if err := source.Check(src); err != nil {
+		return 0, fmt.Errorf("upload: %w", err)
+	}
 	if u.ctx.Err() != nil {
 		return 0, u.err()
 	}
-	from := src
+	interrupt := source.Interruptor(src)
+	src = source.Guard(u.ctx, src)
+	from := guarded{src, interrupt}
 	var feed func() error
-	if _, ok := src.(interface{ SetReadDeadline(time.Time) error }); !ok {
+	if interrupt == nil {
 		r, w := io.Pipe()
 		defer context.AfterFunc(u.ctx, func() { r.CloseWithError(context.Cause(u.ctx)) })()
-		from, feed = r, func() error {
+		from = guarded{r, func() { r.CloseWithError(os.ErrDeadlineExceeded) }}
+		feed = func() error {
 			_, err := io.Copy(w, src)
 			return w.CloseWithError(err)
 		}
@@ -184,6 +202,12 @@ func (u *Upload) Append(src io.Reader) (int64, error) {
 		err = u.err()
 	}
 	return u.Size() - before, err
+}
+
+// guarded is a source whose Read can be interrupted, and does no harm.
+type guarded struct {
+	io.Reader
+	interrupt func()
 }
 
 func (u *Upload) err() error {

@@ -103,12 +103,20 @@ type copied struct {
 // in the kernel, from its current offset on: cloned, where the file system can
 // share blocks, else with copy_file_range. What dst has is the same either way.
 func copyChunks(dst *os.File, src io.Reader, done func(copied) error) error {
-	if in, ok := src.(*os.File); ok {
-		if info, err := in.Stat(); err == nil && info.Mode().IsRegular() {
-			return copyFile(dst, in, done)
-		}
+	if isRegular(src) {
+		return copyFile(dst, src.(*os.File), done)
 	}
 	return copyReader(dst, src, done)
+}
+
+// isRegular reports whether src is a regular file, which the kernel can copy.
+func isRegular(src io.Reader) bool {
+	f, ok := src.(*os.File)
+	if !ok {
+		return false
+	}
+	info, err := f.Stat()
+	return err == nil && info.Mode().IsRegular()
 }
 
 func copyFile(dst, src *os.File, done func(copied) error) error {

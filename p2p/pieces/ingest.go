@@ -10,7 +10,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"time"
 
 	"go.etcd.io/bbolt"
 
@@ -69,8 +68,14 @@ func (in *ingest) Add(src io.Reader, opts p2p.AddOptions) (p2p.Added, error) {
 	if _, err := digest.ParseAlgorithm(alg.String()); err != nil {
 		return p2p.Added{}, err
 	}
-	a, err := in.add(src, alg, opts)
-	if cause := context.Cause(in.ctx); err != nil && cause != nil {
+	if err := source.Check(src); err != nil {
+		return p2p.Added{}, err
+	}
+	ctx, cancel := context.WithCancelCause(in.ctx)
+	defer cancel(nil)
+	defer context.AfterFunc(in.s.closing, func() { cancel(context.Cause(in.s.closing)) })()
+	a, err := in.add(ctx, src, alg, opts)
+	if cause := context.Cause(ctx); err != nil && cause != nil {
 		// Whatever broke off broke off because of this.
 		err = cause
 	}
@@ -80,13 +85,13 @@ func (in *ingest) Add(src io.Reader, opts p2p.AddOptions) (p2p.Added, error) {
 	return p2p.Added{Digest: a.table.Digest, Size: a.table.Size}, nil
 }
 
-func (in *ingest) add(src io.Reader, alg digest.Algorithm, opts p2p.AddOptions) (*addition, error) {
+func (in *ingest) add(ctx context.Context, src io.Reader, alg digest.Algorithm, opts p2p.AddOptions) (*addition, error) {
 	file, err := source.New(src)
 	if err != nil {
 		return nil, err
 	}
 	if file != nil && opts.Want != "" {
-		if a, err := in.compare(file, opts); a != nil || err != nil {
+		if a, err := in.compare(ctx, file, opts); a != nil || err != nil {
 			return a, err
 		}
 	}
@@ -96,8 +101,8 @@ func (in *ingest) add(src io.Reader, alg digest.Algorithm, opts p2p.AddOptions) 
 		return nil, err
 	}
 	a := &addition{f: f, name: name}
-	if a.table, err = in.copy(a, src, alg, opts.Progress); err == nil {
-		err = file.Unchanged(in.ctx, a.table.Digest, a.table.Size)
+	if a.table, err = in.copy(ctx, a, src, alg, opts.Progress); err == nil {
+		err = file.Unchanged(ctx, a.table.Digest, a.table.Size)
 	}
 	if err == nil && opts.Want != "" {
 		err = match(opts.Want, a.table)
@@ -118,24 +123,24 @@ func match(want digest.Digest, t *digest.Table) error {
 // compare takes a shortcut where the wanted blob is in the store and the source
 // is a regular file: nothing is copied, both are read and checked. It returns
 // nil and no error, with the source as it was, where the shortcut leads nowhere.
-func (in *ingest) compare(file *source.File, opts p2p.AddOptions) (*addition, error) {
+func (in *ingest) compare(ctx context.Context, file *source.File, opts p2p.AddOptions) (*addition, error) {
 	in.s.hold(opts.Want)
 	blob, err := in.s.openBlob(opts.Want)
 	if err != nil {
 		return nil, in.s.letGo(opts.Want, false)
 	}
 	defer blob.Close()
-	ctx, cancel := context.WithCancel(in.ctx)
+	reading, cancel := context.WithCancel(ctx)
 	defer cancel()
 	var checking sync.WaitGroup
 	var damage error
 	checking.Go(func() {
-		if damage = blob.CopyRange(ctx, io.Discard, 0, blob.Size(), nil); damage != nil {
+		if damage = blob.CopyRange(reading, io.Discard, 0, blob.Size(), nil); damage != nil {
 			cancel() // there is no use in reading the source to its end
 		}
 	})
 	recorder := digest.NewRecorder(opts.Want.Algorithm())
-	err = record(ctx, recorder, io.NewSectionReader(file, file.Start, 1<<63-1-file.Start), opts.Progress)
+	err = record(reading, recorder, io.NewSectionReader(file, file.Start, 1<<63-1-file.Start), opts.Progress)
 	if err != nil {
 		cancel()
 	}
@@ -145,7 +150,7 @@ func (in *ingest) compare(file *source.File, opts p2p.AddOptions) (*addition, er
 	}
 	t, err := recorder.Table()
 	if err == nil {
-		err = file.Unchanged(in.ctx, t.Digest, t.Size)
+		err = file.Unchanged(ctx, t.Digest, t.Size)
 	}
 	if err == nil {
 		err = match(opts.Want, t)
@@ -201,25 +206,26 @@ func (s *Store) intact(ctx context.Context, d digest.Digest) bool {
 }
 
 // copy copies src to a's file and returns the table of what that has then.
-func (in *ingest) copy(a *addition, src io.Reader, alg digest.Algorithm, progress func(int64)) (*digest.Table, error) {
+func (in *ingest) copy(caller context.Context, a *addition, src io.Reader, alg digest.Algorithm, progress func(int64)) (*digest.Table, error) {
 	f := a.f
-	var interrupt func()
-	if d, ok := src.(interface{ SetReadDeadline(time.Time) error }); ok {
-		interrupt = func() { d.SetReadDeadline(time.Unix(1, 0)) }
-	} else {
-		r, w := io.Pipe()
-		defer r.Close()
-		source := src
-		go func() {
-			space := buffers.Get().(*buffer)
-			defer buffers.Put(space)
-			_, err := io.CopyBuffer(w, struct{ io.Reader }{source}, space[:])
-			w.CloseWithError(err)
-		}()
-		src, interrupt = r, func() { r.CloseWithError(context.Cause(in.ctx)) }
+	if !isRegular(src) {
+		interrupt := source.Interruptor(src)
+		src = source.Guard(caller, src)
+		if interrupt == nil {
+			r, w := io.Pipe()
+			defer r.Close()
+			from := src
+			go func() {
+				space := buffers.Get().(*buffer)
+				defer buffers.Put(space)
+				_, err := io.CopyBuffer(w, from, space[:])
+				w.CloseWithError(err)
+			}()
+			src, interrupt = r, func() { r.CloseWithError(context.Cause(caller)) }
+		}
+		defer context.AfterFunc(caller, interrupt)()
 	}
-	defer context.AfterFunc(in.ctx, interrupt)()
-	ctx, cancel := context.WithCancelCause(in.ctx)
+	ctx, cancel := context.WithCancelCause(caller)
 	defer cancel(nil)
 	recorder := digest.NewRecorder(alg)
 	// How far the copying may be ahead: what is read back should still be in
@@ -335,7 +341,7 @@ func (in *ingest) rehash(a *addition, want digest.Digest) (*addition, error) {
 			return nil, err
 		}
 		defer blob.Close()
-		return in.add(blob.f, want.Algorithm(), p2p.AddOptions{Want: want})
+		return in.add(in.ctx, blob.f, want.Algorithm(), p2p.AddOptions{Want: want})
 	}
 	recorder := digest.NewRecorder(want.Algorithm())
 	if err := record(in.ctx, recorder, io.NewSectionReader(a.f, 0, a.table.Size), nil); err != nil {

@@ -64,6 +64,9 @@ type Store struct {
 	calls  sync.WaitGroup // calls under way
 	callMu sync.Mutex     // guards closed, and calls against Close
 	closed bool
+	// closing ends with Close, of which it has the error. What is read for a caller ends with it.
+	closing context.Context
+	close   context.CancelCauseFunc
 
 	// holdMu guards holds and is kept while blobs are dropped, so that who has
 	// a hold knows that its blob stays as it is.
@@ -115,6 +118,7 @@ func open(dir string, opts Options, files files) (_ *Store, err error) {
 		partials: map[digest.Digest]*Partial{},
 		unopened: map[digest.Digest]leftover{},
 	}
+	s.closing, s.close = context.WithCancelCause(context.Background())
 	if s.clock == nil {
 		s.clock = time.Now
 	}
@@ -314,13 +318,15 @@ func (s *Store) begin(ctx context.Context) error {
 
 func (s *Store) end() { s.calls.Done() }
 
-// Close waits for calls under way and closes the store. Blobs that are open
+// Close waits for calls under way and closes the store. It does not wait for what is read for an
+// Add, which may never come: the Add fails with [p2p.ErrClosed]. Blobs that are open
 // stay readable. Ingests that are open can only be closed any more.
 func (s *Store) Close() error {
 	s.callMu.Lock()
 	closed := s.closed
 	s.closed = true
 	s.callMu.Unlock()
+	s.close(fmt.Errorf("store %s: %w", s.dir, p2p.ErrClosed))
 	s.calls.Wait()
 	if closed {
 		return nil

@@ -77,6 +77,9 @@ type Client struct {
 	// downloads are the calls among them that tell of blobs that are arriving.
 	downloads map[*download]struct{}
 	ending    sync.WaitGroup // the Close under way
+	// closing ends with Close. What is read for a caller ends with it.
+	closing context.Context
+	close   context.CancelFunc
 }
 
 var _ p2p.Engine = (*Client)(nil)
@@ -108,6 +111,7 @@ func Dial(ctx context.Context, socket string, opts ...DialOption) (*Client, erro
 		return nil, socketPathError(socket)
 	}
 	c := &Client{socket: socket, dialing: make(chan struct{}, 1), downloads: make(map[*download]struct{})}
+	c.closing, c.close = context.WithCancel(context.Background())
 	for _, o := range opts {
 		o.dial(&c.config)
 	}
@@ -295,6 +299,7 @@ func (c *Client) Close() error {
 	c.closed = true
 	downloads := slices.Collect(maps.Keys(c.downloads))
 	c.mu.Unlock()
+	c.close()
 	for _, d := range downloads {
 		d.finish(c.closedError())
 		d.cancel()

@@ -86,8 +86,13 @@ func (i *ingest) Add(src io.Reader, opts p2p.AddOptions) (p2p.Added, error) {
 		return p2p.Added{}, err
 	}
 	defer end()
+	// Close is not to wait for a reader that gives nothing.
+	defer context.AfterFunc(i.client.closing, i.cancel)()
 	req := &pb.IngestRequest_Add{Want: string(opts.Want), Algorithm: string(opts.Algorithm)}
-	if _, err = parseAdd(req); err != nil {
+	if _, err = parseAdd(req); err == nil {
+		err = source.Check(src)
+	}
+	if err != nil {
 		i.fail(err)
 		return p2p.Added{}, err
 	}
@@ -186,7 +191,7 @@ func (i *ingest) addPipe(req *pb.IngestRequest_Add, src io.Reader, progress func
 	go func() {
 		out := &pipeWriter{w: w}
 		buf := copyBuffers.Get().(*[256 << 10]byte)
-		_, err := io.CopyBuffer(out, struct{ io.Reader }{src}, buf[:])
+		_, err := io.CopyBuffer(out, source.Guard(i.stream.Context(), src), buf[:])
 		copyBuffers.Put(buf)
 		if err != nil && out.err == nil {
 			broken <- err
