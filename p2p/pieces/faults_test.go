@@ -850,3 +850,107 @@ func FuzzRecords(f *testing.F) {
 		s.Delete(t.Context(), "t", digest.FromDigest(task.Digest), p2p.DeleteOptions{Force: true})
 	})
 }
+
+// cut is a file system on which a power cut undoes what took names out of blobs/ and was not
+// synced.
+type cut struct {
+	*faults
+	t    *testing.T
+	undo map[string][]func() // by directory
+}
+
+func (c *cut) Rename(from, to string) error {
+	dir := filepath.Dir(from)
+	if filepath.Base(filepath.Dir(dir)) != "blobs" {
+		return c.faults.Rename(from, to)
+	}
+	kept := filepath.Join(c.t.TempDir(), filepath.Base(from))
+	if err := os.Link(from, kept); err != nil && !isMissing(err) {
+		c.t.Error(err)
+	}
+	err := c.faults.Rename(from, to)
+	if err == nil {
+		c.undo[dir] = append(c.undo[dir], func() {
+			if err := os.Link(kept, from); err != nil && !os.IsExist(err) {
+				c.t.Error(err)
+			}
+		})
+	}
+	return err
+}
+
+func (c *cut) SyncDir(name string) error {
+	err := c.faults.SyncDir(name)
+	if err == nil {
+		delete(c.undo, name)
+	}
+	return err
+}
+
+// TestPowerCutAfterDelete: a file that was moved away, and comes back with the power, is known
+// to be one that was deleted.
+func TestPowerCutAfterDelete(t *testing.T) {
+	for name, work := range map[string]func(t *testing.T, s *Store, f *faults){
+		"deleted": func(t *testing.T, s *Store, _ *faults) {
+			if _, err := s.Delete(t.Context(), "t", cacheID(t, "v0"), p2p.DeleteOptions{}); err != nil {
+				t.Fatal(err)
+			}
+			// Changes that come later take what is gone off the list.
+			for range 2 {
+				if err := s.update(func(*bbolt.Tx) error { return nil }); err != nil {
+					t.Fatal(err)
+				}
+			}
+		},
+		"not committed": func(t *testing.T, s *Store, f *faults) {
+			s.failCommit = func() error { s.failCommit = nil; return &os.PathError{Op: "write", Err: syscall.ENOSPC} }
+			if _, err := importArtifact(t.Context(), s, "v1", []byte("new")); !errors.Is(err, p2p.ErrNoSpace) {
+				t.Fatal(err)
+			}
+		},
+		"closed": func(t *testing.T, s *Store, _ *faults) {
+			if _, err := s.Delete(t.Context(), "t", cacheID(t, "v0"), p2p.DeleteOptions{}); err != nil {
+				t.Fatal(err)
+			}
+			if err := s.Close(); err != nil {
+				t.Fatal(err)
+			}
+		},
+		"deleted at the start": func(t *testing.T, s *Store, f *faults) {
+			f.ops, f.at, f.dead, f.error = nil, 2, true, syscall.EIO // before the files go
+			if _, err := s.Delete(t.Context(), "t", cacheID(t, "v0"), p2p.DeleteOptions{}); err != nil {
+				t.Fatal(err)
+			}
+			s.abandon()
+			f.at = -1
+			again, err := open(s.dir, Options{}, s.files)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := again.update(func(*bbolt.Tx) error { return nil }); err != nil {
+				t.Fatal(err)
+			}
+			again.abandon()
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			f := &cut{&faults{at: -1}, t, map[string][]func(){}}
+			s, err := open(dir, Options{}, f)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := importArtifact(t.Context(), s, "v0", []byte("old")); err != nil {
+				t.Fatal(err)
+			}
+			work(t, s, f.faults)
+			s.abandon()
+			for _, undo := range f.undo {
+				for _, u := range undo {
+					u()
+				}
+			}
+			requireCleanAfterOpen(t, dir)
+		})
+	}
+}

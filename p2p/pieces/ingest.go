@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -515,10 +516,21 @@ func (in *ingest) publish(fresh []*addition) error {
 	return nil
 }
 
-// syncBlobs makes the names in blobs/ durable, for all who want it now.
+// syncBlobs makes durable which names are in blobs/, for all who want it now.
 func (s *Store) syncBlobs(alg digest.Algorithm) error {
 	return s.dirSyncs[alg].do(struct{}{}, func(jobs []*job[struct{}]) {
+		s.mu.Lock()
+		moved := slices.DeleteFunc(slices.Collect(maps.Keys(s.moved)), func(d digest.Digest) bool { return d.Algorithm() != alg })
+		s.mu.Unlock()
 		err := s.files.SyncDir(s.path("blobs", alg.String()))
+		if err == nil {
+			s.mu.Lock()
+			for _, d := range moved {
+				delete(s.moved, d)
+				s.cleared[d] = true
+			}
+			s.mu.Unlock()
+		}
 		for _, j := range jobs {
 			j.err = err
 		}
@@ -654,6 +666,10 @@ func (in *ingest) Close() error {
 			continue // opening the store again does the rest
 		}
 		err := in.s.letGo(d, a.marker != "")
+		if err == nil && a.marker != "" {
+			// Without its marker nobody would know of a file that comes back.
+			err = in.s.syncMoved()
+		}
 		if err == nil && a.marker != "" {
 			err = in.s.files.Remove(a.marker)
 		}

@@ -76,7 +76,8 @@ type Store struct {
 	mu      sync.Mutex
 	used    map[p2p.Task]time.Time // uses that are not in the metadata yet
 	saved   time.Time              // when they were last written there
-	cleared map[digest.Digest]bool // loose blobs that are gone, to be taken off the list
+	moved   map[digest.Digest]bool // loose blobs whose files are moved away, which a power cut may undo
+	cleared map[digest.Digest]bool // loose blobs that are gone for good, to be taken off the list
 
 	partials map[digest.Digest]*Partial // those that are open
 	unopened map[digest.Digest]leftover // those that are not
@@ -114,6 +115,7 @@ func open(dir string, opts Options, files files) (_ *Store, err error) {
 		holds:    map[digest.Digest]*hold{},
 		used:     map[p2p.Task]time.Time{},
 		saved:    time.Now(),
+		moved:    map[digest.Digest]bool{},
 		cleared:  map[digest.Digest]bool{},
 		partials: map[digest.Digest]*Partial{},
 		unopened: map[digest.Digest]leftover{},
@@ -239,6 +241,9 @@ func (s *Store) recover() error {
 		if err := s.drop(loose); err != nil {
 			return err
 		}
+		if err := s.syncMoved(); err != nil {
+			return err
+		}
 		s.log.Info("removed what was not committed, or was being deleted", "blobs", len(loose))
 	}
 	// The markers go only now that nothing depends on them.
@@ -251,6 +256,22 @@ func (s *Store) recover() error {
 		s.log.Info("removed what an interrupted import left", "files", len(entries))
 	}
 	return s.makeLayout()
+}
+
+// syncMoved makes durable that the files of blobs were moved away.
+func (s *Store) syncMoved() error {
+	algorithms := map[digest.Algorithm]bool{}
+	s.mu.Lock()
+	for d := range s.moved {
+		algorithms[d.Algorithm()] = true
+	}
+	s.mu.Unlock()
+	for alg := range algorithms {
+		if err := s.syncBlobs(alg); err != nil {
+			return fmt.Errorf("write to disk: %w", err)
+		}
+	}
+	return nil
 }
 
 // makeLayout makes the two files that make the directory an OCI image layout,
@@ -332,7 +353,10 @@ func (s *Store) Close() error {
 		return nil
 	}
 	var err error
-	if used, cleared := s.pending(); len(used)+len(cleared) > 0 {
+	if s.Failure() == nil {
+		err = s.syncMoved()
+	}
+	if used, cleared := s.pending(); err == nil && len(used)+len(cleared) > 0 {
 		err = s.update(func(*bbolt.Tx) error { return nil })
 	}
 	return errors.Join(err, s.db.Close(), s.guard.file.Close(), s.guard.lock.Close())
@@ -446,8 +470,8 @@ func (s *Store) drop(blobs []digest.Digest) error {
 }
 
 // unlink removes the records and names of blobs that nothing holds, and
-// returns the files that are left to be removed. Until its file is gone too, a
-// blob is on the list of loose ones or has a marker.
+// returns the files that are left to be removed. Until its file is gone too, for
+// good, a blob is on the list of loose ones or has a marker.
 func (s *Store) unlink(blobs []digest.Digest) (trash []string, err error) {
 	s.holdMu.Lock()
 	defer s.holdMu.Unlock()
@@ -493,7 +517,7 @@ func (s *Store) unlink(blobs []digest.Digest) (trash []string, err error) {
 			continue
 		}
 		s.mu.Lock()
-		s.cleared[d] = true
+		s.moved[d] = true
 		s.mu.Unlock()
 	}
 	return trash, err
