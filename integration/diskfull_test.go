@@ -95,6 +95,34 @@ func TestDiskFull(t *testing.T) {
 	}
 }
 
+// TestDeleteOnFullDisk deletes on a disk that is full to the last byte, and stays so. In a swarm a
+// delete is remembered, too.
+func TestDeleteOnFullDisk(t *testing.T) {
+	l := newLAN(t, 1)
+	h := l.hosts[0]
+	data := filepath.Join(h.home, "data")
+	if err := os.Mkdir(data, 0o750); err != nil {
+		t.Fatal(err)
+	}
+	h.daemon = startDaemonWith(t, h.home, []string{"--swarm-key", l.key}, append(h.in(), onSmallDisk(data, 16)...)...)
+	inside := filepath.Join("/proc", fmt.Sprint(h.cmd.Process.Pid), "root", data)
+	store := h.dial(t)
+	defer store.Close()
+	r := repository(t, store, strings.Repeat("a-long-tag/", 20)+"t")
+	const n = 40
+	for i := range n {
+		if _, err := r.Import(t.Context(), fmt.Sprint(i), bytes.NewReader(content(1000, uint64(i))), blobstore.ImportOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i := range n {
+		fill(t, filepath.Join(inside, fmt.Sprint("something else ", i)))
+		if _, err := r.Remove(t.Context(), fmt.Sprint(i), blobstore.DeleteOptions{}); err != nil {
+			t.Fatalf("delete %d: %v", i, err)
+		}
+	}
+}
+
 // TestFetchDoesNotFit has a host with a small disk fetch a file from another one that does not
 // fit there: it is refused before it begins, and costs nothing. What has arrived of others makes room.
 func TestFetchDoesNotFit(t *testing.T) {

@@ -199,6 +199,7 @@ func (s *Store) runUpdates(jobs []*job[func(*bbolt.Tx) error]) {
 		if err == nil {
 			s.stored.Store(stored)
 			s.flushed(used, cleared)
+			s.reserveBlocks()
 			return
 		}
 		if failed != nil {

@@ -17,7 +17,8 @@ const (
 	// diskMargin is how many bytes of the disk are left to the metadata when there is
 	// to be room for a blob.
 	diskMargin = 1 << 20
-	// reserveSize is how many bytes are kept for changes that free some.
+	// reserveSize is how many bytes of the disk the metadata has beyond its size, and as many
+	// are kept for changes that free some.
 	reserveSize = 2 << 20
 )
 
@@ -111,17 +112,16 @@ func (s *Store) dropOldestPartial() bool {
 }
 
 // A full disk must not keep anybody from deleting, and a delete needs room, too: for the new
-// pages of the metadata. So the store has a file that is there to be removed.
+// pages of the metadata. So the metadata's file has blocks that it does not use yet, which nobody
+// else can take; and the store has a file that is there to be removed.
 
 // keepReserve makes the reserve, where it is not there and there is plenty of room for it.
 func (s *Store) keepReserve() {
 	s.roomMu.Lock()
 	defer s.roomMu.Unlock()
+	s.reserveBlocks()
 	name := s.path("reserve")
-	if info, err := os.Stat(name); err == nil && info.Size() == reserveSize {
-		return
-	}
-	if free, known := s.diskFree(); !known || free < 2*reserveSize {
+	if info, err := os.Stat(name); err == nil && info.Size() == reserveSize || !s.plenty() {
 		return
 	}
 	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
@@ -136,6 +136,27 @@ func (s *Store) keepReserve() {
 		s.log.Warn("no room could be reserved for deletes on a full disk", "error", err)
 		os.Remove(name)
 	}
+}
+
+// plenty reports whether there is enough room to reserve some.
+func (s *Store) plenty() bool {
+	free, known := s.diskFree()
+	return known && free >= 2*reserveSize
+}
+
+// reserveBlocks gives the metadata's file blocks for what it grows by, where they have become few.
+// Not every file system can; then there is only the other reserve.
+func (s *Store) reserveBlocks() {
+	var stat unix.Stat_t
+	if err := unix.Stat(s.path("meta.db"), &stat); err != nil || stat.Blocks*512 >= stat.Size+reserveSize/2 || !s.plenty() {
+		return
+	}
+	f, err := os.OpenFile(s.path("meta.db"), os.O_RDWR, 0)
+	if err != nil {
+		return
+	}
+	defer f.Close()
+	_ = unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_KEEP_SIZE, 0, stat.Size+reserveSize)
 }
 
 // free is update for what frees room: where there is none for the change itself, partial blobs
