@@ -39,6 +39,7 @@ type client struct {
 	now      func() time.Time // of this host's clock
 	http     *http.Client     // for blobs: over connections of its own where that can be, else over libp2p
 	streams  *http.Client     // for words: over the libp2p connection that is there
+	late     late             // connections that nobody waits for to close
 }
 
 const (
@@ -51,11 +52,17 @@ const (
 	// retryDirect is how long a peer whose addresses can't be reached is talked
 	// to over libp2p before they are tried again.
 	retryDirect = time.Minute
+	// dialTimeout bounds how long a connection may take that nobody may wait for
+	// any more: who asked for it has not to.
+	dialTimeout = 10 * time.Second
+	// maxStreams is how many connections over libp2p there are with a peer, those
+	// counted that are being made.
+	maxStreams = 256
 )
 
 func newClient(security *security, network Network, peers *peerTable, instance *Instance, now func() time.Time) *client {
 	c := &client{security: security, network: network, peers: peers, inbox: newInbox(), instance: instance, now: now}
-	transport := func(dial func(context.Context, peer.ID) (net.Conn, error)) *http.Client {
+	transport := func(dial func(context.Context, peer.ID) (net.Conn, error), most int) *http.Client {
 		return &http.Client{Transport: &http.Transport{
 			DialContext: func(ctx context.Context, _, address string) (net.Conn, error) {
 				host, _, err := net.SplitHostPort(address)
@@ -66,8 +73,16 @@ func newClient(security *security, network Network, peers *peerTable, instance *
 				if err != nil {
 					return nil, err
 				}
-				return dial(ctx, id)
+				// It ends by itself: http goes on with it when the request is given up.
+				ctx, cancel := context.WithTimeoutCause(ctx, dialTimeout, errNoAnswer)
+				defer cancel()
+				conn, err := dial(ctx, id)
+				if err != nil {
+					return nil, err
+				}
+				return &prompt{Conn: conn, late: &c.late}, nil
 			},
+			MaxConnsPerHost:     most,
 			MaxIdleConnsPerHost: 8,
 			IdleConnTimeout:     idleTimeout,
 			DisableCompression:  true,
@@ -75,14 +90,33 @@ func newClient(security *security, network Network, peers *peerTable, instance *
 			WriteBufferSize:     16 << 10,
 		}}
 	}
-	c.http = transport(c.dial)
-	c.streams = transport(network.Dial)
+	c.http = transport(c.dial, 0)
+	c.streams = transport(network.Dial, maxStreams)
 	return c
 }
 
+// close closes what is idle. What was given up is closed with the network at the latest.
 func (c *client) close() {
 	c.http.CloseIdleConnections()
 	c.streams.CloseIdleConnections()
+}
+
+// prompt is a connection whose Close does not wait for the other end, as that of a
+// stream may, or one of TLS: http closes a connection when a request on it is given
+// up, and whoever gave it up waits for that.
+type prompt struct {
+	net.Conn
+	late *late
+	once sync.Once
+}
+
+// Close ends Reads and Writes at once, and closes the connection soon.
+func (c *prompt) Close() error {
+	c.once.Do(func() {
+		c.Conn.SetDeadline(time.Unix(1, 0))
+		c.late.run(func() { c.Conn.Close() })
+	})
+	return nil
 }
 
 // hostOf is a peer in a URL: host names are not case-sensitive, so it is not in base58.
@@ -408,14 +442,18 @@ func taskQuery(t p2p.Task) url.Values {
 	return url.Values{"tag": {t.Tag}, "digest": {t.Digest.String()}}
 }
 
-// blob gets a whole blob of at most limit bytes, and proves it.
-func (c *client) blob(ctx context.Context, p peer.ID, t p2p.Task, limit int64) ([]byte, error) {
-	resp, err := c.do(ctx, c.http, p, http.MethodGet, pathBlob, taskQuery(t), nil)
+// blob gets a whole blob of at most limit bytes, within progress, and proves it.
+func (c *client) blob(progress *throttle.Progress, p peer.ID, t p2p.Task, limit int64) ([]byte, error) {
+	var resp *http.Response
+	_, err := progress.Await(func() (_ int, err error) {
+		resp, err = c.do(progress.Context(), c.http, p, http.MethodGet, pathBlob, taskQuery(t), nil)
+		return 0, err
+	})
 	if err != nil {
 		return nil, err
 	}
 	defer resp.Body.Close()
-	b, err := io.ReadAll(io.LimitReader(resp.Body, limit+1))
+	b, err := io.ReadAll(io.LimitReader(progress.Reader(resp.Body, nil), limit+1))
 	if err != nil {
 		return nil, err
 	}

@@ -31,7 +31,9 @@ const (
 	// delete has not reached.
 	awayFor = 24 * time.Hour
 	// maxTelling is how many peers are told something at once.
-	maxTelling = 16
+	maxTelling = 64
+	// tellTimeout is how long a delete waits for peers in all.
+	tellTimeout = 2 * deleteTimeout
 )
 
 // Delete implements [p2p.Engine]. It covers what this daemon and its peers have
@@ -204,43 +206,33 @@ type told struct {
 }
 
 // tellOthers tells peers of deletes. It returns what they have that the first of
-// these does not cover.
+// these does not cover. It takes tellTimeout at most; who is known to be silent is not
+// waited for, and told when it answers.
 func (t *telling) tellOthers(ctx context.Context, s *Swarm, deletes []pieces.Delete) (newer []pieces.Version) {
-	first := deletes[0]
-	targets := map[peer.ID]peer.AddrInfo{}
-	for _, p := range s.network.Connected() {
-		targets[p] = peer.AddrInfo{ID: p}
-	}
-	if len(targets) > 0 {
-		key := nameKey(first.Tag, first.CID.CacheID())
-		if first.CID.CacheID() == "" {
-			key = taskKey(p2p.Task{Tag: first.Tag, Digest: first.CID.Digest()})
-		}
-		lookupCtx, cancel := s.within(ctx)
-		for p := range s.network.Providers(lookupCtx, key) {
-			if _, known := targets[p.ID]; !known {
-				targets[p.ID] = p
-			}
-		}
-		cancel()
-	}
-	for _, p := range s.peers.known() {
-		_, known := targets[p]
-		if e := s.peers.get(p); !known && p != s.network.Self() && e.seenSince(awayFor) {
-			targets[p] = s.network.Addresses(p)
-		}
-	}
+	ctx, cancel := context.WithTimeoutCause(ctx, tellTimeout, errNoAnswer)
+	defer cancel()
 	if *t == nil {
 		*t = telling{}
 	}
 	var mu sync.Mutex
 	var telling sync.WaitGroup
 	slots := make(chan struct{}, maxTelling)
-	for _, p := range targets {
-		slots <- struct{}{}
+	asked := map[peer.ID]bool{s.network.Self(): true}
+	tell := func(p peer.AddrInfo) {
+		if asked[p.ID] {
+			return
+		}
+		asked[p.ID] = true
 		telling.Go(func() {
-			defer func() { <-slots }()
-			results, err := s.tellNow(ctx, p, deletes)
+			var results []deleteResult
+			var err error
+			select {
+			case slots <- struct{}{}:
+				results, err = s.tellOne(ctx, p, deletes)
+				<-slots
+			case <-ctx.Done():
+				err = context.Cause(ctx)
+			}
 			mu.Lock()
 			defer mu.Unlock()
 			one := (*t)[p.ID]
@@ -267,6 +259,23 @@ func (t *telling) tellOthers(ctx context.Context, s *Swarm, deletes []pieces.Del
 			}
 		})
 	}
+	connected := s.network.Connected()
+	for _, p := range connected {
+		tell(peer.AddrInfo{ID: p})
+	}
+	if len(connected) > 0 {
+		first := deletes[0]
+		key := nameKey(first.Tag, first.CID.CacheID())
+		if first.CID.CacheID() == "" {
+			key = taskKey(p2p.Task{Tag: first.Tag, Digest: first.CID.Digest()})
+		}
+		s.eachAnnounced(ctx, key, tell)
+	}
+	for _, p := range s.peers.known() {
+		if s.peers.get(p).seenSince(awayFor) {
+			tell(s.network.Addresses(p))
+		}
+	}
 	telling.Wait()
 	return newer
 }
@@ -289,13 +298,41 @@ func (t telling) result(result *p2p.Deleted, s *Swarm) (found bool) {
 	return found
 }
 
-// tellNow tells one peer of deletes. The results are as many.
+// tellOne tells one peer of deletes, as tellNow does; one that is silent when it answers
+// again.
+func (s *Swarm) tellOne(ctx context.Context, p peer.AddrInfo, deletes []pieces.Delete) ([]deleteResult, error) {
+	var results []deleteResult
+	silence := s.peers.get(p.ID).silence()
+	err := fmt.Errorf("%w: it has been silent for %s, and is told when it answers", errNoAnswer, silence.Round(time.Millisecond))
+	if silence == 0 {
+		results, err = s.tellNow(ctx, p, deletes)
+	}
+	if errors.Is(err, errNoAnswer) {
+		s.peers.get(p.ID).owe(deletes)
+		s.suspect(p.ID, true)
+	}
+	return results, err
+}
+
+// tellNow tells one peer of deletes. The results are as many. It may take deleteTimeout,
+// as long as the peer answers other questions in time.
 func (s *Swarm) tellNow(ctx context.Context, p peer.AddrInfo, deletes []pieces.Delete) ([]deleteResult, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, deleteTimeout, errStalled)
-	defer cancel()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	half := s.opts.LookupTimeout / 2
+	alive := time.AfterFunc(half, func() {
+		ctx, stop := context.WithTimeoutCause(ctx, half, errNoAnswer)
+		defer stop()
+		if _, err := s.client.hello(ctx, p.ID); err != nil {
+			cancel(errNoAnswer)
+		}
+	})
+	defer alive.Stop()
+	limit := time.AfterFunc(deleteTimeout, func() { cancel(errStalled) })
+	defer limit.Stop()
 	if len(p.Addrs) > 0 {
 		if err := s.network.Connect(ctx, p); err != nil {
-			return nil, fmt.Errorf("it is away: %w", err)
+			return nil, fmt.Errorf("it is away: %w", cmp.Or(context.Cause(ctx), err))
 		}
 	}
 	var all []deleteResult
@@ -367,7 +404,7 @@ func (s *Swarm) tellAll() {
 			}
 			telling.Go(func() {
 				defer func() { <-slots }()
-				if _, err := s.tellNow(s.ctx, peer.AddrInfo{ID: p}, []pieces.Delete{t.delete}); err != nil {
+				if _, err := s.tellOne(s.ctx, peer.AddrInfo{ID: p}, []pieces.Delete{t.delete}); err != nil {
 					s.log.Debug("a peer could not be told of a delete", "peer", p.String(), "error", err)
 				}
 			})

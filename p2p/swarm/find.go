@@ -21,6 +21,8 @@ const (
 	// maxAsked is how many connected peers one lookup asks directly. A swarm
 	// of no more is searched so alone; a larger one through what is announced.
 	maxAsked = 64
+	// maxSearches is how many searches for announcements are under way; others wait.
+	maxSearches = 128
 	// maxProviders is how many peers that have announced something are asked.
 	maxProviders = 20
 	// announcedGrace is how long a lookup goes on looking for announcements
@@ -38,17 +40,30 @@ func nameKey(tag, name string) Key {
 	return sha256.Sum256([]byte("dfcache announce name\x00" + tag + "\x00" + name))
 }
 
+// errNoAnswer says that a peer has not answered within the lookup timeout, or is not
+// waited for because it has not before.
+var errNoAnswer = errors.New("no answer in time")
+
 // answer is what a peer has answered in a lookup.
 type answer struct {
 	peer  peer.ID
 	reply *findReply
+	err   error
+	gone  bool // only announced, and can't be reached
 }
 
 // lookup asks peers at once. Its answers come in the order in which they come.
 type lookup struct {
+	s       *Swarm
 	answers chan answer // closed at the end
+	ctx     context.Context
 	cancel  context.CancelFunc
-	explain func(error) error // adds what is known of why nobody could be asked
+	began   time.Time
+
+	// Of run.
+	seen    map[peer.ID]bool
+	waiting map[peer.ID]bool // for their answers; true where it is connected
+	replies chan answer      // has room for all
 
 	mu     sync.Mutex
 	asked  int
@@ -59,82 +74,179 @@ type lookup struct {
 // lookup asks all connected peers, or some of them where there are many, and
 // those that have announced key, until all have answered or ctx ends. Where quick
 // is set and all connected peers are asked, announcements are not looked for.
+// A peer that is known to be silent counts as one that has not answered, and is not
+// waited for. Nor is what a question waits for underneath: a lookup ends with ctx.
 // The caller reads the answers up to the end, or calls end or missed.
 func (s *Swarm) lookup(ctx context.Context, req *findRequest, key Key, quick bool) *lookup {
-	ctx, cancel := context.WithCancel(ctx)
-	l := &lookup{answers: make(chan answer), cancel: cancel, explain: s.explain}
-	seen := map[peer.ID]bool{s.network.Self(): true}
-	var asking, connected sync.WaitGroup
-	ask := func(p peer.AddrInfo, done func()) {
-		defer done()
-		if len(p.Addrs) > 0 {
-			if err := s.network.Connect(ctx, p); err != nil {
-				return // an announcement that has outlived its peer
-			}
-		}
-		reply, err := s.client.find(ctx, p.ID, req)
-		l.note(err)
-		if err != nil {
-			s.log.Debug("a peer did not answer", "peer", p.ID.String(), "error", err)
-			return
-		}
-		select {
-		case l.answers <- answer{p.ID, reply}:
-		case <-ctx.Done():
-		}
+	l := &lookup{
+		s: s, answers: make(chan answer), began: time.Now(),
+		seen: map[peer.ID]bool{s.network.Self(): true}, waiting: map[peer.ID]bool{},
+		replies: make(chan answer, maxAsked+maxProviders),
 	}
+	l.ctx, l.cancel = context.WithCancel(ctx)
+	s.background.Go(func() {
+		defer close(l.answers)
+		defer l.cancel()
+		l.run(req, key, quick)
+	})
+	return l
+}
+
+func (l *lookup) run(req *findRequest, key Key, quick bool) {
+	s := l.s
 	peers := s.network.Connected()
 	rand.Shuffle(len(peers), func(i, j int) { peers[i], peers[j] = peers[j], peers[i] })
 	for _, p := range peers {
-		if len(seen) > maxAsked {
+		if len(l.seen) > maxAsked {
 			break
 		}
-		if seen[p] || s.peers.get(p).isShunned() {
+		if l.skip(p) {
 			continue
 		}
-		seen[p] = true
-		asking.Add(1)
-		connected.Add(1)
-		go ask(peer.AddrInfo{ID: p}, func() { connected.Done(); asking.Done() })
+		if silence := s.peers.get(p).silence(); silence > 0 {
+			l.note(fmt.Errorf("peer %s: %w: it has been silent for %s", p, errNoAnswer, silence.Round(time.Millisecond)))
+			continue
+		}
+		l.ask(peer.AddrInfo{ID: p}, req)
 	}
 	small := len(peers) <= maxAsked
-	announced, stop := context.WithCancel(ctx)
-	asking.Go(func() {
-		defer stop()
-		if len(peers) == 0 || small && quick {
-			return
+	var announced <-chan peer.AddrInfo
+	var grace <-chan time.Time
+	if len(l.waiting) > 0 && !(small && quick) {
+		announced = s.announced(l.ctx, key)
+	}
+	for providers := 0; len(l.waiting) > 0 || announced != nil; {
+		if small && announced != nil && grace == nil && !l.waitsForConnected() {
+			grace = time.After(announcedGrace)
 		}
-		n := 0
-		for p := range s.network.Providers(announced, key) {
-			if seen[p.ID] || s.peers.get(p.ID).isShunned() {
+		select {
+		case a := <-l.replies:
+			delete(l.waiting, a.peer)
+			if a.gone {
+				continue // an announcement that has outlived its peer
+			}
+			l.note(a.err)
+			if a.err != nil {
+				s.log.Debug("a peer did not answer", "peer", a.peer.String(), "error", a.err)
 				continue
 			}
-			seen[p.ID] = true
-			asking.Add(1)
-			go ask(p, asking.Done)
-			if n++; n == maxProviders {
+			select {
+			case l.answers <- a:
+			case <-l.ctx.Done():
+			}
+		case p, more := <-announced:
+			switch {
+			case !more:
+				announced = nil
+			case l.skip(p.ID) || s.peers.get(p.ID).silence() > 0:
+			default:
+				l.ask(p, req)
+				if providers++; providers == maxProviders {
+					announced = nil
+				}
+			}
+		case <-grace:
+			announced = nil
+		case <-l.ctx.Done():
+			l.giveUp()
+			return
+		}
+	}
+}
+
+// skip reports whether a peer is not to be asked, or was already.
+func (l *lookup) skip(p peer.ID) bool {
+	was := l.seen[p]
+	l.seen[p] = true
+	return was || l.s.peers.get(p).isShunned()
+}
+
+func (l *lookup) waitsForConnected() bool {
+	for _, connected := range l.waiting {
+		if connected {
+			return true
+		}
+	}
+	return false
+}
+
+// ask asks a peer, that is to be connected with before where there are addresses.
+func (l *lookup) ask(p peer.AddrInfo, req *findRequest) {
+	l.waiting[p.ID] = len(p.Addrs) == 0
+	l.s.late.run(func() {
+		a := answer{peer: p.ID}
+		asked := l.s.peers.get(p.ID).asked
+		select {
+		case asked <- struct{}{}:
+			defer func() { <-asked }()
+		case <-l.ctx.Done():
+			return
+		}
+		if len(p.Addrs) > 0 {
+			a.err = l.s.network.Connect(l.ctx, p)
+			a.gone = a.err != nil
+		}
+		if a.err == nil {
+			a.reply, a.err = l.s.client.find(l.ctx, p.ID, req)
+		}
+		l.replies <- a
+	})
+}
+
+// giveUp ends a lookup that still waits. Who has not answered for a whole lookup timeout
+// is silent; and who might be is asked once more, by nobody who waits.
+func (l *lookup) giveUp() {
+	took := time.Since(l.began)
+	for p, connected := range l.waiting {
+		if connected {
+			l.note(errNoAnswer)
+		}
+		if took >= min(suspicious, l.s.opts.LookupTimeout) {
+			l.s.suspect(p, took >= l.s.opts.LookupTimeout)
+		}
+	}
+}
+
+// eachAnnounced calls do for those that have announced key, as far as they are found within
+// the lookup timeout.
+func (s *Swarm) eachAnnounced(ctx context.Context, key Key, do func(peer.AddrInfo)) {
+	ctx, cancel := s.within(ctx)
+	defer cancel()
+	announced := s.announced(ctx, key)
+	for {
+		select {
+		case p, more := <-announced:
+			if !more {
+				return
+			}
+			do(p)
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// announced returns those that have announced key as they are found. It is closed when
+// there are no more, which may be later than ctx ends: who reads it has an eye on that.
+func (s *Swarm) announced(ctx context.Context, key Key) <-chan peer.AddrInfo {
+	found := make(chan peer.AddrInfo)
+	s.late.run(func() {
+		defer close(found)
+		select {
+		case s.searches <- struct{}{}:
+			defer func() { <-s.searches }()
+		case <-ctx.Done():
+			return
+		}
+		for p := range s.network.Providers(ctx, key) {
+			select {
+			case found <- p:
+			case <-ctx.Done():
 				return
 			}
 		}
 	})
-	if small {
-		asking.Go(func() {
-			connected.Wait()
-			t := time.NewTimer(announcedGrace)
-			defer t.Stop()
-			select {
-			case <-t.C:
-				stop()
-			case <-announced.Done():
-			}
-		})
-	}
-	s.background.Go(func() {
-		defer cancel()
-		asking.Wait()
-		close(l.answers)
-	})
-	return l
+	return found
 }
 
 func (l *lookup) note(err error) {
@@ -165,18 +277,19 @@ func (l *lookup) missed(what string) error {
 	defer l.mu.Unlock()
 	switch {
 	case asked == 0:
-		return l.explain(fmt.Errorf("%s is not here, and %w: none is connected", what, p2p.ErrUnreachable))
+		return l.s.explain(fmt.Errorf("%s is not here, and %w: none is connected", what, p2p.ErrUnreachable))
 	case asked == silent:
-		return l.explain(fmt.Errorf("%s is not here, and %w: none of %d answered: %w", what, p2p.ErrUnreachable, asked, l.failed))
+		// Not wrapped: that a peer took too long is not to look as if the caller had.
+		return l.s.explain(fmt.Errorf("%s is not here, and %w: none of %d answered: %v", what, p2p.ErrUnreachable, asked, l.failed))
 	case silent > 0:
 		return fmt.Errorf("%s: %w here or on %d peers; %d more did not answer", what, p2p.ErrNotFound, asked-silent, silent)
 	}
 	return fmt.Errorf("%s: %w here or on %d peers", what, p2p.ErrNotFound, asked)
 }
 
-// within bounds a lookup.
+// within bounds a question.
 func (s *Swarm) within(ctx context.Context) (context.Context, context.CancelFunc) {
-	return context.WithTimeout(ctx, s.opts.LookupTimeout)
+	return context.WithTimeoutCause(ctx, s.opts.LookupTimeout, errNoAnswer)
 }
 
 // accept reports whether what a peer has of a task counts. What was deleted
@@ -396,7 +509,7 @@ func (s *Swarm) resolve(ctx context.Context, tag, name string) (resolved, error)
 		// It is here: whoever is slow to say that it is older is not waited for.
 		timeout = min(timeout, newerTimeout)
 	}
-	lookupCtx, cancel := context.WithTimeout(ctx, timeout)
+	lookupCtx, cancel := context.WithTimeoutCause(ctx, timeout, errNoAnswer)
 	defer cancel()
 	l := s.lookup(lookupCtx, &findRequest{Names: []nameRef{{tag, name}}}, nameKey(tag, name), here)
 	for a := range l.answers {

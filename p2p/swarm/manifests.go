@@ -13,6 +13,7 @@ import (
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/throttle"
 )
 
 // manifestCache has the manifests that were fetched last and not kept, so that
@@ -60,14 +61,23 @@ func (s *Swarm) fetchManifest(ctx context.Context, task p2p.Task, from peer.ID) 
 	if from == "" {
 		return nil, fmt.Errorf("%s: %w: no peer has all of it", task, p2p.ErrNotFound)
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, s.opts.StallTimeout, errStalled)
+	limited, cancel := context.WithTimeoutCause(ctx, s.opts.StallTimeout, errStalled)
 	defer cancel()
-	content, err := s.client.blob(ctx, from, task, p2p.MaxManifest)
-	if errors.Is(err, digest.ErrMismatch) {
+	progress := throttle.NewProgress(limited, s.opts.LookupTimeout)
+	defer progress.Stop()
+	content, err := s.client.blob(progress, from, task, p2p.MaxManifest)
+	switch {
+	case err == nil:
+	case context.Cause(ctx) != nil:
+		return nil, context.Cause(ctx)
+	case errors.Is(err, digest.ErrMismatch):
 		s.caught(from, task.Digest, err)
-	}
-	if err != nil {
 		return nil, fmt.Errorf("fetch manifest %s from peer %s: %w", task, from, err)
+	default:
+		if context.Cause(progress.Context()) != nil {
+			s.suspect(from, false)
+		}
+		return nil, fmt.Errorf("fetch manifest %s from peer %s: %w: %v", task, from, p2p.ErrUnreachable, err)
 	}
 	s.manifests.put(task.Digest, content)
 	return content, nil
@@ -111,7 +121,7 @@ func (s *Swarm) keep(ctx context.Context, info p2p.Info, content []byte, name *p
 
 // bring fetches a manifest from a peer and keeps it.
 func (s *Swarm) bring(ctx context.Context, task p2p.Task, from peer.ID) error {
-	reply, err := s.client.find(ctx, from, &findRequest{Tasks: []taskRef{taskRef(task)}})
+	reply, err := s.find(ctx, from, &findRequest{Tasks: []taskRef{taskRef(task)}})
 	if err != nil {
 		return err
 	}

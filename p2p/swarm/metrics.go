@@ -21,6 +21,12 @@ func newMetrics(registry prometheus.Registerer, s *Swarm) *metrics {
 			prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "dfcache_swarm_peers", Help: "Peers that are connected."}, func() float64 {
 				return float64(len(s.network.Connected()))
 			}),
+			prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "dfcache_swarm_silent_peers", Help: "Peers that do not answer, and that nobody waits for."}, func() float64 {
+				return float64(s.peers.silent())
+			}),
+			prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "dfcache_swarm_questions", Help: "Questions to peers and searches that are under way, also such as nobody waits for any more."}, func() float64 {
+				return float64(s.late.count() + s.client.late.count())
+			}),
 			prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "dfcache_swarm_downloads", Help: "Blobs that are being fetched."}, func() float64 {
 				s.mu.Lock()
 				defer s.mu.Unlock()

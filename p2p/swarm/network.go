@@ -40,7 +40,8 @@ type Network interface {
 	Withdraw(keys ...Key)
 
 	// Dial opens a stream to p over the connection with it, however that is
-	// routed. It is proven to be p, and of this swarm.
+	// routed. It is proven to be p, and of this swarm. Who closes it has read what
+	// it was to read.
 	Dial(ctx context.Context, p peer.ID) (net.Conn, error)
 
 	// Listener accepts what others Dial. The string of a connection's

@@ -1,6 +1,7 @@
 package swarm
 
 import (
+	"fmt"
 	"maps"
 	"slices"
 	"sync"
@@ -9,6 +10,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/pieces"
 )
 
 // Mode says what a daemon does for others and for its own callers.
@@ -27,6 +29,10 @@ const (
 	maxShun = 24 * time.Hour
 	// maxPeers bounds how many peers are remembered; those that were seen last stay.
 	maxPeers = 4096
+	// maxQuestions is how many questions to one peer are under way; others wait.
+	maxQuestions = 64
+	// maxOwed bounds the deletes that are kept for a peer that does not answer.
+	maxOwed = 1024
 )
 
 // peerTable is what is known of other peers. It is safe for concurrent use.
@@ -60,10 +66,14 @@ type peerEntry struct {
 	foreign   string        // why it can't be understood, or ""
 	ahead     time.Duration // how far its clock is ahead of this host's, give or take doubt
 	doubt     time.Duration
-	timed     bool      // that is known
-	toldSkew  bool      // that it is much has been logged
-	instances []string  // runs of it, the one that was there last at the end
-	twins     time.Time // when it was last seen that two hosts are this peer
+	timed     bool            // that is known
+	toldSkew  bool            // that it is much has been logged
+	instances []string        // runs of it, the one that was there last at the end
+	twins     time.Time       // when it was last seen that two hosts are this peer
+	silent    time.Time       // since when it does not answer; zero where it does
+	probing   bool            // it is asked in the background whether it does
+	owed      []pieces.Delete // what it is told when it does
+	asked     chan struct{}   // holds a token for every question under way
 }
 
 // get returns the entry of a peer, a new one where there is none.
@@ -75,7 +85,7 @@ func (t *peerTable) get(p peer.ID) *peerEntry {
 		if len(t.all) >= maxPeers {
 			t.dropOldest()
 		}
-		e = &peerEntry{now: t.now, seen: t.now()}
+		e = &peerEntry{now: t.now, seen: t.now(), asked: make(chan struct{}, maxQuestions)}
 		t.all[p] = e
 	}
 	return e
@@ -100,6 +110,16 @@ func (t *peerTable) known() []peer.ID {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return slices.Collect(maps.Keys(t.all))
+}
+
+// silent returns how many peers do not answer.
+func (t *peerTable) silent() (n int) {
+	for _, p := range t.known() {
+		if t.get(p).silence() > 0 {
+			n++
+		}
+	}
+	return n
 }
 
 func (e *peerEntry) introduce(h *hello) {
@@ -132,7 +152,7 @@ func (e *peerEntry) unreached() {
 func (e *peerEntry) answered(took time.Duration) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.seen = e.now()
+	e.seen, e.silent = e.now(), time.Time{}
 	if e.latency == 0 {
 		e.latency = took
 	}
@@ -165,6 +185,67 @@ func (e *peerEntry) isShunned() bool {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	return e.foreign != "" || e.now().Before(e.shunned)
+}
+
+// heard notes that the peer answers, or fails at once: either way nobody waits for it.
+func (e *peerEntry) heard() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.silent = time.Time{}
+}
+
+// quiet notes that the peer has not answered in time. It reports whether that is news.
+func (e *peerEntry) quiet() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	news := e.silent.IsZero()
+	if news {
+		e.silent = e.now()
+	}
+	return news
+}
+
+// silence returns for how long the peer has been silent; 0 where it is not.
+func (e *peerEntry) silence() time.Duration {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.silent.IsZero() {
+		return 0
+	}
+	return max(e.now().Sub(e.silent), 1)
+}
+
+// beginProbe reports whether nobody asks the peer in the background yet. The caller
+// does, then, and calls endProbe.
+func (e *peerEntry) beginProbe() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	was := e.probing
+	e.probing = true
+	return !was
+}
+
+func (e *peerEntry) endProbe() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.probing = false
+}
+
+// owe keeps deletes that the peer is to be told of when it answers again. Where there are
+// too many, it learns of them when it is met again.
+func (e *peerEntry) owe(deletes []pieces.Delete) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.owed = append(e.owed, deletes[:min(len(deletes), maxOwed-len(e.owed))]...)
+}
+
+// takeOwed returns what was kept, and forgets it.
+func (e *peerEntry) takeOwed() []pieces.Delete {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	owed := e.owed
+	e.owed = nil
+	return owed
 }
 
 func (e *peerEntry) mode() Mode {
@@ -203,6 +284,12 @@ func (e *peerEntry) describe(info peer.AddrInfo, connected bool) p2p.Peer {
 	}
 	if e.now().Before(e.shunned) {
 		p.State = p2p.PeerShunned
+	}
+	if connected && !e.silent.IsZero() {
+		p.LastSeen = e.seen
+		if p.Reason == "" {
+			p.Reason = fmt.Sprintf("it has not answered for %s, and nobody waits for it", e.now().Sub(e.silent).Round(time.Second))
+		}
 	}
 	if e.foreign != "" {
 		p.State, p.Reason = p2p.PeerForeign, e.foreign

@@ -150,6 +150,8 @@ type Swarm struct {
 	ctx        context.Context // ends with Close
 	cancel     context.CancelCauseFunc
 	background sync.WaitGroup // goroutines that are no call
+	late       late           // questions to peers, which may outlive who has asked them
+	searches   chan struct{}  // holds a token for every search for announcements
 
 	callMu sync.Mutex
 	calls  sync.WaitGroup
@@ -196,6 +198,7 @@ func New(store *pieces.Store, network Network, opts Options) (_ *Swarm, err erro
 		recent:    &recent{tasks: map[p2p.Task][]holder{}},
 		downloads: map[digest.Digest]*download{},
 		told:      make(chan toldDelete, 1024),
+		searches:  make(chan struct{}, maxSearches),
 		applied:   applied{results: map[string]pieces.DeleteResult{}},
 		releasing: map[string]bool{},
 	}
@@ -242,6 +245,7 @@ func New(store *pieces.Store, network Network, opts Options) (_ *Swarm, err erro
 		if s.begin(s.ctx) != nil {
 			return
 		}
+		s.peers.get(p).heard()
 		s.background.Go(func() { s.greet(p) })
 		s.calls.Done()
 	})
@@ -284,6 +288,8 @@ func (s *Swarm) Close() error {
 	s.client.close()
 	err := s.network.Close()
 	s.background.Wait()
+	s.late.wait()
+	s.client.late.wait()
 	s.uploads.sweep(true)
 	return errors.Join(err, s.store.Close())
 }
@@ -509,9 +515,7 @@ func (s *Swarm) withRefs(ctx context.Context, info p2p.Info, opts p2p.StatOption
 		}
 	}
 	if len(missing) > 0 && from != "" && !opts.Holders {
-		askCtx, cancel := s.within(ctx)
-		defer cancel()
-		if reply, err := s.client.find(askCtx, from, &findRequest{Tasks: missing}); err == nil {
+		if reply, err := s.find(ctx, from, &findRequest{Tasks: missing}); err == nil {
 			for i, state := range reply.Tasks {
 				if task := p2p.Task(missing[i]); s.accept(ctx, from, task, state) {
 					known[task.Digest] = infoOf(task, state)

@@ -33,10 +33,11 @@ type hub struct {
 	nets      map[peer.ID]*fakeNetwork
 	providers map[Key]map[peer.ID]bool
 	cut       func(a, b peer.ID) bool
+	hung      map[peer.ID]bool // what is sent to them gets lost, and nothing says so
 }
 
 func newHub() *hub {
-	return &hub{nets: map[peer.ID]*fakeNetwork{}, providers: map[Key]map[peer.ID]bool{}}
+	return &hub{nets: map[peer.ID]*fakeNetwork{}, providers: map[Key]map[peer.ID]bool{}, hung: map[peer.ID]bool{}}
 }
 
 // fakeNetwork is a Network without libp2p.
@@ -123,7 +124,49 @@ func (n *fakeNetwork) Providers(_ context.Context, key Key) iter.Seq[peer.AddrIn
 				return
 			}
 		}
+		if n.hub.hangs("") {
+			<-n.closed // as a search that asks a peer that hangs, and can't be cancelled
+		}
 	}
+}
+
+// hang has a peer go silent, or answer again. It stays connected.
+func (h *hub) hang(p peer.ID, hung bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	delete(h.hung, p)
+	if hung {
+		h.hung[p] = true
+	}
+}
+
+// hangs reports whether a peer, or, with an empty p, any, is silent.
+func (h *hub) hangs(p peer.ID) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.hung[p] || p == "" && len(h.hung) > 0
+}
+
+// hangingConn is a stream to a peer that may go silent. Its Close then waits for the
+// other end, as that of libp2p does.
+type hangingConn struct {
+	net.Conn
+	n  *fakeNetwork
+	to peer.ID
+}
+
+func (c hangingConn) Write(p []byte) (int, error) {
+	if c.n.hub.hangs(c.to) {
+		return len(p), nil
+	}
+	return c.Conn.Write(p)
+}
+
+func (c hangingConn) Close() error {
+	if c.n.hub.hangs(c.to) {
+		<-c.n.closed
+	}
+	return c.Conn.Close()
 }
 
 func (n *fakeNetwork) Announce(keys ...Key) {
@@ -163,9 +206,13 @@ func (n *fakeNetwork) Dial(ctx context.Context, p peer.ID) (net.Conn, error) {
 		return nil, errors.New("it can't be reached")
 	}
 	mine, theirs := net.Pipe()
+	dialled := fakeConn{hangingConn{mine, n, p}, fakeAddr(p.String())}
+	if n.hub.hangs(p) {
+		return dialled, nil
+	}
 	select {
 	case other.accepted <- fakeConn{theirs, fakeAddr(n.self.String())}:
-		return fakeConn{mine, fakeAddr(p.String())}, nil
+		return dialled, nil
 	case <-other.closed:
 		mine.Close()
 		return nil, errors.New("it has gone")

@@ -455,14 +455,32 @@ func (n *Network) Announce(keys ...[32]byte) { n.announcer.announce(keys...) }
 func (n *Network) Withdraw(keys ...[32]byte) { n.announcer.withdraw(keys...) }
 
 // Dial opens a stream to p over the connection with it, be it relayed, or over a
-// new one. It is proven to be p, and of this swarm.
+// new one. It is proven to be p, and of this swarm. To close it is to break it off:
+// what the other end has not read by then may be lost.
 func (n *Network) Dial(ctx context.Context, p peer.ID) (net.Conn, error) {
 	c, err := gostream.Dial(network.WithAllowLimitedConn(ctx, httpProtocol), n.host, p, httpProtocol)
 	if err != nil {
 		return nil, fmt.Errorf("open a stream to peer %s: %w", p, err)
 	}
+	if s, ok := c.(stream); ok {
+		return dialled{s}, nil
+	}
 	return c, nil
 }
+
+// stream is what gostream.Dial returns.
+type stream interface {
+	net.Conn
+	CloseWrite() error
+	Reset() error
+}
+
+// dialled is a stream whose Close does not wait until the other end has agreed to the
+// protocol, which takes 10 seconds with one that has gone silent.
+type dialled struct{ stream }
+
+// Close breaks the stream off.
+func (c dialled) Close() error { return c.Reset() }
 
 // Listener accepts what others Dial. The string of a connection's RemoteAddr is
 // the ID of the peer. It is closed with the network.
