@@ -17,6 +17,7 @@ import (
 	"syscall"
 	"testing"
 	"testing/iotest"
+	"time"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"go.uber.org/goleak"
@@ -37,35 +38,47 @@ func eachStore(t *testing.T, test func(t *testing.T, s *blobstore.Store)) {
 	}
 }
 
+// eachStoreWithoutLeases is eachStore for what is deleted at once, whoever was told of it.
+func eachStoreWithoutLeases(t *testing.T, test func(t *testing.T, s *blobstore.Store)) {
+	for name, open := range storesWith(pieces.Options{Lease: time.Nanosecond}) {
+		t.Run(name, func(t *testing.T) { test(t, open(t)) })
+	}
+}
+
 // stores open new stores, which are closed when the test ends. They have to be
 // in order then.
-var stores = map[string]func(t *testing.T) *blobstore.Store{
-	"Open": func(t *testing.T) *blobstore.Store {
-		dir := filepath.Join(t.TempDir(), "new", "dir")
-		s, err := blobstore.Open(dir)
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() {
-			if err := s.Close(); err != nil {
-				t.Error(err)
+var stores = storesWith(pieces.Options{})
+
+func storesWith(opts pieces.Options) map[string]func(t *testing.T) *blobstore.Store {
+	return map[string]func(t *testing.T) *blobstore.Store{
+		"Open": func(t *testing.T) *blobstore.Store {
+			dir := filepath.Join(t.TempDir(), "new", "dir")
+			engine, err := pieces.Open(dir, opts)
+			if err != nil {
+				t.Fatal(err)
 			}
-			requireInOrder(t, dir)
-		})
-		return s
-	},
-	"Dial": func(t *testing.T) *blobstore.Store {
-		s, err := blobstore.Dial(t.Context(), serve(t))
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() {
-			if err := s.Close(); err != nil {
-				t.Error(err)
+			s := blobstore.New(engine)
+			t.Cleanup(func() {
+				if err := s.Close(); err != nil {
+					t.Error(err)
+				}
+				requireInOrder(t, dir)
+			})
+			return s
+		},
+		"Dial": func(t *testing.T) *blobstore.Store {
+			s, err := blobstore.Dial(t.Context(), serveWith(t, opts))
+			if err != nil {
+				t.Fatal(err)
 			}
-		})
-		return s
-	},
+			t.Cleanup(func() {
+				if err := s.Close(); err != nil {
+					t.Error(err)
+				}
+			})
+			return s
+		},
+	}
 }
 
 // requireInOrder fails the test unless the closed store in dir has nothing
@@ -88,10 +101,12 @@ func requireInOrder(t testing.TB, dir string) {
 }
 
 // serve starts what a dfdaemon is made of and returns its socket.
-func serve(t testing.TB) string {
+func serve(t testing.TB) string { return serveWith(t, pieces.Options{}) }
+
+func serveWith(t testing.TB, opts pieces.Options) string {
 	t.Helper()
 	dir := t.TempDir()
-	store, err := pieces.Open(dir, pieces.Options{})
+	store, err := pieces.Open(dir, opts)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -403,8 +418,9 @@ func TestExportLeavesNothing(t *testing.T) {
 			t.Errorf("export of a damaged file: %v", err)
 		}
 	}
+	whole := mustImport(t, r, "v2", bytesOf(3<<20, 2), "")
 	ctx, cancel := context.WithCancel(t.Context())
-	_, err = r.ExportFile(ctx, "v1", filepath.Join(out, "new"), blobstore.ExportOptions{Progress: func(int64) { cancel() }})
+	_, err = r.ExportFile(ctx, whole.Digest.String(), filepath.Join(out, "new"), blobstore.ExportOptions{Progress: func(int64) { cancel() }})
 	if !errors.Is(err, context.Canceled) {
 		t.Errorf("export with a context that ends: %v", err)
 	}

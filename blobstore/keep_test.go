@@ -305,7 +305,7 @@ func TestKeep(t *testing.T) {
 		},
 	} {
 		t.Run(strings.ReplaceAll(name, " ", "_"), func(t *testing.T) {
-			eachStore(t, func(t *testing.T, s *blobstore.Store) {
+			eachStoreWithoutLeases(t, func(t *testing.T, s *blobstore.Store) {
 				for _, tag := range []string{"", "t"} {
 					test(newKeeper(t, repository(t, s, tag)))
 				}

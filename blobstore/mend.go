@@ -11,15 +11,20 @@ import (
 )
 
 // open opens a blob for reading. Where it turns out to be damaged here, peers
-// mend it, unless scope is only this host, and reading goes on. ctx bounds that, too.
+// mend it, unless scope is only this host, and reading goes on; else the engine is told,
+// which may be in another process. ctx bounds that, too.
 func (r *Repository) open(ctx context.Context, d digest.Digest, scope p2p.Scope) (p2p.Blob, error) {
 	blob, err := r.engine.Open(ctx, r.task(d), scope)
-	if err != nil || scope == p2p.Local {
-		return blob, err
+	if err != nil {
+		return nil, err
+	}
+	again := p2p.Mend
+	if scope == p2p.Local {
+		again = p2p.Check
 	}
 	return &mending{
 		now:  blob,
-		open: func() (p2p.Blob, error) { return r.engine.Open(ctx, r.task(d), p2p.Mend) },
+		open: func() (p2p.Blob, error) { return r.engine.Open(ctx, r.task(d), again) },
 	}, nil
 }
 
@@ -51,7 +56,7 @@ func (m *mending) mend(damaged p2p.Blob, damage error) (p2p.Blob, error) {
 	}
 	whole, err := m.open()
 	if err != nil {
-		if errors.Is(err, ErrNotFound) || errors.Is(err, ErrUnreachable) {
+		if errors.Is(err, ErrNotFound) || errors.Is(err, ErrUnreachable) || errors.Is(err, ErrCorrupt) {
 			return nil, damage
 		}
 		return nil, errors.Join(damage, err)

@@ -84,8 +84,12 @@ func descriptorOf(info p2p.Info) ocispec.Descriptor {
 // refers to, as whoever skips a copy of it expects.
 //
 // Content of which is known that it is damaged is not there, so that it is
-// pushed again. Nor is what only peers could have, where none can be asked:
+// pushed again; nor is a manifest that has lost a part, by such damage or by a
+// forced delete. Nor is what only peers could have, where none can be asked:
 // pushing has to work on a host that is on its own.
+//
+// What Exists has said is there stays for as long as an upload may take, for the
+// manifest that is to refer to it, whoever deletes others that do.
 func (r *Repository) Exists(ctx context.Context, target ocispec.Descriptor) (bool, error) {
 	if err := checkTarget(target); err != nil {
 		return false, err
@@ -96,7 +100,7 @@ func (r *Repository) Exists(ctx context.Context, target ocispec.Descriptor) (boo
 // has reports whether target is there, as Exists does, within scope. On this host
 // that is all of it: what is arriving may never do so.
 func (r *Repository) has(ctx context.Context, target ocispec.Descriptor, scope p2p.Scope) (bool, error) {
-	info, err := r.engine.Stat(ctx, r.tag, digest.FromDigest(target.Digest), p2p.StatOptions{Scope: scope})
+	info, err := r.engine.Stat(ctx, r.tag, digest.FromDigest(target.Digest), p2p.StatOptions{Scope: scope, Lease: true})
 	switch {
 	case errors.Is(err, ErrNotFound), errors.Is(err, ErrCorrupt), errors.Is(err, ErrUnreachable):
 		return false, nil
@@ -106,7 +110,29 @@ func (r *Repository) has(ctx context.Context, target ocispec.Descriptor, scope p
 	if scope == p2p.Local && !info.Local() {
 		return false, nil
 	}
-	return info.IsManifest || !isManifestType(target.MediaType), nil
+	if !isManifestType(target.MediaType) {
+		return true, nil
+	}
+	return info.IsManifest && len(info.Lacks) == 0, nil
+}
+
+// Blob describes content to a client that need not push it then. It fails with
+// [ErrNotFound] where [Repository.Exists] would say that it is not there, and keeps
+// it as that does.
+func (r *Repository) Blob(ctx context.Context, d digest.Digest) (ocispec.Descriptor, error) {
+	info, err := r.engine.Stat(ctx, r.tag, digest.FromDigest(d), p2p.StatOptions{Lease: true})
+	if err != nil {
+		return ocispec.Descriptor{}, toOCI(fmt.Errorf("blob: %w", notWhole(err)))
+	}
+	return descriptorOf(info), nil
+}
+
+// notWhole says of what is damaged that it is not there: whoever asks is to send it.
+func notWhole(err error) error {
+	if errors.Is(err, ErrCorrupt) {
+		return fmt.Errorf("%w: %v", ErrNotFound, err)
+	}
+	return err
 }
 
 // Fetch implements [content.Fetcher]. What it returns is a [*Reader], which
@@ -175,6 +201,19 @@ func (r *Repository) Push(ctx context.Context, expected ocispec.Descriptor, src 
 		return fmt.Errorf("push: %w", err)
 	case exists:
 		return fmt.Errorf("push: %s: %w", expected.Digest, errdef.ErrAlreadyExists)
+	}
+	if err := r.push(ctx, expected, src, nil); err != nil {
+		return toOCI(fmt.Errorf("push: %w", err))
+	}
+	return nil
+}
+
+// PushBlob stores what src has as Push does, but takes it in also where it is there
+// already, and so makes good what is damaged.
+func (r *Repository) PushBlob(ctx context.Context, d digest.Digest, size int64, src io.Reader) error {
+	expected := ocispec.Descriptor{MediaType: blobMediaType, Digest: d, Size: size}
+	if err := checkTarget(expected); err != nil {
+		return err
 	}
 	if err := r.push(ctx, expected, src, nil); err != nil {
 		return toOCI(fmt.Errorf("push: %w", err))
@@ -561,7 +600,8 @@ func pages(entries func(func(p2p.Entry, error) bool), text func(p2p.Entry) strin
 }
 
 // Mount implements [oras.land/oras-go/v2/registry.Mounter]: it makes content of
-// another repository part of this one, without a copy. Where that does not hold
+// another repository part of this one, without a copy; of a manifest with all that it
+// refers to. Where that does not hold
 // it, what getContent returns is pushed, or, without getContent, the error
 // matches [errdef.ErrNotFound]. fromRepo is named as a registry does:
 // [p2p.DefaultRepository] is that of the empty tag, "" is any that holds it.
@@ -590,28 +630,53 @@ func (r *Repository) mount(ctx context.Context, d digest.Digest, fromRepo string
 	if err != nil {
 		return err
 	}
-	from := &Repository{engine: r.engine, tag: tag}
-	info, err := r.engine.Stat(ctx, from.tag, digest.FromDigest(d), p2p.StatOptions{Scope: p2p.Local})
-	if err == nil && !info.Local() {
-		err = fmt.Errorf("%s is still arriving: %w", from.task(d), ErrNotFound)
-	}
-	if err != nil {
-		return err
-	}
-	if info.IsManifest {
-		// It has to be known what it refers to.
-		m, err := from.Manifest(ctx, d.String())
-		if err == nil {
-			_, err = r.pushManifest(ctx, m.Content, manifestPush{mediaType: m.MediaType, want: d})
-		}
-		return err
+	m := mounting{from: &Repository{engine: r.engine, tag: tag}, to: r, seen: map[digest.Digest]bool{}}
+	if err := m.add(ctx, d, p2p.KeepLoose); err != nil {
+		return notWhole(err)
 	}
 	in, err := r.engine.Ingest(ctx)
 	if err != nil {
 		return err
 	}
 	defer in.Close()
-	return in.Commit(r.blobCommit(d, info.MediaType, nil))
+	return in.Commit(m.commit)
+}
+
+// mounting is what is mounted together: a manifest with all that it refers to, as
+// whoever hears that a manifest is there takes all of it for there.
+type mounting struct {
+	from, to *Repository
+	commit   p2p.Commit
+	seen     map[digest.Digest]bool
+}
+
+func (m *mounting) add(ctx context.Context, d digest.Digest, keep p2p.Keep) error {
+	if m.seen[d] {
+		return nil
+	}
+	m.seen[d] = true
+	info, err := m.from.engine.Stat(ctx, m.from.tag, digest.FromDigest(d), p2p.StatOptions{Scope: p2p.Local, Manifest: true, ContentOnly: true})
+	if err == nil && !info.Local() {
+		err = fmt.Errorf("%s is still arriving: %w", m.from.task(d), ErrNotFound)
+	}
+	if err != nil {
+		return err
+	}
+	n := p2p.NewTask{Task: m.to.task(d), MediaType: info.MediaType, Keep: keep}
+	if info.Manifest != nil {
+		parsed, err := parseManifest(info.Manifest.Content)
+		if err != nil {
+			return err
+		}
+		n.Manifest = parsed.refs(true)
+		for _, child := range n.Manifest.Needs {
+			if err := m.add(ctx, child, p2p.KeepHeld); err != nil {
+				return err
+			}
+		}
+	}
+	m.commit.Tasks = append(m.commit.Tasks, n)
+	return nil
 }
 
 // holder returns the tag of the repository fromRepo, or, where that is "", of one
@@ -678,14 +743,39 @@ func (r *Repository) ManifestContent(ctx context.Context, reference string, keep
 	if err != nil {
 		return Manifest{}, err
 	}
-	info, err := r.engine.Stat(ctx, r.tag, cid, p2p.StatOptions{Manifest: true, ContentOnly: true, Keep: keep, MaxContent: limit})
-	if err == nil && info.Manifest == nil {
+	return r.manifest(ctx, cid, p2p.StatOptions{Keep: keep, MaxContent: limit})
+}
+
+func (r *Repository) manifest(ctx context.Context, cid digest.CID, opts p2p.StatOptions) (Manifest, error) {
+	opts.Manifest, opts.ContentOnly = true, true
+	info, err := r.engine.Stat(ctx, r.tag, cid, opts)
+	switch {
+	case err != nil:
+	case info.Manifest == nil:
 		err = fmt.Errorf("%s is not a manifest: %w", p2p.Describe(r.tag, cid), ErrNotFound)
+	case opts.Lease && len(info.Lacks) > 0:
+		err = fmt.Errorf("%s: %w whole: it has lost %s", p2p.Describe(r.tag, cid), ErrNotFound, info.Lacks[0])
 	}
 	if err != nil {
 		return Manifest{}, toOCI(err)
 	}
 	return Manifest{Descriptor: descriptorOf(info), Content: info.Manifest.Content}, nil
+}
+
+// maxLooked is how many bytes a manifest may have to be read, and so checked, when
+// somebody only asks for it.
+const maxLooked = 32 << 10
+
+// ManifestExists describes a manifest to a client that need not push it then, nor what
+// it refers to. It fails with [ErrNotFound] where [Repository.Exists] would say that it is
+// not there, and keeps what is named by its digest as that does.
+func (r *Repository) ManifestExists(ctx context.Context, reference string) (ocispec.Descriptor, error) {
+	cid, err := parseReference(reference)
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	m, err := r.manifest(ctx, cid, p2p.StatOptions{Lease: true, MaxContent: maxLooked})
+	return m.Descriptor, notWhole(err)
 }
 
 // ManifestOptions says how to push a manifest.
@@ -779,14 +869,17 @@ func (r *Repository) pushManifest(ctx context.Context, data []byte, push manifes
 	}, nil
 }
 
-// bring fetches those of digests that are not on this host from peers, until one
-// of them can't be had. It reports whether any came.
+// bring fetches those of digests that are not on this host, or not whole, from peers,
+// until one of them can't be had. It reports whether any came.
 func (r *Repository) bring(ctx context.Context, digests []digest.Digest) (some bool) {
 	for _, d := range digests {
 		info, err := r.engine.Stat(ctx, r.tag, digest.FromDigest(d), p2p.StatOptions{Scope: p2p.Local})
-		if errors.Is(err, ErrNotFound) || err == nil && !info.Local() {
+		switch {
+		case errors.Is(err, ErrNotFound), errors.Is(err, ErrCorrupt), err == nil && !info.Local():
 			_, err = r.copyBlob(ctx, d, io.Discard, p2p.Network, nil)
 			some = some || err == nil
+		case err == nil && len(info.Lacks) > 0:
+			some = r.bring(ctx, info.Lacks) || some
 		}
 		if err != nil {
 			return some

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"oras.land/oras-go/v2"
@@ -45,7 +46,7 @@ type storeRepository struct {
 }
 
 func TestStorage(t *testing.T) {
-	for name, open := range stores {
+	for name, open := range storesWith(pieces.Options{Lease: time.Nanosecond}) { // what is deleted goes at once
 		for tag, other := range map[string]string{"": "other", "library/models": ""} {
 			t.Run(name+" "+blobstore.RepositoryName(tag), func(t *testing.T) {
 				storagetest.Run(t, func(t *testing.T) oras.Target {
@@ -335,7 +336,7 @@ func TestReferrersOfAnything(t *testing.T) {
 
 // TestMountManifest: a manifest that is mounted is one, with what it refers to.
 func TestMountManifest(t *testing.T) {
-	eachStore(t, func(t *testing.T, s *blobstore.Store) {
+	eachStoreWithoutLeases(t, func(t *testing.T, s *blobstore.Store) {
 		for _, tag := range []string{"", "from"} {
 			from, to := repository(t, s, tag), repository(t, s, "to")
 			pushBlobs(t, from, "config")

@@ -9,6 +9,7 @@ import (
 	"os"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 )
 
@@ -128,12 +129,21 @@ func (v *Verified) checkedPiece(i int, p []byte) error {
 	case err == nil, errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
 		err = v.t.CheckPiece(i, p[:n])
 	default:
-		err = fmt.Errorf("read piece %d of blob %s: %w", i, v.t.Digest, err)
+		err = v.readError(i, err)
 	}
 	if err != nil {
 		clear(p)
 	}
 	return err
+}
+
+// readError makes of an error of reading piece i one that says so. What the disk can't
+// give is damage.
+func (v *Verified) readError(i int, err error) error {
+	if errors.Is(err, syscall.EIO) || errors.Is(err, syscall.EUCLEAN) {
+		return &CorruptError{Digest: v.t.Digest, Piece: i, Reason: fmt.Sprintf("it can't be read: %v", err)}
+	}
+	return fmt.Errorf("read piece %d of blob %s: %w", i, v.t.Digest, err)
 }
 
 // copyLength is how many bytes CopyRange has checked before it writes them, in whole pieces.
@@ -294,7 +304,7 @@ func (v *Verified) check(ctx context.Context, i int, keep bool, blocks *[]block)
 		got, err := v.read(scratch[:length], at)
 		if err != nil {
 			found.drop()
-			return fmt.Errorf("read piece %d of blob %s: %w", i, v.t.Digest, err)
+			return v.readError(i, err)
 		}
 		b := block{off: at, n: length, whole: at, length: length, crc: CRC32C(scratch[:got])}
 		if at == start {
@@ -341,7 +351,7 @@ func (v *Verified) writeBlock(w io.Writer, b *block) (int64, error) {
 		defer spaces.Put(from)
 		n, err := v.read(from[:b.length], b.whole)
 		if i := int(b.whole / v.t.PieceLength); err != nil {
-			return 0, fmt.Errorf("read piece %d of blob %s: %w", i, v.t.Digest, err)
+			return 0, v.readError(i, err)
 		} else if int64(n) < b.length || CRC32C(from[:n]) != b.crc {
 			return 0, &CorruptError{v.t.Digest, i, "it has changed since it was checked"}
 		}

@@ -89,6 +89,7 @@ const (
 	Network Scope = iota // here, then the peers
 	Local                // never leaves this host
 	Mend                 // of an Open: what is here is damaged, and is to be made whole by what peers have
+	Check                // of an Open: what is here may be damaged, and is read whole first; damage is an error, and remembered
 )
 
 // StatOptions says what a Stat should tell.
@@ -109,6 +110,10 @@ type StatOptions struct {
 	// Holders asks for Info.Holders, for which every peer is asked. It needs
 	// Network.
 	Holders bool
+	// Lease says that a client is told of a digest's task so that it need not send
+	// it: for as long as an upload may take the task is kept until what refers to it
+	// comes, and goes only where it is deleted itself. Of a name it says nothing.
+	Lease bool
 }
 
 // Info describes a task.
@@ -127,6 +132,10 @@ type Info struct {
 	Imported    time.Time // when the task was committed here; zero where it is not here
 	LastUsed    time.Time // when the blob was last opened here; zero where never
 
+	// Lacks are those parts of a manifest that were deleted by force, or of which is
+	// known that they are damaged, and that nobody has yet: at most MaxRefs. Content
+	// that is not here because it has not come from peers yet is not among them.
+	Lacks []digest.Digest
 	// Manifest is nil unless it was asked for, and the task is a manifest.
 	Manifest *Manifest
 	// Holders is nil unless it was asked for.

@@ -145,8 +145,15 @@ func (e *Engine) Stat(ctx context.Context, tag string, cid digest.CID, opts p2p.
 		}
 		defer func() { info.Holders = holders }()
 	}
-	if !errors.Is(err, p2p.ErrNotFound) {
+	if !errors.Is(err, p2p.ErrNotFound) && !errors.Is(err, digest.ErrCorrupt) {
 		return info, err
+	}
+	if damage := err; errors.Is(damage, digest.ErrCorrupt) {
+		defer func() {
+			if errors.Is(err, p2p.ErrNotFound) || errors.Is(err, p2p.ErrUnreachable) {
+				err = damage
+			}
+		}()
 	}
 	if err := e.ask("stat", p2p.Describe(tag, cid)); err != nil {
 		return p2p.Info{}, err
@@ -160,7 +167,7 @@ func (e *Engine) Stat(ctx context.Context, tag string, cid digest.CID, opts p2p.
 	if opts.Keep {
 		var names []p2p.NewName
 		if name := cid.CacheID(); name != "" {
-			names = []p2p.NewName{{Tag: tag, Name: name, Digest: info.Task.Digest}}
+			names = []p2p.NewName{{Tag: tag, Name: name, Digest: info.Task.Digest, Updated: time.Now(), KeepOld: true}}
 		}
 		return info, e.keep(ctx, info, info.Manifest.Content, names...)
 	}
@@ -185,7 +192,7 @@ func remote(info *p2p.Info) {
 
 // keep stores what the peer has.
 func (e *Engine) keep(ctx context.Context, info p2p.Info, content []byte, names ...p2p.NewName) error {
-	task := p2p.NewTask{Task: info.Task, MediaType: info.MediaType, Keep: p2p.KeepLoose}
+	task := p2p.NewTask{Task: info.Task, MediaType: info.MediaType, Keep: p2p.KeepLoose, Origin: info.Origin}
 	if info.IsManifest {
 		var err error
 		if task.Manifest, err = blobstore.ParseManifest(info.MediaType, content); err != nil {
@@ -248,6 +255,9 @@ func (e *Engine) Peers(context.Context) ([]p2p.Peer, error) {
 
 // Open implements [p2p.Engine].
 func (e *Engine) Open(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.Blob, error) {
+	if scope == p2p.Check {
+		return e.Store.Open(ctx, task, scope)
+	}
 	if scope == p2p.Mend {
 		return e.mend(ctx, task)
 	}

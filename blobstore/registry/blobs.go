@@ -46,7 +46,7 @@ func (h *Handler) headBlob(w *response, r *request) error {
 	if err != nil {
 		return err
 	}
-	found, err := r.repo.Resolve(r.Context(), d.String())
+	found, err := r.repo.Blob(r.Context(), d)
 	if err != nil {
 		return err
 	}

@@ -11,21 +11,34 @@ import (
 	"github.com/dfcache/dfcache/digest"
 )
 
-// getManifest sends a manifest, or says that there is one.
+// headManifest says whether there is a manifest, and all that it refers to, as far as
+// it was not lost: whoever is told so does not push that.
+func (h *Handler) headManifest(w *response, r *request) error {
+	if _, err := manifestReference(r); err != nil {
+		return err
+	}
+	found, err := r.repo.ManifestExists(r.Context(), r.reference)
+	if err != nil {
+		return err
+	}
+	w.describe(found)
+	if !w.isKnown(r, found.Digest) {
+		w.WriteHeader(http.StatusOK)
+	}
+	return nil
+}
+
+// getManifest sends a manifest.
 func (h *Handler) getManifest(w *response, r *request) error {
 	if _, err := manifestReference(r); err != nil {
 		return err
 	}
-	m, err := r.repo.ManifestContent(r.Context(), r.reference, r.Method != http.MethodHead, maxWaiting)
+	m, err := r.repo.ManifestContent(r.Context(), r.reference, true, maxWaiting)
 	if err != nil {
 		return err
 	}
 	w.describe(m.Descriptor)
 	if w.isKnown(r, m.Digest) {
-		return nil
-	}
-	if w.headOnly {
-		w.begin()
 		return nil
 	}
 	if m.Content == nil && m.Size > 0 {

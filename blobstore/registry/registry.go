@@ -114,7 +114,7 @@ var handlers = map[endpoint]map[string]handlerFunc{
 	endpointTags:      {"GET": (*Handler).tags, "HEAD": (*Handler).tags},
 	endpointReferrers: {"GET": (*Handler).referrers, "HEAD": (*Handler).referrers},
 	endpointManifest: {
-		"GET": (*Handler).getManifest, "HEAD": (*Handler).getManifest,
+		"GET": (*Handler).getManifest, "HEAD": (*Handler).headManifest,
 		"PUT": (*Handler).putManifest, "DELETE": (*Handler).deleteManifest,
 	},
 	endpointBlob:    {"GET": (*Handler).getBlob, "HEAD": (*Handler).headBlob, "DELETE": (*Handler).deleteBlob},

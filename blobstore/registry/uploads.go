@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
-	"fmt"
 	"io"
 	"net/http"
 	"strconv"
@@ -12,7 +11,6 @@ import (
 	"time"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
-	"oras.land/oras-go/v2/errdef"
 
 	"github.com/dfcache/dfcache/blobstore"
 	"github.com/dfcache/dfcache/digest"
@@ -244,33 +242,13 @@ func (h *Handler) postUpload(w *response, r *request) error {
 	return nil
 }
 
-// takeWhole stores a blob that arrives in one request.
+// takeWhole stores a blob that arrives in one request. What is there already is taken
+// in once more: it may be damaged, or be deleted meanwhile.
 func (h *Handler) takeWhole(ctx context.Context, r *request, d digest.Digest) error {
-	var err error
 	if r.ContentLength >= 0 {
-		err = r.repo.Push(ctx, ocispec.Descriptor{MediaType: blobMediaType, Digest: d, Size: r.ContentLength}, r.body)
-		if errors.Is(err, errdef.ErrAlreadyExists) && r.body.received == 0 {
-			err = compareBody(r, d)
-		} else if errors.Is(err, errdef.ErrAlreadyExists) {
-			err = nil // somebody else was faster with the same
-		}
-	} else {
-		err = takeStream(ctx, r, d)
+		return bodyProblem(r, r.repo.PushBlob(ctx, d, r.ContentLength, r.body))
 	}
-	return bodyProblem(r, err)
-}
-
-// compareBody reads a body that need not be stored. To answer at once would
-// break off the sending, and say of wrong content that it is stored.
-func compareBody(r *request, d digest.Digest) error {
-	v := d.Verifier()
-	if _, err := io.Copy(v, r.body); err != nil {
-		return err
-	}
-	if !v.Verified() {
-		return fmt.Errorf("%w: it is not what is stored under %s", blobstore.ErrMismatch, d)
-	}
-	return nil
+	return bodyProblem(r, takeStream(ctx, r, d))
 }
 
 // takeStream stores a blob of unknown size.

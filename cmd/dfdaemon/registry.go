@@ -55,7 +55,7 @@ func (o *registryOptions) flags(flags *pflag.FlagSet) {
 	flags.StringVar(&o.read, "registry-read", "", "`who` may read: owner (the user of this dfdaemon on this host, and root), anyone, users (those of --registry-htpasswd), or names with commas between them (default users with --registry-htpasswd, else owner)")
 	flags.StringVar(&o.write, "registry-write", "", "`who` may write and read, in the words of --registry-read (default users with --registry-htpasswd, else owner)")
 	flags.BoolVar(&o.insecure, "registry-insecure", false, "allow a registry without TLS at an address that other hosts can reach")
-	flags.DurationVar(&o.uploadTimeout, "registry-upload-timeout", time.Hour, "how long an unfinished upload is kept that no request uses")
+	flags.DurationVar(&o.uploadTimeout, "registry-upload-timeout", time.Hour, "how long an unfinished upload is kept that no request uses, and what a client was told is there for its manifest")
 }
 
 // registryServer is a registry on its way: prepared, then with its files read,

@@ -47,6 +47,7 @@ func TestStorage(t *testing.T) {
 			h := target.(storeRepository).host
 			return storeRepository{repository(t, h, "other"), h}, "other"
 		},
+		KeepsUnreferenced: true, // for as long as whoever was told that it is there may build on it
 	})
 }
 

@@ -53,6 +53,9 @@ func Run(t *testing.T, open func(t *testing.T) p2p.Engine) {
 		"NameOnly":                  testNameOnly,
 		"NameKeepsOld":              testNameKeepsOld,
 		"Needs":                     testNeeds,
+		"Lease":                     testLease,
+		"LeaseByStat":               testLeaseByStat,
+		"Lacks":                     testLacks,
 		"ManifestReplacesRefs":      testManifestReplacesRefs,
 		"InvalidManifest":           testInvalidManifest,
 		"Referrers":                 testReferrers,
@@ -919,6 +922,127 @@ func testNeeds(t *testing.T, e p2p.Engine) {
 	m.Needs = m.Refs[:1]
 	if _, err := tryPush(t.Context(), e, []byte(`{"one":1}`), m); err != nil {
 		t.Errorf("commit a manifest that refers to what is absent, and need not be there: %v", err)
+	}
+}
+
+// What was stored for somebody outlives what held it, once for each of them.
+func testLease(t *testing.T, e p2p.Engine) {
+	data := Content(1000, 1)
+	layer := push(t, e, data, nil)
+	remove := func(m p2p.Task) {
+		t.Helper()
+		if _, err := e.Delete(t.Context(), "t", digest.FromDigest(m.Digest), p2p.DeleteOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	one := push(t, e, []byte(`{"one":1}`), refs(layer)) // which it was stored for
+	for range 2 {
+		push(t, e, data, nil)
+	}
+	remove(one)
+	requireKeep(t, e, layer, p2p.KeepLoose)
+	for _, manifest := range []string{`{"two":2}`, `{"three":3}`} {
+		RequireContent(t, e, layer, data)
+		m := refs(layer)
+		m.Needs = m.Refs
+		task := push(t, e, []byte(manifest), m)
+		requireKeep(t, e, layer, p2p.KeepHeld)
+		remove(task)
+	}
+	requireMissing(t, e, layer)
+}
+
+// So does what somebody was told is there, but not where it is deleted itself.
+func testLeaseByStat(t *testing.T, e p2p.Engine) {
+	ask := func(task p2p.Task) error {
+		t.Helper()
+		_, err := e.Stat(t.Context(), task.Tag, digest.FromDigest(task.Digest), p2p.StatOptions{Scope: p2p.Local, Lease: true})
+		return err
+	}
+	manifest, layers := importArtifact(t, e, "t", "v1", []byte(`{"one":1}`), Content(1000, 1), Content(1000, 2))
+	requireError(t, "ask for what is absent", ask(p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("absent")}), p2p.ErrNotFound)
+	if err := ask(layers[0]); err != nil {
+		t.Fatal(err)
+	}
+	importArtifact(t, e, "t", "v1", []byte(`{"two":2}`), Content(1000, 3))
+	requireMissing(t, e, manifest)
+	requireMissing(t, e, layers[1])
+	requireKeep(t, e, layers[0], p2p.KeepLoose)
+	if err := ask(layers[0]); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := e.Delete(t.Context(), "t", digest.FromDigest(layers[0].Digest), p2p.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	requireMissing(t, e, layers[0])
+
+	// A manifest, too, with all that it holds.
+	manifest, layers = importArtifact(t, e, "t", "v2", []byte(`{"one":1}`), Content(1000, 1))
+	if err := ask(manifest); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := e.Delete(t.Context(), "t", cid(t, "v2"), p2p.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	requireKeep(t, e, manifest, p2p.KeepLoose)
+	requireKeep(t, e, layers[0], p2p.KeepHeld)
+	// Whoever was told has come back: it goes with its name.
+	importArtifact(t, e, "t", "v2", []byte(`{"one":1}`), Content(1000, 1))
+	if _, err := e.Delete(t.Context(), "t", cid(t, "v2"), p2p.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	requireMissing(t, e, manifest)
+	requireMissing(t, e, layers[0])
+}
+
+// A manifest, and what refers to that, tells what it has lost by force, until it is back.
+func testLacks(t *testing.T, e p2p.Engine) {
+	data := Content(1000, 1)
+	layer := push(t, e, data, nil)
+	image := push(t, e, []byte(`{"image":1}`), refs(layer, p2p.Task{Digest: digest.SHA256.FromString("never there")}))
+	index := push(t, e, []byte(`{"index":1}`), refs(image))
+	want := func(want ...digest.Digest) {
+		t.Helper()
+		for _, task := range []p2p.Task{image, index} {
+			if info, err := stat(t.Context(), e, task); err != nil || !slices.Equal(info.Lacks, want) {
+				t.Errorf("%s lacks %v, %v; want %v", task, info.Lacks, err, want)
+			}
+		}
+	}
+	want()
+	force := p2p.DeleteOptions{Force: true}
+	if _, err := e.Delete(t.Context(), "t", digest.FromDigest(layer.Digest), force); err != nil {
+		t.Fatal(err)
+	}
+	want(layer.Digest)
+	m := refs(image)
+	m.Needs = m.Refs
+	_, err := tryPush(t.Context(), e, []byte(`{"another index":1}`), m)
+	requireError(t, "refer to what is not whole", err, p2p.ErrMissingRef)
+	push(t, e, data, nil)
+	want()
+	if _, err := tryPush(t.Context(), e, []byte(`{"another index":1}`), m); err != nil {
+		t.Error(err)
+	}
+	// One that never was whole tells so when it was refused for that.
+	part := Content(1000, 2)
+	m = refs(p2p.Task{Tag: "t", Digest: digest.SHA256.FromBytes(part)})
+	other := push(t, e, []byte(`{"other":1}`), m)
+	m.Needs = m.Refs
+	_, err = tryPush(t.Context(), e, []byte(`{"other":1}`), m)
+	requireError(t, "refer to what is absent", err, p2p.ErrMissingRef)
+	if info, err := stat(t.Context(), e, other); err != nil || !slices.Equal(info.Lacks, m.Refs) {
+		t.Errorf("what was refused lacks %v, %v; want %v", info.Lacks, err, m.Refs)
+	}
+	push(t, e, part, nil)
+	if info, err := stat(t.Context(), e, other); err != nil || len(info.Lacks) > 0 {
+		t.Errorf("it lacks %v, %v", info.Lacks, err)
+	}
+	if _, err := e.Delete(t.Context(), "t", digest.FromDigest(image.Digest), force); err != nil {
+		t.Fatal(err)
+	}
+	if info, err := stat(t.Context(), e, index); err != nil || !slices.Equal(info.Lacks, []digest.Digest{image.Digest}) {
+		t.Errorf("the index lacks %v, %v; want %s", info.Lacks, err, image.Digest)
 	}
 }
 

@@ -15,7 +15,9 @@ import (
 // Blob is an open blob. It implements [p2p.Blob].
 type Blob struct {
 	*digest.Verified
-	f *os.File
+	s       *Store
+	f       *os.File
+	damaged bool // as far as it was known when it was opened
 }
 
 // File returns the blob's file, open for reading only. It belongs to the Blob.
@@ -29,9 +31,6 @@ func (b *Blob) Close() error { return b.f.Close() }
 
 // Open implements [p2p.Engine]. The result is a [*Blob].
 func (s *Store) Open(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.Blob, error) {
-	if scope == p2p.Mend {
-		return nil, fmt.Errorf("mend %s: %w", task, p2p.ErrUnreachable)
-	}
 	if err := s.begin(ctx); err != nil {
 		return nil, err
 	}
@@ -41,6 +40,15 @@ func (s *Store) Open(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.B
 	}
 	if err := s.view(func(tx *bbolt.Tx) error { return holdsTask(tx, task) }); err != nil {
 		return nil, err
+	}
+	if scope == p2p.Mend || scope == p2p.Check {
+		err := s.Recheck(ctx, task.Digest)
+		if err != nil && scope == p2p.Mend {
+			err = fmt.Errorf("mend %s: %w: %w", task, p2p.ErrUnreachable, err)
+		}
+		if err != nil {
+			return nil, err
+		}
 	}
 	blob, err := s.openBlob(task.Digest)
 	if err != nil {
@@ -95,9 +103,11 @@ func holdsTask(tx *bbolt.Tx, task p2p.Task) error {
 	return nil
 }
 
-// openBlob opens a blob, whoever holds it.
-func (s *Store) openBlob(d digest.Digest) (*Blob, error) {
-	table, err := s.table(d)
+// openBlob opens a blob, whoever holds it. Damage of which is known does not keep
+// it from that: what is good of it can be read.
+func (s *Store) openBlob(d digest.Digest) (_ *Blob, err error) {
+	defer func() { s.met(err) }()
+	table, damaged, err := s.tableAndDamage(d)
 	if err != nil {
 		return nil, err
 	}
@@ -117,7 +127,7 @@ func (s *Store) openBlob(d digest.Digest) (*Blob, error) {
 			f.Close()
 			return nil, err
 		}
-		return &Blob{Verified: digest.NewVerified(f, table), f: f}, nil
+		return &Blob{Verified: digest.NewVerified(f, table), s: s, f: f, damaged: damaged}, nil
 	}
 	if _, err := s.table(d); err != nil {
 		return nil, err // it was deleted just now
@@ -169,7 +179,14 @@ func errNoFile(d digest.Digest) error {
 }
 
 func (s *Store) table(d digest.Digest) (table *digest.Table, err error) {
+	table, _, err = s.tableAndDamage(d)
+	return table, err
+}
+
+// tableAndDamage returns a blob's piece table, and whether it is known to be damaged.
+func (s *Store) tableAndDamage(d digest.Digest) (table *digest.Table, damaged bool, err error) {
 	err = s.view(func(tx *bbolt.Tx) error {
+		damaged = has(tx, bucketDamaged, key(d))
 		v := value(tx, bucketTables, key(d))
 		if v == nil {
 			return fmt.Errorf("blob %s: %w", d, p2p.ErrNotFound)
@@ -177,5 +194,5 @@ func (s *Store) table(d digest.Digest) (table *digest.Table, err error) {
 		table, err = digest.DecodeTable(d, v)
 		return err
 	})
-	return table, err
+	return table, damaged, err
 }

@@ -132,6 +132,9 @@ func (c *checker) metadata() error {
 			{bucketNamed, func(p []string) bool { return exists(bucketNames, p[0], p[2]) }},
 			{bucketParents, func(p []string) bool { return exists(bucketTasks, p[0], p[2]) }},
 			{bucketReferrers, func(p []string) bool { return exists(bucketTasks, p[0], p[2]) }},
+			{bucketSpared, func(p []string) bool { return exists(bucketTasks, p[0], p[1]) }},
+			{bucketLost, func(p []string) bool { return exists(bucketTasks, p[0], p[1]) }},
+			{bucketDamaged, func(p []string) bool { return exists(bucketBlobs, p[0]) }},
 			{bucketTables, func(p []string) bool { return exists(bucketBlobs, p[0]) }},
 		} {
 			scan(tx, index.name, nil, func(k, _ []byte) bool {

@@ -256,7 +256,7 @@ func (s *Store) DeleteForAll(ctx context.Context, tag string, cid digest.CID, op
 	defer s.end()
 	var removed removal
 	err = s.free(func(tx *bbolt.Tx) error {
-		removed, result, deletes = removal{}, DeleteResult{News: true}, nil
+		removed, result, deletes = s.newRemoval(), DeleteResult{News: true}, nil
 		d := Delete{Tag: tag, CID: cid, Made: s.now(), Force: opts.Force, NameOnly: opts.NameOnly}
 		for _, v := range seen {
 			d.See(v)
@@ -317,7 +317,7 @@ func (s *Store) ApplyDelete(ctx context.Context, d Delete) (result DeleteResult,
 	defer s.end()
 	var removed removal
 	err = s.free(func(tx *bbolt.Tx) (err error) {
-		removed, result = removal{}, DeleteResult{}
+		removed, result = s.newRemoval(), DeleteResult{}
 		var all Delete
 		if all, result.News, err = remember(tx, d); err != nil {
 			return err
@@ -374,10 +374,14 @@ func versionOf(tx *bbolt.Tx, tag string, cid digest.CID) (Version, error) {
 	return record.version(), err
 }
 
-// soft removes a task that came from peers and that nothing holds.
+// soft removes a task that came from peers and that nothing holds, and nobody was
+// told of.
 func (r *removal) soft(tx *bbolt.Tx, t p2p.Task) error {
 	record, found, err := get[taskRecord](tx, bucketTasks, taskKey(t))
 	if err != nil || !found || record.Pinned || !record.Fetched || record.held(tx, t) {
+		return err
+	}
+	if spared, err := r.spare(tx, t, &record); spared || err != nil {
 		return err
 	}
 	return r.remove(tx, t)
@@ -419,6 +423,12 @@ func remember(tx *bbolt.Tx, d Delete) (all Delete, news bool, err error) {
 	}
 	if err := addToSum(tx, k, record); err != nil {
 		return d, false, err
+	}
+	if gone := d.CID.Digest(); d.Force && gone != "" {
+		// It may not be here, and what refers to it be.
+		if err := lose(tx, p2p.Task{Tag: d.Tag, Digest: gone}); err != nil {
+			return d, false, err
+		}
 	}
 	return d, true, putValue(tx, bucketDeleteLog, binary.BigEndian.AppendUint64(nil, number), k)
 }

@@ -127,6 +127,8 @@ func openWith(t *testing.T, dir string, f *faults) *Store {
 
 // abandon leaves a store as a crash would: files stay as they are.
 func (s *Store) abandon() {
+	s.close(p2p.ErrClosed)
+	s.sweeping.Wait()
 	s.db.Close()
 	s.guard.file.Close()
 	s.guard.lock.Close()
@@ -442,8 +444,8 @@ func TestDamage(t *testing.T) {
 			if !bytes.HasPrefix(data, out.Bytes()) {
 				t.Error("wrong bytes were handed out")
 			}
-			// What can be seen without reading, Stat tells too.
-			if _, err := s.Stat(t.Context(), task.Tag, digest.FromDigest(task.Digest), p2p.StatOptions{}); errors.Is(err, digest.ErrCorrupt) != (name != "flipped bit") {
+			// Met once, it is remembered.
+			if _, err := s.Stat(t.Context(), task.Tag, digest.FromDigest(task.Digest), p2p.StatOptions{}); !errors.Is(err, digest.ErrCorrupt) {
 				t.Errorf("stat: %v", err)
 			}
 			var found []Problem

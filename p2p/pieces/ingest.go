@@ -419,15 +419,19 @@ func (in *ingest) Commit(c p2p.Commit) error {
 	var removed removal
 	if err == nil {
 		err = in.s.update(func(tx *bbolt.Tx) error {
-			removed = removal{}
-			return removed.commit(in.s, tx, c, fresh)
+			removed = in.s.newRemoval()
+			return removed.commit(tx, c, fresh)
 		})
 	}
 	if err != nil {
 		// Files that are in place already go when the ingest is closed.
+		if errors.Is(err, p2p.ErrMissingRef) {
+			in.s.missed(c)
+		}
 		return DiskError(err)
 	}
 	in.done = true
+	in.s.endLeases(removed.ended)
 	for _, a := range fresh {
 		in.s.incoming.Add(-a.size)
 		a.size = 0
@@ -537,9 +541,21 @@ func (s *Store) syncBlobs(alg digest.Algorithm) error {
 	})
 }
 
+// commit is what has to be known of a commit for each part of it.
+type commit struct {
+	tasks map[p2p.Task]bool // that it makes or completes
+	named map[p2p.Task]bool // that it points a name to
+}
+
 // commit writes the records of a commit.
-func (r *removal) commit(s *Store, tx *bbolt.Tx, c p2p.Commit, fresh []*addition) error {
-	now := s.now()
+func (r *removal) commit(tx *bbolt.Tx, c p2p.Commit, fresh []*addition) error {
+	all := commit{tasks: map[p2p.Task]bool{}, named: map[p2p.Task]bool{}}
+	for _, n := range c.Tasks {
+		all.tasks[n.Task] = true
+	}
+	for _, n := range c.Names {
+		all.named[p2p.Task{Tag: n.Tag, Digest: n.Digest}] = true
+	}
 	for _, a := range fresh {
 		table, err := a.table.AppendBinary(nil)
 		if err != nil {
@@ -559,13 +575,16 @@ func (r *removal) commit(s *Store, tx *bbolt.Tx, c p2p.Commit, fresh []*addition
 		if err := putValue(tx, bucketTables, k, table); err != nil {
 			return err
 		}
+		if err := removeKeys(tx, bucketDamaged, k); err != nil {
+			return err
+		}
 	}
 	var released, learned []p2p.Task // what was let go, here and by a peer
 	for _, n := range c.Tasks {
 		if !has(tx, bucketBlobs, key(n.Task.Digest)) {
 			return fmt.Errorf("commit %s: blob: %w", n.Task, p2p.ErrNotFound)
 		}
-		children, err := s.addTask(tx, n, now)
+		children, err := r.addTask(tx, n, &all)
 		if err != nil {
 			return err
 		}
@@ -588,7 +607,7 @@ func (r *removal) commit(s *Store, tx *bbolt.Tx, c p2p.Commit, fresh []*addition
 		if !has(tx, bucketTasks, taskKey(t)) {
 			return fmt.Errorf("name %s: %s: %w", n.Name, t, p2p.ErrNotFound)
 		}
-		before, err := s.setName(tx, n, now)
+		before, err := r.setName(tx, n)
 		if err != nil {
 			return err
 		}
@@ -604,11 +623,8 @@ func (r *removal) commit(s *Store, tx *bbolt.Tx, c p2p.Commit, fresh []*addition
 			learned = append(learned, old)
 		}
 	}
-	committed := func(t p2p.Task) bool {
-		return slices.ContainsFunc(c.Tasks, func(n p2p.NewTask) bool { return n.Task == t })
-	}
 	for _, t := range released {
-		if committed(t) {
+		if all.tasks[t] {
 			continue
 		}
 		if err := r.release(tx, t); err != nil {
@@ -616,7 +632,7 @@ func (r *removal) commit(s *Store, tx *bbolt.Tx, c p2p.Commit, fresh []*addition
 		}
 	}
 	for _, t := range learned {
-		if committed(t) {
+		if all.tasks[t] {
 			continue
 		}
 		if err := r.releaseCopies(tx, t); err != nil {
@@ -638,12 +654,13 @@ func checkManifest(tx *bbolt.Tx, n p2p.NewTask) error {
 	if blob.Size > p2p.MaxManifest {
 		return fmt.Errorf("manifest %s: %w: it has %d bytes, the limit is %d", n.Task, digest.ErrInvalid, blob.Size, p2p.MaxManifest)
 	}
-	for _, d := range n.Manifest.Needs {
-		if t := (p2p.Task{Tag: n.Task.Tag, Digest: d}); !has(tx, bucketTasks, taskKey(t)) {
-			return &p2p.MissingRefError{Manifest: n.Task.Digest, Missing: d}
-		}
+	if len(n.Manifest.Needs) == 0 {
+		return nil
 	}
-	return nil
+	if err := missingRef(tx, n); err != nil {
+		return err
+	}
+	return forgive(tx, n.Task) // what it can be without, it can have lost
 }
 
 // Close implements [p2p.Ingest].

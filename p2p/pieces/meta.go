@@ -39,11 +39,14 @@ var (
 	bucketUsed      = []byte("used")      // tag, digest -> time of last use, nanoseconds since 1970, 8 bytes, big-endian
 	bucketLoose     = []byte("loose")     // digest -> nothing: blobs that may be held by nobody
 	bucketDeletes   = []byte("deletes")   // tag, cid -> deleteRecord: what was deleted in the swarm
+	bucketSpared    = []byte("spared")    // tag, digest -> nothing: loose tasks that go when the leases of those who have only asked end
+	bucketDamaged   = []byte("damaged")   // digest -> damageRecord: what was met in a blob
+	bucketLost      = []byte("lost")      // tag, manifest digest, child digest -> nothing: what was deleted by force, or is damaged, or has lost something itself; it may be back
 	bucketDeleteLog = []byte("deletelog") // number, 8 bytes, big-endian -> key in deletes, in the order in which this store learned of them
 	bucketSums      = []byte("sums")      // bucket -> bucketSum
 
 	allBuckets = [][]byte{bucketSums, bucketMeta, bucketBlobs, bucketTables, bucketTasks, bucketHolders,
-		bucketNames, bucketNamed, bucketParents, bucketReferrers, bucketUsed, bucketLoose, bucketDeletes, bucketDeleteLog}
+		bucketNames, bucketNamed, bucketParents, bucketReferrers, bucketUsed, bucketLoose, bucketSpared, bucketDamaged, bucketLost, bucketDeletes, bucketDeleteLog}
 
 	keyVersion = []byte("version")
 	keyBytes   = []byte("bytes")
@@ -68,6 +71,7 @@ type taskRecord struct {
 	Manifest  bool            `json:"manifest,omitempty"`
 	Refs      []digest.Digest `json:"refs,omitempty"`
 	Subject   digest.Digest   `json:"subject,omitempty"`
+	Leases    []int64         `json:"leases,omitempty"` // when those end that clients have for whom it was stored, in seconds since 1970, the first first
 }
 
 type nameRecord struct {
@@ -177,6 +181,7 @@ func (s *Store) runUpdates(jobs []*job[func(*bbolt.Tx) error]) {
 		return
 	}
 	used, cleared := s.pending()
+	defer s.removed()
 	for {
 		var stored int64
 		var failed *job[func(*bbolt.Tx) error]
@@ -255,9 +260,9 @@ func (s *Store) transaction(f func(tx *bbolt.Tx) error) (err error) {
 	return s.committed(txid)
 }
 
-// addTask makes or completes a task. It returns the children it referred to
-// and does not any more.
-func (s *Store) addTask(tx *bbolt.Tx, n p2p.NewTask, now time.Time) (released []digest.Digest, err error) {
+// addTask makes or completes a task of the commit c. It returns the children it
+// referred to and does not any more.
+func (r *removal) addTask(tx *bbolt.Tx, n p2p.NewTask, c *commit) (released []digest.Digest, err error) {
 	k := taskKey(n.Task)
 	record, found, err := get[taskRecord](tx, bucketTasks, k)
 	if err != nil {
@@ -267,11 +272,11 @@ func (s *Store) addTask(tx *bbolt.Tx, n p2p.NewTask, now time.Time) (released []
 	if found {
 		before = record.version()
 	} else {
-		record.Imported = now
+		record.Imported = r.now
 		record.Loose = n.Keep == p2p.KeepLoose
 		record.Fetched = !n.Origin.IsZero()
 	}
-	version, err := s.stamp(tx, n.Task.Tag, string(n.Task.Digest), Version{n.Origin, n.After}, before, now)
+	version, err := r.s.stamp(tx, n.Task.Tag, string(n.Task.Digest), Version{n.Origin, n.After}, before, r.now)
 	if err != nil {
 		return nil, err
 	}
@@ -291,14 +296,36 @@ func (s *Store) addTask(tx *bbolt.Tx, n p2p.NewTask, now time.Time) (released []
 		if err := record.link(tx, n.Task); err != nil {
 			return nil, err
 		}
+		for _, d := range m.Refs {
+			child, take := p2p.Task{Tag: n.Task.Tag, Digest: d}, adopt
+			if n.Origin.IsZero() && !c.tasks[child] {
+				take = r.takeOver // it was there before, as its client was told
+			}
+			if err := take(tx, child); err != nil {
+				return nil, err
+			}
+		}
+		if err := inherit(tx, n.Task, m.Refs); err != nil {
+			return nil, err
+		}
 	}
 	record.Loose = record.Loose && !record.held(tx, n.Task)
+	if n.Keep == p2p.KeepLoose && n.Origin.IsZero() && !c.named[n.Task] && !record.attached(tx, n.Task) {
+		r.lease(&record)
+		if err := removeKeys(tx, bucketSpared, k); err != nil { // it was pushed now
+			return nil, err
+		}
+	}
 	if err := put(tx, bucketTasks, k, record); err != nil {
 		return nil, err
 	}
 	// What is about this task, and came before it, is held by it now.
 	for _, referrer := range lastParts(tx, bucketReferrers, prefix(n.Task.Tag, string(n.Task.Digest))) {
-		if err := adopt(tx, p2p.Task{Tag: n.Task.Tag, Digest: digest.Digest(referrer)}); err != nil {
+		take := adopt
+		if n.Origin.IsZero() {
+			take = r.takeOver
+		}
+		if err := take(tx, p2p.Task{Tag: n.Task.Tag, Digest: digest.Digest(referrer)}); err != nil {
 			return nil, err
 		}
 	}
@@ -331,13 +358,10 @@ func (r *taskRecord) keep() p2p.Keep {
 	return p2p.KeepHeld
 }
 
-// link enters what the manifest t refers to in the indexes, and makes it its own.
+// link enters what the manifest t refers to in the indexes.
 func (r *taskRecord) link(tx *bbolt.Tx, t p2p.Task) error {
 	for _, child := range r.Refs {
 		if err := putValue(tx, bucketParents, key(t.Tag, string(child), string(t.Digest)), nil); err != nil {
-			return err
-		}
-		if err := adopt(tx, p2p.Task{Tag: t.Tag, Digest: child}); err != nil {
 			return err
 		}
 	}
@@ -364,7 +388,12 @@ func (r *taskRecord) unlink(tx *bbolt.Tx, t p2p.Task) error {
 func (r *taskRecord) held(tx *bbolt.Tx, t p2p.Task) bool {
 	return hasAny(tx, bucketNamed, prefix(t.Tag, string(t.Digest))) ||
 		hasAny(tx, bucketParents, prefix(t.Tag, string(t.Digest))) ||
-		r.Subject != "" && has(tx, bucketTasks, key(t.Tag, string(r.Subject)))
+		r.attached(tx, t)
+}
+
+// attached reports whether what the task t is about is there.
+func (r *taskRecord) attached(tx *bbolt.Tx, t p2p.Task) bool {
+	return r.Subject != "" && has(tx, bucketTasks, key(t.Tag, string(r.Subject)))
 }
 
 // adopt says that something holds the task t from now on, where t exists.
@@ -377,6 +406,11 @@ func setLoose(tx *bbolt.Tx, t p2p.Task, loose bool) error {
 		return err
 	}
 	record.Loose = loose
+	if !loose {
+		if err := removeKeys(tx, bucketSpared, taskKey(t)); err != nil {
+			return err
+		}
+	}
 	return put(tx, bucketTasks, taskKey(t), record)
 }
 
@@ -391,7 +425,7 @@ func loosen(tx *bbolt.Tx, t p2p.Task) error {
 
 // setName points a name to a task and returns the task it pointed to before, or
 // "". What came from a peer does not replace what is newer.
-func (s *Store) setName(tx *bbolt.Tx, n p2p.NewName, now time.Time) (before digest.Digest, err error) {
+func (r *removal) setName(tx *bbolt.Tx, n p2p.NewName) (before digest.Digest, err error) {
 	k := key(n.Tag, n.Name)
 	record, found, err := get[nameRecord](tx, bucketNames, k)
 	if err != nil {
@@ -401,7 +435,7 @@ func (s *Store) setName(tx *bbolt.Tx, n p2p.NewName, now time.Time) (before dige
 	if !n.Updated.IsZero() {
 		known = Version{} // what is to be compared with it is not part of it
 	}
-	version, err := s.stamp(tx, n.Tag, n.Name, Version{n.Updated, n.After}, known, now)
+	version, err := r.s.stamp(tx, n.Tag, n.Name, Version{n.Updated, n.After}, known, r.now)
 	if err != nil {
 		return "", err
 	}
@@ -417,7 +451,11 @@ func (s *Store) setName(tx *bbolt.Tx, n p2p.NewName, now time.Time) (before dige
 	if err := put(tx, bucketNames, k, nameRecord{Digest: n.Digest, Updated: version.At, After: version.After, LetGo: !n.KeepOld}); err != nil {
 		return "", err
 	}
-	if err := adopt(tx, p2p.Task{Tag: n.Tag, Digest: n.Digest}); err != nil {
+	take := adopt
+	if n.Updated.IsZero() {
+		take = r.takeOver
+	}
+	if err := take(tx, p2p.Task{Tag: n.Tag, Digest: n.Digest}); err != nil {
 		return "", err
 	}
 	return before, putValue(tx, bucketNamed, key(n.Tag, string(n.Digest), n.Name), nil)
@@ -425,18 +463,24 @@ func (s *Store) setName(tx *bbolt.Tx, n p2p.NewName, now time.Time) (before dige
 
 // removal is what a change takes away.
 type removal struct {
+	s       *Store
+	now     time.Time
 	tasks   []p2p.Task
 	origins []time.Time // of tasks
 	loose   int         // blobs that no task is left of
 	freed   int64       // bytes in them
+	ended   []p2p.Task  // whose leases in memory it has fulfilled, each one for one
 
 	copiesOnly bool // what was put in on this host is not taken away: it becomes loose
 }
 
+func (s *Store) newRemoval() removal { return removal{s: s, now: s.now()} }
+
 func (r *removal) deleted() p2p.Deleted { return p2p.Deleted{Tasks: len(r.tasks), Freed: r.freed} }
 
 // release removes a task that nothing holds, neither a pin nor a name nor
-// another task; and then what only it held.
+// another task; and then what only it held. One that a client was told of becomes
+// loose instead (lease.go).
 func (r *removal) release(tx *bbolt.Tx, t p2p.Task) error {
 	record, found, err := get[taskRecord](tx, bucketTasks, taskKey(t))
 	if err != nil || !found || record.keep() != p2p.KeepHeld || record.held(tx, t) {
@@ -444,6 +488,9 @@ func (r *removal) release(tx *bbolt.Tx, t p2p.Task) error {
 	}
 	if r.copiesOnly && !record.Fetched {
 		return setLoose(tx, t, true)
+	}
+	if spared, err := r.spare(tx, t, &record); spared || err != nil {
+		return err
 	}
 	return r.remove(tx, t)
 }
@@ -468,7 +515,11 @@ func (r *removal) remove(tx *bbolt.Tx, t p2p.Task) error {
 			return err
 		}
 	}
-	if err := removeKeys(tx, bucketTasks, taskKey(t), bucketUsed, taskKey(t), bucketHolders, key(string(t.Digest), t.Tag)); err != nil {
+	if err := removeKeys(tx, bucketTasks, taskKey(t), bucketSpared, taskKey(t), bucketUsed, taskKey(t), bucketHolders, key(string(t.Digest), t.Tag)); err != nil {
+		return err
+	}
+	r.s.endAll(t)
+	if err := forgive(tx, t); err != nil {
 		return err
 	}
 	r.tasks, r.origins = append(r.tasks, t), append(r.origins, record.origin())

@@ -2,6 +2,7 @@ package pieces
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -46,8 +47,8 @@ const statAttempts = 10
 
 // Stat implements [p2p.Engine]. Where the blob's file is missing or has another
 // size, the error is a [digest.CorruptError]; its bytes are not read, but for a
-// manifest that is asked for.
-func (s *Store) Stat(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions) (p2p.Info, error) {
+// manifest that is asked for, and where damage is known.
+func (s *Store) Stat(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions) (_ p2p.Info, err error) {
 	if err := s.begin(ctx); err != nil {
 		return p2p.Info{}, err
 	}
@@ -55,17 +56,32 @@ func (s *Store) Stat(ctx context.Context, tag string, cid digest.CID, opts p2p.S
 	if err := validateRef(tag, cid); err != nil {
 		return p2p.Info{}, err
 	}
+	if opts.Lease && cid.Digest() != "" {
+		task := p2p.Task{Tag: tag, Digest: cid.Digest()}
+		if err := s.view(func(tx *bbolt.Tx) error { return holdsTask(tx, task) }); err != nil {
+			return p2p.Info{}, err
+		}
+		// First the lease, then another look: so what is found is held.
+		if !s.lend(task) {
+			return p2p.Info{}, errGoing(task)
+		}
+		defer func() {
+			if err != nil {
+				s.takeBack(task)
+			}
+		}()
+	}
 	for attempt := 1; ; attempt++ {
-		info, refs, err := s.lookUp(tag, cid, opts.Manifest && !opts.ContentOnly)
+		info, refs, damage, err := s.lookUp(tag, cid, opts.Manifest && !opts.ContentOnly)
 		if err != nil {
 			return p2p.Info{}, err
 		}
 		if info.IsManifest && opts.Manifest && opts.ContentOnly && opts.MaxContent > 0 && info.Size > opts.MaxContent {
-			info.Manifest, err = &p2p.Manifest{}, s.checkFile(info)
+			info.Manifest, err = &p2p.Manifest{}, s.checkBlob(ctx, info, damage, opts)
 		} else if info.IsManifest && opts.Manifest {
 			info.Manifest, err = s.manifest(info.Task.Digest, refs)
 		} else {
-			err = s.checkFile(info)
+			err = s.checkBlob(ctx, info, damage, opts)
 		}
 		if err == nil {
 			return info, nil
@@ -77,20 +93,44 @@ func (s *Store) Stat(ctx context.Context, tag string, cid digest.CID, opts p2p.S
 	}
 }
 
-// lookUp describes what cid names and, where refs are wanted, those tasks that it refers to.
-func (s *Store) lookUp(tag string, cid digest.CID, withRefs bool) (info p2p.Info, refs []p2p.Info, err error) {
+// StatForPeers describes a task for peers. Of a blob that is damaged they may have
+// what is good.
+func (s *Store) StatForPeers(ctx context.Context, task p2p.Task) (p2p.Info, error) {
+	if err := s.begin(ctx); err != nil {
+		return p2p.Info{}, err
+	}
+	defer s.end()
+	cid := digest.FromDigest(task.Digest)
+	if err := validateRef(task.Tag, cid); err != nil {
+		return p2p.Info{}, err
+	}
+	info, _, _, err := s.lookUp(task.Tag, cid, false)
+	if err == nil {
+		err = s.checkFile(info)
+	}
+	return info, err
+}
+
+// lookUp describes what cid names and, where refs are wanted, those tasks that it
+// refers to and that are not known to be damaged. It tells of damage apart.
+func (s *Store) lookUp(tag string, cid digest.CID, withRefs bool) (info p2p.Info, refs []p2p.Info, damage, err error) {
 	err = s.view(func(tx *bbolt.Tx) error {
 		task, err := resolve(tx, tag, cid)
 		if err != nil {
 			return err
 		}
 		var record taskRecord
-		if info, record, err = s.info(tx, task); err != nil || !withRefs {
+		if info, record, err = s.info(tx, task); err != nil {
 			return err
+		}
+		damage = damageOf(tx, task.Digest)
+		info.Lacks = lacks(tx, task)
+		if !withRefs {
+			return nil
 		}
 		for _, d := range record.Refs[:min(len(record.Refs), p2p.MaxRefs)] {
 			ref, _, err := s.info(tx, p2p.Task{Tag: tag, Digest: d})
-			if errors.Is(err, p2p.ErrNotFound) {
+			if errors.Is(err, p2p.ErrNotFound) || err == nil && damageOf(tx, d) != nil {
 				continue
 			}
 			if err != nil {
@@ -100,13 +140,25 @@ func (s *Store) lookUp(tag string, cid digest.CID, withRefs bool) (info p2p.Info
 		}
 		return nil
 	})
-	return info, refs, err
+	return info, refs, damage, err
+}
+
+// checkBlob looks whether a blob is as it should be, as far as that can be known without
+// reading it. One of which damage is known is read again: it may be whole by now, or be
+// damaged elsewhere. Only whoever asks in order to push it is not kept waiting for that.
+func (s *Store) checkBlob(ctx context.Context, info p2p.Info, damage error, opts p2p.StatOptions) error {
+	err := s.checkFile(info)
+	if err != nil || damage == nil || opts.Lease {
+		return cmp.Or(err, damage)
+	}
+	return s.Recheck(ctx, info.Task.Digest)
 }
 
 // checkFile looks whether the blob's file is there and has the right size. An
 // error that is [p2p.ErrNotFound] says that the blob has been deleted meanwhile.
-func (s *Store) checkFile(info p2p.Info) error {
+func (s *Store) checkFile(info p2p.Info) (err error) {
 	d := info.Task.Digest
+	defer func() { s.met(err) }()
 	file, err := os.Stat(s.blobPath(d))
 	if err == nil {
 		return checkSize(&digest.Table{Digest: d, Size: info.Size, PieceLength: info.PieceLength}, file.Size())
@@ -202,7 +254,7 @@ func (s *Store) DeleteTasks(ctx context.Context, tag string, cid digest.CID, opt
 	}
 	var removed removal
 	err := s.free(func(tx *bbolt.Tx) error {
-		removed = removal{}
+		removed = s.newRemoval()
 		return removed.delete(tx, tag, cid, opts)
 	})
 	if err != nil {
@@ -229,8 +281,13 @@ func (r *removal) delete(tx *bbolt.Tx, tag string, cid digest.CID, opts p2p.Dele
 		}
 		return r.release(tx, task)
 	}
-	if parents := lastParts(tx, bucketParents, prefix(tag, string(task.Digest))); len(parents) > 0 && !opts.Force {
-		return fmt.Errorf("%s: %w: %s: delete that first, or force it", task, p2p.ErrReferenced, describeParents(tx, tag, parents))
+	if parents := lastParts(tx, bucketParents, prefix(tag, string(task.Digest))); len(parents) > 0 {
+		if !opts.Force {
+			return fmt.Errorf("%s: %w: %s: delete that first, or force it", task, p2p.ErrReferenced, describeParents(tx, tag, parents))
+		}
+		if err := lose(tx, task); err != nil {
+			return err
+		}
 	}
 	return r.remove(tx, task)
 }

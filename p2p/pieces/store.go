@@ -1,6 +1,7 @@
 package pieces
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -35,6 +36,9 @@ type Options struct {
 	// MaxSize is how many bytes blobs and what is being taken in may have
 	// together; 0 is no limit. What goes beyond it fails with [p2p.ErrNoSpace].
 	MaxSize int64
+	// Lease is how long a client has to build on what it was told is here: as long
+	// as an upload may take. The default is [DefaultLease].
+	Lease time.Duration
 	// Now tells the time; the default is time.Now.
 	Now func() time.Time
 }
@@ -48,6 +52,7 @@ type Store struct {
 	db    *bbolt.DB
 	guard guard
 
+	lease    time.Duration
 	maxSize  int64        // 0 is no limit
 	stored   atomic.Int64 // bytes in all blobs
 	incoming atomic.Int64 // bytes in copies that are not blobs yet
@@ -65,8 +70,9 @@ type Store struct {
 	callMu sync.Mutex     // guards closed, and calls against Close
 	closed bool
 	// closing ends with Close, of which it has the error. What is read for a caller ends with it.
-	closing context.Context
-	close   context.CancelCauseFunc
+	closing  context.Context
+	sweeping sync.WaitGroup
+	close    context.CancelCauseFunc
 
 	// holdMu guards holds and is kept while blobs are dropped, so that who has
 	// a hold knows that its blob stays as it is.
@@ -78,6 +84,7 @@ type Store struct {
 	saved   time.Time              // when they were last written there
 	moved   map[digest.Digest]bool // loose blobs whose files are moved away, which a power cut may undo
 	cleared map[digest.Digest]bool // loose blobs that are gone for good, to be taken off the list
+	lent    lent
 
 	partials map[digest.Digest]*Partial // those that are open
 	unopened map[digest.Digest]leftover // those that are not
@@ -111,6 +118,7 @@ func open(dir string, opts Options, files files) (_ *Store, err error) {
 		maxSize:  opts.MaxSize,
 		guard:    guard{failed: make(chan struct{})},
 		clock:    opts.Now,
+		lease:    cmp.Or(opts.Lease, DefaultLease),
 		dirSyncs: map[digest.Algorithm]*batch[struct{}]{},
 		holds:    map[digest.Digest]*hold{},
 		used:     map[p2p.Task]time.Time{},
@@ -119,6 +127,7 @@ func open(dir string, opts Options, files files) (_ *Store, err error) {
 		cleared:  map[digest.Digest]bool{},
 		partials: map[digest.Digest]*Partial{},
 		unopened: map[digest.Digest]leftover{},
+		lent:     lent{tasks: map[p2p.Task][]time.Time{}, going: map[p2p.Task]bool{}},
 	}
 	s.closing, s.close = context.WithCancelCause(context.Background())
 	if s.clock == nil {
@@ -166,6 +175,9 @@ func open(dir string, opts Options, files files) (_ *Store, err error) {
 		s.guard.file.Close()
 		s.guard.lock.Close()
 		return nil, fmt.Errorf("open store %s: recover: %w", dir, DiskError(err))
+	}
+	if !opts.Existing { // whoever only looks changes nothing
+		s.sweeping.Go(s.sweep)
 	}
 	return s, nil
 }
@@ -348,6 +360,7 @@ func (s *Store) Close() error {
 	s.closed = true
 	s.callMu.Unlock()
 	s.close(fmt.Errorf("store %s: %w", s.dir, p2p.ErrClosed))
+	s.sweeping.Wait()
 	s.calls.Wait()
 	if closed {
 		return nil
@@ -497,7 +510,7 @@ func (s *Store) unlink(blobs []digest.Digest) (trash []string, err error) {
 					return err
 				}
 			}
-			if err := removeKeys(tx, bucketBlobs, key(d), bucketTables, key(d)); err != nil {
+			if err := removeKeys(tx, bucketBlobs, key(d), bucketTables, key(d), bucketDamaged, key(d)); err != nil {
 				return err
 			}
 			gone = append(gone, d)

@@ -320,7 +320,7 @@ func (c *Client) Close() error {
 func (c *Client) Stat(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions) (p2p.Info, error) {
 	req := &pb.StatRequest{
 		Tag: tag, Cid: cid.String(), Scope: scopes.message(opts.Scope),
-		Manifest: opts.Manifest, Keep: opts.Keep, Holders: opts.Holders,
+		Manifest: opts.Manifest, Keep: opts.Keep, Holders: opts.Holders, Lease: opts.Lease,
 	}
 	if _, _, err := parseStat(req); err != nil {
 		return p2p.Info{}, err

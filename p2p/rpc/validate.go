@@ -46,6 +46,7 @@ var (
 		pb.Scope_SCOPE_NETWORK: p2p.Network,
 		pb.Scope_SCOPE_LOCAL:   p2p.Local,
 		pb.Scope_SCOPE_MEND:    p2p.Mend,
+		pb.Scope_SCOPE_CHECK:   p2p.Check,
 	}
 	keeps = enum[pb.Keep, p2p.Keep]{
 		pb.Keep_KEEP_HELD:   p2p.KeepHeld,
@@ -103,7 +104,7 @@ func parseName(tag, cid string) (digest.CID, error) {
 }
 
 func parseStat(r *pb.StatRequest) (cid digest.CID, opts p2p.StatOptions, err error) {
-	opts = p2p.StatOptions{Manifest: r.GetManifest(), Keep: r.GetKeep(), Holders: r.GetHolders()}
+	opts = p2p.StatOptions{Manifest: r.GetManifest(), Keep: r.GetKeep(), Holders: r.GetHolders(), Lease: r.GetLease()}
 	if cid, err = parseName(r.GetTag(), r.GetCid()); err != nil {
 		return cid, opts, err
 	}
@@ -111,8 +112,8 @@ func parseStat(r *pb.StatRequest) (cid digest.CID, opts p2p.StatOptions, err err
 		return cid, opts, err
 	}
 	switch {
-	case opts.Scope == p2p.Mend:
-		err = fmt.Errorf("stat %s: %w: only an open mends", cid, digest.ErrInvalid)
+	case opts.Scope == p2p.Mend, opts.Scope == p2p.Check:
+		err = fmt.Errorf("stat %s: %w: only an open mends or checks", cid, digest.ErrInvalid)
 	case opts.Keep && (opts.Scope != p2p.Network || !opts.Manifest):
 		err = fmt.Errorf("stat %s to keep it: %w: it goes with its manifest, and with the network as the scope", cid, digest.ErrInvalid)
 	case opts.Holders && opts.Scope != p2p.Network:
@@ -395,6 +396,7 @@ func infoMessage(i p2p.Info) *pb.Info {
 		OriginUnixNano:   nanoseconds(i.Origin),
 		ImportedUnixNano: nanoseconds(i.Imported),
 		LastUsedUnixNano: nanoseconds(i.LastUsed),
+		Lacks:            stringsOf(i.Lacks),
 	}
 }
 
@@ -544,8 +546,13 @@ func infoOf(i *pb.Info) (p2p.Info, error) {
 	if i.GetSize() < 0 || i.GetPieces() < 0 || i.GetHeld() < 0 {
 		return p2p.Info{}, fmt.Errorf("the daemon's answer: %s has %d bytes, and %d of %d pieces", task, i.GetSize(), i.GetHeld(), i.GetPieces())
 	}
+	var lacks []digest.Digest
+	for _, d := range i.GetLacks() {
+		lacks = append(lacks, digest.Digest(d))
+	}
 	return p2p.Info{
 		Task:        task,
+		Lacks:       lacks,
 		Size:        i.GetSize(),
 		PieceLength: i.GetPieceLength(),
 		Pieces:      int(i.GetPieces()),

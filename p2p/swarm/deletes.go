@@ -169,7 +169,7 @@ func (s *Swarm) releaseLost(tag string) {
 		delete(s.releasing, tag)
 		s.mu.Unlock()
 		for _, task := range left() {
-			if _, _, err := s.statTask(s.ctx, task, false); !errors.Is(err, p2p.ErrNotFound) {
+			if _, _, err := s.statTask(s.ctx, task, p2p.StatOptions{}); !errors.Is(err, p2p.ErrNotFound) {
 				continue
 			}
 			if err := s.store.ReleasePartial(task); err != nil {

@@ -156,7 +156,7 @@ func (s *Swarm) fetch(ctx context.Context, task p2p.Task, damaged bool) (*Arrivi
 		if held, err := s.store.Holds(ctx, task.Digest); err != nil {
 			return nil, err
 		} else if held && !damaged {
-			info, _, err := s.statTask(ctx, task, false)
+			info, _, err := s.statTask(ctx, task, p2p.StatOptions{})
 			if err != nil {
 				return nil, err
 			}
@@ -198,7 +198,7 @@ func (s *Swarm) openTask(ctx context.Context, d *download, task p2p.Task) (*Arri
 		err = errSealed
 	} else if !known {
 		var info p2p.Info
-		if info, _, err = s.statTask(ctx, task, false); err == nil {
+		if info, _, err = s.statTask(ctx, task, p2p.StatOptions{}); err == nil {
 			err = d.addTask(info)
 		}
 	}

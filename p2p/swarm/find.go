@@ -312,10 +312,10 @@ func (s *Swarm) accept(ctx context.Context, from peer.ID, task p2p.Task, state *
 }
 
 // statTask asks the network for a task.
-func (s *Swarm) statTask(ctx context.Context, task p2p.Task, holders bool) (info p2p.Info, from peer.ID, err error) {
+func (s *Swarm) statTask(ctx context.Context, task p2p.Task, opts p2p.StatOptions) (info p2p.Info, from peer.ID, err error) {
 	lookupCtx, cancel := s.within(ctx)
 	defer cancel()
-	l := s.lookup(lookupCtx, &findRequest{Tasks: []taskRef{taskRef(task)}}, taskKey(task), false)
+	l := s.lookup(lookupCtx, &findRequest{Tasks: []taskRef{taskRef(task)}, Lease: opts.Lease}, taskKey(task), false)
 	counted := &p2p.Holders{}
 	found := false
 	for a := range l.answers {
@@ -335,7 +335,7 @@ func (s *Swarm) statTask(ctx context.Context, task p2p.Task, holders bool) (info
 			}
 		}
 		found = true
-		if !holders && from != "" {
+		if !opts.Holders && from != "" {
 			break
 		}
 	}
@@ -349,7 +349,7 @@ func (s *Swarm) statTask(ctx context.Context, task p2p.Task, holders bool) (info
 		return p2p.Info{Holders: counted}, "", missed
 	}
 	counted.Asked, counted.Silent = l.end()
-	if holders {
+	if opts.Holders {
 		info.Holders = counted
 	}
 	return info, from, nil
@@ -404,7 +404,21 @@ func infoOf(task p2p.Task, state *taskState) p2p.Info {
 	if state.Pinned {
 		info.Keep = p2p.KeepPinned
 	}
+	if state.Lacks {
+		info.Lacks = []digest.Digest{task.Digest} // of which part of it, nothing is said
+	}
 	return info
+}
+
+// lacking returns what is lost of a manifest here and that no peer has.
+func (s *Swarm) lacking(ctx context.Context, info p2p.Info) []digest.Digest {
+	for _, d := range info.Lacks {
+		remote, from, err := s.statTask(ctx, p2p.Task{Tag: info.Task.Tag, Digest: d}, p2p.StatOptions{})
+		if err != nil || from == "" || len(remote.Lacks) > 0 {
+			return info.Lacks
+		}
+	}
+	return nil
 }
 
 // taskState says what this daemon has of a task, or nil.
@@ -413,12 +427,12 @@ func (s *Swarm) taskState(ctx context.Context, task p2p.Task, asker peer.ID) (*t
 		return nil, nil
 	}
 	var state *taskState
-	info, err := s.store.Stat(ctx, task.Tag, digest.FromDigest(task.Digest), p2p.StatOptions{Scope: p2p.Local})
+	info, err := s.store.StatForPeers(ctx, task)
 	switch {
 	case err == nil:
 		state = &taskState{
 			Size: info.Size, MediaType: info.MediaType, Manifest: info.IsManifest,
-			Pinned: info.Keep == p2p.KeepPinned, Origin: info.Origin, After: info.After,
+			Pinned: info.Keep == p2p.KeepPinned, Origin: info.Origin, After: info.After, Lacks: len(info.Lacks) > 0,
 		}
 		if state.Referred, err = s.store.Referenced(ctx, task); err != nil {
 			return nil, err

@@ -150,6 +150,11 @@ func (s *Swarm) serveFind(w http.ResponseWriter, r *http.Request, from peer.ID) 
 		if err := task.Validate(); err != nil {
 			return err
 		}
+		if req.Lease {
+			if err := s.store.Lease(ctx, task); err != nil && !errors.Is(err, p2p.ErrNotFound) {
+				return err
+			}
+		}
 		if reply.Tasks[i], err = s.taskState(ctx, task, from); err != nil {
 			return err
 		}

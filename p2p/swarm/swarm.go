@@ -383,10 +383,17 @@ func (s *Swarm) Stat(ctx context.Context, tag string, cid digest.CID, opts p2p.S
 	if err := p2p.ValidateTag(tag); err != nil {
 		return p2p.Info{}, err
 	}
-	if cid.CacheID() != "" {
-		return s.statName(ctx, tag, cid, opts)
+	stat := s.statName
+	if cid.CacheID() == "" {
+		stat = func(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions) (p2p.Info, error) {
+			return s.statDigest(ctx, p2p.Task{Tag: tag, Digest: cid.Digest()}, opts, nil)
+		}
 	}
-	return s.statDigest(ctx, p2p.Task{Tag: tag, Digest: cid.Digest()}, opts, nil)
+	info, err := stat(ctx, tag, cid, opts)
+	if err == nil && opts.Lease && len(info.Lacks) > 0 && !info.Remote {
+		info.Lacks = s.lacking(ctx, info)
+	}
+	return info, err
 }
 
 // statLocal describes what is here, or has begun to arrive.
@@ -405,7 +412,7 @@ func (s *Swarm) statLocal(ctx context.Context, tag string, cid digest.CID, opts 
 
 // localOnly returns the same options for what is here alone.
 func localOnly(opts p2p.StatOptions) p2p.StatOptions {
-	return p2p.StatOptions{Scope: p2p.Local, Manifest: opts.Manifest, ContentOnly: opts.ContentOnly, MaxContent: opts.MaxContent}
+	return p2p.StatOptions{Scope: p2p.Local, Manifest: opts.Manifest, ContentOnly: opts.ContentOnly, MaxContent: opts.MaxContent, Lease: opts.Lease}
 }
 
 // statName describes what a name stands for.
@@ -430,7 +437,7 @@ func (s *Swarm) statName(ctx context.Context, tag string, cid digest.CID, opts p
 // statDigest describes a task. name is what led to it where that is not here.
 func (s *Swarm) statDigest(ctx context.Context, task p2p.Task, opts p2p.StatOptions, name *p2p.NewName) (p2p.Info, error) {
 	info, err := s.statLocal(ctx, task.Tag, digest.FromDigest(task.Digest), localOnly(opts))
-	here := err == nil
+	here, damage := err == nil, err
 	// What is damaged here may be whole elsewhere.
 	if !here && !errors.Is(err, p2p.ErrNotFound) && !errors.Is(err, digest.ErrCorrupt) {
 		return info, err
@@ -438,12 +445,14 @@ func (s *Swarm) statDigest(ctx context.Context, task p2p.Task, opts p2p.StatOpti
 	var from peer.ID
 	if !here || opts.Holders {
 		var remote p2p.Info
-		remote, from, err = s.statTask(ctx, task, opts.Holders)
+		remote, from, err = s.statTask(ctx, task, opts)
 		switch {
 		case err == nil && here:
 			info.Holders = remote.Holders
 		case err == nil:
 			info = remote
+		case !here && errors.Is(damage, digest.ErrCorrupt) && (errors.Is(err, p2p.ErrNotFound) || errors.Is(err, p2p.ErrUnreachable)):
+			return info, damage // it is here, and nobody has it whole
 		case !here:
 			return info, err
 		case errors.Is(err, p2p.ErrNotFound), errors.Is(err, p2p.ErrUnreachable):
@@ -505,7 +514,7 @@ func (s *Swarm) withRefs(ctx context.Context, info p2p.Info, opts p2p.StatOption
 			missing = append(missing, taskRef(task))
 		}
 		if opts.Holders {
-			if remote, _, err := s.statTask(ctx, task, true); err == nil || found {
+			if remote, _, err := s.statTask(ctx, task, p2p.StatOptions{Holders: true}); err == nil || found {
 				if !found {
 					ref = remote
 				}
@@ -545,6 +554,9 @@ func (s *Swarm) Open(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.B
 		}
 		return s.store.Open(ctx, task, p2p.Local)
 	}
+	if scope == p2p.Check {
+		return s.store.Open(ctx, task, scope)
+	}
 	blob, err := s.store.Open(ctx, task, p2p.Local)
 	if err == nil || scope == p2p.Local || !errors.Is(err, p2p.ErrNotFound) && !errors.Is(err, digest.ErrCorrupt) {
 		return blob, err
@@ -565,11 +577,15 @@ func (s *Swarm) Open(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.B
 // mend makes a blob whole that is damaged here, and returns when it is stored. Its
 // good pieces are not fetched.
 func (s *Swarm) mend(ctx context.Context, task p2p.Task) error {
-	if s.opts.Mode == SeedOnly {
-		return fmt.Errorf("mend %s: %w", task, errSeedOnly)
-	}
 	if _, err := s.store.Stat(ctx, task.Tag, digest.FromDigest(task.Digest), p2p.StatOptions{Scope: p2p.Local}); err != nil && !errors.Is(err, digest.ErrCorrupt) {
 		return err
+	}
+	// Whoever has met the damage may have read in another process.
+	if err := s.store.Recheck(ctx, task.Digest); !errors.Is(err, digest.ErrCorrupt) {
+		return err
+	}
+	if s.opts.Mode == SeedOnly {
+		return fmt.Errorf("mend %s: %w", task, errSeedOnly)
 	}
 	arriving, err := s.fetch(ctx, task, true)
 	if arriving != nil {

@@ -111,6 +111,7 @@ type findRequest struct {
 	Tasks     []taskRef `json:"tasks,omitempty"`
 	Names     []nameRef `json:"names,omitempty"`
 	Referrers []taskRef `json:"referrers,omitempty"` // what refers to these, or has them as subject
+	Lease     bool      `json:"lease,omitempty"`     // a client is told of the tasks: they are to stay for as long as an upload may take
 }
 
 // findReply answers in the order of the request.
@@ -132,6 +133,7 @@ type taskState struct {
 	Origin    time.Time `json:"origin"`
 	After     time.Time `json:"after,omitzero"`     // pieces.Version.After of it
 	Referred  bool      `json:"referred,omitempty"` // another task refers to it there
+	Lacks     bool      `json:"lacks,omitempty"`    // a manifest that has lost a part there
 	Hints     []hint    `json:"hints,omitempty"`    // who else has it, or a part of it
 }
 

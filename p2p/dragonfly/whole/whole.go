@@ -23,6 +23,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
@@ -158,7 +159,7 @@ func (e *Engine) Stat(ctx context.Context, tag string, cid digest.CID, opts p2p.
 		return p2p.Info{}, err
 	}
 	defer e.End()
-	local := p2p.StatOptions{Scope: p2p.Local, Manifest: opts.Manifest, ContentOnly: opts.ContentOnly, MaxContent: opts.MaxContent}
+	local := p2p.StatOptions{Scope: p2p.Local, Manifest: opts.Manifest, ContentOnly: opts.ContentOnly, MaxContent: opts.MaxContent, Lease: opts.Lease}
 	info, err := e.store.Stat(ctx, tag, cid, local)
 	if opts.Scope == p2p.Local {
 		return info, err
@@ -215,6 +216,9 @@ func (e *Engine) Open(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.
 		}
 		return e.store.Open(ctx, task, p2p.Local)
 	}
+	if scope == p2p.Check {
+		return e.store.Open(ctx, task, scope)
+	}
 	blob, err := e.store.Open(ctx, task, p2p.Local)
 	if scope == p2p.Local || !isMissing(err) {
 		return blob, err
@@ -228,6 +232,9 @@ func (e *Engine) Open(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.
 // mend replaces a blob that is damaged here.
 func (e *Engine) mend(ctx context.Context, task p2p.Task) error {
 	if _, err := e.store.Stat(ctx, task.Tag, digest.FromDigest(task.Digest), p2p.StatOptions{Scope: p2p.Local}); err != nil && !errors.Is(err, digest.ErrCorrupt) {
+		return err
+	}
+	if err := e.store.Recheck(ctx, task.Digest); !errors.Is(err, digest.ErrCorrupt) {
 		return err
 	}
 	if err := e.fetch(ctx, task); err != nil {
@@ -336,7 +343,7 @@ func (e *Engine) Take(ctx context.Context, task p2p.Task, f *os.File) error {
 	if _, err := f.Seek(0, io.SeekStart); err != nil {
 		return err
 	}
-	n := p2p.NewTask{Task: task, Keep: p2p.KeepLoose}
+	n := p2p.NewTask{Task: task, Keep: p2p.KeepLoose, Origin: time.Now()} // nobody knows when it was imported
 	var src io.Reader = f
 	if e.opts.DetectManifest != nil && info.Size() <= p2p.MaxManifest {
 		// What is looked at is what is verified, whoever changes the file meanwhile.

@@ -32,6 +32,7 @@ const (
 	Scope_SCOPE_NETWORK     Scope = 1 // the daemon's own store, then its peers
 	Scope_SCOPE_LOCAL       Scope = 2 // the daemon's own store
 	Scope_SCOPE_MEND        Scope = 3 // of an Open: the daemon's own store, made whole by its peers
+	Scope_SCOPE_CHECK       Scope = 4 // of an Open: the daemon's own store, read whole first: damage is an error
 )
 
 // Enum value maps for Scope.
@@ -41,12 +42,14 @@ var (
 		1: "SCOPE_NETWORK",
 		2: "SCOPE_LOCAL",
 		3: "SCOPE_MEND",
+		4: "SCOPE_CHECK",
 	}
 	Scope_value = map[string]int32{
 		"SCOPE_UNSPECIFIED": 0,
 		"SCOPE_NETWORK":     1,
 		"SCOPE_LOCAL":       2,
 		"SCOPE_MEND":        3,
+		"SCOPE_CHECK":       4,
 	}
 )
 
@@ -306,6 +309,7 @@ type StatRequest struct {
 	Manifest      bool                   `protobuf:"varint,4,opt,name=manifest,proto3" json:"manifest,omitempty"` // whether the reply is to have the content of a manifest
 	Keep          bool                   `protobuf:"varint,5,opt,name=keep,proto3" json:"keep,omitempty"`         // keep the name and its manifest here; with manifest and SCOPE_NETWORK only
 	Holders       bool                   `protobuf:"varint,6,opt,name=holders,proto3" json:"holders,omitempty"`   // ask every peer who holds it; with SCOPE_NETWORK only
+	Lease         bool                   `protobuf:"varint,7,opt,name=lease,proto3" json:"lease,omitempty"`       // keep the task of a digest for whoever is told of it, until what refers to it comes
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -378,6 +382,13 @@ func (x *StatRequest) GetKeep() bool {
 func (x *StatRequest) GetHolders() bool {
 	if x != nil {
 		return x.Holders
+	}
+	return false
+}
+
+func (x *StatRequest) GetLease() bool {
+	if x != nil {
+		return x.Lease
 	}
 	return false
 }
@@ -526,6 +537,7 @@ type Info struct {
 	LastUsedUnixNano int64                  `protobuf:"varint,10,opt,name=last_used_unix_nano,json=lastUsedUnixNano,proto3" json:"last_used_unix_nano,omitempty"` // likewise; 0 where never
 	Remote           bool                   `protobuf:"varint,11,opt,name=remote,proto3" json:"remote,omitempty"`                                                 // nothing of it is here: it is the word of peers
 	OriginUnixNano   int64                  `protobuf:"varint,12,opt,name=origin_unix_nano,json=originUnixNano,proto3" json:"origin_unix_nano,omitempty"`         // when it was imported first, on whatever host; 0 where unknown
+	Lacks            []string               `protobuf:"bytes,13,rep,name=lacks,proto3" json:"lacks,omitempty"`                                                    // digests of those parts of a manifest that were deleted by force, or are damaged; at most 256
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
@@ -642,6 +654,13 @@ func (x *Info) GetOriginUnixNano() int64 {
 		return x.OriginUnixNano
 	}
 	return 0
+}
+
+func (x *Info) GetLacks() []string {
+	if x != nil {
+		return x.Lacks
+	}
+	return nil
 }
 
 // OpenRequest is, as the first message, what to open, and after that a want:
@@ -2588,14 +2607,15 @@ const file_p2p_rpc_pb_daemon_proto_rawDesc = "" +
 	"dfcache.v1\"0\n" +
 	"\x04Task\x12\x10\n" +
 	"\x03tag\x18\x01 \x01(\tR\x03tag\x12\x16\n" +
-	"\x06digest\x18\x02 \x01(\tR\x06digest\"\xa4\x01\n" +
+	"\x06digest\x18\x02 \x01(\tR\x06digest\"\xba\x01\n" +
 	"\vStatRequest\x12\x10\n" +
 	"\x03tag\x18\x01 \x01(\tR\x03tag\x12\x10\n" +
 	"\x03cid\x18\x02 \x01(\tR\x03cid\x12'\n" +
 	"\x05scope\x18\x03 \x01(\x0e2\x11.dfcache.v1.ScopeR\x05scope\x12\x1a\n" +
 	"\bmanifest\x18\x04 \x01(\bR\bmanifest\x12\x12\n" +
 	"\x04keep\x18\x05 \x01(\bR\x04keep\x12\x18\n" +
-	"\aholders\x18\x06 \x01(\bR\aholders\"\xe8\x01\n" +
+	"\aholders\x18\x06 \x01(\bR\aholders\x12\x14\n" +
+	"\x05lease\x18\a \x01(\bR\x05lease\"\xe8\x01\n" +
 	"\tStatReply\x12$\n" +
 	"\x04info\x18\x01 \x01(\v2\x10.dfcache.v1.InfoR\x04info\x12:\n" +
 	"\bmanifest\x18\x02 \x01(\v2\x1e.dfcache.v1.StatReply.ManifestR\bmanifest\x12-\n" +
@@ -2607,7 +2627,7 @@ const file_p2p_rpc_pb_daemon_proto_rawDesc = "" +
 	"\x04some\x18\x01 \x01(\x03R\x04some\x12\x14\n" +
 	"\x05whole\x18\x02 \x01(\x03R\x05whole\x12\x14\n" +
 	"\x05asked\x18\x03 \x01(\x03R\x05asked\x12\x16\n" +
-	"\x06silent\x18\x04 \x01(\x03R\x06silent\"\x94\x03\n" +
+	"\x06silent\x18\x04 \x01(\x03R\x06silent\"\xaa\x03\n" +
 	"\x04Info\x12$\n" +
 	"\x04task\x18\x01 \x01(\v2\x10.dfcache.v1.TaskR\x04task\x12\x12\n" +
 	"\x04size\x18\x02 \x01(\x03R\x04size\x12!\n" +
@@ -2623,7 +2643,8 @@ const file_p2p_rpc_pb_daemon_proto_rawDesc = "" +
 	"\x13last_used_unix_nano\x18\n" +
 	" \x01(\x03R\x10lastUsedUnixNano\x12\x16\n" +
 	"\x06remote\x18\v \x01(\bR\x06remote\x12(\n" +
-	"\x10origin_unix_nano\x18\f \x01(\x03R\x0eoriginUnixNano\"\xff\x01\n" +
+	"\x10origin_unix_nano\x18\f \x01(\x03R\x0eoriginUnixNano\x12\x14\n" +
+	"\x05lacks\x18\r \x03(\tR\x05lacks\"\xff\x01\n" +
 	"\vOpenRequest\x12$\n" +
 	"\x04task\x18\x01 \x01(\v2\x10.dfcache.v1.TaskR\x04task\x12'\n" +
 	"\x05scope\x18\x02 \x01(\x0e2\x11.dfcache.v1.ScopeR\x05scope\x12#\n" +
@@ -2752,13 +2773,14 @@ const file_p2p_rpc_pb_daemon_proto_rawDesc = "" +
 	" \x01(\tR\x06reason\x12\x18\n" +
 	"\aversion\x18\v \x01(\tR\aversion\x12\x1d\n" +
 	"\n" +
-	"ahead_nano\x18\f \x01(\x03R\taheadNano*R\n" +
+	"ahead_nano\x18\f \x01(\x03R\taheadNano*c\n" +
 	"\x05Scope\x12\x15\n" +
 	"\x11SCOPE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rSCOPE_NETWORK\x10\x01\x12\x0f\n" +
 	"\vSCOPE_LOCAL\x10\x02\x12\x0e\n" +
 	"\n" +
-	"SCOPE_MEND\x10\x03*L\n" +
+	"SCOPE_MEND\x10\x03\x12\x0f\n" +
+	"\vSCOPE_CHECK\x10\x04*L\n" +
 	"\x04Keep\x12\x14\n" +
 	"\x10KEEP_UNSPECIFIED\x10\x00\x12\r\n" +
 	"\tKEEP_HELD\x10\x01\x12\x0e\n" +

@@ -1,0 +1,247 @@
+package pieces
+
+import (
+	"bytes"
+	"errors"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"go.etcd.io/bbolt"
+
+	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p"
+)
+
+// pushed stores data as a registry's client does.
+func pushed(t *testing.T, s *Store, data string, refs ...p2p.Task) p2p.Task {
+	t.Helper()
+	in, err := s.Ingest(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.Close()
+	added, err := in.Add(bytes.NewReader([]byte(data)), p2p.AddOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := p2p.NewTask{Task: p2p.Task{Tag: "t", Digest: added.Digest}, Keep: p2p.KeepLoose}
+	for _, ref := range refs {
+		if n.Manifest == nil {
+			n.Manifest = &p2p.NewManifest{}
+		}
+		n.Manifest.Refs = append(n.Manifest.Refs, ref.Digest)
+	}
+	if err := in.Commit(p2p.Commit{Tasks: []p2p.NewTask{n}}); err != nil {
+		t.Fatal(err)
+	}
+	return n.Task
+}
+
+func deleteTask(t *testing.T, s *Store, task p2p.Task) {
+	t.Helper()
+	if _, err := s.Delete(t.Context(), task.Tag, digest.FromDigest(task.Digest), p2p.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func asked(t *testing.T, s *Store, task p2p.Task) error {
+	_, err := s.Stat(t.Context(), task.Tag, digest.FromDigest(task.Digest), p2p.StatOptions{Lease: true})
+	return err
+}
+
+func isHere(t *testing.T, s *Store, task p2p.Task) bool {
+	t.Helper()
+	return holds(t, s, task.Tag, digest.FromDigest(task.Digest))
+}
+
+// What was stored for a client is held when the store is opened again, and no longer
+// than a lease lasts.
+func TestLeaseLasts(t *testing.T) {
+	for _, lasts := range []time.Duration{time.Hour, time.Nanosecond} {
+		dir := t.TempDir()
+		s, err := Open(dir, Options{Lease: lasts})
+		if err != nil {
+			t.Fatal(err)
+		}
+		layer, other := pushed(t, s, "layer"), pushed(t, s, "other")
+		manifest := pushed(t, s, "manifest", layer, other)
+		pushed(t, s, "layer")
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if s, err = Open(dir, Options{Lease: lasts}); err != nil {
+			t.Fatal(err)
+		}
+		if err := asked(t, s, other); err != nil {
+			t.Fatal(err)
+		}
+		deleteTask(t, s, manifest)
+		for _, task := range []p2p.Task{layer, other} {
+			if here := isHere(t, s, task); here != (lasts == time.Hour) {
+				t.Errorf("a lease of %v: %s is here: %v", lasts, task, here)
+			}
+		}
+		s.Close()
+	}
+}
+
+// What was only asked for, and is held by nothing any more, goes when its lease ends;
+// what was pushed since stays.
+func TestLeaseEnds(t *testing.T) {
+	s := newStore(t)
+	layer, other := pushed(t, s, "layer"), pushed(t, s, "other")
+	manifest := pushed(t, s, "manifest", layer, other)
+	for _, task := range []p2p.Task{layer, other} {
+		if err := asked(t, s, task); err != nil {
+			t.Fatal(err)
+		}
+	}
+	deleteTask(t, s, manifest)
+	pushed(t, s, "other")
+	for _, here := range []bool{true, false} {
+		if err := s.releaseSpared(); err != nil {
+			t.Fatal(err)
+		}
+		if isHere(t, s, layer) != here || !isHere(t, s, other) {
+			t.Errorf("the layer that was asked for is here: %v, want %v; what was pushed: %v", isHere(t, s, layer), here, isHere(t, s, other))
+		}
+		s.takeBack(layer)
+		s.takeBack(other)
+	}
+
+	quick, err := Open(t.TempDir(), Options{Lease: 20 * time.Millisecond})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer quick.Close()
+	layer = pushed(t, quick, "layer")
+	manifest = pushed(t, quick, "manifest", layer)
+	if err := asked(t, quick, layer); err != nil {
+		t.Fatal(err)
+	}
+	deleteTask(t, quick, manifest)
+	for deadline := time.Now().Add(20 * time.Second); isHere(t, quick, layer); {
+		if time.Now().After(deadline) {
+			t.Fatal("the layer is still here")
+		}
+	}
+}
+
+// Deletes of which peers tell end no lease but that of what is deleted.
+func TestLeaseOutlivesDeletesOfPeers(t *testing.T) {
+	s := newStore(t)
+	layer := pushed(t, s, "layer")
+	manifest := pushed(t, s, "manifest", layer)
+	pushed(t, s, "layer")
+	later := time.Now().Add(time.Minute)
+	apply := func(d Delete) {
+		t.Helper()
+		d.Tag = "t"
+		if _, err := s.ApplyDelete(t.Context(), d); err != nil {
+			t.Fatal(err)
+		}
+	}
+	apply(Delete{CID: digest.FromDigest(manifest.Digest), At: later, Force: true})
+	if isHere(t, s, manifest) || !isHere(t, s, layer) {
+		t.Error("the manifest is still here, or its layer is not")
+	}
+	apply(Delete{CID: digest.FromDigest(layer.Digest), At: later})
+	if isHere(t, s, layer) {
+		t.Error("the layer is still here")
+	}
+
+	// A copy that came from a peer, and of which somebody was told, stays where only what
+	// it belonged to was deleted.
+	copied := p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("copied")}
+	if err := fetched(t, s, copied, []byte("copied"), time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	if err := asked(t, s, copied); err != nil {
+		t.Fatal(err)
+	}
+	apply(Delete{CID: digest.FromDigest(copied.Digest), At: later, Soft: true})
+	if !isHere(t, s, copied) {
+		t.Error("a copy went of which somebody was told")
+	}
+}
+
+// A manifest that has come without its parts tells which of them were deleted by force.
+func TestLacksByDeletesOfPeers(t *testing.T) {
+	s := newStore(t)
+	layer := p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("layer")}
+	manifest := pushed(t, s, "manifest", layer)
+	for _, force := range []bool{false, true} {
+		if _, err := s.ApplyDelete(t.Context(), Delete{Tag: "t", CID: digest.FromDigest(layer.Digest), At: time.Now(), Force: force}); err != nil {
+			t.Fatal(err)
+		}
+		info, err := s.Stat(t.Context(), "t", digest.FromDigest(manifest.Digest), p2p.StatOptions{})
+		if err != nil || slices.Equal(info.Lacks, []digest.Digest{layer.Digest}) != force {
+			t.Errorf("force %v: it lacks %v, %v", force, info.Lacks, err)
+		}
+	}
+}
+
+// Whoever is told that something is here while it is deleted finds it.
+func TestLeaseDuringDelete(t *testing.T) {
+	s := newStore(t)
+	layer := pushed(t, s, "layer")
+	for range 10 {
+		manifest := pushed(t, s, "manifest", layer)
+		var asking sync.WaitGroup
+		told := make([]error, 8)
+		for i := range told {
+			asking.Go(func() { told[i] = asked(t, s, layer) })
+		}
+		deleteTask(t, s, manifest)
+		asking.Wait()
+		for _, err := range told {
+			if err == nil && !isHere(t, s, layer) {
+				t.Fatal("what somebody was told of is gone")
+			}
+			if err != nil && !errors.Is(err, p2p.ErrNotFound) {
+				t.Fatal(err)
+			}
+		}
+		s.endAll(layer)
+		pushed(t, s, "layer")
+	}
+}
+
+// However often is asked, what is remembered of it is bounded.
+func TestLeasesAreBounded(t *testing.T) {
+	s := newStore(t)
+	layer := pushed(t, s, "layer")
+	for range maxLeases + 2 {
+		pushed(t, s, "layer")
+	}
+	for range 3 * maxLeases {
+		if err := asked(t, s, layer); err != nil {
+			t.Fatal(err)
+		}
+	}
+	err := s.view(func(tx *bbolt.Tx) error {
+		record, _, err := get[taskRecord](tx, bucketTasks, taskKey(layer))
+		if n := len(record.Leases); n != maxLeases {
+			t.Errorf("the record has %d leases, want %d", n, maxLeases)
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range maxLent {
+		if !s.lend(p2p.Task{Tag: "t", Digest: digest.SHA256.FromString(time.Now().String())}) {
+			t.Fatal("no lease is given")
+		}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if n := len(s.lent.order); n > maxLent {
+		t.Errorf("there are %d leases in memory, want at most %d", n, maxLent)
+	}
+	if n := len(s.lent.tasks[layer]); n > maxLeases {
+		t.Errorf("of one task there are %d, want at most %d", n, maxLeases)
+	}
+}
