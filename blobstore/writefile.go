@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/dfcache/dfcache/p2p/dirs"
 )
 
 // writeFile makes the file at path with what write writes to it, or nothing at
@@ -293,7 +295,7 @@ func writeDir(path string, opts ExportOptions, files []File, write func(File, *o
 // writeNew makes a file in a directory that nobody else knows, with those that lead
 // to it. It does not make its name durable.
 func writeNew(path string, opts ExportOptions, write func(*os.File) error) error {
-	if err := os.MkdirAll(filepath.Dir(path), 0o777); err != nil {
+	if err := dirs.Make(filepath.Dir(path), 0o777); err != nil {
 		return fmt.Errorf("output: %w", err)
 	}
 	f, err := newOutput(path)
@@ -402,7 +404,7 @@ func moveFiles(path, from string, names []string, opts ExportOptions) (err error
 	}()
 	modes := make([]fs.FileMode, len(names))
 	for i, name := range names { // before anything is replaced
-		if err := root.MkdirAll(filepath.Dir(name), 0o777); err != nil {
+		if err := dirs.MakeIn(root, filepath.Dir(name), 0o777); err != nil {
 			return err
 		}
 		switch info, err := root.Lstat(name); {

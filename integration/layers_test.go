@@ -21,7 +21,7 @@ var layers = [][]string{
 	{"p2p/rpc/pb", "p2p/pieces", "p2p/dragonfly/wire", "p2p/throttle", "p2p/connpool"},
 	{"p2p/source"},
 	{"p2p", "p2p/grpclimit", "p2p/jsonlimit", "p2p/secret"},
-	{"digest", "p2p/swarm/schedule", "blobstore/loopback"},
+	{"digest", "p2p/dirs", "p2p/swarm/schedule", "blobstore/loopback"},
 }
 
 // notLinked are modules that a package must not depend on, however indirectly:

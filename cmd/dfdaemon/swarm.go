@@ -9,7 +9,6 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
-	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -30,6 +29,7 @@ import (
 	"github.com/dfcache/dfcache/cmd/internal/manual"
 	"github.com/dfcache/dfcache/cmd/internal/paths"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/dirs"
 	"github.com/dfcache/dfcache/p2p/pieces"
 	"github.com/dfcache/dfcache/p2p/swarm"
 	"github.com/dfcache/dfcache/p2p/swarm/discovery"
@@ -179,7 +179,7 @@ func (o *options) readKey(cmd *cobra.Command, warn func(string)) (key discovery.
 func (d *daemon) joinSwarm(store *pieces.Store, key discovery.Key) (*swarm.Swarm, error) {
 	o := &d.swarm
 	logLibraries(d.log.Handler())
-	if err := os.MkdirAll(d.workHome, 0o750); err != nil {
+	if err := dirs.Make(d.workHome, 0o750); err != nil {
 		return nil, err
 	}
 	identity, err := discovery.LoadIdentity(filepath.Join(d.workHome, "peer.key"))
@@ -379,7 +379,7 @@ func (o *options) newKey(cmd *cobra.Command, args []string) error {
 			return err
 		}
 	}
-	if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
+	if err := dirs.Make(filepath.Dir(name), 0o755); err != nil {
 		return err
 	}
 	err := discovery.WriteKeyFile(name, key)

@@ -21,6 +21,7 @@ import (
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/dirs"
 )
 
 // Options says how to open a store.
@@ -141,6 +142,9 @@ func open(dir string, opts Options, files files) (_ *Store, err error) {
 	}
 	if opts.Existing {
 		if _, err := os.Stat(s.path("ingest")); err != nil {
+			if !isMissing(err) {
+				return nil, fmt.Errorf("open store: %w", err)
+			}
 			return nil, fmt.Errorf("open store: there is none in %s: %w", dir, fs.ErrNotExist)
 		}
 	}
@@ -185,16 +189,16 @@ func open(dir string, opts Options, files files) (_ *Store, err error) {
 // makeDirs makes the directories, for owner and group only: a blob may be
 // less public than the machine is.
 func (s *Store) makeDirs() error {
-	if err := os.MkdirAll(s.dir, 0o750); err != nil {
+	if err := dirs.Make(s.dir, 0o750); err != nil {
 		return err
 	}
-	dirs := []string{s.path("ingest"), s.path("partial"), s.path("blobs")}
+	parts := []string{s.path("ingest"), s.path("partial"), s.path("blobs")}
 	for _, alg := range []digest.Algorithm{digest.SHA256, digest.SHA384, digest.SHA512} {
 		s.dirSyncs[alg] = new(batch[struct{}])
-		dirs = append(dirs, s.path("blobs", alg.String()))
+		parts = append(parts, s.path("blobs", alg.String()))
 	}
 	made := false
-	for _, dir := range dirs {
+	for _, dir := range parts {
 		err := os.Mkdir(dir, 0o750)
 		if err != nil && !errors.Is(err, fs.ErrExist) {
 			return err

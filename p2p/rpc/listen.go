@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/dfcache/dfcache/p2p/dirs"
 )
 
 const (
@@ -103,7 +105,7 @@ func (l *socket) Close() error {
 func openSocketDir(path string, forbidden fs.FileMode) (*os.File, error) {
 	name := filepath.Dir(path)
 	if _, err := os.Stat(name); errors.Is(err, fs.ErrNotExist) {
-		if err := os.MkdirAll(name, socketDirMode); err != nil {
+		if err := dirs.Make(name, socketDirMode); err != nil {
 			return nil, fmt.Errorf("directory of the socket: %w", err)
 		}
 	}

@@ -13,6 +13,7 @@ import (
 	"gopkg.in/natefinch/lumberjack.v2"
 
 	"github.com/dfcache/dfcache/cmd/internal/exit"
+	"github.com/dfcache/dfcache/p2p/dirs"
 )
 
 // Limits of the log files of one name.
@@ -87,7 +88,7 @@ func (f *file) Write(line []byte) (int, error) {
 // new file in a way that commands that log at the same time overwrite each
 // other's lines.
 func create(name string) error {
-	if err := os.MkdirAll(filepath.Dir(name), 0o750); err != nil {
+	if err := dirs.Make(filepath.Dir(name), 0o750); err != nil {
 		return err
 	}
 	f, err := os.OpenFile(name, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)

@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/dfcache/dfcache/cmd/internal/exit"
+	"github.com/dfcache/dfcache/p2p/dirs"
 )
 
 // Add gives root the commands help, with the topic exit-codes, doc and
@@ -110,7 +111,7 @@ func write(root *cobra.Command, dir, format string) error {
 	if err != nil {
 		return err
 	}
-	if err := os.MkdirAll(dir, 0o777); err != nil {
+	if err := dirs.Make(dir, 0o777); err != nil {
 		return err
 	}
 	for _, name := range slices.Sorted(maps.Keys(pages)) {
