@@ -240,7 +240,14 @@ func TestDamagedManifest(t *testing.T) {
 	s.damage(d)
 	for _, reference := range []string{"v1", d.String()} {
 		s.do("GET", "/v2/a/manifests/"+reference, nil).fails(http.StatusInternalServerError, "UNKNOWN", "Etag", "").contains("damaged")
+		s.do("HEAD", "/v2/a/manifests/"+reference, nil).fails(http.StatusNotFound, "MANIFEST_UNKNOWN")
 	}
+	// It comes again, and when it is damaged it can be deleted.
+	s.pushManifest("a", "v1", s.image("a", nil))
+	s.do("GET", "/v2/a/manifests/v1", nil).want(http.StatusOK)
+	s.damage(d)
+	s.do("DELETE", "/v2/a/manifests/"+d.String(), nil).want(http.StatusAccepted)
+	s.do("GET", "/v2/a/manifests/v1", nil).fails(http.StatusNotFound, "MANIFEST_UNKNOWN")
 }
 
 func TestMount(t *testing.T) {

@@ -1,6 +1,7 @@
 package registry
 
 import (
+	"errors"
 	"mime"
 	"net/http"
 	"strings"
@@ -135,7 +136,7 @@ func (h *Handler) deleteManifest(w *response, r *request) error {
 	r.change = "tag deleted"
 	if d := cid.Digest(); d == "" {
 		err = r.repo.Untag(r.Context(), r.reference)
-	} else if _, err = r.repo.Manifest(r.Context(), r.reference); err == nil { // not a blob
+	} else if _, err = r.repo.Manifest(r.Context(), r.reference); err == nil || errors.Is(err, blobstore.ErrCorrupt) { // not a blob
 		r.change, r.digest = "manifest deleted", d
 		err = r.repo.Delete(r.Context(), ocispec.Descriptor{Digest: d})
 	}
