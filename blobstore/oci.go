@@ -185,8 +185,8 @@ func (r *Repository) Resolve(ctx context.Context, reference string) (ocispec.Des
 // Where the content is there already, Push reads nothing and the error matches
 // [errdef.ErrAlreadyExists]. What is too short fails with
 // [io.ErrUnexpectedEOF], what is too long with [content.ErrTrailingData], what
-// has another digest with [content.ErrMismatchedDigest]; then, and when ctx
-// ends, nothing is stored. Of concurrent pushes of the same content each ends
+// has another digest with [content.ErrMismatchedDigest], as does a file that is written to
+// meanwhile, where that was read; then, and when ctx ends, nothing is stored. Of concurrent pushes of the same content each ends
 // with nil or ErrAlreadyExists.
 //
 // Content with the media type of a manifest is one: it holds what it refers to,

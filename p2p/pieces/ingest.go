@@ -75,6 +75,17 @@ func (in *ingest) Add(src io.Reader, opts p2p.AddOptions) (p2p.Added, error) {
 	ctx, cancel := context.WithCancelCause(in.ctx)
 	defer cancel(nil)
 	defer context.AfterFunc(in.s.closing, func() { cancel(context.Cause(in.s.closing)) })()
+	if progress := opts.Progress; progress != nil {
+		// It is called in another goroutine, where a panic would end the process.
+		opts.Progress = func(taken int64) {
+			defer func() {
+				if v := recover(); v != nil {
+					cancel(fmt.Errorf("what is told of the progress panicked: %v", v))
+				}
+			}()
+			progress(taken)
+		}
+	}
 	a, err := in.add(ctx, src, alg, opts)
 	if cause := context.Cause(ctx); err != nil && cause != nil {
 		// Whatever broke off broke off because of this.
