@@ -18,6 +18,7 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -94,7 +95,7 @@ func userOf(c net.Conn) (int, error) {
 		}
 		// While our end is open no other connection can have the same two addresses, so
 		// what was found was the other end of this one.
-		if !isOpen(tcp) {
+		if !isOpen(tcp) || uid == overflow() {
 			return 0, ErrUnknown
 		}
 		return uid, nil
@@ -110,6 +111,20 @@ func addrOf(a net.Addr) netip.AddrPort {
 	at := tcp.AddrPort()
 	return netip.AddrPortFrom(at.Addr().Unmap().WithZone(""), at.Port())
 }
+
+// overflow is the number that the kernel gives all users who have none in the user namespace of
+// this process; -1 where all have one, and it is that of a user.
+var overflow = sync.OnceValue(func() int {
+	all, err := os.ReadFile("/proc/self/uid_map")
+	if err == nil && slices.Equal(strings.Fields(string(all)), []string{"0", "0", "4294967295"}) {
+		return -1
+	}
+	text, err := os.ReadFile("/proc/sys/kernel/overflowuid")
+	if uid, parseErr := strconv.Atoi(strings.TrimSpace(string(text))); err == nil && parseErr == nil {
+		return uid
+	}
+	return 65534
+})
 
 // isOpen reports whether the kernel still has the connection.
 func isOpen(c *net.TCPConn) bool {

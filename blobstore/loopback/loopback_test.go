@@ -1,14 +1,18 @@
 package loopback
 
 import (
+	"bufio"
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"os/exec"
 	"runtime"
 	"strconv"
+	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -140,5 +144,57 @@ func TestIsNamed(t *testing.T) {
 		if IsNamed(host) != want {
 			t.Errorf("%q: want %t", host, want)
 		}
+	}
+}
+
+// TestUserNamespace: who has no number in the user namespace of the server is not taken for the
+// user who has the number of all these.
+func TestUserNamespace(t *testing.T) {
+	const inside = "LOOPBACK_TEST_INSIDE"
+	if os.Getenv(inside) != "" { // as the server
+		l, err := net.Listen("tcp4", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		fmt.Println(l.Addr())
+		c, err := l.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		uid, err := userOf(c)
+		fmt.Println(uid, err)
+		return
+	}
+	if os.Geteuid() != 0 {
+		t.Skip("to be another user needs root")
+	}
+	server := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestUserNamespace$")
+	server.Env = append(os.Environ(), inside+"=1")
+	server.SysProcAttr = &syscall.SysProcAttr{
+		Cloneflags:  syscall.CLONE_NEWUSER,
+		UidMappings: []syscall.SysProcIDMap{{ContainerID: 65534, HostID: 0, Size: 1}},
+		GidMappings: []syscall.SysProcIDMap{{ContainerID: 65534, HostID: 0, Size: 1}},
+	}
+	out, err := server.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := server.Start(); err != nil {
+		t.Skip("needs user namespaces: ", err)
+	}
+	defer server.Wait()
+	said := bufio.NewScanner(out)
+	if !said.Scan() {
+		t.Fatal("the server does not say where it is")
+	}
+	c, err := dialAs(12345)("tcp4", said.Text())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if !said.Scan() || said.Text() != "0 "+ErrUnknown.Error() {
+		t.Errorf("a user without a number is %s", said.Text())
 	}
 }
