@@ -11,7 +11,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo deve
 COMMIT  ?= $(shell git rev-parse HEAD 2>/dev/null)
 LDFLAGS := -s -w -X $(BUILD).version=$(VERSION) -X $(BUILD).commit=$(COMMIT)
 
-.PHONY: build demo test clients lint generate crash hostile fuzz bench clean help
+.PHONY: build demo test clients lint generate crash powercut hostile fuzz bench clean help
 
 # Without gRPC's own trace pages a process starts faster.
 build: ## build dfcache and dfdaemon into bin/
@@ -48,6 +48,9 @@ generate: $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc ## make the generat
 
 crash: ## kill the daemon 10,000 times
 	$(GO) test -timeout 6h -run 'TestCrash$$' -v ./integration -crash.cycles=10000
+
+powercut: ## cut the power 2,000 times on each of three file systems; wants btrfs-progs, too
+	$(GO) test -timeout 6h -run 'TestPowerCut$$' -v ./integration -powercut.cuts=2000 -powercut.steps=200 -powercut.fs=ext4,xfs,btrfs
 
 hostile: ## 1,000 swarms in which half of the peers lie
 	$(GO) test -timeout 2h -run 'TestHostile$$' ./p2p/swarm -swarm.hostile=1000

@@ -5,6 +5,7 @@ go 1.26.0
 require (
 	d7y.io/api/v2 v2.2.32
 	github.com/bufbuild/protocompile v0.14.1
+	github.com/hanwen/go-fuse/v2 v2.12.1
 	github.com/hashicorp/golang-lru v1.0.2
 	github.com/ipfs/go-cid v0.6.2
 	github.com/ipfs/go-datastore v0.9.2

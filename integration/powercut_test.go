@@ -26,8 +26,18 @@ type powerless struct {
 	enter []string      // a command that runs another one where it is mounted
 }
 
-// newDisk makes a file system of a kind, "ext4" or "xfs". It needs root.
+// newDisk makes a file system of a kind, "ext4" or "xfs", and mounts it. It needs root.
 func newDisk(t *testing.T, kind string) *powerless {
+	t.Helper()
+	image := newImage(t, kind)
+	d := newMount(t)
+	d.image = image
+	d.mount()
+	return d
+}
+
+// newImage makes a file with an empty file system of a kind, "ext4", "xfs" or "btrfs".
+func newImage(t *testing.T, kind string) (image string) {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("needs root, to mount a file system whose power can be cut")
@@ -35,18 +45,27 @@ func newDisk(t *testing.T, kind string) *powerless {
 	if _, err := os.Stat("/dev/loop-control"); err != nil {
 		t.Skip("needs loop devices, which a container may lack: ", err)
 	}
-	d := &powerless{t: t, image: filepath.Join(t.TempDir(), "image")}
-	f, err := os.Create(d.image)
+	image = filepath.Join(t.TempDir(), "image")
+	f, err := os.Create(image)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := f.Truncate(512 << 20); err != nil { // mostly holes; xfs wants 300 MiB
+	if err := f.Truncate(imageSize); err != nil { // mostly holes; xfs wants 300 MiB
 		t.Fatal(err)
 	}
 	f.Close()
-	if out, err := exec.Command("mkfs."+kind, "-q", d.image).CombinedOutput(); err != nil {
+	if out, err := exec.Command("mkfs."+kind, "-q", image).CombinedOutput(); err != nil {
 		t.Fatalf("mkfs.%s: %v\n%s", kind, err, out)
 	}
+	return image
+}
+
+const imageSize = 512 << 20
+
+// newMount makes a mount namespace, in which an image can be mounted.
+func newMount(t *testing.T) *powerless {
+	t.Helper()
+	d := &powerless{t: t}
 	ctx, cancel := context.WithCancel(context.Background())
 	at := t.TempDir()
 	shell := exec.CommandContext(ctx, "unshare", "--mount", "sh")
@@ -70,7 +89,6 @@ func newDisk(t *testing.T, kind string) *powerless {
 	pid := shell.Process.Pid
 	d.at, d.dir = at, fmt.Sprintf("/proc/%d/root%s", pid, at)
 	d.enter = []string{"nsenter", fmt.Sprintf("--mount=/proc/%d/ns/mnt", pid)}
-	d.mount()
 	return d
 }
 
@@ -84,6 +102,8 @@ func (d *powerless) run(command string) {
 }
 
 func (d *powerless) mount() { d.run(fmt.Sprintf("mount -o loop %s %s", d.image, d.at)) }
+
+func (d *powerless) unmount() { d.run("umount " + d.at) }
 
 // cutPower drops what the disk has not got, and mounts what it has again.
 func (d *powerless) cutPower() {
@@ -99,7 +119,7 @@ func (d *powerless) cutPower() {
 	if err != nil {
 		d.t.Fatalf("cut the power: %v", err)
 	}
-	d.run("umount " + d.at)
+	d.unmount()
 	d.mount()
 }
 
