@@ -149,7 +149,7 @@ func (o *options) start(cmd *cobra.Command) (_ *daemon, err error) {
 	if err := d.serveMetrics(); err != nil {
 		return nil, err
 	}
-	local, err := pieces.Open(o.dataDir, pieces.Options{Log: d.log, Address: o.socket, MaxSize: int64(o.maxSize), Lease: o.registry.uploadTimeout})
+	local, err := pieces.Open(o.dataDir, pieces.Options{Log: d.log, Address: o.socket, MaxSize: int64(o.maxSize), Lease: o.registry.uploadTimeout, Now: now})
 	if err != nil {
 		return nil, err
 	}

@@ -219,6 +219,7 @@ func (d *daemon) joinSwarm(store *pieces.Store, key discovery.Key) (*swarm.Swarm
 		Mode:            swarm.Mode(o.mode),
 		Version:         build.Get().Version,
 		Instance:        instance,
+		Now:             now,
 		LookupTimeout:   o.lookup,
 		StallTimeout:    o.stall,
 		UploadRate:      int64(o.upRate),

@@ -396,6 +396,7 @@ func (c *client) find(ctx context.Context, p peer.ID, req *findRequest) (*findRe
 	if len(reply.Tasks) != len(req.Tasks) || len(reply.Names) != len(req.Names) || len(reply.Referrers) != len(req.Referrers) {
 		return nil, fmt.Errorf("%w: an answer to something else", errMessage)
 	}
+	c.instance.found(reply.Twin)
 	for _, t := range reply.Tasks {
 		if t == nil {
 			continue

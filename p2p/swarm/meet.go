@@ -1,6 +1,7 @@
 package swarm
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -60,8 +61,12 @@ func NewInstance() *Instance { return &Instance{id: rand.Text(), log: slog.New(s
 // errTwin says that another host has the identity of this one.
 var errTwin = errors.New("it has the identity of this host: peer.key was copied from one to the other; stop one of the two dfdaemons, remove its peer.key, and start it again")
 
-// found notes that another host has the same identity.
+// found notes that another host has the same identity; not where that is "".
 func (in *Instance) found(where string) {
+	if where == "" {
+		return
+	}
+	where = where[:min(len(where), 1024)] // who tells is another peer
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	news := time.Since(in.seen) > twinFor
@@ -105,9 +110,7 @@ func (s *Swarm) meet(ctx context.Context, p peer.ID) error {
 	if err != nil {
 		return err
 	}
-	if h.Twin != "" {
-		s.instance.found(h.Twin)
-	}
+	s.instance.found(h.Twin)
 	e := s.peers.get(p)
 	if why, news := e.speaks(h); news {
 		s.log.Warn("a peer can't be understood, and is asked for nothing", "peer", p.String(), "reason", why)
@@ -185,6 +188,14 @@ func (s *Swarm) introduced(from peer.ID, r *http.Request) {
 	}
 }
 
+// twinOf says where two hosts are that say to be the peer; "" where there is one.
+func (s *Swarm) twinOf(p peer.ID) string {
+	if p == s.network.Self() || !s.peers.get(p).isTwin() {
+		return ""
+	}
+	return s.addressesOf(p)
+}
+
 // addressesOf says where a peer is.
 func (s *Swarm) addressesOf(p peer.ID) string {
 	var all []string
@@ -210,7 +221,7 @@ func (s *Swarm) explain(err error) error {
 			break
 		}
 	}
-	if why := s.network.Trouble(); why != nil {
+	if why := cmp.Or(s.network.Trouble(), s.security.trouble()); why != nil {
 		err = fmt.Errorf("%w; %w", err, why)
 	}
 	return err

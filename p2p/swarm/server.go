@@ -110,9 +110,7 @@ func parseTaskQuery(r *http.Request) (p2p.Task, error) {
 
 func (s *Swarm) serveHello(w http.ResponseWriter, _ *http.Request, from peer.ID) error {
 	h := s.hello()
-	if from != s.network.Self() && s.peers.get(from).isTwin() {
-		h.Twin = s.addressesOf(from)
-	}
+	h.Twin = s.twinOf(from)
 	return writeJSON(w, h)
 }
 
@@ -143,6 +141,7 @@ func (s *Swarm) serveFind(w http.ResponseWriter, r *http.Request, from peer.ID) 
 		Tasks:     make([]*taskState, len(req.Tasks)),
 		Names:     make([]*nameState, len(req.Names)),
 		Referrers: make([][]digest.Digest, len(req.Referrers)),
+		Twin:      s.twinOf(from),
 	}
 	ctx := r.Context()
 	for i, t := range req.Tasks {

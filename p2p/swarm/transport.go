@@ -7,12 +7,15 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/crypto"
@@ -57,6 +60,29 @@ type security struct {
 	tls      *libp2ptls.Identity
 	secret   []byte
 	plain    bool // take plain connections, too
+	early    atomic.Pointer[early]
+}
+
+// early is a host that could not connect, since its certificate is not valid yet: its
+// clock is ahead, or that of this host is behind.
+type early struct {
+	address string
+	at      time.Time
+}
+
+// isEarly reports whether a certificate was refused for its date.
+func isEarly(err error) bool {
+	invalid, ok := errors.AsType[x509.CertificateInvalidError](err)
+	return ok && invalid.Reason == x509.Expired || err != nil && strings.Contains(err.Error(), "not yet valid")
+}
+
+// trouble says why somebody could not connect lately; nil where nothing is known.
+func (s *security) trouble() error {
+	e := s.early.Load()
+	if e == nil || time.Since(e.at) > 5*time.Minute {
+		return nil
+	}
+	return fmt.Errorf("a host at %s could not connect, as its certificate is not yet valid here: the clock of this host is behind, or that of the other is ahead, by more than an hour: set it right", e.address)
 }
 
 func newSecurity(identity crypto.PrivKey, secret []byte, plain bool) (*security, error) {
@@ -94,6 +120,9 @@ func (s *security) prove(c net.Conn, client bool, binding []byte) error {
 	}
 	var got [proofSize]byte
 	if _, err := io.ReadFull(c, got[:]); err != nil {
+		if client && strings.Contains(err.Error(), "bad certificate") {
+			return fmt.Errorf("it refuses the certificate of this host, as one does whose clock is behind that of this host by more than an hour (%w)", err)
+		}
 		if client {
 			return fmt.Errorf("%w (%w)", errNotMember, err)
 		}
@@ -301,6 +330,9 @@ func (c *inbound) handshake() error {
 			}
 		case first[0] == 0x16:
 			c.c, c.id, c.err = c.s.secure(ctx, raw, false, false, "")
+			if isEarly(c.err) {
+				c.s.early.Store(&early{c.Conn.RemoteAddr().String(), time.Now()})
+			}
 		default:
 			c.err = fmt.Errorf("%w: neither TLS nor a plain connection that is allowed", errMessage)
 		}

@@ -4,15 +4,19 @@ import (
 	"bufio"
 	"context"
 	"crypto/rand"
+	"crypto/x509"
 	"errors"
 	"io"
+	"math/big"
 	"net"
 	"net/http"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/crypto"
 	"github.com/libp2p/go-libp2p/core/peer"
+	libp2ptls "github.com/libp2p/go-libp2p/p2p/security/tls"
 
 	"github.com/dfcache/dfcache/p2p"
 )
@@ -250,5 +254,31 @@ func TestDialAny(t *testing.T) {
 	cancel()
 	if conn, _, err := a.client.dialAny(ctx, addresses, false, b.id); conn != nil || !errors.Is(err, context.Canceled) {
 		t.Errorf("connected with %v, %v, want %v", conn, err, context.Canceled)
+	}
+}
+
+// A certificate that is not valid yet says whose clock is wrong, at both ends.
+func TestCertificateOfAClockAhead(t *testing.T) {
+	server, serverID := testSecurity(t, "one", false)
+	ahead, aheadID := testSecurity(t, "one", false)
+	id, err := libp2ptls.NewIdentity(ahead.identity, libp2ptls.WithCertTemplate(&x509.Certificate{
+		SerialNumber: big.NewInt(1), NotBefore: time.Now().Add(2 * time.Hour), NotAfter: time.Now().Add(100 * time.Hour),
+	}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ahead.tls = id
+	if server.trouble() != nil {
+		t.Error(server.trouble())
+	}
+	_, _, c, _ := meet(t, ahead, server, false, serverID)
+	if c == nil || errors.Is(c, errNotMember) || !strings.Contains(c.Error(), "clock is behind") {
+		t.Errorf("who is ahead is told %v", c)
+	}
+	if err := server.trouble(); err == nil || !strings.Contains(err.Error(), "the clock of this host is behind, or that of the other is ahead") {
+		t.Errorf("who was called says %v", err)
+	}
+	if _, _, c, _ := meet(t, server, ahead, false, aheadID); !isEarly(c) {
+		t.Errorf("who calls one that is ahead gets %v", c)
 	}
 }

@@ -120,6 +120,8 @@ type findReply struct {
 	Names     []*nameState      `json:"names,omitempty"`
 	Referrers [][]digest.Digest `json:"referrers,omitempty"`
 
+	Twin string `json:"twin,omitempty"` // as of hello
+
 	to findRequest // what it answers
 }
 

@@ -2,6 +2,7 @@ package discovery
 
 import (
 	"context"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -678,4 +679,27 @@ func TestManyKeys(t *testing.T) {
 	// a answers for its own. The records must arrive, too, but for the last few
 	// hundred, which the table keeps back.
 	eventually(t, "the records arrive", func() bool { return b.records.len() > 49_000 })
+}
+
+// What libp2p says of clocks, in one place or another of a longer error, is told in words.
+func TestTroubleWithClocks(t *testing.T) {
+	var n Network
+	for _, err := range []error{nil, errors.New("connection refused"), x509.CertificateInvalidError{Reason: x509.NotAuthorizedToSign}} {
+		if n.trouble.note(err); n.Trouble() != nil {
+			t.Errorf("%v: %v", err, n.Trouble())
+		}
+	}
+	for err, want := range map[error]string{
+		fmt.Errorf("dial: %w", x509.CertificateInvalidError{Reason: x509.Expired}):                                                "clock of this host is behind",
+		errors.New("failed to negotiate security protocol: x509: certificate has expired or is not yet valid: current time 2026"): "clock of this host is behind",
+		errors.New("failed to open new stream: remote error: tls: bad certificate"):                                               "clock of this host is ahead",
+	} {
+		if n.trouble.note(err); n.Trouble() == nil || !strings.Contains(n.Trouble().Error(), want) {
+			t.Errorf("%v: %v, want %q", err, n.Trouble(), want)
+		}
+	}
+	n.trouble.at = time.Now().Add(-2 * troubleFor)
+	if n.Trouble() != nil {
+		t.Errorf("long after: %v", n.Trouble())
+	}
 }

@@ -313,7 +313,7 @@ func (n *Network) watch(ctx context.Context, sub event.Subscription) {
 
 func subscribe(bus event.Bus) (event.Subscription, error) {
 	return bus.Subscribe([]any{
-		new(event.EvtPeerIdentificationCompleted), new(event.EvtPeerConnectednessChanged),
+		new(event.EvtPeerIdentificationCompleted), new(event.EvtPeerIdentificationFailed), new(event.EvtPeerConnectednessChanged),
 	}, eventbus.BufSize(512))
 }
 
@@ -325,6 +325,9 @@ func (n *Network) onEvent(ctx context.Context, e any) {
 		p = e.Peer
 		n.book.add(n.told(p), time.Now(), true)
 		n.relays.identified(e)
+	case event.EvtPeerIdentificationFailed: // the other end may have refused this one's certificate
+		n.trouble.note(e.Reason)
+		return
 	case event.EvtPeerConnectednessChanged:
 		if e.Connectedness == network.Connected || e.Connectedness == network.Limited {
 			return
