@@ -52,8 +52,8 @@ func (c *manifestCache) put(d digest.Digest, content []byte) {
 	}
 }
 
-// fetchManifest gets the content of a manifest from a peer that has all of it,
-// and proves it. It does not keep it.
+// fetchManifest gets the content of a manifest from a peer that has all of it, or from
+// another one where that is slow or fails, and proves it. It does not keep it.
 func (s *Swarm) fetchManifest(ctx context.Context, task p2p.Task, from peer.ID) ([]byte, error) {
 	if content := s.manifests.get(task.Digest); content != nil {
 		return content, nil
@@ -61,26 +61,83 @@ func (s *Swarm) fetchManifest(ctx context.Context, task p2p.Task, from peer.ID) 
 	if from == "" {
 		return nil, fmt.Errorf("%s: %w: no peer has all of it", task, p2p.ErrNotFound)
 	}
-	limited, cancel := context.WithTimeoutCause(ctx, s.opts.StallTimeout, errStalled)
+	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	progress := throttle.NewProgress(limited, s.opts.LookupTimeout)
-	defer progress.Stop()
-	content, err := s.client.blob(progress, from, task, p2p.MaxManifest)
-	switch {
-	case err == nil:
-	case context.Cause(ctx) != nil:
-		return nil, context.Cause(ctx)
-	case errors.Is(err, digest.ErrMismatch):
-		s.caught(from, task.Digest, err)
-		return nil, fmt.Errorf("fetch manifest %s from peer %s: %w", task, from, err)
-	default:
-		if context.Cause(progress.Context()) != nil {
-			s.suspect(from, false)
-		}
-		return nil, fmt.Errorf("fetch manifest %s from peer %s: %w: %v", task, from, p2p.ErrUnreachable, err)
+	type result struct {
+		content []byte
+		err     error
 	}
-	s.manifests.put(task.Digest, content)
-	return content, nil
+	results := make(chan result)
+	under := 0
+	ask := func(p peer.ID) (slow <-chan struct{}) {
+		under++
+		limited, cancel := context.WithTimeoutCause(ctx, s.opts.StallTimeout, errStalled)
+		pace := throttle.NewProgress(limited, s.opts.LookupTimeout)
+		s.background.Go(func() {
+			defer cancel()
+			defer pace.Stop()
+			content, err := s.client.blob(pace, p, task, p2p.MaxManifest)
+			switch {
+			case err == nil || ctx.Err() != nil:
+			case errors.Is(err, digest.ErrMismatch):
+				s.caught(p, task.Digest, err)
+				err = fmt.Errorf("fetch manifest %s from peer %s: %w", task, p, err)
+			default:
+				if context.Cause(pace.Context()) != nil {
+					s.suspect(p, false)
+				}
+				err = fmt.Errorf("fetch manifest %s from peer %s: %w: %v", task, p, p2p.ErrUnreachable, err)
+			}
+			select {
+			case results <- result{content, err}:
+			case <-ctx.Done():
+			}
+		})
+		return pace.Slow()
+	}
+	slow := ask(from)
+	var others []peer.ID // that have it, once they were looked for
+	searched := false
+	next := func() {
+		if slow = nil; !searched {
+			others, searched = s.wholeHolders(ctx, task, from), true
+		}
+		if len(others) > 0 {
+			slow, others = ask(others[0]), others[1:]
+		}
+	}
+	for {
+		select {
+		case r := <-results:
+			if r.err == nil {
+				s.manifests.put(task.Digest, r.content)
+				return r.content, nil
+			}
+			if under--; under == 0 {
+				if next(); under == 0 {
+					return nil, r.err
+				}
+			}
+		case <-slow:
+			next()
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+}
+
+// wholeHolders asks who has all of a task, but for one peer.
+func (s *Swarm) wholeHolders(ctx context.Context, task p2p.Task, not peer.ID) (all []peer.ID) {
+	lookupCtx, cancel := s.within(ctx)
+	defer cancel()
+	l := s.lookup(lookupCtx, &findRequest{Tasks: []taskRef{taskRef(task)}}, taskKey(task), false)
+	defer l.end()
+	for a := range l.answers {
+		if state := a.reply.Tasks[0]; a.peer != not && s.accept(ctx, a.peer, task, state) && state.whole() {
+			all = append(all, a.peer)
+		}
+	}
+	return all
 }
 
 // parseManifest reads what a manifest refers to; nil where it is none.

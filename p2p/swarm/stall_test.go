@@ -65,7 +65,7 @@ func patient(d time.Duration) func(*Options) {
 // slowly makes a peer send its pieces a byte at a time.
 func slowly(o *Options) {
 	o.tamper = func(honest http.Handler) http.Handler {
-		return edit(honest, pathPieces, func(w http.ResponseWriter, r *http.Request, answer *httptest.ResponseRecorder) {
+		trickle := func(w http.ResponseWriter, r *http.Request, answer *httptest.ResponseRecorder) {
 			if answer.Body.Len() < 1000 {
 				send(w, answer)
 				return
@@ -79,7 +79,8 @@ func slowly(o *Options) {
 					return
 				}
 			}
-		})
+		}
+		return edit(edit(honest, pathPieces, trickle), pathBlob, trickle)
 	}
 }
 
@@ -330,5 +331,30 @@ func TestPartialsGoWithTheirTask(t *testing.T) {
 			t.Fatal(err)
 		}
 		b.wantNoPartials(t)
+	}
+}
+
+// A manifest is asked of others, too, where the first that has it is slow, or has lost it.
+func TestSlowManifest(t *testing.T) {
+	h := newHub()
+	data := content(5000, 39)
+	slow, slower, b, c := h.start(t, slowly), h.start(t, slowly), h.start(t, patient(time.Second)), h.start(t)
+	var task p2p.Task
+	for _, p := range []*testPeer{slow, slower, c} {
+		task = p.add(t, "", data)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 40*time.Second)
+	defer cancel()
+	if got, err := b.fetchManifest(ctx, task, slow.id); err != nil || !bytes.Equal(got, data) {
+		t.Errorf("%d bytes, %v", len(got), err)
+	}
+	other := c.add(t, "", content(5000, 40))
+	if _, err := b.fetchManifest(ctx, other, slow.id); err != nil {
+		t.Errorf("of what the first has not: %v", err)
+	}
+	c.Close()
+	none := p2p.Task{Digest: digest.SHA256.FromString("none")}
+	if _, err := b.fetchManifest(ctx, none, slow.id); err == nil {
+		t.Error("what nobody has was fetched")
 	}
 }
