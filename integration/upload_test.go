@@ -43,7 +43,15 @@ func (d *daemon) breakOff(t *testing.T, method, path string, data []byte, size i
 		t.Fatal(err)
 	}
 	defer conn.Close()
-	if _, err := fmt.Fprintf(conn, "%s %s HTTP/1.1\r\nHost: %s\r\nContent-Length: %d\r\n\r\n%s", method, path, d.host, size, data); err != nil {
+	// Whose connection it is can be told only while it is open: nothing is sent before the
+	// registry asks for it.
+	if _, err := fmt.Fprintf(conn, "%s %s HTTP/1.1\r\nHost: %s\r\nContent-Length: %d\r\nExpect: 100-continue\r\n\r\n", method, path, d.host, size); err != nil {
+		t.Fatal(err)
+	}
+	if line, err := bufio.NewReader(conn).ReadString('\n'); err != nil || !strings.Contains(line, "100") {
+		t.Fatalf("%s %s: %q, %v; want to be asked for more", method, path, line, err)
+	}
+	if _, err := conn.Write(data); err != nil {
 		t.Fatal(err)
 	}
 }
