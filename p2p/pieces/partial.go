@@ -386,7 +386,7 @@ func (p *Partial) File() (f *os.File, err error) {
 	if controlErr := raw.Control(func(fd uintptr) { f, err = os.Open(fmt.Sprintf("/proc/self/fd/%d", fd)) }); controlErr != nil {
 		return nil, os.ErrClosed
 	}
-	return f, err
+	return f, DiskError(err)
 }
 
 // Commit makes a complete blob one of the store, durably, with the tasks of c.
