@@ -12,7 +12,9 @@ import (
 	"reflect"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"oras.land/oras-go/v2"
@@ -649,4 +651,43 @@ func TestTagOfPeers(t *testing.T) {
 			t.Errorf("tag what nobody has: %v", err)
 		}
 	})
+}
+
+// hangingKeep is an engine whose peers go silent when what was exported is to be kept.
+type hangingKeep struct {
+	p2p.Engine
+	kept atomic.Int32
+}
+
+func (e *hangingKeep) Stat(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions) (p2p.Info, error) {
+	if opts.Keep {
+		e.kept.Add(1)
+		<-ctx.Done()
+		return p2p.Info{}, context.Cause(ctx)
+	}
+	return e.Engine.Stat(ctx, tag, cid, opts)
+}
+
+// An export that has the file does not wait for what would be kept with it.
+func TestExportWaitsForNothingElse(t *testing.T) {
+	peer := peertest.New(t)
+	theirs := repository(t, blobstore.New(peer.Peer), "t")
+	if _, err := theirs.Import(t.Context(), "v1", strings.NewReader("content"), blobstore.ImportOptions{Title: "file"}); err != nil {
+		t.Fatal(err)
+	}
+	e := &hangingKeep{Engine: peer}
+	r := repository(t, blobstore.New(e), "t")
+	done := make(chan error)
+	go func() {
+		_, err := r.ExportFile(t.Context(), "v1", filepath.Join(t.TempDir(), "out"), blobstore.ExportOptions{})
+		done <- err
+	}()
+	select {
+	case err := <-done:
+		if err != nil || e.kept.Load() != 1 {
+			t.Errorf("export: %v; %d attempts to keep the artifact, want 1", err, e.kept.Load())
+		}
+	case <-time.After(20 * time.Second):
+		t.Fatal("the export waits for a peer that is silent")
+	}
 }

@@ -354,6 +354,9 @@ func (r *Repository) followManifest(ctx context.Context, file *found, manifest *
 // config, that is fetched to be kept with it.
 const maxKept = MaxManifest
 
+// keepTimeout is how long whoever has the files waits for what is to be kept with them.
+var keepTimeout = 3 * time.Second
+
 // keep keeps the artifact that id names, and that was not all here, so that this
 // host can serve it when those that it came from are gone: its name, its manifest,
 // and what else it is made of besides its files, which have been fetched already.
@@ -364,10 +367,15 @@ func (r *Repository) keep(ctx context.Context, f *found, l Lookup) {
 	if err != nil || id.CacheID() == "" || f.here || l.Local {
 		return
 	}
+	ctx, cancel := context.WithTimeout(ctx, keepTimeout)
+	defer cancel()
 	if _, err := r.engine.Stat(ctx, r.tag, id, p2p.StatOptions{Manifest: true, Keep: true}); err != nil {
 		return
 	}
 	for _, d := range f.others {
+		if d == ocispec.DescriptorEmptyJSON.Digest && r.keepEmpty(ctx) == nil {
+			continue
+		}
 		blob, err := r.open(ctx, d, p2p.Network)
 		if err != nil {
 			continue
@@ -377,6 +385,23 @@ func (r *Repository) keep(ctx context.Context, f *found, l Lookup) {
 		}
 		blob.Close()
 	}
+}
+
+// keepEmpty stores the empty config, which most artifacts have: nobody need be asked for
+// its two bytes. Its date is that of nothing, so that it is nowhere newer than a delete.
+func (r *Repository) keepEmpty(ctx context.Context) error {
+	config := ocispec.DescriptorEmptyJSON
+	in, err := r.engine.Ingest(ctx)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	if _, err := in.Add(bytes.NewReader(config.Data), p2p.AddOptions{Want: config.Digest}); err != nil {
+		return err
+	}
+	return in.Commit(p2p.Commit{Tasks: []p2p.NewTask{{
+		Task: r.task(config.Digest), MediaType: config.MediaType, Keep: p2p.KeepLoose, Origin: time.Unix(0, 1).UTC(),
+	}}})
 }
 
 // Open opens the file that cid names for reading, or fails with [ErrNotFound].
