@@ -2,8 +2,10 @@ package blobstore
 
 import (
 	"context"
+	"fmt"
 	"iter"
 	"log/slog"
+	"time"
 
 	"google.golang.org/grpc/stats"
 
@@ -131,6 +133,42 @@ type (
 // Peers describes the other dfdaemons that this host's knows, the connected ones
 // first. An embedded store has none.
 func (s *Store) Peers(ctx context.Context) ([]Peer, error) { return s.engine.Peers(ctx) }
+
+// maxSkew is how much the clocks of two hosts may differ before that is told.
+const maxSkew = 5 * time.Second
+
+// ClockWarning says by how much the clocks of connected peers differ from that of this
+// host: which of the moves of a name counts may depend on them. It returns "" where none
+// does by more than 5 seconds, or where that is not known.
+func (s *Store) ClockWarning(ctx context.Context) string {
+	peers, err := s.Peers(ctx)
+	if err != nil {
+		return ""
+	}
+	var off, all int
+	var worst Peer
+	for _, p := range peers {
+		if p.State != p2p.PeerConnected {
+			continue
+		}
+		all++
+		if p.Ahead.Abs() > maxSkew {
+			off++
+			if p.Ahead.Abs() > worst.Ahead.Abs() {
+				worst = p
+			}
+		}
+	}
+	if off == 0 {
+		return ""
+	}
+	ahead := "ahead of"
+	if worst.Ahead < 0 {
+		ahead = "behind"
+	}
+	return fmt.Sprintf("the clock of peer %s is %s %s that of this host (%d of %d peers differ by more than %s): keep clocks in step, and see 'dfcache peers'",
+		worst.ID, worst.Ahead.Abs().Round(time.Second), ahead, off, all, maxSkew)
+}
 
 // Close closes the Store. Operations under way end first, but for imports, pushes and uploads that
 // still read their content: these fail with [ErrClosed], as a reader may give nothing for ever.

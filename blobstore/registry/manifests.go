@@ -106,6 +106,9 @@ func (h *Handler) putManifest(w *response, r *request) error {
 			w.Header().Add("OCI-Tag", tag)
 		}
 	}
+	if text := h.store.ClockWarning(r.Context()); text != "" && len(opts.Tags) > 0 {
+		w.Header().Set("Warning", `299 - "`+strings.ReplaceAll(text, `"`, "'")+`"`) // as the specification has it, for clients to print
+	}
 	r.change, r.digest = "manifest pushed", m.Digest
 	w.created(manifestPath(r.name, m.Digest.String()), m.Digest)
 	return nil

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"strings"
 	"testing"
+	"time"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
@@ -37,6 +38,32 @@ func eachPeer(t *testing.T, test func(s *server, e *peertest.Engine, theirs *ser
 			e := peertest.New(t)
 			test(startOn(t, blobstore.New(engine(t, e)), registry.Options{}), e, startOn(t, blobstore.New(e.Peer), registry.Options{}))
 		})
+	}
+}
+
+// skewed is an engine with a peer whose clock is wrong.
+type skewed struct {
+	*peertest.Engine
+	ahead time.Duration
+}
+
+func (e *skewed) Peers(context.Context) ([]p2p.Peer, error) {
+	return []p2p.Peer{{ID: "12D3KooWA", State: p2p.PeerConnected, Ahead: e.ahead}}, nil
+}
+
+// Who moves a tag is warned where the clocks of hosts differ, in the header that clients print.
+func TestClockWarning(t *testing.T) {
+	e := &skewed{Engine: peertest.New(t)}
+	s := startOn(t, blobstore.New(e), registry.Options{})
+	manifest := s.image("a", nil, content(1000, 1))
+	for ahead, want := range map[time.Duration]string{
+		time.Second:      "",
+		-5 * time.Minute: `299 - "the clock of peer 12D3KooWA is 5m0s behind that of this host (1 of 1 peers differ by more than 5s): keep clocks in step, and see 'dfcache peers'"`,
+	} {
+		e.ahead = ahead
+		if got := s.do("PUT", "/v2/a/manifests/v1", manifest, "Content-Type", ocispec.MediaTypeImageManifest).header.Get("Warning"); got != want {
+			t.Errorf("%s: the warning is %s, want %s", ahead, got, want)
+		}
 	}
 }
 

@@ -13,7 +13,6 @@ import (
 
 	"github.com/dfcache/dfcache/blobstore"
 	"github.com/dfcache/dfcache/cmd/internal/exit"
-	"github.com/dfcache/dfcache/p2p"
 )
 
 // knownPeer is one line of the peers.
@@ -135,39 +134,11 @@ func peersText(peers []knownPeer) string {
 	return text.String()
 }
 
-// maxSkew is how much the clocks of two hosts may differ before a command says so.
-const maxSkew = 5 * time.Second
-
 // warnOfClocks says on stderr where the clock of this host and those of peers differ,
-// after a command about a name: which of its moves counts may depend on them.
+// after a command about a name.
 func (s *session) warnOfClocks(ctx context.Context, store *blobstore.Store) {
-	peers, err := store.Peers(ctx)
-	if err != nil {
-		return // the command itself has been done
+	if text := store.ClockWarning(ctx); text != "" {
+		s.log.Warn(text)
+		fmt.Fprintf(s.stderr, "dfcache: warning: %s\n", printable(text))
 	}
-	var off, all int
-	var worst blobstore.Peer
-	for _, p := range peers {
-		if p.State != p2p.PeerConnected {
-			continue
-		}
-		all++
-		if p.Ahead.Abs() > maxSkew {
-			off++
-			if p.Ahead.Abs() > worst.Ahead.Abs() {
-				worst = p
-			}
-		}
-	}
-	if off == 0 {
-		return
-	}
-	ahead := "ahead of"
-	if worst.Ahead < 0 {
-		ahead = "behind"
-	}
-	text := fmt.Sprintf("the clock of peer %s is %s %s that of this host (%d of %d peers differ by more than %s): keep clocks in step, and see 'dfcache peers'",
-		printable(worst.ID), worst.Ahead.Abs().Round(time.Second), ahead, off, all, maxSkew)
-	s.log.Warn(text)
-	fmt.Fprintf(s.stderr, "dfcache: warning: %s\n", text)
 }
