@@ -62,17 +62,9 @@ func (o *options) fsck(cmd *cobra.Command, format format) error {
 		return err
 	}
 	defer closeLog()
-	store, err := pieces.Open(o.dataDir, pieces.Options{Log: log, Existing: true})
-	if errors.Is(err, fs.ErrNotExist) {
-		return exit.Usage(fmt.Errorf("%w: name the data directory with --data-dir or --workhome", err))
-	} else if err != nil {
-		return err
-	}
-	defer store.Close()
-
 	out := cmd.OutOrStdout()
 	result := fsckResult{Problems: []pieces.Problem{}}
-	sum, err := store.Check(ctx, func(p pieces.Problem) {
+	sum, err := pieces.CheckDir(ctx, o.dataDir, func(p pieces.Problem) {
 		log.Warn("problem", "kind", p.Kind, "digest", p.Digest, "piece", p.Piece, "path", p.Path, "detail", p.Detail)
 		if format == "json" {
 			result.Problems = append(result.Problems, p)
@@ -80,7 +72,9 @@ func (o *options) fsck(cmd *cobra.Command, format format) error {
 			fmt.Fprintln(out, p)
 		}
 	})
-	if err != nil {
+	if errors.Is(err, fs.ErrNotExist) {
+		return exit.Usage(fmt.Errorf("%w: name the data directory with --data-dir or --workhome", err))
+	} else if err != nil {
 		return err
 	}
 	if format == "json" {

@@ -1,9 +1,16 @@
 package pieces
 
 import (
+	"fmt"
 	"runtime"
+	"slices"
+	"strings"
 	"sync"
 	"testing"
+	"time"
+
+	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p"
 )
 
 // TestBatchShares: those who come while a run is under way share the next one.
@@ -23,11 +30,11 @@ func TestBatchShares(t *testing.T) {
 		}
 	}
 	var all sync.WaitGroup
-	all.Go(func() { b.do(0, run) })
+	all.Go(func() { b.do(0, 1, run) })
 	<-began
 	const late = 10
 	for i := range late {
-		all.Go(func() { b.do(1+i, run) })
+		all.Go(func() { b.do(1+i, 1, run) })
 	}
 	for waiting := 0; waiting < late; runtime.Gosched() {
 		b.mu.Lock()
@@ -38,5 +45,97 @@ func TestBatchShares(t *testing.T) {
 	all.Wait()
 	if len(runs) != 2 || len(runs[0]) != 1 || len(runs[1]) != late {
 		t.Errorf("runs were of %v; want one of the first, and one of all others", runs)
+	}
+}
+
+// TestBatchIsBounded: a run takes in what its limit allows, and one heavy job; what is light
+// does not wait for the other heavy ones.
+func TestBatchIsBounded(t *testing.T) {
+	b := batch[string]{limit: 10}
+	for _, j := range []job[string]{{value: "heavy 1", weight: 50}, {value: "heavy 2", weight: 11}, {value: "six", weight: 6}, {value: "five", weight: 5}, {value: "four", weight: 4}} {
+		j.done = make(chan struct{})
+		b.waiting = append(b.waiting, &j)
+	}
+	var runs []string
+	run := func(jobs []*job[string]) {
+		run := ""
+		for _, j := range jobs {
+			run += j.value + ","
+		}
+		runs = append(runs, run)
+	}
+	if err := b.do("last", 1, run); err != nil {
+		t.Fatal(err)
+	}
+	if want := []string{"heavy 1,six,four,", "heavy 2,five,last,"}; !slices.Equal(runs, want) {
+		t.Errorf("the runs are of %q, want %q", runs, want)
+	}
+}
+
+// TestLightChangesDoNotWait: a small import is there before the large manifests that came first,
+// but for the one that is under way.
+func TestLightChangesDoNotWait(t *testing.T) {
+	s := newStore(t)
+	var refs []digest.Digest
+	for i := range 2 * updateLimit {
+		refs = append(refs, digest.SHA256.FromString(fmt.Sprint(i)))
+	}
+	s.updates.mu.Lock()
+	s.updates.running = make(chan struct{}, 1)
+	s.updates.mu.Unlock()
+	s.updates.running <- struct{}{} // a change is under way
+	const manifests = 8
+	order := make(chan string, manifests+1)
+	var all sync.WaitGroup
+	commit := func(name string, refs []digest.Digest) {
+		all.Go(func() {
+			in, err := s.Ingest(t.Context())
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer in.Close()
+			added, err := in.Add(strings.NewReader(name), p2p.AddOptions{})
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			if err := in.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: p2p.Task{Tag: "t", Digest: added.Digest}, Manifest: &p2p.NewManifest{Refs: refs}}}}); err != nil {
+				t.Error(err)
+			}
+			order <- name
+		})
+	}
+	waiting := func(n int) {
+		for {
+			s.updates.mu.Lock()
+			there := len(s.updates.waiting)
+			s.updates.mu.Unlock()
+			if there == n {
+				return
+			}
+			time.Sleep(time.Millisecond)
+		}
+	}
+	for i := range manifests {
+		commit(fmt.Sprint("manifest ", i), refs)
+	}
+	waiting(manifests)
+	commit("small", nil)
+	waiting(manifests + 1)
+	<-s.updates.running
+	all.Wait()
+	close(order)
+	for place := 1; ; place++ {
+		name, more := <-order
+		if name == "small" {
+			if place > 3 {
+				t.Errorf("the small import is number %d to be there", place)
+			}
+			return
+		}
+		if !more {
+			t.Fatal("the small import is not there")
+		}
 	}
 }

@@ -2,6 +2,7 @@ package pieces
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -111,7 +112,10 @@ func (s *Store) openBlob(d digest.Digest) (_ *Blob, err error) {
 	if err != nil {
 		return nil, err
 	}
-	f, err := os.Open(s.blobPath(d))
+	f, err := openRegular(s.blobPath(d))
+	if errors.Is(err, errNotRegular) {
+		return nil, errNoRegularFile(d)
+	}
 	if err != nil && !isMissing(err) {
 		return nil, fmt.Errorf("open blob %s: %w", d, DiskError(err))
 	}
@@ -172,6 +176,10 @@ func checkSize(table *digest.Table, size int64) error {
 		Piece:  int(min(size, table.Size) / table.PieceLength),
 		Reason: fmt.Sprintf("its file has %d bytes, recorded were %d", size, table.Size),
 	}
+}
+
+func errNoRegularFile(d digest.Digest) error {
+	return &digest.CorruptError{Digest: d, Piece: -1, Reason: "what is in the place of its file is not a regular file"}
 }
 
 func errNoFile(d digest.Digest) error {

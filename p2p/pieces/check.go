@@ -6,11 +6,13 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
 
 	"go.etcd.io/bbolt"
+	"golang.org/x/sys/unix"
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
@@ -71,10 +73,76 @@ func (s *Store) Check(ctx context.Context, report func(Problem)) (Summary, error
 	if err == nil {
 		err = c.strays()
 	}
+	return c.sum, s.checkError(err)
+}
+
+func (s *Store) checkError(err error) error {
 	if err != nil {
-		return c.sum, fmt.Errorf("check store %s: %w", s.dir, err)
+		return fmt.Errorf("check store %s: %w", s.dir, err)
 	}
-	return c.sum, nil
+	return nil
+}
+
+// CheckDir checks the store in dir as [Store.Check] does, without opening it: it
+// leaves the directory as it is, with what an interruption has left, which
+// opening the store would remove, and needs no right to write. Where the metadata
+// is damaged it reports that, and compares each file with its name. The error
+// matches [fs.ErrNotExist] where there is no store, and [p2p.ErrUnavailable]
+// where a process has it open.
+func CheckDir(ctx context.Context, dir string, report func(Problem)) (sum Summary, err error) {
+	if dir, err = filepath.Abs(dir); err != nil {
+		return sum, fmt.Errorf("check store: %w", err)
+	}
+	s := &Store{dir: dir, log: slog.New(slog.DiscardHandler), guard: guard{failed: make(chan struct{})}, dirSyncs: map[digest.Algorithm]*batch[struct{}]{}}
+	for _, alg := range []digest.Algorithm{digest.SHA256, digest.SHA384, digest.SHA512} {
+		s.dirSyncs[alg] = nil // the directories that checkMeta looks at
+	}
+	if _, err := os.Stat(s.path("blobs")); err != nil {
+		return sum, fmt.Errorf("check store: there is none in %s: %w", dir, fs.ErrNotExist)
+	}
+	if s.guard.lock, err = openRegular(s.path("lock")); err == nil {
+		defer s.guard.lock.Close()
+		err = lockFile(s.guard.lock, unix.LOCK_SH)
+	}
+	if err != nil && !isMissing(err) {
+		return sum, s.checkError(err)
+	}
+	if err := s.checkMeta(); err != nil {
+		return sum, s.checkError(err)
+	}
+	path := s.path("meta.db")
+	version, err := checkMetaFile(path)
+	c := checker{s: s, ctx: ctx, report: report}
+	if errors.Is(err, digest.ErrCorrupt) {
+		c.damaged = true
+		c.foundMetadata("%v", err)
+		return c.sum, s.checkError(c.files())
+	}
+	if err != nil {
+		return sum, s.checkError(err)
+	}
+	if version < formatVersion {
+		// What is looked at is a copy in this program's format.
+		tmp, err := os.MkdirTemp("", "dfcache-check-")
+		if err != nil {
+			return sum, s.checkError(err)
+		}
+		defer os.RemoveAll(tmp)
+		copied := filepath.Join(tmp, "meta.db")
+		if err := writeMeta(copied, path, version); err != nil {
+			return sum, s.checkError(err)
+		}
+		path = copied
+	}
+	if s.db, err = openBolt(path, true); err != nil {
+		return sum, s.checkError(err)
+	}
+	defer s.db.Close()
+	if s.guard.file, err = openRegular(path); err != nil {
+		return sum, s.checkError(err)
+	}
+	defer s.guard.file.Close()
+	return s.Check(ctx, report)
 }
 
 type checker struct {
@@ -82,6 +150,8 @@ type checker struct {
 	ctx    context.Context
 	report func(Problem)
 	sum    Summary
+
+	damaged bool // the metadata is: what it does not know may have been in it
 }
 
 func (c *checker) found(p Problem) {
@@ -90,15 +160,14 @@ func (c *checker) found(p Problem) {
 }
 
 func (c *checker) foundMetadata(format string, args ...any) {
+	c.damaged = true
 	c.found(Problem{Kind: KindMetadata, Piece: -1, Path: c.s.path("meta.db"), Detail: fmt.Sprintf(format, args...)})
 }
 
-// metadata checks the pages of the metadata file, then that every record that points to another one finds it.
+// metadata checks that every record that points to another one finds it. The pages, and each
+// record, were checked when the file was opened.
 func (c *checker) metadata() error {
 	err := c.s.view(func(tx *bbolt.Tx) error {
-		for err := range tx.Check() {
-			c.foundMetadata("%v", err)
-		}
 		exists := func(bucket []byte, parts ...string) bool { return has(tx, bucket, key(parts...)) }
 		scan(tx, bucketTasks, nil, func(k, _ []byte) bool {
 			tag, d := firstPart(k), lastPart(k)
@@ -199,7 +268,11 @@ func (c *checker) blob(d digest.Digest) error {
 	case err != nil:
 		return err
 	}
-	f, err := os.Open(path)
+	f, err := openRegular(path)
+	if errors.Is(err, errNotRegular) {
+		c.found(Problem{Kind: KindCorrupt, Digest: d, Piece: -1, Path: path, Detail: "what is in the place of its file is not a regular file"})
+		return nil
+	}
 	if isMissing(err) {
 		c.found(Problem{Kind: KindMissing, Digest: d, Piece: -1, Path: path, Detail: "its file is not there"})
 		return nil
@@ -253,24 +326,92 @@ func (c *checker) blob(d digest.Digest) error {
 	return nil
 }
 
-// strays looks for files below blobs/ that no record knows.
+// strays looks for files below blobs/ that no record knows, but for what an
+// interruption has left: the next opening removes that.
 func (c *checker) strays() error {
-	return filepath.WalkDir(c.s.path("blobs"), func(path string, e fs.DirEntry, err error) error {
-		if err != nil || e.IsDir() {
-			return err
-		}
-		if err := context.Cause(c.ctx); err != nil {
-			return err
-		}
-		d := digest.Digest(filepath.Base(filepath.Dir(path)) + ":" + e.Name())
-		known := false
-		err = c.s.view(func(tx *bbolt.Tx) error {
-			known = has(tx, bucketBlobs, key(d))
+	left, err := c.s.leftovers()
+	if err != nil {
+		return err
+	}
+	expected := map[digest.Digest]bool{}
+	for _, d := range left {
+		expected[d] = true
+	}
+	return c.walk(func(path string, d digest.Digest, _ fs.DirEntry) error {
+		known := expected[d]
+		err := c.s.view(func(tx *bbolt.Tx) error {
+			known = known || has(tx, bucketBlobs, key(d))
 			return nil
 		})
 		if err == nil && !known {
-			c.found(Problem{Kind: KindStray, Piece: -1, Path: path, Detail: "no record knows this file: it can be removed"})
+			c.foundStray(path)
 		}
 		return err
+	})
+}
+
+func (c *checker) foundStray(path string) {
+	detail := "no record knows it: it can be removed"
+	if c.damaged {
+		detail = "no record knows it: leave it until the metadata is whole"
+	}
+	c.found(Problem{Kind: KindStray, Piece: -1, Path: path, Detail: detail})
+}
+
+// walk calls f for everything that is in the directories below blobs/.
+func (c *checker) walk(f func(path string, d digest.Digest, e fs.DirEntry) error) error {
+	for alg := range c.s.dirSyncs {
+		dir := c.s.path("blobs", alg.String())
+		entries, err := os.ReadDir(dir)
+		if err != nil && !isMissing(err) {
+			return err
+		}
+		for _, e := range entries {
+			if err := context.Cause(c.ctx); err != nil {
+				return err
+			}
+			if err := f(filepath.Join(dir, e.Name()), digest.Digest(alg.String()+":"+e.Name()), e); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// files compares each file with its name, for want of metadata.
+func (c *checker) files() error {
+	return c.walk(func(path string, d digest.Digest, _ fs.DirEntry) error {
+		if _, err := digest.Parse(string(d)); err != nil {
+			c.foundStray(path)
+			return nil
+		}
+		f, err := openRegular(path)
+		if errors.Is(err, errNotRegular) {
+			c.foundStray(path)
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		c.sum.Blobs++
+		recorder := digest.NewRecorder(d.Algorithm())
+		err = record(c.ctx, recorder, f, nil)
+		c.sum.Bytes += recorder.Size()
+		if cause := context.Cause(c.ctx); cause != nil {
+			return cause
+		}
+		detail := ""
+		if err != nil {
+			detail = fmt.Sprintf("it can't be read: %v", err)
+		} else if t, err := recorder.Table(); err != nil {
+			return err
+		} else if t.Digest != d {
+			detail = fmt.Sprintf("its content is %s", t.Digest)
+		}
+		if detail != "" {
+			c.found(Problem{Kind: KindCorrupt, Digest: d, Piece: -1, Path: path, Detail: detail})
+		}
+		return nil
 	})
 }

@@ -74,6 +74,35 @@ func (disk) Rename(from, to string) error { return os.Rename(from, to) }
 
 func (disk) Remove(name string) error { return os.Remove(name) }
 
+// openRegular opens a file for reading that has to be a regular one. What
+// somebody has put in its place, a pipe for example, does not hold the reader up.
+func openRegular(name string) (*os.File, error) {
+	fd, err := unix.Open(name, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, &os.PathError{Op: "open", Path: name, Err: err}
+	}
+	err = unix.SetNonblock(fd, false)
+	f := os.NewFile(uintptr(fd), name)
+	if err == nil {
+		err = requireRegular(f.Stat())
+	}
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+// errNotRegular says that something else is in the place of a regular file.
+var errNotRegular = errors.New("it is not a regular file")
+
+func requireRegular(info os.FileInfo, err error) error {
+	if err == nil && !info.Mode().IsRegular() {
+		return errNotRegular
+	}
+	return err
+}
+
 // DiskError makes an error of the file system match [p2p.ErrNoSpace] where it is one of
 // space, and [p2p.ErrBusy] where it is one of descriptors, for all who open files beside a [Store], too.
 func DiskError(err error) error {

@@ -429,7 +429,7 @@ func (in *ingest) Commit(c p2p.Commit) error {
 	err := in.publish(fresh)
 	var removed removal
 	if err == nil {
-		err = in.s.update(func(tx *bbolt.Tx) error {
+		err = in.s.updateMuch(weight(c), func(tx *bbolt.Tx) error {
 			removed = in.s.newRemoval()
 			return removed.commit(tx, c, fresh)
 		})
@@ -455,6 +455,17 @@ func (in *ingest) Commit(c p2p.Commit) error {
 		in.s.dropLoose()
 	}
 	return nil
+}
+
+// weight says how much work a commit is for the transaction.
+func weight(c p2p.Commit) int {
+	n := len(c.Tasks) + len(c.Names)
+	for _, t := range c.Tasks {
+		if t.Manifest != nil {
+			n += len(t.Manifest.Refs)
+		}
+	}
+	return n
 }
 
 func validate(c p2p.Commit) error {
@@ -518,6 +529,9 @@ func (in *ingest) publish(fresh []*addition) error {
 			return err
 		}
 		a.marker = marker
+		if err := in.s.makeWay(d); err != nil {
+			return err
+		}
 		if err := in.s.files.Rename(a.name, in.s.blobPath(d)); err != nil {
 			return err
 		}
@@ -531,9 +545,25 @@ func (in *ingest) publish(fresh []*addition) error {
 	return nil
 }
 
+// makeWay moves a directory that somebody has put where the file of a blob
+// belongs to a name of its own, which a check reports: what is in it is not ours.
+func (s *Store) makeWay(d digest.Digest) error {
+	path := s.blobPath(d)
+	info, err := os.Lstat(path)
+	if isMissing(err) || err == nil && !info.IsDir() {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	aside := path + ".displaced-" + newName()
+	s.log.Warn("a directory was where the file of a blob belongs; it was moved", "directory", path, "to", aside)
+	return os.Rename(path, aside)
+}
+
 // syncBlobs makes durable which names are in blobs/, for all who want it now.
 func (s *Store) syncBlobs(alg digest.Algorithm) error {
-	return s.dirSyncs[alg].do(struct{}{}, func(jobs []*job[struct{}]) {
+	return s.dirSyncs[alg].do(struct{}{}, 1, func(jobs []*job[struct{}]) {
 		s.mu.Lock()
 		moved := slices.DeleteFunc(slices.Collect(maps.Keys(s.moved)), func(d digest.Digest) bool { return d.Algorithm() != alg })
 		s.mu.Unlock()

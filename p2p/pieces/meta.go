@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -164,8 +165,16 @@ func countBytes(tx *bbolt.Tx, n int64) error {
 // others want to change at the same time. f may be called more than once, and
 // an error of f undoes what it did and nothing else. It must not have effects
 // outside the transaction but set variables of its own anew.
-func (s *Store) update(f func(tx *bbolt.Tx) error) error {
-	return s.updates.do(f, s.runUpdates)
+func (s *Store) update(f func(tx *bbolt.Tx) error) error { return s.updateMuch(1, f) }
+
+// updateLimit bounds what one transaction takes in. bbolt keeps the records of a page that
+// is written to in one sorted list until the commit: many manifests that name the same
+// blobs, in one transaction, take time by the square of their number.
+const updateLimit = 1000
+
+// updateMuch is update for a change of so many records.
+func (s *Store) updateMuch(records int, f func(tx *bbolt.Tx) error) error {
+	return s.updates.do(f, records, s.runUpdates)
 }
 
 func (s *Store) runUpdates(jobs []*job[func(*bbolt.Tx) error]) {
@@ -360,7 +369,8 @@ func (r *taskRecord) keep() p2p.Keep {
 
 // link enters what the manifest t refers to in the indexes.
 func (r *taskRecord) link(tx *bbolt.Tx, t p2p.Task) error {
-	for _, child := range r.Refs {
+	// In the order of the keys: what comes last is not in the way of what is there.
+	for _, child := range slices.Sorted(slices.Values(r.Refs)) {
 		if err := putValue(tx, bucketParents, key(t.Tag, string(child), string(t.Digest)), nil); err != nil {
 			return err
 		}

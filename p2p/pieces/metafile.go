@@ -50,7 +50,7 @@ func (s *Store) openMeta() error {
 	if s.db, err = openBolt(path, false); err != nil {
 		return err
 	}
-	if s.guard.file, err = os.Open(path); err == nil {
+	if s.guard.file, err = openRegular(path); err == nil {
 		var newest *metaPage
 		if newest, err = s.metaPages(); err == nil {
 			s.guard.last.Store(newest)

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"math/bits"
-	"os"
 
 	"golang.org/x/sys/unix"
 )
@@ -72,7 +71,7 @@ type metaPage struct {
 // checkPages reads all pages of the bbolt file at path, and calls v with what is in them.
 // It fails at the first thing that is not as bbolt writes it.
 func checkPages(path string, v visitor) error {
-	f, err := os.Open(path)
+	f, err := openRegular(path)
 	if err != nil {
 		return err
 	}
@@ -80,9 +79,6 @@ func checkPages(path string, v visitor) error {
 	info, err := f.Stat()
 	if err != nil {
 		return err
-	}
-	if !info.Mode().IsRegular() {
-		return fmt.Errorf("it is not a regular file")
 	}
 	// Pages are read in the order of the keys. The disk likes them in a row.
 	_ = unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_WILLNEED)

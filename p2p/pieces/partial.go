@@ -127,7 +127,7 @@ func (p *Partial) seed(ctx context.Context) error {
 	if info, err := p.f.Stat(); err != nil || info.Size() > 0 {
 		return err
 	}
-	in, err := os.Open(p.s.blobPath(p.d))
+	in, err := openRegular(p.s.blobPath(p.d))
 	if err != nil {
 		if isMissing(err) {
 			return nil

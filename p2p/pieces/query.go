@@ -160,6 +160,9 @@ func (s *Store) checkFile(info p2p.Info) (err error) {
 	d := info.Task.Digest
 	defer func() { s.met(err) }()
 	file, err := os.Stat(s.blobPath(d))
+	if err == nil && !file.Mode().IsRegular() {
+		return errNoRegularFile(d)
+	}
 	if err == nil {
 		return checkSize(&digest.Table{Digest: d, Size: info.Size, PieceLength: info.PieceLength}, file.Size())
 	}

@@ -118,6 +118,7 @@ func open(dir string, opts Options, files files) (_ *Store, err error) {
 		files:    files,
 		maxSize:  opts.MaxSize,
 		guard:    guard{failed: make(chan struct{})},
+		updates:  batch[func(*bbolt.Tx) error]{limit: updateLimit},
 		clock:    opts.Now,
 		lease:    cmp.Or(opts.Lease, DefaultLease),
 		dirSyncs: map[digest.Algorithm]*batch[struct{}]{},
@@ -235,16 +236,17 @@ func (s *Store) checkMeta() error {
 	return nil
 }
 
-// recover makes up for whatever was interrupted when the store was last open.
-func (s *Store) recover() error {
-	// A marker, NAME.ALGORITHM.HEX, says that a blob's file may be in place without the records for it.
-	entries, err := os.ReadDir(s.path("ingest"))
-	if err != nil {
-		return err
-	}
+// leftovers returns the blobs that may be in place without being anybody's: they
+// were being deleted, or not committed yet.
+func (s *Store) leftovers() ([]digest.Digest, error) {
 	loose, err := s.loose()
 	if err != nil {
-		return err
+		return nil, err
+	}
+	// A marker, NAME.ALGORITHM.HEX, says that a blob's file may be in place without the records for it.
+	entries, err := os.ReadDir(s.path("ingest"))
+	if err != nil && !isMissing(err) {
+		return nil, err
 	}
 	for _, e := range entries {
 		if parts := strings.Split(e.Name(), "."); len(parts) == 3 {
@@ -252,6 +254,19 @@ func (s *Store) recover() error {
 				loose = append(loose, d)
 			}
 		}
+	}
+	return loose, nil
+}
+
+// recover makes up for whatever was interrupted when the store was last open.
+func (s *Store) recover() error {
+	entries, err := os.ReadDir(s.path("ingest"))
+	if err != nil {
+		return err
+	}
+	loose, err := s.leftovers()
+	if err != nil {
+		return err
 	}
 	if len(loose) > 0 {
 		if err := s.drop(loose); err != nil {
@@ -525,6 +540,10 @@ func (s *Store) unlink(blobs []digest.Digest) (trash []string, err error) {
 		return nil, err
 	}
 	for _, d := range gone {
+		if e := s.makeWay(d); e != nil {
+			err = errors.Join(err, e)
+			continue
+		}
 		name := s.path("ingest", newName())
 		switch e := s.files.Rename(s.blobPath(d), name); {
 		case e == nil:
