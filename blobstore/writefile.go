@@ -64,17 +64,22 @@ func (o *output) fill(path string, opts ExportOptions, write func(*os.File) erro
 	if err == nil && !opts.NoSync {
 		err = onDisk(syncFile(o.File))
 	}
-	switch {
-	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
-		// The error names the file, which has no name, by its directory.
-		return fmt.Errorf("output %s: %w: free some space on its disk, or choose another place", path, ErrNoSpace)
-	case err != nil:
-		return err
+	if err != nil {
+		return noSpace(path, err)
 	}
 	if err := o.publish(path, opts); err != nil {
 		return fmt.Errorf("output: %w", err)
 	}
 	return nil
+}
+
+// noSpace makes an error of space one of the output at path. Another one stays.
+func noSpace(path string, err error) error {
+	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
+		// It names the file, which has no name, by its directory.
+		return fmt.Errorf("output %s: %w: free some space on its disk, or choose another place", path, ErrNoSpace)
+	}
+	return err
 }
 
 // syncFile has the disk take in a file's content, or a directory's names. Only tests change it.
@@ -277,8 +282,16 @@ func writeDir(path string, opts ExportOptions, files []File, write func(File, *o
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(temp)) }()
 	for i, f := range files {
-		if err := writeNew(filepath.Join(temp, names[i]), opts, func(out *os.File) error { return write(f, out) }); err != nil {
+		if err := writeNew(filepath.Join(temp, names[i]), func(out *os.File) error { return write(f, out) }); err != nil {
 			return err
+		}
+	}
+	if !opts.NoSync {
+		// All together: the first has the file system's journal written, which has most of the others.
+		for _, name := range names {
+			if err := syncContent(filepath.Join(temp, name)); err != nil {
+				return noSpace(path, err)
+			}
 		}
 	}
 	if exists {
@@ -293,8 +306,8 @@ func writeDir(path string, opts ExportOptions, files []File, write func(File, *o
 }
 
 // writeNew makes a file in a directory that nobody else knows, with those that lead
-// to it. It does not make its name durable.
-func writeNew(path string, opts ExportOptions, write func(*os.File) error) error {
+// to it. It syncs neither.
+func writeNew(path string, write func(*os.File) error) error {
 	if err := dirs.Make(filepath.Dir(path), 0o777); err != nil {
 		return fmt.Errorf("output: %w", err)
 	}
@@ -303,7 +316,17 @@ func writeNew(path string, opts ExportOptions, write func(*os.File) error) error
 		return fmt.Errorf("output: %w", err)
 	}
 	defer f.Close()
-	return f.fill(path, opts, write)
+	return f.fill(path, ExportOptions{NoSync: true}, write)
+}
+
+// syncContent has the disk take in the content of the file at path.
+func syncContent(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return fmt.Errorf("output: %w", err)
+	}
+	defer f.Close()
+	return onDisk(syncFile(f))
 }
 
 // moveDir gives the directory temp, which has the files of these names, its own name.
