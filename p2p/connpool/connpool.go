@@ -3,6 +3,7 @@
 package connpool
 
 import (
+	"io"
 	"net"
 	"net/netip"
 	"sync"
@@ -139,4 +140,35 @@ func Host(a net.Addr) string {
 		}
 	}
 	return ip.String()
+}
+
+// Listen returns a listener of what l accepts, with at most limit connections open, by [Pool.Push]
+// and [Host]: for doors that ask nobody for a proof.
+func Listen(l net.Listener, limit int) net.Listener { return listener{l, New(limit)} }
+
+type listener struct {
+	net.Listener
+	pool *Pool
+}
+
+func (l listener) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	return counted{c, l.pool.Push(Host(c.RemoteAddr()), func() { c.Close() })}, nil
+}
+
+// counted is a connection in a pool, until it is closed.
+type counted struct {
+	net.Conn
+	leave func()
+}
+
+// ReadFrom has the kernel copy from a file where it can.
+func (c counted) ReadFrom(r io.Reader) (int64, error) { return io.Copy(c.Conn, r) }
+
+func (c counted) Close() error {
+	c.leave()
+	return c.Conn.Close()
 }

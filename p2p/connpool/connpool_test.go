@@ -109,3 +109,40 @@ func TestHost(t *testing.T) {
 		}
 	}
 }
+
+// TestListen: whoever has connected before, and however often, the one who comes is let in.
+func TestListen(t *testing.T) {
+	raw, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := Listen(raw, 2)
+	defer l.Close()
+	var clients, accepted []net.Conn
+	for range 4 {
+		c, err := net.Dial("tcp", raw.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		a, err := l.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer a.Close()
+		clients, accepted = append(clients, c), append(accepted, a)
+	}
+	for _, c := range clients[:2] {
+		if _, err := c.Read(make([]byte, 1)); err == nil {
+			t.Error("an old connection is not closed")
+		}
+	}
+	for i := range 2 {
+		if _, err := accepted[2+i].Write([]byte{1}); err != nil {
+			t.Error(err)
+		}
+		if _, err := clients[2+i].Read(make([]byte, 1)); err != nil {
+			t.Error(err)
+		}
+	}
+}

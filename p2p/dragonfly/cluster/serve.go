@@ -22,6 +22,7 @@ import (
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/connpool"
 	"github.com/dfcache/dfcache/p2p/dragonfly/wire"
 	"github.com/dfcache/dfcache/p2p/grpclimit"
 	"github.com/dfcache/dfcache/p2p/throttle"
@@ -29,6 +30,10 @@ import (
 
 // maxPieces is how many pieces are described in one message at most: a megabyte of them.
 const maxPieces = 16 << 10
+
+// maxConns is how many connections others may have open at each of the two doors. Dragonfly's peers
+// prove nothing: who comes when there are more takes the place of the oldest of the address with most.
+const maxConns = 512
 
 // defaultPieces is how many are where a peer does not say: as many as Dragonfly asks for.
 const defaultPieces = 16
@@ -40,6 +45,9 @@ func (e *Engine) listen() (l [2]net.Listener, err error) {
 	}
 	if l[1], err = net.Listen("tcp", e.opts.UploadListen); err != nil {
 		return l, errors.Join(fmt.Errorf("listen for uploads to Dragonfly's peers: %w: choose another address", err), l[0].Close())
+	}
+	for i := range l {
+		l[i] = connpool.Listen(l[i], maxConns)
 	}
 	return l, nil
 }
