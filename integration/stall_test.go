@@ -98,7 +98,7 @@ func TestStall(t *testing.T) {
 	l.meet(2)
 
 	// The source for good: that is said, and then it is over.
-	name, data, cid := l.file(12<<20, 1)
+	name, data, cid := l.file(6<<20, 1)
 	a.ok("import", "-i", cid, name)
 	a.stopped(func() {}) // it can be
 	e := b.beginExport("-i", cid)
@@ -112,11 +112,11 @@ func TestStall(t *testing.T) {
 
 	// The source for a while, and the receiver for longer than a download goes on without progress.
 	for i, stop := range []*host{a, b} {
-		name, data, cid := l.file(12<<20, uint64(2+i))
+		name, data, cid := l.file(6<<20, uint64(2+i))
 		a.ok("import", "-i", cid, name)
 		l.meet(2)
 		e := b.beginExport("-i", cid)
-		stop.stopped(func() { time.Sleep(time.Duration(2+3*i) * time.Second) })
+		stop.stopped(func() { time.Sleep(time.Duration(2+2*i) * time.Second) })
 		e.has(data)
 	}
 	if peers := b.ok("peers"); strings.Contains(peers, "sent nothing") {
