@@ -186,7 +186,8 @@ func (r *Repository) Resolve(ctx context.Context, reference string) (ocispec.Des
 // [errdef.ErrAlreadyExists]. What is too short fails with
 // [io.ErrUnexpectedEOF], what is too long with [content.ErrTrailingData], what
 // has another digest with [content.ErrMismatchedDigest], as does a file that is written to
-// meanwhile, where that was read; then, and when ctx ends, nothing is stored. Of concurrent pushes of the same content each ends
+// meanwhile, where that was read, and what has no room with [ErrNoSpace], before src is read
+// where that can be told; then, and when ctx ends, nothing is stored. Of concurrent pushes of the same content each ends
 // with nil or ErrAlreadyExists.
 //
 // Content with the media type of a manifest is one: it holds what it refers to,
@@ -293,6 +294,9 @@ func (r *Repository) push(ctx context.Context, expected ocispec.Descriptor, src 
 		return err
 	}
 	defer in.Close()
+	if err := in.Room(expected.Size); err != nil {
+		return err
+	}
 	if _, err := in.Add(sized(src, expected.Size), p2p.AddOptions{Want: expected.Digest}); err != nil {
 		return err
 	}

@@ -214,6 +214,9 @@ func (u *Upload) err() error {
 	return toOCI(fmt.Errorf("upload: %w", context.Cause(u.ctx)))
 }
 
+// Room fails with [ErrNoSpace] where n more bytes would have no room.
+func (u *Upload) Room(n int64) error { return u.in.Room(n) }
+
 // Size returns how many bytes have been taken in.
 func (u *Upload) Size() int64 { return u.parts.size.Load() }
 

@@ -148,14 +148,15 @@ func TestMemoryOfStalledReaders(t *testing.T) {
 	d.requireMemory(t, memoryBound)
 }
 
-// TestMemoryOfStalledStreams is the same for the streams of HTTP/2. Streams that the daemon does not allow wait at the client.
+// TestMemoryOfStalledStreams is the same for the streams of HTTP/2: of one connection,
+// and of ten. Streams that the daemon does not allow wait at the client.
 func TestMemoryOfStalledStreams(t *testing.T) {
 	u := newUser(t, &daemon{})
 	u.certificates()
 	d := startLean(t, []string{"--registry-cert", filepath.Join(u.dir, "server.crt"), "--registry-key", filepath.Join(u.dir, "server.key")})
 	data := content(64<<20, 1)
 	url, sum := "https://"+d.host+"/v2/models/blobs/", sha256Of(data).String()
-	for _, connections := range []int{1} {
+	for _, connections := range []int{1, 10} {
 		t.Run(strconv.Itoa(connections), func(t *testing.T) {
 			ctx, hangUp := context.WithCancel(t.Context())
 			var asking sync.WaitGroup

@@ -82,7 +82,6 @@ func TestResumedUpload(t *testing.T) {
 		d.breakOff(t, http.MethodPatch, location, data[sent:sent+n], len(data)-sent)
 		sent += n
 		within(t, "what was sent has arrived", func() bool {
-			// The answer waits for the request that has broken off.
 			got := d.require(t, http.StatusNoContent, http.MethodGet, location, nil)
 			location = got.Get("Location")
 			return got.Get("Range") == fmt.Sprintf("0-%d", sent-1)

@@ -212,6 +212,11 @@ type Ingest interface {
 	// Where it is written to meanwhile, the error matches [ErrChanged].
 	Add(src io.Reader, opts AddOptions) (Added, error)
 
+	// Room fails with an error that matches [ErrNoSpace] where an Add of n bytes more would:
+	// what is too much can be refused before it is sent. It keeps no room. An
+	// engine that can't tell returns nil.
+	Room(n int64) error
+
 	// Rehash adds what was added under the digest d once more, under want, a
 	// digest of another algorithm: without taking it in again. After that it
 	// may no longer be there under d. Other content fails with a

@@ -216,6 +216,9 @@ func (a *Access) Wrap(next http.Handler) http.Handler {
 			refuse(w, r, p)
 			return
 		}
+		if name, _, ok := r.BasicAuth(); ok && a.path != "" {
+			r = r.WithContext(context.WithValue(r.Context(), userKey{}, name)) // the password was right
+		}
 		next.ServeHTTP(w, r)
 	})
 }

@@ -15,6 +15,7 @@ import (
 
 	"github.com/dfcache/dfcache/blobstore"
 	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p/connpool"
 )
 
 // Options are how a Handler works. The zero value has the defaults.
@@ -22,12 +23,21 @@ type Options struct {
 	// Log gets every request: at debug level, at info what changes the store,
 	// at warn what fails. The default is to be silent.
 	Log *slog.Logger
-	// UploadTimeout is how long an upload session can be idle until it ends,
-	// by default an hour.
+	// UploadTimeout is how long an upload session that has bytes can be idle until it
+	// ends, by default a quarter of an hour. It ends before where another needs its room, and
+	// it has been idle for StallTimeout.
 	UploadTimeout time.Duration
-	// MaxUploads is the number of upload sessions at once, by default 1000.
-	// A client that begins one more is told to come back later.
+	// EmptyTimeout is the same for a session without a byte, by default two minutes,
+	// or UploadTimeout where that is less.
+	EmptyTimeout time.Duration
+	// MaxUploads is the number of upload sessions at once, by default 1000. Where there
+	// are more, an idle one of the client that has most makes room. A
+	// client for whom there is none is told to come back later.
 	MaxUploads int
+	// MaxRequests is the number of requests at once, by default 512. Where there are
+	// more, the oldest of the client that has most is broken off for one of who has
+	// fewer, and others are told to come back later.
+	MaxRequests int
 	// StallTimeout is how long a client can take to send a byte, or to receive
 	// 128 KiB, until it is cut off, by default a minute.
 	StallTimeout time.Duration
@@ -38,11 +48,12 @@ type Options struct {
 
 // Handler serves a store as a registry. It is safe for concurrent use.
 type Handler struct {
-	store  *blobstore.Store
-	opts   Options
-	log    *slog.Logger
-	origin *http.CrossOriginProtection
-	parsed *semaphore.Weighted // bytes of manifests that are taken in
+	store    *blobstore.Store
+	opts     Options
+	log      *slog.Logger
+	origin   *http.CrossOriginProtection
+	requests *connpool.Pool      // those that are answered
+	parsed   *semaphore.Weighted // bytes of manifests that are taken in
 
 	ctx     context.Context // of all upload sessions
 	stop    context.CancelCauseFunc
@@ -59,10 +70,16 @@ func New(store *blobstore.Store, opts Options) *Handler {
 		opts.Log = slog.New(slog.DiscardHandler)
 	}
 	if opts.UploadTimeout <= 0 {
-		opts.UploadTimeout = time.Hour
+		opts.UploadTimeout = 15 * time.Minute
+	}
+	if opts.EmptyTimeout <= 0 {
+		opts.EmptyTimeout = min(2*time.Minute, opts.UploadTimeout)
 	}
 	if opts.MaxUploads <= 0 {
 		opts.MaxUploads = 1000
+	}
+	if opts.MaxRequests <= 0 {
+		opts.MaxRequests = 512
 	}
 	if opts.StallTimeout <= 0 {
 		opts.StallTimeout = time.Minute
@@ -71,8 +88,9 @@ func New(store *blobstore.Store, opts Options) *Handler {
 		opts.Scratch = os.TempDir()
 	}
 	h := &Handler{
-		parsed: semaphore.NewWeighted(maxParsed),
-		store:  store, opts: opts, log: opts.Log,
+		requests: connpool.New(opts.MaxRequests),
+		parsed:   semaphore.NewWeighted(maxParsed),
+		store:    store, opts: opts, log: opts.Log,
 		origin:  http.NewCrossOriginProtection(),
 		uploads: map[string]*session{},
 	}
@@ -118,7 +136,7 @@ var handlers = map[endpoint]map[string]handlerFunc{
 		"PUT": (*Handler).putManifest, "DELETE": (*Handler).deleteManifest,
 	},
 	endpointBlob:    {"GET": (*Handler).getBlob, "HEAD": (*Handler).headBlob, "DELETE": (*Handler).deleteBlob},
-	endpointUploads: {"POST": (*Handler).postUpload},
+	endpointUploads: {"GET": (*Handler).listUploads, "POST": (*Handler).postUpload},
 	endpointUpload: {
 		"GET": (*Handler).getUpload, "HEAD": (*Handler).getUpload,
 		"PATCH": (*Handler).patchUpload, "PUT": (*Handler).putUpload, "DELETE": (*Handler).deleteUpload,
@@ -141,7 +159,11 @@ func (h *Handler) ServeHTTP(hw http.ResponseWriter, hr *http.Request) {
 	// Whoever pushes has a say in types and content: no browser is to act on it.
 	header.Set("X-Content-Type-Options", "nosniff")
 	header.Set("Content-Security-Policy", "default-src 'none'; sandbox")
-	failure = h.serve(w, r)
+	end, failure := h.begin(w, r)
+	if failure == nil {
+		defer end()
+		failure = h.serve(w, r)
+	}
 	r.gone = hr.Context().Err() != nil
 	if failure == nil {
 		return

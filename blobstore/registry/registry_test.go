@@ -42,7 +42,7 @@ func TestMethods(t *testing.T) {
 		"/v2/a/referrers/" + d:   "GET, HEAD",
 		"/v2/a/manifests/v1":     "DELETE, GET, HEAD, PUT",
 		"/v2/a/blobs/" + d:       "DELETE, GET, HEAD",
-		"/v2/a/blobs/uploads/":   "POST",
+		"/v2/a/blobs/uploads/":   "GET, POST",
 		"/v2/a/blobs/uploads/id": "DELETE, GET, HEAD, PATCH, PUT",
 	} {
 		for _, method := range all {

@@ -27,6 +27,9 @@ type response struct {
 	status  int   // as sent, 0 where nothing was
 	sent    int64 // bytes of the body
 	err     error // the first of a write
+
+	mu   sync.Mutex
+	over bool // its deadline is not to be moved any more
 }
 
 // newResponse returns the response to a request, and in it the request's body,
@@ -57,7 +60,22 @@ func (w *response) WriteHeader(status int) {
 	w.ResponseWriter.WriteHeader(status)
 }
 
-func (w *response) moveDeadline() { w.control.SetWriteDeadline(time.Now().Add(w.stall)) }
+// cut ends a write under way, and those that come, and the same of reads of the body.
+func (w *response) cut() {
+	w.mu.Lock()
+	w.over = true
+	w.control.SetWriteDeadline(time.Unix(1, 0))
+	w.mu.Unlock()
+	w.request.interrupt()
+}
+
+func (w *response) moveDeadline() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !w.over {
+		w.control.SetWriteDeadline(time.Now().Add(w.stall))
+	}
+}
 
 // begin sends the header where that has not been done.
 func (w *response) begin() {

@@ -6,7 +6,9 @@ import (
 	"errors"
 	"io"
 	"net/http"
+	"slices"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -21,6 +23,7 @@ import (
 type session struct {
 	id   string
 	name string // of the repository
+	who  string // has begun it, as clientOf says
 	ctx  context.Context
 	end  context.CancelCauseFunc
 	turn chan struct{} // of capacity 1
@@ -37,6 +40,7 @@ var (
 	errShutdown  = errors.New("the registry is shutting down")
 	errCancelled = errors.New("the upload was cancelled")
 	errOver      = errors.New("the upload is over")
+	errCrowded   = errors.New("there are too many requests, and this client has most of them")
 )
 
 // size returns how many bytes have come.
@@ -65,19 +69,119 @@ func errClosed() *problem {
 }
 
 // beginUpload makes a session. It is cheap: nothing is stored before bytes come.
-func (h *Handler) beginUpload(name string, alg digest.Algorithm) (*session, error) {
+// Where there are too many, one that nobody uses makes room.
+func (h *Handler) beginUpload(r *request, alg digest.Algorithm) (*session, error) {
+	u := &session{id: rand.Text(), name: r.name, who: clientOf(r.Request), alg: alg, turn: make(chan struct{}, 1), used: time.Now()}
+	for {
+		spare, err := h.addUpload(u)
+		if err != nil || spare == nil {
+			return u, err
+		}
+		h.giveUp(spare, "upload given up for another client's")
+		<-spare.turn
+	}
+}
+
+// addUpload adds a session, or returns one that is to be given up for it before, with its turn.
+func (h *Handler) addUpload(u *session) (spare *session, err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	switch {
 	case h.ctx.Err() != nil:
 		return nil, errClosed()
-	case len(h.uploads) >= h.opts.MaxUploads:
+	case len(h.uploads) < h.opts.MaxUploads:
+		u.ctx, u.end = context.WithCancelCause(h.ctx)
+		h.uploads[u.id] = u
+		return nil, nil
+	}
+	if spare = h.spareUpload(u.who); spare == nil {
 		return nil, newProblem(http.StatusTooManyRequests, codeTooManyRequests, "there are %d uploads already: try again later", len(h.uploads)).with("Retry-After", "10")
 	}
-	u := &session{id: rand.Text(), name: name, alg: alg, turn: make(chan struct{}, 1), used: time.Now()}
-	u.ctx, u.end = context.WithCancelCause(h.ctx)
-	h.uploads[u.id] = u
-	return u, nil
+	return spare, nil
+}
+
+// spareUpload returns, with its turn, the session of the client that has most which nobody
+// has used for longest. One without a byte comes first; one with some has to be another
+// client's, who has more than who asks. It returns nil where there is none. The caller has h.mu.
+func (h *Handler) spareUpload(who string) (spare *session) {
+	count, most := map[string]int{}, 0
+	for _, u := range h.uploads {
+		count[u.who]++
+		most = max(most, count[u.who])
+	}
+	better := func(u *session) bool {
+		empty := u.in.Load() == nil
+		switch {
+		case count[u.who] < most, !empty && count[who]+1 >= most, u.over:
+			return false
+		case spare == nil:
+			return true
+		}
+		if spareEmpty := spare.in.Load() == nil; empty != spareEmpty {
+			return empty
+		}
+		return u.used.Before(spare.used)
+	}
+	for _, u := range h.uploads {
+		select {
+		case u.turn <- struct{}{}:
+		default:
+			continue // in use
+		}
+		drop := u
+		if better(u) {
+			spare, drop = u, spare
+		}
+		if drop != nil {
+			<-drop.turn
+		}
+	}
+	return spare
+}
+
+// giveUp ends a session that nobody uses, whose turn the caller has.
+func (h *Handler) giveUp(u *session, why string) {
+	size := u.size()
+	h.drop(u)
+	h.log.Info(why, "repository", u.name, "upload", u.id, "client", u.who, "received", size, "idle", time.Since(u.used).Round(time.Second))
+}
+
+// makeRoom returns nil as soon as room does, which says whether there is room for what comes.
+// Where there is none, it gives up what is unfinished and nobody has used for a while, the
+// longest first.
+func (h *Handler) makeRoom(room func() error) error {
+	err := room()
+	if !errors.Is(err, blobstore.ErrNoSpace) {
+		return err
+	}
+	idle := map[*session]time.Time{}
+	all := slices.DeleteFunc(h.allUploads(), func(u *session) bool {
+		select {
+		case u.turn <- struct{}{}:
+			idle[u] = u.used
+			<-u.turn
+			return u.size() == 0
+		default:
+			return true
+		}
+	})
+	slices.SortFunc(all, func(a, b *session) int { return idle[a].Compare(idle[b]) })
+	for _, u := range all {
+		select {
+		case u.turn <- struct{}{}:
+		default:
+			continue
+		}
+		if !u.over && time.Since(u.used) >= h.opts.StallTimeout {
+			h.giveUp(u, "upload given up for want of room")
+			err = room()
+		}
+		<-u.turn
+		if !errors.Is(err, blobstore.ErrNoSpace) {
+			break
+		}
+	}
+	return err
 }
 
 // findUpload returns the session that a request names.
@@ -162,7 +266,7 @@ func (h *Handler) allUploads() []*session {
 // sweep ends sessions that are idle for too long, and all of them when the
 // handler is closed.
 func (h *Handler) sweep() {
-	tick := time.NewTicker(min(max(h.opts.UploadTimeout/8, time.Millisecond), time.Minute))
+	tick := time.NewTicker(min(max(h.opts.EmptyTimeout/8, time.Millisecond), time.Minute))
 	defer tick.Stop()
 	for {
 		select {
@@ -181,10 +285,12 @@ func (h *Handler) sweep() {
 			default:
 				continue // in use
 			}
-			if !u.over && time.Since(u.used) > h.opts.UploadTimeout {
-				size := u.size()
-				h.drop(u)
-				h.log.Info("upload expired", "repository", u.name, "received", size)
+			timeout := h.opts.UploadTimeout
+			if u.in.Load() == nil {
+				timeout = h.opts.EmptyTimeout
+			}
+			if !u.over && time.Since(u.used) > timeout {
+				h.giveUp(u, "upload expired")
 			}
 			<-u.turn
 		}
@@ -233,7 +339,7 @@ func (h *Handler) postUpload(w *response, r *request) error {
 			return newProblem(http.StatusBadRequest, codeDigestInvalid, "digest-algorithm: %v", err)
 		}
 	}
-	u, err := h.beginUpload(r.name, alg)
+	u, err := h.beginUpload(r, alg)
 	if err != nil {
 		return err
 	}
@@ -246,7 +352,14 @@ func (h *Handler) postUpload(w *response, r *request) error {
 // in once more: it may be damaged, or be deleted meanwhile.
 func (h *Handler) takeWhole(ctx context.Context, r *request, d digest.Digest) error {
 	if r.ContentLength >= 0 {
-		return bodyProblem(r, r.repo.PushBlob(ctx, d, r.ContentLength, r.body))
+		var err error
+		err = h.makeRoom(func() error {
+			if r.body.received == 0 { // what has no room fails before any of it is read, or it can't be tried again
+				err = r.repo.PushBlob(ctx, d, r.ContentLength, r.body)
+			}
+			return err
+		})
+		return bodyProblem(r, err)
 	}
 	return bodyProblem(r, takeStream(ctx, r, d))
 }
@@ -274,6 +387,41 @@ func bodyProblem(r *request, err error) error {
 		return newProblem(http.StatusRequestTimeout, codeBlobUploadInvalid, "nothing came for too long: go on from what the upload has, or begin again").because(err)
 	}
 	return newProblem(http.StatusBadRequest, codeSizeInvalid, "the body ended before its length: go on from what the upload has, or begin again").because(err)
+}
+
+// listUploads lists the unfinished uploads of a repository, so that they can be cancelled. It is
+// not of the specification.
+func (h *Handler) listUploads(w *response, r *request) error {
+	type entry struct {
+		Location string `json:"location"`
+		Received int64  `json:"received"`
+		Busy     bool   `json:"busy"` // a request is using it
+		Idle     int    `json:"idle"` // seconds
+	}
+	list := []entry{}
+	for _, u := range h.allUploads() {
+		if u.name != r.name {
+			continue
+		}
+		e := entry{Location: uploadPath(u.name, u.id), Received: u.size(), Busy: true}
+		select {
+		case u.turn <- struct{}{}:
+			e.Busy, e.Idle = false, int(time.Since(u.used).Seconds())
+			<-u.turn
+		default:
+		}
+		list = append(list, e)
+	}
+	slices.SortFunc(list, func(a, b entry) int { return strings.Compare(a.Location, b.Location) })
+	return h.sendValue(w, r, map[string][]entry{"uploads": list})
+}
+
+// Uploads returns how many unfinished uploads there are, and how many bytes they have.
+func (h *Handler) Uploads() (count int, received int64) {
+	for _, u := range h.allUploads() {
+		count, received = count+1, received+u.size()
+	}
+	return count, received
 }
 
 // getUpload says how far an upload is. It does not wait for a request that is
@@ -403,6 +551,12 @@ func (h *Handler) takeChunk(r *request, u *session, alg digest.Algorithm) error 
 		}
 		u.in.Store(in)
 	}
+	if r.ContentLength > 0 {
+		if err := h.makeRoom(func() error { return in.Room(r.ContentLength) }); err != nil {
+			h.dropAfter(u, err)
+			return err
+		}
+	}
 	stop := context.AfterFunc(u.ctx, r.body.interrupt)
 	taken, err := in.Append(src)
 	stop() // what ends the session from here on must not break off the answer
@@ -411,6 +565,7 @@ func (h *Handler) takeChunk(r *request, u *session, alg digest.Algorithm) error 
 		h.dropAfter(u, err) // the store has failed: what came is lost
 		return err
 	case err != nil:
+		h.log.Info("upload broke off", "repository", u.name, "upload", u.id, "client", u.who, "received", u.size(), "kept", h.opts.UploadTimeout)
 		return bodyProblem(r, err)
 	case want >= 0 && !exactly(r.body, taken, want):
 		return newProblem(http.StatusBadRequest, codeSizeInvalid, "Content-Range says %d bytes, the body has another number: go on from the %d that the upload has", want, u.size())

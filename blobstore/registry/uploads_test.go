@@ -246,20 +246,147 @@ func TestUploadOfAnotherRepository(t *testing.T) {
 	s.do("PUT", path+"?digest="+d.String(), []byte("x")).want(http.StatusCreated)
 }
 
+// TestTooManyUploads: sessions that nobody uses make room for others, those of who has most, and
+// first those without a byte.
 func TestTooManyUploads(t *testing.T) {
 	s := start(t, registry.Options{MaxUploads: 3})
-	first := s.begin("a")
-	s.begin("b")
-	s.begin("c")
+	known := func(path string, is bool) {
+		t.Helper()
+		status := http.StatusNotFound
+		if is {
+			status = http.StatusNoContent
+		}
+		s.do("GET", path, nil).want(status)
+	}
+	empty, filled, later := s.begin("a"), s.begin("b"), s.begin("c")
+	s.do("PATCH", filled, []byte("data")).want(http.StatusAccepted)
+	next := s.begin("a")
+	known(empty, false)
+	for _, path := range []string{filled, later, next} {
+		known(path, true)
+		s.do("PATCH", path, []byte("more")).want(http.StatusAccepted)
+	}
+	// All have something now, and are of the client that asks.
 	a := s.do("POST", "/v2/a/blobs/uploads/", nil).fails(http.StatusTooManyRequests, "TOOMANYREQUESTS")
 	if a.header.Get("Retry-After") == "" {
 		t.Error("no Retry-After")
 	}
+	// Another client gets the place of the one that was idle for longest.
+	w := httptest.NewRecorder()
+	s.handler.ServeHTTP(w, httptest.NewRequest("POST", "/v2/a/blobs/uploads/", nil)) // from 192.0.2.1
+	if w.Code != http.StatusAccepted {
+		t.Errorf("another client: %d %s", w.Code, w.Body)
+	}
+	known(filled, false)
+	known(later, true)
+	known(next, true)
 	// What needs no session goes on.
 	d := digest.SHA256.FromString("x")
 	s.do("POST", "/v2/a/blobs/uploads/?digest="+d.String(), "x").want(http.StatusCreated)
-	s.do("DELETE", first, nil).want(http.StatusNoContent)
-	s.begin("a")
+}
+
+// TestListUploads: what is unfinished can be found, and cancelled.
+func TestListUploads(t *testing.T) {
+	s := start(t, registry.Options{})
+	s.do("GET", "/v2/a/blobs/uploads/", nil).want(http.StatusOK).content([]byte(`{"uploads":[]}`))
+	path := s.begin("a")
+	s.begin("b")
+	s.do("PATCH", path, []byte("data")).want(http.StatusAccepted)
+	s.do("GET", "/v2/a/blobs/uploads/", nil).want(http.StatusOK, "Content-Type", "application/json").
+		content([]byte(`{"uploads":[{"location":"` + path + `","received":4,"busy":false,"idle":0}]}`))
+	if n, received := s.handler.Uploads(); n != 2 || received != 4 {
+		t.Errorf("%d uploads have %d bytes", n, received)
+	}
+	s.do("DELETE", path, nil).want(http.StatusNoContent)
+	s.do("GET", "/v2/a/blobs/uploads/", nil).want(http.StatusOK).content([]byte(`{"uploads":[]}`))
+}
+
+// TestRefusedBeforeSending: what has no room is refused before any of it is read.
+func TestRefusedBeforeSending(t *testing.T) {
+	engine, err := pieces.Open(t.TempDir(), pieces.Options{MaxSize: 2 << 20})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := startOn(t, blobstore.New(engine), registry.Options{})
+	d := digest.SHA256.FromString("x").String()
+	for _, length := range []int{2<<20 + 1, 1 << 60} {
+		for _, r := range [][2]string{{"POST", "/v2/a/blobs/uploads/?digest=" + d}, {"PUT", s.begin("a") + "?digest=" + d}, {"PATCH", s.begin("a")}} {
+			c := s.dial()
+			// A client that waits to be asked for the body is not.
+			fmt.Fprintf(c, "%s %s HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n", r[0], r[1], length)
+			c.answer(r[0]).fails(http.StatusInsufficientStorage, "DENIED")
+		}
+	}
+	s.pushBlob("a", content(2<<20, 1)) // nothing is left of them
+}
+
+// TestRoomOfAbortedUploads: what an upload that broke off has is let go when another needs the
+// room, and not before. It runs with a clock of its own.
+func TestRoomOfAbortedUploads(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		engine, err := pieces.Open(t.TempDir(), pieces.Options{MaxSize: 100})
+		if err != nil {
+			t.Fatal(err)
+		}
+		store := blobstore.New(engine)
+		defer store.Close()
+		h := registry.New(store, registry.Options{StallTimeout: time.Minute})
+		defer h.Close()
+		do := func(status int, method, path string, body []byte) http.Header {
+			t.Helper()
+			w := httptest.NewRecorder()
+			h.ServeHTTP(w, httptest.NewRequest(method, path, bytes.NewReader(body)))
+			if w.Code != status {
+				t.Errorf("%s %s: %d %s, want %d", method, path, w.Code, w.Body, status)
+			}
+			return w.Header()
+		}
+		data := content(50, 1)
+		push := "/v2/a/blobs/uploads/?digest=" + digest.SHA256.FromBytes(data).String()
+		broken := do(http.StatusAccepted, "POST", "/v2/a/blobs/uploads/", nil).Get("Location")
+		do(http.StatusAccepted, "PATCH", broken, content(60, 2))
+		time.Sleep(59 * time.Second)
+		do(http.StatusInsufficientStorage, "POST", push, data) // it may go on
+		do(http.StatusNoContent, "GET", broken, nil)
+		time.Sleep(2 * time.Second)
+		do(http.StatusCreated, "POST", push, data)
+		do(http.StatusNotFound, "GET", broken, nil)
+	})
+}
+
+// TestTooManyRequests: who reads nothing does not keep out others.
+func TestTooManyRequests(t *testing.T) {
+	s := start(t, registry.Options{MaxRequests: 4, StallTimeout: time.Hour})
+	data := content(32<<20, 1) // more than the buffers on the way take
+	d := s.pushBlob("a", data)
+	s.log.wait(t, func(r record) bool { return r.attrs["status"] == "201" }) // that request is over
+	var stalled []*conn
+	for range 4 {
+		c := s.dial()
+		c.send("GET", "/v2/a/blobs/"+d.String(), 0, nil)
+		if _, err := c.in.Peek(1); err != nil {
+			t.Fatal(err)
+		}
+		stalled = append(stalled, c)
+	}
+	a := s.do("GET", "/v2/", nil).fails(http.StatusTooManyRequests, "TOOMANYREQUESTS")
+	if a.header.Get("Retry-After") == "" {
+		t.Error("no Retry-After")
+	}
+	w := httptest.NewRecorder()
+	s.handler.ServeHTTP(w, httptest.NewRequest("GET", "/v2/", nil)) // from 192.0.2.1
+	if w.Code != http.StatusOK {
+		t.Errorf("another client: %d %s", w.Code, w.Body)
+	}
+	if a := stalled[0].answer("GET"); a.err == nil {
+		t.Error("the oldest request of who has most goes on")
+	}
+	for _, c := range stalled[1:] {
+		c.answer("GET").want(http.StatusOK).content(data)
+	}
+	for s.do("GET", "/v2/", nil).status == http.StatusTooManyRequests {
+		time.Sleep(time.Millisecond) // they are over when their last byte is on its way
+	}
 }
 
 // TestNoSpace: the client hears that the disk is full, and what came is let go.
@@ -589,6 +716,12 @@ func TestExpiry(t *testing.T) {
 		}
 		used, idle := do("POST", "/v2/a/blobs/uploads/", "").Header().Get("Location"), do("POST", "/v2/a/blobs/uploads/", "").Header().Get("Location")
 		do("PATCH", idle, "data")
+		empty := do("POST", "/v2/a/blobs/uploads/", "").Header().Get("Location")
+		do("PATCH", used, "data")
+		time.Sleep(3 * time.Minute)
+		if w := do("GET", empty, ""); w.Code != http.StatusNotFound {
+			t.Errorf("an upload that has nothing goes on: %d", w.Code)
+		}
 		for range 3 {
 			time.Sleep(50 * time.Minute)
 			if w := do("PATCH", used, "data"); w.Code != http.StatusAccepted {

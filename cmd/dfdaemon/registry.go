@@ -17,6 +17,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
@@ -35,7 +36,25 @@ const (
 	idleTimeout = 2 * time.Minute
 	// maxHeader bounds a request's header, in bytes.
 	maxHeader = 64 << 10
+	// maxIdleUpload is how long an unfinished upload is kept at most that no request uses.
+	maxIdleUpload = 15 * time.Minute
+	// maxStreams is the number of requests at once on one connection of HTTP/2.
+	maxStreams = 250
+	// maxRequests is the number of requests at once, and maxIdle that of connections without one.
+	maxRequests, maxIdle = 512, 1024
 )
+
+// shareOfDescriptors returns n, or less where the process can have few descriptors: an eighth of them. A
+// request takes three at most, a connection and an upload one each, so that the registry has
+// three quarters, and what is left is for the socket and for peers. (Go has raised
+// the limit to the highest that the process may have.)
+func shareOfDescriptors(n int) int {
+	var limit syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
+		return n
+	}
+	return int(min(uint64(n), max(limit.Cur/8, 1)))
+}
 
 // registryOptions are the values of the flags of the registry.
 type registryOptions struct {
@@ -55,7 +74,7 @@ func (o *registryOptions) flags(flags *pflag.FlagSet) {
 	flags.StringVar(&o.read, "registry-read", "", "`who` may read: owner (the user of this dfdaemon on this host, and root), anyone, users (those of --registry-htpasswd), or names with commas between them (default users with --registry-htpasswd, else owner)")
 	flags.StringVar(&o.write, "registry-write", "", "`who` may write and read, in the words of --registry-read (default users with --registry-htpasswd, else owner)")
 	flags.BoolVar(&o.insecure, "registry-insecure", false, "allow a registry without TLS at an address that other hosts can reach")
-	flags.DurationVar(&o.uploadTimeout, "registry-upload-timeout", time.Hour, "how long an unfinished upload is kept that no request uses, and what a client was told is there for its manifest")
+	flags.DurationVar(&o.uploadTimeout, "registry-upload-timeout", time.Hour, "how long what a client was told is there is kept for its manifest, and an unfinished upload that no request uses at most: 15 minutes where that is less, and one without a byte 2")
 }
 
 // registryServer is a registry on its way: prepared, then with its files read,
@@ -237,7 +256,11 @@ func (s *registryServer) listen(store *blobstore.Store, log *slog.Logger, warn f
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	s.cancel = cancel
-	s.handler = registry.New(store, registry.Options{Log: log, UploadTimeout: s.uploadTimeout, Scratch: s.scratch})
+	s.handler = registry.New(store, registry.Options{
+		Log: log, UploadTimeout: min(s.uploadTimeout, maxIdleUpload), Scratch: s.scratch,
+		MaxUploads: shareOfDescriptors(1000), MaxRequests: shareOfDescriptors(maxRequests),
+	})
+	connections := registry.NewConnections(shareOfDescriptors(maxIdle))
 	s.server = &http.Server{
 		Handler:           s.access.Wrap(s.handler),
 		TLSConfig:         s.tls,
@@ -245,10 +268,28 @@ func (s *registryServer) listen(store *blobstore.Store, log *slog.Logger, warn f
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    maxHeader,
 		BaseContext:       func(net.Listener) context.Context { return ctx },
-		ConnContext:       loopback.ConnContext,
-		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
+			return connections.Context(loopback.ConnContext(ctx, c), c)
+		},
+		ConnState: connections.State,
+		HTTP2:     &http.HTTP2Config{MaxConcurrentStreams: maxStreams},
+		ErrorLog:  slog.NewLogLogger(log.Handler(), slog.LevelWarn),
 	}
 	return true, nil
+}
+
+// metrics are those of the registry.
+func (s *registryServer) metrics() []prometheus.Collector {
+	return []prometheus.Collector{
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "dfcache_registry_uploads", Help: "Uploads that are unfinished."}, func() float64 {
+			count, _ := s.handler.Uploads()
+			return float64(count)
+		}),
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "dfcache_registry_upload_bytes", Help: "Bytes that unfinished uploads have."}, func() float64 {
+			_, received := s.handler.Uploads()
+			return float64(received)
+		}),
+	}
 }
 
 // url returns where the registry is, or "off" where there is none.

@@ -182,6 +182,7 @@ func (o *options) start(cmd *cobra.Command) (_ *daemon, err error) {
 		}
 		if listens {
 			d.registry = oci
+			d.metrics.MustRegister(oci.metrics()...)
 			d.onClose(oci.close)
 		}
 	}

@@ -259,6 +259,9 @@ func (i *ingest) receive() (*pb.IngestReply, error) {
 	return reply, i.client.callError(i.ctx, err)
 }
 
+// Room implements [p2p.Ingest]. The daemon tells with what it gets.
+func (i *ingest) Room(int64) error { return nil }
+
 // Rehash implements [p2p.Ingest].
 func (i *ingest) Rehash(d, want digest.Digest) (added p2p.Added, err error) {
 	end, err := i.begin()

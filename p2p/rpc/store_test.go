@@ -218,6 +218,8 @@ func (i *storeIngest) Add(src io.Reader, opts p2p.AddOptions) (p2p.Added, error)
 	return p2p.Added{Digest: table.Digest, Size: table.Size}, nil
 }
 
+func (i *storeIngest) Room(int64) error { return nil }
+
 func (i *storeIngest) Rehash(d, want digest.Digest) (p2p.Added, error) {
 	f, err := os.Open(i.added[d])
 	if err != nil {
