@@ -350,7 +350,7 @@ func (d *download) from(ctx context.Context, p parent) error {
 	err := d.pieces(watch, p)
 	if err != nil {
 		if watch.bit() {
-			return fault("peer %s at %s: %w: nothing came for %s", p.id, p.addr, p2p.ErrUnreachable, d.e.opts.StallTimeout)
+			return fault("peer %s at %s: %w: nothing came for %s, or next to nothing", p.id, p.addr, p2p.ErrUnreachable, d.e.opts.StallTimeout)
 		}
 		if isPeersFault(err) {
 			return fmt.Errorf("peer %s at %s: %w", p.id, p.addr, err)
@@ -457,8 +457,7 @@ func (d *download) eachPiece(ctx context.Context, watch *watchdog, p parent, do 
 		if err != nil {
 			return fault("%w: %w", p2p.ErrUnreachable, err)
 		}
-		watch.kick()
-		known := check.told
+		known, before := check.told, len(check.seen)
 		if err := check.packet(packet); err != nil {
 			return err
 		}
@@ -483,6 +482,9 @@ func (d *download) eachPiece(ctx context.Context, watch *watchdog, p parent, do 
 				return err
 			}
 			do(at, piece)
+		}
+		if len(check.seen) > before || check.told && !known {
+			watch.kick() // a packet that tells nothing new is no progress
 		}
 	}
 	return nil
@@ -548,7 +550,14 @@ func (d *download) piece(ctx context.Context, watch *watchdog, from source, piec
 	}
 	last := at.start + at.size - 1
 	req.Header.Set("Range", "bytes="+strconv.FormatInt(at.start, 10)+"-"+strconv.FormatInt(last, 10))
-	resp, err := d.e.client.Do(req)
+	progress := throttle.NewProgress(ctx, d.e.opts.StallTimeout)
+	defer progress.Stop()
+	defer func() {
+		if errors.Is(context.Cause(progress.Context()), throttle.ErrStalled) {
+			watch.end(throttle.ErrStalled) // one piece that stalls is enough to give the peer up
+		}
+	}()
+	resp, err := d.e.client.Do(req.WithContext(progress.Context()))
 	if err != nil {
 		return fault("piece %d: %w: %w", piece.GetPieceNum(), p2p.ErrUnreachable, err)
 	}
@@ -561,7 +570,7 @@ func (d *download) piece(ctx context.Context, watch *watchdog, from source, piec
 		return tooLong
 	}
 	sum := md5.New()
-	body := &watchedReader{resp.Body, ctx, watch, d}
+	body := &watchedReader{progress.Reader(resp.Body, d.e.down), watch}
 	n, err := copyTo(io.MultiWriter(io.NewOffsetWriter(d.file, at.start), sum), io.LimitReader(body, at.size))
 	if err != nil {
 		return err
@@ -600,24 +609,17 @@ func copyTo(w io.Writer, r io.Reader) (n int64, err error) {
 	}
 }
 
-// watchedReader reads no faster than it may, and tells a watchdog of every byte.
+// watchedReader tells a watchdog of what comes from a peer.
 type watchedReader struct {
 	r     io.Reader
-	ctx   context.Context
 	watch *watchdog
-	d     *download
 }
 
 func (r *watchedReader) Read(p []byte) (int, error) {
+	r.watch.holding.Add(1) // each piece has a clock of its own
+	defer r.watch.holding.Add(-1)
 	n, err := r.r.Read(p)
 	if n > 0 {
-		r.watch.kick()
-		r.watch.holding.Add(1)
-		err := throttle.Wait(r.ctx, r.d.e.down, n)
-		r.watch.holding.Add(-1)
-		if err != nil {
-			return 0, err
-		}
 		r.watch.kick()
 	}
 	return n, err
@@ -629,10 +631,8 @@ type watchdog struct {
 	end     context.CancelCauseFunc
 	timer   *time.Timer
 	limit   time.Duration
-	holding atomic.Int32 // who wait for something of ours
+	holding atomic.Int32 // who fetch a piece
 }
-
-var errStalled = errors.New("nothing came")
 
 func newWatchdog(ctx context.Context, limit time.Duration) *watchdog {
 	w := &watchdog{limit: limit}
@@ -641,7 +641,7 @@ func newWatchdog(ctx context.Context, limit time.Duration) *watchdog {
 		if w.holding.Load() > 0 {
 			w.kick()
 		} else {
-			w.end(errStalled)
+			w.end(throttle.ErrStalled)
 		}
 	})
 	return w
@@ -650,7 +650,7 @@ func newWatchdog(ctx context.Context, limit time.Duration) *watchdog {
 func (w *watchdog) kick() { w.timer.Reset(w.limit) }
 
 // bit reports whether nothing has happened for too long.
-func (w *watchdog) bit() bool { return context.Cause(w.ctx) == errStalled }
+func (w *watchdog) bit() bool { return context.Cause(w.ctx) == throttle.ErrStalled }
 
 func (w *watchdog) stop() {
 	w.timer.Stop()

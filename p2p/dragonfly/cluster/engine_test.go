@@ -237,6 +237,7 @@ func TestBadPeers(t *testing.T) {
 			"lie":       {clustertest.Lie, digest.ErrMismatch, "gave something else"},
 			"long":      {clustertest.Long, nil, "more than the"},
 			"chunked":   {clustertest.Chunked, nil, "more than the"},
+			"drip":      {clustertest.Drip, p2p.ErrUnreachable, "nothing came for"},
 			"stall":     {clustertest.Stall, p2p.ErrUnreachable, "nothing came for"},
 			"silent":    {clustertest.Silent, p2p.ErrUnreachable, "nothing came for"},
 			"hostile":   {clustertest.Hostile, nil, "tells of a piece"},

@@ -23,6 +23,7 @@ import (
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/dragonfly/wire"
 	"github.com/dfcache/dfcache/p2p/pieces"
+	"github.com/dfcache/dfcache/p2p/throttle"
 )
 
 const (
@@ -137,10 +138,13 @@ func (c *client) upload(ctx context.Context, t p2p.Task, path string, ttl, limit
 	return err
 }
 
-// download writes a task's content to w, piece by piece as they come.
-func (c *client) download(ctx context.Context, t p2p.Task, w io.WriterAt, limit time.Duration) error {
+// download writes a task's content to w, piece by piece as they come. It is given up where
+// nothing, or next to nothing, comes for as long as stall.
+func (c *client) download(ctx context.Context, t p2p.Task, w io.WriterAt, limit, stall time.Duration) error {
 	return c.call(ctx, "export "+t.String(), limit, wire.ErrAway, func(ctx context.Context) error {
-		stream, err := c.daemon.DownloadPersistentCacheTask(ctx, &dfdaemonv2.DownloadPersistentCacheTaskRequest{
+		progress := throttle.NewProgress(ctx, stall)
+		defer progress.Stop()
+		stream, err := c.daemon.DownloadPersistentCacheTask(progress.Context(), &dfdaemonv2.DownloadPersistentCacheTaskRequest{
 			TaskId: taskID(t), Persistent: true, NeedPieceContent: true, Timeout: durationpb.New(limit),
 		})
 		if err != nil {
@@ -149,7 +153,14 @@ func (c *client) download(ctx context.Context, t p2p.Task, w io.WriterAt, limit 
 		size, got := int64(-1), int64(0)
 		seen := map[uint32]bool{}
 		for {
-			answer, err := stream.Recv()
+			var answer *dfdaemonv2.DownloadPersistentCacheTaskResponse
+			_, err := progress.Await(func() (n int, err error) {
+				answer, err = stream.Recv()
+				return len(answer.GetDownloadPieceFinishedResponse().GetPiece().GetContent()), err
+			})
+			if errors.Is(context.Cause(progress.Context()), throttle.ErrStalled) {
+				return status.Errorf(codes.Aborted, "it has sent nothing for %s, or next to nothing: %d bytes of %d have come", stall, got, size)
+			}
 			if errors.Is(err, io.EOF) && got == size {
 				return nil
 			}

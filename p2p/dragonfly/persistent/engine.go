@@ -37,6 +37,7 @@ type Options struct {
 
 	LookupTimeout time.Duration // of asking whether something is there; 3 s
 	Timeout       time.Duration // of an import or an export; 10 min
+	StallTimeout  time.Duration // without a piece, which has 64 MiB at most, after which an export is given up; 1 min
 	TTL           time.Duration // of what Dragonfly gets, which no call extends, 5 min to 7 days; 7 days
 	SweepInterval time.Duration // between looking for what Dragonfly has not got any more; 10 min
 
@@ -108,7 +109,7 @@ func New(store *pieces.Store, opts Options) (*Engine, error) {
 		opts.Socket = DefaultSocket
 	}
 	for d, value := range map[*time.Duration]time.Duration{
-		&opts.LookupTimeout: 3 * time.Second, &opts.Timeout: DefaultTimeout, &opts.TTL: 7 * 24 * time.Hour, &opts.SweepInterval: 10 * time.Minute,
+		&opts.LookupTimeout: 3 * time.Second, &opts.Timeout: DefaultTimeout, &opts.StallTimeout: time.Minute, &opts.TTL: 7 * 24 * time.Hour, &opts.SweepInterval: 10 * time.Minute,
 	} {
 		if *d == 0 {
 			*d = value
@@ -208,7 +209,7 @@ func (n network) Bring(ctx context.Context, task p2p.Task) error {
 	}
 	defer os.Remove(f.Name())
 	defer f.Close()
-	if err := n.upstream.download(ctx, task, f, n.opts.Timeout); err != nil {
+	if err := n.upstream.download(ctx, task, f, n.opts.Timeout, n.opts.StallTimeout); err != nil {
 		return err
 	}
 	err = n.Take(ctx, task, f)

@@ -481,3 +481,16 @@ func TestAway(t *testing.T) {
 	cluster.Leave(false)
 	eventually(t, "Dragonfly answers again", func() bool { return h.Health(t.Context()) == nil })
 }
+
+// A byte now and then does not hold a fetch up until it is over.
+func TestDrip(t *testing.T) {
+	cluster := persistenttest.StartCluster(t)
+	a, b := newHost(t, cluster, persistent.Options{}), newHost(t, cluster, persistent.Options{StallTimeout: time.Second})
+	task := enginetest.Import(t, a, "t", enginetest.Content(6*persistenttest.PieceLength, 1))
+	b.upstream.Tamper(func(piece *commonv2.Piece) {
+		time.Sleep(300 * time.Millisecond)
+		piece.Content = piece.Content[:1]
+	})
+	_, err := enginetest.Fetch(t.Context(), b, task)
+	enginetest.RequireError(t, "fetch", err, p2p.ErrUnreachable, "next to nothing")
+}

@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"sync"
 	"testing"
+	"time"
 
 	commonv1 "d7y.io/api/v2/pkg/apis/common/v1"
 	dfdaemonv1 "d7y.io/api/v2/pkg/apis/dfdaemon/v1"
@@ -32,6 +33,7 @@ const (
 	Chunked             // the same, not said
 	Stall               // half of the bytes, and no more
 	StallLast           // the same, of the last piece only
+	Drip                // a byte now and then
 	Silent              // no answer to what pieces there are
 	Hostile             // pieces that cannot be
 	Elsewhere           // pieces at the address of somebody else
@@ -220,6 +222,18 @@ func (p *Peer) upload(w http.ResponseWriter, r *http.Request) {
 		w.Write(part[:len(part)/2])
 		w.(http.Flusher).Flush()
 		<-r.Context().Done()
+		return
+	case Drip:
+		w.Header().Set("Content-Length", fmt.Sprint(len(part)))
+		for i := range part {
+			w.Write(part[i : i+1])
+			w.(http.Flusher).Flush()
+			select {
+			case <-r.Context().Done():
+				return
+			case <-time.After(100 * time.Millisecond):
+			}
+		}
 		return
 	}
 	w.Header().Set("Content-Length", fmt.Sprint(len(part)))
