@@ -116,6 +116,12 @@ func (in *ingest) add(ctx context.Context, src io.Reader, alg digest.Algorithm, 
 	a := &addition{f: f, name: name}
 	if a.table, err = in.copy(ctx, a, src, alg, opts.Progress); err == nil {
 		err = file.Unchanged(ctx, a.table.Digest, a.table.Size)
+	} else if file != nil && errors.Is(DiskError(err), p2p.ErrNoSpace) {
+		// There is no room for a copy, but none is needed for what is here already.
+		held, e := in.held(ctx, file, alg, opts)
+		if held != nil || e != nil {
+			return held, errors.Join(e, a.discard(in.s))
+		}
 	}
 	if err == nil && opts.Want != "" {
 		err = match(opts.Want, a.table)
@@ -172,6 +178,21 @@ func (in *ingest) compare(ctx context.Context, file *source.File, opts p2p.AddOp
 		return nil, errors.Join(err, in.s.letGo(opts.Want, false))
 	}
 	return in.register(&addition{table: t}), nil
+}
+
+// held is for a file that there is no room to copy: it makes the blob with the same
+// content part of the ingest. It returns nil and no error where there is none.
+func (in *ingest) held(ctx context.Context, file *source.File, alg digest.Algorithm, opts p2p.AddOptions) (*addition, error) {
+	recorder := digest.NewRecorder(alg)
+	if err := record(ctx, recorder, io.NewSectionReader(file, file.Start, 1<<63-1-file.Start), opts.Progress); err != nil {
+		return nil, err
+	}
+	table, err := recorder.Table()
+	if err != nil {
+		return nil, err
+	}
+	opts.Want = table.Digest
+	return in.compare(ctx, file, opts)
 }
 
 // record feeds a recorder.
@@ -262,7 +283,8 @@ func (in *ingest) copy(caller context.Context, a *addition, src io.Reader, alg d
 	})
 	var written int64
 	err := copyChunks(f, src, func(c copied) error {
-		if err := in.s.account(a, c.end); err != nil {
+		// What is small may be here already, as the empty configuration is: that shows when it is hashed.
+		if err := in.s.account(a, c.end); err != nil && c.end > p2p.MaxManifest {
 			return err
 		}
 		if c.end-written >= chunk {
@@ -394,12 +416,15 @@ func (in *ingest) rehash(a *addition, want digest.Digest) (*addition, error) {
 // keep makes a copy part of the ingest, or drops it where the store has the same, intact.
 func (in *ingest) keep(a *addition) (*addition, error) {
 	in.s.hold(a.table.Digest)
+	var err error
 	if in.added[a.table.Digest] != nil || in.s.intact(in.ctx, a.table.Digest) {
-		err := a.discard(in.s)
+		err = a.discard(in.s)
 		a.f = nil
-		if err != nil {
-			return nil, errors.Join(err, in.s.letGo(a.table.Digest, false))
-		}
+	} else if err = in.s.underLimit(0); err != nil {
+		err = errors.Join(err, a.discard(in.s))
+	}
+	if err != nil {
+		return nil, errors.Join(err, in.s.letGo(a.table.Digest, false))
 	}
 	return in.register(a), nil
 }
