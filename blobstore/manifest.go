@@ -19,6 +19,10 @@ import (
 // limit that the OCI distribution specification asks every registry for.
 const MaxManifest = p2p.MaxManifest
 
+// maxDescriptors is how many descriptors a manifest that is pushed has at most: each is a
+// record of its own, all of which one transaction writes.
+const maxDescriptors = 10_000
+
 // maxManifestElements is how many elements a manifest has at most, annotations, URLs and
 // what is not known here included; see package jsonlimit. It bounds what is made of 4 MiB
 // to a few times that.

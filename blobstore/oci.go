@@ -850,13 +850,25 @@ func (r *Repository) pushManifest(ctx context.Context, data []byte, push manifes
 	if err != nil {
 		return Manifest{}, err
 	}
+	children := parsed.children()
+	if len(children) > maxDescriptors {
+		return Manifest{}, fmt.Errorf("manifest: %w: it refers to %d blobs, the limit is %d", ErrInvalid, len(children), maxDescriptors)
+	}
 	refs := parsed.refs(push.check)
+	if push.check {
+		if err := r.checkSizes(ctx, children); err != nil {
+			return Manifest{}, err
+		}
+	}
 	commit := p2p.Commit{
 		Tasks: []p2p.NewTask{{Task: r.task(added.Digest), MediaType: mediaType, Keep: p2p.KeepLoose, Manifest: refs}},
 		Names: pointing(push.names, added.Digest),
 	}
 	err = in.Commit(commit)
 	if errors.Is(err, ErrMissingRef) && r.bring(ctx, refs.Needs) {
+		if err := r.checkSizes(ctx, children); err != nil {
+			return Manifest{}, err
+		}
 		// An ingest can't go on after an error.
 		err = r.commitAgain(ctx, data, added.Digest, commit)
 	}
@@ -871,6 +883,21 @@ func (r *Repository) pushManifest(ctx context.Context, data []byte, push manifes
 		Content: data,
 		Subject: refs.Subject,
 	}, nil
+}
+
+// checkSizes fails with [ErrInvalid] where a descriptor states another size than what is on
+// this host under its digest has. A descriptor without a size states none.
+func (r *Repository) checkSizes(ctx context.Context, descriptors []ocispec.Descriptor) error {
+	for _, d := range descriptors {
+		info, err := r.engine.Stat(ctx, r.tag, digest.FromDigest(d.Digest), p2p.StatOptions{Scope: p2p.Local})
+		if err == nil && info.Local() && d.Size != 0 && d.Size != info.Size {
+			return fmt.Errorf("manifest: %w: it says that %s has %d bytes, it has %d", ErrInvalid, d.Digest, d.Size, info.Size)
+		}
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+	}
+	return nil
 }
 
 // bring fetches those of digests that are not on this host, or not whole, from peers,

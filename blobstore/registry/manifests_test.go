@@ -46,7 +46,7 @@ func TestManifest(t *testing.T) {
 		"docker list":          {dockerList, dockerList, []byte(`{"schemaVersion":2,"mediaType":"` + dockerList + `","manifests":[` + imageDescriptor + `]}`)},
 		"index":                {ocispec.MediaTypeImageIndex, ocispec.MediaTypeImageIndex, index},
 		"nested index": {ocispec.MediaTypeImageIndex, ocispec.MediaTypeImageIndex, []byte(`{"schemaVersion":2,"manifests":[` +
-			strings.Replace(strings.Replace(imageDescriptor, digest.SHA256.FromBytes(image).String(), digest.SHA256.FromBytes(index).String(), 1), ocispec.MediaTypeImageManifest, ocispec.MediaTypeImageIndex, 1) + `]}`)},
+			fmt.Sprintf(`{"mediaType":%q,"digest":%q,"size":%d}`, ocispec.MediaTypeImageIndex, digest.SHA256.FromBytes(index), len(index)) + `]}`)},
 		"empty index": {ocispec.MediaTypeImageIndex, ocispec.MediaTypeImageIndex, []byte(`{"schemaVersion":2,"manifests":[]}`)},
 		"no layers":   {ocispec.MediaTypeImageManifest, ocispec.MediaTypeImageManifest, s.image("a", nil)},
 		"large": {ocispec.MediaTypeImageManifest, ocispec.MediaTypeImageManifest, s.image("a", func(m *ocispec.Manifest) {
@@ -257,7 +257,7 @@ func TestDeleteManifest(t *testing.T) {
 	s.do("HEAD", "/v2/a/blobs/"+blob.String(), nil).want(http.StatusOK)
 	// One that an index refers to stays.
 	child := s.pushManifest("a", "child", m2(s))
-	s.do("PUT", "/v2/a/manifests/index", encode(t, ocispec.Index{Manifests: []ocispec.Descriptor{{MediaType: ocispec.MediaTypeImageManifest, Digest: child, Size: 1}}}),
+	s.do("PUT", "/v2/a/manifests/index", encode(t, ocispec.Index{Manifests: []ocispec.Descriptor{{MediaType: ocispec.MediaTypeImageManifest, Digest: child, Size: int64(len(m2(s)))}}}),
 		"Content-Type", ocispec.MediaTypeImageIndex).want(http.StatusCreated)
 	s.do("DELETE", "/v2/a/manifests/"+child.String(), nil).fails(http.StatusMethodNotAllowed, "DENIED").contains("index")
 	s.do("DELETE", "/v2/a/manifests/child", nil).want(http.StatusAccepted)
@@ -285,4 +285,24 @@ func TestPushedFileIsAFile(t *testing.T) {
 	if _, err := repo.Export(t.Context(), "v2", &out, blobstore.ExportOptions{}); err != nil || !bytes.Equal(out.Bytes(), data) {
 		t.Errorf("export: %d bytes, %v", out.Len(), err)
 	}
+}
+
+// TestContradictedManifests: a manifest that says another size than a blob has, and one that
+// refers to too much, are refused.
+func TestContradictedManifests(t *testing.T) {
+	s := start(t, registry.Options{})
+	layer := s.pushBlob("a", []byte("layer"))
+	manifest := func(layers string) []byte {
+		return []byte(`{"schemaVersion":2,"mediaType":"` + ocispec.MediaTypeImageManifest + `","layers":[` + layers + `]}`)
+	}
+	of := func(size string) []byte {
+		return manifest(`{"mediaType":"application/x","digest":"` + layer.String() + `","size":` + size + `}`)
+	}
+	for _, size := range []string{"4", "6", "1000000000000000", "-5"} {
+		s.do("PUT", "/v2/a/manifests/v1", of(size)).fails(http.StatusBadRequest, "MANIFEST_INVALID").contains("has 5")
+	}
+	s.do("PUT", "/v2/a/manifests/v1", of("5")).want(http.StatusCreated)
+	many := strings.Repeat(`{"mediaType":"application/x","digest":"`+layer.String()+`","size":5},`, 10_000)
+	s.do("PUT", "/v2/a/manifests/v2", manifest(strings.TrimSuffix(many, ","))).want(http.StatusCreated)
+	s.do("PUT", "/v2/a/manifests/v3", manifest(many+many[:len(many)/10_000-1])).fails(http.StatusBadRequest, "MANIFEST_INVALID").contains("10001")
 }
