@@ -45,9 +45,10 @@ type client struct {
 const (
 	// idleTimeout is how long a connection is kept that nothing is asked on.
 	idleTimeout = 90 * time.Second
-	// directTimeout is how long one address of a peer is tried, and nextAddress
-	// after what time the next one is, too.
-	directTimeout = 3 * time.Second
+	// directTimeout is how long the addresses of a peer are tried, and nextAddress
+	// after what time the next one is, too. A lost SYN is sent again within it, and
+	// it leaves room in a lookup for the way over libp2p.
+	directTimeout = 2 * time.Second
 	nextAddress   = 200 * time.Millisecond
 	// retryDirect is how long a peer whose addresses can't be reached is talked
 	// to over libp2p before they are tried again.
@@ -158,7 +159,7 @@ func (c *client) dial(ctx context.Context, p peer.ID) (net.Conn, error) {
 // which one that is. None has to wait for the ones before it to fail: a router may
 // drop what is sent to them.
 func (c *client) dialAny(ctx context.Context, addresses []string, plain bool, p peer.ID) (conn net.Conn, address string, err error) {
-	ctx, cancel := context.WithCancel(ctx)
+	ctx, cancel := context.WithTimeout(ctx, directTimeout)
 	defer cancel()
 	var mu sync.Mutex
 	var errs []error
