@@ -97,8 +97,10 @@ func CheckDir(ctx context.Context, dir string, report func(Problem)) (sum Summar
 	for _, alg := range []digest.Algorithm{digest.SHA256, digest.SHA384, digest.SHA512} {
 		s.dirSyncs[alg] = nil // the directories that checkMeta looks at
 	}
-	if _, err := os.Stat(s.path("blobs")); err != nil {
+	if _, err := os.Stat(s.path("blobs")); isMissing(err) {
 		return sum, fmt.Errorf("check store: there is none in %s: %w", dir, fs.ErrNotExist)
+	} else if err != nil {
+		return sum, s.checkError(err)
 	}
 	if s.guard.lock, err = openRegular(s.path("lock")); err == nil {
 		defer s.guard.lock.Close()
