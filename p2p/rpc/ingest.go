@@ -193,7 +193,8 @@ func (i *ingest) addPipe(req *pb.IngestRequest_Add, src io.Reader, progress func
 		buf := copyBuffers.Get().(*[256 << 10]byte)
 		_, err := io.CopyBuffer(out, source.Guard(i.stream.Context(), src), buf[:])
 		copyBuffers.Put(buf)
-		if err != nil && out.err == nil {
+		// Where the daemon has ended the stream, src was not what broke.
+		if err != nil && out.err == nil && i.stream.Context().Err() == nil {
 			broken <- err
 			i.cancel() // before the daemon can take the end of the pipe for that of src
 		}
