@@ -159,7 +159,7 @@ const copyLength = 1 << 20
 // A connection or an [net/http.ResponseWriter] takes the bytes from the blob's
 // file by itself, in the kernel: they are read to be checked, but not copied
 // again, and nothing of them is in memory while w takes its time. For any other w
-// what was checked stays in memory until it is written, 32 MiB of it for all
+// what was checked stays in memory until it is written, 16 MiB of it for all
 // copies of the process; what finds no room there is read and checked again, 64 KiB at
 // a time.
 func (v *Verified) CopyRange(ctx context.Context, w io.Writer, off, n int64, progress func(written int64)) error {
@@ -270,7 +270,7 @@ type space = [blockLength]byte
 var spaces = sync.Pool{New: func() any { return new(space) }}
 
 // maxKept is how many blocks are kept in memory by all copies together, until they are written.
-const maxKept = 32 << 20 / blockLength
+const maxKept = 16 << 20 / blockLength
 
 var kept atomic.Int64
 
