@@ -1,9 +1,6 @@
 package main
 
 import (
-	"fmt"
-	"io"
-	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -108,15 +105,7 @@ func (b *bench) registryBefore(what string, files int, size int64, oras string, 
 	in, out := filepath.Join(b.dir, "push"), filepath.Join(b.dir, "pull")
 	must(0, os.MkdirAll(in, 0o755))
 	defer os.RemoveAll(in)
-	random := rand.NewChaCha8([32]byte{byte(files)})
-	var names []string
-	for i := range files {
-		name := fmt.Sprintf("file-%d", i)
-		f := must(os.Create(filepath.Join(in, name)))
-		must(io.CopyN(f, random, size))
-		must(0, f.Close())
-		names = append(names, name)
-	}
+	names := randomFiles(in, files, size)
 	must(0, os.Chdir(in))
 	defer os.Chdir(b.dir)
 	var commands []command

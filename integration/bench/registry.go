@@ -91,20 +91,28 @@ func (b *bench) registries(tools string) {
 	b.latencies([]server{ours, none, theirs})
 }
 
+// randomFiles makes n files of that many bytes in dir, and returns their names.
+func randomFiles(dir string, n int, size int64) (names []string) {
+	random := rand.NewChaCha8([32]byte{byte(n)})
+	for i := range n {
+		name := fmt.Sprintf("file-%d", i)
+		f := must(os.Create(filepath.Join(dir, name)))
+		must(io.CopyN(f, random, size))
+		must(0, f.Close())
+		names = append(names, name)
+	}
+	return names
+}
+
 // pushAndPull measures one row for each command and server.
 func (b *bench) pushAndPull(what string, files int, size int64, oras string, servers []server, floor *nothing) {
 	in, out := filepath.Join(b.dir, "push"), filepath.Join(b.dir, "pull")
 	must(0, os.MkdirAll(in, 0o755))
 	defer os.RemoveAll(in)
-	random := rand.NewChaCha8([32]byte{byte(files)})
-	var names []string
-	for i := range files {
-		name := fmt.Sprintf("file-%d", i)
-		f := must(os.Create(filepath.Join(in, name)))
-		must(io.CopyN(f, random, size))
-		must(0, f.Close())
-		names = append(names, name)
-		floor.content.Store("sha256:"+b.hash(f.Name()), f.Name())
+	names := randomFiles(in, files, size)
+	for _, name := range names {
+		path := filepath.Join(in, name)
+		floor.content.Store("sha256:"+b.hash(path), path)
 	}
 	must(0, os.Chdir(in))
 	defer os.Chdir(b.dir)
