@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -123,8 +124,14 @@ const chunk = 8 << 20
 // through memory, the latest of them.
 type copied struct {
 	end  int64
-	part []byte
-	used *buffer // what part is in, to be given back to buffers
+	part []byte // in a buffer
+}
+
+// release gives the buffer back.
+func (c copied) release() {
+	if c.part != nil {
+		putBuffer(c.part)
+	}
 }
 
 // copyChunks copies src to dst up to its end. Now and then it calls done with
@@ -190,42 +197,71 @@ func copyFile(dst, src *os.File, done func(copied) error) error {
 	}
 }
 
-// buffer is what bytes pass through on their way to a file or a hash. It is short, so
-// that a thousand senders who send nothing more can each have one.
-type buffer [64 << 10]byte
+// Bytes pass through buffers on their way to a file or a hash. A short one will do: a
+// thousand senders who send nothing more can each have one. A source that fills it gets a
+// long one, for fewer calls of the system, while there are not too many of those.
+type (
+	buffer     [64 << 10]byte
+	longBuffer [1 << 20]byte
+)
 
-var buffers = sync.Pool{New: func() any { return new(buffer) }}
+const maxLongBuffers = 16
+
+var (
+	buffers     = sync.Pool{New: func() any { return new(buffer) }}
+	longBuffers = sync.Pool{New: func() any { return new(longBuffer) }}
+	longInUse   atomic.Int32
+)
+
+// longestBuffer returns a long buffer, or a short one where there are many long ones.
+func longestBuffer() []byte {
+	if longInUse.Add(1) <= maxLongBuffers {
+		return longBuffers.Get().(*longBuffer)[:]
+	}
+	longInUse.Add(-1)
+	return buffers.Get().(*buffer)[:]
+}
+
+// putBuffer gives back a buffer, or the beginning of one.
+func putBuffer(b []byte) {
+	if cap(b) == len(longBuffer{}) {
+		longBuffers.Put((*longBuffer)(b[:cap(b)]))
+		longInUse.Add(-1)
+	} else {
+		buffers.Put((*buffer)(b[:cap(b)]))
+	}
+}
 
 // firstLength is how many bytes are taken in at once of a source that gave less
 // before, or nothing: whoever is waited for need not have a buffer.
 const firstLength = 4 << 10
 
-// copyReader copies through memory. Who is told of a part gives its buffer back.
+// copyReader copies through memory. Who is told of a part gives its buffer back, whatever comes of it.
 func copyReader(dst *os.File, src io.Reader, done func(copied) error) error {
 	first := make([]byte, firstLength)
-	waiting := true
-	for end := int64(0); ; {
-		var space *buffer
-		var n int
-		var err error
-		if waiting {
-			if n, err = src.Read(first); n > 0 {
-				space = buffers.Get().(*buffer)
-				copy(space[:], first[:n])
-			}
-		} else {
-			space = buffers.Get().(*buffer)
-			if n, err = src.Read(space[:]); n == 0 {
-				buffers.Put(space)
-			}
+	for end, last := int64(0), 0; ; {
+		space := first
+		switch {
+		case last >= len(buffer{}):
+			space = longestBuffer()
+		case last >= firstLength:
+			space = buffers.Get().(*buffer)[:]
 		}
-		waiting = n < firstLength
-		if n > 0 {
+		n, err := src.Read(space)
+		if last < firstLength && n > 0 {
+			space = buffers.Get().(*buffer)[:]
+			copy(space, first[:n])
+		}
+		if n == 0 && last >= firstLength {
+			putBuffer(space)
+		}
+		if last = n; n > 0 {
 			if _, err := dst.WriteAt(space[:n], end); err != nil {
+				putBuffer(space)
 				return err
 			}
 			end += int64(n)
-			if err := done(copied{end, space[:n], space}); err != nil {
+			if err := done(copied{end, space[:n]}); err != nil {
 				return err
 			}
 		}

@@ -273,9 +273,7 @@ func (in *ingest) copy(caller context.Context, a *addition, src io.Reader, alg d
 					cancel(err)
 				}
 			}
-			if c.used != nil {
-				buffers.Put(c.used)
-			}
+			c.release()
 			if progress != nil && ctx.Err() == nil {
 				progress(recorder.Size())
 			}
@@ -285,6 +283,7 @@ func (in *ingest) copy(caller context.Context, a *addition, src io.Reader, alg d
 	err := copyChunks(f, src, func(c copied) error {
 		// What is small may be here already, as the empty configuration is: that shows when it is hashed.
 		if err := in.s.account(a, c.end); err != nil && c.end > p2p.MaxManifest {
+			c.release()
 			return err
 		}
 		if c.end-written >= chunk {
@@ -295,6 +294,7 @@ func (in *ingest) copy(caller context.Context, a *addition, src io.Reader, alg d
 		case news <- c:
 			return context.Cause(ctx)
 		case <-ctx.Done():
+			c.release()
 			return context.Cause(ctx)
 		}
 	})

@@ -136,9 +136,7 @@ func (p *Partial) seed(ctx context.Context) error {
 	}
 	defer in.Close()
 	return DiskError(copyChunks(p.f, in, func(c copied) error {
-		if c.used != nil {
-			buffers.Put(c.used)
-		}
+		c.release()
 		return context.Cause(ctx)
 	}))
 }
