@@ -208,9 +208,14 @@ func (l *lookup) giveUp() {
 }
 
 // eachAnnounced calls do for those that have announced key, as far as they are found within
-// the lookup timeout.
+// the lookup timeout. Where one of few peers is silent, for which a search may wait, it gets
+// no longer than in a lookup.
 func (s *Swarm) eachAnnounced(ctx context.Context, key Key, do func(peer.AddrInfo)) {
-	ctx, cancel := s.within(ctx)
+	limit := s.opts.LookupTimeout
+	if len(s.network.Connected()) <= maxAsked && s.peers.silent() > 0 {
+		limit = min(limit, announcedGrace)
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, limit, errNoAnswer)
 	defer cancel()
 	announced := s.announced(ctx, key)
 	for {

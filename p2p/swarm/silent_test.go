@@ -93,6 +93,24 @@ func TestSilentPeer(t *testing.T) {
 	stat("a name of one that is back", "v4", nil, 5*time.Second)
 }
 
+// A delete waits neither for a peer that is known to be silent, nor for a search that does.
+func TestDeleteWithSilentPeer(t *testing.T) {
+	h := newHub()
+	patient := func(o *Options) { o.LookupTimeout = 25 * time.Second }
+	a, b, c := h.start(t, patient), h.start(t, patient), h.start(t, patient)
+	task := a.add(t, "models", []byte("a blob"))
+	c.want(t, task, []byte("a blob"))
+	c.wantStored(t, task)
+	h.hang(b.id, true)
+	a.markSilent(b.id)
+	within(t, "a delete", 15*time.Second, func() {
+		deleted := a.delete(t, "models", task.Digest.String(), p2p.DeleteOptions{})
+		if deleted.Reached != 1 || deleted.Removed != 1 || len(deleted.Missed) != 1 || deleted.Missed[0].Peer != b.id.String() {
+			t.Errorf("deleted: %+v", deleted)
+		}
+	})
+}
+
 func readAll(t *testing.T, p *testPeer, task p2p.Task) []byte {
 	t.Helper()
 	b, err := p.read(t.Context(), task)
