@@ -160,7 +160,7 @@ func TestWhichFile(t *testing.T) {
 		{"missing in flag", byDefault, "", []string{"--config", missing}, "", missing},
 		{"a directory", t.TempDir(), "", nil, "", "is a directory"},
 		{"empty flag", byDefault, byEnv, []string{"--config", ""}, "", "--config is empty"},
-		{"no file", byDefault, "/dev/zero", nil, "", "/dev/zero is larger than 1048576 bytes"},
+		{"no file", byDefault, "/dev/zero", nil, "", "/dev/zero is larger than 65536 bytes"},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
@@ -219,10 +219,13 @@ func TestBadFile(t *testing.T) {
 		{"timeout: later", []string{"timeout", `"later" is not a valid duration: want one such as 30s`}},
 		{"count: x", []string{"count", `"x" is not a valid int: want a whole number`}},
 		{"count: 9223372036854775808", []string{"count", "out of range"}},
-		{"tag: a\ntag: b", []string{": line 2: mapping key \"tag\" already defined at line 1"}},
+		{"tag: a\ntag: b", []string{": line 2: tag stands at line 1 already"}},
 		{"tag: a\n---\ntag: b", []string{"more than one YAML document"}},
 		{"tag: a\n---\n: b: c", []string{"yaml"}},
 		{"tag: a\n  b", nil},
+		{"# nothing", nil},
+		{"---\n", nil},
+		{"<<: {tag: x}", []string{`unknown key "<<"`}},
 		{"- tag", []string{"line 1: want a map of flag names to values"}},
 		{"text", []string{"line 1: want a map of flag names to values"}},
 		{"? [a]\n: b", []string{"line 1: want a map of flag names to values"}},
@@ -245,11 +248,11 @@ func TestBadFile(t *testing.T) {
 }
 
 func TestLongFile(t *testing.T) {
-	longest := "tag: x" + strings.Repeat("\n", 1<<20-6)
+	longest := "tag: x" + strings.Repeat("\n", 64<<10-6)
 	if err := newProgram(write(t, longest)).run(); err != nil {
 		t.Error(err)
 	}
-	wantError(t, newProgram(write(t, longest+"\n")).run(), "larger than 1048576 bytes")
+	wantError(t, newProgram(write(t, longest+"\n")).run(), "larger than 65536 bytes")
 }
 
 func TestBadEnvironment(t *testing.T) {
