@@ -3,6 +3,7 @@ package pieces
 import (
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
 	"go.etcd.io/bbolt"
@@ -22,6 +23,9 @@ import (
 // it holds also when the store is opened again, and what it has saved stays loose, as
 // if it had been pushed just then. Who only asked has a lease in memory, and what that
 // has saved is released again when it ends: nobody has pushed it.
+//
+// However the clock of the host is set meanwhile, a lease lasts as long: what has passed
+// is measured (leaseNow), and one of an earlier run that seems to last longer is cut.
 
 const (
 	// DefaultLease is how long a lease lasts where Options does not say.
@@ -36,6 +40,7 @@ const (
 // lent are the leases of those who have only asked. The Store's mu guards them.
 type lent struct {
 	tasks map[p2p.Task][]time.Time // when each ends, the first first
+	n     int                      // how many there are in tasks
 	order []lease                  // the oldest first; some of them are over already
 	going map[p2p.Task]bool        // what the transaction that is under way removes
 }
@@ -56,18 +61,18 @@ func (s *Store) lend(t p2p.Task) bool {
 	if l.going[t] {
 		return false
 	}
-	for len(l.order) > 0 && (len(l.order) >= maxLent || !l.order[0].end.After(now)) {
+	for len(l.order) > 0 && (l.n >= maxLent || !l.order[0].end.After(now)) {
 		l.end(l.order[0])
 		l.order = l.order[1:]
 	}
+	if len(l.order) >= 2*maxLent {
+		l.order = slices.DeleteFunc(l.order, func(e lease) bool { return !slices.Contains(l.tasks[e.task], e.end) })
+	}
 	end := now.Add(s.lease)
 	if all := l.tasks[t]; len(all) == maxLeases {
-		if end.Sub(all[maxLeases-1]) < s.lease/maxLeases {
-			return true // whoever asks again and again takes no room from others
-		}
-		l.tasks[t] = all[1:]
+		l.set(t, all[1:])
 	}
-	l.tasks[t] = append(l.tasks[t], end)
+	l.set(t, append(l.tasks[t], end))
 	l.order = append(l.order, lease{t, end})
 	return true
 }
@@ -102,6 +107,7 @@ func (s *Store) takeBack(t p2p.Task) {
 }
 
 func (l *lent) set(t p2p.Task, all []time.Time) {
+	l.n += len(all) - len(l.tasks[t])
 	if len(all) == 0 {
 		delete(l.tasks, t)
 	} else {
@@ -122,7 +128,7 @@ func (l *lent) end(e lease) {
 // and reports whether that is so. Where nobody has, t is about to be removed, and nobody
 // gets one before that has happened or failed.
 func (r *removal) spare(tx *bbolt.Tx, t p2p.Task, record *taskRecord) (spared bool, err error) {
-	if len(live(record.Leases, r.now)) > 0 {
+	if len(r.s.live(record.Leases)) > 0 {
 		return true, setLoose(tx, t, true)
 	}
 	if !r.s.isLent(t) {
@@ -218,21 +224,33 @@ func (l *lent) has(t p2p.Task) bool {
 	return len(all) > 0 && all[len(all)-1].After(time.Now())
 }
 
-// live returns those leases of a record that have not ended.
-func live(leases []int64, now time.Time) []int64 {
-	for len(leases) > 0 && leases[0] <= now.Unix() {
-		leases = leases[1:]
+// leaseNow returns the time by which leases in records end: that of the clock when the
+// store was opened, and what has passed since then.
+func (s *Store) leaseNow() time.Time { return s.opened.Add(time.Since(s.began)) }
+
+// live returns those leases of a record that have not ended. One that ends later than
+// any that could be given now was given before the clock was set back: it ends as one that
+// was given when the store was opened.
+func (s *Store) live(leases []int64) (all []int64) {
+	now := s.leaseNow()
+	for _, end := range leases {
+		if end > now.Add(s.lease).Unix() {
+			end = s.opened.Add(s.lease).Unix()
+		}
+		if end > now.Unix() {
+			all = append(all, end)
+		}
 	}
-	return leases
+	return all
 }
 
 // lease gives a lease to whoever has just stored what record is of.
 func (r *removal) lease(record *taskRecord) {
-	record.Leases = live(record.Leases, r.now)
+	record.Leases = r.s.live(record.Leases)
 	if len(record.Leases) == maxLeases {
 		record.Leases = record.Leases[1:]
 	}
-	record.Leases = append(record.Leases, r.now.Add(r.s.lease).Unix())
+	record.Leases = append(record.Leases, r.s.leaseNow().Add(r.s.lease).Unix())
 }
 
 // takeOver says that what a client has pushed holds the task t from now on, where
@@ -242,7 +260,7 @@ func (r *removal) takeOver(tx *bbolt.Tx, t p2p.Task) error {
 	if err != nil || !found {
 		return err
 	}
-	leases := live(record.Leases, r.now)
+	leases := r.s.live(record.Leases)
 	if !r.returned(t) && 0 < len(leases) && len(leases) < maxLeases {
 		leases = leases[1:]
 	}
@@ -283,7 +301,7 @@ func (s *Store) endLeases(ended []p2p.Task) {
 func (s *Store) endAll(t p2p.Task) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	delete(s.lent.tasks, t)
+	s.lent.set(t, nil)
 }
 
 // removed forgets what was about to go: the transaction is over.

@@ -87,6 +87,60 @@ func TestLeaseLasts(t *testing.T) {
 	}
 }
 
+// A clock that is set while the store is open, or before it is opened again, ends no
+// lease, and makes none longer than that.
+func TestLeaseOutlivesSetClocks(t *testing.T) {
+	for _, jump := range []time.Duration{365 * 24 * time.Hour, -365 * 24 * time.Hour} {
+		var ahead time.Duration
+		dir := t.TempDir()
+		reopen := func(lease time.Duration) *Store {
+			t.Helper()
+			s, err := Open(dir, Options{Lease: lease, Now: func() time.Time { return time.Now().Add(ahead) }})
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { s.Close() })
+			return s
+		}
+		s := reopen(time.Hour)
+		layer, other := pushed(t, s, "layer"), pushed(t, s, "other")
+		manifest := pushed(t, s, "manifest", layer, other)
+		pushed(t, s, "layer")
+		if err := asked(t, s, other); err != nil {
+			t.Fatal(err)
+		}
+		ahead = jump
+		deleteTask(t, s, manifest)
+		for _, task := range []p2p.Task{layer, other} {
+			if !isHere(t, s, task) {
+				t.Errorf("the clock was set by %v, and %s is gone", jump, task)
+			}
+		}
+		manifest = pushed(t, s, "manifest", layer, other)
+		pushed(t, s, "layer")
+		s.Close()
+
+		if ahead = min(0, -jump); ahead < 0 { // the lease seems to last for a year
+			s = reopen(time.Hour)
+			manifest2 := pushed(t, s, "manifest 2", layer)
+			pushed(t, s, "layer")
+			deleteTask(t, s, manifest)
+			deleteTask(t, s, manifest2)
+			if !isHere(t, s, layer) {
+				t.Error("the clock was set back before the store was opened, and the layer is gone")
+			}
+			pushed(t, s, "manifest", layer)
+			s.Close()
+		}
+		s = reopen(time.Nanosecond)
+		deleteTask(t, s, manifest)
+		if isHere(t, s, layer) {
+			t.Errorf("the clock was set by %v, and a lease has no end", jump)
+		}
+		s.Close()
+	}
+}
+
 // What was only asked for, and is held by nothing any more, goes when its lease ends;
 // what was pushed since stays.
 func TestLeaseEnds(t *testing.T) {
@@ -126,6 +180,18 @@ func TestLeaseEnds(t *testing.T) {
 		if time.Now().After(deadline) {
 			t.Fatal("the layer is still here")
 		}
+	}
+	// Nor does what has ended take room.
+	for range 2 {
+		<-time.After(25 * time.Millisecond)
+		if err := asked(t, quick, pushed(t, quick, time.Now().String())); err != nil {
+			t.Fatal(err)
+		}
+	}
+	quick.mu.Lock()
+	defer quick.mu.Unlock()
+	if n := len(quick.lent.tasks); n != 1 {
+		t.Errorf("%d tasks have leases in memory, want 1", n)
 	}
 }
 
@@ -231,6 +297,21 @@ func TestLeasesAreBounded(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	other := pushed(t, s, "other")
+	for i := range 3 * maxLent { // who is told in the end that it is not here, takes no room from others
+		if !s.lend(layer) {
+			t.Fatal("no lease is given")
+		}
+		s.takeBack(layer)
+		if i == 0 {
+			if err := asked(t, s, other); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if !s.lentNow(other) {
+		t.Error("a lease was ended to make room for none")
+	}
 	for range maxLent {
 		if !s.lend(p2p.Task{Tag: "t", Digest: digest.SHA256.FromString(time.Now().String())}) {
 			t.Fatal("no lease is given")
@@ -238,8 +319,15 @@ func TestLeasesAreBounded(t *testing.T) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if n := len(s.lent.order); n > maxLent {
-		t.Errorf("there are %d leases in memory, want at most %d", n, maxLent)
+	if n := len(s.lent.order); n > 2*maxLent {
+		t.Errorf("%d leases are remembered, want at most %d", n, 2*maxLent)
+	}
+	n := 0
+	for _, all := range s.lent.tasks {
+		n += len(all)
+	}
+	if n > maxLent || n != s.lent.n {
+		t.Errorf("there are %d leases in memory, want %d, and at most %d", n, s.lent.n, maxLent)
 	}
 	if n := len(s.lent.tasks[layer]); n > maxLeases {
 		t.Errorf("of one task there are %d, want at most %d", n, maxLeases)

@@ -65,6 +65,8 @@ type Store struct {
 	dirSyncs   map[digest.Algorithm]*batch[struct{}]
 
 	clock    func() time.Time
+	opened   time.Time                        // by clock
+	began    time.Time                        // the same moment, to measure from
 	believed atomic.Pointer[func() time.Time] // see Believe
 
 	calls  sync.WaitGroup // calls under way
@@ -136,6 +138,7 @@ func open(dir string, opts Options, files files) (_ *Store, err error) {
 	if s.clock == nil {
 		s.clock = time.Now
 	}
+	s.opened, s.began = s.now(), time.Now()
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
