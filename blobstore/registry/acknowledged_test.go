@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -204,6 +205,37 @@ func TestPushRepairs(t *testing.T) {
 			push(s, "a", data)
 			s.do("GET", "/v2/a/blobs/"+d.String(), nil).want(http.StatusOK).content(data)
 		})
+	}
+}
+
+// A mount takes for there what a HEAD does: what has a file of the right size.
+func TestMountOfDamage(t *testing.T) {
+	data := content(200_000, 1)
+	d := digest.SHA256.FromBytes(data)
+	path := func(s *server) string { return filepath.Join(s.dir, "blobs", "sha256", d.Encoded()) }
+	for what, harm := range map[string]func(s *server) error{
+		"cut":                      func(s *server) error { return os.Truncate(path(s), 5) },
+		"removed":                  func(s *server) error { return os.Remove(path(s)) },
+		"directory":                func(s *server) error { return errors.Join(os.Remove(path(s)), os.Mkdir(path(s), 0o755)) },
+		"flipped, and not met yet": func(s *server) error { s.damage(d); return nil },
+	} {
+		for _, from := range []string{"&from=a", ""} {
+			for _, asked := range []bool{false, true} {
+				s := start(t, registry.Options{})
+				s.pushBlob("a", data)
+				if err := harm(s); err != nil {
+					t.Fatal(err)
+				}
+				head, mount := http.StatusNotFound, http.StatusAccepted
+				if strings.HasPrefix(what, "flipped") {
+					head, mount = http.StatusOK, http.StatusCreated
+				}
+				if asked {
+					s.do("HEAD", "/v2/a/blobs/"+d.String(), nil).want(head)
+				}
+				s.do("POST", "/v2/b/blobs/uploads/?mount="+d.String()+from, nil).want(mount)
+			}
+		}
 	}
 }
 
