@@ -61,7 +61,8 @@ knows, those that it is connected with first. The columns are
     LATENCY    of a request and its answer
     CLOCK      how far its clock is ahead (+) or behind (-), from a second on
     LAST SEEN  when it was heard of last
-    FAULTS     how often it was caught, and with what the last time
+    FAULTS     how often it was caught, and with what the last time; or what else is to
+               be known: that it does not answer, or that names were moved on both hosts
     ADDRESSES  where it can be reached
 
 A "-" stands for what is not known. As JSON the peers are an array of objects, in

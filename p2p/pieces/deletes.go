@@ -179,12 +179,13 @@ func NewerName(a digest.Digest, atA time.Time, b digest.Digest, atB time.Time) b
 // imported or moved here: now, and later than before, than what given came after,
 // and than the last delete. Else it is a copy of what a peer has, and fails where
 // that was deleted; where before is later, that stays.
-func (s *Store) stamp(tx *bbolt.Tx, tag, cid string, given, before Version, now time.Time) (Version, error) {
+func (s *Store) stamp(tx *bbolt.Tx, tag, cid string, given, before Version) (Version, error) {
 	gone, _, found, err := getDelete(tx, key(tag, cid))
 	if err != nil {
 		return given, err
 	}
 	if given.At.IsZero() {
+		now := s.swarmTime()
 		known := latest(beginning, given.After, before.At, gone.Last(s.Limit()))
 		if !now.After(known) {
 			now = known.Add(1)
@@ -206,15 +207,18 @@ func (s *Store) stamp(tx *bbolt.Tx, tag, cid string, given, before Version, now 
 
 // Limit returns the latest date that a clock can have come to. What is dated later is
 // in order among itself, and takes nothing from what is not.
-func (s *Store) Limit() time.Time {
+func (s *Store) Limit() time.Time { return s.swarmTime().Add(MaxAhead) }
+
+// swarmTime returns the time by which versions are dated and judged.
+func (s *Store) swarmTime() time.Time {
 	if f := s.believed.Load(); f != nil {
-		return (*f)().Add(MaxAhead)
+		return (*f)().UTC()
 	}
-	return s.now().Add(MaxAhead)
+	return s.now()
 }
 
-// Believe has f tell the time by which the dates of others are judged, in place
-// of the clock of this host.
+// Believe has f tell the time by which what is imported and moved is dated, and the
+// dates of others are judged, in place of the clock of this host.
 func (s *Store) Believe(f func() time.Time) { s.believed.Store(&f) }
 
 // Deleted returns what the swarm has deleted of cid under tag, as far as it is
@@ -555,4 +559,40 @@ func (s *Store) Name(ctx context.Context, tag, name string) (n p2p.NewName, err 
 		return err
 	})
 	return n, err
+}
+
+// LatestNames returns up to n names, those that were moved last, the last one first.
+func (s *Store) LatestNames(ctx context.Context, n int) (latest []p2p.NewName, err error) {
+	if err := s.begin(ctx); err != nil {
+		return nil, err
+	}
+	defer s.end()
+	cut := func() {
+		slices.SortFunc(latest, func(a, b p2p.NewName) int { return b.Updated.Compare(a.Updated) })
+		latest = latest[:min(len(latest), n)]
+	}
+	for last := []byte{}; last != nil; cut() {
+		if err := context.Cause(ctx); err != nil {
+			return nil, err
+		}
+		err := s.view(func(tx *bbolt.Tx) error {
+			c := tx.Bucket(bucketNames).Cursor()
+			k := after(c, last)
+			for last = nil; k != nil && last == nil; k, _ = c.Next() {
+				record, _, err := get[nameRecord](tx, bucketNames, k)
+				if err != nil {
+					return err
+				}
+				latest = append(latest, p2p.NewName{Tag: firstPart(k), Name: lastPart(k), Digest: record.Digest, Updated: record.Updated, After: record.After, KeepOld: !record.LetGo})
+				if len(latest) >= n+listBatch {
+					last = bytes.Clone(k)
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			return nil, err
+		}
+	}
+	return latest, nil
 }

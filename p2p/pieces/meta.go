@@ -285,7 +285,7 @@ func (r *removal) addTask(tx *bbolt.Tx, n p2p.NewTask, c *commit) (released []di
 		record.Loose = n.Keep == p2p.KeepLoose
 		record.Fetched = !n.Origin.IsZero()
 	}
-	version, err := r.s.stamp(tx, n.Task.Tag, string(n.Task.Digest), Version{n.Origin, n.After}, before, r.now)
+	version, err := r.s.stamp(tx, n.Task.Tag, string(n.Task.Digest), Version{n.Origin, n.After}, before)
 	if err != nil {
 		return nil, err
 	}
@@ -445,7 +445,7 @@ func (r *removal) setName(tx *bbolt.Tx, n p2p.NewName) (before digest.Digest, er
 	if !n.Updated.IsZero() {
 		known = Version{} // what is to be compared with it is not part of it
 	}
-	version, err := r.s.stamp(tx, n.Tag, n.Name, Version{n.Updated, n.After}, known, r.now)
+	version, err := r.s.stamp(tx, n.Tag, n.Name, Version{n.Updated, n.After}, known)
 	if err != nil {
 		return "", err
 	}

@@ -31,7 +31,7 @@ func (c *clock) with(o *Options) { o.Now = c.now }
 const year = 365 * 24 * time.Hour
 
 // skews are how far clocks are ahead in tests.
-var skews = []time.Duration{5 * time.Second, 5 * time.Minute, year, -5 * time.Second, -5 * time.Minute, -year}
+var skews = []time.Duration{4 * time.Second, 5 * time.Minute, year, -4 * time.Second, -5 * time.Minute, -year}
 
 // record is a log that tests look into.
 type record struct {
@@ -135,38 +135,44 @@ func TestClocksApart(t *testing.T) {
 			layer := func(s string) []byte { return []byte(s + skew.String()) }
 			old := a.push(t, "m", "old", "", layer("old"))
 			wantName(t, "before", "m", "old", old, all...)
+			eventually(t, "it does not know what time others have", func() bool { return c.now().Sub(time.Now()).Abs() < maxSkew })
 			h.setCut(func(x, y peer.ID) bool { return (x == c.id) != (y == c.id) })
 
 			// What the other side deletes of its own, or had never had, stays here.
 			data := content(1000, uint64(skew))
 			c.push(t, "m", "v1", "", layer("theirs"))
 			c.delete(t, "m", "v1", p2p.DeleteOptions{})
-			lost := c.add(t, "d", data)
-			c.delete(t, "d", string(lost.Digest), p2p.DeleteOptions{})
+			gone := c.add(t, "d", data)
+			c.delete(t, "d", string(gone.Digest), p2p.DeleteOptions{})
 			mine := a.push(t, "m", "v1", "", layer("mine"))
 			task := a.add(t, "d", data)
 
-			// A name that both move, neither knowing of the other.
-			x := a.push(t, "m", "both", "", layer("a's"))
+			// A name that both move, neither knowing of the other. They have met: the clock that
+			// is far ahead does not win.
 			y := c.push(t, "m", "both", "", layer("c's"))
+			<-time.After(20 * time.Millisecond)
+			x := a.push(t, "m", "both", "", layer("a's"))
 			h.setCut(nil)
+			want, loser, other, lost, log := x, c, a, y, &logC
+			if 0 < skew && skew < maxSkew {
+				want, loser, other, lost, log = y, a, c, x, &logA
+			}
+			eventually(t, "it was not told where it lost", func() bool {
+				return log.has("could not see each other") && strings.Contains(loser.peerOn(t, other.id).Reason, string(want.Digest))
+			})
 			wantName(t, "after they met", "m", "v1", mine, all...)
 			for _, p := range all {
 				p.want(t, task, data)
 			}
-			want, loser, lost, log := x, c, y, &logC
-			if skew > 0 {
-				want, loser, lost, log = y, a, x, &logA
-			}
 			wantName(t, "moved on both sides", "m", "both", want, all...)
-			if !log.has("could not see each other") {
-				t.Error("it was not told where it lost")
-			}
 			if _, err := loser.statName(t, "m", "both", p2p.StatOptions{Manifest: true, Keep: true}); err != nil {
 				t.Fatal(err)
 			}
 			if info, err := loser.store.Stat(t.Context(), "m", digest.FromDigest(lost.Digest), p2p.StatOptions{Scope: p2p.Local, Manifest: true}); err != nil || len(info.Manifest.Refs) != 1 {
 				t.Errorf("what lost is %+v, %v; want it to be kept where it was imported", info, err)
+			}
+			if got := loser.peerOn(t, other.id).Reason; got != "" {
+				t.Errorf("it has the name as it counts, and says %q", got)
 			}
 			for _, p := range all { // and from then on the last one counts again
 				wantName(t, "moved after that", "m", "both", p.push(t, "m", "both", "", layer(p.id.String())), all...)
@@ -175,6 +181,27 @@ func TestClocksApart(t *testing.T) {
 			wantNoName(t, "what it could see it deletes", "m", "old", all...)
 		})
 	}
+}
+
+// What two hosts have moved is told when they meet, also where one was started again
+// since, and nobody looks the name up.
+func TestConflictsOfEarlierRuns(t *testing.T) {
+	h := newHub()
+	var log record
+	a, b := h.start(t, withManifests), h.start(t, withManifests, log.with)
+	h.setCut(func(x, y peer.ID) bool { return true })
+	b.push(t, "m", "v1", "", []byte("there"))
+	for i := range maxFind + 10 { // some more
+		b.push(t, "m", fmt.Sprint("n", i), "", []byte("there"))
+	}
+	a.push(t, "m", "v1", "", []byte("here"))
+	a.push(t, "m", "n0", "", []byte("here"))
+	b.Close()
+	h.setCut(nil)
+	b.restart(t, h)
+	eventually(t, "it was not told", func() bool {
+		return log.has("v1 under tag m") && log.has("n0 under tag m") && strings.Contains(b.peerOn(t, a.id).Reason, "; and 1 more, see the log")
+	})
 }
 
 // A host that was a year ahead, alone: what it has is seen, moved and deleted as

@@ -464,16 +464,20 @@ func (a *applied) do(d pieces.Delete, apply func() (pieces.DeleteResult, error))
 	return result, nil
 }
 
-// greet asks a peer that has been met who it is, and what was deleted.
+// greet asks a peer that has been met who it is, what was deleted, and for names that
+// were moved here.
 func (s *Swarm) greet(p peer.ID) {
 	ctx, cancel := context.WithTimeout(s.ctx, time.Minute)
 	defer cancel()
 	err := s.meet(ctx, p)
 	if err == nil && s.peers.get(p).misunderstood() == "" {
 		err = s.learnDeletes(ctx, p)
+		if err == nil {
+			err = s.compareNames(ctx, p)
+		}
 	}
 	if err != nil && s.ctx.Err() == nil {
-		s.log.Debug("could not ask a peer what was deleted", "peer", p.String(), "error", err)
+		s.log.Debug("could not ask a peer what was deleted and moved", "peer", p.String(), "error", err)
 	}
 }
 

@@ -543,11 +543,21 @@ func (s *Swarm) resolve(ctx context.Context, tag, name string) (resolved, error)
 		return resolved{}, l.missed(what)
 	}
 	l.end()
-	all = slices.DeleteFunc(all, func(r resolved) bool { return s.store.Covers(gone, r.version.At) })
-	if len(all) == 0 {
+	best, found := s.newest(gone, all)
+	if !found {
 		return resolved{}, fmt.Errorf("%s: %w: it has been deleted", what, p2p.ErrNotFound)
 	}
-	best := all[0]
+	return best, nil
+}
+
+// newest returns what of all that a name is said to stand for counts, unless all of it
+// is gone. It tells where that was moved by who did not know of another one.
+func (s *Swarm) newest(gone pieces.Delete, all []resolved) (best resolved, found bool) {
+	all = slices.DeleteFunc(all, func(r resolved) bool { return s.store.Covers(gone, r.version.At) })
+	if len(all) == 0 {
+		return resolved{}, false
+	}
+	best = all[0]
 	for _, r := range all[1:] {
 		if pieces.NewerName(r.digest, r.version.At, best.digest, best.version.At) {
 			best = r
@@ -555,42 +565,10 @@ func (s *Swarm) resolve(ctx context.Context, tag, name string) (resolved, error)
 	}
 	for _, r := range all {
 		if r.digest != best.digest && r.version.Unseen(best.version) {
-			s.conflicts.tell(s, what, best, r)
+			s.conflicts.tell(s, nameRef{gone.Tag, gone.CID.CacheID()}, best, r)
 		}
 	}
-	return best, nil
-}
-
-// conflicts remembers of which moves of names, made by who did not know of each
-// other, has been told.
-type conflicts struct {
-	mu   sync.Mutex
-	told map[[2]resolved]bool
-}
-
-const maxConflicts = 1024
-
-// tell logs, once, that of two moves of a name one counts, though who made it did not
-// know of the other.
-func (c *conflicts) tell(s *Swarm, what string, best, other resolved) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	pair := [2]resolved{{digest: best.digest, version: best.version}, {digest: other.digest, version: other.version}}
-	if c.told[pair] {
-		return
-	}
-	if c.told == nil || len(c.told) >= maxConflicts {
-		c.told = map[[2]resolved]bool{}
-	}
-	c.told[pair] = true
-	where := func(r resolved) string {
-		if r.from == "" {
-			return "this host"
-		}
-		return "peer " + r.from.String()
-	}
-	s.log.Warn("a name was moved on two hosts that could not see each other: the later date counts, and what the other one pointed to stays where it is until it is deleted",
-		"name", what, "counts", best.digest, "at", best.version.At, "on", where(best), "instead of", other.digest, "dated", other.version.At, "of", where(other))
+	return best, true
 }
 
 // newerTimeout is how long peers are waited for to tell of a newer version of a

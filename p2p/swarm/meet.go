@@ -111,6 +111,7 @@ func (s *Swarm) meet(ctx context.Context, p peer.ID) error {
 		return err
 	}
 	s.instance.found(h.Twin)
+	s.now() // to have it when no peer is connected any more
 	e := s.peers.get(p)
 	if why, news := e.speaks(h); news {
 		s.log.Warn("a peer can't be understood, and is asked for nothing", "peer", p.String(), "reason", why)
@@ -150,7 +151,11 @@ func (s *Swarm) meetAll() {
 			defer func() { <-slots }()
 			ctx, cancel := context.WithTimeout(s.ctx, s.opts.StallTimeout)
 			defer cancel()
-			if err := s.meet(ctx, p); err != nil && s.ctx.Err() == nil {
+			err := s.meet(ctx, p)
+			if err == nil && s.peers.get(p).misunderstood() == "" {
+				err = s.compareNames(ctx, p)
+			}
+			if err != nil && s.ctx.Err() == nil {
 				s.log.Debug("a peer does not say who it is", "peer", p.String(), "error", err)
 			}
 		})
@@ -158,16 +163,41 @@ func (s *Swarm) meetAll() {
 }
 
 // now returns the time by most of the clocks of this host and of the connected peers;
-// of two, by the one that is behind.
+// of two, by the one that is behind. While no peer is connected it is that of this host's
+// clock, set right by as much as it was wrong when the last ones were. What is imported,
+// moved and deleted here is dated by it: a clock that is far ahead does not win, after a
+// first time, whatever is done at once on hosts that can't see each other.
 func (s *Swarm) now() time.Time {
+	own := readClock(s.opts.Now)
 	ahead := []time.Duration{0}
 	for _, p := range s.network.Connected() {
-		if skew, known := s.peers.get(p).skew(); known {
+		if skew, known := s.peers.get(p).skew(own); known {
 			ahead = append(ahead, skew)
 		}
 	}
-	slices.Sort(ahead)
-	return s.opts.Now().Add(ahead[(len(ahead)-1)/2])
+	s.agreedMu.Lock()
+	defer s.agreedMu.Unlock()
+	switch {
+	case len(ahead) > 1:
+		slices.Sort(ahead)
+		s.agreed, s.agreedAt = ahead[(len(ahead)-1)/2], own
+	case own.wasSet(s.agreedAt):
+		s.agreed = 0
+	}
+	if s.agreed.Abs() <= maxSkew {
+		return own.shows // clocks that are in step are not the same
+	}
+	return own.shows.Add(s.agreed)
+}
+
+// reading is what a clock shows, and when that is, as what passes is measured.
+type reading struct{ shows, at time.Time }
+
+func readClock(clock func() time.Time) reading { return reading{clock(), time.Now()} }
+
+// wasSet reports whether the clock has been set since an earlier reading of it.
+func (r reading) wasSet(since reading) bool {
+	return (r.shows.Sub(since.shows) - r.at.Sub(since.at)).Abs() > maxSkew
 }
 
 // introduced notes from which run of a peer a request comes.
@@ -260,11 +290,12 @@ func (e *peerEntry) version() string {
 	return e.said.Version
 }
 
-// skew returns how far the clock of the peer is ahead of this one's, where that is known.
-func (e *peerEntry) skew() (ahead time.Duration, known bool) {
+// skew returns how far the clock of the peer is ahead of this one's, which is own, where
+// that is known. It is not where this one has been set since they were compared.
+func (e *peerEntry) skew(own reading) (ahead time.Duration, known bool) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	return e.ahead, e.timed
+	return e.ahead, !e.timed.at.IsZero() && !own.wasSet(e.timed)
 }
 
 // skewed returns by how much the clock of the peer is wrong, 0 where that is too
@@ -297,7 +328,7 @@ func (e *peerEntry) clocked(h *hello, start, end time.Time) {
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.ahead, e.doubt, e.timed = at.Sub(start.Add(end.Sub(start)/2)), doubt, true
+	e.ahead, e.doubt, e.timed = at.Sub(start.Add(end.Sub(start)/2)), doubt, reading{end, time.Now()}
 }
 
 // maxInstances is how many runs of a peer are remembered.

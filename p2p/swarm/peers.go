@@ -66,8 +66,9 @@ type peerEntry struct {
 	foreign   string        // why it can't be understood, or ""
 	ahead     time.Duration // how far its clock is ahead of this host's, give or take doubt
 	doubt     time.Duration
-	timed     bool            // that is known
+	timed     reading         // of this host's clock when that was so; zero where it is not known
 	toldSkew  bool            // that it is much has been logged
+	moves     int             // it has been asked for as many of the names that were moved here
 	instances []string        // runs of it, the one that was there last at the end
 	twins     time.Time       // when it was last seen that two hosts are this peer
 	silent    time.Time       // since when it does not answer; zero where it does
@@ -297,7 +298,7 @@ func (e *peerEntry) describe(info peer.AddrInfo, connected bool) p2p.Peer {
 	if !e.twins.IsZero() && e.now().Sub(e.twins) <= twinFor {
 		p.State, p.Reason = p2p.PeerCloned, "two hosts have this identity: peer.key was copied"
 	}
-	if e.timed {
+	if !e.timed.at.IsZero() {
 		p.Ahead = e.ahead
 	}
 	if e.said != nil {

@@ -143,7 +143,13 @@ type Swarm struct {
 	advertise []string // where peers connect for pieces
 	manifests *manifestCache
 	recent    *recent
+	moves     moves
+	recalled  chan struct{} // is closed when moves has those of earlier runs
 	conflicts conflicts
+
+	agreedMu sync.Mutex
+	agreed   time.Duration // how far most clocks were ahead of this host's when it showed agreedAt
+	agreedAt reading
 
 	server *http.Server
 
@@ -201,6 +207,7 @@ func New(store *pieces.Store, network Network, opts Options) (_ *Swarm, err erro
 		searches:  make(chan struct{}, maxSearches),
 		applied:   applied{results: map[string]pieces.DeleteResult{}},
 		releasing: map[string]bool{},
+		recalled:  make(chan struct{}),
 	}
 	s.metrics = newMetrics(opts.Metrics, s)
 	s.client = newClient(security, network, s.peers, s.instance, opts.Now)
@@ -238,6 +245,7 @@ func New(store *pieces.Store, network Network, opts Options) (_ *Swarm, err erro
 	for _, l := range listeners {
 		s.background.Go(func() { s.server.Serve(l) })
 	}
+	s.background.Go(s.recall)
 	s.background.Go(s.announceAll)
 	s.background.Go(s.tend)
 	s.background.Go(s.tellAll)
@@ -647,6 +655,9 @@ func (in *ingest) Commit(c p2p.Commit) error {
 	}
 	if in.s.begin(context.Background()) == nil {
 		in.s.announce(c)
+		for _, n := range c.Names {
+			in.s.moves.add(nameRef{n.Tag, n.Name})
+		}
 		in.s.calls.Done()
 	}
 	return nil
@@ -756,14 +767,21 @@ func (s *Swarm) Peers(ctx context.Context) ([]p2p.Peer, error) {
 	}
 	defer s.calls.Done()
 	var connected, others []p2p.Peer
+	describe := func(p peer.ID, isConnected bool) p2p.Peer {
+		d := s.peers.get(p).describe(s.network.Addresses(p), isConnected)
+		if d.Reason == "" {
+			d.Reason = s.conflicts.with(s, p)
+		}
+		return d
+	}
 	seen := map[peer.ID]bool{s.network.Self(): true}
 	for _, p := range s.network.Connected() {
 		seen[p] = true
-		connected = append(connected, s.peers.get(p).describe(s.network.Addresses(p), true))
+		connected = append(connected, describe(p, true))
 	}
 	for _, p := range s.peers.known() {
 		if !seen[p] {
-			others = append(others, s.peers.get(p).describe(s.network.Addresses(p), false))
+			others = append(others, describe(p, false))
 		}
 	}
 	if where := s.instance.other(); where != "" {

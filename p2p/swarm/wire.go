@@ -106,6 +106,13 @@ type nameRef struct {
 	Name string `json:"name"`
 }
 
+func (n nameRef) String() string {
+	if n.Tag == "" {
+		return n.Name
+	}
+	return n.Name + " under tag " + n.Tag
+}
+
 // findRequest asks what a peer has.
 type findRequest struct {
 	Tasks     []taskRef `json:"tasks,omitempty"`
