@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -117,6 +118,7 @@ type Network struct {
 	wake         chan struct{} // has maintain look at once
 	askSoon      atomic.Bool   // has maintain ask somebody for peers
 	trouble      trouble
+	asking       sync.Mutex // kept while a twin is asked for
 
 	ctx    context.Context // ends with Close
 	cancel context.CancelFunc
@@ -556,7 +558,7 @@ func (n *Network) tendMDNS(now time.Time) {
 		return
 	}
 	n.mdnsNext = now.Add(10 * n.opts.tick)
-	h := mdnsHost{n.host}
+	h := &mdnsHost{Host: n.host}
 	addrs, err := h.Network().InterfaceListenAddresses()
 	if err == nil && n.mdns != nil && slices.EqualFunc(addrs, n.mdnsAddrs, multiaddr.Multiaddr.Equal) {
 		return
@@ -568,6 +570,7 @@ func (n *Network) tendMDNS(now time.Time) {
 	if err == nil {
 		service := mdns.NewMdnsService(h, n.opts.Key.service(), found{n})
 		if err = service.Start(); err == nil {
+			h.told.Store(true)
 			n.mdns, n.mdnsAddrs = service, addrs
 		} else {
 			service.Close()
@@ -587,13 +590,68 @@ type found struct{ n *Network }
 func (f found) HandlePeerFound(info peer.AddrInfo) {
 	f.n.log.Debug("found a peer on the local network", "peer", info.ID)
 	info.Addrs = publicOf(info.Addrs)
+	if info.ID == f.n.Self() {
+		f.n.askTwin(info.Addrs)
+		return
+	}
 	f.n.learn(info)
 }
 
-// mdnsHost does not tell the network of loopback addresses, which mDNS else does.
-type mdnsHost struct{ host.Host }
+// askTwin has Options.Resolve ask who is where mDNS has found this very peer, as far as
+// that is not this host: it tells both where another one has the same identity. No
+// connection would: libp2p makes none with who has its own.
+func (n *Network) askTwin(addrs []multiaddr.Multiaddr) {
+	mine, err := n.host.Network().InterfaceListenAddresses()
+	if err != nil || n.opts.Resolve == nil || !n.asking.TryLock() {
+		return
+	}
+	defer n.asking.Unlock()
+	n.mu.Lock()
+	closed := n.closed
+	if !closed {
+		n.wg.Add(1)
+	}
+	n.mu.Unlock()
+	if closed {
+		return
+	}
+	defer n.wg.Done()
+	ctx, cancel := context.WithTimeout(n.ctx, 2*dialTimeout)
+	defer cancel()
+	asked := 0
+	for _, a := range addrs {
+		ip, err := manet.ToIP(a)
+		if err != nil || multiaddr.Contains(mine, a) || asked == maxTwinAddrs {
+			continue
+		}
+		asked++
+		at := net.JoinHostPort(ip.String(), strconv.Itoa(DefaultPiecePort))
+		if _, err := n.opts.Resolve(ctx, at); err != nil {
+			n.log.Debug("this peer was found at another address of the local network", "address", at, "error", err)
+		}
+	}
+}
 
-func (h mdnsHost) Network() network.Network { return mdnsNetwork{h.Host.Network()} }
+// maxTwinAddrs is at how many addresses a twin is asked for: what mDNS finds, anybody
+// on the local network may have said.
+const maxTwinAddrs = 4
+
+// mdnsHost does not tell the network of loopback addresses, which mDNS else does.
+type mdnsHost struct {
+	host.Host
+	told atomic.Bool // the network has been told of this host
+}
+
+// ID is none once the network has been told of it: the service leaves out what it finds
+// of its own ID, and another host that has the same is to be found.
+func (h *mdnsHost) ID() peer.ID {
+	if h.told.Load() {
+		return ""
+	}
+	return h.Host.ID()
+}
+
+func (h *mdnsHost) Network() network.Network { return mdnsNetwork{h.Host.Network()} }
 
 type mdnsNetwork struct{ network.Network }
 

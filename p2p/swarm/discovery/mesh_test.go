@@ -237,7 +237,7 @@ func TestHostilePeersProtocol(t *testing.T) {
 // by mDNS.
 func TestListenOnAllInterfaces(t *testing.T) {
 	a := start(t, func(o *Options) { o.Listen = []string{":0", "[::1]:0"} })
-	forMDNS, err := mdnsHost{a.host}.Network().InterfaceListenAddresses()
+	forMDNS, err := (&mdnsHost{Host: a.host}).Network().InterfaceListenAddresses()
 	if err != nil {
 		t.Fatal(err)
 	}
