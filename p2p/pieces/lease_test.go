@@ -3,6 +3,8 @@ package pieces
 import (
 	"bytes"
 	"errors"
+	"fmt"
+	"os"
 	"slices"
 	"sync"
 	"testing"
@@ -164,6 +166,34 @@ func TestLeaseEnds(t *testing.T) {
 		s.takeBack(layer)
 		s.takeBack(other)
 	}
+	if _, err := os.Stat(s.blobPath(layer.Digest)); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("its file: %v, want none", err)
+	}
+
+	// Many go in several transactions.
+	var all []p2p.Task
+	for i := range listBatch + 1 {
+		all = append(all, pushed(t, s, fmt.Sprint("layer ", i)))
+	}
+	manifest = pushed(t, s, "manifest of many", all...)
+	for _, task := range all {
+		if err := asked(t, s, task); err != nil {
+			t.Fatal(err)
+		}
+	}
+	deleteTask(t, s, manifest)
+	for _, task := range all {
+		s.endAll(task)
+	}
+	for _, want := range []int{1, 0} {
+		if err := s.releaseSpared(); err != nil {
+			t.Fatal(err)
+		}
+		if n := len(slices.DeleteFunc(all, func(task p2p.Task) bool { return !isHere(t, s, task) })); n != want {
+			t.Errorf("%d are left, want %d", n, want)
+		}
+		all = all[:want]
+	}
 
 	quick, err := Open(t.TempDir(), Options{Lease: 20 * time.Millisecond})
 	if err != nil {
@@ -272,6 +302,27 @@ func TestLeaseDuringDelete(t *testing.T) {
 		}
 		s.endAll(layer)
 		pushed(t, s, "layer")
+	}
+}
+
+// Who asks for a client of another daemon is told that what is about to go is not here.
+func TestLeaseOfWhatGoes(t *testing.T) {
+	s := newStore(t)
+	layer := pushed(t, s, "layer")
+	if s.isLent(layer) { // and so it goes
+		t.Fatal("it has a lease")
+	}
+	for what, ask := range map[string]func() error{
+		"Stat":  func() error { return asked(t, s, layer) },
+		"Lease": func() error { return s.Lease(t.Context(), layer) },
+	} {
+		if err := ask(); !errors.Is(err, p2p.ErrNotFound) {
+			t.Errorf("%s: %v, want %v", what, err, p2p.ErrNotFound)
+		}
+	}
+	s.removed() // or not
+	if err := s.Lease(t.Context(), layer); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync"
 	"testing"
 
 	"github.com/dfcache/dfcache/digest"
@@ -26,6 +27,39 @@ func TestLeaseAtAPeer(t *testing.T) {
 	a.delete(t, "models", "v1", p2p.DeleteOptions{})
 	a.gone(t, "models", string(manifest.Digest))
 	b.want(t, task, layer)
+}
+
+// Whoever is told so while it is deleted there finds it.
+func TestLeaseAtAPeerDuringDelete(t *testing.T) {
+	h := newHub()
+	a, b := h.start(t, withManifests), h.start(t, withManifests)
+	for i := range 10 {
+		layer := content(1000, uint64(i))
+		task := p2p.Task{Tag: "models", Digest: digest.SHA256.FromBytes(layer)}
+		manifest := a.push(t, "models", "", "", layer)
+		var asking sync.WaitGroup
+		told := make([]error, 8)
+		for i := range told {
+			asking.Go(func() {
+				reply, err := b.client.find(t.Context(), a.id, &findRequest{Tasks: []taskRef{taskRef(task)}, Lease: true})
+				if err == nil && reply.Tasks[0] == nil {
+					err = p2p.ErrNotFound
+				}
+				told[i] = err
+			})
+		}
+		if _, err := a.store.Delete(t.Context(), "models", digest.FromDigest(manifest.Digest), p2p.DeleteOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		asking.Wait()
+		for _, err := range told {
+			if err == nil {
+				a.wantStored(t, task)
+			} else if !errors.Is(err, p2p.ErrNotFound) {
+				t.Fatal(err)
+			}
+		}
+	}
 }
 
 // A manifest with a part that is damaged here is whole for a client while a peer has the

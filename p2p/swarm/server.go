@@ -149,13 +149,18 @@ func (s *Swarm) serveFind(w http.ResponseWriter, r *http.Request, from peer.ID) 
 		if err := task.Validate(); err != nil {
 			return err
 		}
+		going := false
 		if req.Lease {
-			if err := s.store.Lease(ctx, task); err != nil && !errors.Is(err, p2p.ErrNotFound) {
+			err := s.store.Lease(ctx, task)
+			if going = errors.Is(err, p2p.ErrNotFound); err != nil && !going {
 				return err
 			}
 		}
 		if reply.Tasks[i], err = s.taskState(ctx, task, from); err != nil {
 			return err
+		}
+		if state := reply.Tasks[i]; state != nil && going && state.whole() {
+			reply.Tasks[i] = nil // it is being deleted, or is not in the store yet
 		}
 	}
 	for i, n := range req.Names {
