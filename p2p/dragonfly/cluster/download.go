@@ -16,7 +16,6 @@ import (
 	"os"
 	"strconv"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	commonv1 "d7y.io/api/v2/pkg/apis/common/v1"
@@ -35,8 +34,9 @@ import (
 const (
 	parallelPieces = 4        // are fetched from a peer at once
 	maxPieceSize   = 64 << 20 // bytes; Dragonfly's have 15 MiB at most
+	minPieceSize   = 64 << 10 // bytes, of a task of more than one: Dragonfly's have 4 MiB at least
 	maxTotal       = 1 << 20  // pieces of a task: 15 TiB of the largest
-	maxParents     = 64       // peers that are tried for one download
+	maxParents     = 64       // peers that are begun with in one download
 
 	maxRegistrations = 3 // downloads for one fetch
 )
@@ -66,8 +66,11 @@ type download struct {
 	stream   schedulerv1.Scheduler_ReportPieceResultClient
 	finished int32 // pieces; guarded by sendMu
 
-	mu   sync.Mutex
-	have map[span]string // the MD5s, in hex, of what has come
+	mu     sync.Mutex
+	layout layout
+	have   map[span]string   // the MD5s, in hex, of what has come
+	claims map[span]*claim   // what is on its way
+	users  map[*attempt]bool // who has told of this layout
 }
 
 // span is a part of a file.
@@ -89,7 +92,7 @@ type source struct {
 
 // newDownload begins a download with a scheduler. The caller closes it.
 func (e *Engine) newDownload(task p2p.Task, at *scheduler, length int64) (_ *download, err error) {
-	d := &download{e: e, task: task, id: taskID(task), peerID: e.newPeerID(), scheduler: at, length: length, began: time.Now(), have: map[span]string{}}
+	d := &download{e: e, task: task, id: taskID(task), peerID: e.newPeerID(), scheduler: at, length: length, began: time.Now(), have: map[span]string{}, claims: map[span]*claim{}, users: map[*attempt]bool{}}
 	if length <= 0 {
 		d.length = -1 // it does not know
 	}
@@ -174,42 +177,6 @@ func (d *download) run(ctx context.Context) error {
 	return d.fromParents(ctx, queue, problem)
 }
 
-// fromParents fetches from one peer after the other, those of the queue first, until
-// what has come is what was asked for.
-func (d *download) fromParents(ctx context.Context, queue []parent, problem error) error {
-	tried := map[parent]bool{}
-	for len(tried) < maxParents {
-		if len(queue) == 0 {
-			more, err := d.next(ctx)
-			if err != nil {
-				if problem == nil || context.Cause(ctx) != nil {
-					return err
-				}
-				return fmt.Errorf("%w (and there is no other peer)", problem)
-			}
-			queue = more
-			continue
-		}
-		p := queue[0]
-		queue = queue[1:]
-		if tried[p] {
-			continue
-		}
-		tried[p] = true
-		err := d.from(ctx, p)
-		if err == nil {
-			return nil
-		}
-		if context.Cause(ctx) != nil || !isPeersFault(err) {
-			return err
-		}
-		problem = err
-		d.e.log.Warn("a peer of Dragonfly was given up", "task", d.task.String(), "peer", p.id, "address", p.addr.String(), "error", err)
-		d.fail(p.id, commonv1.Code_ClientPieceDownloadFail)
-	}
-	return fmt.Errorf("%w (as %d others)", problem, maxParents-1)
-}
-
 // direct stores content that the scheduler has sent itself.
 func (d *download) direct(ctx context.Context, content []byte) error {
 	if _, err := d.file.WriteAt(content, 0); err != nil {
@@ -256,46 +223,30 @@ func (d *download) open(ctx context.Context) error {
 	return nil
 }
 
-// next waits until the scheduler names peers.
-func (d *download) next(ctx context.Context) ([]parent, error) {
-	limit := time.NewTimer(d.e.opts.StallTimeout)
-	defer limit.Stop()
-	for {
-		var packet *schedulerv1.PeerPacket
-		var more bool
-		select {
-		case packet, more = <-d.packets:
-		case <-limit.C:
-			return nil, fmt.Errorf("scheduler %s: %w: it named no peer within %s", d.scheduler.addr, wire.ErrAway, d.e.opts.StallTimeout)
-		case <-ctx.Done():
-			return nil, context.Cause(ctx)
-		}
-		if !more && wire.Code(status.Convert(d.ended)) == commonv1.Code_SchedReregister {
-			return nil, fmt.Errorf("scheduler %s: %w: %w: %w", d.scheduler.addr, p2p.ErrUnreachable, errReregister, d.ended)
-		}
-		if !more {
-			return nil, fmt.Errorf("scheduler %s: %w: it ended the download: %w", d.scheduler.addr, p2p.ErrUnreachable, d.ended)
-		}
-		if code := packet.GetCode(); code != commonv1.Code_Success {
-			return nil, fmt.Errorf("scheduler %s: %w: it names no peer: %s (%d)", d.scheduler.addr, p2p.ErrUnreachable, code, code)
-		}
-		var parents []parent
-		for _, dest := range append([]*schedulerv1.PeerPacket_DestPeer{packet.GetMainPeer()}, packet.GetCandidatePeers()...) {
-			ip, err := netip.ParseAddr(dest.GetIp())
-			port := dest.GetRpcPort()
-			if err != nil || port < 1 || port > math.MaxUint16 || len(parents) == maxParents {
-				continue
-			}
-			addr := netip.AddrPortFrom(ip.Unmap(), uint16(port))
-			if addr == d.self() {
-				continue
-			}
-			parents = append(parents, parent{id: dest.GetPeerId(), addr: addr})
-		}
-		if len(parents) > 0 {
-			return parents, nil
-		}
+// parents returns the peers that the scheduler names in a packet, or why it names no more.
+func (d *download) parents(packet *schedulerv1.PeerPacket, more bool) (parents []parent, err error) {
+	if !more && wire.Code(status.Convert(d.ended)) == commonv1.Code_SchedReregister {
+		return nil, fmt.Errorf("scheduler %s: %w: %w: %w", d.scheduler.addr, p2p.ErrUnreachable, errReregister, d.ended)
 	}
+	if !more {
+		return nil, fmt.Errorf("scheduler %s: %w: it ended the download: %w", d.scheduler.addr, p2p.ErrUnreachable, d.ended)
+	}
+	if code := packet.GetCode(); code != commonv1.Code_Success {
+		return nil, fmt.Errorf("scheduler %s: %w: it names no peer: %s (%d)", d.scheduler.addr, p2p.ErrUnreachable, code, code)
+	}
+	for _, dest := range append([]*schedulerv1.PeerPacket_DestPeer{packet.GetMainPeer()}, packet.GetCandidatePeers()...) {
+		ip, err := netip.ParseAddr(dest.GetIp())
+		port := dest.GetRpcPort()
+		if err != nil || port < 1 || port > math.MaxUint16 || len(parents) == maxParents {
+			continue
+		}
+		addr := netip.AddrPortFrom(ip.Unmap(), uint16(port))
+		if addr == d.self() {
+			continue
+		}
+		parents = append(parents, parent{id: dest.GetPeerId(), addr: addr})
+	}
+	return parents, nil
 }
 
 func (d *download) self() netip.AddrPort {
@@ -341,49 +292,26 @@ func isPeersFault(err error) bool {
 
 func fault(format string, args ...any) error { return &faultError{fmt.Errorf(format, args...)} }
 
-// from fetches the task from a peer, and stores it. Pieces that came from others before
-// are kept where this one gives them the same MD5: should the whole turn out to
-// be something else, it is this peer that has vouched for all of it.
-func (d *download) from(ctx context.Context, p parent) error {
-	watch := newWatchdog(ctx, d.e.opts.StallTimeout)
-	defer watch.stop()
-	err := d.pieces(watch, p)
-	if err != nil {
-		if watch.bit() {
-			return fault("peer %s at %s: %w: nothing came for %s, or next to nothing", p.id, p.addr, p2p.ErrUnreachable, d.e.opts.StallTimeout)
-		}
-		if isPeersFault(err) {
-			return fmt.Errorf("peer %s at %s: %w", p.id, p.addr, err)
-		}
-		return err
+// from has a peer give what has not come of the task.
+func (d *download) from(a *attempt) error {
+	err := d.pieces(a)
+	if a.watch.bit() {
+		return fault("peer %s at %s: %w: nothing came for %s, or next to nothing", a.id, a.addr, p2p.ErrUnreachable, d.e.opts.StallTimeout)
 	}
-	if err := d.e.Take(ctx, d.task, d.file); err != nil {
-		if !errors.Is(err, digest.ErrMismatch) {
-			return err
-		}
-		d.have = map[span]string{} // nobody else uses it now
-		return fault("peer %s at %s gave something else: %w", p.id, p.addr, err)
+	if isPeersFault(err) {
+		return fmt.Errorf("peer %s at %s: %w", a.id, a.addr, err)
 	}
-	return nil
+	return err
 }
 
 // pieces fetches all pieces from a peer.
-func (d *download) pieces(watch *watchdog, p parent) error {
-	ctx, cancel := context.WithCancel(watch.ctx)
+func (d *download) pieces(a *attempt) error {
+	ctx, cancel := context.WithCancel(a.watch.ctx)
 	defer cancel()
 	fetching, ctx := errgroup.WithContext(ctx)
 	fetching.SetLimit(parallelPieces)
-	err := d.eachPiece(ctx, watch, p, func(from source, piece *commonv1.PieceInfo) {
-		fetching.Go(func() error {
-			if d.has(piece) {
-				return nil
-			}
-			if err := d.piece(ctx, watch, from, piece); err != nil {
-				return err
-			}
-			d.succeed(p.id, piece)
-			return nil
-		})
+	err := d.eachPiece(ctx, a, func(from source, piece *commonv1.PieceInfo) {
+		fetching.Go(func() error { return d.fetch(ctx, a, from, piece) })
 	})
 	first := err != nil && ctx.Err() == nil // else a piece has failed, and ended it
 	if first {
@@ -395,56 +323,35 @@ func (d *download) pieces(watch *watchdog, p parent) error {
 	return err
 }
 
-// resize makes the file as long as a peer says that the content is. Where another one
-// said something else, nothing of what it gave is kept.
-func (d *download) resize(length int64) error {
-	info, err := d.file.Stat()
-	if err != nil || info.Size() == length {
-		return err
-	}
-	d.mu.Lock()
-	d.have = map[span]string{}
-	d.mu.Unlock()
-	return d.file.Truncate(length)
-}
-
-// has reports whether a piece has come already, with the MD5 that it is said to have.
-func (d *download) has(piece *commonv1.PieceInfo) bool {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	sum, ok := d.have[spanOf(piece)]
-	return ok && sum == piece.GetPieceMd5()
-}
-
 func spanOf(piece *commonv1.PieceInfo) span {
 	return span{int64(piece.GetRangeStart()), int64(piece.GetRangeSize())}
 }
 
 // eachPiece asks a peer which pieces there are, and calls do for each of them. It
 // returns when it has for all.
-func (d *download) eachPiece(ctx context.Context, watch *watchdog, p parent, do func(from source, piece *commonv1.PieceInfo)) error {
-	check := checker{length: d.length, seen: map[int32]bool{}}
-	if p.only != nil {
-		if err := check.packet(&commonv1.PiecePacket{TotalPiece: 1, ContentLength: int64(p.only.GetRangeSize())}); err != nil {
+func (d *download) eachPiece(ctx context.Context, a *attempt, do func(from source, piece *commonv1.PieceInfo)) error {
+	check := checker{layout: layout{length: d.length}, seen: map[int32]bool{}}
+	if a.only != nil {
+		if err := check.packet(&commonv1.PiecePacket{TotalPiece: 1, ContentLength: int64(a.only.GetRangeSize())}); err != nil {
 			return err
 		}
-		if err := check.piece(p.only); err != nil {
+		if err := check.piece(a.only); err != nil {
 			return err
 		}
-		if err := d.resize(check.length); err != nil {
+		if err := d.use(a, check.layout); err != nil {
 			return err
 		}
-		do(source{p.addr, p.id}, p.only)
+		do(source{a.addr, a.id}, a.only)
 		return nil
 	}
-	conn, err := dial(p.addr.String())
+	conn, err := dial(a.addr.String())
 	if err != nil {
 		return fault("%w", err)
 	}
 	defer conn.Close()
 	stream, err := dfdaemonv1.NewDaemonClient(conn).SyncPieceTasks(ctx)
 	if err == nil {
-		err = stream.Send(&commonv1.PieceTaskRequest{TaskId: d.id, SrcPid: d.peerID, DstPid: p.id, Limit: defaultPieces})
+		err = stream.Send(&commonv1.PieceTaskRequest{TaskId: d.id, SrcPid: d.peerID, DstPid: a.id, Limit: defaultPieces})
 	}
 	if err != nil && !errors.Is(err, io.EOF) { // which has its reason in what is received
 		return fault("%w: %w", p2p.ErrUnreachable, err)
@@ -452,7 +359,7 @@ func (d *download) eachPiece(ctx context.Context, watch *watchdog, p parent, do 
 	for !check.complete() {
 		packet, err := stream.Recv()
 		if errors.Is(err, io.EOF) {
-			return fault("it told of %d bytes in %d pieces, of %d in %d", check.sum, len(check.seen), check.length, check.total)
+			return fault("it told of %d pieces, of %d", len(check.seen), check.total)
 		}
 		if err != nil {
 			return fault("%w: %w", p2p.ErrUnreachable, err)
@@ -462,18 +369,16 @@ func (d *download) eachPiece(ctx context.Context, watch *watchdog, p parent, do 
 			return err
 		}
 		if check.told && !known {
-			if err := d.resize(check.length); err != nil {
-				return err
-			}
+			a.watch.kick()
 		}
 		if len(packet.GetPieceInfos()) == 0 {
 			continue
 		}
 		from, err := parseAddr(packet.GetDstAddr())
-		if err != nil || from.Addr() != p.addr.Addr() {
+		if err != nil || from.Addr() != a.addr.Addr() {
 			return fault("it says that its pieces are at %q: want an address of this peer", packet.GetDstAddr())
 		}
-		at := source{from, cmp.Or(packet.GetDstPid(), p.id)}
+		at := source{from, cmp.Or(packet.GetDstPid(), a.id)}
 		for _, piece := range packet.GetPieceInfos() {
 			if check.seen[piece.GetPieceNum()] {
 				continue
@@ -481,13 +386,16 @@ func (d *download) eachPiece(ctx context.Context, watch *watchdog, p parent, do 
 			if err := check.piece(piece); err != nil {
 				return err
 			}
+			if err := d.use(a, check.layout); err != nil {
+				return err
+			}
 			do(at, piece)
 		}
-		if len(check.seen) > before || check.told && !known {
-			watch.kick() // a packet that tells nothing new is no progress
+		if len(check.seen) > before {
+			a.watch.kick() // a packet that tells nothing new is no progress
 		}
 	}
-	return nil
+	return d.use(a, check.layout) // of nothing, where there are no pieces
 }
 
 // parseAddr parses IP:PORT.
@@ -499,17 +407,21 @@ func parseAddr(s string) (netip.AddrPort, error) {
 	return netip.AddrPortFrom(addr.Addr().Unmap(), addr.Port()), err
 }
 
+// layout is how a file is cut into pieces: all have the same size, but for the last.
+type layout struct {
+	length, size int64 // -1 is a length that is not known
+}
+
 // checker checks what a peer says of a task, so far as that is needed to go on: whether
 // it is true, only the digest of the whole can say.
 type checker struct {
-	length int64 // -1 while it is not known
-	total  int32
-	told   bool // the peer has told both
-	seen   map[int32]bool
-	sum    int64 // of the sizes of pieces seen
+	layout
+	total int32
+	told  bool // the peer has told length and number
+	seen  map[int32]bool
 }
 
-func (c *checker) complete() bool { return c.told && len(c.seen) == int(c.total) && c.sum == c.length }
+func (c *checker) complete() bool { return c.told && len(c.seen) == int(c.total) }
 
 // packet takes length and number of pieces, which a peer that is fetching itself may
 // not know yet.
@@ -521,7 +433,7 @@ func (c *checker) packet(p *commonv1.PiecePacket) error {
 	if c.length >= 0 && length != c.length {
 		return fault("it says that the content has %d bytes, where it has %d", length, c.length)
 	}
-	if total > maxTotal || length > int64(total)*maxPieceSize || c.told && total != c.total {
+	if total > maxTotal || length > int64(total)*maxPieceSize || length < int64(total) || c.told && total != c.total {
 		return fault("it says that there are %d pieces of %d bytes", total, length)
 	}
 	c.length, c.total, c.told = length, total, true
@@ -530,13 +442,19 @@ func (c *checker) packet(p *commonv1.PiecePacket) error {
 
 // piece takes a piece that was not seen before.
 func (c *checker) piece(p *commonv1.PieceInfo) error {
-	start, size := p.GetRangeStart(), int64(p.GetRangeSize())
-	if !c.told || p.GetPieceNum() < 0 || p.GetPieceNum() >= c.total || size == 0 || size > maxPieceSize ||
-		start > uint64(c.length) || size > c.length-int64(start) || p.GetPieceStyle() != commonv1.PieceStyle_PLAIN {
-		return fault("it tells of a piece %d, %d bytes from %d on, of %d bytes in %d pieces", p.GetPieceNum(), size, start, c.length, c.total)
+	number, start, size := int64(p.GetPieceNum()), int64(p.GetRangeStart()), int64(p.GetRangeSize())
+	last := number == int64(c.total)-1
+	each := size
+	if last && number > 0 {
+		each = start / number
 	}
+	if !c.told || number < 0 || number >= int64(c.total) || p.GetPieceStyle() != commonv1.PieceStyle_PLAIN ||
+		size == 0 || size > each || each > maxPieceSize || c.total > 1 && each < minPieceSize || c.size > 0 && each != c.size ||
+		start != number*each || last != (start+size == c.length) {
+		return fault("it tells of a piece %d, %d bytes from %d on, of %d bytes in %d pieces", number, size, p.GetRangeStart(), c.length, c.total)
+	}
+	c.size = each
 	c.seen[p.GetPieceNum()] = true
-	c.sum += size
 	return nil
 }
 
@@ -552,13 +470,23 @@ func (d *download) piece(ctx context.Context, watch *watchdog, from source, piec
 	req.Header.Set("Range", "bytes="+strconv.FormatInt(at.start, 10)+"-"+strconv.FormatInt(last, 10))
 	progress := throttle.NewProgress(ctx, d.e.opts.StallTimeout)
 	defer progress.Stop()
+	go func() {
+		select {
+		case <-progress.Slow():
+			watch.markSlow()
+		case <-progress.Context().Done():
+		}
+	}()
 	defer func() {
 		if errors.Is(context.Cause(progress.Context()), throttle.ErrStalled) {
 			watch.end(throttle.ErrStalled) // one piece that stalls is enough to give the peer up
 		}
 	}()
-	resp, err := d.e.client.Do(req.WithContext(progress.Context()))
-	if err != nil {
+	var resp *http.Response
+	if _, err := progress.Await(func() (int, error) {
+		resp, err = d.e.client.Do(req.WithContext(progress.Context()))
+		return 0, err
+	}); err != nil {
 		return fault("piece %d: %w: %w", piece.GetPieceNum(), p2p.ErrUnreachable, err)
 	}
 	defer resp.Body.Close()
@@ -583,8 +511,12 @@ func (d *download) piece(ctx context.Context, watch *watchdog, from source, piec
 	} else if !errors.Is(err, io.EOF) {
 		return fault("piece %d: %w", piece.GetPieceNum(), err)
 	}
+	got := hex.EncodeToString(sum.Sum(nil))
+	if want := piece.GetPieceMd5(); want != "" && got != want {
+		return fault("piece %d: it has the MD5 %s, where it says %q", piece.GetPieceNum(), got, want)
+	}
 	d.mu.Lock()
-	d.have[at] = hex.EncodeToString(sum.Sum(nil))
+	d.have[at] = got
 	d.mu.Unlock()
 	return nil
 }
@@ -616,52 +548,14 @@ type watchedReader struct {
 }
 
 func (r *watchedReader) Read(p []byte) (int, error) {
-	r.watch.holding.Add(1) // each piece has a clock of its own
-	defer r.watch.holding.Add(-1)
-	n, err := r.r.Read(p)
-	if n > 0 {
-		r.watch.kick()
-	}
-	return n, err
-}
-
-// watchdog ends a context when nothing has happened for a while, and nobody holds it.
-type watchdog struct {
-	ctx     context.Context
-	end     context.CancelCauseFunc
-	timer   *time.Timer
-	limit   time.Duration
-	holding atomic.Int32 // who fetch a piece
-}
-
-func newWatchdog(ctx context.Context, limit time.Duration) *watchdog {
-	w := &watchdog{limit: limit}
-	w.ctx, w.end = context.WithCancelCause(ctx)
-	w.timer = time.AfterFunc(limit, func() {
-		if w.holding.Load() > 0 {
-			w.kick()
-		} else {
-			w.end(throttle.ErrStalled)
-		}
-	})
-	return w
-}
-
-func (w *watchdog) kick() { w.timer.Reset(w.limit) }
-
-// bit reports whether nothing has happened for too long.
-func (w *watchdog) bit() bool { return context.Cause(w.ctx) == throttle.ErrStalled }
-
-func (w *watchdog) stop() {
-	w.timer.Stop()
-	w.end(nil)
+	defer r.watch.hold()() // each piece has a clock of its own
+	return r.r.Read(p)
 }
 
 func newHTTPClient(opts Options) *http.Client {
 	return &http.Client{
 		Transport: &http.Transport{
 			DialContext:            (&net.Dialer{Timeout: opts.LookupTimeout}).DialContext,
-			ResponseHeaderTimeout:  opts.StallTimeout,
 			IdleConnTimeout:        90 * time.Second,
 			MaxIdleConns:           100,
 			MaxResponseHeaderBytes: 16 << 10,

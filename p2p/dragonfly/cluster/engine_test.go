@@ -7,12 +7,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -227,7 +229,7 @@ func mustCID(t *testing.T, s string) digest.CID {
 // A peer that gives something else is found out, whatever its MD5s say, and another
 // one is used where there is one.
 func TestBadPeers(t *testing.T) {
-	const stall = 500 * time.Millisecond
+	const stalled = "nothing came for"
 	for _, size := range []int{1000, 5 << 20} {
 		for name, c := range map[string]struct {
 			behaviour clustertest.Behaviour
@@ -237,15 +239,21 @@ func TestBadPeers(t *testing.T) {
 			"lie":       {clustertest.Lie, digest.ErrMismatch, "gave something else"},
 			"long":      {clustertest.Long, nil, "more than the"},
 			"chunked":   {clustertest.Chunked, nil, "more than the"},
-			"drip":      {clustertest.Drip, p2p.ErrUnreachable, "nothing came for"},
-			"stall":     {clustertest.Stall, p2p.ErrUnreachable, "nothing came for"},
-			"silent":    {clustertest.Silent, p2p.ErrUnreachable, "nothing came for"},
+			"drip":      {clustertest.Drip, p2p.ErrUnreachable, stalled},
+			"stall":     {clustertest.Stall, p2p.ErrUnreachable, stalled},
+			"mute":      {clustertest.Mute, p2p.ErrUnreachable, stalled},
+			"bad sum":   {clustertest.BadSum, nil, "has the MD5"},
+			"silent":    {clustertest.Silent, p2p.ErrUnreachable, stalled},
 			"hostile":   {clustertest.Hostile, nil, "tells of a piece"},
 			"elsewhere": {clustertest.Elsewhere, nil, "want an address of this peer"},
 		} {
 			t.Run(fmt.Sprintf("%s %d", name, size), func(t *testing.T) {
 				s := clustertest.StartScheduler(t)
-				h := newHost(t, cluster.Options{StallTimeout: stall}, s)
+				var opts cluster.Options
+				if c.says == stalled {
+					opts.StallTimeout = 500 * time.Millisecond
+				}
+				h := newHost(t, opts, s)
 				bad := clustertest.StartPeer(t, s, "bad", c.behaviour)
 				data := enginetest.Content(size, 1)
 				task := p2p.Task{Tag: "t", Digest: digest.SHA256.FromBytes(data)}
@@ -297,12 +305,75 @@ func TestBadPeers(t *testing.T) {
 	}
 }
 
+// A peer that brings nothing, or next to nothing, is not waited for until it is given up:
+// another one is asked beside it.
+func TestBesideSlowPeer(t *testing.T) {
+	const stall = 6 * time.Second // half of it passes
+	for _, size := range []int{1000, 9 << 20} {
+		for name, behaviour := range map[string]clustertest.Behaviour{
+			"drip": clustertest.Drip, "stall": clustertest.Stall, "mute": clustertest.Mute, "silent": clustertest.Silent,
+			"drip of something else": clustertest.LieDrip,
+		} {
+			t.Run(fmt.Sprintf("%s %d", name, size), func(t *testing.T) {
+				t.Parallel()
+				var mu sync.Mutex
+				var log bytes.Buffer
+				s := clustertest.StartScheduler(t)
+				h := newHost(t, cluster.Options{StallTimeout: stall, Log: slog.New(slog.NewTextHandler(&lockedWriter{&mu, &log}, nil))}, s)
+				bad, good := clustertest.StartPeer(t, s, "bad", behaviour), clustertest.StartPeer(t, s, "good", clustertest.Honest)
+				data := enginetest.Content(size, 1)
+				task := p2p.Task{Tag: "t", Digest: digest.SHA256.FromBytes(data)}
+				for _, p := range []*clustertest.Peer{bad, good} {
+					if err := p.Import(t.Context(), task.Digest.String(), "t", data); err != nil {
+						t.Fatal(err)
+					}
+				}
+				var first, second atomic.Bool
+				bad.OnAsk(func() { first.Store(true) })
+				good.OnAsk(func() {
+					if second.Swap(true) {
+						return
+					}
+					mu.Lock()
+					defer mu.Unlock()
+					if !first.Load() || strings.Contains(log.String(), "given up") {
+						t.Errorf("the good peer was not asked beside the bad one:\n%s", log.String())
+					}
+				})
+				if single := size == 1000; single && behaviour == clustertest.Silent {
+					h.requireFetched(task, data) // what the peer does not tell is not asked
+					return
+				}
+				h.requireFetched(task, data)
+				if !second.Load() {
+					t.Error("the good peer was not asked")
+				}
+			})
+		}
+	}
+}
+
+// lockedWriter writes under a lock.
+type lockedWriter struct {
+	mu *sync.Mutex
+	w  io.Writer
+}
+
+func (l *lockedWriter) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.w.Write(p)
+}
+
 // What has come from a peer that was given up is not fetched again from the next one,
 // unless that one says that it is something else.
 func TestPiecesAreKept(t *testing.T) {
-	for first, want := range map[clustertest.Behaviour]int{clustertest.StallLast: 1, clustertest.Lie: 3} {
+	for first, c := range map[clustertest.Behaviour]struct {
+		want  int
+		stall time.Duration // long enough for what comes at once
+	}{clustertest.StallLast: {1, 5 * time.Second}, clustertest.Lie: {3, time.Hour}} {
 		s := clustertest.StartScheduler(t)
-		h := newHost(t, cluster.Options{StallTimeout: time.Second}, s)
+		h := newHost(t, cluster.Options{StallTimeout: c.stall}, s)
 		data := enginetest.Content(9<<20, 1)
 		task := p2p.Task{Tag: "t", Digest: digest.SHA256.FromBytes(data)}
 		bad, good := clustertest.StartPeer(t, s, "bad", first), clustertest.StartPeer(t, s, "good", clustertest.Honest)
@@ -312,8 +383,8 @@ func TestPiecesAreKept(t *testing.T) {
 			}
 		}
 		h.requireFetched(task, data)
-		if bad.Served() != 3 || good.Served() != want {
-			t.Errorf("%d and %d pieces were fetched, want 3 and %d", bad.Served(), good.Served(), want)
+		if bad.Served() != 3 || good.Served() != c.want {
+			t.Errorf("%d and %d pieces were fetched, want 3 and %d", bad.Served(), good.Served(), c.want)
 		}
 	}
 }
@@ -397,11 +468,12 @@ func TestForgotten(t *testing.T) {
 // What a process has announced that could not take it back is taken back by the next.
 func TestEarlierProcess(t *testing.T) {
 	s := clustertest.StartScheduler(t)
-	opts := cluster.Options{LookupTimeout: 100 * time.Millisecond}
 	h := &host{t: t, dir: t.TempDir()}
-	h.open(opts, s)
+	// What is late for so short a timeout is announced again.
+	h.open(cluster.Options{LookupTimeout: 200 * time.Millisecond, SweepInterval: 20 * time.Millisecond}, s)
 	task := enginetest.Import(t, h, "t", []byte("data"))
-	opts.PeerListen = h.Address()
+	await(t, s, task, 1)
+	opts := cluster.Options{PeerListen: h.Address()}
 	s.Hang("LeaveHost")
 	if err := h.Close(); err != nil {
 		t.Fatal(err)

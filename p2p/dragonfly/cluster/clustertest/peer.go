@@ -34,6 +34,9 @@ const (
 	Stall               // half of the bytes, and no more
 	StallLast           // the same, of the last piece only
 	Drip                // a byte now and then
+	LieDrip             // the same, of other content
+	Mute                // no answer at all to a request for a piece
+	BadSum              // other bytes than the MD5s say
 	Silent              // no answer to what pieces there are
 	Hostile             // pieces that cannot be
 	Elsewhere           // pieces at the address of somebody else
@@ -54,6 +57,7 @@ type Peer struct {
 	mu     sync.Mutex
 	tasks  map[string][]byte
 	served int
+	asked  func()
 }
 
 // StartPeer starts a peer of a scheduler, which ends with the test.
@@ -98,6 +102,23 @@ func (p *Peer) Served() int {
 	return p.served
 }
 
+// OnAsk has do called whenever the peer is asked for something.
+func (p *Peer) OnAsk(do func()) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.asked = do
+}
+
+// begin is the begin of an answer.
+func (p *Peer) begin() {
+	p.mu.Lock()
+	asked := p.asked
+	p.mu.Unlock()
+	if asked != nil {
+		asked()
+	}
+}
+
 // Import has the peer have content under a cid and a tag, and announce it.
 func (p *Peer) Import(ctx context.Context, cid, tag string, content []byte) error {
 	id := TaskID(cid, tag)
@@ -119,7 +140,7 @@ func (p *Peer) content(id string) ([]byte, bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	content, ok := p.tasks[id]
-	if ok && p.behaviour == Lie {
+	if ok && (p.behaviour == Lie || p.behaviour == LieDrip) {
 		wrong := append([]byte(nil), content...)
 		wrong[len(wrong)/2] ^= 1
 		return wrong, true
@@ -144,8 +165,11 @@ func (p *Peer) packet(id string, start, limit int) (*commonv1.PiecePacket, error
 		part := content[i*pieceSize : min(len(content), (i+1)*pieceSize)]
 		sum := md5.Sum(part)
 		info := &commonv1.PieceInfo{PieceNum: int32(i), RangeStart: uint64(i * pieceSize), RangeSize: uint32(len(part)), PieceMd5: hex.EncodeToString(sum[:])}
-		if p.behaviour == Hostile {
+		switch p.behaviour {
+		case Hostile:
 			info.RangeStart = 1<<64 - 5
+		case BadSum:
+			info.PieceMd5 = hex.EncodeToString(make([]byte, md5.Size))
 		}
 		packet.PieceInfos = append(packet.PieceInfos, info)
 	}
@@ -161,6 +185,7 @@ func (p *Peer) SyncPieceTasks(stream dfdaemonv1.Daemon_SyncPieceTasksServer) err
 	if err := req.Validate(); err != nil {
 		return err
 	}
+	p.begin()
 	if p.behaviour == Silent {
 		<-stream.Context().Done()
 		return stream.Context().Err()
@@ -184,6 +209,7 @@ func (p *Peer) SyncPieceTasks(stream dfdaemonv1.Daemon_SyncPieceTasksServer) err
 }
 
 func (p *Peer) upload(w http.ResponseWriter, r *http.Request) {
+	p.begin()
 	p.mu.Lock()
 	p.served++
 	p.mu.Unlock()
@@ -223,7 +249,10 @@ func (p *Peer) upload(w http.ResponseWriter, r *http.Request) {
 		w.(http.Flusher).Flush()
 		<-r.Context().Done()
 		return
-	case Drip:
+	case Mute:
+		<-r.Context().Done()
+		return
+	case Drip, LieDrip:
 		w.Header().Set("Content-Length", fmt.Sprint(len(part)))
 		for i := range part {
 			w.Write(part[i : i+1])
