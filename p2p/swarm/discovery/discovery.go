@@ -416,10 +416,16 @@ func (n *Network) Connect(ctx context.Context, p peer.AddrInfo) error {
 	}
 	if err := n.host.Connect(network.WithAllowLimitedConn(ctx, httpProtocol), p); err != nil {
 		n.trouble.note(err)
-		return fmt.Errorf("connect with peer %s: %w; is it up, and has it the same swarm key?", p.ID, err)
+		return fmt.Errorf("connect with peer %s: %w; is it up, and has it the same swarm key?", p.ID, oneLine{err})
 	}
 	return nil
 }
+
+// oneLine is an error of libp2p, which has a line for each address that was tried, as one line.
+type oneLine struct{ error }
+
+func (e oneLine) Error() string { return strings.ReplaceAll(e.error.Error(), "\n  *", ";") }
+func (e oneLine) Unwrap() error { return e.error }
 
 // Providers yields peers that have announced key, as they are found, each once
 // and never this one. It ends when there are no more, or with ctx. What it yields
@@ -462,7 +468,7 @@ func (n *Network) Withdraw(keys ...[32]byte) { n.announcer.withdraw(keys...) }
 func (n *Network) Dial(ctx context.Context, p peer.ID) (net.Conn, error) {
 	c, err := gostream.Dial(network.WithAllowLimitedConn(ctx, httpProtocol), n.host, p, httpProtocol)
 	if err != nil {
-		return nil, fmt.Errorf("open a stream to peer %s: %w", p, err)
+		return nil, fmt.Errorf("open a stream to peer %s: %w", p, oneLine{err})
 	}
 	if s, ok := c.(stream); ok {
 		return dialled{s}, nil

@@ -241,8 +241,11 @@ func TestOtherKeyCannotConnect(t *testing.T) {
 	defer cancel()
 	if err := b.Connect(ctx, peer.AddrInfo{ID: a.Self(), Addrs: a.host.Addrs()}); err == nil {
 		t.Fatal("connected with another key")
-	} else if !strings.Contains(err.Error(), "swarm key") {
-		t.Errorf("the error does not speak of the swarm key: %v", err)
+	} else if !strings.Contains(err.Error(), "swarm key") || strings.Contains(err.Error(), "\n") {
+		t.Errorf("the error does not speak of the swarm key, in one line: %v", err)
+	}
+	if _, err := b.Dial(ctx, a.Self()); err == nil || strings.Contains(err.Error(), "\n") {
+		t.Errorf("the error of a stream is %v, want one line", err)
 	}
 	if len(a.Connected())+len(b.Connected()) != 0 {
 		t.Errorf("connected: %v, %v", a.Connected(), b.Connected())
