@@ -314,6 +314,16 @@ func TestErrors(t *testing.T) {
 	})
 }
 
+func TestOpenNoDirectory(t *testing.T) {
+	t.Chdir(t.TempDir())
+	if _, err := blobstore.Open(""); !errors.Is(err, blobstore.ErrInvalid) {
+		t.Errorf("error is %v, want %v", err, blobstore.ErrInvalid)
+	}
+	if files, err := os.ReadDir("."); err != nil || len(files) > 0 {
+		t.Errorf("in the working directory are %v, %v", files, err)
+	}
+}
+
 func TestDialNobody(t *testing.T) {
 	_, err := blobstore.Dial(t.Context(), filepath.Join(t.TempDir(), "nobody"))
 	if !errors.Is(err, blobstore.ErrUnavailable) {

@@ -187,8 +187,9 @@ func (r *Repository) Resolve(ctx context.Context, reference string) (ocispec.Des
 // [io.ErrUnexpectedEOF], what is too long with [content.ErrTrailingData], what
 // has another digest with [content.ErrMismatchedDigest], as does a file that is written to
 // meanwhile, where that was read, and what has no room with [ErrNoSpace], before src is read
-// where that can be told; then, and when ctx ends, nothing is stored. Of concurrent pushes of the same content each ends
-// with nil or ErrAlreadyExists.
+// where that can be told; then nothing is stored, nor when ctx ends before all of src has been
+// read. Where it ends later, the content may be stored by the time. Of concurrent pushes of the
+// same content each ends with nil or ErrAlreadyExists.
 //
 // Content with the media type of a manifest is one: it holds what it refers to,
 // which may come later. Other content is kept until a manifest refers to it,

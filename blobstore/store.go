@@ -15,12 +15,13 @@ import (
 	"github.com/dfcache/dfcache/p2p/rpc"
 )
 
-// Errors of this package, for errors.Is. Errors also match
-// [context.DeadlineExceeded] and [context.Canceled] where a context ended the
-// operation, and [fs.ErrExist] where an output exists.
+// Errors of this package, for errors.Is. Errors also match what [context.Cause]
+// says where a context ended the operation, which is [context.DeadlineExceeded] or
+// [context.Canceled] unless its owner gave another cause, and [fs.ErrExist] where
+// an output exists.
 var (
 	ErrNotFound    = p2p.ErrNotFound    // the repository holds no such cid
-	ErrInvalid     = digest.ErrInvalid  // a cid or a tag is malformed
+	ErrInvalid     = digest.ErrInvalid  // a cid, a tag or another argument is malformed
 	ErrMismatch    = digest.ErrMismatch // content is not what its digest promised; see [digest.MismatchError]
 	ErrCorrupt     = digest.ErrCorrupt  // stored content is damaged; see [digest.CorruptError]
 	ErrReferenced  = p2p.ErrReferenced  // other content refers to what was to be deleted
@@ -60,6 +61,9 @@ func WithStatsHandler(h stats.Handler) Option { return func(o *options) { o.hand
 // one, or a dfdaemon on the same directory, gets [ErrUnavailable]. The caller
 // closes the Store.
 func Open(dir string, opts ...Option) (*Store, error) {
+	if dir == "" { // of a setting that is not set; the store would be in the working directory
+		return nil, fmt.Errorf("open store: %w: its directory has no name", ErrInvalid)
+	}
 	o := collect(opts)
 	engine, err := pieces.Open(dir, pieces.Options{Log: o.log})
 	if err != nil {
