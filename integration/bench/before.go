@@ -1,6 +1,8 @@
 package main
 
 import (
+	"crypto/x509"
+	"encoding/pem"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -16,16 +18,16 @@ type build struct {
 	daemon                    *exec.Cmd
 }
 
-// start runs the dfdaemon in bin.
-func (b *bench) start(name, bin string) build {
+// start runs the dfdaemon in bin, with further flags.
+func (b *bench) start(name, bin string, flags ...string) build {
 	dir := filepath.Join(b.dir, name)
 	must(0, os.MkdirAll(dir, 0o755))
 	bin = must(filepath.Abs(bin))
 	n := build{dfcache: filepath.Join(bin, "dfcache"), socket: filepath.Join(dir, "run", "s"), registry: freeAddress()}
 	key := filepath.Join(dir, "swarm.key")
 	must(0, exec.Command(filepath.Join(bin, "dfdaemon"), "swarm", "key", "new", key).Run())
-	n.daemon = startDaemon(filepath.Join(bin, "dfdaemon"), "--workhome", dir, "--daemon-sock", n.socket, "--registry", n.registry, "--swarm-key", key,
-		"--swarm-listen", freeAddress(), "--swarm-pieces", freeAddress(), "--mdns=false")
+	n.daemon = startDaemon(slices.Concat([]string{filepath.Join(bin, "dfdaemon"), "--workhome", dir, "--daemon-sock", n.socket, "--registry", n.registry, "--swarm-key", key,
+		"--swarm-listen", freeAddress(), "--swarm-pieces", freeAddress(), "--mdns=false"}, flags)...)
 	return n
 }
 
@@ -62,9 +64,24 @@ func (b *bench) before(bin, tools string) {
 		n    int
 		size int64
 	}{{"1 GiB", 1, 1 << 30}, {"1000 files of 10 KiB", 1000, 10 << 10}} {
-		b.registryBefore(files.name, files.n, files.size, oras, now, then)
+		b.registryBefore(files.name, files.n, files.size, now, then, oras, "--plain-http")
 	}
+	cert, key := b.tlsFiles()
+	tls := []string{"--registry-cert", cert, "--registry-key", key}
+	secureNow, secureThen := b.start("now-tls", filepath.Dir(b.dfcache), tls...), b.start("then-tls", bin, tls...)
+	defer secureNow.stop()
+	defer secureThen.stop()
+	b.registryBefore("1 GiB, TLS", 1, 1<<30, secureNow, secureThen, oras, "--ca-file", cert)
 	b.printf("\n")
+}
+
+// tlsFiles makes the files of a certificate of 127.0.0.1 and its key.
+func (b *bench) tlsFiles() (cert, key string) {
+	certificate, private := selfSigned()
+	cert, key = filepath.Join(b.dir, "cert.pem"), filepath.Join(b.dir, "key.pem")
+	must(0, os.WriteFile(cert, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: certificate}), 0o644))
+	must(0, os.WriteFile(key, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: must(x509.MarshalPKCS8PrivateKey(private))}), 0o600))
+	return cert, key
 }
 
 func (b *bench) filesBefore(size int64, now, then build) {
@@ -72,12 +89,7 @@ func (b *bench) filesBefore(size int64, now, then build) {
 	defer os.Remove(file)
 	defer os.Remove(copied)
 	digest := "sha256:" + b.hash(file)
-	fresh := func() {
-		os.Remove(copied)
-		must(0, exec.Command("sync").Run())
-		must(0, exec.Command("cp", file, copied).Run())
-		os.Remove(copied)
-	}
+	clean := func() { fresh(file, copied) }
 	var commands []command
 	for _, n := range []struct {
 		name string
@@ -86,13 +98,13 @@ func (b *bench) filesBefore(size int64, now, then build) {
 		gone := func() {
 			args := n.command("delete", "-i", digest)
 			exec.Command(args[0], args[1:]...).Run() // in the first round there is none
-			fresh()
+			clean()
 		}
 		commands = append(commands,
 			command{name: n.name + " import", before: gone, args: n.command("import", "-i", digest, file), server: n.daemon.Process.Pid},
-			command{name: n.name + " export", before: fresh, args: n.command("export", "-i", digest, copied), server: n.daemon.Process.Pid})
+			command{name: n.name + " export", before: clean, args: n.command("export", "-i", digest, copied), server: n.daemon.Process.Pid})
 		if n.build == now {
-			commands = append(commands, command{name: "now export --no-sync", before: fresh, args: n.command("export", "--no-sync", "-i", digest, copied), server: n.daemon.Process.Pid})
+			commands = append(commands, command{name: "now export --no-sync", before: clean, args: n.command("export", "--no-sync", "-i", digest, copied), server: n.daemon.Process.Pid})
 		}
 	}
 	samples := b.measure(commands)
@@ -101,7 +113,8 @@ func (b *bench) filesBefore(size int64, now, then build) {
 	b.compare(mib(size), "export", samples["now export"], samples["then export"])
 }
 
-func (b *bench) registryBefore(what string, files int, size int64, oras string, now, then build) {
+// registryBefore measures pushes and pulls. The flags say how oras connects.
+func (b *bench) registryBefore(what string, files int, size int64, now, then build, oras string, flags ...string) {
 	in, out := filepath.Join(b.dir, "push"), filepath.Join(b.dir, "pull")
 	must(0, os.MkdirAll(in, 0o755))
 	defer os.RemoveAll(in)
@@ -114,22 +127,15 @@ func (b *bench) registryBefore(what string, files int, size int64, oras string, 
 		build
 	}{{"now", now}, {"then", then}} {
 		reference := n.registry + "/bench:v1"
-		clean := func() {
-			os.RemoveAll(out)
-			must(0, exec.Command("sync").Run())
-			if size >= 100<<20 {
-				must(0, exec.Command("cp", names[0], "../copy").Run())
-				os.Remove("../copy")
-			}
-		}
+		clean := func() { fresh(names[0], out) }
 		empty := func() {
 			args := n.command("delete", "-t", "bench", "-i", "v1")
 			exec.Command(args[0], args[1:]...).Run()
 			clean()
 		}
 		commands = append(commands,
-			command{n.name + " push", empty, slices.Concat([]string{oras, "push", "--no-tty", "--plain-http", reference}, names), n.daemon.Process.Pid},
-			command{n.name + " pull", clean, []string{oras, "pull", "--no-tty", "--plain-http", "-o", out, reference}, n.daemon.Process.Pid})
+			command{n.name + " push", empty, slices.Concat([]string{oras, "push", "--no-tty", reference}, names, flags), n.daemon.Process.Pid},
+			command{n.name + " pull", clean, slices.Concat([]string{oras, "pull", "--no-tty", "-o", out, reference}, flags), n.daemon.Process.Pid})
 	}
 	samples := b.measure(commands)
 	os.RemoveAll(out)

@@ -297,34 +297,43 @@ func (b *bench) file(size int64) string {
 	return name
 }
 
+// fresh removes copies of a file, and has memory for them at hand: a virtual machine gives
+// memory that is free back to its host after a while, and pays for getting it again. So
+// no command pays for another one.
+func fresh(file string, copies ...string) {
+	remove := func() {
+		for _, name := range copies {
+			must(0, os.RemoveAll(name))
+		}
+	}
+	remove()
+	must(0, exec.Command("sync").Run())
+	for _, name := range copies {
+		must(0, exec.Command("cp", file, name).Run())
+	}
+	remove()
+}
+
 func (b *bench) files(size int64) {
 	file, copied := b.file(size), filepath.Join(b.dir, "copy")
 	defer os.Remove(file)
 	defer os.Remove(copied)
 	digest := "sha256:" + b.hash(file)
-	fresh := func() {
-		os.Remove(copied)
-		must(0, exec.Command("sync").Run())
-		// A virtual machine gives memory that is free back to its host after a
-		// while, and pays for getting it again. Every command finds as much
-		// memory at hand as it needs, so that none pays for another one.
-		must(0, exec.Command("cp", file, copied).Run())
-		os.Remove(copied)
-	}
+	clean := func() { fresh(file, copied) }
 	gone := func() {
 		for _, tag := range []string{"", "again"} {
 			exec.Command(b.dfcache, "delete", "-t", tag, "-i", digest).Run() // in the first round there is none
 		}
-		fresh()
+		clean()
 	}
 	commands := []command{
-		{name: "`cp FILE COPY`", before: fresh, args: []string{"cp", file, copied}},
-		{name: "`cp FILE COPY && sync COPY`", before: fresh, args: []string{"sh", "-c", `cp "$0" "$1" && sync "$1"`, file, copied}},
-		{name: "Go sha256 of FILE", before: fresh, args: []string{b.self, "-sha256", file}},
+		{name: "`cp FILE COPY`", before: clean, args: []string{"cp", file, copied}},
+		{name: "`cp FILE COPY && sync COPY`", before: clean, args: []string{"sh", "-c", `cp "$0" "$1" && sync "$1"`, file, copied}},
+		{name: "Go sha256 of FILE", before: clean, args: []string{b.self, "-sha256", file}},
 		{name: "`dfcache import -i sha256:… FILE`", before: gone, args: []string{b.dfcache, "import", "-i", digest, file}},
-		{name: "the same, when it is held already", before: fresh, args: []string{b.dfcache, "import", "-t", "again", "-i", digest, file}},
-		{name: "`dfcache export -i sha256:… COPY`", before: fresh, args: []string{b.dfcache, "export", "-i", digest, copied}},
-		{name: "`dfcache export --no-sync -i sha256:… COPY`", before: fresh, args: []string{b.dfcache, "export", "--no-sync", "-i", digest, copied}},
+		{name: "the same, when it is held already", before: clean, args: []string{b.dfcache, "import", "-t", "again", "-i", digest, file}},
+		{name: "`dfcache export -i sha256:… COPY`", before: clean, args: []string{b.dfcache, "export", "-i", digest, copied}},
+		{name: "`dfcache export --no-sync -i sha256:… COPY`", before: clean, args: []string{b.dfcache, "export", "--no-sync", "-i", digest, copied}},
 	}
 	resetPeak(b.daemon.Process.Pid)
 	samples := b.measure(commands)

@@ -121,15 +121,7 @@ func (b *bench) pushAndPull(what string, files int, size int64, oras string, ser
 	samples := map[row][]sample{}
 	for _, s := range servers {
 		reference := s.address + "/bench:v1"
-		clean := func() {
-			os.RemoveAll(out)
-			must(0, exec.Command("sync").Run())
-			// As for the other tables: memory for a copy is at hand.
-			if size >= 100<<20 {
-				must(0, exec.Command("cp", names[0], "../copy").Run())
-				os.Remove("../copy")
-			}
-		}
+		clean := func() { fresh(names[0], out) }
 		push := command{"push", func() { s.empty(); clean() }, append([]string{oras, "push", "--no-tty", "--plain-http", reference}, names...), s.pid}
 		pull := command{"pull", clean, []string{oras, "pull", "--no-tty", "--plain-http", "-o", out, reference}, s.pid}
 		for _, c := range []command{push, pull} {

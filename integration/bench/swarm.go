@@ -81,15 +81,7 @@ func (b *bench) fromPeer(size int64) {
 	digest := "sha256:" + b.hash(file)
 	plainURL, tlsURL, stopServer := b.serveFile(file)
 	defer stopServer()
-	fresh := func() {
-		os.Remove(copied)
-		must(0, exec.Command("sync").Run())
-		for _, name := range []string{"a", "b"} { // memory for two copies is at hand: that of the store and the output
-			must(0, exec.Command("cp", file, copied+name).Run())
-		}
-		os.Remove(copied + "a")
-		os.Remove(copied + "b")
-	}
+	clean := func() { fresh(file, copied, copied+"2") } // the other one is that of the store
 	var stops []func()
 	defer func() {
 		for _, stop := range stops {
@@ -115,18 +107,18 @@ func (b *bench) fromPeer(size int64) {
 				}
 				fetching = b.startPeer(name+"B", nil, append(flags, "--swarm-listen", freeAddress(), "--swarm-pieces", freeAddress(), "--bootstrap", address)...)
 				b.meet(fetching, 1)
-				fresh()
+				clean()
 			},
 			args: []string{b.dfcache, "export", "--daemon-sock", filepath.Join(b.dir, name+"B", "run", "s"), "-i", digest, copied},
 		}
 	}
 	commands := []command{
-		{name: "`cp FILE COPY`", before: fresh, args: []string{"cp", file, copied}},
-		{name: "Go sha256 of FILE", before: fresh, args: []string{b.self, "-sha256", file}},
-		{name: "`curl -o COPY http://…`", before: fresh, args: []string{"curl", "-sS", "-o", copied, plainURL}},
-		{name: "`curl -k -o COPY https://…`", before: fresh, args: []string{"curl", "-sSk", "-o", copied, tlsURL}},
-		{name: "Go: http://…, sha256 and COPY", before: fresh, args: []string{b.self, "-fetch", plainURL, copied}},
-		{name: "Go: https://…, sha256 and COPY", before: fresh, args: []string{b.self, "-fetch", tlsURL, copied}},
+		{name: "`cp FILE COPY`", before: clean, args: []string{"cp", file, copied}},
+		{name: "Go sha256 of FILE", before: clean, args: []string{b.self, "-sha256", file}},
+		{name: "`curl -o COPY http://…`", before: clean, args: []string{"curl", "-sS", "-o", copied, plainURL}},
+		{name: "`curl -k -o COPY https://…`", before: clean, args: []string{"curl", "-sSk", "-o", copied, tlsURL}},
+		{name: "Go: http://…, sha256 and COPY", before: clean, args: []string{b.self, "-fetch", plainURL, copied}},
+		{name: "Go: https://…, sha256 and COPY", before: clean, args: []string{b.self, "-fetch", tlsURL, copied}},
 		export("plain", "--plain-pieces"),
 		export("tls"),
 	}
@@ -164,11 +156,16 @@ func (b *bench) serveFile(name string) (plainURL, tlsURL string, stop func()) {
 	}
 }
 
+// selfSigned makes a certificate of 127.0.0.1.
+func selfSigned() (certificate []byte, key *ecdsa.PrivateKey) {
+	key = must(ecdsa.GenerateKey(elliptic.P256(), crand.Reader))
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(24 * time.Hour), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}}
+	return must(x509.CreateCertificate(crand.Reader, template, template, key.Public(), key)), key
+}
+
 // serve is the process that serveFile starts.
 func serve(name string) {
-	key := must(ecdsa.GenerateKey(elliptic.P256(), crand.Reader))
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(24 * time.Hour), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}}
-	certificate := must(x509.CreateCertificate(crand.Reader, template, template, key.Public(), key))
+	certificate, key := selfSigned()
 	server := &http.Server{
 		Handler:   http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { http.ServeFile(w, r, name) }),
 		TLSConfig: &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{certificate}, PrivateKey: key}}, NextProtos: []string{"http/1.1"}},
