@@ -266,6 +266,19 @@ func TestOrder(t *testing.T) {
 	if got, want := strings.Join(f.ops, " "), "commit commit rename remove"; got != want {
 		t.Errorf("a delete does: %s; want: %s", got, want)
 	}
+	// After that there is nothing to make up for at the next start.
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	f.ops = nil
+	again, err := open(s.dir, Options{}, f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	again.Close()
+	if len(f.ops) > 0 {
+		t.Errorf("the next start does: %s", strings.Join(f.ops, " "))
+	}
 }
 
 // TestFaults lets every single operation fail, one after the other: what
@@ -909,6 +922,22 @@ func TestPowerCutAfterDelete(t *testing.T) {
 			if _, err := importArtifact(t.Context(), s, "v1", []byte("new")); !errors.Is(err, p2p.ErrNoSpace) {
 				t.Fatal(err)
 			}
+		},
+		"not committed, at the start": func(t *testing.T, s *Store, f *faults) {
+			f.ops, f.at, f.dead, f.error = nil, 8, true, syscall.EIO // when its two files are in blobs/
+			if _, err := importArtifact(t.Context(), s, "v1", []byte("new")); !errors.Is(err, syscall.EIO) {
+				t.Fatal(err)
+			}
+			if got, want := strings.Join(f.ops[:8], " "), "create create sync sync mark rename mark rename"; got != want {
+				t.Fatalf("operations: %s; want: %s", got, want)
+			}
+			s.abandon()
+			f.at = -1
+			again, err := open(s.dir, Options{}, s.files)
+			if err != nil {
+				t.Fatal(err)
+			}
+			again.abandon()
 		},
 		"closed": func(t *testing.T, s *Store, _ *faults) {
 			if _, err := s.Delete(t.Context(), "t", cacheID(t, "v0"), p2p.DeleteOptions{}); err != nil {

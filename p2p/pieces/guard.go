@@ -207,7 +207,6 @@ func (s *Store) committed(txid int) error {
 func (s *Store) beginTx(writable bool) (tx *bbolt.Tx, err error) {
 	s.guard.begin.Lock()
 	defer s.guard.begin.Unlock()
-	defer recoverDamage(&err)
 	tx, err = s.db.Begin(writable)
 	if !errors.Is(err, berrors.ErrInvalidMapping) {
 		return tx, err

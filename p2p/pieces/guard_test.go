@@ -3,6 +3,8 @@ package pieces
 import (
 	"bytes"
 	"errors"
+	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -82,12 +84,7 @@ func TestRecordDamagedWhileOpen(t *testing.T) {
 	}
 	defer f.Close()
 	record := []byte(`{"size":4}`)
-	for at := 0; ; at++ {
-		i := bytes.Index(data[at:], record)
-		if i < 0 {
-			break
-		}
-		at += i
+	for at := next(data, record, -1); at >= 0; at = next(data, record, at) {
 		if _, err := f.WriteAt([]byte{'5'}, int64(at+len(record)-2)); err != nil {
 			t.Fatal(err)
 		}
@@ -95,10 +92,74 @@ func TestRecordDamagedWhileOpen(t *testing.T) {
 	if _, err := s.Stat(t.Context(), "t", digest.FromDigest(task.Digest), p2p.StatOptions{}); !errors.Is(err, digest.ErrCorrupt) {
 		t.Errorf("stat: %v", err)
 	}
+	if _, err := s.Stat(t.Context(), "t", digest.FromDigest(digest.SHA256.FromString("other")), p2p.StatOptions{}); !errors.Is(err, digest.ErrCorrupt) {
+		t.Errorf("stat of something else, after that: %v", err)
+	}
 	if _, err := importArtifact(t.Context(), s, "v", []byte("new")); !errors.Is(err, digest.ErrCorrupt) {
 		t.Errorf("import: %v", err)
 	}
 	requireFailed(t, s, digest.ErrCorrupt)
+}
+
+// TestDamageInATransaction: memory that can't be read, and a record that is damaged, are errors
+// also when a transaction is under way already.
+func TestDamageInATransaction(t *testing.T) {
+	dir, _, _ := richStore(t)
+	good, err := os.ReadFile(filepath.Join(dir, "meta.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	readAll := func(tx *bbolt.Tx) error {
+		for _, bucket := range allBuckets {
+			scan(tx, bucket, nil, func(_, _ []byte) bool { return true })
+		}
+		return nil
+	}
+	for name, damage := range map[string]func(path string) error{
+		"cut off": func(path string) error { return os.Truncate(path, 0) },
+		"changed": func(path string) error {
+			f, err := os.OpenFile(path, os.O_WRONLY, 0)
+			if err != nil {
+				return err
+			}
+			defer f.Close()
+			record := []byte(`{"size":`)
+			for at := next(good, record, -1); at >= 0; at = next(good, record, at) {
+				if _, err := f.WriteAt([]byte("["), int64(at)); err != nil {
+					return err
+				}
+			}
+			return nil
+		},
+	} {
+		for _, writes := range []bool{false, true} {
+			if err := os.WriteFile(filepath.Join(dir, "meta.db"), good, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			s, err := Open(dir, Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			run := s.view
+			if writes {
+				run = s.update
+			}
+			err = run(func(tx *bbolt.Tx) error { return errors.Join(damage(s.path("meta.db")), readAll(tx)) })
+			if !errors.Is(err, digest.ErrCorrupt) {
+				t.Errorf("%s, while it is written to %v: %v", name, writes, err)
+			}
+			requireFailed(t, s, digest.ErrCorrupt)
+			s.Close()
+		}
+	}
+}
+
+// next returns where part is in data behind at, or -1.
+func next(data, part []byte, at int) int {
+	if i := bytes.Index(data[at+1:], part); i >= 0 {
+		return at + 1 + i
+	}
+	return -1
 }
 
 // TestMapFails: where the system can't map the file when it grows, that change fails, and
@@ -166,27 +227,87 @@ func TestDirectoryReplaced(t *testing.T) {
 			}
 			t.Cleanup(func() { other.guard.lock.Close() })
 		},
+		"another lock": func(t *testing.T, s *Store, _ string) {
+			if err := errors.Join(os.Remove(s.path("lock")), os.WriteFile(s.path("lock"), []byte(s.guard.token), 0o640)); err != nil {
+				t.Fatal(err)
+			}
+		},
+		"a later file": func(t *testing.T, s *Store, backup string) {
+			other, err := Open(backup, Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			for i := range 5 {
+				enginetest.Import(t, other, "t", fmt.Append(nil, i))
+			}
+			if err := other.Close(); err != nil {
+				t.Fatal(err)
+			}
+			later, err := os.ReadFile(filepath.Join(backup, "meta.db"))
+			if err == nil {
+				err = os.WriteFile(s.path("meta.db"), later, 0o600)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		},
 	} {
-		t.Run(name, func(t *testing.T) {
+		open := func(t *testing.T) (s *Store, backup string) {
 			dir := filepath.Join(t.TempDir(), "data")
 			s, err := Open(dir, Options{})
 			if err != nil {
 				t.Fatal(err)
 			}
-			defer s.Close()
+			t.Cleanup(func() { s.Close() })
 			enginetest.Import(t, s, "t", []byte("before"))
-			backup := t.TempDir()
+			backup = t.TempDir()
 			copyTree(t, dir, backup)
 			enginetest.Import(t, s, "t", []byte("after"))
+			return s, backup
+		}
+		t.Run(name, func(t *testing.T) {
+			s, backup := open(t)
 			replace(t, s, backup)
+			content := func() []byte {
+				all, err := io.ReadAll(io.NewSectionReader(s.guard.file, 0, 1<<40))
+				if err != nil {
+					t.Fatal(err)
+				}
+				return all
+			}
+			before := content()
+			if _, err := s.Stat(t.Context(), "t", digest.FromDigest(digest.SHA256.FromString("after")), p2p.StatOptions{}); name == "the file written over" && !errors.Is(err, p2p.ErrUnavailable) {
+				t.Errorf("what is not in the file any more: %v", err)
+			}
 			if _, err := importArtifact(t.Context(), s, "v", []byte("later")); err == nil {
 				t.Fatal("it was acknowledged")
 			}
-			err = s.update(func(tx *bbolt.Tx) error { return nil })
+			if !bytes.Equal(content(), before) {
+				t.Error("the metadata was written to")
+			}
+			err := s.update(func(tx *bbolt.Tx) error { return nil })
 			if !errors.Is(err, p2p.ErrUnavailable) {
 				t.Errorf("a change: %v", err)
 			}
 			requireFailed(t, s, p2p.ErrUnavailable)
 		})
+		if strings.Contains(name, "file") {
+			continue // bbolt has it mapped
+		}
+		t.Run(name+", during a change", func(t *testing.T) {
+			s, backup := open(t)
+			err := s.update(func(tx *bbolt.Tx) error {
+				replace(t, s, backup)
+				return nil
+			})
+			if !errors.Is(err, p2p.ErrUnavailable) {
+				t.Errorf("the change: %v", err)
+			}
+			requireFailed(t, s, p2p.ErrUnavailable)
+		})
+	}
+	s := newStore(t)
+	if err := s.committed(int(s.guard.last.Load().txid) + 1); !errors.Is(err, p2p.ErrUnavailable) {
+		t.Errorf("a change that is not in the file: %v", err)
 	}
 }

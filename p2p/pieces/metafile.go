@@ -38,6 +38,9 @@ func (s *Store) openMeta() error {
 		}
 		err := writeMeta(fresh, path, version)
 		if err == nil {
+			err = s.syncFile(fresh)
+		}
+		if err == nil {
 			err = s.files.Rename(fresh, path)
 		}
 		if err == nil {
@@ -60,6 +63,15 @@ func (s *Store) openMeta() error {
 	}
 	s.db.Close()
 	return err
+}
+
+// syncFile has the disk take in what the file at path has.
+func (s *Store) syncFile(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(s.files.Sync(f), f.Close())
 }
 
 func ignoreMissing(err error) error {
@@ -244,8 +256,8 @@ func errVersion(version uint32) error {
 const migrateBatch = 10_000
 
 // writeMeta makes a metadata file at path, with what the one at old has, which
-// is of an earlier version; 0 for one that has nothing. It is on disk when
-// writeMeta returns. Until it is put in old's place, old is what counts.
+// is of an earlier version; 0 for one that has nothing. Until it is on disk, and is
+// put in old's place, old is what counts.
 func writeMeta(path, old string, version uint32) (err error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer recoverDamage(&err)
@@ -262,13 +274,9 @@ func writeMeta(path, old string, version uint32) (err error) {
 			return err
 		}
 	}
-	err = db.Update(func(tx *bbolt.Tx) error {
+	return db.Update(func(tx *bbolt.Tx) error {
 		return putValue(tx, bucketMeta, keyVersion, binary.BigEndian.AppendUint32(nil, formatVersion))
 	})
-	if err != nil {
-		return err
-	}
-	return db.Sync()
 }
 
 // migrate1 copies the records of version 1, which has no checksums, and counts

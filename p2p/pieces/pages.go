@@ -242,16 +242,10 @@ func (r *pageReader) readFreelist() error {
 	if count > uint64(len(ids)/8) {
 		return fmt.Errorf("page %d: it has %d numbers", r.meta.freelist, count)
 	}
-	last := uint64(0)
 	for i := range count {
-		id := native.Uint64(ids[8*i:])
-		if id <= last {
-			return fmt.Errorf("page %d is after page %d", id, last)
-		}
-		if err := r.meet(id); err != nil {
+		if err := r.meet(native.Uint64(ids[8*i:])); err != nil {
 			return err
 		}
-		last = id
 	}
 	return nil
 }

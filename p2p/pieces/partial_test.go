@@ -290,8 +290,22 @@ func TestPartialRoom(t *testing.T) {
 	if err := p.Close(); err != nil {
 		t.Fatal(err)
 	}
+	other := tableOf(t, data[:2*digest.MinPieceLength])
+	s.maxSize = 0
+	if p, err = s.Partial(t.Context(), other.Digest); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(p.Use(t.Context(), other.Size, other.Chain), receive(p, other, data, 0), p.Close()); err != nil {
+		t.Fatal(err)
+	}
 	if n := s.promised.Load(); n != 0 {
 		t.Errorf("%d bytes are set aside for nothing", n)
+	}
+	s.mu.Lock()
+	err = s.dropPartial(other.Digest)
+	s.mu.Unlock()
+	if err != nil {
+		t.Fatal(err)
 	}
 	s.Close()
 
@@ -320,6 +334,26 @@ func TestPartialRoom(t *testing.T) {
 		t.Errorf("beside what nobody waits for: %v", err)
 	}
 	requireEmpty(t, filepath.Join(dir, "partial"))
+	if p, err = fetchPartial(t, s, data); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(p.Close(), s.Room(2*digest.MinPieceLength)); err != nil {
+		t.Errorf("room beside what nobody waits for: %v", err)
+	}
+	requireEmpty(t, filepath.Join(dir, "partial"))
+
+	// On the disk there has to be room for all that is to arrive together.
+	s.maxSize = 0
+	free, _ := s.diskFree()
+	if err := s.promise(free / 10 * 7); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Room(free / 10 * 7); !errors.Is(err, p2p.ErrNoSpace) {
+		t.Errorf("room twice for more than half of what is free: %v", err)
+	}
+	if err := s.promise(-(free / 10 * 7)); err != nil {
+		t.Fatal(err)
+	}
 }
 
 func requireEmpty(t *testing.T, dir string) {

@@ -129,6 +129,33 @@ func requireUpgraded(t *testing.T, s *Store, deletes bool) {
 	}
 }
 
+type recordAt struct{ bucket, key string }
+
+// rawRecords returns what the metadata of a store of version 1 has, but for what an upgrade makes anew.
+func rawRecords(t *testing.T, dir string) map[recordAt]string {
+	t.Helper()
+	db, err := bbolt.Open(filepath.Join(dir, "meta.db"), 0o600, &bbolt.Options{ReadOnly: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	all := map[recordAt]string{}
+	err = db.View(func(tx *bbolt.Tx) error {
+		return tx.ForEach(func(bucket []byte, b *bbolt.Bucket) error {
+			return b.ForEach(func(k, v []byte) error {
+				all[recordAt{string(bucket), string(k)}] = string(v)
+				return nil
+			})
+		})
+	})
+	delete(all, recordAt{"meta", string(keyVersion)})
+	delete(all, recordAt{"meta", string(keyBytes)})
+	if err != nil || len(all) < 10 {
+		t.Fatalf("there are %d records, %v", len(all), err)
+	}
+	return all
+}
+
 // TestUpgrade: a store of every earlier format has all it had, and its bytes
 // counted once, and is whole for the next opening.
 func TestUpgrade(t *testing.T) {
@@ -137,10 +164,22 @@ func TestUpgrade(t *testing.T) {
 		deletes := name == "swarm" || name == "pieces512" || name == "last"
 		t.Run(name, func(t *testing.T) {
 			dir := unpackStore(t, archive)
-			for range 2 {
+			before := rawRecords(t, dir)
+			for round := range 2 {
 				s, err := Open(dir, Options{})
 				if err != nil {
 					t.Fatal(err)
+				}
+				err = s.view(func(tx *bbolt.Tx) error {
+					for at, v := range before {
+						if got := value(tx, []byte(at.bucket), []byte(at.key)); round == 0 && string(got) != v {
+							t.Errorf("record %q in %s is %.100q, was %.100q", at.key, at.bucket, got, v)
+						}
+					}
+					return nil
+				})
+				if err != nil {
+					t.Error(err)
 				}
 				requireUpgraded(t, s, deletes)
 				if err := s.Close(); err != nil {
@@ -166,13 +205,17 @@ func TestUpgrade(t *testing.T) {
 // TestUpgradeInterrupted stops an upgrade at every operation, and leaves rubbish where it
 // writes: the old metadata counts until the new one is whole.
 func TestUpgradeInterrupted(t *testing.T) {
-	for at := range 3 {
+	all := strings.Fields("sync rename syncdir")
+	for at := range len(all) + 1 {
 		dir := unpackStore(t, "testdata/stores/last.tar.gz")
 		dying := &faults{at: at, dead: true, error: syscall.EIO}
 		if s, err := open(dir, Options{}, dying); err == nil {
 			s.abandon()
 		} else if !errors.Is(err, syscall.EIO) {
 			t.Errorf("operation %d fails: %v", at, err)
+		}
+		if want := all[:min(at+1, len(all))]; !slices.Equal(dying.ops, want) {
+			t.Errorf("up to operation %d it does %v, want %v", at, dying.ops, want)
 		}
 		if err := os.WriteFile(filepath.Join(dir, "meta.db.new"), bytes.Repeat([]byte("half"), 5000), 0o600); err != nil {
 			t.Fatal(err)
