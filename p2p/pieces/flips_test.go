@@ -86,10 +86,11 @@ func pageKinds(t *testing.T, file []byte) []string {
 	page := os.Getpagesize()
 	kinds := slices.Repeat([]string{"free"}, len(file)/page)
 	kinds[0], kinds[1] = "meta", "meta"
-	r := &pageReader{f: bytes.NewReader(file), v: &metaCheck{buckets: map[string]*bucketCheck{}}}
-	if err := r.readMeta(int64(len(file))); err != nil {
+	meta, err := readMetaPages(bytes.NewReader(file), int64(len(file)))
+	if err != nil {
 		t.Fatal(err)
 	}
+	r := newPageReader(bytes.NewReader(file), meta, newMetaCheck(t.Context()))
 	if err := r.readAll(); err != nil {
 		t.Fatal(err)
 	}

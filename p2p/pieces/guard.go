@@ -1,6 +1,7 @@
 package pieces
 
 import (
+	"context"
 	"crypto/rand"
 	"errors"
 	"fmt"
@@ -218,6 +219,54 @@ func (s *Store) beginTx(writable bool) (tx *bbolt.Tx, err error) {
 		return nil, s.fail(fmt.Errorf("%w: open the metadata again: %w", p2p.ErrUnavailable, err))
 	}
 	return s.db.Begin(writable)
+}
+
+// recheckInterval is how often the metadata is read and checked again while it is open, as long as
+// that takes little of the time.
+const recheckInterval = time.Minute
+
+// watchMeta checks the metadata again and again, until the store is closed. Damage of a record is met
+// when that is read; that of what leads to it may look as if there were no such record.
+func (s *Store) watchMeta(interval time.Duration) {
+	for pause := interval; ; {
+		select {
+		case <-time.After(pause):
+		case <-s.closing.Done():
+			return
+		}
+		began := time.Now()
+		if _, err := s.recheckMeta(s.closing); err != nil {
+			return // the store has failed, or is closed
+		}
+		pause = max(interval, 200*time.Since(began))
+	}
+}
+
+// recheckMeta reads all of the metadata, and checks it as opening it does. Where it is damaged
+// nothing more can be done with the store. It reports false where so much is written that it came to nothing.
+func (s *Store) recheckMeta(ctx context.Context) (checked bool, err error) {
+	for range 20 {
+		tx, err := s.beginView()
+		if err != nil {
+			return false, err
+		}
+		// Until it ends, no page of what it sees is written to.
+		meta, err := s.metaPages()
+		if err == nil && meta.txid == uint64(tx.ID()) {
+			c := newMetaCheck(ctx)
+			if err = newPageReader(s.guard.file, *meta, c).readAll(); err == nil {
+				_, err = c.finish()
+			}
+			if err != nil && ctx.Err() == nil {
+				err = s.fail(errDamagedMeta(s.path("meta.db"), err))
+			}
+			return true, errors.Join(err, tx.Rollback())
+		}
+		if err = errors.Join(err, tx.Rollback()); err != nil {
+			return false, s.fail(err)
+		}
+	}
+	return false, nil
 }
 
 // unmapped reports whether bbolt has no file mapped.

@@ -2,12 +2,16 @@ package pieces
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -151,6 +155,130 @@ func TestDamageInATransaction(t *testing.T) {
 			requireFailed(t, s, digest.ErrCorrupt)
 			s.Close()
 		}
+	}
+}
+
+// TestFlippedWhileOpen: what a flip hides from a store that is open, a page or a key that leads to a
+// record, is noticed by reading all again, which it does of its own accord.
+func TestFlippedWhileOpen(t *testing.T) {
+	dir, content, names := richStore(t)
+	path := filepath.Join(dir, "meta.db")
+	good, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	page := os.Getpagesize()
+	var bits []int // of keys, and of what tells where they are
+	for i, kind := range pageKinds(t, good) {
+		used := len(bytes.TrimRight(good[i*page:(i+1)*page], "\x00"))
+		if kind == "branch" || kind == "leaf" {
+			for range 20 {
+				bits = append(bits, i*page*8+rand.IntN(8*used))
+			}
+		}
+	}
+	hidden := 0
+	for _, bit := range bits {
+		if err := os.WriteFile(path, good, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		s, err := Open(dir, Options{recheck: time.Hour})
+		if err != nil {
+			t.Fatal(err)
+		}
+		f, err := os.OpenFile(path, os.O_WRONLY, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := f.WriteAt([]byte{good[bit/8] ^ 1<<(bit%8)}, int64(bit/8)); err != nil {
+			t.Fatal(err)
+		}
+		f.Close()
+		for name := range names {
+			if _, err := s.Stat(t.Context(), "t", cacheID(t, name), p2p.StatOptions{}); errors.Is(err, p2p.ErrNotFound) {
+				hidden++
+			}
+		}
+		if _, err := s.recheckMeta(t.Context()); err != nil {
+			requireFailed(t, s, digest.ErrCorrupt)
+		} else {
+			requireAll(t, s, content, names)
+		}
+		s.Close()
+		if t.Failed() {
+			t.Fatalf("after a flip of bit %d", bit)
+		}
+	}
+	t.Logf("%d flips, by which %d names seemed not to be there", len(bits), hidden)
+
+	if err := os.WriteFile(path, good, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s, err := Open(dir, Options{recheck: 10 * time.Millisecond})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	at := slices.Index(pageKinds(t, good), "branch")*page + pageHeader
+	if _, err := f.WriteAt([]byte{good[at] ^ 1}, int64(at)); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-s.Failed():
+		requireFailed(t, s, digest.ErrCorrupt)
+	case <-time.After(time.Minute):
+		t.Error("it was not noticed")
+	}
+}
+
+// TestRecheckWhileWritten: to read all again finds nothing wrong while others change the metadata.
+func TestRecheckWhileWritten(t *testing.T) {
+	dir, _, _ := richStore(t)
+	s, err := Open(dir, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	s.db.NoSync = true
+	ctx, cancel := context.WithCancel(t.Context())
+	var writing sync.WaitGroup
+	for w := range 2 {
+		writing.Go(func() {
+			for i := 0; ctx.Err() == nil; i++ {
+				err := s.update(func(tx *bbolt.Tx) error {
+					k := fmt.Appendf(nil, "%d %d", w, i%50)
+					if i%3 == 0 {
+						return removeKeys(tx, bucketUsed, k)
+					}
+					return putValue(tx, bucketUsed, k, make([]byte, 100*(i%50)))
+				})
+				if err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	n := 0
+	for range 200 {
+		checked, err := s.recheckMeta(t.Context())
+		if err != nil {
+			t.Error(err)
+			break
+		}
+		if checked {
+			n++
+		}
+	}
+	cancel()
+	writing.Wait()
+	t.Logf("it was read %d times", n)
+	if n == 0 {
+		t.Error("it was not read once")
 	}
 }
 

@@ -2,6 +2,7 @@ package pieces
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -139,8 +140,8 @@ func checkMetaFile(path string) (version uint32, err error) {
 	if info, err := os.Stat(path); isMissing(err) || err == nil && info.Mode().IsRegular() && info.Size() == 0 {
 		return 0, nil
 	}
-	c := metaCheck{buckets: map[string]*bucketCheck{}}
-	err = checkPages(path, &c)
+	c := newMetaCheck(context.Background())
+	err = checkPages(path, c)
 	if err == nil {
 		version, err = c.finish()
 	}
@@ -156,6 +157,7 @@ func checkMetaFile(path string) (version uint32, err error) {
 // metaCheck compares the records with their checksums, and the buckets with
 // their sums. It is a visitor.
 type metaCheck struct {
+	ctx     context.Context // ends it
 	buckets map[string]*bucketCheck
 	current *bucketCheck
 	version []byte // as it is in the file
@@ -166,6 +168,10 @@ type bucketCheck struct {
 	name   []byte
 	found  bucketSum
 	stated *bucketSum // from bucketSums
+}
+
+func newMetaCheck(ctx context.Context) *metaCheck {
+	return &metaCheck{ctx: ctx, buckets: map[string]*bucketCheck{}}
 }
 
 func (c *metaCheck) named(name []byte) *bucketCheck {
@@ -192,7 +198,9 @@ func (c *metaCheck) record(k, sealed []byte) error {
 	if bytes.Equal(b.name, bucketMeta) && bytes.Equal(k, keyVersion) {
 		c.version = bytes.Clone(sealed)
 	}
-	b.found.records++
+	if b.found.records++; b.found.records%1000 == 0 && c.ctx.Err() != nil {
+		return context.Cause(c.ctx)
+	}
 	v, sum, err := unseal(b.name, k, sealed)
 	if err != nil {
 		if c.damage == nil {

@@ -82,22 +82,17 @@ func checkPages(path string, v visitor) error {
 	}
 	// Pages are read in the order of the keys. The disk likes them in a row.
 	_ = unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_WILLNEED)
-	r := &pageReader{f: f, v: v}
-	if err := r.readMeta(info.Size()); err != nil {
+	meta, err := readMetaPages(f, info.Size())
+	if err != nil {
 		return err
 	}
-	return r.readAll()
+	return newPageReader(f, meta, v).readAll()
 }
 
-// readMeta reads the meta pages.
-func (r *pageReader) readMeta(size int64) (err error) {
-	if r.meta, err = readMetaPages(r.f, size); err != nil {
-		return err
-	}
-	r.pageSize = int(r.meta.pageSize)
-	r.seen = make([]uint64, (r.meta.pages+63)/64)
-	r.seen[0] = 3
-	return nil
+func newPageReader(f io.ReaderAt, meta metaPage, v visitor) *pageReader {
+	r := &pageReader{f: f, v: v, meta: meta, pageSize: int(meta.pageSize), seen: make([]uint64, (meta.pages+63)/64)}
+	r.seen[0] = 3 // the meta pages
+	return r
 }
 
 // readMetaPages reads the two meta pages of a file of size bytes, and returns

@@ -42,6 +42,8 @@ type Options struct {
 	Lease time.Duration
 	// Now tells the time; the default is time.Now.
 	Now func() time.Time
+
+	recheck time.Duration // for tests: in place of recheckInterval
 }
 
 // Store is a store in a directory of this machine. It implements [p2p.Engine]
@@ -74,7 +76,7 @@ type Store struct {
 	closed bool
 	// closing ends with Close, of which it has the error. What is read for a caller ends with it.
 	closing  context.Context
-	sweeping sync.WaitGroup
+	sweeping sync.WaitGroup // what the store does of its own accord
 	close    context.CancelCauseFunc
 
 	// holdMu guards holds and is kept while blobs are dropped, so that who has
@@ -187,6 +189,7 @@ func open(dir string, opts Options, files files) (_ *Store, err error) {
 	}
 	if !opts.Existing { // whoever only looks changes nothing
 		s.sweeping.Go(s.sweep)
+		s.sweeping.Go(func() { s.watchMeta(cmp.Or(opts.recheck, recheckInterval)) })
 	}
 	return s, nil
 }
