@@ -114,6 +114,46 @@ func TestProgressCountsOnlyWhatIsAwaited(t *testing.T) {
 	})
 }
 
+// However many wait for the source at once, the span is that since the first of them began.
+func TestProgressOfSeveral(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := NewProgress(t.Context(), 10*time.Second)
+		defer p.Stop()
+		start := time.Now()
+		for range 3 {
+			go p.Await(func() (int, error) { <-p.Context().Done(); return 0, nil })
+			time.Sleep(4 * time.Second)
+		}
+		if err := context.Cause(p.Context()); !errors.Is(err, ErrStalled) {
+			t.Errorf("after %s: %v", time.Since(start), err)
+		}
+	})
+}
+
+// What our own limit makes wait is read a little at a time, and ends with the context.
+func TestProgressWithinALimit(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		p := NewProgress(ctx, time.Second)
+		defer p.Stop()
+		r := p.Reader(zeros{}, New(1000))
+		b := make([]byte, 1<<20)
+		start := time.Now()
+		if n, err := r.Read(b); n > 16<<10 || err != nil || time.Since(start) != 0 {
+			t.Errorf("read are %d bytes, %v after %s", n, err, time.Since(start))
+		}
+		time.AfterFunc(time.Second, cancel)
+		if _, err := r.Read(b); !errors.Is(err, context.Canceled) || time.Since(start) != time.Second {
+			t.Errorf("after %s: %v", time.Since(start), err)
+		}
+		// More than may pass at once passes in parts.
+		start = time.Now()
+		if err := Wait(t.Context(), New(1<<20), 10<<20); err != nil || time.Since(start) < 9*time.Second {
+			t.Errorf("after %s: %v", time.Since(start), err)
+		}
+	})
+}
+
 type zeros struct{}
 
 func (zeros) Read(p []byte) (int, error) { return len(p), nil }

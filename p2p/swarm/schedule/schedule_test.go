@@ -57,6 +57,16 @@ func TestUploads(t *testing.T) {
 	}
 }
 
+// Of two that are sent as much, the one that lacks more comes first.
+func TestUploadsToTheLast(t *testing.T) {
+	u := NewUploads(4, 1)
+	u.Ask("ahead", setOf(4, 0))
+	u.Ask("behind", FullSet(4))
+	if got, _ := grants(u, FullSet(4)); !slices.Equal(got, []string{"behind:0"}) {
+		t.Errorf("granted are %v", got)
+	}
+}
+
 func wants(d *Download) (all []Request) {
 	for {
 		r, ok := d.Next()
@@ -114,6 +124,78 @@ func TestDownload(t *testing.T) {
 	}
 }
 
+// Of several sources the one is asked that was asked longest ago, and none for what it does not
+// have any more.
+func TestSourcesTakeTurns(t *testing.T) {
+	d := NewDownload(1000, nil, Limits{Requests: 1})
+	for _, id := range []string{"a", "b", "c"} {
+		d.SetSource(id, FullSet(1000))
+	}
+	for _, want := range []string{"a", "b", "c", "a"} {
+		r, _ := d.Next()
+		if r.Source != want {
+			t.Errorf("asked is %s, want %s", r.Source, want)
+		}
+		d.Cancel(r.ID)
+	}
+	d = NewDownload(1000, nil, Limits{Requests: 6, PerSource: 6})
+	have := FullSet(1000)
+	for _, id := range []string{"a", "b", "c"} {
+		d.SetSource(id, have)
+	}
+	have.Remove(0) // the caller's own
+	var asked []string
+	all := wants(d)
+	for _, r := range all {
+		asked = append(asked, r.Source)
+	}
+	if want := []string{"a", "b", "c", "a", "b", "c"}; !slices.Equal(asked, want) || !all[0].Want.Has(0) {
+		t.Errorf("asked are %v, want %v; the first for %v", asked, want, list(all[0].Want))
+	}
+	for _, r := range all[1:] {
+		d.Cancel(r.ID)
+	}
+	// Who is behind with one request is asked for nothing else where there are others.
+	d.Slow(all[0].ID)
+	for _, r := range wants(d) {
+		if r.Source == "a" {
+			t.Errorf("a slow source is asked for %v", list(r.Want))
+		}
+	}
+	// Alone it is.
+	d.RemoveSource("b")
+	d.RemoveSource("c")
+	for len(d.requests) > 1 {
+		d.Cancel(d.requests[1].ID)
+	}
+	if r := wants(d); len(r) == 0 {
+		t.Error("the only source is asked for nothing, since it is slow")
+	}
+}
+
+// An answer is of use where its piece was asked for, and is not there yet.
+func TestAnswersOfNoUse(t *testing.T) {
+	d := NewDownload(6, nil, Limits{Requests: 2, PerSource: 2})
+	d.SetSource("a", FullSet(6))
+	all := wants(d)
+	if d.Answered(all[1].ID, 0, FullSet(6)) || !all[0].Want.Has(0) {
+		t.Errorf("piece 0 is of use, though %v were asked for", list(all[1].Want))
+	}
+	d.Slow(all[0].ID)
+	d.SetSource("b", FullSet(6))
+	other := wants(d)
+	if len(other) != 1 || !d.Answered(other[0].ID, 0, FullSet(6)) {
+		t.Fatalf("of the other one it asks %v", other)
+	}
+	d.Done(other[0].ID)
+	if d.Answered(all[0].ID, 0, FullSet(6)) {
+		t.Error("a piece that is held is of use")
+	}
+	if d.Answered(-1, 1, FullSet(6)) {
+		t.Error("the answer to nothing is of use")
+	}
+}
+
 func TestLastPieces(t *testing.T) {
 	d := NewDownload(2, nil, Limits{Requests: 4, PerSource: 1})
 	d.SetSource("a", FullSet(2))
@@ -150,11 +232,56 @@ func TestIdle(t *testing.T) {
 	if len(idle) != 1 || !idle["empty"].Full() {
 		t.Errorf("idle are %v", idle)
 	}
+	// Who is asked for something, or can be, is not idle.
+	d.SetSource("part", setOf(3, 0))
+	d.RemoveSource("full")
+	d.RemoveSource("empty")
+	for range d.Idle() {
+		t.Error("one that has what is wanted is idle")
+	}
+	wants(d)
+	for range d.Idle() {
+		t.Error("one that is asked for something is idle")
+	}
+}
+
+// requireSound fails the test where what a Download counts is not what its requests are.
+func (d *Download) requireSound(t *testing.T, seed uint64) {
+	t.Helper()
+	claims, slow := make([]uint8, d.missing.Len()), map[*source]int{}
+	under := map[*source]int{}
+	for _, r := range d.requests {
+		under[r.source]++
+		if r.slow {
+			slow[r.source]++
+			continue
+		}
+		for i := range r.claim.All() {
+			claims[i]++
+		}
+	}
+	if !slices.Equal(claims, d.claims) {
+		t.Fatalf("seed %d: claimed are %v, want %v", seed, d.claims, claims)
+	}
+	free := d.missing.Clone()
+	for i, n := range claims {
+		if n > 0 {
+			free.Remove(i)
+		}
+	}
+	if !free.Equal(d.free) {
+		t.Fatalf("seed %d: free are %v, want %v", seed, list(d.free), list(free))
+	}
+	for _, s := range d.sources {
+		if s.requests != under[s] || s.slow != slow[s] {
+			t.Fatalf("seed %d: %s has %d requests, %d of them slow, want %d, %d", seed, s.id, s.requests, s.slow, under[s], slow[s])
+		}
+	}
 }
 
 // TestModel does anything in any order. A source is never asked for what it does not
-// have, nor for what is held or coming but for the last pieces; the limits hold; and
-// there is always something to do until all is there.
+// have, nor for what is held or coming but for the last pieces, and what is slow; the limits
+// hold; and there is always something to do until all is there.
 func TestModel(t *testing.T) {
 	for seed := range uint64(300) {
 		r := rand.New(rand.NewPCG(seed, 1))
@@ -167,16 +294,26 @@ func TestModel(t *testing.T) {
 			if step > 100*n+1000 {
 				t.Fatalf("seed %d: stuck with %d of %d pieces", seed, d.Held().Count(), n)
 			}
-			for _, req := range wants(d) {
+			for {
+				req, ok := d.Next()
+				d.requireSound(t, seed)
+				if !ok {
+					break
+				}
+				if n := d.underWay(); n > d.limits.Requests {
+					t.Fatalf("seed %d: %d requests are under way", seed, n)
+				}
+				for i := range req.Want.All() {
+					if d.claims[i] > copies {
+						t.Fatalf("seed %d: piece %d is asked for %d times", seed, i, d.claims[i])
+					}
+				}
 				if req.Want.Count() == 0 || req.Want.Clone().AndNot(have[req.Source]).Count() > 0 || req.Want.Intersects(d.Held()) {
 					t.Fatalf("seed %d: asked of %s is %v", seed, req.Source, req.Want)
 				}
 				open[req.ID] = req
 			}
-			if len(open)+len(coming) > d.limits.Requests {
-				t.Fatalf("seed %d: %d requests", seed, len(open)+len(coming))
-			}
-			switch k := r.IntN(10); {
+			switch k := r.IntN(11); {
 			case k == 0 || len(have) == 0:
 				id := fmt.Sprint(r.IntN(5))
 				s := NewSet(n)
@@ -204,6 +341,15 @@ func TestModel(t *testing.T) {
 						d.Cancel(id)
 						break
 					}
+					// By now it has some more, and some less.
+					s = s.Clone()
+					for range r.IntN(3) {
+						s.Add(r.IntN(n))
+						s.Remove(r.IntN(n))
+					}
+					if d.request(id).source == d.find(req.Source) { // and not gone, and back, meanwhile
+						have[req.Source] = s
+					}
 					piece := -1
 					if both := req.Want.Clone().And(s); both.Count() > 0 {
 						piece = slices.Collect(both.All())[r.IntN(both.Count())]
@@ -216,6 +362,8 @@ func TestModel(t *testing.T) {
 					}
 					break
 				}
+			case k == 6 && len(d.requests) > 0:
+				d.Slow(d.requests[r.IntN(len(d.requests))].ID)
 			default:
 				for id := range coming {
 					delete(coming, id)
