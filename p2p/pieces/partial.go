@@ -31,6 +31,8 @@ type Partial struct {
 	f    *os.File // nil when it is committed or closed
 	read *os.File // the same, for reading, whatever it is called by now; until Close
 
+	writing sync.Mutex // so that no piece is written that was verified with another table than the one in use
+
 	mu       sync.Mutex
 	table    *digest.Table // nil until Use
 	held     []bool
@@ -174,9 +176,11 @@ func (p *Partial) Use(ctx context.Context, size int64, chain []byte) error {
 	if err := p.seed(ctx); err != nil {
 		return err
 	}
+	p.writing.Lock()
 	p.mu.Lock()
 	p.table, p.held, p.count = t, make([]bool, t.Pieces()), 0
 	p.mu.Unlock()
+	p.writing.Unlock()
 	if info, err := p.f.Stat(); err != nil {
 		return err
 	} else if info.Size() > size {
@@ -317,6 +321,9 @@ func (p *Partial) Receive(i int, r io.Reader, buf []byte) error {
 		return err
 	}
 	start, end := t.Bounds(i)
+	if int64(len(buf)) < end-start {
+		return ErrStale // it holds a piece of the table before
+	}
 	piece := buf[:end-start]
 	for done := 0; done < len(piece); {
 		n, err := io.ReadFull(r, piece[done:min(len(piece), done+receiveChunk)])
@@ -330,8 +337,11 @@ func (p *Partial) Receive(i int, r io.Reader, buf []byte) error {
 	if err != nil {
 		return err
 	}
+	p.writing.Lock()
+	defer p.writing.Unlock()
 	p.mu.Lock()
-	stale, there := p.table != t, p.held[i]
+	stale := p.table != t
+	there := !stale && p.held[i] // another table may have fewer pieces
 	if !stale && !there {
 		p.unpromise(end - start)
 		err = p.s.account(p.a, p.a.size+end-start)

@@ -211,6 +211,46 @@ func TestPartialOtherChain(t *testing.T) {
 	}
 }
 
+// A chain may be replaced, by one of another size, while a piece is verified with it.
+func TestPartialChainReplaced(t *testing.T) {
+	s := newStore(t)
+	data := randomContent(4*digest.MinPieceLength, 2)
+	table := tableOf(t, data)
+	p, err := s.Partial(t.Context(), table.Digest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, size := range []int64{1, digest.MinPieceLength, 3 * digest.MinPieceLength, 1 << 30} {
+		if err := p.Use(t.Context(), table.Size, table.Chain); err != nil {
+			t.Fatal(err)
+		}
+		start, end := table.Bounds(3)
+		replaced := readerFunc(func(b []byte) (int, error) {
+			if err := p.Use(t.Context(), size, make([]byte, digest.ChainSize(digest.SHA256, size))); err != nil {
+				t.Fatal(err)
+			}
+			return copy(b, data[start:end]), nil
+		})
+		if err := p.Receive(3, replaced, make([]byte, table.PieceLength)); !errors.Is(err, ErrStale) {
+			t.Errorf("replaced by one of %d bytes: %v, want %v", size, err, ErrStale)
+		}
+		if got := held(p); len(got) > 0 {
+			t.Errorf("of %d bytes it holds pieces %v", size, got)
+		}
+	}
+	// A buffer of before the replacement is too small for the pieces of the chain in use.
+	if err := p.Receive(0, bytes.NewReader(data), make([]byte, table.PieceLength)); !errors.Is(err, ErrStale) {
+		t.Errorf("into a buffer that is too small: %v, want %v", err, ErrStale)
+	}
+	if err := p.Remove(); err != nil { // not deferred: a panic would wait for its own lock
+		t.Error(err)
+	}
+}
+
+type readerFunc func([]byte) (int, error)
+
+func (f readerFunc) Read(b []byte) (int, error) { return f(b) }
+
 func TestPartialConcurrently(t *testing.T) {
 	s := newStore(t)
 	data := randomContent(64*digest.MinPieceLength, 3)
