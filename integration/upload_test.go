@@ -282,6 +282,7 @@ func TestHostileRequests(t *testing.T) {
 		{"no host", 400, "GET /v2/ HTTP/1.1\r\n\r\n"},
 		{"a page of another site", 403, "POST /v2/models/blobs/uploads/ HTTP/1.1\r\nHost: " + d.host + "\r\nOrigin: http://evil.example\r\nContent-Length: 0\r\n\r\n"},
 		{"a page of another site, to delete", 403, "DELETE /v2/models/manifests/v1 HTTP/1.1\r\nHost: " + d.host + "\r\nSec-Fetch-Site: cross-site\r\n\r\n"},
+		{"a page of another site, to read", 403, "GET /v2/models/manifests/v1 HTTP/1.1\r\nHost: " + d.host + "\r\nSec-Fetch-Site: cross-site\r\n\r\n"},
 		{"a mount from a path", 202, "POST /v2/models/blobs/uploads/?mount=sha256:" + strings.Repeat("0", 64) + "&from=../../secret HTTP/1.1\r\nHost: " + d.host + "\r\nContent-Length: 0\r\n\r\n"},
 		{"a mount of a path", 400, "POST /v2/models/blobs/uploads/?mount=../../secret&from=models HTTP/1.1\r\nHost: " + d.host + "\r\nContent-Length: 0\r\n\r\n"},
 		{"a tag that is a path", 400, "PUT /v2/models/manifests/" + digest + "?tag=../../x HTTP/1.1\r\nHost: " + d.host + "\r\nContent-Length: 2\r\n\r\n{}"},

@@ -71,6 +71,34 @@ func IsNamed(host string) bool {
 	return err == nil && ip.Unmap().IsLoopback()
 }
 
+// IsCrossSite reports whether a browser sent a request for a page of another site, whatever
+// the method: that a page can't see the answer does not keep the request from having an effect.
+func IsCrossSite(r *http.Request) bool {
+	asked := *r
+	asked.Method = http.MethodPost // GET and HEAD are never refused
+	return crossOrigin.Check(&asked) != nil
+}
+
+var crossOrigin = http.NewCrossOriginProtection()
+
+// ForOwner hands to next what the user of this process or root asks for, on this host and by
+// a name of this host. The rest is told that what is served is not for it. The server wants
+// [ConnContext].
+func ForOwner(what string, next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch {
+		case !IsNamed(r.Host):
+			http.Error(w, what+" are served to requests to localhost or a loopback address only", http.StatusMisdirectedRequest)
+		case IsCrossSite(r):
+			http.Error(w, what+" are not for web pages of other sites", http.StatusForbidden)
+		case !IsOwner(r):
+			http.Error(w, what+" are for the user who runs the program, and for root on the same host", http.StatusForbidden)
+		default:
+			next.ServeHTTP(w, r)
+		}
+	})
+}
+
 // attempts is how often a socket is looked for: the kernel's list is not of one
 // moment, and can miss one while others come and go.
 const attempts = 3

@@ -147,6 +147,46 @@ func TestIsNamed(t *testing.T) {
 	}
 }
 
+// Where the user is the right, it is not for the pages that the user's browser shows.
+func TestForOwner(t *testing.T) {
+	server := httptest.NewUnstartedServer(ForOwner("things", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { w.Write([]byte("things")) })))
+	server.Config.ConnContext = ConnContext
+	server.Start()
+	defer server.Close()
+	ask := func(method, host, header, value string, want int) {
+		t.Helper()
+		r, err := http.NewRequest(method, server.URL, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Host = host
+		r.Header.Set(header, value)
+		response, err := server.Client().Do(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		response.Body.Close()
+		if response.StatusCode != want {
+			t.Errorf("%s to %q, %s: %s: %s, want %d", method, host, header, value, response.Status, want)
+		}
+	}
+	for _, method := range []string{"GET", "HEAD", "POST"} {
+		ask(method, "localhost", "Accept", "*/*", 200)
+		ask(method, "evil.example", "Accept", "*/*", 421)
+		ask(method, "localhost", "Sec-Fetch-Site", "none", 200)
+		ask(method, "localhost", "Sec-Fetch-Site", "same-origin", 200)
+		ask(method, "localhost", "Sec-Fetch-Site", "same-site", 403)
+		ask(method, "localhost", "Sec-Fetch-Site", "cross-site", 403)
+		ask(method, "localhost", "Origin", "http://evil.example", 403)
+		ask(method, "localhost", "Origin", "http://localhost", 200)
+	}
+	w := httptest.NewRecorder()
+	server.Config.Handler.ServeHTTP(w, httptest.NewRequest("GET", "http://localhost/", nil))
+	if w.Code != 403 {
+		t.Errorf("of no connection: %d", w.Code)
+	}
+}
+
 // TestUserNamespace: who has no number in the user namespace of the server is not taken for the
 // user who has the number of all these.
 func TestUserNamespace(t *testing.T) {

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math"
+	"net"
 	"net/http"
 	"net/netip"
 	"os"
@@ -102,12 +103,12 @@ type AccessOptions struct {
 	Read Who
 	// Write is who may do everything else.
 	Write Who
-	// LocalOnly refuses requests to other hosts than localhost and loopback
-	// addresses. Where no password protects a registry that this host alone
-	// can reach, it keeps out web pages: one of them can give its own host
-	// name the address 127.0.0.1, and the browser then takes the registry for
-	// part of the page (DNS rebinding).
-	LocalOnly bool
+	// Host is the name, or address, that the registry was given to be reached by; "" where
+	// it was given none. The owner's rights are had under this name, localhost, the loopback
+	// addresses and what the server has a certificate for. Any other name may be that of a web
+	// page which has given it the address of this host, to have the owner's browser
+	// take the registry for part of the page (DNS rebinding).
+	Host string
 	// Log gets failed logins and what becomes of a changed password file. The
 	// default is to be silent.
 	Log *slog.Logger
@@ -125,7 +126,7 @@ type AccessOptions struct {
 type Access struct {
 	path        string
 	read, write Who
-	localOnly   bool
+	host        string
 	log         *slog.Logger
 	now         func() time.Time
 
@@ -158,7 +159,7 @@ const (
 // where there is no file and a right needs a password, where there is one and a right
 // is the owner's, or where anyone may write but not read.
 func NewAccess(o AccessOptions) (*Access, error) {
-	a := &Access{path: o.Htpasswd, read: o.Read, write: o.Write, localOnly: o.LocalOnly, log: o.Log, now: time.Now}
+	a := &Access{path: o.Htpasswd, read: o.Read, write: o.Write, host: o.Host, log: o.Log, now: time.Now}
 	if a.log == nil {
 		a.log = slog.New(slog.DiscardHandler)
 	}
@@ -198,8 +199,8 @@ func NewAccess(o AccessOptions) (*Access, error) {
 //     one was sent that is wrong, needed or not
 //   - 403 and DENIED where the user lacks the right, or the right is the owner's and
 //     the connection another's
-//   - 421 and DENIED where the request is to another host, and only local ones
-//     are answered
+//   - 421 and DENIED where the right is the owner's, and the request is to a name that
+//     anyone can have
 //   - 429 and TOOMANYREQUESTS, with Retry-After, where too many wrong
 //     passwords came from the same address, and this one is wrong, too
 //
@@ -225,11 +226,14 @@ func (a *Access) Wrap(next http.Handler) http.Handler {
 
 // check returns why a request gets no further, or nil.
 func (a *Access) check(r *http.Request) *problem {
-	if a.localOnly && !loopback.IsNamed(r.Host) {
-		return newProblem(http.StatusMisdirectedRequest, codeDenied, "this registry answers only requests to localhost or a loopback address")
-	}
 	if a.path == "" {
-		if who := a.right(r); who.owner && !loopback.IsOwner(r) {
+		if !a.right(r).owner {
+			return nil
+		}
+		if !a.isNamed(r) {
+			return newProblem(http.StatusMisdirectedRequest, codeDenied, "what only the owner of this registry may do is asked of localhost or a loopback address, not of another name")
+		}
+		if !loopback.IsOwner(r) {
 			a.log.Info("denied", "remote", r.RemoteAddr, "method", r.Method, "path", r.URL.Path)
 			return newProblem(http.StatusForbidden, codeDenied, "this registry is for the user who runs it, and for root on the same host; others need a user and a password (dfdaemon --registry-htpasswd), or that anyone may (--registry-read, --registry-write)")
 		}
@@ -257,6 +261,15 @@ func (a *Access) check(r *http.Request) *problem {
 		a.log.Info("denied", "user", name, "method", r.Method, "path", r.URL.Path)
 		return newProblem(http.StatusForbidden, codeDenied, "this user has no right to do that")
 	}
+}
+
+// isNamed reports whether a request is to a name that no web page can have for its own.
+func (a *Access) isNamed(r *http.Request) bool {
+	host := r.Host
+	if name, _, err := net.SplitHostPort(host); err == nil {
+		host = name
+	}
+	return r.TLS != nil || loopback.IsNamed(host) || a.host != "" && strings.EqualFold(strings.Trim(host, "[]"), a.host)
 }
 
 // right returns who has the right that a request needs.

@@ -26,6 +26,7 @@ import (
 
 	"golang.org/x/crypto/bcrypt"
 
+	"github.com/dfcache/dfcache/blobstore/loopback"
 	"github.com/dfcache/dfcache/digest"
 )
 
@@ -210,10 +211,10 @@ func TestRights(t *testing.T) {
 	}
 }
 
-// A web page can give its own host name a loopback address. What a browser then
-// sends is to be told from what is meant for this host.
-func TestLocalOnly(t *testing.T) {
-	hosts := map[string]bool{ // whether it is local
+// A web page can give its own host name the address of this host. What the owner's browser then
+// sends has no more rights than anybody has.
+func TestOwnerByName(t *testing.T) {
+	hosts := map[string]bool{ // whether the owner is let in
 		"127.0.0.1:65001":          true,
 		"127.0.0.1":                true,
 		"127.1.2.3:80":             true,
@@ -230,27 +231,59 @@ func TestLocalOnly(t *testing.T) {
 		"evillocalhost":            false,
 		"192.0.2.1:65001":          false,
 		"0.0.0.0:65001":            false,
-		"":                         false,
+		"cache.example:65001":      false,
+	}
+	var access *Access
+	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		access.Wrap(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {})).ServeHTTP(w, r)
+	}))
+	server.Config.ConnContext = loopback.ConnContext
+	server.Start()
+	defer server.Close()
+	try := func(o AccessOptions, method, host string, want int) {
+		t.Helper()
+		var err error
+		if access, err = NewAccess(o); err != nil {
+			t.Fatal(err)
+		}
+		r, err := http.NewRequest(method, server.URL+manifest, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Host = host
+		response, err := server.Client().Do(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer response.Body.Close()
+		body, err := io.ReadAll(response.Body)
+		if err != nil || response.StatusCode != want || want == 421 && method != "HEAD" && !bytes.Contains(body, []byte(`"DENIED"`)) {
+			t.Errorf("%s to %q, read for %s, write for %s: %d %s, %v; want %d", method, host, o.Read, o.Write, response.StatusCode, body, err, want)
+		}
 	}
 	for host, local := range hosts {
-		for _, localOnly := range []bool{true, false} {
-			a, err := NewAccess(AccessOptions{Read: Anyone, Write: Anyone, LocalOnly: localOnly})
-			if err != nil {
-				t.Fatal(err)
-			}
-			r := httptest.NewRequest("GET", manifest, nil)
-			r.Host = host
-			called := false
-			w := httptest.NewRecorder()
-			a.Wrap(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { called = true })).ServeHTTP(w, r)
-			want := 200
-			if localOnly && !local {
-				want = 421
-			}
-			if w.Code != want || called != (want == 200) || want != 200 && !strings.Contains(w.Body.String(), `"DENIED"`) {
-				t.Errorf("to %q, local only %v: %d, called %v, %s", host, localOnly, w.Code, called, w.Body)
-			}
+		want := 421
+		if local {
+			want = 200
 		}
+		for _, method := range []string{"GET", "HEAD", "POST", "DELETE"} {
+			try(AccessOptions{Read: Owner, Write: Owner}, method, host, want)
+		}
+		// Anyone may read by any name, and the owner writes by none that a page can have.
+		try(AccessOptions{Read: Anyone, Write: Owner}, "GET", host, 200)
+		try(AccessOptions{Read: Anyone, Write: Owner}, "PUT", host, want)
+		try(AccessOptions{Read: Anyone, Write: Anyone}, "PUT", host, 200)
+	}
+	// A name that the registry was given is no page's.
+	try(AccessOptions{Read: Owner, Write: Owner, Host: "cache.example"}, "PUT", "Cache.Example:65001", 200)
+	try(AccessOptions{Read: Owner, Write: Owner, Host: "192.0.2.1"}, "PUT", "192.0.2.1:65001", 200)
+	try(AccessOptions{Read: Owner, Write: Owner, Host: "cache.example"}, "PUT", "evil.example:65001", 421)
+	// Nor is one that the certificate of the server has.
+	r := httptest.NewRequest("PUT", "https://cache.example"+manifest, nil)
+	w := httptest.NewRecorder()
+	access.Wrap(http.NotFoundHandler()).ServeHTTP(w, r)
+	if w.Code != 403 { // of no connection
+		t.Errorf("by TLS: %d", w.Code)
 	}
 }
 

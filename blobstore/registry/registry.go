@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sync/semaphore"
 
 	"github.com/dfcache/dfcache/blobstore"
+	"github.com/dfcache/dfcache/blobstore/loopback"
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p/connpool"
 )
@@ -51,7 +52,6 @@ type Handler struct {
 	store    *blobstore.Store
 	opts     Options
 	log      *slog.Logger
-	origin   *http.CrossOriginProtection
 	requests *connpool.Pool      // those that are answered
 	parsed   *semaphore.Weighted // bytes of manifests that are taken in
 
@@ -91,7 +91,6 @@ func New(store *blobstore.Store, opts Options) *Handler {
 		requests: connpool.New(opts.MaxRequests),
 		parsed:   semaphore.NewWeighted(maxParsed),
 		store:    store, opts: opts, log: opts.Log,
-		origin:  http.NewCrossOriginProtection(),
 		uploads: map[string]*session{},
 	}
 	h.ctx, h.stop = context.WithCancelCause(context.Background())
@@ -175,7 +174,7 @@ func (h *Handler) ServeHTTP(hw http.ResponseWriter, hr *http.Request) {
 }
 
 func (h *Handler) serve(w *response, r *request) error {
-	if err := h.origin.Check(r.Request); err != nil {
+	if loopback.IsCrossSite(r.Request) {
 		return newProblem(http.StatusForbidden, codeDenied, "requests of web pages of other sites are refused")
 	}
 	if r.endpoint == endpointNone {

@@ -151,18 +151,21 @@ func TestRequestsByHand(t *testing.T) {
 	s.do("GET", "/v2/", nil).want(http.StatusOK)
 }
 
-// TestWebPages: pages of other origins can change nothing.
+// TestOtherOrigins: pages of other origins get nothing, can change nothing, and can't have anything
+// fetched from peers: the browser has the rights of its user.
 func TestOtherOrigins(t *testing.T) {
 	s := start(t, registry.Options{})
 	d := s.pushBlob("a", []byte("data"))
 	for _, header := range [][]string{{"Sec-Fetch-Site", "cross-site"}, {"Origin", "https://example.com"}, {"Origin", "null"}} {
 		for _, r := range []struct{ method, path string }{
 			{"POST", "/v2/a/blobs/uploads/"}, {"PUT", "/v2/a/manifests/v1"}, {"PATCH", "/v2/a/blobs/uploads/x"}, {"DELETE", "/v2/a/blobs/" + d.String()},
+			{"GET", "/v2/a/blobs/" + d.String()}, {"GET", "/v2/"}, {"OPTIONS", "/v2/"},
 		} {
 			s.do(r.method, r.path, nil, header...).fails(http.StatusForbidden, "DENIED")
 		}
-		s.do("GET", "/v2/a/blobs/"+d.String(), nil, header...).want(http.StatusOK, "Access-Control-Allow-Origin", "")
+		s.do("HEAD", "/v2/a/blobs/"+d.String(), nil, header...).want(http.StatusForbidden, "Access-Control-Allow-Origin", "")
 	}
+	s.do("GET", "/v2/a/blobs/"+d.String(), nil, "Sec-Fetch-Site", "none").want(http.StatusOK)
 	s.do("DELETE", "/v2/a/blobs/"+d.String(), nil, "Sec-Fetch-Site", "same-origin").want(http.StatusAccepted)
 }
 

@@ -104,7 +104,7 @@ func (o registryOptions) prepare(cmd *cobra.Command) (*registryServer, error) {
 	if err := s.check(); err != nil {
 		return nil, exit.FlagError(cmd, err)
 	}
-	local, byAddress, err := s.resolve(cmd.Context())
+	local, err := s.resolve(cmd.Context())
 	if err != nil {
 		return nil, err
 	}
@@ -113,9 +113,6 @@ func (o registryOptions) prepare(cmd *cobra.Command) (*registryServer, error) {
 			return nil, exit.FlagError(cmd, err)
 		}
 	}
-	// Whoever gives a name, a certificate or anyone the right to read wants it to be
-	// reached by other names, too.
-	s.rights.LocalOnly = local && byAddress && o.cert == "" && o.htpasswd == "" && !s.rights.Read.Anyone()
 	return s, nil
 }
 
@@ -167,23 +164,24 @@ func (s *registryServer) check() error {
 }
 
 // resolve finds out what to listen at. It returns whether none but this host
-// can reach that, and whether it was named by an address, or as localhost.
-func (s *registryServer) resolve(ctx context.Context) (local, byAddress bool, err error) {
+// can reach that.
+func (s *registryServer) resolve(ctx context.Context) (local bool, err error) {
 	host, port, err := net.SplitHostPort(s.address)
 	if err != nil {
-		return false, false, exit.Usage(fmt.Errorf("--registry %q: want HOST:PORT, such as 127.0.0.1:65001, or off", s.address))
+		return false, exit.Usage(fmt.Errorf("--registry %q: want HOST:PORT, such as 127.0.0.1:65001, or off", s.address))
 	}
 	if _, err := strconv.ParseUint(port, 10, 16); err != nil {
-		return false, false, exit.Usage(fmt.Errorf("--registry %q: the port is no number from 0 to 65535", s.address))
+		return false, exit.Usage(fmt.Errorf("--registry %q: the port is no number from 0 to 65535", s.address))
 	}
 	s.network = "tcp"
 	if host == "" {
 		s.at = s.address
-		return false, true, nil
+		return false, nil
 	}
+	s.rights.Host = host
 	addresses, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
 	if err != nil {
-		return false, false, fmt.Errorf("--registry %s: %w", s.address, err)
+		return false, fmt.Errorf("--registry %s: %w", s.address, err)
 	}
 	local = !slices.ContainsFunc(addresses, func(a netip.Addr) bool { return !a.Unmap().IsLoopback() })
 	// Of several addresses one is listened at, as Go does it: that which comes
@@ -193,8 +191,7 @@ func (s *registryServer) resolve(ctx context.Context) (local, byAddress bool, er
 		ip, s.network = addresses[i].Unmap(), "tcp4"
 	}
 	s.at = net.JoinHostPort(ip.String(), port)
-	_, err = netip.ParseAddr(host)
-	return local, err == nil || host == "localhost", nil
+	return local, nil
 }
 
 // checkExposed refuses what would open the content to other hosts without

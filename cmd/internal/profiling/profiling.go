@@ -41,7 +41,7 @@ func Start(port int, log func(string)) (stop func(), err error) {
 	mux.HandleFunc("/debug/pprof/symbol", pprof.Symbol)
 	mux.HandleFunc("/debug/pprof/trace", pprof.Trace)
 
-	server := &http.Server{Handler: forOwner(mux), ConnContext: loopback.ConnContext, ReadHeaderTimeout: 10 * time.Second}
+	server := &http.Server{Handler: loopback.ForOwner("profiles", mux), ConnContext: loopback.ConnContext, ReadHeaderTimeout: 10 * time.Second}
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
@@ -54,18 +54,4 @@ func Start(port int, log func(string)) (stop func(), err error) {
 		server.Close()
 		<-done
 	}, nil
-}
-
-// forOwner hands to next what the user of this process or root asks for.
-func forOwner(next http.Handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		switch {
-		case !loopback.IsNamed(r.Host):
-			http.Error(w, "profiles are served to requests to localhost or a loopback address only", http.StatusMisdirectedRequest)
-		case !loopback.IsOwner(r):
-			http.Error(w, "profiles are for the user who runs the program, and for root on the same host", http.StatusForbidden)
-		default:
-			next.ServeHTTP(w, r)
-		}
-	})
 }
