@@ -24,6 +24,8 @@ import (
 	"go.uber.org/zap/zapcore"
 
 	"github.com/dfcache/dfcache/blobstore"
+	"github.com/dfcache/dfcache/blobstore/loopback"
+	"github.com/dfcache/dfcache/blobstore/registry"
 	"github.com/dfcache/dfcache/cmd/internal/build"
 	"github.com/dfcache/dfcache/cmd/internal/exit"
 	"github.com/dfcache/dfcache/cmd/internal/manual"
@@ -58,6 +60,7 @@ type swarmOptions struct {
 	remember   time.Duration
 	keepPieces time.Duration
 	metrics    string
+	metricsFor string
 }
 
 func (o *swarmOptions) flags(flags *pflag.FlagSet) {
@@ -83,6 +86,7 @@ func (o *swarmOptions) flags(flags *pflag.FlagSet) {
 	flags.DurationVar(&o.remember, "remember-deletes", 30*24*time.Hour, "how long deletes are remembered for peers that are away")
 	flags.DurationVar(&o.keepPieces, "keep-partial", 24*time.Hour, "how long what has arrived of a file is kept that nobody fetches any more")
 	flags.StringVar(&o.metrics, "metrics", "off", "`address` at which to serve metrics for Prometheus, such as 127.0.0.1:65004; off is none")
+	flags.StringVar(&o.metricsFor, "metrics-read", "owner", "`who` may read the metrics: owner (the user of this dfdaemon on this host, and root) or anyone")
 }
 
 // check finds what is wrong with the flags.
@@ -117,6 +121,9 @@ func (o *swarmOptions) check() error {
 	}
 	if o.metrics != "off" && !isAddress(o.metrics, false) {
 		return fmt.Errorf("--metrics %q: want HOST:PORT, such as 127.0.0.1:65004, or off", o.metrics)
+	}
+	if o.metricsFor != registry.Owner.String() && o.metricsFor != registry.Anyone.String() {
+		return fmt.Errorf("--metrics-read %q: use owner or anyone", o.metricsFor)
 	}
 	return nil
 }
@@ -296,7 +303,15 @@ func (d *daemon) serveMetrics() error {
 	}
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(d.metrics, promhttp.HandlerOpts{}))
-	server := &http.Server{Handler: mux, ReadHeaderTimeout: headerTimeout, ErrorLog: slog.NewLogLogger(d.log.Handler(), slog.LevelDebug)}
+	var handler http.Handler = mux
+	if d.swarm.metricsFor != registry.Anyone.String() {
+		if tcp, ok := l.Addr().(*net.TCPAddr); !ok || !tcp.IP.IsLoopback() {
+			l.Close()
+			return exit.Usage(fmt.Errorf("--metrics %s can be reached from other hosts, so it needs --metrics-read anyone", d.swarm.metrics))
+		}
+		handler = loopback.ForOwner("metrics", mux)
+	}
+	server := &http.Server{Handler: handler, ConnContext: loopback.ConnContext, ReadHeaderTimeout: headerTimeout, ErrorLog: slog.NewLogLogger(d.log.Handler(), slog.LevelDebug)}
 	served := make(chan struct{})
 	go func() {
 		defer close(served)
