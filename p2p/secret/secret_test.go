@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -49,5 +50,47 @@ func TestRead(t *testing.T) {
 	}
 	if _, _, err := Read(path+".pipe", 5); err == nil || !strings.Contains(err.Error(), "not a regular file") {
 		t.Errorf("a pipe: %v", err)
+	}
+}
+
+// A secret is read again when anything about its file has changed: who may read it, too.
+func TestSame(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "key")
+	look := func() fs.FileInfo {
+		t.Helper()
+		info, err := os.Stat(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return info
+	}
+	written := time.Unix(1, 0)
+	write := func(to, content string) {
+		t.Helper()
+		if err := errors.Join(os.WriteFile(to, []byte(content), 0o600), os.Chtimes(to, written, written)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(path, "secret")
+	for what, change := range map[string]func() error{
+		"size": func() error { write(path, "longer secret"); return nil },
+		"time": func() error { return os.Chtimes(path, written, written.Add(time.Nanosecond)) },
+		"mode": func() error { return os.Chmod(path, 0o640) },
+		"file": func() error { write(path+".new", "SECRET"); return os.Rename(path+".new", path) },
+	} {
+		write(path, "secret")
+		if err := os.Chmod(path, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		before := look()
+		if !Same(before, look()) {
+			t.Error("what has not changed is not the same")
+		}
+		if err := change(); err != nil {
+			t.Fatal(err)
+		}
+		if Same(before, look()) {
+			t.Errorf("another %s is the same", what)
+		}
 	}
 }
