@@ -214,10 +214,46 @@ func (r *Repository) task(d digest.Digest) p2p.Task { return p2p.Task{Tag: r.tag
 // or with [ErrUnreachable] where it is not on this host and no peer could be asked.
 func (r *Repository) Stat(ctx context.Context, cid string, l Lookup) (File, error) {
 	f, err := r.find(ctx, cid, l, func(*found) error { return nil })
+	if errors.Is(err, ErrNotFound) || errors.Is(err, ErrUnreachable) {
+		err = r.withPart(ctx, cid, err)
+	}
 	if err != nil {
 		return File{}, fmt.Errorf("stat: %w", err)
 	}
+	if !f.Local {
+		r.fillParts(ctx, &f.File)
+	}
 	return f.File, nil
+}
+
+// withPart adds to err, with which a digest was not found, what of it is here.
+func (r *Repository) withPart(ctx context.Context, cid string, err error) error {
+	for e, listErr := range r.Partials(ctx) {
+		if listErr == nil && string(e.Task.Digest) == cid {
+			return fmt.Errorf("%w (%d bytes of it are here, and are kept for a while)", err, e.Total)
+		}
+	}
+	return err
+}
+
+// fillParts fills in what is here of a file of which nothing is in the store. What can't be
+// found out, as an older daemon can't tell it, is left out.
+func (r *Repository) fillParts(ctx context.Context, f *File) {
+	held := map[digest.Digest]int{}
+	for e, err := range r.Partials(ctx) {
+		if err == nil {
+			held[e.Task.Digest] = e.Held
+		}
+	}
+	if len(f.Files) == 0 && f.Held == 0 {
+		f.Held = min(held[f.Digest], f.Pieces)
+	}
+	for i := range f.Files {
+		if part := &f.Files[i]; part.Held == 0 {
+			part.Held = min(held[part.Digest], part.Pieces)
+			f.Held += part.Held
+		}
+	}
 }
 
 const (
@@ -651,4 +687,9 @@ func (r *Repository) Replicate(ctx context.Context, cid string, n int) ([]string
 // in order. It ends after the first error.
 func (r *Repository) List(ctx context.Context) iter.Seq2[Entry, error] {
 	return r.engine.List(ctx, p2p.Query{Tag: &r.tag})
+}
+
+// Partials is [Store.Partials] of the repository.
+func (r *Repository) Partials(ctx context.Context) iter.Seq2[Entry, error] {
+	return r.engine.List(ctx, p2p.Query{Tag: &r.tag, Kind: p2p.KindPartials})
 }

@@ -120,7 +120,8 @@ func (s *Store) List(ctx context.Context) iter.Seq2[Entry, error] {
 }
 
 // Partials yields the files of which only a part is on this host: they are being fetched, or
-// nobody waits for them any more. Total of each is how many bytes of it there are.
+// nobody waits for them any more. Total of each is how many bytes of it there are. A
+// daemon of a release that does not know them fails with [errors.ErrUnsupported].
 func (s *Store) Partials(ctx context.Context) iter.Seq2[Entry, error] {
 	return s.engine.List(ctx, p2p.Query{Kind: p2p.KindPartials})
 }

@@ -107,15 +107,17 @@ func (s *session) list(ctx context.Context, tagGiven bool) error {
 		return err
 	}
 	defer store.Close()
-	entries := store.List(ctx)
+	entries, partials := store.List(ctx), store.Partials(ctx)
 	if tagGiven {
 		repo, err := store.Repository(s.tag)
 		if err != nil {
 			return err
 		}
-		entries = repo.List(ctx)
+		entries, partials = repo.List(ctx), repo.Partials(ctx)
 	}
-	entries = join(entries, store.Partials(ctx), func(e blobstore.Entry) bool { return !tagGiven || e.Task.Tag == s.tag })
+	entries = join(entries, known(partials, func(err error) {
+		s.warn(fmt.Sprintf("what has arrived in part is not listed: %v", err))
+	}))
 	// It may be long: what is printed goes out before the end is known.
 	out := bufio.NewWriterSize(s.stdout, 64<<10)
 	switch s.result.name {
@@ -135,19 +137,29 @@ func (s *session) list(ctx context.Context, tagGiven bool) error {
 	return err
 }
 
-// join yields what two lists have, of the second one what counts, up to an error.
-func join(first, second iter.Seq2[blobstore.Entry, error], counts func(blobstore.Entry) bool) iter.Seq2[blobstore.Entry, error] {
+// join yields what two lists have, up to an error.
+func join(lists ...iter.Seq2[blobstore.Entry, error]) iter.Seq2[blobstore.Entry, error] {
 	return func(yield func(blobstore.Entry, error) bool) {
-		for e, err := range first {
-			if !yield(e, err) || err != nil {
-				return
+		for _, list := range lists {
+			for e, err := range list {
+				if !yield(e, err) || err != nil {
+					return
+				}
 			}
 		}
-		for e, err := range second {
-			if err == nil && !counts(e) {
-				continue
+	}
+}
+
+// known yields what a list has. Where the daemon is of a release that does not know such a list, it
+// is empty, and warn is told.
+func known(list iter.Seq2[blobstore.Entry, error], warn func(error)) iter.Seq2[blobstore.Entry, error] {
+	return func(yield func(blobstore.Entry, error) bool) {
+		for e, err := range list {
+			if errors.Is(err, errors.ErrUnsupported) {
+				warn(err)
+				return
 			}
-			if !yield(e, err) || err != nil {
+			if !yield(e, err) {
 				return
 			}
 		}

@@ -139,7 +139,6 @@ func peersText(peers []knownPeer) string {
 // after a command about a name.
 func (s *session) warnOfClocks(ctx context.Context, store *blobstore.Store) {
 	if text := store.ClockWarning(ctx); text != "" {
-		s.log.Warn(text)
-		fmt.Fprintf(s.stderr, "dfcache: warning: %s\n", printable(text))
+		s.warn(printable(text))
 	}
 }

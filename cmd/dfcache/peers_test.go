@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"iter"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -27,6 +28,8 @@ type network struct {
 	peers     []p2p.Peer
 	missed    []p2p.Missed
 	replicate func(ctx context.Context, n int) ([]string, error)
+	partials  []p2p.Entry // of the tag "t"
+	older     bool        // than partials
 }
 
 func (n *network) set(do func()) {
@@ -54,6 +57,26 @@ func (n *network) Replicate(ctx context.Context, _ string, _ digest.CID, count i
 	replicate := n.replicate
 	n.mu.Unlock()
 	return replicate(ctx, count)
+}
+
+func (n *network) List(ctx context.Context, q p2p.Query) iter.Seq2[p2p.Entry, error] {
+	if q.Kind != p2p.KindPartials {
+		return n.Engine.List(ctx, q)
+	}
+	n.mu.Lock()
+	partials, older := n.partials, n.older
+	n.mu.Unlock()
+	return func(yield func(p2p.Entry, error) bool) {
+		if older {
+			yield(p2p.Entry{}, fmt.Errorf("kind 4: %w: it is missing, or not known", digest.ErrInvalid))
+			return
+		}
+		for _, e := range partials {
+			if (q.Tag == nil || *q.Tag == "t") && !yield(e, nil) {
+				return
+			}
+		}
+	}
 }
 
 // daemon serves the network and returns what runs dfcache with it.
@@ -154,6 +177,40 @@ func TestFileOfPeers(t *testing.T) {
 	for _, args := range [][]string{{"stat", "-i", "v2"}, {"export", "-i", "v2", "none"}} {
 		run(args...).want(11, `dfcache: .*no peer can be reached; another host may have it: see 'dfcache peers', and check dfdaemon's bootstrap addresses and swarm key`)
 	}
+}
+
+// What has arrived of a file that nobody fetches any more is shown, also by a stat.
+func TestPartials(t *testing.T) {
+	n := &network{Engine: peertest.New(t)}
+	run := n.daemon(t)
+	f := n.imported(t, bytes.Repeat([]byte("content"), 30_000))
+	lost := digest.SHA256.FromString("lost")
+	n.set(func() {
+		for _, d := range []digest.Digest{f.Digest, lost} {
+			n.partials = append(n.partials, p2p.Entry{
+				Info:  p2p.Info{Task: p2p.Task{Tag: "t", Digest: d}, Size: f.Size, PieceLength: 65536, Pieces: 4, Held: 3, Keep: p2p.KeepLoose},
+				Total: 200_000,
+			})
+		}
+	})
+	run("list").want(0, `t +partial +195\.3 KiB .*`+lost.String())
+	run("list", "-t", "t").want(0, `t +partial +195\.3 KiB .*`+lost.String())
+	run("list", "-t", "other").want(0).lacks("partial")
+	run("stat", "-t", "t", "-i", "v1").want(0, `local: +no \(held 3 of 4\)`)
+	run("stat", "-t", "t", "-i", "v1", "--format", "json").want(0).json("held", "3").json("local", "false")
+	run("stat", "-t", "t", "-i", lost.String()).want(3, `dfcache: stat: .*: not found \(200000 bytes of it are here, and are kept for a while\): .*`)
+	run("stat", "-l", "-t", "t", "-i", f.Digest.String()).want(3, `dfcache: stat: .* \(200000 bytes of it are here, and are kept for a while\) on this host: .*`)
+
+	// A daemon of a release before does not know them, and is no reason to fail.
+	n.set(func() { n.older = true })
+	run("import", "-t", "t", "-i", "v2", "/proc/self/cmdline").want(0)
+	for _, args := range [][]string{{"list"}, {"list", "--format", "json"}, {"list", "-t", "t", "--template", "{{len .}}"}} {
+		const warning = "dfcache: warning: what has arrived in part is not listed: dfdaemon at .* does not know this call: install the same version of dfcache and dfdaemon"
+		if o := run(args...).want(0); !regexp.MustCompile(warning).MatchString(o.stderr) {
+			t.Errorf("dfcache %s: stderr is %s", o.what, o.stderr)
+		}
+	}
+	run("stat", "-t", "t", "-i", "v1").want(0, "local: +no")
 }
 
 func (o output) lacks(text string) output {

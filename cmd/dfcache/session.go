@@ -64,10 +64,6 @@ func (a *app) session(cmd *cobra.Command, console io.Writer, work func(context.C
 	}()
 
 	s := &session{app: a, log: log}
-	warn := func(text string) {
-		log.Warn(text)
-		fmt.Fprintf(a.stderr, "dfcache: warning: %s\n", text)
-	}
 	stop, err := profiling.Start(a.pprofPort, func(text string) { fmt.Fprintln(a.stderr, text) })
 	if err != nil {
 		return exit.Usage(err)
@@ -78,7 +74,7 @@ func (a *app) session(cmd *cobra.Command, console io.Writer, work func(context.C
 		ServiceName:    a.serviceName,
 		ServiceNameSet: a.serviceNameGiven,
 		Version:        build.Get().Version,
-		Warn:           warn,
+		Warn:           s.warn,
 	})
 	if err != nil {
 		return exit.Usage(err)
@@ -91,6 +87,12 @@ func (a *app) session(cmd *cobra.Command, console io.Writer, work func(context.C
 	err = a.explain(ctx, cmd, wait(ctx, done))
 	end(err)
 	return err
+}
+
+// warn tells what is amiss and no reason to fail.
+func (s *session) warn(text string) {
+	s.log.Warn(text)
+	fmt.Fprintf(s.stderr, "dfcache: warning: %s\n", text)
 }
 
 // stuckAfter is how long work may take to end after its context has ended.
@@ -259,8 +261,7 @@ func (s *session) launch(ctx context.Context) error {
 	s.log.Info("started dfdaemon", "daemon", launched.PID, "socket", s.socket, "door", launched.Door)
 	fmt.Fprintf(s.stderr, "dfcache: started dfdaemon (pid %d, socket %s, %s)\n", launched.PID, s.socket, printable(launched.Door))
 	for _, text := range launched.Warnings {
-		s.log.Warn("dfdaemon: " + text)
-		fmt.Fprintf(s.stderr, "dfcache: warning: dfdaemon: %s\n", printable(text))
+		s.warn("dfdaemon: " + printable(text))
 	}
 	return nil
 }

@@ -424,9 +424,14 @@ func (c *Client) List(ctx context.Context, q p2p.Query) iter.Seq2[p2p.Entry, err
 				}
 			}
 		}
-		if err != io.EOF {
-			yield(p2p.Entry{}, c.callError(ctx, err))
+		if err == io.EOF {
+			return
 		}
+		err = c.callError(ctx, err)
+		if q.Kind == p2p.KindPartials && errors.Is(err, digest.ErrInvalid) {
+			err = c.unknownCall() // of a release before there was this kind
+		}
+		yield(p2p.Entry{}, err)
 	}
 }
 

@@ -175,9 +175,14 @@ func (c *Client) callError(ctx context.Context, err error) error {
 	case codes.DeadlineExceeded:
 		return context.DeadlineExceeded
 	case codes.Unimplemented:
-		return fmt.Errorf("dfdaemon at %s does not know this call: install the same version of dfcache and dfdaemon: %w", c.socket, errors.ErrUnsupported)
+		return c.unknownCall()
 	}
 	return fmt.Errorf("dfdaemon at %s: %s", c.socket, st.Message())
+}
+
+// unknownCall says that the daemon is of another release.
+func (c *Client) unknownCall() error {
+	return fmt.Errorf("dfdaemon at %s does not know this call: install the same version of dfcache and dfdaemon: %w", c.socket, errors.ErrUnsupported)
 }
 
 // lostError says that the daemon went away in the middle.
