@@ -117,8 +117,11 @@ func (s *Store) sameDirectory() error {
 			return err
 		}
 		is, err := os.Stat(s.path(name))
-		if err != nil || !os.SameFile(was, is) {
-			return fmt.Errorf("%w: %s is not the file any more that was opened (%v): another directory is in its place", p2p.ErrUnavailable, s.path(name), err)
+		if err != nil {
+			return fmt.Errorf("%w: %s is gone, or another directory is in its place: %v", p2p.ErrUnavailable, s.path(name), err)
+		}
+		if !os.SameFile(was, is) {
+			return fmt.Errorf("%w: %s is not the file any more that was opened: another directory is in its place", p2p.ErrUnavailable, s.path(name))
 		}
 	}
 	holder := make([]byte, len(s.guard.token)+1)
