@@ -77,7 +77,7 @@ func (h *Handler) beginUpload(r *request, alg digest.Algorithm) (*session, error
 		if err != nil || spare == nil {
 			return u, err
 		}
-		h.giveUp(spare, "upload given up for another client's")
+		h.giveUp(spare, "upload given up for another")
 		<-spare.turn
 	}
 }
@@ -101,8 +101,9 @@ func (h *Handler) addUpload(u *session) (spare *session, err error) {
 }
 
 // spareUpload returns, with its turn, the session of the client that has most which nobody
-// has used for longest. One without a byte comes first; one with some has to be another
-// client's, who has more than who asks. It returns nil where there is none. The caller has h.mu.
+// has used for longest. One without a byte comes first; one with some has to have been idle for
+// a while, or to be another client's, who has more than who asks. It returns nil where there is
+// none. The caller has h.mu.
 func (h *Handler) spareUpload(who string) (spare *session) {
 	count, most := map[string]int{}, 0
 	for _, u := range h.uploads {
@@ -111,8 +112,9 @@ func (h *Handler) spareUpload(who string) (spare *session) {
 	}
 	better := func(u *session) bool {
 		empty := u.in.Load() == nil
+		inUse := !empty && time.Since(u.used) < h.opts.StallTimeout
 		switch {
-		case count[u.who] < most, !empty && count[who]+1 >= most, u.over:
+		case count[u.who] < most, inUse && count[who]+1 >= most, u.over:
 			return false
 		case spare == nil:
 			return true

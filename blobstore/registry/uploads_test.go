@@ -321,7 +321,7 @@ func TestRefusedBeforeSending(t *testing.T) {
 }
 
 // TestRoomOfAbortedUploads: what an upload that broke off has is let go when another needs the
-// room, and not before. It runs with a clock of its own.
+// room, or its place, and not before. It runs with a clock of its own.
 func TestRoomOfAbortedUploads(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		engine, err := pieces.Open(t.TempDir(), pieces.Options{MaxSize: 100})
@@ -330,7 +330,7 @@ func TestRoomOfAbortedUploads(t *testing.T) {
 		}
 		store := blobstore.New(engine)
 		defer store.Close()
-		h := registry.New(store, registry.Options{StallTimeout: time.Minute})
+		h := registry.New(store, registry.Options{StallTimeout: time.Minute, MaxUploads: 1})
 		defer h.Close()
 		do := func(status int, method, path string, body []byte) http.Header {
 			t.Helper()
@@ -350,6 +350,13 @@ func TestRoomOfAbortedUploads(t *testing.T) {
 		do(http.StatusNoContent, "GET", broken, nil)
 		time.Sleep(2 * time.Second)
 		do(http.StatusCreated, "POST", push, data)
+		do(http.StatusNotFound, "GET", broken, nil)
+		broken = do(http.StatusAccepted, "POST", "/v2/a/blobs/uploads/", nil).Get("Location")
+		do(http.StatusAccepted, "PATCH", broken, content(10, 3))
+		time.Sleep(59 * time.Second)
+		do(http.StatusTooManyRequests, "POST", "/v2/a/blobs/uploads/", nil)
+		time.Sleep(2 * time.Second)
+		do(http.StatusAccepted, "POST", "/v2/a/blobs/uploads/", nil)
 		do(http.StatusNotFound, "GET", broken, nil)
 	})
 }
