@@ -664,6 +664,9 @@ func (m *mounting) add(ctx context.Context, d digest.Digest, keep p2p.Keep) erro
 	if err == nil && !info.Local() {
 		err = fmt.Errorf("%s is still arriving: %w", m.from.task(d), ErrNotFound)
 	}
+	if err == nil {
+		err = m.from.intact(ctx, d)
+	}
 	if err != nil {
 		return err
 	}
@@ -682,6 +685,17 @@ func (m *mounting) add(ctx context.Context, d digest.Digest, keep p2p.Keep) erro
 	}
 	m.commit.Tasks = append(m.commit.Tasks, n)
 	return nil
+}
+
+// intact reads a blob of this host to its end: whoever is told that it is mounted does not
+// send it any more.
+func (r *Repository) intact(ctx context.Context, d digest.Digest) error {
+	blob, err := r.open(ctx, d, p2p.Local)
+	if err != nil {
+		return err
+	}
+	defer blob.Close()
+	return blob.CopyRange(ctx, io.Discard, 0, blob.Size(), nil)
 }
 
 // holder returns the tag of the repository fromRepo, or, where that is "", of one

@@ -208,7 +208,7 @@ func TestPushRepairs(t *testing.T) {
 	}
 }
 
-// A mount takes for there what a HEAD does: what has a file of the right size.
+// A mount takes for there what a HEAD does, which has a file of the right size, and reads it.
 func TestMountOfDamage(t *testing.T) {
 	data := content(200_000, 1)
 	d := digest.SHA256.FromBytes(data)
@@ -226,16 +226,36 @@ func TestMountOfDamage(t *testing.T) {
 				if err := harm(s); err != nil {
 					t.Fatal(err)
 				}
-				head, mount := http.StatusNotFound, http.StatusAccepted
+				head := http.StatusNotFound
 				if strings.HasPrefix(what, "flipped") {
-					head, mount = http.StatusOK, http.StatusCreated
+					head = http.StatusOK
 				}
 				if asked {
 					s.do("HEAD", "/v2/a/blobs/"+d.String(), nil).want(head)
 				}
-				s.do("POST", "/v2/b/blobs/uploads/?mount="+d.String()+from, nil).want(mount)
+				s.do("POST", "/v2/b/blobs/uploads/?mount="+d.String()+from, nil).want(http.StatusAccepted)
 			}
 		}
+	}
+}
+
+// A mount reads what it acknowledges: damage that nobody has met begins an upload, which
+// repairs it, also where a manifest is mounted that refers to what is damaged.
+func TestMountReads(t *testing.T) {
+	s := start(t, registry.Options{})
+	data := content(200_000, 1)
+	m := s.pushManifest("a", "v1", s.image("a", nil, data))
+	d := digest.SHA256.FromBytes(data)
+	mount := func(d digest.Digest) *answer {
+		return s.do("POST", "/v2/b/blobs/uploads/?from=a&mount="+d.String(), nil)
+	}
+	for _, mounted := range []digest.Digest{d, m} {
+		s.damage(d)
+		mount(mounted).want(http.StatusAccepted)
+		s.do("HEAD", "/v2/a/blobs/"+d.String(), nil).fails(http.StatusNotFound, "BLOB_UNKNOWN")
+		s.pushBlob("b", data)
+		mount(mounted).want(http.StatusCreated)
+		s.do("GET", "/v2/b/blobs/"+d.String(), nil).want(http.StatusOK).content(data)
 	}
 }
 
