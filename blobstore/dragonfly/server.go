@@ -23,7 +23,6 @@ import (
 	"github.com/dfcache/dfcache/blobstore"
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/dragonfly/wire"
-	"github.com/dfcache/dfcache/p2p/grpclimit"
 )
 
 // Server serves a store to Dragonfly's dfcache. It is safe for concurrent use.
@@ -32,8 +31,8 @@ type Server struct {
 }
 
 // NewServer returns a server of store. The caller closes the store after Shutdown.
-func NewServer(store *blobstore.Store, log *slog.Logger, opts ...grpc.ServerOption) *Server {
-	s := &Server{grpc.NewServer(append(opts, grpc.MaxRecvMsgSize(64<<10), grpc.MaxHeaderListSize(16<<10), grpc.ForceServerCodecV2(grpclimit.Codec(wire.MaxQuestion)), grpc.Creds(localCredentials{}), grpc.UnaryInterceptor(admit), grpc.StreamInterceptor(admitStream))...)}
+func NewServer(store *blobstore.Store, log *slog.Logger) *Server {
+	s := &Server{wire.NewServer(grpc.Creds(localCredentials{}), grpc.UnaryInterceptor(admit), grpc.StreamInterceptor(admitStream))}
 	dfdaemonv1.RegisterDaemonServer(s.grpc, &daemon{store: store, log: log})
 	return s
 }
@@ -251,8 +250,6 @@ func dfError(err error) error {
 		code = commonv1.Code_BadRequest
 	case errors.Is(err, context.DeadlineExceeded):
 		code = commonv1.Code_RequestTimeOut
-	case errors.Is(err, context.Canceled):
-		code = commonv1.Code_ClientContextCanceled
 	}
 	return wire.Error(code, "%v", err)
 }

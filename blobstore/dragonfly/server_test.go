@@ -3,6 +3,7 @@ package dragonfly
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/url"
@@ -12,6 +13,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	commonv1 "d7y.io/api/v2/pkg/apis/common/v1"
 	dfdaemonv1 "d7y.io/api/v2/pkg/apis/dfdaemon/v1"
@@ -35,7 +37,12 @@ const strangerSocket = "DFCACHE_TEST_STRANGER"
 func TestMain(m *testing.M) {
 	if socket := os.Getenv(strangerSocket); socket != "" {
 		_, err := dial(socket).CheckHealth(context.Background(), &emptypb.Empty{})
-		fmt.Print(err)
+		fmt.Println(err)
+		stream, err := dial(socket).Download(context.Background(), &dfdaemonv1.DownRequest{})
+		if err == nil {
+			_, err = stream.Recv()
+		}
+		fmt.Println(err)
 		os.Exit(0)
 	}
 	goleak.VerifyTestMain(m)
@@ -53,6 +60,7 @@ func dial(socket string) dfdaemonv1.DaemonClient {
 type setup struct {
 	dfdaemonv1.DaemonClient
 	t      *testing.T
+	server *Server
 	engine *peertest.Engine
 	store  *blobstore.Store
 	dir    string
@@ -72,6 +80,7 @@ func serve(t *testing.T) *setup {
 		t.Fatal(err)
 	}
 	server := NewServer(s.store, slog.New(slog.DiscardHandler))
+	s.server = server
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(l) }()
 	conn, err := grpc.NewClient("unix://"+s.socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
@@ -173,6 +182,7 @@ func TestClient(t *testing.T) {
 			t.Errorf("the exported file has %d links, %v: want one of its own", stat.Nlink, err)
 		}
 		requireCode(t, "export to what is there", s.export(cid, tag, out), bad)
+		requireCode(t, "export of what nobody has to what is there", s.export("nowhere", tag, out), bad) // nobody is asked
 		if err := os.Remove(out); err != nil {
 			t.Fatal(err)
 		}
@@ -185,6 +195,11 @@ func TestClient(t *testing.T) {
 	if f, err := models.Stat(t.Context(), "v1", blobstore.Lookup{Local: true}); err != nil || f.Digest != sum || f.Title != "model.bin" {
 		t.Errorf("the store has %+v, %v", f, err)
 	}
+	// With the file gone, what is left of it does not count.
+	if _, err := models.Remove(t.Context(), sum.String(), blobstore.DeleteOptions{Force: true}); err != nil {
+		t.Fatal(err)
+	}
+	requireCode(t, "stat of what is not whole on this host", s.stat("v1", "models", true), notFound)
 	for range 2 { // what is gone can be deleted again
 		requireCode(t, "delete", s.delete("v1", "models"), 0)
 		requireCode(t, "stat after", s.stat("v1", "models", false), notFound)
@@ -228,9 +243,9 @@ func TestRefused(t *testing.T) {
 		"a tag that is none":          s.importFile("v1", "Not OK", path),
 		"content of another digest":   s.importFile(other.String(), "", path),
 		"a relative path":             s.importFile("v1", "", "file"),
+		"a relative path of a file":   s.importFile("v1", "", "server_test.go"),
 		"a path of nothing":           s.importFile("v1", "", path+"x"),
 		"a directory":                 s.importFile("v1", "", s.dir),
-		"a pipe":                      s.importFile("v1", "", fifo),
 		"a relative output":           s.export("v1", "", "out"),
 		"stat of a bad cid":           s.stat("a b", "", false),
 		"delete of a bad cid":         s.delete("a/b", ""),
@@ -239,6 +254,17 @@ func TestRefused(t *testing.T) {
 		"an escape that is not whole": call(s.StatTask(t.Context(), &dfdaemonv1.StatTaskRequest{Url: "d7y:/v1%2", UrlMeta: &commonv1.UrlMeta{}})),
 	} {
 		requireCode(t, what, err, bad)
+	}
+	// Nobody waits for the other end of a pipe.
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	_, err := s.ImportTask(ctx, &dfdaemonv1.ImportTaskRequest{Url: urlOf("v1"), UrlMeta: &commonv1.UrlMeta{}, Path: fifo, Type: commonv1.TaskType_DfCache})
+	requireCode(t, "a pipe", err, bad)
+	if f, err := os.OpenFile(fifo, os.O_WRONLY|unix.O_NONBLOCK, 0); err == nil {
+		f.Close()
+	}
+	if _, err := s.StatTask(t.Context(), &dfdaemonv1.StatTaskRequest{Url: urlOf(strings.Repeat("x", 64<<10))}); status.Code(err) != codes.ResourceExhausted {
+		t.Errorf("a long request: %v", err)
 	}
 	for e, err := range s.store.List(t.Context()) {
 		t.Errorf("the store has %v, %v", e, err)
@@ -255,13 +281,79 @@ func TestTimeout(t *testing.T) {
 	s := serve(t)
 	requireCode(t, "import", s.importFile("v1", "", s.file("file", make([]byte, 16<<20))), 0)
 	out := filepath.Join(s.dir, "out")
-	_, err := s.ExportTask(t.Context(), &dfdaemonv1.ExportTaskRequest{Url: urlOf("v1"), UrlMeta: &commonv1.UrlMeta{}, Output: out, Limit: 1, Timeout: uint64(100e6)})
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	_, err := s.ExportTask(ctx, &dfdaemonv1.ExportTaskRequest{Url: urlOf("v1"), UrlMeta: &commonv1.UrlMeta{}, Output: out, Limit: 1, Timeout: uint64(100e6)})
 	requireCode(t, "export of a byte in a second", err, commonv1.Code_RequestTimeOut)
 	if _, err := os.Lstat(out); !os.IsNotExist(err) {
 		t.Errorf("there is an output: %v", err)
 	}
 	_, err = s.ExportTask(t.Context(), &dfdaemonv1.ExportTaskRequest{Url: urlOf("v1"), UrlMeta: &commonv1.UrlMeta{}, Output: out, Limit: 1 << 30, Timeout: uint64(60e9)})
 	requireCode(t, "export at a rate", err, 0)
+}
+
+// What is exported for another user is that user's.
+func TestOwner(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root can give a file to another user: run the tests as root, as .ci/run does")
+	}
+	s := serve(t)
+	requireCode(t, "import", s.importFile("v1", "", s.file("file", []byte("content"))), 0)
+	out := filepath.Join(s.dir, "out")
+	_, err := s.ExportTask(t.Context(), &dfdaemonv1.ExportTaskRequest{Url: urlOf("v1"), UrlMeta: &commonv1.UrlMeta{}, Output: out, Uid: 65533, Gid: 65534})
+	requireCode(t, "export", err, 0)
+	var stat unix.Stat_t
+	if err := unix.Stat(out, &stat); err != nil || stat.Uid != 65533 || stat.Gid != 65534 {
+		t.Errorf("the output is %d:%d's, %v; want 65533:65534", stat.Uid, stat.Gid, err)
+	}
+}
+
+// A call that goes on does not hold Shutdown up longer than its context lasts.
+func TestShutdown(t *testing.T) {
+	s := serve(t)
+	requireCode(t, "import", s.importFile("v1", "", s.file("file", make([]byte, 1<<20))), 0)
+	out := filepath.Join(s.dir, "out")
+	exported := make(chan error, 1)
+	go func() {
+		_, err := s.ExportTask(t.Context(), &dfdaemonv1.ExportTaskRequest{Url: urlOf("v1"), UrlMeta: &commonv1.UrlMeta{}, Output: out, Limit: 1})
+		exported <- err
+	}()
+	time.Sleep(100 * time.Millisecond) // mostly it is under way then
+	gone := errors.New("gone")
+	ctx, cancel := context.WithCancelCause(t.Context())
+	cancel(gone)
+	ended := make(chan error, 1)
+	go func() { ended <- s.server.Shutdown(ctx) }()
+	select {
+	case err := <-ended:
+		if !errors.Is(err, gone) {
+			t.Errorf("shutdown: %v; want the cause for which it was cut short", err)
+		}
+	case <-time.After(20 * time.Second):
+		t.Error("the server does not end")
+	}
+	if err := <-exported; err == nil {
+		t.Error("the call that was cut off has succeeded")
+	}
+}
+
+// No descriptor being free is not taken for a bad path.
+func TestOutOfDescriptors(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(path, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Setrlimit(unix.RLIMIT_NOFILE, &limit)
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 3, Max: limit.Max}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := openFile(path); !errors.Is(err, blobstore.ErrBusy) || errors.Is(err, blobstore.ErrInvalid) {
+		t.Errorf("open: %v; want that it is busy", err)
+	}
 }
 
 // Another user is refused, whatever the mode of the socket.
@@ -295,7 +387,7 @@ func TestStranger(t *testing.T) {
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	if !strings.Contains(string(out), "PermissionDenied") || !strings.Contains(string(out), "uid 65534 may not use this socket") {
+	if strings.Count(string(out), "PermissionDenied") != 2 || strings.Count(string(out), "uid 65534 may not use this socket") != 2 {
 		t.Errorf("another user is told: %s", out)
 	}
 }

@@ -24,7 +24,6 @@ import (
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/connpool"
 	"github.com/dfcache/dfcache/p2p/dragonfly/wire"
-	"github.com/dfcache/dfcache/p2p/grpclimit"
 	"github.com/dfcache/dfcache/p2p/throttle"
 )
 
@@ -54,7 +53,7 @@ func (e *Engine) listen() (l [2]net.Listener, err error) {
 
 // serve answers peers until the engine is closed.
 func (e *Engine) serve(l [2]net.Listener) {
-	e.peers = grpc.NewServer(grpc.MaxRecvMsgSize(64<<10), grpc.MaxHeaderListSize(16<<10), grpc.ForceServerCodecV2(grpclimit.Codec(wire.MaxQuestion)), grpc.MaxConcurrentStreams(256), grpc.WaitForHandlers(true), grpc.ConnectionTimeout(e.opts.StallTimeout),
+	e.peers = wire.NewServer(grpc.WaitForHandlers(true),
 		grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionIdle: 5 * time.Minute, Time: 2 * time.Minute}))
 	dfdaemonv1.RegisterDaemonServer(e.peers, &daemon{e: e})
 	healthv1.RegisterHealthServer(e.peers, health.NewServer())

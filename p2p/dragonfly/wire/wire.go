@@ -11,6 +11,7 @@ import (
 	"time"
 
 	commonv1 "d7y.io/api/v2/pkg/apis/common/v1"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
@@ -38,15 +39,19 @@ func URL(t p2p.Task) string { return Scheme + url.QueryEscape(t.Digest.String())
 // Meta is the other part of a task's name: see [URL].
 func Meta(t p2p.Task) *commonv1.UrlMeta { return &commonv1.UrlMeta{Tag: t.Tag} }
 
-// MaxElements is how many elements (see package grpclimit) a message of Dragonfly may have that
-// is an answer, and MaxQuestion one that asks.
+// maxElements is how many elements (see package grpclimit) a message of Dragonfly may have that
+// is an answer, and maxQuestion one that asks.
 const (
-	MaxElements = 1 << 16
-	MaxQuestion = 1 << 10
+	maxElements = 1 << 16
+	maxQuestion = 1 << 10
 )
 
-// maxHeaders is how many bytes the headers of an answer may have, errors among them.
-const maxHeaders = 256 << 10
+const (
+	// maxHeaders is how many bytes the headers of an answer may have, errors among them.
+	maxHeaders = 256 << 10
+	// maxStreams is how many calls may be under way over one connection with a server.
+	maxStreams = 256
+)
 
 // Dial returns a connection to what a target of gRPC names, which is made when it is
 // used, without TLS. One that was lost is made again within a second. The caller closes it.
@@ -54,9 +59,18 @@ func Dial(target string, opts ...grpc.DialOption) (*grpc.ClientConn, error) {
 	retry := backoff.DefaultConfig
 	retry.BaseDelay, retry.MaxDelay = 100*time.Millisecond, time.Second
 	return grpc.NewClient(target, append([]grpc.DialOption{
-		grpc.WithMaxHeaderListSize(maxHeaders), grpc.WithDefaultCallOptions(grpc.ForceCodecV2(grpclimit.Codec(MaxElements))),
+		grpc.WithMaxHeaderListSize(maxHeaders), grpc.WithDefaultCallOptions(grpc.ForceCodecV2(grpclimit.Codec(maxElements))),
 	}, append(opts, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithDisableServiceConfig(),
 		grpc.WithConnectParams(grpc.ConnectParams{Backoff: retry, MinConnectTimeout: time.Second}))...)...)
+}
+
+// NewServer returns a server, with limits on what comes from others: a request has 64 KiB at most
+// and few elements, a connection has to be one of gRPC within 10 seconds.
+func NewServer(opts ...grpc.ServerOption) *grpc.Server {
+	return grpc.NewServer(append([]grpc.ServerOption{
+		grpc.MaxRecvMsgSize(64 << 10), grpc.MaxHeaderListSize(16 << 10), grpc.ForceServerCodecV2(grpclimit.Codec(maxQuestion)),
+		grpc.MaxConcurrentStreams(maxStreams), grpc.ConnectionTimeout(10 * time.Second),
+	}, opts...)...)
 }
 
 // Call does a call within limit. Where it fails, it returns what the other side says, and
@@ -96,6 +110,12 @@ func Silent(at string, st *status.Status, late bool, limit time.Duration, away e
 // ErrAway says that there is no way to what may be on other hosts. It matches
 // [p2p.ErrUnreachable] and [p2p.ErrUnavailable].
 var ErrAway = fmt.Errorf("%w: %w", p2p.ErrUnreachable, p2p.ErrUnavailable)
+
+// Full reports whether Dragonfly says that its disk is full: it has no code for that. In Go and in
+// Rust the words are those of the C library, but for an upper case letter.
+func Full(st *status.Status) bool {
+	return strings.Contains(strings.ToLower(st.Message()), unix.ENOSPC.Error())
+}
 
 // Error returns an error in the form in which Dragonfly's servers send them: of no kind
 // that gRPC has, with a code of their own in the message, [1404], and in a detail.
