@@ -148,6 +148,7 @@ func (d *daemon) openEngine(ctx context.Context, store *pieces.Store, key discov
 			Socket:         d.engine.socket,
 			Schedulers:     split(d.engine.schedulers),
 			LookupTimeout:  d.swarm.lookup,
+			StallTimeout:   6 * d.swarm.stall, // what is waited for is a whole piece, of 64 MiB at most
 			Timeout:        d.engine.timeout,
 			DetectManifest: blobstore.DetectManifest,
 			Log:            d.log,

@@ -104,6 +104,9 @@ func (c *client) call(ctx context.Context, what string, limit time.Duration, awa
 	if code == commonv1.Code_PeerTaskNotFound {
 		return fmt.Errorf("%s: %w: %s", at, p2p.ErrNotFound, st.Message())
 	}
+	if wire.Full(st) {
+		return fmt.Errorf("%s: %w: %s", at, p2p.ErrNoSpace, st.Message())
+	}
 	if err := wire.Silent(at, st, late || code == commonv1.Code_RequestTimeOut, limit, away); err != nil {
 		return err
 	}

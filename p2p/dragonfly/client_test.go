@@ -41,6 +41,7 @@ func TestErrors(t *testing.T) {
 		{status.Error(codes.Canceled, "EOF"), wire.ErrAway, "EOF"},
 		{status.Error(codes.Unknown, "[4000]no peer gave it"), wire.ErrAway, "[4000]no peer gave it"},
 		{detailed(commonv1.Code_SchedTaskStatusError), wire.ErrAway, "some text"},
+		{status.Error(codes.Unknown, "[4000]write /var/lib/dragonfly/x: no space left on device"), p2p.ErrNoSpace, "/var/lib/dragonfly/x"},
 		{status.Error(codes.Unknown, "[1400]output exists"), other, "at /run/s: [1400]output exists"},
 		{status.Error(codes.Unknown, "[x]y"), other, "[x]y"},
 		{status.Error(codes.Unknown, "[1404"), other, "[1404"},
@@ -52,7 +53,7 @@ func TestErrors(t *testing.T) {
 		if err == nil || !strings.Contains(err.Error(), test.says) || !strings.HasPrefix(err.Error(), "stat x: Dragonfly's dfdaemon at /run/s: ") {
 			t.Errorf("%v becomes %v; want %q in it", test.err, err, test.says)
 		}
-		for _, kind := range []error{p2p.ErrNotFound, wire.ErrAway, p2p.ErrUnreachable} {
+		for _, kind := range []error{p2p.ErrNotFound, wire.ErrAway, p2p.ErrUnreachable, p2p.ErrNoSpace} {
 			is := test.want == kind || test.want == wire.ErrAway && kind == p2p.ErrUnreachable
 			if errors.Is(err, kind) != is {
 				t.Errorf("%v becomes %v; is it %q? want %t", test.err, err, kind, is)

@@ -38,6 +38,7 @@ type host struct {
 	t        *testing.T
 	upstream *dragonflytest.Daemon
 	dir      string // of the store
+	maxSize  int64  // of the store; 0 is no limit
 }
 
 // newHost starts a host. It ends with the test.
@@ -56,7 +57,7 @@ func newHost(t *testing.T, cluster *dragonflytest.Cluster, opts dragonfly.Option
 
 func (h *host) open(opts dragonfly.Options) {
 	h.t.Helper()
-	store, err := pieces.Open(h.dir, pieces.Options{})
+	store, err := pieces.Open(h.dir, pieces.Options{MaxSize: h.maxSize})
 	if err != nil {
 		h.t.Fatal(err)
 	}
@@ -300,6 +301,28 @@ func TestSlow(t *testing.T) {
 	}
 	b.requireMissing(task)
 	enginetest.RequireError(t, "import", tryImport(t.Context(), b, task, []byte("data")), p2p.ErrUnavailable, "stored on this host", "import", "no answer within 50ms")
+}
+
+// Dragonfly tells the size of nothing: what there is no room for is not copied, at least, and it is
+// told so where Dragonfly itself has none.
+func TestRoom(t *testing.T) {
+	cluster := new(dragonflytest.Cluster)
+	a := newHost(t, cluster, dragonfly.Options{})
+	b := &host{t: t, upstream: cluster.Start(t), dir: t.TempDir(), maxSize: 4 << 20}
+	b.open(dragonfly.Options{})
+	defer b.Close()
+	task := enginetest.Import(t, a, "t", enginetest.Content(5<<20, 1))
+	_, err := b.fetch(t.Context(), task)
+	enginetest.RequireError(t, "fetch", err, p2p.ErrNoSpace, "of 5242880 bytes")
+	b.requireMissing(task)
+	b.upstream.OnCall(func(_ context.Context, call string) error {
+		if call == "ExportTask" {
+			return status.Error(codes.Unknown, "[4000]write /var/lib/dragonfly/x: no space left on device")
+		}
+		return nil
+	})
+	_, err = b.fetch(t.Context(), task)
+	enginetest.RequireError(t, "fetch", err, p2p.ErrNoSpace, "Dragonfly's dfdaemon at", "/var/lib/dragonfly/x")
 }
 
 // A Dragonfly in a container, which sees other files under the same path, is told of.

@@ -39,8 +39,9 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 // host is a host with an engine on it.
 type host struct {
 	*cluster.Engine
-	t   *testing.T
-	dir string // of the store
+	t       *testing.T
+	dir     string // of the store
+	maxSize int64  // of the store; 0 is no limit
 }
 
 // newHost starts a host of a cluster. It ends with the test.
@@ -59,7 +60,7 @@ func newHost(t *testing.T, opts cluster.Options, schedulers ...*clustertest.Sche
 
 func (h *host) open(opts cluster.Options, schedulers ...*clustertest.Scheduler) {
 	h.t.Helper()
-	store, err := pieces.Open(h.dir, pieces.Options{})
+	store, err := pieces.Open(h.dir, pieces.Options{MaxSize: h.maxSize})
 	if err != nil {
 		h.t.Fatal(err)
 	}
@@ -386,6 +387,31 @@ func TestPiecesAreKept(t *testing.T) {
 		if bad.Served() != 3 || good.Served() != c.want {
 			t.Errorf("%d and %d pieces were fetched, want 3 and %d", bad.Served(), good.Served(), c.want)
 		}
+	}
+}
+
+// What there is no room for is refused before any of it is fetched, whoever tells its size.
+func TestRoom(t *testing.T) {
+	s := clustertest.StartScheduler(t)
+	h := &host{t: t, dir: t.TempDir(), maxSize: 4 << 20}
+	h.open(cluster.Options{}, s)
+	defer h.Close()
+	peer := clustertest.StartPeer(t, s, "peer", clustertest.Honest)
+	data := enginetest.Content(5<<20, 1)
+	task := p2p.Task{Tag: "t", Digest: digest.SHA256.FromBytes(data)}
+	if err := peer.Import(t.Context(), task.Digest.String(), "t", data); err != nil {
+		t.Fatal(err)
+	}
+	for _, vague := range []bool{false, true} {
+		if vague {
+			s.TellNoLengths()
+		}
+		_, err := h.fetch(t.Context(), task)
+		enginetest.RequireError(t, "fetch", err, p2p.ErrNoSpace)
+		if registered := s.Calls("RegisterPeerTask") > 0; registered != vague || peer.Served() > 0 {
+			t.Errorf("begun: %t, %d pieces were asked for; want %t and none", registered, peer.Served(), vague)
+		}
+		h.requireMissing(task)
 	}
 }
 

@@ -177,6 +177,9 @@ func (d *download) use(a *attempt, l layout) error {
 		if len(d.users) > 0 {
 			return errConflict
 		}
+		if err := d.e.Room(d.task, l.length); err != nil { // the scheduler may not have known
+			return err
+		}
 		clear(d.have)
 		if err := d.file.Truncate(l.length); err != nil {
 			return err

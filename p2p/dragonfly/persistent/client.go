@@ -31,6 +31,8 @@ const (
 	service = "dfdaemon.v2.DfdaemonDownload"
 	// maxMessage bounds an answer: a piece has 64 MiB at most.
 	maxMessage = 65 << 20
+	// maxPieces is how many pieces a task can have: 4 TiB of the smallest that Dragonfly makes.
+	maxPieces = 1 << 20
 	// hostID is who asks a scheduler, for its log.
 	hostID = "dfcache"
 )
@@ -138,9 +140,9 @@ func (c *client) upload(ctx context.Context, t p2p.Task, path string, ttl, limit
 	return err
 }
 
-// download writes a task's content to w, piece by piece as they come. It is given up where
+// download writes a task's content of size bytes to w, piece by piece as they come. It is given up where
 // nothing, or next to nothing, comes for as long as stall.
-func (c *client) download(ctx context.Context, t p2p.Task, w io.WriterAt, limit, stall time.Duration) error {
+func (c *client) download(ctx context.Context, t p2p.Task, w io.WriterAt, size int64, limit, stall time.Duration) error {
 	return c.call(ctx, "export "+t.String(), limit, wire.ErrAway, func(ctx context.Context) error {
 		progress := throttle.NewProgress(ctx, stall)
 		defer progress.Stop()
@@ -150,7 +152,7 @@ func (c *client) download(ctx context.Context, t p2p.Task, w io.WriterAt, limit,
 		if err != nil {
 			return err
 		}
-		size, got := int64(-1), int64(0)
+		got := int64(0)
 		seen := map[uint32]bool{}
 		for {
 			var answer *dfdaemonv2.DownloadPersistentCacheTaskResponse
@@ -171,22 +173,26 @@ func (c *client) download(ctx context.Context, t p2p.Task, w io.WriterAt, limit,
 				return err
 			}
 			if start := answer.GetDownloadPersistentCacheTaskStartedResponse(); start != nil {
-				size = int64(start.GetContentLength())
+				if told := start.GetContentLength(); told != uint64(size) {
+					return status.Errorf(codes.Aborted, "it says that there are %d bytes, where its scheduler knows of %d", told, size)
+				}
 				continue
 			}
 			piece := answer.GetDownloadPieceFinishedResponse().GetPiece()
 			offset, data := int64(piece.GetOffset()), piece.GetContent()
-			if len(data) == 0 || offset < 0 || offset > size-int64(len(data)) {
+			if len(data) == 0 || offset < 0 || offset > size-int64(len(data)) || piece.GetNumber() >= maxPieces {
 				return status.Errorf(codes.Aborted, "it has sent piece %d with %d bytes from %d on, of %d in all", piece.GetNumber(), len(data), offset, size)
 			}
 			if seen[piece.GetNumber()] {
 				continue
 			}
 			seen[piece.GetNumber()] = true
+			if got += int64(len(data)); got > size {
+				return status.Errorf(codes.Aborted, "it has sent more than the %d bytes that there are", size)
+			}
 			if _, err := w.WriteAt(data, offset); err != nil {
 				return &ownError{pieces.DiskError(err)}
 			}
-			got += int64(len(data))
 		}
 	})
 }
@@ -249,6 +255,8 @@ func (c *client) call(ctx context.Context, what string, limit time.Duration, awa
 		return fmt.Errorf("%s: %w: %s", at, p2p.ErrNotFound, text)
 	case strings.Contains(text, "cannot upload"):
 		return fmt.Errorf("%s: %w: %s", at, errKnown, text)
+	case wire.Full(st):
+		return fmt.Errorf("%s: %w: %s", at, p2p.ErrNoSpace, text)
 	case st.Code() == codes.Unimplemented:
 		return fmt.Errorf("%s: %w: it has no such call: this needs the API v2 of Dragonfly's dfdaemon in Rust", at, away)
 	}

@@ -209,7 +209,7 @@ func (n network) Bring(ctx context.Context, task p2p.Task) error {
 	}
 	defer os.Remove(f.Name())
 	defer f.Close()
-	if err := n.upstream.download(ctx, task, f, n.opts.Timeout, n.opts.StallTimeout); err != nil {
+	if err := n.upstream.download(ctx, task, f, int64(found.GetContentLength()), n.opts.Timeout, n.opts.StallTimeout); err != nil {
 		return err
 	}
 	err = n.Take(ctx, task, f)

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -39,6 +40,7 @@ type host struct {
 	upstream *persistenttest.Daemon
 	cluster  *persistenttest.Cluster
 	dir      string // of the store
+	maxSize  int64  // of the store; 0 is no limit
 }
 
 // newHost starts a host. It ends with the test, with nothing left that is on its way.
@@ -57,7 +59,7 @@ func newHost(t *testing.T, cluster *persistenttest.Cluster, opts persistent.Opti
 
 func (h *host) open(opts persistent.Options) {
 	h.t.Helper()
-	store, err := pieces.Open(h.dir, pieces.Options{})
+	store, err := pieces.Open(h.dir, pieces.Options{MaxSize: h.maxSize})
 	if err != nil {
 		h.t.Fatal(err)
 	}
@@ -170,6 +172,7 @@ func TestWrongContent(t *testing.T) {
 	a, b := newHost(t, cluster, persistent.Options{}), newHost(t, cluster, persistent.Options{})
 	data := enginetest.Content(9<<20, 1)
 	task := enginetest.Import(t, a, "t", data)
+	var number atomic.Uint32
 	requireMissing := func() {
 		t.Helper()
 		if _, err := b.stat(task, p2p.StatOptions{Scope: p2p.Local}); !errors.Is(err, p2p.ErrNotFound) {
@@ -186,19 +189,30 @@ func TestWrongContent(t *testing.T) {
 	_, err = b.Open(t.Context(), task, p2p.Network)
 	enginetest.RequireError(t, "open what is wrong", err, digest.ErrMismatch, task.Digest.String(), "delete it")
 	requireMissing()
-	for what, change := range map[string]func(*commonv2.Piece){
-		"a piece behind the end":         func(p *commonv2.Piece) { p.Offset += 5 << 20 },
-		"a piece before the beginning":   func(p *commonv2.Piece) { p.Offset = math.MaxUint64 - 10 },
-		"a piece that is shorter":        func(p *commonv2.Piece) { p.Content = p.Content[1:] },
-		"a piece without content":        func(p *commonv2.Piece) { p.Content, p.Length = nil, 0 },
-		"one piece in place of the rest": func(p *commonv2.Piece) { p.Number = 0 },
+	for what, c := range map[string]struct {
+		change func(*commonv2.Piece)
+		says   string
+	}{
+		"a piece behind the end":         {func(p *commonv2.Piece) { p.Offset += 5 << 20 }, "it has sent piece"},
+		"a piece before the beginning":   {func(p *commonv2.Piece) { p.Offset = math.MaxUint64 - 10 }, "it has sent piece"},
+		"a piece that is shorter":        {func(p *commonv2.Piece) { p.Content = p.Content[1:] }, "it has ended after"},
+		"a piece without content":        {func(p *commonv2.Piece) { p.Content, p.Length = nil, 0 }, "with 0 bytes"},
+		"a piece of a large number":      {func(p *commonv2.Piece) { p.Number += 1 << 20 }, "it has sent piece"},
+		"one piece in place of the rest": {func(p *commonv2.Piece) { p.Number = 0 }, "it has ended after"},
+		"the same under another number":  {func(p *commonv2.Piece) { p.Number = number.Add(1) }, "more than the 9437184 bytes"},
+		"a piece that is too large":      {func(p *commonv2.Piece) { p.Content = make([]byte, 66<<20) }, "larger than max"},
 	} {
-		b.upstream.Tamper(change)
+		b.upstream.Tamper(c.change)
 		_, err = b.Open(t.Context(), task, p2p.Network)
-		enginetest.RequireError(t, what, err, p2p.ErrUnreachable)
+		enginetest.RequireError(t, what, err, p2p.ErrUnreachable, c.says)
 		requireMissing()
 	}
 	b.upstream.Tamper(nil)
+	b.upstream.Claim(1 << 50)
+	_, err = b.Open(t.Context(), task, p2p.Network)
+	enginetest.RequireError(t, "open what is longer than the scheduler says", err, p2p.ErrUnreachable, "its scheduler knows of 9437184")
+	requireMissing()
+	b.upstream.Claim(0)
 	b.requireFetched(task, data)
 }
 
@@ -468,6 +482,9 @@ func TestAway(t *testing.T) {
 	absent := p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("absent")}
 	_, err = h.stat(absent, p2p.StatOptions{})
 	enginetest.RequireError(t, "stat that hangs", err, p2p.ErrUnreachable, "no answer within 50ms")
+	h.upstream.Ail()
+	h.upstream.OnCall(nil)
+	enginetest.RequireError(t, "health of one that ails", h.Health(t.Context()), p2p.ErrUnavailable, "NOT_SERVING")
 	h.upstream.OnCall(func(context.Context, string) error { return status.Error(codes.Unimplemented, "unknown service") })
 	_, err = h.stat(absent, p2p.StatOptions{})
 	enginetest.RequireError(t, "stat of an older daemon", err, p2p.ErrUnreachable, "API v2")
@@ -480,6 +497,29 @@ func TestAway(t *testing.T) {
 	h.upstream.Run()
 	cluster.Leave(false)
 	eventually(t, "Dragonfly answers again", func() bool { return h.Health(t.Context()) == nil })
+}
+
+// What there is no room for is refused before any of it is fetched; and where Dragonfly has none
+// itself, that is what is told.
+func TestRoom(t *testing.T) {
+	cluster := persistenttest.StartCluster(t)
+	a := newHost(t, cluster, persistent.Options{})
+	b := &host{t: t, upstream: cluster.Start(t), cluster: cluster, dir: t.TempDir(), maxSize: 4 << 20}
+	b.open(persistent.Options{})
+	defer b.Close()
+	task := enginetest.Import(t, a, "t", enginetest.Content(5<<20, 1))
+	_, err := enginetest.Fetch(t.Context(), b, task)
+	enginetest.RequireError(t, "fetch", err, p2p.ErrNoSpace)
+	if n := b.upstream.Calls("DownloadPersistentCacheTask"); n > 0 {
+		t.Errorf("it was asked for %d times", n)
+	}
+	b.upstream.OnCall(func(_ context.Context, call string) error {
+		if call == "UploadPersistentCacheTask" {
+			return status.Error(codes.Internal, "No space left on device (os error 28)")
+		}
+		return nil
+	})
+	enginetest.RequireError(t, "import", tryImport(b, p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("data")}, []byte("data")), p2p.ErrNoSpace, "stored on this host")
 }
 
 // A byte now and then does not hold a fetch up until it is over.

@@ -340,6 +340,9 @@ func (e *Engine) Take(ctx context.Context, task p2p.Task, f *os.File) error {
 	if err != nil {
 		return err
 	}
+	if err := e.Room(task, info.Size()); err != nil {
+		return err
+	}
 	if _, err := f.Seek(0, io.SeekStart); err != nil {
 		return err
 	}

@@ -57,6 +57,7 @@ type Scheduler struct {
 	before  map[string]func()
 	direct  []byte // sent in place of tiny content
 	lose    int    // downloads
+	vague   bool
 }
 
 type task struct {
@@ -156,6 +157,13 @@ func (s *Scheduler) Lose(n int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.lose = n
+}
+
+// TellNoLengths has the scheduler not know how long anything is.
+func (s *Scheduler) TellNoLengths() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.vague = true
 }
 
 // Await waits until ok, which is called with each call of the scheduler.
@@ -361,8 +369,12 @@ func (s *Scheduler) StatTask(ctx context.Context, req *schedulerv1.StatTaskReque
 		return nil, Error(commonv1.Code_PeerTaskNotFound, "task not found")
 	}
 	done := slices.ContainsFunc(t.peers, func(m *member) bool { return m.done })
+	length := t.length
+	if s.vague {
+		length = -1
+	}
 	return &schedulerv1.Task{
-		Id: req.GetTaskId(), Type: commonv1.TaskType_DfCache, ContentLength: t.length, TotalPieceCount: t.total,
+		Id: req.GetTaskId(), Type: commonv1.TaskType_DfCache, ContentLength: length, TotalPieceCount: t.total,
 		State: "Succeeded", PeerCount: int32(len(t.peers)), HasAvailablePeer: done,
 	}, nil
 }

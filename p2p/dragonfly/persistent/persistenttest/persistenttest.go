@@ -8,6 +8,7 @@
 package persistenttest
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -75,6 +76,8 @@ type Daemon struct {
 	made      int
 	change    func(*commonv2.Piece)
 	short     bool
+	claimed   uint64
+	healthy   *health.Server
 	contained bool
 	oldIDs    bool
 }
@@ -102,6 +105,7 @@ func (c *Cluster) Start(t testing.TB) *Daemon {
 		healthy := health.NewServer()
 		healthy.SetServingStatus(dfdaemonv2.DfdaemonDownload_ServiceDesc.ServiceName, healthpb.HealthCheckResponse_SERVING)
 		healthpb.RegisterHealthServer(server, healthy)
+		d.set(func() { d.healthy = healthy })
 	})
 	c.mu.Lock()
 	c.daemons = append(c.daemons, d)
@@ -154,6 +158,12 @@ func (d *Daemon) Tamper(change func(*commonv2.Piece)) { d.set(func() { d.change 
 
 // Shorten has the daemon end what it sends before the last piece, or, with false, not.
 func (d *Daemon) Shorten(short bool) { d.set(func() { d.short = short }) }
+
+// Claim has the daemon say that what it sends has n bytes, whatever it has.
+func (d *Daemon) Claim(n uint64) { d.set(func() { d.claimed = n }) }
+
+// Ail has the daemon say that it can't serve, until it is run again.
+func (d *Daemon) Ail() { d.set(func() { d.healthy.Shutdown() }) }
 
 // Contain has the daemon see other directories than its callers.
 func (d *Daemon) Contain() { d.set(func() { d.contained = true }) }
@@ -299,14 +309,14 @@ func (d *Daemon) DownloadPersistentCacheTask(req *dfdaemonv2.DownloadPersistentC
 		}
 	}
 	d.mu.Lock()
-	change, short := d.change, d.short
+	change, short, length := d.change, d.short, cmp.Or(d.claimed, t.GetContentLength())
 	d.mu.Unlock()
 	send := func(answer *dfdaemonv2.DownloadPersistentCacheTaskResponse) error {
 		answer.HostId, answer.TaskId, answer.PeerId = "host", id, "peer"
 		return stream.Send(answer)
 	}
 	err = send(&dfdaemonv2.DownloadPersistentCacheTaskResponse{Response: &dfdaemonv2.DownloadPersistentCacheTaskResponse_DownloadPersistentCacheTaskStartedResponse{
-		DownloadPersistentCacheTaskStartedResponse: &dfdaemonv2.DownloadPersistentCacheTaskStartedResponse{ContentLength: t.GetContentLength()},
+		DownloadPersistentCacheTaskStartedResponse: &dfdaemonv2.DownloadPersistentCacheTaskStartedResponse{ContentLength: length},
 	}})
 	if err != nil {
 		return err
@@ -374,6 +384,9 @@ func (c *Cluster) DeletePersistentCacheTask(_ context.Context, req *schedulerv2.
 		return nil, status.Error(codes.Unavailable, "it shuts down")
 	}
 	c.deletes++
+	if c.tasks[req.GetTaskId()] == nil {
+		return nil, status.Error(codes.NotFound, "there is no such task")
+	}
 	delete(c.tasks, req.GetTaskId())
 	for _, d := range c.daemons {
 		d.mu.Lock()
