@@ -151,3 +151,75 @@ func TestLightChangesDoNotWait(t *testing.T) {
 	close(looked)
 	all.Wait()
 }
+
+// TestWeightOfDeletes: a delete that lets go of much is no light change, nor is a move of a name
+// away from it.
+func TestWeightOfDeletes(t *testing.T) {
+	s := newStore(t)
+	var refs []digest.Digest
+	for i := range 2 * updateLimit {
+		refs = append(refs, digest.SHA256.FromString(fmt.Sprint(i)))
+	}
+	commit := func(content, name string, m *p2p.NewManifest) digest.Digest {
+		in, err := s.Ingest(t.Context())
+		if err != nil {
+			t.Error(err)
+			return ""
+		}
+		defer in.Close()
+		added, err := in.Add(strings.NewReader(content), p2p.AddOptions{})
+		if err == nil {
+			err = in.Commit(p2p.Commit{
+				Tasks: []p2p.NewTask{{Task: p2p.Task{Tag: "t", Digest: added.Digest}, Manifest: m, Keep: p2p.KeepHeld}},
+				Names: []p2p.NewName{{Tag: "t", Name: name, Digest: added.Digest}},
+			})
+		}
+		if err != nil {
+			t.Error(err)
+		}
+		return added.Digest
+	}
+	named := func(name string) digest.CID {
+		cid, err := digest.ParseCID(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return cid
+	}
+	for what, change := range map[string]func() error{
+		"delete of the name": func() error { _, err := s.Delete(t.Context(), "t", named("v1"), p2p.DeleteOptions{}); return err },
+		"delete for all": func() error {
+			_, _, err := s.DeleteForAll(t.Context(), "t", named("v1"), p2p.DeleteOptions{})
+			return err
+		},
+		"delete of a peer": func() error {
+			_, err := s.ApplyDelete(t.Context(), Delete{Tag: "t", CID: named("v1"), At: time.Now(), Made: time.Now()})
+			return err
+		},
+		"move of the name": func() error { commit("other", "v1", nil); return nil },
+	} {
+		commit("manifest", "v1", &p2p.NewManifest{Refs: refs})
+		s.updates.mu.Lock()
+		s.updates.running = make(chan struct{}, 1)
+		s.updates.mu.Unlock()
+		s.updates.running <- struct{}{} // a change is under way
+		ended := make(chan error, 1)
+		go func() { ended <- change() }()
+		weight := 0
+		for weight == 0 {
+			s.updates.mu.Lock()
+			if len(s.updates.waiting) > 0 {
+				weight = s.updates.waiting[0].weight
+			}
+			s.updates.mu.Unlock()
+			time.Sleep(time.Millisecond)
+		}
+		if weight < len(refs) {
+			t.Errorf("a %s of a manifest that refers to %d has weight %d", what, len(refs), weight)
+		}
+		<-s.updates.running
+		if err := <-ended; err != nil {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+}

@@ -259,7 +259,7 @@ func (s *Store) DeleteForAll(ctx context.Context, tag string, cid digest.CID, op
 	}
 	defer s.end()
 	var removed removal
-	err = s.free(func(tx *bbolt.Tx) error {
+	err = s.free(s.weighDelete(tag, cid), func(tx *bbolt.Tx) error {
 		removed, result, deletes = s.newRemoval(), DeleteResult{News: true}, nil
 		d := Delete{Tag: tag, CID: cid, Made: s.now(), Force: opts.Force, NameOnly: opts.NameOnly}
 		for _, v := range seen {
@@ -320,7 +320,7 @@ func (s *Store) ApplyDelete(ctx context.Context, d Delete) (result DeleteResult,
 	}
 	defer s.end()
 	var removed removal
-	err = s.free(func(tx *bbolt.Tx) (err error) {
+	err = s.free(s.weighDelete(d.Tag, d.CID), func(tx *bbolt.Tx) (err error) {
 		removed, result = s.newRemoval(), DeleteResult{}
 		var all Delete
 		if all, result.News, err = remember(tx, d); err != nil {
@@ -506,7 +506,7 @@ func (s *Store) ForgetDeletes(ctx context.Context, before time.Time) (n int, err
 		return 0, err
 	}
 	defer s.end()
-	err = s.free(func(tx *bbolt.Tx) error {
+	err = s.free(1, func(tx *bbolt.Tx) error {
 		n = 0
 		type old struct {
 			k      []byte

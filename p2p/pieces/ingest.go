@@ -471,7 +471,7 @@ func (in *ingest) Commit(c p2p.Commit) error {
 	err := in.publish(fresh)
 	var removed removal
 	if err == nil {
-		err = in.s.updateMuch(weight(c), func(tx *bbolt.Tx) error {
+		err = in.s.updateMuch(in.s.weigh(c), func(tx *bbolt.Tx) error {
 			removed = in.s.newRemoval()
 			return removed.commit(tx, c, fresh)
 		})
@@ -499,9 +499,15 @@ func (in *ingest) Commit(c p2p.Commit) error {
 	return nil
 }
 
-// weight says how much work a commit is for the transaction.
-func weight(c p2p.Commit) int {
-	n := len(c.Tasks) + len(c.Names)
+// weigh says how much work a commit is for the transaction.
+func (s *Store) weigh(c p2p.Commit) int {
+	n := len(c.Tasks)
+	for _, name := range c.Names {
+		cid, err := digest.ParseCID(name.Name)
+		if err == nil { // validate has seen it
+			n += s.weighDelete(name.Tag, cid)
+		}
+	}
 	for _, t := range c.Tasks {
 		if t.Manifest != nil {
 			n += len(t.Manifest.Refs)

@@ -186,7 +186,7 @@ func (s *Store) releaseSpared() error {
 		return err
 	}
 	var removed removal
-	err = s.free(func(tx *bbolt.Tx) error {
+	err = s.free(1, func(tx *bbolt.Tx) error {
 		removed = s.newRemoval()
 		var ended []p2p.Task
 		scan(tx, bucketSpared, nil, func(k, _ []byte) bool {

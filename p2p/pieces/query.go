@@ -256,7 +256,7 @@ func (s *Store) DeleteTasks(ctx context.Context, tag string, cid digest.CID, opt
 		return p2p.Deleted{}, nil, err
 	}
 	var removed removal
-	err := s.free(func(tx *bbolt.Tx) error {
+	err := s.free(s.weighDelete(tag, cid), func(tx *bbolt.Tx) error {
 		removed = s.newRemoval()
 		return removed.delete(tx, tag, cid, opts)
 	})
@@ -267,6 +267,22 @@ func (s *Store) DeleteTasks(ctx context.Context, tag string, cid digest.CID, opt
 		s.dropLoose()
 	}
 	return removed.deleted(), removed.tasks, nil
+}
+
+// weighDelete says how much work it is for the transaction to delete what cid names, or to move a name
+// elsewhere: a manifest lets go of all that it refers to.
+func (s *Store) weighDelete(tag string, cid digest.CID) int {
+	records := 1
+	_ = s.view(func(tx *bbolt.Tx) error { // what fails here fails there, too
+		task, err := resolve(tx, tag, cid)
+		if err != nil {
+			return err
+		}
+		record, _, err := get[taskRecord](tx, bucketTasks, taskKey(task))
+		records += len(record.Refs)
+		return err
+	})
+	return records
 }
 
 // delete removes what cid names.

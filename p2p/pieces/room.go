@@ -159,11 +159,11 @@ func (s *Store) reserveBlocks() {
 	_ = unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_KEEP_SIZE, 0, stat.Size+reserveSize)
 }
 
-// free is update for what frees room: where there is none for the change itself, partial blobs
+// free is updateMuch for what frees room: where there is none for the change itself, partial blobs
 // and then the reserve make some.
-func (s *Store) free(f func(tx *bbolt.Tx) error) error {
+func (s *Store) free(records int, f func(tx *bbolt.Tx) error) error {
 	for {
-		err := s.update(f)
+		err := s.updateMuch(records, f)
 		if !errors.Is(err, p2p.ErrNoSpace) || !s.dropOldestPartial() && os.Remove(s.path("reserve")) != nil {
 			return err
 		}

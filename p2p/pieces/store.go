@@ -515,7 +515,7 @@ func (s *Store) unlink(blobs []digest.Digest) (trash []string, err error) {
 	s.holdMu.Lock()
 	defer s.holdMu.Unlock()
 	var gone []digest.Digest
-	err = s.free(func(tx *bbolt.Tx) error {
+	err = s.free(len(blobs), func(tx *bbolt.Tx) error {
 		gone = gone[:0]
 		for _, d := range blobs {
 			if hasAny(tx, bucketHolders, prefix(string(d))) {
