@@ -25,6 +25,9 @@ const readyFD = 3
 // readyLine is what it says. With --launched a [Launched] in JSON follows.
 const readyLine = "ready\n"
 
+// usageExit is the exit code of a daemon that does not take its flags.
+const usageExit = 2
+
 // maxReady bounds, in bytes, what a daemon can say.
 const maxReady = 64 << 10
 
@@ -158,6 +161,8 @@ func start(ctx context.Context, opts LaunchOptions) (Launched, error) {
 	}
 	if err == nil {
 		err = errors.New("exit status 0")
+	} else if failed, ok := errors.AsType[*exec.ExitError](err); ok && failed.ExitCode() == usageExit {
+		advice += ", and whether " + program + " is of the same version as this program"
 	}
 	return Launched{}, fmt.Errorf("%w: it ended before it was ready (%w): %s", p2p.ErrUnavailable, err, advice)
 }

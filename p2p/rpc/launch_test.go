@@ -169,7 +169,7 @@ func TestLaunchFails(t *testing.T) {
 	}
 	opts = launchOptions(t, "dies")
 	_, err = Launch(t.Context(), opts)
-	if !errors.Is(err, p2p.ErrUnavailable) || !strings.Contains(err.Error(), "exit status 2") || !strings.Contains(err.Error(), "see "+opts.LogPath) {
+	if !errors.Is(err, p2p.ErrUnavailable) || !strings.Contains(err.Error(), "exit status 2") || !strings.Contains(err.Error(), "see "+opts.LogPath+", and whether "+opts.Path+" is of the same version") {
 		t.Errorf("got %v", err)
 	}
 	if log, err := os.ReadFile(opts.LogPath); err != nil || !strings.Contains(string(log), "panic: at the disco") {
