@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"sync"
 
+	"golang.org/x/sys/unix"
 	"gopkg.in/natefinch/lumberjack.v2"
 
 	"github.com/dfcache/dfcache/cmd/internal/exit"
@@ -65,14 +66,17 @@ type file struct {
 	lumberjack.Logger
 	name     string
 	warn     io.Writer
-	create   sync.Once
+	created  bool // guarded by the handler, which writes one line at a time
 	warnOnce sync.Once
 }
 
 func (f *file) Write(line []byte) (int, error) {
 	var err error
-	f.create.Do(func() { err = create(f.Filename) })
-	if err == nil {
+	if !f.created {
+		err = create(f.Filename)
+		f.created = err == nil
+	}
+	if f.created {
 		_, err = f.Logger.Write(line)
 	}
 	if err != nil {
@@ -86,14 +90,19 @@ func (f *file) Write(line []byte) (int, error) {
 // create makes sure that the file is there, with the rights it should have.
 // Lumberjack would do it, but lets everybody into the directory, and opens a
 // new file in a way that commands that log at the same time overwrite each
-// other's lines.
+// other's lines. And it would wait for who reads a named pipe.
 func create(name string) error {
 	if err := dirs.Make(filepath.Dir(name), 0o750); err != nil {
 		return err
 	}
-	f, err := os.OpenFile(name, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	f, err := os.OpenFile(name, os.O_CREATE|os.O_WRONLY|os.O_APPEND|unix.O_NONBLOCK, 0o600)
 	if err != nil {
 		return err
 	}
-	return f.Close()
+	defer f.Close()
+	info, err := f.Stat()
+	if err == nil && info.Mode()&os.ModeNamedPipe != 0 {
+		err = fmt.Errorf("%s is a named pipe", name)
+	}
+	return err
 }

@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
 
 	"github.com/dfcache/dfcache/cmd/internal/exit"
 	"github.com/dfcache/dfcache/cmd/internal/logs"
@@ -162,5 +163,35 @@ func TestInvalid(t *testing.T) {
 		if _, _, err := logs.Open(o); exit.Code(err) != exit.Invalid {
 			t.Errorf("%+v: %v", o, err)
 		}
+	}
+}
+
+// A named pipe in the place of the log is not waited for, whether or not somebody reads it.
+func TestPipe(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "x.log")
+	if err := unix.Mkfifo(path, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var warn bytes.Buffer
+	log := open(t, logs.Options{Dir: dir, Name: "x", Warn: &warn})
+	log.Info("one")
+	log.Info("two")
+	r, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	log.Info("three")
+	if strings.Count(warn.String(), "the log can't be written: ") != 1 {
+		t.Errorf("told: %s", &warn)
+	}
+	// What is put in its place is written to.
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	log.Info("four")
+	if content, err := os.ReadFile(path); err != nil || !bytes.Contains(content, []byte("four")) {
+		t.Errorf("logged: %s, %v", content, err)
 	}
 }
