@@ -27,7 +27,7 @@ func writeFile(path string, opts ExportOptions, write func(*os.File) error) erro
 	case errors.Is(err, fs.ErrNotExist):
 		// A dangling link is in the way too: it is not ours to follow or to replace.
 		if _, err := os.Lstat(path); err == nil {
-			return fmt.Errorf("output %s: %w: it is a link to nothing", path, fs.ErrExist)
+			return fmt.Errorf("output %s: %w: it is a link to nothing: remove it, or name another output", path, fs.ErrExist)
 		}
 	case err != nil:
 		return fmt.Errorf("output: %w", err)
@@ -254,7 +254,7 @@ func writeDir(path string, opts ExportOptions, files []File, write func(File, *o
 	switch info, err := os.Stat(path); {
 	case errors.Is(err, fs.ErrNotExist):
 		if _, err := os.Lstat(path); err == nil {
-			return fmt.Errorf("output %s: %w: it is a link to nothing", path, fs.ErrExist)
+			return fmt.Errorf("output %s: %w: it is a link to nothing: remove it, or name another output", path, fs.ErrExist)
 		}
 		exists = false
 	case err != nil:

@@ -83,6 +83,9 @@ func localFlag(cmd *cobra.Command, lookup *blobstore.Lookup) {
 }
 
 func (s *session) exportFile(ctx context.Context, output string, opts blobstore.ExportOptions) error {
+	if output == "-" && isClosed(s.stdout) {
+		return exit.Usage(errors.New("standard output is closed: there is nowhere to export to"))
+	}
 	repo, done, err := s.repository(ctx)
 	if err != nil {
 		return err
