@@ -137,7 +137,7 @@ func addrOf(a net.Addr) netip.AddrPort {
 		return netip.AddrPort{}
 	}
 	at := tcp.AddrPort()
-	return netip.AddrPortFrom(at.Addr().Unmap().WithZone(""), at.Port())
+	return netip.AddrPortFrom(at.Addr().Unmap(), at.Port())
 }
 
 // overflow is the number that the kernel gives all users who have none in the user namespace of

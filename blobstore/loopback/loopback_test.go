@@ -43,7 +43,9 @@ func accept(t *testing.T, network, at string, dial func(network, at string) (net
 }
 
 // dialAs dials as another user.
-func dialAs(uid int) func(network, at string) (net.Conn, error) {
+func dialAs(uid int) func(network, at string) (net.Conn, error) { return dialAsWith(uid, net.Dial) }
+
+func dialAsWith(uid int, dial func(network, at string) (net.Conn, error)) func(network, at string) (net.Conn, error) {
 	return func(network, at string) (net.Conn, error) {
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
@@ -51,7 +53,7 @@ func dialAs(uid int) func(network, at string) (net.Conn, error) {
 			return nil, err
 		}
 		defer unix.SetfsuidRetUid(os.Geteuid())
-		return net.Dial(network, at)
+		return dial(network, at)
 	}
 }
 
@@ -79,6 +81,9 @@ func TestUserOf(t *testing.T) {
 func TestUserOfClosed(t *testing.T) {
 	theirs, ours := accept(t, "tcp4", "127.0.0.1:0", net.Dial)
 	theirs.(*net.TCPConn).CloseWrite()
+	for state(t, theirs) != finWait2 { // until the other side's kernel has said that it knows
+		runtime.Gosched()
+	}
 	if uid, err := userOf(ours); err != nil || uid != os.Geteuid() {
 		t.Errorf("half closed: user %d, %v", uid, err)
 	}
@@ -97,6 +102,70 @@ func TestUserOfClosed(t *testing.T) {
 	defer b.Close()
 	if uid, err := userOf(a); !errors.Is(err, ErrUnknown) {
 		t.Errorf("not TCP: user %d, %v", uid, err)
+	}
+}
+
+// state returns the state of a connection.
+func state(t *testing.T, c net.Conn) (state uint8) {
+	t.Helper()
+	raw, err := c.(*net.TCPConn).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	controlErr := raw.Control(func(fd uintptr) {
+		var info *unix.TCPInfo
+		if info, err = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO); err == nil {
+			state = info.State
+		}
+	})
+	if err := errors.Join(err, controlErr); err != nil {
+		t.Fatal(err)
+	}
+	return state
+}
+
+// A port can have connections of several users, to several servers.
+func TestUserOfSharedPort(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("to be another user needs root")
+	}
+	_, port, _ := net.SplitHostPort(func() string {
+		l, err := net.Listen("tcp4", "127.0.0.1:0") // one that is free
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		return l.Addr().String()
+	}())
+	shared := &net.Dialer{Control: func(_, _ string, c syscall.RawConn) (err error) {
+		controlErr := c.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEADDR, 1) })
+		return errors.Join(controlErr, err)
+	}}
+	if n, err := strconv.Atoi(port); err == nil {
+		shared.LocalAddr = &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: n}
+	}
+	uids := []int{12345, 0, 12346}
+	var servers []net.Conn
+	for _, uid := range uids {
+		_, ours := accept(t, "tcp4", "127.0.0.1:0", dialAsWith(uid, shared.Dial))
+		servers = append(servers, ours)
+	}
+	for i, want := range uids {
+		if uid, err := userOf(servers[i]); err != nil || uid != want {
+			t.Errorf("user %d, %v; want %d", uid, err, want)
+		}
+	}
+}
+
+// It is looked once for each connection: what it was when its first request came counts.
+func TestUserOnce(t *testing.T) {
+	theirs, ours := accept(t, "tcp4", "127.0.0.1:0", net.Dial)
+	r := httptest.NewRequest("GET", "/", nil).WithContext(ConnContext(t.Context(), ours))
+	for range 2 {
+		if uid, err := User(r); err != nil || uid != os.Geteuid() {
+			t.Errorf("user %d, %v", uid, err)
+		}
+		theirs.Close()
 	}
 }
 

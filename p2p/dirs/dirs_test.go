@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 
@@ -59,6 +60,9 @@ func TestMake(t *testing.T) {
 	try("file", syscall.ENOTDIR)
 	try("file/a", syscall.ENOTDIR)
 	try("link", fs.ErrNotExist)
+	if err := Make(filepath.Join(dir, "link"), 0o700); err == nil || !strings.Contains(err.Error(), "link is a link to nothing") {
+		t.Errorf("Make link: %v", err)
+	}
 	if err := Make(filepath.Join(dir, "link", "a"), 0o700); !errors.Is(err, fs.ErrNotExist) { // below a root the link is followed
 		t.Errorf("Make link/a: %v", err)
 	}

@@ -5,6 +5,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -38,6 +39,16 @@ func TestRead(t *testing.T) {
 	}
 	if _, _, err := Read(path, 5); err == nil || !strings.Contains(err.Error(), "larger than 5 bytes") {
 		t.Errorf("too large: %v", err)
+	}
+	if err := os.Truncate(path, 1<<30); err != nil {
+		t.Fatal(err)
+	}
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	_, _, err := Read(path, 5)
+	runtime.ReadMemStats(&after)
+	if took := after.TotalAlloc - before.TotalAlloc; err == nil || took > 1<<20 {
+		t.Errorf("1 GiB is read, which takes %d bytes: %v", took, err)
 	}
 	if _, _, err := Read(path+"x", 5); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("none: %v", err)
