@@ -152,6 +152,58 @@ func TestCheckDirOfDamagedMetadata(t *testing.T) {
 	}
 }
 
+// TestNotOurs: what somebody has made in the store's directories keeps nobody from opening it, and
+// directories stay.
+func TestNotOurs(t *testing.T) {
+	dir := t.TempDir()
+	requireCleanAfterOpen(t, dir)
+	pipes := []string{"reserve", "ingest/pipe", "partial/pipe", "partial/sha256." + digest.SHA256.FromString("x").Encoded()}
+	if err := os.Remove(filepath.Join(dir, "reserve")); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range pipes {
+		if err := unix.Mkfifo(filepath.Join(dir, name), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	directories := []string{"ingest/lost+found/x", "partial/lost+found/x", "partial/sha256." + digest.SHA256.FromString("y").Encoded() + "/x"}
+	for _, name := range directories {
+		if err := os.MkdirAll(filepath.Join(dir, name), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	opened := make(chan error, 1)
+	go func() {
+		s, err := Open(dir, Options{})
+		if err == nil {
+			err = s.Close()
+		}
+		opened <- err
+	}()
+	select {
+	case err := <-opened:
+		if err != nil {
+			t.Fatal(err)
+		}
+	case <-time.After(20 * time.Second):
+		t.Fatal("it waits for whoever reads from a pipe")
+	}
+	for _, name := range pipes {
+		if info, err := os.Lstat(filepath.Join(dir, name)); err == nil && !info.Mode().IsRegular() {
+			t.Errorf("%s is still there", name)
+		}
+	}
+	for _, name := range directories {
+		if _, err := os.Stat(filepath.Join(dir, name)); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := os.RemoveAll(filepath.Join(dir, "ingest", "lost+found")); err != nil {
+		t.Fatal(err)
+	}
+	requireCleanAfterOpen(t, dir)
+}
+
 // TestNotAFile: what somebody puts in the place of a blob's file is damage of that blob; it
 // holds nobody up, and importing the content again replaces it.
 func TestNotAFile(t *testing.T) {

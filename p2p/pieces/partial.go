@@ -488,9 +488,13 @@ func (s *Store) findPartials() error {
 		return err
 	}
 	for _, e := range entries {
+		if e.IsDir() {
+			s.log.Warn("somebody has made a directory where content arrives; it is left as it is", "directory", s.path("partial", e.Name()))
+			continue
+		}
 		alg, hex, _ := strings.Cut(e.Name(), ".")
 		d, err := digest.Parse(alg + ":" + hex)
-		if err != nil {
+		if err != nil || !e.Type().IsRegular() {
 			base, beside := strings.CutSuffix(e.Name(), tableSuffix)
 			if !beside {
 				base, beside = strings.CutSuffix(e.Name(), tagsSuffix)

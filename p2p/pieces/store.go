@@ -286,6 +286,10 @@ func (s *Store) recover() error {
 	}
 	// The markers go only now that nothing depends on them.
 	for _, e := range entries {
+		if e.IsDir() {
+			s.log.Warn("somebody has made a directory where content arrives; it is left as it is", "directory", s.path("ingest", e.Name()))
+			continue
+		}
 		if err := s.files.Remove(s.path("ingest", e.Name())); err != nil && !isMissing(err) {
 			return err
 		}
