@@ -64,7 +64,11 @@ func (o *options) fsck(cmd *cobra.Command, format format) error {
 	defer closeLog()
 	out := cmd.OutOrStdout()
 	result := fsckResult{Problems: []pieces.Problem{}}
+	advice := "import the files of damaged blobs again; a stray file can be removed"
 	sum, err := pieces.CheckDir(ctx, o.dataDir, func(p pieces.Problem) {
+		if p.Kind == pieces.KindMetadata {
+			advice = "put meta.db back from a copy, or start with an empty data directory and import the files in blobs/ of this one; remove nothing before"
+		}
 		log.Warn("problem", "kind", p.Kind, "digest", p.Digest, "piece", p.Piece, "path", p.Path, "detail", p.Detail)
 		if format == "json" {
 			result.Problems = append(result.Problems, p)
@@ -87,7 +91,7 @@ func (o *options) fsck(cmd *cobra.Command, format format) error {
 		return err
 	}
 	if sum.Problems > 0 {
-		return fmt.Errorf("the data directory %s is %w: import the files of damaged blobs again; a stray file can be removed; damaged metadata needs a copy of meta.db, or a new data directory", o.dataDir, digest.ErrCorrupt)
+		return fmt.Errorf("the data directory %s is %w: %s", o.dataDir, digest.ErrCorrupt, advice)
 	}
 	return nil
 }
