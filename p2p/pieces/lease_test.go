@@ -105,20 +105,23 @@ func TestLeaseOutlivesSetClocks(t *testing.T) {
 			return s
 		}
 		s := reopen(time.Hour)
-		layer, other := pushed(t, s, "layer"), pushed(t, s, "other")
-		manifest := pushed(t, s, "manifest", layer, other)
+		layer, before, since := pushed(t, s, "layer"), pushed(t, s, "asked before"), pushed(t, s, "asked since")
+		manifest := pushed(t, s, "manifest", layer, before, since)
 		pushed(t, s, "layer")
-		if err := asked(t, s, other); err != nil {
+		if err := asked(t, s, before); err != nil {
 			t.Fatal(err)
 		}
 		ahead = jump
+		if err := asked(t, s, since); err != nil {
+			t.Fatal(err)
+		}
 		deleteTask(t, s, manifest)
-		for _, task := range []p2p.Task{layer, other} {
+		for _, task := range []p2p.Task{layer, before, since} {
 			if !isHere(t, s, task) {
 				t.Errorf("the clock was set by %v, and %s is gone", jump, task)
 			}
 		}
-		manifest = pushed(t, s, "manifest", layer, other)
+		manifest = pushed(t, s, "manifest", layer)
 		pushed(t, s, "layer")
 		s.Close()
 

@@ -17,6 +17,7 @@ import (
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/pieces"
 )
 
 // clock is one that is wrong by so much.
@@ -183,6 +184,29 @@ func TestClocksApart(t *testing.T) {
 	}
 }
 
+// What is done here is dated by the time that others have, while they are there and when
+// they are away; and by the clock of this host as soon as that is set.
+func TestTimeOfOthers(t *testing.T) {
+	for _, away := range []bool{false, true} {
+		h := newHub()
+		var wrong clock
+		wrong.set(year)
+		h.start(t)
+		h.start(t)
+		c := h.start(t, wrong.with)
+		right := func() bool { return c.now().Sub(time.Now()).Abs() < maxSkew }
+		eventually(t, "it does not know what time others have", right)
+		h.setCut(func(x, y peer.ID) bool { return away })
+		if !right() {
+			t.Errorf("away %v: its time is %v", away, c.now())
+		}
+		wrong.set(0)
+		if !right() {
+			t.Errorf("away %v: its clock was set right, and its time is %v", away, c.now())
+		}
+	}
+}
+
 // What two hosts have moved is told when they meet, also where one was started again
 // since, and nobody looks the name up.
 func TestConflictsOfEarlierRuns(t *testing.T) {
@@ -283,14 +307,46 @@ func TestDeleteFromTheFuture(t *testing.T) {
 func TestStampsAreBounded(t *testing.T) {
 	far, before := time.Date(9500, 1, 1, 0, 0, 0, 0, time.UTC), time.Unix(-1, 0)
 	for _, at := range []time.Time{far, before} {
-		for _, m := range []deleteMessage{{At: at}, {At: time.Now(), After: at}} {
+		for _, m := range []deleteMessage{{At: at}, {At: time.Now(), After: at}, {At: time.Now(), Seen: []time.Time{time.Now(), at}}} {
 			m.CID = "v1"
 			if _, err := m.parse(time.Now()); !errors.Is(err, errMessage) {
 				t.Errorf("a delete %+v: %v", m, err)
 			}
 		}
 	}
+	for _, m := range []deleteMessage{
+		{},
+		{At: time.Now(), Age: -1},
+		{At: time.Now(), Age: maxAge + 1},
+		{At: time.Now(), Seen: make([]time.Time, pieces.MaxSeen+1)},
+	} {
+		m.CID = "v1"
+		if _, err := m.parse(time.Now()); !errors.Is(err, errMessage) {
+			t.Errorf("a delete %+v: %v", m, err)
+		}
+	}
 	h := newHub()
+	for _, at := range []time.Time{far, before} {
+		for _, v := range []deleteResult{{Newer: at}, {Newer: time.Now(), NewerAfter: at}} {
+			liar := h.start(t, answering(pathDeletes, deletesResult{Results: []deleteResult{v}}))
+			a := h.start(t)
+			task := a.add(t, "d", content(1000, 1))
+			deleted := a.delete(t, "d", string(task.Digest), p2p.DeleteOptions{})
+			d, err := a.store.Deleted(t.Context(), "d", digest.FromDigest(task.Digest))
+			if err != nil || checkStamps(d.At, d.After) != nil || d.At.After(time.Now().Add(time.Hour)) || len(deleted.Missed) != 1 {
+				t.Errorf("a peer says %+v: the delete is %+v, %v, and %+v", v, d, err, deleted)
+			}
+			liar.Close()
+			a.Close()
+		}
+		e := newPeerTable().get("p")
+		for _, h := range []*hello{{Clock: at}, {date: at.UTC().Format(http.TimeFormat)}} {
+			e.clocked(h, time.Now(), time.Now())
+			if skew, known := e.skew(readClock(time.Now)); known {
+				t.Errorf("a peer says that it is %v, and is believed to be %v ahead", at, skew)
+			}
+		}
+	}
 	for i, reply := range []findReply{
 		{Names: []*nameState{{Digest: digest.SHA256.FromString("x"), Updated: far}}},
 		{Names: []*nameState{{Digest: digest.SHA256.FromString("x"), Updated: time.Now(), After: far}}},
