@@ -185,24 +185,26 @@ func TestClocksApart(t *testing.T) {
 }
 
 // What is done here is dated by the time that others have, while they are there and when
-// they are away; and by the clock of this host as soon as that is set.
+// they are away, and however the clock of this host is set meanwhile.
 func TestTimeOfOthers(t *testing.T) {
 	for _, away := range []bool{false, true} {
 		h := newHub()
 		var wrong clock
+		var log record
 		wrong.set(year)
 		h.start(t)
 		h.start(t)
-		c := h.start(t, wrong.with)
+		c := h.start(t, wrong.with, log.with)
 		right := func() bool { return c.now().Sub(time.Now()).Abs() < maxSkew }
-		eventually(t, "it does not know what time others have", right)
+		eventually(t, "it does not know what time others have", func() bool { return log.has("clocks of this host and of a peer differ") })
 		h.setCut(func(x, y peer.ID) bool { return away })
 		if !right() {
 			t.Errorf("away %v: its time is %v", away, c.now())
 		}
-		wrong.set(0)
-		if !right() {
-			t.Errorf("away %v: its clock was set right, and its time is %v", away, c.now())
+		for _, ahead := range []time.Duration{0, -year} {
+			if wrong.set(ahead); !right() {
+				t.Errorf("away %v: its clock was set to %v, and its time is %v", away, ahead, c.now())
+			}
 		}
 	}
 }
@@ -342,7 +344,7 @@ func TestStampsAreBounded(t *testing.T) {
 		e := newPeerTable().get("p")
 		for _, h := range []*hello{{Clock: at}, {date: at.UTC().Format(http.TimeFormat)}} {
 			e.clocked(h, time.Now(), time.Now())
-			if skew, known := e.skew(readClock(time.Now)); known {
+			if skew, known := e.skew(readingOf(time.Now())); known {
 				t.Errorf("a peer says that it is %v, and is believed to be %v ahead", at, skew)
 			}
 		}

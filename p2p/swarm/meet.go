@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/peer"
+	"golang.org/x/sys/unix"
 
 	"github.com/dfcache/dfcache/p2p"
 )
@@ -164,11 +165,11 @@ func (s *Swarm) meetAll() {
 
 // now returns the time by most of the clocks of this host and of the connected peers;
 // of two, by the one that is behind. While no peer is connected it is that of this host's
-// clock, set right by as much as it was wrong when the last ones were. What is imported,
-// moved and deleted here is dated by it: a clock that is far ahead does not win, after a
-// first time, whatever is done at once on hosts that can't see each other.
+// clock, set right by as much as it was wrong when the last ones were, however it has been
+// set since. What is imported and moved here is dated by it: a clock that is far ahead does
+// not win, after a first time, what is done at once on hosts that can't see each other.
 func (s *Swarm) now() time.Time {
-	own := readClock(s.opts.Now)
+	own := readingOf(s.opts.Now())
 	ahead := []time.Duration{0}
 	for _, p := range s.network.Connected() {
 		if skew, known := s.peers.get(p).skew(own); known {
@@ -181,8 +182,8 @@ func (s *Swarm) now() time.Time {
 	case len(ahead) > 1:
 		slices.Sort(ahead)
 		s.agreed, s.agreedAt = ahead[(len(ahead)-1)/2], own
-	case own.wasSet(s.agreedAt):
-		s.agreed = 0
+	case !s.agreedAt.shows.IsZero():
+		s.agreed, s.agreedAt = s.agreed-own.setSince(s.agreedAt), own
 	}
 	if s.agreed.Abs() <= maxSkew {
 		return own.shows // clocks that are in step are not the same
@@ -191,13 +192,21 @@ func (s *Swarm) now() time.Time {
 }
 
 // reading is what a clock shows, and when that is, as what passes is measured.
-type reading struct{ shows, at time.Time }
+type reading struct {
+	shows time.Time
+	at    time.Duration // since this host was started, the time that it was asleep counted
+}
 
-func readClock(clock func() time.Time) reading { return reading{clock(), time.Now()} }
+// readingOf returns that of a clock that shows a time now.
+func readingOf(shows time.Time) reading {
+	var t unix.Timespec
+	unix.ClockGettime(unix.CLOCK_BOOTTIME, &t) // it does not fail
+	return reading{shows.Round(0), time.Duration(t.Nano())}
+}
 
-// wasSet reports whether the clock has been set since an earlier reading of it.
-func (r reading) wasSet(since reading) bool {
-	return (r.shows.Sub(since.shows) - r.at.Sub(since.at)).Abs() > maxSkew
+// setSince returns by how much the clock has been set ahead since an earlier reading.
+func (r reading) setSince(before reading) time.Duration {
+	return r.shows.Sub(before.shows) - (r.at - before.at)
 }
 
 // introduced notes from which run of a peer a request comes.
@@ -291,11 +300,14 @@ func (e *peerEntry) version() string {
 }
 
 // skew returns how far the clock of the peer is ahead of this one's, which is own, where
-// that is known. It is not where this one has been set since they were compared.
+// that is known.
 func (e *peerEntry) skew(own reading) (ahead time.Duration, known bool) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	return e.ahead, !e.timed.at.IsZero() && !own.wasSet(e.timed)
+	if e.timed.shows.IsZero() {
+		return 0, false
+	}
+	return e.ahead - own.setSince(e.timed), true
 }
 
 // skewed returns by how much the clock of the peer is wrong, 0 where that is too
@@ -328,7 +340,7 @@ func (e *peerEntry) clocked(h *hello, start, end time.Time) {
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.ahead, e.doubt, e.timed = at.Sub(start.Add(end.Sub(start)/2)), doubt, reading{end, time.Now()}
+	e.ahead, e.doubt, e.timed = at.Sub(start.Add(end.Sub(start)/2)), doubt, readingOf(end)
 }
 
 // maxInstances is how many runs of a peer are remembered.

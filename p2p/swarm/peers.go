@@ -298,7 +298,7 @@ func (e *peerEntry) describe(info peer.AddrInfo, connected bool) p2p.Peer {
 	if !e.twins.IsZero() && e.now().Sub(e.twins) <= twinFor {
 		p.State, p.Reason = p2p.PeerCloned, "two hosts have this identity: peer.key was copied"
 	}
-	if !e.timed.at.IsZero() {
+	if !e.timed.shows.IsZero() {
 		p.Ahead = e.ahead
 	}
 	if e.said != nil {
