@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"path/filepath"
 	"time"
@@ -31,12 +30,9 @@ func newClient(socket string) (*client, error) {
 	if err != nil {
 		return nil, err
 	}
-	dial := func(ctx context.Context, _ string) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "unix", socket)
-	}
-	conn, err := wire.Dial("passthrough:///dfdaemon", grpc.WithContextDialer(dial))
+	conn, err := wire.DialSocket(socket)
 	if err != nil {
-		return nil, fmt.Errorf("connect with Dragonfly's dfdaemon at %s: %w", socket, err)
+		return nil, err
 	}
 	return &client{socket, conn, dfdaemonv1.NewDaemonClient(conn)}, nil
 }

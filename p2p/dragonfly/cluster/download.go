@@ -38,6 +38,8 @@ const (
 	maxTotal       = 1 << 20  // pieces of a task: 15 TiB of the largest
 	maxParents     = 64       // peers that are begun with in one download
 
+	maxID = 256 // bytes of a peer's ID: Dragonfly's have about 100
+
 	maxRegistrations = 3 // downloads for one fetch
 )
 
@@ -167,8 +169,8 @@ func (d *download) run(ctx context.Context) error {
 	case commonv1.SizeScope_SMALL:
 		single := result.GetSinglePiece()
 		addr, err := parseAddr(single.GetDstAddr())
-		if err != nil || single.GetPieceInfo().GetRangeStart() != 0 {
-			problem = fmt.Errorf("scheduler %s: the piece that it names, at %q, can't be fetched", d.scheduler.addr, single.GetDstAddr())
+		if err != nil || len(single.GetDstPid()) > maxID || single.GetPieceInfo().GetRangeStart() != 0 {
+			problem = fmt.Errorf("scheduler %s: the piece that it names, at %.64q, can't be fetched", d.scheduler.addr, single.GetDstAddr())
 			d.fail(single.GetDstPid(), commonv1.Code_ClientPieceRequestFail)
 		} else {
 			queue = []parent{{single.GetDstPid(), addr, single.GetPieceInfo()}}
@@ -237,7 +239,7 @@ func (d *download) parents(packet *schedulerv1.PeerPacket, more bool) (parents [
 	for _, dest := range append([]*schedulerv1.PeerPacket_DestPeer{packet.GetMainPeer()}, packet.GetCandidatePeers()...) {
 		ip, err := netip.ParseAddr(dest.GetIp())
 		port := dest.GetRpcPort()
-		if err != nil || port < 1 || port > math.MaxUint16 || len(parents) == maxParents {
+		if err != nil || port < 1 || port > math.MaxUint16 || len(dest.GetPeerId()) > maxID || len(parents) == maxParents {
 			continue
 		}
 		addr := netip.AddrPortFrom(ip.Unmap(), uint16(port))
@@ -375,8 +377,8 @@ func (d *download) eachPiece(ctx context.Context, a *attempt, do func(from sourc
 			continue
 		}
 		from, err := parseAddr(packet.GetDstAddr())
-		if err != nil || from.Addr() != a.addr.Addr() {
-			return fault("it says that its pieces are at %q: want an address of this peer", packet.GetDstAddr())
+		if err != nil || from.Addr() != a.addr.Addr() || len(packet.GetDstPid()) > maxID {
+			return fault("it says that its pieces are at %.64q, of peer %.64q: want an address of this peer", packet.GetDstAddr(), packet.GetDstPid())
 		}
 		at := source{from, cmp.Or(packet.GetDstPid(), a.id)}
 		for _, piece := range packet.GetPieceInfos() {
@@ -513,7 +515,7 @@ func (d *download) piece(ctx context.Context, watch *watchdog, from source, piec
 	}
 	got := hex.EncodeToString(sum.Sum(nil))
 	if want := piece.GetPieceMd5(); want != "" && got != want {
-		return fault("piece %d: it has the MD5 %s, where it says %q", piece.GetPieceNum(), got, want)
+		return fault("piece %d: it has the MD5 %s, where it says %.64q", piece.GetPieceNum(), got, want)
 	}
 	d.mu.Lock()
 	d.have[at] = got

@@ -48,7 +48,7 @@ type Options struct {
 	Version string
 
 	LookupTimeout    time.Duration // of a call of a scheduler, and to connect with a peer; 3 s
-	StallTimeout     time.Duration // without a byte, after which a peer is given up; 10 s
+	StallTimeout     time.Duration // without 1 KiB a second, after which a peer is given up; after half of it another one is asked, too; 10 s
 	Timeout          time.Duration // of fetching a blob; 10 min
 	AnnounceInterval time.Duration // between announcements of the host; 30 s
 	SweepInterval    time.Duration // between announcements of all tasks; 1 min

@@ -656,6 +656,89 @@ func TestCallerGivesUp(t *testing.T) {
 	enginetest.RequireError(t, "fetch", err, p2p.ErrUnreachable, "longer than 200ms")
 }
 
+// Whatever is waited for, who gives up is let go, and nothing goes on without him.
+func TestGiveUpAnywhere(t *testing.T) {
+	gone := errors.New("gone")
+	for step, behaviour := range map[string]clustertest.Behaviour{
+		"StatTask": clustertest.Honest, "RegisterPeerTask": clustertest.Honest, "ReportPieceResult": clustertest.Honest, "AnnounceTask": clustertest.Honest,
+		"pieces": clustertest.Silent, "header": clustertest.Mute, "body": clustertest.Stall, "slow body": clustertest.Drip,
+	} {
+		t.Run(step, func(t *testing.T) {
+			s := clustertest.StartScheduler(t)
+			peer := clustertest.StartPeer(t, s, "peer", behaviour)
+			data := enginetest.Content(5<<20, 1)
+			task := p2p.Task{Tag: "t", Digest: digest.SHA256.FromBytes(data)}
+			if err := peer.Import(t.Context(), task.Digest.String(), "t", data); err != nil {
+				t.Fatal(err)
+			}
+			h := &host{t: t, dir: t.TempDir()}
+			h.open(cluster.Options{Timeout: time.Hour, StallTimeout: time.Hour, LookupTimeout: time.Hour, SweepInterval: time.Hour}, s)
+			reached := make(chan struct{})
+			var once sync.Once
+			note := func() { once.Do(func() { close(reached) }) }
+			if behaviour == clustertest.Honest {
+				s.Hang(step)
+				s.Before(step, note)
+			} else {
+				peer.OnAsk(note)
+			}
+			ctx, cancel := context.WithCancelCause(t.Context())
+			result := make(chan error)
+			go func() {
+				if step == "AnnounceTask" {
+					result <- commit(ctx, h)
+				} else {
+					_, err := h.fetch(ctx, task)
+					result <- err
+				}
+			}()
+			<-reached
+			cancel(gone)
+			if err := within(t, result); step != "AnnounceTask" { // which is made up for later: the content is stored
+				enginetest.RequireError(t, "fetch", err, gone)
+			}
+			if registered := step != "StatTask" && step != "RegisterPeerTask" && step != "AnnounceTask"; registered {
+				ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+				defer cancel()
+				if err := s.Await(ctx, func() bool { return len(s.Results()) == 1 }); err != nil {
+					t.Error("the fetch goes on")
+				}
+			}
+			closed := make(chan error)
+			go func() { closed <- h.Close() }()
+			if err := within(t, closed); err != nil {
+				t.Error(err)
+			}
+			h.requireNothingLeft()
+		})
+	}
+}
+
+// within returns what comes, and fails the test where that takes long.
+func within(t *testing.T, c <-chan error) error {
+	t.Helper()
+	select {
+	case err := <-c:
+		return err
+	case <-time.After(20 * time.Second):
+		t.Fatal("it does not end")
+		return nil
+	}
+}
+
+// commit imports something.
+func commit(ctx context.Context, h *host) error {
+	in, err := h.Ingest(ctx)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	if _, err := in.Add(strings.NewReader("data"), p2p.AddOptions{}); err != nil {
+		return err
+	}
+	return in.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("data")}, Keep: p2p.KeepPinned}}})
+}
+
 // Bytes move no faster than they may, either way.
 func TestRates(t *testing.T) {
 	const rate = 4 << 20

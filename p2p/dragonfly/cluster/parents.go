@@ -112,10 +112,10 @@ func (d *download) fromParents(ctx context.Context, queue []parent, problem erro
 				packets = nil
 			}
 			for _, p := range named {
-				if !known[p] {
+				if !known[p] && len(known) < maxParents {
 					queue = append(queue, p)
+					known[p] = true
 				}
-				known[p] = true
 			}
 		case a := <-ended:
 			a.watch.stop()

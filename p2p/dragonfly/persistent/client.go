@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"path/filepath"
 	"strings"
 	"time"
@@ -68,12 +67,9 @@ func newClient(socket string, schedulers []string) (*client, error) {
 	if err != nil {
 		return nil, err
 	}
-	dial := func(ctx context.Context, _ string) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "unix", socket)
-	}
-	conn, err := wire.Dial("passthrough:///dfdaemon", grpc.WithContextDialer(dial), grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage)))
+	conn, err := wire.DialSocket(socket, grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage)))
 	if err != nil {
-		return nil, fmt.Errorf("connect with Dragonfly's dfdaemon at %s: %w", socket, err)
+		return nil, err
 	}
 	c := &client{socket: socket, conn: conn, daemon: dfdaemonv2.NewDfdaemonDownloadClient(conn)}
 	for _, address := range schedulers {
@@ -141,8 +137,9 @@ func (c *client) upload(ctx context.Context, t p2p.Task, path string, ttl, limit
 }
 
 // download writes a task's content of size bytes to w, piece by piece as they come. It is given up where
-// nothing, or next to nothing, comes for as long as stall.
-func (c *client) download(ctx context.Context, t p2p.Task, w io.WriterAt, size int64, limit, stall time.Duration) error {
+// nothing, or next to nothing, comes for as long as stall. When all has come, it waits for Dragonfly to
+// end, which keeps it then, for as long as end, and no longer.
+func (c *client) download(ctx context.Context, t p2p.Task, w io.WriterAt, size int64, limit, stall, end time.Duration) error {
 	return c.call(ctx, "export "+t.String(), limit, wire.ErrAway, func(ctx context.Context) error {
 		progress := throttle.NewProgress(ctx, stall)
 		defer progress.Stop()
@@ -160,11 +157,11 @@ func (c *client) download(ctx context.Context, t p2p.Task, w io.WriterAt, size i
 				answer, err = stream.Recv()
 				return len(answer.GetDownloadPieceFinishedResponse().GetPiece().GetContent()), err
 			})
+			if err != nil && got == size && ctx.Err() == nil {
+				return nil
+			}
 			if errors.Is(context.Cause(progress.Context()), throttle.ErrStalled) {
 				return status.Errorf(codes.Aborted, "it has sent nothing for %s, or next to nothing: %d bytes of %d have come", stall, got, size)
-			}
-			if errors.Is(err, io.EOF) && got == size {
-				return nil
 			}
 			if errors.Is(err, io.EOF) { // it ends so, too, where a piece failed
 				return status.Errorf(codes.Aborted, "it has ended after %d bytes of %d", got, size)
@@ -192,6 +189,9 @@ func (c *client) download(ctx context.Context, t p2p.Task, w io.WriterAt, size i
 			}
 			if _, err := w.WriteAt(data, offset); err != nil {
 				return &ownError{pieces.DiskError(err)}
+			}
+			if got == size {
+				progress.Restart(end)
 			}
 		}
 	})

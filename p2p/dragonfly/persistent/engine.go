@@ -92,9 +92,9 @@ type Engine struct {
 	dir      string // for what is on its way from and to Dragonfly
 	upstream *client
 
-	ctx      context.Context // ends with Close
-	cancel   context.CancelFunc
-	sweeping sync.WaitGroup
+	ctx        context.Context // ends with Close
+	cancel     context.CancelFunc
+	background sync.WaitGroup // sweeps, and what is taken back
 }
 
 var _ p2p.Engine = (*Engine)(nil)
@@ -132,7 +132,7 @@ func New(store *pieces.Store, opts Options) (*Engine, error) {
 	e := &Engine{opts: opts, dir: dir, upstream: upstream}
 	e.ctx, e.cancel = context.WithCancel(context.Background())
 	e.Engine = whole.New(store, network{e}, whole.Options{DetectManifest: opts.DetectManifest, Log: opts.Log})
-	e.sweeping.Go(func() {
+	e.background.Go(func() {
 		e.SweepEvery(e.ctx, opts.SweepInterval, func(ctx context.Context, task p2p.Task, _ int) error { return e.handInBlob(ctx, task) })
 	})
 	return e, nil
@@ -151,7 +151,7 @@ func (n network) Stop() { n.cancel() }
 
 // Close leaves Dragonfly as it is.
 func (n network) Close() error {
-	n.sweeping.Wait()
+	n.background.Wait()
 	return n.upstream.close()
 }
 
@@ -209,7 +209,7 @@ func (n network) Bring(ctx context.Context, task p2p.Task) error {
 	}
 	defer os.Remove(f.Name())
 	defer f.Close()
-	if err := n.upstream.download(ctx, task, f, int64(found.GetContentLength()), n.opts.Timeout, n.opts.StallTimeout); err != nil {
+	if err := n.upstream.download(ctx, task, f, int64(found.GetContentLength()), n.opts.Timeout, n.opts.StallTimeout, n.opts.LookupTimeout); err != nil {
 		return err
 	}
 	err = n.Take(ctx, task, f)
@@ -267,10 +267,17 @@ func (e *Engine) copyIn(ctx context.Context, task p2p.Task, blob *pieces.Blob) e
 		return nil
 	}
 	// What it has begun would be in the way for as long as its TTL.
-	limited, cancel := context.WithTimeout(context.WithoutCancel(ctx), deleteTimeout)
-	defer cancel()
-	if failed := e.upstream.delete(limited, task); failed != nil {
-		e.opts.Log.Warn("an import that failed could not be taken back in Dragonfly: it is in the way until another one is made, later", "task", task.String(), "error", failed)
+	takeBack := func() {
+		limited, cancel := context.WithTimeout(context.WithoutCancel(ctx), deleteTimeout)
+		defer cancel()
+		if failed := e.upstream.delete(limited, task); failed != nil {
+			e.opts.Log.Warn("an import that failed could not be taken back in Dragonfly: it is in the way until another one is made, later", "task", task.String(), "error", failed)
+		}
+	}
+	if ctx.Err() != nil {
+		e.background.Go(takeBack) // nobody waits for it who has given up
+	} else {
+		takeBack()
 	}
 	return err
 }

@@ -173,6 +173,7 @@ func TestWrongContent(t *testing.T) {
 	data := enginetest.Content(9<<20, 1)
 	task := enginetest.Import(t, a, "t", data)
 	var number atomic.Uint32
+	var sent atomic.Bool
 	requireMissing := func() {
 		t.Helper()
 		if _, err := b.stat(task, p2p.StatOptions{Scope: p2p.Local}); !errors.Is(err, p2p.ErrNotFound) {
@@ -200,7 +201,11 @@ func TestWrongContent(t *testing.T) {
 		"a piece of a large number":      {func(p *commonv2.Piece) { p.Number += 1 << 20 }, "it has sent piece"},
 		"one piece in place of the rest": {func(p *commonv2.Piece) { p.Number = 0 }, "it has ended after"},
 		"the same under another number":  {func(p *commonv2.Piece) { p.Number = number.Add(1) }, "more than the 9437184 bytes"},
-		"a piece that is too large":      {func(p *commonv2.Piece) { p.Content = make([]byte, 66<<20) }, "larger than max"},
+		"a piece that is too large": {func(p *commonv2.Piece) {
+			if !sent.Swap(true) {
+				p.Content = make([]byte, 66<<20)
+			}
+		}, "larger than max"},
 	} {
 		b.upstream.Tamper(c.change)
 		_, err = b.Open(t.Context(), task, p2p.Network)
@@ -264,8 +269,8 @@ func TestDelete(t *testing.T) {
 	if deleted, err := b.delete(there); err != nil || len(deleted.Missed) != 1 || len(a.upstream.Tasks()) != 0 {
 		t.Errorf("delete: %+v, %v", deleted, err)
 	}
-	if _, err := b.delete(both); err != nil {
-		t.Errorf("delete of its own: %v", err)
+	if deleted, err := b.delete(both); err != nil || len(deleted.Missed) > 0 { // of which no scheduler knows
+		t.Errorf("delete of its own: %+v, %v", deleted, err)
 	}
 	if _, err := b.delete(both); !errors.Is(err, p2p.ErrNotFound) {
 		t.Errorf("delete of what is nowhere: %v", err)
@@ -305,14 +310,53 @@ func TestBrokenOff(t *testing.T) {
 	task := p2p.Task{Tag: "t", Digest: digest.SHA256.FromBytes(data)}
 	err = in.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: task, Keep: p2p.KeepPinned}}})
 	enginetest.RequireError(t, "import", err, gone, "stored on this host")
-	if left := cluster.States(); slices.Contains(left, "Uploading") {
-		t.Errorf("Dragonfly has %v", left)
-	}
+	eventually(t, "it is taken back", func() bool { return len(cluster.States()) == 0 })
 	h.upstream.OnCall(nil)
 	enginetest.Import(t, h, "t", data)
 	if n := len(h.upstream.Tasks()); n != 1 {
 		t.Errorf("Dragonfly has %d tasks, want 1", n)
 	}
+}
+
+// Who gives up does not wait for what is taken back.
+func TestGiveUpAtOnce(t *testing.T) {
+	cluster := persistenttest.StartCluster(t)
+	h := newHost(t, cluster, persistent.Options{})
+	ctx, cancel := context.WithCancelCause(t.Context())
+	gone := errors.New("gone")
+	cluster.Hang(true)
+	h.upstream.OnCall(func(_ context.Context, call string) error {
+		if call == "uploading" {
+			cancel(gone)
+		}
+		return ctx.Err()
+	})
+	in, err := h.Ingest(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.Close()
+	if _, err := in.Add(strings.NewReader("data"), p2p.AddOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	err = in.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("data")}, Keep: p2p.KeepPinned}}})
+	enginetest.RequireError(t, "import", err, gone)
+	eventually(t, "it is to be taken back", func() bool { return cluster.Waiting() == 1 })
+	time.Sleep(200 * time.Millisecond) // one that was given up is not there any more then
+	if cluster.Waiting() != 1 {
+		t.Error("it was waited for")
+	}
+	cluster.Hang(false)
+	eventually(t, "it is taken back", func() bool { return len(cluster.States()) == 0 })
+}
+
+// A fetch of which all has come does not wait for ever for its end.
+func TestLingers(t *testing.T) {
+	cluster := persistenttest.StartCluster(t)
+	a, b := newHost(t, cluster, persistent.Options{}), newHost(t, cluster, persistent.Options{LookupTimeout: 500 * time.Millisecond, StallTimeout: time.Hour, Timeout: 20 * time.Second})
+	b.upstream.Linger()
+	data := enginetest.Content(5<<20, 1)
+	b.requireFetched(enginetest.Import(t, a, "t", data), data)
 }
 
 // One that a host has begun, and never ended, is in the way only as long as it can be under way.

@@ -5,6 +5,7 @@ package wire
 import (
 	"context"
 	"fmt"
+	"net"
 	"net/url"
 	"strconv"
 	"strings"
@@ -62,6 +63,18 @@ func Dial(target string, opts ...grpc.DialOption) (*grpc.ClientConn, error) {
 		grpc.WithMaxHeaderListSize(maxHeaders), grpc.WithDefaultCallOptions(grpc.ForceCodecV2(grpclimit.Codec(maxElements))),
 	}, append(opts, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithDisableServiceConfig(),
 		grpc.WithConnectParams(grpc.ConnectParams{Backoff: retry, MinConnectTimeout: time.Second}))...)...)
+}
+
+// DialSocket is [Dial] for a unix socket.
+func DialSocket(socket string, opts ...grpc.DialOption) (*grpc.ClientConn, error) {
+	dial := func(ctx context.Context, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", socket)
+	}
+	conn, err := Dial("passthrough:///dfdaemon", append(opts, grpc.WithContextDialer(dial))...)
+	if err != nil {
+		return nil, fmt.Errorf("connect with Dragonfly's dfdaemon at %s: %w", socket, err)
+	}
+	return conn, nil
 }
 
 // NewServer returns a server, with limits on what comes from others: a request has 64 KiB at most

@@ -52,6 +52,8 @@ type Cluster struct {
 	late    time.Duration // how far its clock is ahead
 	away    bool
 	deletes int
+	hung    chan struct{} // closed when deletes that hang go on
+	waiting int           // deletes that hang
 }
 
 // task is what the scheduler knows of one.
@@ -77,6 +79,7 @@ type Daemon struct {
 	change    func(*commonv2.Piece)
 	short     bool
 	claimed   uint64
+	lingers   bool
 	healthy   *health.Server
 	contained bool
 	oldIDs    bool
@@ -130,6 +133,24 @@ func (c *Cluster) Age(d time.Duration) {
 // Leave has the scheduler answer nobody any more, or, with false, again.
 func (c *Cluster) Leave(away bool) { c.set(func() { c.away = away }) }
 
+// Hang has the scheduler not answer deletes, or, with false, answer again.
+func (c *Cluster) Hang(hangs bool) {
+	c.set(func() {
+		if hangs {
+			c.hung = make(chan struct{})
+		} else {
+			close(c.hung)
+			c.hung = nil
+		}
+	})
+}
+
+// Waiting returns how many deletes are not answered.
+func (c *Cluster) Waiting() (n int) {
+	c.set(func() { n = c.waiting })
+	return n
+}
+
 // Deletes returns how many deletes the scheduler was asked for.
 func (c *Cluster) Deletes() (n int) {
 	c.set(func() { n = c.deletes })
@@ -158,6 +179,9 @@ func (d *Daemon) Tamper(change func(*commonv2.Piece)) { d.set(func() { d.change 
 
 // Shorten has the daemon end what it sends before the last piece, or, with false, not.
 func (d *Daemon) Shorten(short bool) { d.set(func() { d.short = short }) }
+
+// Linger has the daemon not end what it sends.
+func (d *Daemon) Linger() { d.set(func() { d.lingers = true }) }
 
 // Claim has the daemon say that what it sends has n bytes, whatever it has.
 func (d *Daemon) Claim(n uint64) { d.set(func() { d.claimed = n }) }
@@ -309,7 +333,7 @@ func (d *Daemon) DownloadPersistentCacheTask(req *dfdaemonv2.DownloadPersistentC
 		}
 	}
 	d.mu.Lock()
-	change, short, length := d.change, d.short, cmp.Or(d.claimed, t.GetContentLength())
+	change, short, lingers, length := d.change, d.short, d.lingers, cmp.Or(d.claimed, t.GetContentLength())
 	d.mu.Unlock()
 	send := func(answer *dfdaemonv2.DownloadPersistentCacheTaskResponse) error {
 		answer.HostId, answer.TaskId, answer.PeerId = "host", id, "peer"
@@ -353,6 +377,9 @@ func (d *Daemon) DownloadPersistentCacheTask(req *dfdaemonv2.DownloadPersistentC
 			return err
 		}
 	}
+	if lingers {
+		<-stream.Context().Done()
+	}
 	return nil
 }
 
@@ -374,12 +401,25 @@ func (d *Daemon) keep(id, from string) (string, error) {
 }
 
 // DeletePersistentCacheTask implements the API of the scheduler: on every host.
-func (c *Cluster) DeletePersistentCacheTask(_ context.Context, req *schedulerv2.DeletePersistentCacheTaskRequest) (*emptypb.Empty, error) {
+func (c *Cluster) DeletePersistentCacheTask(ctx context.Context, req *schedulerv2.DeletePersistentCacheTaskRequest) (*emptypb.Empty, error) {
 	if err := req.ValidateAll(); err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if hung := c.hung; hung != nil {
+		c.waiting++
+		c.mu.Unlock()
+		select {
+		case <-hung:
+		case <-ctx.Done():
+		}
+		c.mu.Lock()
+		c.waiting--
+		if ctx.Err() != nil {
+			return nil, ctx.Err()
+		}
+	}
 	if c.away {
 		return nil, status.Error(codes.Unavailable, "it shuts down")
 	}
