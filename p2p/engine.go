@@ -358,7 +358,7 @@ type Peer struct {
 	Latency   time.Duration // of a request and its answer, smoothed; 0 where unknown
 	LastSeen  time.Time
 	Faults    int    // lies it was caught with
-	Reason    string // of the last fault, or of the state
+	Reason    string // of the last fault, or of the state; or which names were moved there and here at once
 	Version   string // of its dfdaemon; "" where it has not told
 	// Ahead is how far its clock is ahead of this host's; below zero it is
 	// behind. 0 where it is not known.

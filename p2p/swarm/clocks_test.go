@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -161,6 +162,9 @@ func TestClocksApart(t *testing.T) {
 			eventually(t, "it was not told where it lost", func() bool {
 				return log.has("could not see each other") && strings.Contains(loser.peerOn(t, other.id).Reason, string(want.Digest))
 			})
+			if got := loser.peerOn(t, b.id).Reason; got != "" {
+				t.Errorf("of a peer that has not moved it is said %q", got)
+			}
 			wantName(t, "after they met", "m", "v1", mine, all...)
 			for _, p := range all {
 				p.want(t, task, data)
@@ -228,6 +232,35 @@ func TestConflictsOfEarlierRuns(t *testing.T) {
 	eventually(t, "it was not told", func() bool {
 		return log.has("v1 under tag m") && log.has("n0 under tag m") && strings.Contains(b.peerOn(t, a.id).Reason, "; and 1 more, see the log")
 	})
+}
+
+// Of the names that were moved, the last ones are remembered.
+func TestMovesAreBounded(t *testing.T) {
+	h := newHub()
+	a := h.start(t, withManifests)
+	task := a.push(t, "m", "old", "", []byte("layer"))
+	var c p2p.Commit
+	for i := range maxMoves + 300 { // more than are read at once
+		c.Names = append(c.Names, p2p.NewName{Tag: "m", Name: fmt.Sprint("n", i), Digest: task.Digest, Updated: time.Now().Add(time.Duration(i+1) * time.Second)})
+	}
+	if err := a.commit(t.Context(), c); err != nil {
+		t.Fatal(err)
+	}
+	a.Close()
+	a.restart(t, h)
+	<-a.recalled
+	for _, more := range []int{0, 1, maxMoves} {
+		for i := range more {
+			a.moves.add(nameRef{"m", fmt.Sprint("more", i/2)})
+		}
+		names, number := a.moves.since(0)
+		if want := min(maxMoves, maxMoves-more+(more+1)/2); len(names) != want || slices.Contains(names, nameRef{"m", "old"}) || more == 0 && !slices.Contains(names, nameRef{"m", fmt.Sprint("n", maxMoves+299)}) {
+			t.Errorf("%d more: %d names are remembered, want the last %d", more, len(names), want)
+		}
+		if names, _ := a.moves.since(number - min(more, 1)); len(names) != min(more, 1) {
+			t.Errorf("%d more: since the last one there are %v", more, names)
+		}
+	}
 }
 
 // A host that was a year ahead, alone: what it has is seen, moved and deleted as
@@ -366,6 +399,41 @@ func TestStampsAreBounded(t *testing.T) {
 		}
 		liar.Close()
 		a.Close()
+	}
+}
+
+// Deletes that are told again, in any order and to whoever, take nothing that was imported
+// since, nor anything under another tag.
+func TestReplayedDeletes(t *testing.T) {
+	for _, skew := range []time.Duration{0, year, -year} {
+		h := newHub()
+		var wrong clock
+		wrong.set(skew)
+		a, b := h.start(t, withManifests), h.start(t, withManifests, wrong.with)
+		data := content(1000, 1)
+		other := a.push(t, "other", "v1", "", data)
+		for _, p := range []*testPeer{a, b, a} {
+			p.push(t, "m", "v1", "", data)
+			b.delete(t, "m", "v1", p2p.DeleteOptions{})
+			a.delete(t, "m", string(p.add(t, "m", data).Digest), p2p.DeleteOptions{})
+		}
+		v1 := b.push(t, "m", "v1", "", data)
+		all, _, err := a.store.Deletes(t.Context(), 0, maxDeletes)
+		if err != nil || len(all) < 3 {
+			t.Fatalf("there are %d deletes, %v", len(all), err)
+		}
+		for _, p := range []*testPeer{a, b} {
+			for _, d := range slices.Backward(all) {
+				if _, err := p.applyDelete(t.Context(), mustParse(t, deleteMessageOf(d, time.Now())), "peer"); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		for _, p := range []*testPeer{a, b} {
+			wantName(t, "deleted before", "m", "v1", v1, p)
+			wantName(t, "of another tag", "other", "v1", other, p)
+			p.want(t, p2p.Task{Tag: "m", Digest: digest.SHA256.FromBytes(data)}, data)
+		}
 	}
 }
 
