@@ -43,7 +43,7 @@ func (s *Swarm) Delete(ctx context.Context, tag string, cid digest.CID, opts p2p
 		return p2p.Deleted{}, err
 	}
 	defer s.calls.Done()
-	seen, asked, err := s.see(ctx, tag, cid, opts.Force)
+	seen, answered, silent, err := s.see(ctx, tag, cid, opts.Force)
 	if err != nil {
 		return p2p.Deleted{}, err
 	}
@@ -69,21 +69,24 @@ func (s *Swarm) Delete(ctx context.Context, tag string, cid digest.CID, opts p2p
 	}
 	found = told.result(&all, s) || found
 	if !found {
-		err := fmt.Errorf("%s: %w here or on %d peers", p2p.Describe(tag, cid), p2p.ErrNotFound, max(asked, all.Reached))
+		err := fmt.Errorf("%s: %w here or on %d peers", p2p.Describe(tag, cid), p2p.ErrNotFound, max(answered, all.Reached))
+		if silent > 0 {
+			err = fmt.Errorf("%w; %d more did not answer", err, silent)
+		}
 		return all, cmp.Or(context.Cause(ctx), err)
 	}
 	return all, nil
 }
 
 // see asks peers what they have of what is to be deleted, and returns how many of
-// them have answered, too. It refuses what another task refers to on some peer, before it is
+// them have answered, and have not, too. It refuses what another task refers to on some peer, before it is
 // deleted on others, unless that is forced.
-func (s *Swarm) see(ctx context.Context, tag string, cid digest.CID, force bool) (seen []pieces.Version, answered int, err error) {
+func (s *Swarm) see(ctx context.Context, tag string, cid digest.CID, force bool) (seen []pieces.Version, answered, silent int, err error) {
 	if err := p2p.ValidateTag(tag); err != nil {
-		return nil, 0, err
+		return nil, 0, 0, err
 	}
 	if _, err := digest.ParseCID(cid.String()); err != nil {
-		return nil, 0, err
+		return nil, 0, 0, err
 	}
 	task := p2p.Task{Tag: tag, Digest: cid.Digest()}
 	req, key := &findRequest{Tasks: []taskRef{taskRef(task)}}, taskKey(task)
@@ -107,11 +110,12 @@ func (s *Swarm) see(ctx context.Context, tag string, cid digest.CID, force bool)
 			continue
 		}
 		if state.Referred && !force {
-			return nil, 0, fmt.Errorf("%s: %w: by other content on peer %s (%s): delete that first, or force it", task, p2p.ErrReferenced, a.peer, s.peers.get(a.peer).lastAddress())
+			return nil, 0, 0, fmt.Errorf("%s: %w: by other content on peer %s (%s): delete that first, or force it", task, p2p.ErrReferenced, a.peer, s.peers.get(a.peer).lastAddress())
 		}
 		seen = append(seen, pieces.Version{At: state.Origin, After: state.After})
 	}
-	return seen, answered, context.Cause(ctx)
+	_, silent = l.end()
+	return seen, answered, silent, context.Cause(ctx)
 }
 
 // forget ends what is under way with what has been deleted here.

@@ -108,6 +108,10 @@ func TestDeleteWithSilentPeer(t *testing.T) {
 		if deleted.Reached != 1 || deleted.Removed != 1 || len(deleted.Missed) != 1 || deleted.Missed[0].Peer != b.id.String() {
 			t.Errorf("deleted: %+v", deleted)
 		}
+		_, err := a.Delete(t.Context(), "models", cidOf(t, "nowhere"), p2p.DeleteOptions{})
+		if !errors.Is(err, p2p.ErrNotFound) || !strings.Contains(err.Error(), "1 more did not answer") {
+			t.Errorf("a delete of what may be on the silent one: %v", err)
+		}
 	})
 }
 
