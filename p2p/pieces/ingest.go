@@ -13,7 +13,6 @@ import (
 	"sync"
 
 	"go.etcd.io/bbolt"
-	"golang.org/x/sys/unix"
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
@@ -345,21 +344,8 @@ func (s *Store) account(a *addition, size int64) error {
 	return s.underLimit(0)
 }
 
-// Room implements [p2p.Ingest]: by the limit of the store, and by what is free on its disk.
-func (in *ingest) Room(n int64) error {
-	s := in.s
-	if total := s.incoming.Load() + s.stored.Load(); s.maxSize > 0 && n > s.maxSize-total {
-		return fmt.Errorf("%w: the store may have %d bytes, and has %d: there is no room for %d: delete something, or raise the limit", p2p.ErrNoSpace, s.maxSize, total, n)
-	}
-	var disk unix.Statfs_t
-	if err := unix.Statfs(s.dir, &disk); err != nil {
-		return nil // what is written will tell
-	}
-	if free := int64(disk.Bavail) * int64(disk.Bsize); n > free {
-		return fmt.Errorf("%w: the data directory's disk has %d bytes free: there is no room for %d", p2p.ErrNoSpace, free, n)
-	}
-	return nil
-}
+// Room implements [p2p.Ingest].
+func (in *ingest) Room(n int64) error { return in.s.Room(n) }
 
 // Rehash implements [p2p.Ingest].
 func (in *ingest) Rehash(d, want digest.Digest) (p2p.Added, error) {

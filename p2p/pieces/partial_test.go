@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"math"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -369,6 +370,37 @@ func TestPartialRoom(t *testing.T) {
 	}
 	if !s.hasUnopened() {
 		t.Error("what has just arrived was dropped")
+	}
+	in, err := s.Ingest(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.Close()
+	for _, n := range []int64{5*digest.MinPieceLength + 1, math.MaxInt64} {
+		if err := in.Room(n); !errors.Is(err, p2p.ErrNoSpace) {
+			t.Errorf("room for %d bytes: %v, want %v", n, err, p2p.ErrNoSpace)
+		}
+	}
+	if !s.hasUnopened() {
+		t.Error("what has arrived was dropped for what has no room even so")
+	}
+	if err := in.Room(5 * digest.MinPieceLength); err != nil {
+		t.Errorf("beside what nobody waits for there is no room: %v", err)
+	}
+	requireEmpty(t, filepath.Join(dir, "partial"))
+	if p, err = s.Partial(t.Context(), table.Digest); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Use(t.Context(), table.Size, table.Chain); err != nil {
+		t.Fatal(err)
+	}
+	for i := range 4 {
+		if err := receive(p, table, data, i); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := p.Close(); err != nil {
+		t.Fatal(err)
 	}
 	if err := add(); err != nil {
 		t.Errorf("beside what nobody waits for: %v", err)

@@ -35,10 +35,20 @@ func (s *Store) Room(n int64) error {
 func (s *Store) room(n int64) error {
 	for {
 		err := s.hasRoom(n)
-		if err == nil || !s.dropOldestPartial() {
+		if err == nil || s.hasRoom(n-s.unopenedSize()) != nil || !s.dropOldestPartial() {
 			return err
 		}
 	}
+}
+
+// unopenedSize returns how many bytes blobs have that nobody fetches.
+func (s *Store) unopenedSize() (n int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, left := range s.unopened {
+		n += left.size
+	}
+	return n
 }
 
 func (s *Store) hasRoom(n int64) error {
@@ -46,17 +56,18 @@ func (s *Store) hasRoom(n int64) error {
 		return err
 	}
 	free, known := s.diskFree()
-	if n += s.promised.Load(); known && n > 0 && n > free-diskMargin {
-		return fmt.Errorf("%w: the disk of %s has %d bytes free, %d are needed: free some space on it, or delete something", p2p.ErrNoSpace, s.dir, free, n+diskMargin)
+	promised := s.promised.Load()
+	if left := free - diskMargin - promised; known && n > -promised && n > left {
+		return fmt.Errorf("%w: the disk of %s has %d bytes free, of which there are %d for this, not %d: free some space on it, or delete something", p2p.ErrNoSpace, s.dir, free, max(left, 0), n)
 	}
 	return nil
 }
 
 // underLimit reports whether n more bytes are within the limit of the store.
 func (s *Store) underLimit(n int64) error {
-	total := s.incoming.Load() + s.stored.Load() + s.promised.Load() + n
-	if s.maxSize > 0 && total > s.maxSize {
-		return fmt.Errorf("%w: the store may have %d bytes, this would make it %d: delete something, or raise the limit", p2p.ErrNoSpace, s.maxSize, total)
+	total := s.incoming.Load() + s.stored.Load() + s.promised.Load()
+	if s.maxSize > 0 && n > s.maxSize-total { // the sum could be too large for an int64
+		return fmt.Errorf("%w: the store may have %d bytes, and has %d with what is under way: there is no room for %d: delete something, or raise the limit", p2p.ErrNoSpace, s.maxSize, total, n)
 	}
 	return nil
 }
