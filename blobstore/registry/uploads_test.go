@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -271,13 +272,30 @@ func TestTooManyUploads(t *testing.T) {
 	if a.header.Get("Retry-After") == "" {
 		t.Error("no Retry-After")
 	}
-	// Another client gets the place of the one that was idle for longest.
-	w := httptest.NewRecorder()
-	s.handler.ServeHTTP(w, httptest.NewRequest("POST", "/v2/a/blobs/uploads/", nil)) // from 192.0.2.1
-	if w.Code != http.StatusAccepted {
-		t.Errorf("another client: %d %s", w.Code, w.Body)
+	other := func(method, path, body string, status int) (location string) {
+		t.Helper()
+		w := httptest.NewRecorder()
+		s.handler.ServeHTTP(w, httptest.NewRequest(method, path, strings.NewReader(body))) // from 192.0.2.1
+		if w.Code != status {
+			t.Errorf("another client: %s: %d %s, want %d", method, w.Code, w.Body, status)
+		}
+		return w.Header().Get("Location")
 	}
+	// Another client gets the place of the one that was idle for longest.
+	its := other("POST", "/v2/a/blobs/uploads/", "", http.StatusAccepted)
 	known(filled, false)
+	known(later, true)
+	known(next, true)
+	// Who has most gets nothing of who has fewer, also where that is empty; nor does who would have as many.
+	s.do("POST", "/v2/a/blobs/uploads/", nil).fails(http.StatusTooManyRequests, "TOOMANYREQUESTS")
+	known(its, true)
+	other("PATCH", its, "data", http.StatusAccepted)
+	other("POST", "/v2/a/blobs/uploads/", "", http.StatusTooManyRequests)
+	// What is empty goes before what has been idle for longer.
+	s.do("DELETE", its, nil).want(http.StatusNoContent)
+	empty = s.begin("a")
+	other("POST", "/v2/a/blobs/uploads/", "", http.StatusAccepted)
+	known(empty, false)
 	known(later, true)
 	known(next, true)
 	// What needs no session goes on.
@@ -317,6 +335,35 @@ func TestRefusedBeforeSending(t *testing.T) {
 			c.answer(r[0]).fails(http.StatusInsufficientStorage, "DENIED")
 		}
 	}
+	// A client that sends at once is answered before it has sent anything of the body, whatever it speaks.
+	secure := httptest.NewUnstartedServer(s.handler)
+	secure.EnableHTTP2 = true
+	secure.StartTLS()
+	defer secure.Close()
+	for version, server := range map[int]*httptest.Server{1: s.http, 2: secure} {
+		for _, r := range [][2]string{{"POST", "/v2/a/blobs/uploads/?digest=" + d}, {"PUT", s.begin("a") + "?digest=" + d}, {"PATCH", s.begin("a")}} {
+			for _, expect := range []string{"", "100-continue"} {
+				ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+				defer cancel()
+				nothing, feed := io.Pipe()
+				defer feed.Close()
+				request, err := http.NewRequestWithContext(ctx, r[0], server.URL+r[1], nothing)
+				if err != nil {
+					t.Fatal(err)
+				}
+				request.ContentLength = 2<<20 + 1
+				request.Header.Set("Expect", expect)
+				answer, err := server.Client().Do(request)
+				if err != nil {
+					t.Fatalf("%s by HTTP/%d: %v", r[0], version, err)
+				}
+				answer.Body.Close()
+				if answer.StatusCode != http.StatusInsufficientStorage && (r[0] == "POST" || answer.StatusCode != http.StatusNotFound) || answer.ProtoMajor != version {
+					t.Errorf("%s by HTTP/%d: %s by %s", r[0], version, answer.Status, answer.Proto)
+				}
+			}
+		}
+	}
 	s.pushBlob("a", content(2<<20, 1)) // nothing is left of them
 }
 
@@ -330,7 +377,7 @@ func TestRoomOfAbortedUploads(t *testing.T) {
 		}
 		store := blobstore.New(engine)
 		defer store.Close()
-		h := registry.New(store, registry.Options{StallTimeout: time.Minute, MaxUploads: 1})
+		h := registry.New(store, registry.Options{StallTimeout: time.Minute, MaxUploads: 3})
 		defer h.Close()
 		do := func(status int, method, path string, body []byte) http.Header {
 			t.Helper()
@@ -343,20 +390,33 @@ func TestRoomOfAbortedUploads(t *testing.T) {
 		}
 		data := content(50, 1)
 		push := "/v2/a/blobs/uploads/?digest=" + digest.SHA256.FromBytes(data).String()
-		broken := do(http.StatusAccepted, "POST", "/v2/a/blobs/uploads/", nil).Get("Location")
-		do(http.StatusAccepted, "PATCH", broken, content(60, 2))
-		time.Sleep(59 * time.Second)
-		do(http.StatusInsufficientStorage, "POST", push, data) // it may go on
+		begin := func() string { return do(http.StatusAccepted, "POST", "/v2/a/blobs/uploads/", nil).Get("Location") }
+		broken, later, empty := begin(), begin(), begin()
+		do(http.StatusAccepted, "PATCH", broken, content(30, 2))
+		time.Sleep(time.Second)
+		do(http.StatusAccepted, "PATCH", later, content(30, 3))
+		time.Sleep(58 * time.Second)
+		do(http.StatusInsufficientStorage, "POST", push, data) // they may go on
 		do(http.StatusNoContent, "GET", broken, nil)
 		time.Sleep(2 * time.Second)
 		do(http.StatusCreated, "POST", push, data)
 		do(http.StatusNotFound, "GET", broken, nil)
-		broken = do(http.StatusAccepted, "POST", "/v2/a/blobs/uploads/", nil).Get("Location")
+		do(http.StatusNoContent, "GET", later, nil) // one is enough
+		do(http.StatusNoContent, "GET", empty, nil) // it has nothing to give
+		// A chunk without room ends its upload, which has to begin again; what has been idle is given up for it.
+		do(http.StatusInsufficientStorage, "PATCH", empty, content(80, 4))
+		do(http.StatusNotFound, "GET", empty, nil)
+		// It gives up its place, too, to the same client.
+		broken = begin()
 		do(http.StatusAccepted, "PATCH", broken, content(10, 3))
-		time.Sleep(59 * time.Second)
+		for range 2 {
+			time.Sleep(time.Second)
+			do(http.StatusAccepted, "PATCH", begin(), content(10, 3))
+		}
+		time.Sleep(57 * time.Second)
 		do(http.StatusTooManyRequests, "POST", "/v2/a/blobs/uploads/", nil)
 		time.Sleep(2 * time.Second)
-		do(http.StatusAccepted, "POST", "/v2/a/blobs/uploads/", nil)
+		begin()
 		do(http.StatusNotFound, "GET", broken, nil)
 	})
 }
@@ -385,6 +445,8 @@ func TestTooManyRequests(t *testing.T) {
 	if w.Code != http.StatusOK {
 		t.Errorf("another client: %d %s", w.Code, w.Body)
 	}
+	// It ends though its client reads nothing.
+	s.log.wait(t, func(r record) bool { return r.message == "request" && r.attrs["path"] == "/v2/a/blobs/"+d.String() })
 	if a := stalled[0].answer("GET"); a.err == nil {
 		t.Error("the oldest request of who has most goes on")
 	}
@@ -394,6 +456,43 @@ func TestTooManyRequests(t *testing.T) {
 	for s.do("GET", "/v2/", nil).status == http.StatusTooManyRequests {
 		time.Sleep(time.Millisecond) // they are over when their last byte is on its way
 	}
+}
+
+// waiting is an engine that has what it is asked for only when its caller gives up.
+type waiting struct{ p2p.Engine }
+
+func (waiting) Open(ctx context.Context, _ p2p.Task, _ p2p.Scope) (p2p.Blob, error) {
+	<-ctx.Done()
+	return nil, context.Cause(ctx)
+}
+func (waiting) Close() error { return nil }
+
+// TestTooManyWaiting: what makes room waits for nothing any more, whether it sends or not.
+func TestTooManyWaiting(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := registry.New(blobstore.New(waiting{}), registry.Options{MaxRequests: 2})
+		defer h.Close()
+		var answered atomic.Int32
+		var asking sync.WaitGroup
+		ctx, cancel := context.WithCancel(t.Context())
+		get := func(from string) {
+			asking.Go(func() {
+				r := httptest.NewRequestWithContext(ctx, "GET", "/v2/a/blobs/"+digest.SHA256.FromString("x").String(), nil)
+				r.RemoteAddr = from
+				h.ServeHTTP(httptest.NewRecorder(), r)
+				answered.Add(1)
+			})
+			synctest.Wait()
+		}
+		get("192.0.2.1:1")
+		get("192.0.2.1:2")
+		get("192.0.2.2:1")
+		if n := answered.Load(); n != 1 {
+			t.Errorf("%d of 3 requests have ended, want the oldest of who has two", n)
+		}
+		cancel()
+		asking.Wait()
+	})
 }
 
 // TestNoSpace: the client hears that the disk is full, and what came is let go.
