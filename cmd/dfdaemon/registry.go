@@ -26,6 +26,7 @@ import (
 	"github.com/dfcache/dfcache/blobstore/registry"
 	"github.com/dfcache/dfcache/cmd/internal/exit"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/connpool"
 )
 
 const (
@@ -44,17 +45,10 @@ const (
 	maxRequests, maxIdle = 512, 1024
 )
 
-// shareOfDescriptors returns n, or less where the process can have few descriptors: an eighth of them. A
-// request takes three at most, a connection and an upload one each, so that the registry has
-// three quarters, and what is left is for the socket and for peers. (Go has raised
-// the limit to the highest that the process may have.)
-func shareOfDescriptors(n int) int {
-	var limit syscall.Rlimit
-	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
-		return n
-	}
-	return int(min(uint64(n), max(limit.Cur/8, 1)))
-}
+// share is an eighth of the descriptors, where the process can have few. A request takes three at most,
+// a connection and an upload one each, so that the registry has three quarters, and what
+// is left is for the socket and for peers.
+func share(n int) int { return connpool.Share(n, 8) }
 
 // registryOptions are the values of the flags of the registry.
 type registryOptions struct {
@@ -255,9 +249,9 @@ func (s *registryServer) listen(store *blobstore.Store, log *slog.Logger, warn f
 	s.cancel = cancel
 	s.handler = registry.New(store, registry.Options{
 		Log: log, UploadTimeout: min(s.uploadTimeout, maxIdleUpload), Scratch: s.scratch,
-		MaxUploads: shareOfDescriptors(1000), MaxRequests: shareOfDescriptors(maxRequests),
+		MaxUploads: share(1000), MaxRequests: share(maxRequests),
 	})
-	connections := registry.NewConnections(shareOfDescriptors(maxIdle))
+	connections := registry.NewConnections(share(maxIdle))
 	s.server = &http.Server{
 		Handler:           s.access.Wrap(s.handler),
 		TLSConfig:         s.tls,

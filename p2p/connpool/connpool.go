@@ -7,6 +7,8 @@ import (
 	"net"
 	"net/netip"
 	"sync"
+
+	"golang.org/x/sys/unix"
 )
 
 // Pool is a bounded set of connections. It is safe for concurrent use.
@@ -26,6 +28,9 @@ type conn struct {
 
 // New returns a pool for up to limit connections, at least one.
 func New(limit int) *Pool { return &Pool{limit: max(limit, 1), of: map[string][]*conn{}} }
+
+// Limit returns how many connections there may be.
+func (p *Pool) Limit() int { return p.limit }
 
 // Push takes in a connection of who, in any case. Where there are too many then, the
 // oldest one of who has most is thrown out: its close is called, before Push
@@ -125,6 +130,16 @@ func (p *Pool) Len() int {
 	return p.count
 }
 
+// Share returns limit, or less where the process can have few descriptors: one in part of them. (Go has
+// raised their number to the highest that the process may have.)
+func Share(limit, part int) int {
+	var files unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &files); err != nil {
+		return limit
+	}
+	return int(min(uint64(limit), max(files.Cur/uint64(part), 1)))
+}
+
 // Host returns from whom a connection is that has proven nothing: an IPv4
 // address, or a network of IPv6 of 64 bits, which one host has as a rule. Of an address that is
 // not of TCP it is the whole.
@@ -167,6 +182,9 @@ type counted struct {
 
 // ReadFrom has the kernel copy from a file where it can.
 func (c counted) ReadFrom(r io.Reader) (int64, error) { return io.Copy(c.Conn, r) }
+
+// NetConn returns the connection itself.
+func (c counted) NetConn() net.Conn { return c.Conn }
 
 func (c counted) Close() error {
 	c.leave()

@@ -22,6 +22,10 @@ const idSize = 8
 // learn how much the connection holds.
 const window = 1 << 20
 
+// callWindow is the same for what a client sends for one call and the daemon has not asked for yet: it is in
+// memory. What it has asked for comes however long it is.
+const callWindow = 64 << 10
+
 // maxDescriptors is the number of descriptors in one message that there is
 // room for. The kernel closes what does not fit, and says that it did.
 const maxDescriptors = 2
@@ -39,25 +43,28 @@ var (
 // has to: a descriptor keeps a deleted file's space, and a full socket would
 // block the sender. Safe for concurrent use.
 type channel struct {
-	conn    *net.UnixConn
-	keep    int           // descriptors to keep that no one waits for yet; 0 closes them
+	conn *net.UnixConn
+	// keep counts a descriptor that no one waits for yet, or refuses it; nil: it is closed.
+	keep    func() (leave func(), ok bool)
 	sending chan struct{} // has a token in it while a message is sent
 	ended   chan struct{} // closed when nothing is read any more
 
 	mu    sync.Mutex
 	slots map[uint64]chan int // of one descriptor each; made by whoever comes first
+	kept  map[uint64]func()   // what ends that the descriptor of a slot is counted
 	err   error               // why reading ended
 }
 
 // newChannel takes over conn. It calls onEnd, once, when the other side closed
 // the channel or broke its rules, or when it is closed here.
-func newChannel(conn *net.UnixConn, keep int, onEnd func()) *channel {
+func newChannel(conn *net.UnixConn, keep func() (leave func(), ok bool), onEnd func()) *channel {
 	c := &channel{
 		conn:    conn,
 		keep:    keep,
 		sending: make(chan struct{}, 1),
 		ended:   make(chan struct{}),
 		slots:   make(map[uint64]chan int),
+		kept:    make(map[uint64]func()),
 	}
 	go c.read(onEnd)
 	return c
@@ -163,14 +170,15 @@ func (c *channel) deliver(id uint64, fd int) error {
 	defer c.mu.Unlock()
 	slot, ok := c.slots[id]
 	if !ok {
-		if c.keep == 0 {
+		if c.keep == nil {
 			unix.Close(fd) // whoever asked for it gave up
 			return nil
 		}
-		if len(c.slots) >= c.keep {
-			return fmt.Errorf("descriptor channel: more than %d descriptors that no call takes", c.keep)
+		leave, ok := c.keep()
+		if !ok {
+			return errors.New("descriptor channel: too many descriptors that no call takes")
 		}
-		slot = c.slot(id)
+		slot, c.kept[id] = c.slot(id), leave
 	}
 	select {
 	case slot <- fd:
@@ -197,6 +205,10 @@ func (c *channel) drop(id uint64) {
 		return
 	}
 	delete(c.slots, id)
+	if leave := c.kept[id]; leave != nil {
+		leave()
+		delete(c.kept, id)
+	}
 	close(slot)
 	for fd := range slot {
 		unix.Close(fd)

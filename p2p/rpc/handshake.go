@@ -37,6 +37,10 @@ const handshakeTimeout = 5 * time.Second
 // passAnother is the advice where something else has the daemon's socket.
 const passAnother = "stop it, or pass another --daemon-sock"
 
+// busy is the line that a client gets instead of the preface when it is refused for what its user has
+// already. To an earlier client it is another version.
+var busy = []byte("dfcache/" + strconv.Itoa(Version) + " busy\n")
+
 var errNotOurs = errors.New("the other side does not speak the dfcache protocol")
 
 // versionError says that the two sides speak different versions.
@@ -114,9 +118,33 @@ type conn struct {
 	*net.UnixConn
 	onClose func(*conn) // where not nil; may be called more than once
 
+	// Of a server's connection:
+	shares  *shares
+	who     caller
+	leave   func() // shares.conns
+	reading sync.Mutex
+	inflow  inflow // what follows the handshake; under reading
+
 	mu      sync.Mutex
 	channel *channel // nil before the handshake
 	closed  bool
+}
+
+// Read implements [net.Conn].
+func (c *conn) Read(p []byte) (int, error) {
+	n, err := c.UnixConn.Read(p)
+	if c.shares == nil {
+		return n, err
+	}
+	c.reading.Lock()
+	defer c.reading.Unlock()
+	if c.isClosed() {
+		return 0, net.ErrClosed
+	}
+	if failed := c.inflow.saw(p[:n]); failed != nil {
+		return 0, failed
+	}
+	return n, err
 }
 
 // Close closes the connection and its channel.
@@ -132,6 +160,9 @@ func (c *conn) Close() error {
 	if c.onClose != nil {
 		c.onClose(c)
 	}
+	c.reading.Lock()
+	defer c.reading.Unlock()
+	c.inflow.end()
 	return err
 }
 
@@ -141,8 +172,14 @@ func (c *conn) isClosed() bool {
 	return c.closed
 }
 
+// hangUp has the connection fail, and waits for nothing: whoever uses it closes it then.
+func (c *conn) hangUp() { c.UnixConn.Close() }
+
+// keep has a descriptor counted that no call has taken yet.
+func (c *conn) keep() (leave func(), ok bool) { return c.shares.kept.Offer(c.who.key(), c.hangUp) }
+
 // attach makes the socket fd, which it takes over, the connection's channel.
-func (c *conn) attach(fd, keep int) error {
+func (c *conn) attach(fd int, keep func() (leave func(), ok bool)) error {
 	f := os.NewFile(uintptr(fd), "descriptor channel")
 	defer f.Close()
 	socket, err := net.FileConn(f)
@@ -160,7 +197,7 @@ func (c *conn) attach(fd, keep int) error {
 		s.Close()
 		return net.ErrClosed
 	}
-	c.channel = newChannel(s, keep, func() { c.UnixConn.Close() })
+	c.channel = newChannel(s, keep, c.hangUp)
 	return nil
 }
 
@@ -178,13 +215,17 @@ func (c *conn) clientHandshake(ctx context.Context, allowed func(uid uint32) boo
 	}
 	var fds []int
 	err = interruptible(ctx, c.SetDeadline, func() error {
-		if _, err := c.Write(preface); err != nil {
-			return err
+		_, writeErr := c.Write(preface)
+		err := readPreface(rightsReader{c.UnixConn, &fds})
+		if _, ok := errors.AsType[*versionError](err); !ok && writeErr != nil {
+			return writeErr
 		}
-		return readPreface(rightsReader{c.UnixConn, &fds})
+		return err // the daemon may have said why it hung up
 	})
 	var version *versionError
 	switch {
+	case errors.As(err, &version) && version.theirs == string(bytes.TrimSpace(busy)):
+		err = fmt.Errorf("%w: the daemon has no room for another connection of this user: try again", p2p.ErrBusy)
 	case errors.As(err, &version):
 		err = fmt.Errorf("this daemon speaks protocol %q, this client %q: install the same version on both", version.theirs, bytes.TrimSpace(preface))
 	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, unix.ECONNRESET), errors.Is(err, unix.EPIPE):
@@ -204,7 +245,7 @@ func (c *conn) clientHandshake(ctx context.Context, allowed func(uid uint32) boo
 		closeAll(fds)
 		return err
 	}
-	if err := c.attach(fds[0], 0); err != nil {
+	if err := c.attach(fds[0], nil); err != nil {
 		return noDaemon(err)
 	}
 	return nil
@@ -242,31 +283,27 @@ func (r rightsReader) Read(p []byte) (int, error) {
 // Descriptors that come with the client's preface are closed by the kernel, as
 // no room is given for them. The caller bounds it with a deadline, and closes c
 // when it fails.
-func (c *conn) serverHandshake() (caller, error) {
-	who, err := peerOf(c.UnixConn)
-	if err != nil {
-		return who, err
-	}
-	err = readPreface(c.UnixConn)
+func (c *conn) serverHandshake() error {
+	err := readPreface(c.UnixConn)
 	var version *versionError
 	if errors.As(err, &version) {
 		// The answer has no descriptor: it is there to be compared.
 		c.Write(preface)
-		return who, fmt.Errorf("this client speaks protocol %q, this daemon %q: install the same version on both", version.theirs, bytes.TrimSpace(preface))
+		return fmt.Errorf("this client speaks protocol %q, this daemon %q: install the same version on both", version.theirs, bytes.TrimSpace(preface))
 	}
 	if err != nil {
-		return who, err
+		return err
 	}
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		return who, fmt.Errorf("descriptor channel: %w", err)
+		return fmt.Errorf("descriptor channel: %w", err)
 	}
 	defer unix.Close(pair[1])
-	if err := c.attach(pair[0], maxUnclaimed); err != nil {
-		return who, err
+	if err := c.attach(pair[0], c.keep); err != nil {
+		return err
 	}
 	_, _, err = c.WriteMsgUnix(preface, unix.UnixRights(pair[1]), nil)
-	return who, err
+	return err
 }
 
 // authInfo is what a handler learns about a connection.
@@ -274,6 +311,7 @@ type authInfo struct {
 	credentials.CommonAuthInfo
 	caller  caller
 	channel *channel
+	conn    *conn
 }
 
 // AuthType implements [credentials.AuthInfo].
@@ -288,19 +326,19 @@ func (s serverCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.
 	if !ok {
 		return nil, nil, fmt.Errorf("connection is a %T, want one of a unix socket", raw)
 	}
-	who, err := c.serverHandshake()
-	if err != nil {
+	if err := c.serverHandshake(); err != nil {
 		level := slog.LevelWarn
 		if errors.Is(err, io.EOF) || errors.Is(err, net.ErrClosed) {
 			level = slog.LevelDebug // someone looked whether we are there, or we are stopping
 		}
-		s.log.Log(context.Background(), level, "connection refused", "error", err, "uid", who.uid, "pid", who.pid)
+		s.log.Log(context.Background(), level, "connection refused", "error", err, "uid", c.who.uid, "pid", c.who.pid)
 		return nil, nil, err
 	}
 	return c, authInfo{
 		CommonAuthInfo: credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity},
-		caller:         who,
+		caller:         c.who,
 		channel:        c.channel,
+		conn:           c,
 	}, nil
 }
 

@@ -586,7 +586,7 @@ func newChannels(t *testing.T) (server, client *channel) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		channels[i] = newChannel(c.(*net.UnixConn), []int{maxUnclaimed, 0}[i], func() {})
+		channels[i] = newChannel(c.(*net.UnixConn), []func() (func(), bool){func() (func(), bool) { return func() {}, true }, nil}[i], func() {})
 		t.Cleanup(channels[i].close)
 	}
 	return channels[0], channels[1]
@@ -668,7 +668,7 @@ func TestSendStops(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := newChannel(socket.(*net.UnixConn), 0, func() {})
+	c := newChannel(socket.(*net.UnixConn), nil, func() {})
 	defer c.close()
 	file := tempFile(t, nil)
 	ctx, cancel := context.WithCancel(t.Context())

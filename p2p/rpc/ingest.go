@@ -10,6 +10,8 @@ import (
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
@@ -260,8 +262,25 @@ func (i *ingest) receive() (*pb.IngestReply, error) {
 	return reply, i.client.callError(i.ctx, err)
 }
 
-// Room implements [p2p.Ingest]. The daemon tells with what it gets.
-func (i *ingest) Room(int64) error { return nil }
+// worthAsking is how many bytes are worth asking whether there is room for them: fewer are sent sooner.
+const worthAsking = 1 << 20
+
+// Room implements [p2p.Ingest].
+func (i *ingest) Room(n int64) error {
+	if n < worthAsking {
+		return nil
+	}
+	s, end, err := i.client.begin(i.ctx) // not the ingest's own: an Add may be under way
+	if err != nil {
+		return err
+	}
+	defer end()
+	_, err = s.daemon.Room(i.ctx, &pb.RoomRequest{Bytes: n})
+	if status.Code(err) == codes.Unimplemented { // a daemon of an earlier release tells with what it gets
+		return nil
+	}
+	return i.client.callError(i.ctx, err)
+}
 
 // Rehash implements [p2p.Ingest].
 func (i *ingest) Rehash(d, want digest.Digest) (added p2p.Added, err error) {

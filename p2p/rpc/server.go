@@ -31,9 +31,6 @@ import (
 const (
 	// maxStreams is the number of calls at once on one connection.
 	maxStreams = 256
-	// maxUnclaimed is the number of descriptors that a client can have sent
-	// and that no call has taken. A call takes one at a time.
-	maxUnclaimed = 2 * maxStreams
 	// maxEntries is the number of entries in one message of a List.
 	maxEntries = 256
 	// maxArrived is the number of pieces in one message about a blob that is
@@ -84,8 +81,9 @@ func (s statsHandler) server(c *serverConfig) { c.grpc = append(c.grpc, grpc.Sta
 
 // Server serves an engine to clients on this host. It is safe for concurrent use.
 type Server struct {
-	grpc *grpc.Server
-	log  *slog.Logger
+	grpc   *grpc.Server
+	log    *slog.Logger
+	shares *shares
 
 	mu    sync.Mutex
 	conns map[*conn]struct{} // accepted and not closed
@@ -109,15 +107,16 @@ func NewServer(engine p2p.Engine, log *slog.Logger, opts ...ServerOption) *Serve
 	for _, o := range opts {
 		o.server(&config)
 	}
-	s := &Server{log: log, conns: make(map[*conn]struct{})}
+	s := &Server{log: log, shares: newShares(), conns: make(map[*conn]struct{})}
 	s.grpc = grpc.NewServer(append([]grpc.ServerOption{
 		grpc.Creds(serverCredentials{log}),
 		grpc.ConnectionTimeout(handshakeTimeout),
-		grpc.MaxConcurrentStreams(maxStreams),
+		grpc.MaxConcurrentStreams(uint32(min(maxStreams, s.shares.calls.Limit()))),
+		grpc.InTapHandle(s.shares.begin),
 		grpc.MaxRecvMsgSize(maxRequest),
 		grpc.MaxHeaderListSize(maxHeaders),
 		grpc.ForceServerCodecV2(grpclimit.Codec(maxElements)),
-		grpc.StaticStreamWindowSize(window),
+		grpc.StaticStreamWindowSize(callWindow),
 		grpc.StaticConnWindowSize(window),
 		grpc.WaitForHandlers(true),
 		grpc.UnaryInterceptor(s.unary),
@@ -176,23 +175,47 @@ type listener struct {
 }
 
 func (l listener) Accept() (net.Conn, error) {
-	accepted, err := l.Listener.Accept()
-	if err != nil {
-		return nil, err
+	for {
+		accepted, err := l.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		socket, ok := accepted.(*net.UnixConn)
+		if !ok {
+			accepted.Close()
+			return nil, fmt.Errorf("connection is a %T, want one of a unix socket", accepted)
+		}
+		if c, err := l.s.admit(socket); err == nil {
+			return c, nil
+		} else {
+			l.s.log.Warn("connection refused", "error", err, "uid", c.who.uid, "pid", c.who.pid)
+		}
 	}
-	socket, ok := accepted.(*net.UnixConn)
-	if !ok {
-		accepted.Close()
-		return nil, fmt.Errorf("connection is a %T, want one of a unix socket", accepted)
+}
+
+// admit makes a conn of a socket, or closes it.
+func (s *Server) admit(socket *net.UnixConn) (*conn, error) {
+	c := &conn{UnixConn: socket, onClose: s.forget, shares: s.shares}
+	var err error
+	if c.who, err = peerOf(socket); err != nil {
+		socket.Close()
+		return c, err
 	}
-	c := &conn{UnixConn: socket, onClose: l.s.forget}
-	l.s.mu.Lock()
-	defer l.s.mu.Unlock()
-	l.s.conns[c] = struct{}{}
+	c.inflow = inflow{shares: s.shares, uid: c.who.uid}
+	var ok bool
+	if c.leave, ok = s.shares.conns.Offer(c.who.key(), c.hangUp); !ok {
+		socket.Write(busy) // there is room for it
+		socket.Close()
+		return c, errCrowded
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.conns[c] = struct{}{}
 	return c, nil
 }
 
 func (s *Server) forget(c *conn) {
+	c.leave()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.conns, c)
@@ -306,6 +329,19 @@ func (s *service) Peers(ctx context.Context, _ *pb.PeersRequest) (*pb.PeersReply
 		reply.Peers = append(reply.Peers, peerMessage(p))
 	}
 	return reply, nil
+}
+
+// Room answers where it is asked before an ingest gets the bytes, which may wait for another one.
+func (s *service) Room(ctx context.Context, req *pb.RoomRequest) (*pb.RoomReply, error) {
+	if req.GetBytes() < 0 {
+		return nil, fmt.Errorf("room for %d bytes: %w", req.GetBytes(), digest.ErrInvalid)
+	}
+	ingest, err := s.engine.Ingest(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer ingest.Close()
+	return &pb.RoomReply{}, ingest.Room(req.GetBytes())
 }
 
 func (s *service) List(req *pb.ListRequest, stream grpc.ServerStreamingServer[pb.ListReply]) error {

@@ -218,7 +218,12 @@ func (i *storeIngest) Add(src io.Reader, opts p2p.AddOptions) (p2p.Added, error)
 	return p2p.Added{Digest: table.Digest, Size: table.Size}, nil
 }
 
-func (i *storeIngest) Room(int64) error { return nil }
+func (i *storeIngest) Room(n int64) error {
+	if n > 1<<40 {
+		return p2p.ErrNoSpace
+	}
+	return nil
+}
 
 func (i *storeIngest) Rehash(d, want digest.Digest) (p2p.Added, error) {
 	f, err := os.Open(i.added[d])

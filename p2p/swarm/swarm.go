@@ -16,11 +16,11 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/semaphore"
-	"golang.org/x/sys/unix"
 	"golang.org/x/time/rate"
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/connpool"
 	"github.com/dfcache/dfcache/p2p/pieces"
 	"github.com/dfcache/dfcache/p2p/swarm/schedule"
 	"github.com/dfcache/dfcache/p2p/throttle"
@@ -72,16 +72,6 @@ type Options struct {
 	tamper func(http.Handler) http.Handler // for tests: what the peer API is replaced with
 }
 
-// descriptors returns how many descriptors the process may have open. Go has raised that to what the
-// system allows when the process began.
-func descriptors() int {
-	var limit unix.Rlimit
-	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
-		return 1024
-	}
-	return int(min(limit.Cur, 1<<30))
-}
-
 func (o *Options) setDefaults() {
 	def := func(n *int, d int) {
 		if *n == 0 {
@@ -100,7 +90,7 @@ func (o *Options) setDefaults() {
 	def(&o.UploadSlots, schedule.Slots)
 	def(&o.MaxUploads, 64)
 	def(&o.MaxRequests, schedule.Requests)
-	def(&o.MaxConns, min(1024, descriptors()/4))
+	def(&o.MaxConns, connpool.Share(1024, 4))
 	if o.Memory == 0 {
 		o.Memory = 64 << 20
 	}
@@ -194,7 +184,7 @@ func New(store *pieces.Store, network Network, opts Options) (_ *Swarm, err erro
 			limiter: throttle.New(opts.UploadRate),
 			chunk:   sendChunk,
 			buffers: newBuffers(opts.Memory),
-			open:    min(maxOpen, descriptors()/8),
+			open:    connpool.Share(maxOpen, 8),
 			active:  map[digest.Digest]*upload{},
 		},
 		buffers:   newBuffers(opts.Memory),

@@ -1892,6 +1892,86 @@ func (x *Peer) GetAheadNano() int64 {
 	return 0
 }
 
+type RoomRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Bytes         int64                  `protobuf:"varint,1,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RoomRequest) Reset() {
+	*x = RoomRequest{}
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RoomRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RoomRequest) ProtoMessage() {}
+
+func (x *RoomRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RoomRequest.ProtoReflect.Descriptor instead.
+func (*RoomRequest) Descriptor() ([]byte, []int) {
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *RoomRequest) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+type RoomReply struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RoomReply) Reset() {
+	*x = RoomReply{}
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RoomReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RoomReply) ProtoMessage() {}
+
+func (x *RoomReply) ProtoReflect() protoreflect.Message {
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RoomReply.ProtoReflect.Descriptor instead.
+func (*RoomReply) Descriptor() ([]byte, []int) {
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{23}
+}
+
 // Manifest is the content of a manifest and what is known of what it refers to.
 type StatReply_Manifest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1903,7 +1983,7 @@ type StatReply_Manifest struct {
 
 func (x *StatReply_Manifest) Reset() {
 	*x = StatReply_Manifest{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[22]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1915,7 +1995,7 @@ func (x *StatReply_Manifest) String() string {
 func (*StatReply_Manifest) ProtoMessage() {}
 
 func (x *StatReply_Manifest) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[22]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1956,7 +2036,7 @@ type OpenRequest_Want struct {
 
 func (x *OpenRequest_Want) Reset() {
 	*x = OpenRequest_Want{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[23]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1968,7 +2048,7 @@ func (x *OpenRequest_Want) String() string {
 func (*OpenRequest_Want) ProtoMessage() {}
 
 func (x *OpenRequest_Want) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[23]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2009,7 +2089,7 @@ type OpenReply_Header struct {
 
 func (x *OpenReply_Header) Reset() {
 	*x = OpenReply_Header{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[24]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2021,7 +2101,7 @@ func (x *OpenReply_Header) String() string {
 func (*OpenReply_Header) ProtoMessage() {}
 
 func (x *OpenReply_Header) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[24]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2069,7 +2149,7 @@ type OpenReply_Piece struct {
 
 func (x *OpenReply_Piece) Reset() {
 	*x = OpenReply_Piece{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[25]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2081,7 +2161,7 @@ func (x *OpenReply_Piece) String() string {
 func (*OpenReply_Piece) ProtoMessage() {}
 
 func (x *OpenReply_Piece) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[25]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2121,7 +2201,7 @@ type OpenReply_Done struct {
 
 func (x *OpenReply_Done) Reset() {
 	*x = OpenReply_Done{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[26]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2133,7 +2213,7 @@ func (x *OpenReply_Done) String() string {
 func (*OpenReply_Done) ProtoMessage() {}
 
 func (x *OpenReply_Done) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[26]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2170,7 +2250,7 @@ type IngestRequest_Add struct {
 
 func (x *IngestRequest_Add) Reset() {
 	*x = IngestRequest_Add{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[27]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2182,7 +2262,7 @@ func (x *IngestRequest_Add) String() string {
 func (*IngestRequest_Add) ProtoMessage() {}
 
 func (x *IngestRequest_Add) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[27]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2237,7 +2317,7 @@ type IngestRequest_Rehash struct {
 
 func (x *IngestRequest_Rehash) Reset() {
 	*x = IngestRequest_Rehash{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[28]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2249,7 +2329,7 @@ func (x *IngestRequest_Rehash) String() string {
 func (*IngestRequest_Rehash) ProtoMessage() {}
 
 func (x *IngestRequest_Rehash) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[28]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2292,7 +2372,7 @@ type IngestRequest_Commit struct {
 
 func (x *IngestRequest_Commit) Reset() {
 	*x = IngestRequest_Commit{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[29]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2304,7 +2384,7 @@ func (x *IngestRequest_Commit) String() string {
 func (*IngestRequest_Commit) ProtoMessage() {}
 
 func (x *IngestRequest_Commit) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[29]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2353,7 +2433,7 @@ type NewTask_Manifest struct {
 
 func (x *NewTask_Manifest) Reset() {
 	*x = NewTask_Manifest{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[30]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2365,7 +2445,7 @@ func (x *NewTask_Manifest) String() string {
 func (*NewTask_Manifest) ProtoMessage() {}
 
 func (x *NewTask_Manifest) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[30]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2413,7 +2493,7 @@ type IngestReply_Progress struct {
 
 func (x *IngestReply_Progress) Reset() {
 	*x = IngestReply_Progress{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[31]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2425,7 +2505,7 @@ func (x *IngestReply_Progress) String() string {
 func (*IngestReply_Progress) ProtoMessage() {}
 
 func (x *IngestReply_Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[31]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2459,7 +2539,7 @@ type IngestReply_Added struct {
 
 func (x *IngestReply_Added) Reset() {
 	*x = IngestReply_Added{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[32]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2471,7 +2551,7 @@ func (x *IngestReply_Added) String() string {
 func (*IngestReply_Added) ProtoMessage() {}
 
 func (x *IngestReply_Added) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[32]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2510,7 +2590,7 @@ type IngestReply_Committed struct {
 
 func (x *IngestReply_Committed) Reset() {
 	*x = IngestReply_Committed{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[33]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2522,7 +2602,7 @@ func (x *IngestReply_Committed) String() string {
 func (*IngestReply_Committed) ProtoMessage() {}
 
 func (x *IngestReply_Committed) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[33]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2550,7 +2630,7 @@ type DeleteReply_Missed struct {
 
 func (x *DeleteReply_Missed) Reset() {
 	*x = DeleteReply_Missed{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[34]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2562,7 +2642,7 @@ func (x *DeleteReply_Missed) String() string {
 func (*DeleteReply_Missed) ProtoMessage() {}
 
 func (x *DeleteReply_Missed) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[34]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2773,7 +2853,10 @@ const file_p2p_rpc_pb_daemon_proto_rawDesc = "" +
 	" \x01(\tR\x06reason\x12\x18\n" +
 	"\aversion\x18\v \x01(\tR\aversion\x12\x1d\n" +
 	"\n" +
-	"ahead_nano\x18\f \x01(\x03R\taheadNano*c\n" +
+	"ahead_nano\x18\f \x01(\x03R\taheadNano\"#\n" +
+	"\vRoomRequest\x12\x14\n" +
+	"\x05bytes\x18\x01 \x01(\x03R\x05bytes\"\v\n" +
+	"\tRoomReply*c\n" +
 	"\x05Scope\x12\x15\n" +
 	"\x11SCOPE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rSCOPE_NETWORK\x10\x01\x12\x0f\n" +
@@ -2800,7 +2883,7 @@ const file_p2p_rpc_pb_daemon_proto_rawDesc = "" +
 	"\x0fPEER_STATE_AWAY\x10\x02\x12\x16\n" +
 	"\x12PEER_STATE_SHUNNED\x10\x03\x12\x16\n" +
 	"\x12PEER_STATE_FOREIGN\x10\x04\x12\x15\n" +
-	"\x11PEER_STATE_CLONED\x10\x052\xb8\x03\n" +
+	"\x11PEER_STATE_CLONED\x10\x052\xf0\x03\n" +
 	"\x06Daemon\x126\n" +
 	"\x04Stat\x12\x17.dfcache.v1.StatRequest\x1a\x15.dfcache.v1.StatReply\x12:\n" +
 	"\x04Open\x12\x17.dfcache.v1.OpenRequest\x1a\x15.dfcache.v1.OpenReply(\x010\x01\x12@\n" +
@@ -2808,7 +2891,8 @@ const file_p2p_rpc_pb_daemon_proto_rawDesc = "" +
 	"\x06Delete\x12\x19.dfcache.v1.DeleteRequest\x1a\x17.dfcache.v1.DeleteReply\x128\n" +
 	"\x04List\x12\x17.dfcache.v1.ListRequest\x1a\x15.dfcache.v1.ListReply0\x01\x12E\n" +
 	"\tReplicate\x12\x1c.dfcache.v1.ReplicateRequest\x1a\x1a.dfcache.v1.ReplicateReply\x129\n" +
-	"\x05Peers\x12\x18.dfcache.v1.PeersRequest\x1a\x16.dfcache.v1.PeersReplyB'Z%github.com/dfcache/dfcache/p2p/rpc/pbb\x06proto3"
+	"\x05Peers\x12\x18.dfcache.v1.PeersRequest\x1a\x16.dfcache.v1.PeersReply\x126\n" +
+	"\x04Room\x12\x17.dfcache.v1.RoomRequest\x1a\x15.dfcache.v1.RoomReplyB'Z%github.com/dfcache/dfcache/p2p/rpc/pbb\x06proto3"
 
 var (
 	file_p2p_rpc_pb_daemon_proto_rawDescOnce sync.Once
@@ -2823,7 +2907,7 @@ func file_p2p_rpc_pb_daemon_proto_rawDescGZIP() []byte {
 }
 
 var file_p2p_rpc_pb_daemon_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_p2p_rpc_pb_daemon_proto_msgTypes = make([]protoimpl.MessageInfo, 35)
+var file_p2p_rpc_pb_daemon_proto_msgTypes = make([]protoimpl.MessageInfo, 37)
 var file_p2p_rpc_pb_daemon_proto_goTypes = []any{
 	(Scope)(0),                    // 0: dfcache.v1.Scope
 	(Keep)(0),                     // 1: dfcache.v1.Keep
@@ -2851,43 +2935,45 @@ var file_p2p_rpc_pb_daemon_proto_goTypes = []any{
 	(*PeersRequest)(nil),          // 23: dfcache.v1.PeersRequest
 	(*PeersReply)(nil),            // 24: dfcache.v1.PeersReply
 	(*Peer)(nil),                  // 25: dfcache.v1.Peer
-	(*StatReply_Manifest)(nil),    // 26: dfcache.v1.StatReply.Manifest
-	(*OpenRequest_Want)(nil),      // 27: dfcache.v1.OpenRequest.Want
-	(*OpenReply_Header)(nil),      // 28: dfcache.v1.OpenReply.Header
-	(*OpenReply_Piece)(nil),       // 29: dfcache.v1.OpenReply.Piece
-	(*OpenReply_Done)(nil),        // 30: dfcache.v1.OpenReply.Done
-	(*IngestRequest_Add)(nil),     // 31: dfcache.v1.IngestRequest.Add
-	(*IngestRequest_Rehash)(nil),  // 32: dfcache.v1.IngestRequest.Rehash
-	(*IngestRequest_Commit)(nil),  // 33: dfcache.v1.IngestRequest.Commit
-	(*NewTask_Manifest)(nil),      // 34: dfcache.v1.NewTask.Manifest
-	(*IngestReply_Progress)(nil),  // 35: dfcache.v1.IngestReply.Progress
-	(*IngestReply_Added)(nil),     // 36: dfcache.v1.IngestReply.Added
-	(*IngestReply_Committed)(nil), // 37: dfcache.v1.IngestReply.Committed
-	(*DeleteReply_Missed)(nil),    // 38: dfcache.v1.DeleteReply.Missed
+	(*RoomRequest)(nil),           // 26: dfcache.v1.RoomRequest
+	(*RoomReply)(nil),             // 27: dfcache.v1.RoomReply
+	(*StatReply_Manifest)(nil),    // 28: dfcache.v1.StatReply.Manifest
+	(*OpenRequest_Want)(nil),      // 29: dfcache.v1.OpenRequest.Want
+	(*OpenReply_Header)(nil),      // 30: dfcache.v1.OpenReply.Header
+	(*OpenReply_Piece)(nil),       // 31: dfcache.v1.OpenReply.Piece
+	(*OpenReply_Done)(nil),        // 32: dfcache.v1.OpenReply.Done
+	(*IngestRequest_Add)(nil),     // 33: dfcache.v1.IngestRequest.Add
+	(*IngestRequest_Rehash)(nil),  // 34: dfcache.v1.IngestRequest.Rehash
+	(*IngestRequest_Commit)(nil),  // 35: dfcache.v1.IngestRequest.Commit
+	(*NewTask_Manifest)(nil),      // 36: dfcache.v1.NewTask.Manifest
+	(*IngestReply_Progress)(nil),  // 37: dfcache.v1.IngestReply.Progress
+	(*IngestReply_Added)(nil),     // 38: dfcache.v1.IngestReply.Added
+	(*IngestReply_Committed)(nil), // 39: dfcache.v1.IngestReply.Committed
+	(*DeleteReply_Missed)(nil),    // 40: dfcache.v1.DeleteReply.Missed
 }
 var file_p2p_rpc_pb_daemon_proto_depIdxs = []int32{
 	0,  // 0: dfcache.v1.StatRequest.scope:type_name -> dfcache.v1.Scope
 	8,  // 1: dfcache.v1.StatReply.info:type_name -> dfcache.v1.Info
-	26, // 2: dfcache.v1.StatReply.manifest:type_name -> dfcache.v1.StatReply.Manifest
+	28, // 2: dfcache.v1.StatReply.manifest:type_name -> dfcache.v1.StatReply.Manifest
 	7,  // 3: dfcache.v1.StatReply.holders:type_name -> dfcache.v1.Holders
 	4,  // 4: dfcache.v1.Info.task:type_name -> dfcache.v1.Task
 	1,  // 5: dfcache.v1.Info.keep:type_name -> dfcache.v1.Keep
 	4,  // 6: dfcache.v1.OpenRequest.task:type_name -> dfcache.v1.Task
 	0,  // 7: dfcache.v1.OpenRequest.scope:type_name -> dfcache.v1.Scope
-	27, // 8: dfcache.v1.OpenRequest.want:type_name -> dfcache.v1.OpenRequest.Want
-	28, // 9: dfcache.v1.OpenReply.header:type_name -> dfcache.v1.OpenReply.Header
-	29, // 10: dfcache.v1.OpenReply.pieces:type_name -> dfcache.v1.OpenReply.Piece
-	30, // 11: dfcache.v1.OpenReply.done:type_name -> dfcache.v1.OpenReply.Done
-	31, // 12: dfcache.v1.IngestRequest.add:type_name -> dfcache.v1.IngestRequest.Add
-	32, // 13: dfcache.v1.IngestRequest.rehash:type_name -> dfcache.v1.IngestRequest.Rehash
-	33, // 14: dfcache.v1.IngestRequest.commit:type_name -> dfcache.v1.IngestRequest.Commit
+	29, // 8: dfcache.v1.OpenRequest.want:type_name -> dfcache.v1.OpenRequest.Want
+	30, // 9: dfcache.v1.OpenReply.header:type_name -> dfcache.v1.OpenReply.Header
+	31, // 10: dfcache.v1.OpenReply.pieces:type_name -> dfcache.v1.OpenReply.Piece
+	32, // 11: dfcache.v1.OpenReply.done:type_name -> dfcache.v1.OpenReply.Done
+	33, // 12: dfcache.v1.IngestRequest.add:type_name -> dfcache.v1.IngestRequest.Add
+	34, // 13: dfcache.v1.IngestRequest.rehash:type_name -> dfcache.v1.IngestRequest.Rehash
+	35, // 14: dfcache.v1.IngestRequest.commit:type_name -> dfcache.v1.IngestRequest.Commit
 	4,  // 15: dfcache.v1.NewTask.task:type_name -> dfcache.v1.Task
 	1,  // 16: dfcache.v1.NewTask.keep:type_name -> dfcache.v1.Keep
-	34, // 17: dfcache.v1.NewTask.manifest:type_name -> dfcache.v1.NewTask.Manifest
-	35, // 18: dfcache.v1.IngestReply.progress:type_name -> dfcache.v1.IngestReply.Progress
-	36, // 19: dfcache.v1.IngestReply.added:type_name -> dfcache.v1.IngestReply.Added
-	37, // 20: dfcache.v1.IngestReply.committed:type_name -> dfcache.v1.IngestReply.Committed
-	38, // 21: dfcache.v1.DeleteReply.missed:type_name -> dfcache.v1.DeleteReply.Missed
+	36, // 17: dfcache.v1.NewTask.manifest:type_name -> dfcache.v1.NewTask.Manifest
+	37, // 18: dfcache.v1.IngestReply.progress:type_name -> dfcache.v1.IngestReply.Progress
+	38, // 19: dfcache.v1.IngestReply.added:type_name -> dfcache.v1.IngestReply.Added
+	39, // 20: dfcache.v1.IngestReply.committed:type_name -> dfcache.v1.IngestReply.Committed
+	40, // 21: dfcache.v1.DeleteReply.missed:type_name -> dfcache.v1.DeleteReply.Missed
 	2,  // 22: dfcache.v1.ListRequest.kind:type_name -> dfcache.v1.Kind
 	20, // 23: dfcache.v1.ListReply.entries:type_name -> dfcache.v1.Entry
 	8,  // 24: dfcache.v1.Entry.info:type_name -> dfcache.v1.Info
@@ -2904,15 +2990,17 @@ var file_p2p_rpc_pb_daemon_proto_depIdxs = []int32{
 	18, // 35: dfcache.v1.Daemon.List:input_type -> dfcache.v1.ListRequest
 	21, // 36: dfcache.v1.Daemon.Replicate:input_type -> dfcache.v1.ReplicateRequest
 	23, // 37: dfcache.v1.Daemon.Peers:input_type -> dfcache.v1.PeersRequest
-	6,  // 38: dfcache.v1.Daemon.Stat:output_type -> dfcache.v1.StatReply
-	10, // 39: dfcache.v1.Daemon.Open:output_type -> dfcache.v1.OpenReply
-	15, // 40: dfcache.v1.Daemon.Ingest:output_type -> dfcache.v1.IngestReply
-	17, // 41: dfcache.v1.Daemon.Delete:output_type -> dfcache.v1.DeleteReply
-	19, // 42: dfcache.v1.Daemon.List:output_type -> dfcache.v1.ListReply
-	22, // 43: dfcache.v1.Daemon.Replicate:output_type -> dfcache.v1.ReplicateReply
-	24, // 44: dfcache.v1.Daemon.Peers:output_type -> dfcache.v1.PeersReply
-	38, // [38:45] is the sub-list for method output_type
-	31, // [31:38] is the sub-list for method input_type
+	26, // 38: dfcache.v1.Daemon.Room:input_type -> dfcache.v1.RoomRequest
+	6,  // 39: dfcache.v1.Daemon.Stat:output_type -> dfcache.v1.StatReply
+	10, // 40: dfcache.v1.Daemon.Open:output_type -> dfcache.v1.OpenReply
+	15, // 41: dfcache.v1.Daemon.Ingest:output_type -> dfcache.v1.IngestReply
+	17, // 42: dfcache.v1.Daemon.Delete:output_type -> dfcache.v1.DeleteReply
+	19, // 43: dfcache.v1.Daemon.List:output_type -> dfcache.v1.ListReply
+	22, // 44: dfcache.v1.Daemon.Replicate:output_type -> dfcache.v1.ReplicateReply
+	24, // 45: dfcache.v1.Daemon.Peers:output_type -> dfcache.v1.PeersReply
+	27, // 46: dfcache.v1.Daemon.Room:output_type -> dfcache.v1.RoomReply
+	39, // [39:47] is the sub-list for method output_type
+	31, // [31:39] is the sub-list for method input_type
 	31, // [31:31] is the sub-list for extension type_name
 	31, // [31:31] is the sub-list for extension extendee
 	0,  // [0:31] is the sub-list for field type_name
@@ -2940,7 +3028,7 @@ func file_p2p_rpc_pb_daemon_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_p2p_rpc_pb_daemon_proto_rawDesc), len(file_p2p_rpc_pb_daemon_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   35,
+			NumMessages:   37,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -29,6 +29,7 @@ const (
 	Daemon_List_FullMethodName      = "/dfcache.v1.Daemon/List"
 	Daemon_Replicate_FullMethodName = "/dfcache.v1.Daemon/Replicate"
 	Daemon_Peers_FullMethodName     = "/dfcache.v1.Daemon/Peers"
+	Daemon_Room_FullMethodName      = "/dfcache.v1.Daemon/Room"
 )
 
 // DaemonClient is the client API for Daemon service.
@@ -58,6 +59,8 @@ type DaemonClient interface {
 	Replicate(ctx context.Context, in *ReplicateRequest, opts ...grpc.CallOption) (*ReplicateReply, error)
 	// Peers describes the other daemons that are known.
 	Peers(ctx context.Context, in *PeersRequest, opts ...grpc.CallOption) (*PeersReply, error)
+	// Room fails where there is no room for so many more bytes: to be asked before they are sent.
+	Room(ctx context.Context, in *RoomRequest, opts ...grpc.CallOption) (*RoomReply, error)
 }
 
 type daemonClient struct {
@@ -153,6 +156,16 @@ func (c *daemonClient) Peers(ctx context.Context, in *PeersRequest, opts ...grpc
 	return out, nil
 }
 
+func (c *daemonClient) Room(ctx context.Context, in *RoomRequest, opts ...grpc.CallOption) (*RoomReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RoomReply)
+	err := c.cc.Invoke(ctx, Daemon_Room_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // DaemonServer is the server API for Daemon service.
 // All implementations must embed UnimplementedDaemonServer
 // for forward compatibility.
@@ -180,6 +193,8 @@ type DaemonServer interface {
 	Replicate(context.Context, *ReplicateRequest) (*ReplicateReply, error)
 	// Peers describes the other daemons that are known.
 	Peers(context.Context, *PeersRequest) (*PeersReply, error)
+	// Room fails where there is no room for so many more bytes: to be asked before they are sent.
+	Room(context.Context, *RoomRequest) (*RoomReply, error)
 	mustEmbedUnimplementedDaemonServer()
 }
 
@@ -210,6 +225,9 @@ func (UnimplementedDaemonServer) Replicate(context.Context, *ReplicateRequest) (
 }
 func (UnimplementedDaemonServer) Peers(context.Context, *PeersRequest) (*PeersReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method Peers not implemented")
+}
+func (UnimplementedDaemonServer) Room(context.Context, *RoomRequest) (*RoomReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method Room not implemented")
 }
 func (UnimplementedDaemonServer) mustEmbedUnimplementedDaemonServer() {}
 func (UnimplementedDaemonServer) testEmbeddedByValue()                {}
@@ -329,6 +347,24 @@ func _Daemon_Peers_Handler(srv interface{}, ctx context.Context, dec func(interf
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Daemon_Room_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RoomRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(DaemonServer).Room(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Daemon_Room_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(DaemonServer).Room(ctx, req.(*RoomRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Daemon_ServiceDesc is the grpc.ServiceDesc for Daemon service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -351,6 +387,10 @@ var Daemon_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Peers",
 			Handler:    _Daemon_Peers_Handler,
+		},
+		{
+			MethodName: "Room",
+			Handler:    _Daemon_Room_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{
