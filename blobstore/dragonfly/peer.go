@@ -28,16 +28,20 @@ type caller struct {
 func (caller) AuthType() string { return "unix" }
 
 func (localCredentials) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	c, ok := conn.(*net.UnixConn)
+	raw := conn
+	if counted, ok := conn.(interface{ NetConn() net.Conn }); ok {
+		raw = counted.NetConn()
+	}
+	c, ok := raw.(*net.UnixConn)
 	if !ok {
 		return nil, nil, fmt.Errorf("connection from %s is not one of a unix socket", conn.RemoteAddr())
 	}
-	raw, err := c.SyscallConn()
+	fd, err := c.SyscallConn()
 	if err != nil {
 		return nil, nil, err
 	}
 	var cred *unix.Ucred
-	if controlErr := raw.Control(func(fd uintptr) { cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); controlErr != nil || err != nil {
+	if controlErr := fd.Control(func(fd uintptr) { cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); controlErr != nil || err != nil {
 		return nil, nil, errors.Join(controlErr, err)
 	}
 	return conn, caller{credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}, cred.Uid}, nil

@@ -22,6 +22,7 @@ import (
 
 	"github.com/dfcache/dfcache/blobstore"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/connpool"
 	"github.com/dfcache/dfcache/p2p/dragonfly/wire"
 )
 
@@ -29,6 +30,9 @@ import (
 type Server struct {
 	grpc *grpc.Server
 }
+
+// maxConns is how many connections callers may have at once; the oldest goes when there are more.
+const maxConns = 256
 
 // NewServer returns a server of store. The caller closes the store after Shutdown.
 func NewServer(store *blobstore.Store, log *slog.Logger) *Server {
@@ -40,7 +44,7 @@ func NewServer(store *blobstore.Store, log *slog.Logger) *Server {
 // Serve answers those who connect to l, a unix socket, until Shutdown; then it
 // returns nil. It closes l.
 func (s *Server) Serve(l net.Listener) error {
-	if err := s.grpc.Serve(l); !errors.Is(err, grpc.ErrServerStopped) {
+	if err := s.grpc.Serve(connpool.Listen(l, max(connpool.Share(maxConns, 16), 8))); !errors.Is(err, grpc.ErrServerStopped) {
 		return err
 	}
 	return nil

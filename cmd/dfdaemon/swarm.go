@@ -31,6 +31,7 @@ import (
 	"github.com/dfcache/dfcache/cmd/internal/manual"
 	"github.com/dfcache/dfcache/cmd/internal/paths"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/connpool"
 	"github.com/dfcache/dfcache/p2p/dirs"
 	"github.com/dfcache/dfcache/p2p/pieces"
 	"github.com/dfcache/dfcache/p2p/swarm"
@@ -292,6 +293,10 @@ func (h asDebug) WithAttrs(attrs []slog.Attr) slog.Handler {
 }
 func (h asDebug) WithGroup(name string) slog.Handler { return asDebug{h.Handler.WithGroup(name)} }
 
+// maxMetrics is how many connections may be open at the address for metrics, of which those of who
+// has most make room, and how many answers may be under way.
+const maxMetrics = 64
+
 // serveMetrics serves what the daemon counts, where that is asked for.
 func (d *daemon) serveMetrics() error {
 	if d.swarm.metrics == "off" {
@@ -302,7 +307,7 @@ func (d *daemon) serveMetrics() error {
 		return listenError("metrics", err)
 	}
 	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", promhttp.HandlerFor(d.metrics, promhttp.HandlerOpts{}))
+	mux.Handle("GET /metrics", promhttp.HandlerFor(d.metrics, promhttp.HandlerOpts{MaxRequestsInFlight: maxMetrics}))
 	var handler http.Handler = mux
 	if d.swarm.metricsFor != registry.Anyone.String() {
 		if tcp, ok := l.Addr().(*net.TCPAddr); !ok || !tcp.IP.IsLoopback() {
@@ -311,11 +316,14 @@ func (d *daemon) serveMetrics() error {
 		}
 		handler = loopback.ForOwner("metrics", mux)
 	}
-	server := &http.Server{Handler: handler, ConnContext: loopback.ConnContext, ReadHeaderTimeout: headerTimeout, ErrorLog: slog.NewLogLogger(d.log.Handler(), slog.LevelDebug)}
+	server := &http.Server{
+		Handler: handler, ConnContext: loopback.ConnContext, ErrorLog: slog.NewLogLogger(d.log.Handler(), slog.LevelDebug), MaxHeaderBytes: 16 << 10,
+		ReadHeaderTimeout: headerTimeout, WriteTimeout: time.Minute, IdleTimeout: idleTimeout,
+	}
 	served := make(chan struct{})
 	go func() {
 		defer close(served)
-		server.Serve(l)
+		server.Serve(connpool.Listen(l, share(maxMetrics)))
 	}()
 	d.onClose(func() {
 		server.Close()

@@ -12,7 +12,11 @@ import (
 
 	"github.com/dfcache/dfcache/blobstore/loopback"
 	"github.com/dfcache/dfcache/cmd/internal/exit"
+	"github.com/dfcache/dfcache/p2p/connpool"
 )
+
+// maxConns is how many connections may be open: the oldest makes room.
+const maxConns = 16
 
 // Start serves profiles on a port of 127.0.0.1 until stop is called, which
 // waits until everything has ended. Only the user of this process and root get an
@@ -41,11 +45,14 @@ func Start(port int, log func(string)) (stop func(), err error) {
 	mux.HandleFunc("/debug/pprof/symbol", pprof.Symbol)
 	mux.HandleFunc("/debug/pprof/trace", pprof.Trace)
 
-	server := &http.Server{Handler: loopback.ForOwner("profiles", mux), ConnContext: loopback.ConnContext, ReadHeaderTimeout: 10 * time.Second}
+	server := &http.Server{
+		Handler: loopback.ForOwner("profiles", mux), ConnContext: loopback.ConnContext,
+		ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 10 * time.Second, MaxHeaderBytes: 16 << 10,
+	}
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+		if err := server.Serve(connpool.Listen(l, maxConns)); !errors.Is(err, http.ErrServerClosed) {
 			log(fmt.Sprintf("pprof: %v", err))
 		}
 	}()
