@@ -14,7 +14,6 @@ import (
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
-	"github.com/dfcache/dfcache/p2p/throttle"
 )
 
 // handler serves the peer API. Who asks has been proven by then.
@@ -212,19 +211,12 @@ func (s *Swarm) serveBlob(w http.ResponseWriter, r *http.Request, from peer.ID) 
 	if _, err := io.ReadFull(io.NewSectionReader(blob, 0, blob.Size()), b); err != nil {
 		return err
 	}
-	if err := throttle.Wait(r.Context(), s.uploads.limiter, len(b)); err != nil {
-		return err
-	}
-	http.NewResponseController(w).SetWriteDeadline(time.Now().Add(sendTimeout))
 	w.Header().Set("Content-Length", strconv.Itoa(len(b)))
-	_, err = w.Write(b)
-	s.peers.get(from).addTook(int64(len(b)))
-	s.metrics.sent.Add(float64(len(b)))
-	return err
+	return s.send(r.Context(), w, b, s.peers.get(from))
 }
 
 // serveLinks sends the size and the hash chain of a blob.
-func (s *Swarm) serveLinks(w http.ResponseWriter, r *http.Request, _ peer.ID) error {
+func (s *Swarm) serveLinks(w http.ResponseWriter, r *http.Request, from peer.ID) error {
 	task, err := parseTaskQuery(r)
 	if err != nil {
 		return err
@@ -235,10 +227,8 @@ func (s *Swarm) serveLinks(w http.ResponseWriter, r *http.Request, _ peer.ID) er
 	}
 	defer done()
 	b := links{up.table.Size, up.table.Chain}.append(nil)
-	http.NewResponseController(w).SetWriteDeadline(time.Now().Add(sendTimeout))
 	w.Header().Set("Content-Length", strconv.Itoa(len(b)))
-	_, err = w.Write(b)
-	return err
+	return s.send(r.Context(), w, b, s.peers.get(from))
 }
 
 func (s *Swarm) serveDeletes(w http.ResponseWriter, r *http.Request, _ peer.ID) error {

@@ -32,10 +32,12 @@ const (
 	maxWaiting = 1024
 	// maxNewsWait is how long a request for news is kept waiting.
 	maxNewsWait = 10 * time.Second
-	// sendChunk is how much of a piece is read and sent at a time, and sendTimeout how
-	// long sending it may take. What is read is still near the processor when it is sent,
-	// and what slow peers hold up is a part, not a piece.
-	sendChunk   = 256 << 10
+	// sendChunk is how much of a piece is read at a time. What is read is still near the
+	// processor when it is sent, and what slow peers hold up is a part, not a piece.
+	sendChunk = 256 << 10
+	// sendStep is how much is sent at a time, as a record of TLS, and sendTimeout how long that
+	// may take: who is asked has no more patience than who asks (throttle.MinRate).
+	sendStep    = 16 << 10
 	sendTimeout = 20 * time.Second
 )
 
@@ -419,7 +421,7 @@ func (s *Swarm) servePiece(ctx context.Context, w http.ResponseWriter, up *uploa
 				return true, err
 			}
 		}
-		if err := s.send(w, part, entry); err != nil {
+		if err := s.send(ctx, w, part, entry); err != nil {
 			return true, err
 		}
 	}
@@ -439,16 +441,30 @@ func (s *Swarm) answer(w http.ResponseWriter, up *upload, reply *pieceReply, len
 	return err
 }
 
-// send sends a part of a piece.
-func (s *Swarm) send(w http.ResponseWriter, part []byte, to *peerEntry) error {
-	if err := throttle.Wait(context.Background(), s.uploads.limiter, len(part)); err != nil {
-		return err
+// send sends bytes of a blob, a little at a time: over a slow link, or within a low limit of our own,
+// all of it may take long, and the other end is to see that it comes.
+func (s *Swarm) send(ctx context.Context, w http.ResponseWriter, b []byte, to *peerEntry) error {
+	limit := s.uploads.limiter
+	step := throttle.Step(limit, sendStep)
+	c := http.NewResponseController(w)
+	for len(b) > 0 {
+		part := b[:min(len(b), step)]
+		b = b[len(part):]
+		if err := throttle.Wait(ctx, limit, len(part)); err != nil {
+			return err
+		}
+		c.SetWriteDeadline(time.Now().Add(sendTimeout))
+		n, err := w.Write(part)
+		to.addTook(int64(n))
+		s.metrics.sent.Add(float64(n))
+		if err == nil && step < sendStep {
+			err = c.Flush()
+		}
+		if err != nil {
+			return err
+		}
 	}
-	http.NewResponseController(w).SetWriteDeadline(time.Now().Add(sendTimeout))
-	n, err := w.Write(part)
-	to.addTook(int64(n))
-	s.metrics.sent.Add(float64(n))
-	return err
+	return nil
 }
 
 // buffers are what pieces pass through. Their sum is bounded: who wants one waits.

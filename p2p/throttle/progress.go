@@ -150,9 +150,7 @@ type reader struct {
 }
 
 func (r *reader) Read(b []byte) (int, error) {
-	if r.l != nil && len(b) > r.l.Burst() {
-		b = b[:r.l.Burst()]
-	}
+	b = b[:Step(r.l, len(b))]
 	n, err := r.p.Await(func() (int, error) { return r.r.Read(b) })
 	if e := Wait(r.p.ctx, r.l, n); e != nil && err == nil {
 		err = e

@@ -139,11 +139,15 @@ func TestProgressWithinALimit(t *testing.T) {
 		r := p.Reader(zeros{}, New(1000))
 		b := make([]byte, 1<<20)
 		start := time.Now()
-		if n, err := r.Read(b); n > 16<<10 || err != nil || time.Since(start) != 0 {
+		if n, err := r.Read(b); n > 1000 || err != nil || time.Since(start) != 0 {
 			t.Errorf("read are %d bytes, %v after %s", n, err, time.Since(start))
 		}
-		time.AfterFunc(time.Second, cancel)
-		if _, err := r.Read(b); !errors.Is(err, context.Canceled) || time.Since(start) != time.Second {
+		if err := Wait(ctx, r.(*reader).l, 15<<10); err != nil {
+			t.Fatal(err)
+		}
+		start = time.Now()
+		time.AfterFunc(time.Second/2, cancel)
+		if _, err := r.Read(b); !errors.Is(err, context.Canceled) || time.Since(start) != time.Second/2 {
 			t.Errorf("after %s: %v", time.Since(start), err)
 		}
 		// More than may pass at once passes in parts.

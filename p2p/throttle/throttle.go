@@ -17,6 +17,15 @@ func New(perSecond int64) *rate.Limiter {
 	return rate.NewLimiter(rate.Limit(perSecond), int(max(min(perSecond/20, 256<<10), 16<<10)))
 }
 
+// Step returns how many bytes to move at a time, of n: what may pass within about a second, so
+// that the other end sees them come, and this one is not held up for long.
+func Step(l *rate.Limiter, n int) int {
+	if l == nil {
+		return n
+	}
+	return min(n, l.Burst(), max(int(l.Limit()), 1))
+}
+
 // Wait waits until n bytes may pass l, which may be nil, or ctx ends.
 func Wait(ctx context.Context, l *rate.Limiter, n int) error {
 	for l != nil && n > 0 {
