@@ -32,6 +32,7 @@ type source struct {
 	have     *Set // as far as is known
 	requests int
 	slow     int // of these
+	mute     int // of the slow ones: not answered
 }
 
 type request struct {
@@ -147,8 +148,8 @@ func (d *Download) choose(pieces *Set, useful int) *source {
 		if s.slow > 0 && useful > 1 {
 			continue
 		}
-		if s.requests < limit && s.have.Intersects(pieces) {
-			best, limit = s, s.requests
+		if n := s.requests - s.mute; n < limit && s.have.Intersects(pieces) {
+			best, limit = s, n
 		}
 	}
 	return best
@@ -209,18 +210,33 @@ func (r *request) hurry() {
 	if r.slow {
 		r.slow = false
 		r.source.slow--
+		if r.piece < 0 {
+			r.source.mute--
+		}
 	}
 }
 
 // Slow says that a request brings nothing, or hardly anything: what it wants is asked of
 // other sources, too, and a request to them may take its place. It goes on; where there are
-// others, its source is asked for nothing else meanwhile.
+// others, its source is asked for nothing else meanwhile. Where there are none, the source is
+// asked once more if it has not answered, since the connection may be dead; a piece that
+// comes slowly would come at half the speed twice. Slow may be called again and again.
 func (d *Download) Slow(id int) {
-	if r := d.request(id); r != nil && !r.slow {
-		d.release(r)
-		r.slow = true
-		r.source.slow++
+	r := d.request(id)
+	if r == nil || r.slow || r.piece >= 0 && !d.isElsewhere(r) {
+		return
 	}
+	d.release(r)
+	r.slow = true
+	r.source.slow++
+	if r.piece < 0 {
+		r.source.mute++
+	}
+}
+
+// isElsewhere reports whether another source has something of what a request claims.
+func (d *Download) isElsewhere(r *request) bool {
+	return slices.ContainsFunc(d.sources, func(s *source) bool { return s.id != r.source.id && s.have.Intersects(r.claim) })
 }
 
 // Done ends a request: the piece that was Answered is here, and is proven. It
