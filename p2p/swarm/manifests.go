@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/url"
 	"sync"
+	"time"
 
 	"github.com/libp2p/go-libp2p/core/peer"
 
@@ -71,10 +72,8 @@ func (s *Swarm) fetchManifest(ctx context.Context, task p2p.Task, from peer.ID) 
 	under := 0
 	ask := func(p peer.ID) (slow <-chan struct{}) {
 		under++
-		limited, cancel := context.WithTimeoutCause(ctx, s.opts.StallTimeout, errStalled)
-		pace := throttle.NewProgress(limited, s.opts.LookupTimeout)
+		pace := throttle.NewProgress(ctx, s.opts.LookupTimeout)
 		s.background.Go(func() {
-			defer cancel()
 			defer pace.Stop()
 			content, err := s.client.blob(pace, p, task, p2p.MaxManifest)
 			switch {
@@ -96,14 +95,15 @@ func (s *Swarm) fetchManifest(ctx context.Context, task p2p.Task, from peer.ID) 
 		return pace.Slow()
 	}
 	slow := ask(from)
-	var others []peer.ID // that have it, once they were looked for
-	searched := false
+	asked := map[peer.ID]bool{from: true}
+	patience := time.NewTimer(s.opts.StallTimeout)
+	defer patience.Stop()
 	next := func() {
-		if slow = nil; !searched {
-			others, searched = s.wholeHolders(ctx, task, from), true
-		}
-		if len(others) > 0 {
-			slow, others = ask(others[0]), others[1:]
+		patience.Reset(s.opts.StallTimeout)
+		slow = nil
+		if other := s.wholeHolder(ctx, task, asked); other != "" {
+			asked[other] = true
+			slow = ask(other)
 		}
 	}
 	for {
@@ -120,24 +120,26 @@ func (s *Swarm) fetchManifest(ctx context.Context, task p2p.Task, from peer.ID) 
 			}
 		case <-slow:
 			next()
+		case <-patience.C: // it comes, and takes its time: others may be faster
+			next()
 		case <-ctx.Done():
 			return nil, context.Cause(ctx)
 		}
 	}
 }
 
-// wholeHolders asks who has all of a task, but for one peer.
-func (s *Swarm) wholeHolders(ctx context.Context, task p2p.Task, not peer.ID) (all []peer.ID) {
+// wholeHolder returns a peer that has all of a task, but for some; "" where there is none.
+func (s *Swarm) wholeHolder(ctx context.Context, task p2p.Task, not map[peer.ID]bool) peer.ID {
 	lookupCtx, cancel := s.within(ctx)
 	defer cancel()
 	l := s.lookup(lookupCtx, &findRequest{Tasks: []taskRef{taskRef(task)}}, taskKey(task), false)
 	defer l.end()
 	for a := range l.answers {
-		if state := a.reply.Tasks[0]; a.peer != not && s.accept(ctx, a.peer, task, state) && state.whole() {
-			all = append(all, a.peer)
+		if state := a.reply.Tasks[0]; !not[a.peer] && s.accept(ctx, a.peer, task, state) && state.whole() {
+			return a.peer
 		}
 	}
-	return all
+	return ""
 }
 
 // parseManifest reads what a manifest refers to; nil where it is none.
