@@ -230,7 +230,7 @@ func TestBusySource(t *testing.T) {
 		}
 	})
 	b := h.start(t, func(o *Options) { o.LookupTimeout, o.StallTimeout = 200*time.Millisecond, 200*time.Millisecond })
-	if _, err := b.read(t.Context(), a.add(t, "t", content(100, 1))); !errors.Is(err, p2p.ErrBusy) || errors.Is(err, p2p.ErrNotFound) {
+	if err := b.wantEnd(t, t.Context(), a.add(t, "t", content(100, 1)), p2p.ErrBusy); errors.Is(err, p2p.ErrNotFound) {
 		t.Errorf("read: %v", err)
 	}
 }

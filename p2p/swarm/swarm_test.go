@@ -34,10 +34,12 @@ type hub struct {
 	providers map[Key]map[peer.ID]bool
 	cut       func(a, b peer.ID) bool
 	hung      map[peer.ID]bool // what is sent to them gets lost, and nothing says so
+	ghosts    map[peer.ID]bool // that have gone; who connects with them waits
+	noTCP     bool             // pieces go over the network's streams
 }
 
 func newHub() *hub {
-	return &hub{nets: map[peer.ID]*fakeNetwork{}, providers: map[Key]map[peer.ID]bool{}, hung: map[peer.ID]bool{}}
+	return &hub{nets: map[peer.ID]*fakeNetwork{}, providers: map[Key]map[peer.ID]bool{}, hung: map[peer.ID]bool{}, ghosts: map[peer.ID]bool{}}
 }
 
 // fakeNetwork is a Network without libp2p.
@@ -104,7 +106,14 @@ func (n *fakeNetwork) Addresses(p peer.ID) peer.AddrInfo {
 	return peer.AddrInfo{ID: p, Addrs: []multiaddr.Multiaddr{multiaddr.StringCast("/ip4/127.0.0.1/tcp/1")}}
 }
 
-func (n *fakeNetwork) Connect(_ context.Context, p peer.AddrInfo) error {
+func (n *fakeNetwork) Connect(ctx context.Context, p peer.AddrInfo) error {
+	n.hub.mu.Lock()
+	ghost := n.hub.ghosts[p.ID]
+	n.hub.mu.Unlock()
+	if ghost {
+		<-ctx.Done()
+		return ctx.Err()
+	}
 	if n.hub.reachable(n.self, p.ID) == nil {
 		return errors.New("it can't be reached")
 	}
@@ -298,6 +307,9 @@ func (h *hub) start(t testing.TB, change ...func(*Options)) *testPeer {
 	p.opts = Options{
 		Identity: key, Secret: []byte("the secret of the swarm"), Listen: []string{"127.0.0.1:0"},
 		LookupTimeout: 5 * time.Second, StallTimeout: 5 * time.Second,
+	}
+	if h.noTCP {
+		p.opts.Listen = nil
 	}
 	if log := testLog(t); log != nil {
 		p.opts.Log = log

@@ -1,0 +1,402 @@
+package swarm
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p"
+)
+
+// onClock runs a test of how long things take, on a clock that stands still while anything can
+// be done: it takes what it is to take, however busy the machine is.
+func onClock(t *testing.T, test func(*testing.T, *hub)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		h := newHub()
+		h.noTCP = true
+		test(t, h)
+	})
+}
+
+// took fails the test where do does not take exactly so long.
+func took(t *testing.T, what string, want time.Duration, do func()) {
+	t.Helper()
+	start := time.Now()
+	do()
+	if got := time.Since(start); got != want {
+		t.Errorf("%s took %s, want %s", what, got, want)
+	}
+}
+
+// A peer goes silent: what a question costs, before that is known and after.
+func TestCostOfSilence(t *testing.T) {
+	onClock(t, func(t *testing.T, h *hub) {
+		a, b, c := h.start(t), h.start(t), h.start(t)
+		a.push(t, "models", "v1", "", []byte("mine"))
+		theirs := c.push(t, "models", "v2", "", []byte("theirs"))
+		stat := func(what, cid string, want error, limit time.Duration) {
+			t.Helper()
+			took(t, what, limit, func() {
+				if _, err := a.Stat(t.Context(), "models", cidOf(t, cid), p2p.StatOptions{Manifest: true}); !errors.Is(err, want) {
+					t.Errorf("%s: %v, want %v", what, err, want)
+				}
+			})
+		}
+		absent := digest.SHA256.FromString("nowhere").String()
+		stat("a name that is here, with all there", "v1", nil, 0)
+		h.hang(b.id, true)
+		stat("a name that is here", "v1", nil, newerTimeout)
+		time.Sleep(a.opts.LookupTimeout + time.Second)
+		if a.peers.get(b.id).silence() == 0 {
+			t.Error("who has not answered for half a second is not asked whether it does")
+		}
+		for range 3 {
+			stat("a name that is here", "v1", nil, 0)
+			stat("a digest elsewhere", theirs.Digest.String(), nil, 0)
+			// What was announced is looked for a little longer.
+			stat("what is nowhere", absent, p2p.ErrNotFound, announcedGrace)
+		}
+		if n := a.late.count(); n > 10 {
+			t.Errorf("%d questions are under way", n)
+		}
+		h.hang(b.id, false)
+		time.Sleep(2 * maxProbePause)
+		if a.peers.get(b.id).silence() > 0 {
+			t.Error("who answers again is taken for silent")
+		}
+
+		// A question to one peer costs as much, and says as much.
+		h.hang(b.id, true)
+		took(t, "a question to one peer", a.opts.LookupTimeout, func() {
+			if _, err := a.find(t.Context(), b.id, &findRequest{}); !errors.Is(err, errNoAnswer) {
+				t.Errorf("error is %v, want %v", err, errNoAnswer)
+			}
+		})
+		stat("a name that is here, after it", "v1", nil, 0)
+	})
+}
+
+// Of those that have announced something and are not connected any more, a silent one is waited
+// for once.
+func TestCostOfSilentAnnouncers(t *testing.T) {
+	onClock(t, func(t *testing.T, h *hub) {
+		a, b := h.start(t), h.start(t)
+		h.start(t)
+		data := content(1000, 1)
+		task := b.add(t, "", data)
+		b.Close()
+		h.mu.Lock()
+		h.ghosts[b.id] = true
+		h.mu.Unlock()
+		h.mu.Lock()
+		h.providers[taskKey(task)][b.id] = true
+		h.mu.Unlock()
+		stat := func(want time.Duration) {
+			t.Helper()
+			took(t, "what only a ghost has", want, func() {
+				if _, err := a.Stat(t.Context(), "", digest.FromDigest(task.Digest), p2p.StatOptions{}); !errors.Is(err, p2p.ErrNotFound) {
+					t.Errorf("%v", err)
+				}
+			})
+		}
+		stat(a.opts.LookupTimeout)
+		stat(0)
+	})
+}
+
+// slowed has a peer send the bodies of its answers of some length through f.
+func slowed(path string, f func(w http.ResponseWriter, r *http.Request, body []byte)) func(*Options) {
+	return func(o *Options) {
+		o.tamper = func(honest http.Handler) http.Handler {
+			return edit(honest, path, func(w http.ResponseWriter, r *http.Request, answer *httptest.ResponseRecorder) {
+				if answer.Body.Len() < 1000 {
+					send(w, answer)
+					return
+				}
+				f(w, r, answer.Body.Bytes())
+			})
+		}
+	}
+}
+
+// How a download ends, and after what time, with a source that behaves in one of the ways in
+// which sources do. The peers have a stall timeout of 5 s, and so give up after 15 s.
+func TestSourcesOfAllKinds(t *testing.T) {
+	const size, stall = 4 * digest.MinPieceLength, 5 * time.Second
+	// times calls f with how many requests for pieces there have been.
+	times := func(f func(n int64, honest http.Handler, w http.ResponseWriter, r *http.Request)) func(*Options) {
+		var n atomic.Int64
+		return func(o *Options) {
+			o.tamper = func(honest http.Handler) http.Handler {
+				return instead(honest, pathPieces, func(w http.ResponseWriter, r *http.Request) {
+					body, _ := io.ReadAll(r.Body) // else the server does not notice when the other end goes
+					r.Body = io.NopCloser(bytes.NewReader(body))
+					f(n.Add(1), honest, w, r)
+				})
+			}
+		}
+	}
+	code := func(code int, until time.Duration) func(*Options) {
+		began := time.Time{}
+		return times(func(_ int64, honest http.Handler, w http.ResponseWriter, r *http.Request) {
+			if began.IsZero() {
+				began = time.Now()
+			}
+			if time.Since(began) < until {
+				http.Error(w, "not now", code)
+				return
+			}
+			honest.ServeHTTP(w, r)
+		})
+	}
+	// dead never answers what comes within a time.
+	dead := func(until time.Duration) func(*Options) {
+		began := time.Time{}
+		return times(func(n int64, honest http.Handler, w http.ResponseWriter, r *http.Request) {
+			if n == 1 {
+				began = time.Now()
+			}
+			if time.Since(began) < until {
+				<-r.Context().Done()
+				return
+			}
+			honest.ServeHTTP(w, r)
+		})
+	}
+	var asked atomic.Int64
+	for name, test := range map[string]struct {
+		size    int
+		source  func(*Options)
+		reader  func(*Options)
+		end     error
+		atMost  time.Duration
+		atLeast time.Duration
+	}{
+		"honest":                 {},
+		"its own limit":          {size: digest.MinPieceLength, source: func(o *Options) { o.UploadRate = 1500 }, atLeast: 30 * time.Second, atMost: time.Minute},
+		"our own limit":          {size: digest.MinPieceLength, reader: func(o *Options) { o.DownloadRate = 1500 }, atLeast: 30 * time.Second, atMost: time.Minute},
+		"busy for a while":       {source: code(http.StatusServiceUnavailable, 8*time.Second), atLeast: 8 * time.Second, atMost: 9 * time.Second},
+		"in trouble for a while": {source: code(http.StatusInternalServerError, 8*time.Second), atLeast: 8 * time.Second, atMost: 13 * time.Second},
+		"never gives anything": {source: times(func(_ int64, _ http.Handler, w http.ResponseWriter, _ *http.Request) {
+			asked.Add(1)
+			http.Error(w, "not now", http.StatusInternalServerError)
+		}), end: p2p.ErrUnreachable, atMost: 3*stall + time.Second},
+		"never answers": {source: times(func(_ int64, _ http.Handler, _ http.ResponseWriter, r *http.Request) {
+			<-r.Context().Done()
+		}), end: p2p.ErrUnreachable, atLeast: 3 * stall, atMost: 3*stall + time.Second},
+		"breaks off after a little": {source: times(func(n int64, honest http.Handler, w http.ResponseWriter, r *http.Request) {
+			answer := httptest.NewRecorder()
+			honest.ServeHTTP(answer, r)
+			w.Header().Set("Content-Length", answer.Header().Get("Content-Length"))
+			w.Write(answer.Body.Bytes()[:min(answer.Body.Len(), 100+int(n))])
+			panic(http.ErrAbortHandler)
+		}), end: p2p.ErrUnreachable, atMost: 3*stall + time.Second},
+		"stops in the middle, at first": {source: times(func(n int64, honest http.Handler, w http.ResponseWriter, r *http.Request) {
+			if n > 10 {
+				honest.ServeHTTP(w, r)
+				return
+			}
+			answer := httptest.NewRecorder()
+			honest.ServeHTTP(answer, r)
+			w.Header().Set("Content-Length", answer.Header().Get("Content-Length"))
+			w.Write(answer.Body.Bytes()[:answer.Body.Len()/2])
+			http.NewResponseController(w).Flush()
+			<-r.Context().Done()
+		}), atLeast: stall, atMost: 6 * stall},
+		"its first connections are dead": {source: dead(5 * time.Second), atLeast: 5 * time.Second, atMost: 10 * time.Second},
+		"a byte more each time": {source: times(func(n int64, honest http.Handler, w http.ResponseWriter, r *http.Request) {
+			answer := httptest.NewRecorder()
+			honest.ServeHTTP(answer, r)
+			if answer.Code != http.StatusOK || answer.Body.Len() < 1000 {
+				send(w, answer)
+				return
+			}
+			w.Header().Set("Content-Length", answer.Header().Get("Content-Length"))
+			w.Write(answer.Body.Bytes()[:100+n])
+			http.NewResponseController(w).Flush()
+			<-r.Context().Done()
+		}), end: p2p.ErrUnreachable, atMost: 4 * stall},
+	} {
+		t.Run(name, func(t *testing.T) {
+			onClock(t, func(t *testing.T, h *hub) {
+				none := func(*Options) {}
+				for _, f := range []*func(*Options){&test.source, &test.reader} {
+					if *f == nil {
+						*f = none
+					}
+				}
+				if test.size == 0 {
+					test.size = size
+				}
+				a, b := h.start(t, test.source), h.start(t, test.reader)
+				h.start(t)
+				data := content(test.size, 1)
+				task := a.add(t, "", data)
+				ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+				defer cancel()
+				start := time.Now()
+				got, err := b.read(ctx, task)
+				took := time.Since(start)
+				if !errors.Is(err, test.end) || err == nil && !bytes.Equal(got, data) {
+					t.Errorf("read are %d bytes, %v; want %v", len(got), err, test.end)
+				}
+				if took < test.atLeast || took > test.atMost {
+					t.Errorf("that took %s, want %s to %s", took, test.atLeast, test.atMost)
+				}
+				if peers, err := b.Peers(t.Context()); err != nil || peers[0].Faults+peers[1].Faults > 0 {
+					t.Errorf("a fault is held against somebody: %+v, %v", peers, err)
+				}
+			})
+		})
+	}
+	if n := asked.Load(); n == 0 || n > 60 {
+		t.Errorf("a source that gives nothing was asked %d times in 15 s", n)
+	}
+}
+
+// What one source is slow with comes from another, before the slow one is given up.
+func TestSlowIsAskedOfOthers(t *testing.T) {
+	onClock(t, func(t *testing.T, h *hub) {
+		a := h.start(t, slowed(pathPieces, func(w http.ResponseWriter, r *http.Request, body []byte) {
+			for _, b := range body {
+				w.Write([]byte{b})
+				http.NewResponseController(w).Flush()
+				select {
+				case <-time.After(time.Second):
+				case <-r.Context().Done():
+					return
+				}
+			}
+		}))
+		b, c := h.start(t), h.start(t)
+		data := content(gateSize, 33)
+		task := a.add(t, "", data)
+		blob := b.open(t, t.Context(), task)
+		defer blob.Close()
+		blob.Want(0, 0)
+		time.Sleep(time.Second)
+		c.add(t, "", data)
+		start := time.Now()
+		b.want(t, task, data)
+		if took := time.Since(start); took >= b.opts.StallTimeout-time.Second {
+			t.Errorf("beside a slow source that took %s", took)
+		}
+	})
+}
+
+// When the only source goes, or has lost the file, another one that has it by then is found
+// at once, however long the download has been going on.
+func TestAnotherSourceIsFound(t *testing.T) {
+	for name, lose := range map[string]func(*testing.T, *testPeer, p2p.Task){
+		"gone": func(t *testing.T, a *testPeer, _ p2p.Task) { a.Close() },
+		"lost": func(t *testing.T, a *testPeer, task p2p.Task) {
+			if _, err := a.store.Delete(t.Context(), "", digest.FromDigest(task.Digest), p2p.DeleteOptions{}); err != nil {
+				t.Fatal(err)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			onClock(t, func(t *testing.T, h *hub) {
+				a, b, c := h.start(t, func(o *Options) { o.UploadRate = 16 << 10 }), h.start(t), h.start(t)
+				data := content(gateSize, 35)
+				task := a.add(t, "", data)
+				blob := b.open(t, t.Context(), task)
+				defer blob.Close()
+				blob.Want(0, 0)
+				time.Sleep(time.Minute)
+				lose(t, a, task)
+				c.add(t, "", data)
+				start := time.Now()
+				b.want(t, task, data)
+				if took := time.Since(start); took > 10*time.Second {
+					t.Errorf("from another source it took %s", took)
+				}
+			})
+		})
+	}
+}
+
+// Time in which there is no memory for pieces here is not the sources'.
+func TestWaitForMemory(t *testing.T) {
+	onClock(t, func(t *testing.T, h *hub) {
+		a, b := h.start(t), h.start(t)
+		data := content(gateSize, 36)
+		task := a.add(t, "", data)
+		if err := b.buffers.room.Acquire(t.Context(), b.opts.Memory); err != nil {
+			t.Fatal(err)
+		}
+		time.AfterFunc(10*time.Minute, func() { b.buffers.room.Release(b.opts.Memory) })
+		b.want(t, task, data)
+	})
+}
+
+// Nor is time in which this process is stopped.
+func TestStopped(t *testing.T) {
+	onClock(t, func(t *testing.T, h *hub) {
+		g := newGate(10)
+		a, b := h.start(t, g.through), h.start(t)
+		data := content(gateSize, 32)
+		task := a.add(t, "", data)
+		blob := b.open(t, t.Context(), task)
+		defer blob.Close()
+		arrive(t, blob, 10)
+		blob.d.post(func() { time.Sleep(time.Hour) })
+		blob.d.post(func() {})
+		time.Sleep(10 * time.Second)
+		g.open()
+		b.want(t, task, data)
+	})
+}
+
+// A manifest takes the time that the source's link needs; a slow or silent source is not waited
+// for where others have it.
+func TestManifestsTakeTheirTime(t *testing.T) {
+	onClock(t, func(t *testing.T, h *hub) {
+		limited, b, c := h.start(t, func(o *Options) { o.UploadRate = 64 << 10 }), h.start(t), h.start(t)
+		data := content(2<<20, 39)
+		task := limited.add(t, "", data)
+		if got, err := b.fetchManifest(t.Context(), task, limited.id); err != nil || !bytes.Equal(got, data) {
+			t.Errorf("%d bytes, %v", len(got), err)
+		}
+		h.hang(c.id, true)
+		other := limited.add(t, "", content(5000, 40))
+		took(t, "a manifest of a silent peer", b.opts.LookupTimeout/2, func() {
+			if _, err := b.fetchManifest(t.Context(), other, c.id); err != nil {
+				t.Error(err)
+			}
+		})
+	})
+}
+
+// What is not the manifest is not taken for it, however long it is, and who sends it is shunned.
+func TestForgedManifest(t *testing.T) {
+	h := newHub()
+	for _, forged := range [][]byte{[]byte("forged"), make([]byte, 16<<20)} {
+		a, b := h.start(t, func(o *Options) {
+			o.tamper = func(honest http.Handler) http.Handler {
+				return instead(honest, pathBlob, func(w http.ResponseWriter, r *http.Request) { w.Write(forged) })
+			}
+		}), h.start(t)
+		task := a.add(t, "", []byte("manifest"))
+		n := allocated(func() {
+			if got, err := b.fetchManifest(t.Context(), task, a.id); !errors.Is(err, digest.ErrMismatch) {
+				t.Errorf("%d bytes, %v; want %v", len(got), err, digest.ErrMismatch)
+			}
+		})
+		if n > 40<<20 {
+			t.Errorf("%d bytes are allocated for a manifest", n)
+		}
+		if !b.peers.get(a.id).isShunned() {
+			t.Error("who forges manifests is not shunned")
+		}
+	}
+}
