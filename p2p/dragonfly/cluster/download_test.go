@@ -1,10 +1,32 @@
 package cluster
 
 import (
+	"errors"
+	"io"
+	"strings"
+	"syscall"
 	"testing"
+	"testing/iotest"
 
 	commonv1 "d7y.io/api/v2/pkg/apis/common/v1"
+
+	"github.com/dfcache/dfcache/p2p"
 )
+
+// full is a file on a disk that is full.
+type full struct{}
+
+func (full) Write([]byte) (int, error) { return 0, syscall.ENOSPC }
+
+// That this host can't write is no peer's fault.
+func TestCopyTo(t *testing.T) {
+	if _, err := copyTo(full{}, strings.NewReader("data")); !errors.Is(err, p2p.ErrNoSpace) || isPeersFault(err) {
+		t.Errorf("to a full disk: %v", err)
+	}
+	if _, err := copyTo(io.Discard, iotest.ErrReader(syscall.ECONNRESET)); !errors.Is(err, p2p.ErrUnreachable) || !isPeersFault(err) {
+		t.Errorf("from a peer that resets: %v", err)
+	}
+}
 
 // What a peer tells is believed only where the pieces can be those of one file: then none
 // is written over another, and each has so many bytes that they can't be sent one by one to hold a
