@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -929,6 +930,60 @@ func TestUploadHeader(t *testing.T) {
 		defer resp.Body.Close()
 		if resp.StatusCode != http.StatusOK || resp.ContentLength != 4<<20 {
 			t.Errorf("%s, %d bytes", resp.Status, resp.ContentLength)
+		}
+	}
+}
+
+// A peer that asks and reads nothing gives its upload back.
+func TestUploadStalls(t *testing.T) {
+	s := clustertest.StartScheduler(t)
+	h := newHost(t, cluster.Options{MaxUploads: 1, StallTimeout: 300 * time.Millisecond}, s)
+	id := idOf(enginetest.Import(t, h, "t", enginetest.Content(24<<20, 1))) // more than the system keeps
+	ask := func(last int) net.Conn {
+		t.Helper()
+		conn, err := net.Dial("tcp", h.UploadAddress())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { conn.Close() })
+		if err := conn.SetDeadline(time.Now().Add(20 * time.Second)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := fmt.Fprintf(conn, "GET /download/%s/%s?peerId=x HTTP/1.1\r\nHost: x\r\nRange: bytes=0-%d\r\n\r\n", id[:3], id, last); err != nil {
+			t.Fatal(err)
+		}
+		return conn
+	}
+	stalled := ask(24<<20 - 1)
+	if _, err := io.ReadFull(stalled, make([]byte, 1000)); err != nil { // it has begun
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(ask(1<<20-1), make([]byte, 1<<20)); err != nil {
+		t.Errorf("the next peer gets nothing: %v", err)
+	}
+}
+
+// Whoever opens connections without end gets the place of their own.
+func TestManyConnections(t *testing.T) {
+	s := clustertest.StartScheduler(t)
+	h := newHost(t, cluster.Options{StallTimeout: time.Hour}, s)
+	for door, address := range map[string]string{"peers": h.Address(), "uploads": h.UploadAddress()} {
+		var first net.Conn
+		for i := range 513 {
+			conn, err := net.Dial("tcp", address)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			if i == 0 {
+				first = conn
+			}
+		}
+		if err := first.SetDeadline(time.Now().Add(8 * time.Second)); err != nil { // one that says nothing goes after 10
+			t.Fatal(err)
+		}
+		if _, err := io.Copy(io.Discard, first); errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("%s: the oldest of 513 connections stays", door)
 		}
 	}
 }
