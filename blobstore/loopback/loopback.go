@@ -168,13 +168,8 @@ func isOpen(c *net.TCPConn) bool {
 	return err == nil && open
 }
 
-// States of a TCP socket, of include/net/tcp_states.h.
-const (
-	established = 1
-	finWait1    = 4
-	finWait2    = 5
-	closed      = 7
-)
+// closed is the state of a TCP socket, of include/net/tcp_states.h, that has no connection any more.
+const closed = 7
 
 // find returns the user of the socket that has these two addresses.
 func find(local, remote netip.AddrPort) (int, error) {
@@ -204,12 +199,8 @@ func findIn(name, local, remote string) (int, error) {
 		if len(fields) < 10 || fields[1] != local || fields[2] != remote {
 			continue
 		}
-		state, err := strconv.ParseUint(fields[3], 16, 8)
-		if err != nil {
-			return 0, fmt.Errorf("%s: state %q of a socket: %w", name, fields[3], err)
-		}
 		// A socket that its process has closed has no inode, and says that it is root's.
-		if state != established && state != finWait1 && state != finWait2 || fields[9] == "0" {
+		if fields[9] == "0" {
 			return 0, ErrUnknown
 		}
 		uid, err := strconv.Atoi(fields[7])

@@ -81,6 +81,7 @@ func TestUserOf(t *testing.T) {
 func TestUserOfClosed(t *testing.T) {
 	theirs, ours := accept(t, "tcp4", "127.0.0.1:0", net.Dial)
 	theirs.(*net.TCPConn).CloseWrite()
+	const finWait2 = 5
 	for state(t, theirs) != finWait2 { // until the other side's kernel has said that it knows
 		runtime.Gosched()
 	}
