@@ -19,9 +19,17 @@ import (
 // limit that the OCI distribution specification asks every registry for.
 const MaxManifest = p2p.MaxManifest
 
-// maxDescriptors is how many descriptors a manifest that is pushed has at most: each is a
+// maxDescriptors is how many descriptors a manifest that is stored as one has at most: each is a
 // record of its own, all of which one transaction writes.
 const maxDescriptors = 10_000
+
+// checkCount refuses a manifest with more descriptors. The error matches [ErrInvalid].
+func checkCount(descriptors int) error {
+	if descriptors > maxDescriptors {
+		return fmt.Errorf("manifest: %w: it refers to %d blobs, the limit is %d", ErrInvalid, descriptors, maxDescriptors)
+	}
+	return nil
+}
 
 // maxManifestElements is how many elements a manifest has at most, annotations, URLs and
 // what is not known here included; see package jsonlimit. It bounds what is made of 4 MiB
@@ -93,6 +101,9 @@ func ParseManifest(mediaType string, content []byte) (*p2p.NewManifest, error) {
 	if _, err := m.mediaTypeOf(mediaType); err != nil {
 		return nil, err
 	}
+	if err := checkCount(len(m.children())); err != nil {
+		return nil, err
+	}
 	return m.refs(false), nil
 }
 
@@ -108,7 +119,7 @@ func DetectManifest(content []byte) (mediaType string, refs *p2p.NewManifest) {
 	if m.MediaType == "" && m.Manifests == nil && (m.Config == nil || m.Layers == nil) {
 		return "", nil
 	}
-	if mediaType, err = m.mediaTypeOf(""); err != nil || !isManifestType(mediaType) {
+	if mediaType, err = m.mediaTypeOf(""); err != nil || !isManifestType(mediaType) || checkCount(len(m.children())) != nil {
 		return "", nil
 	}
 	return mediaType, m.refs(false)

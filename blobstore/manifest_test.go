@@ -375,6 +375,26 @@ func TestDetectManifest(t *testing.T) {
 	}
 }
 
+// TestManifestOfManyDescriptors: one that comes from elsewhere has no more than one that is pushed.
+func TestManifestOfManyDescriptors(t *testing.T) {
+	of := func(n int) []byte {
+		one := `{"mediaType":"application/x","digest":"` + string(digest.SHA256.FromString("")) + `","size":0},`
+		return []byte(`{"schemaVersion":2,"config":` + strings.TrimSuffix(one, ",") + `,"layers":[` + strings.TrimSuffix(strings.Repeat(one, n-1), ",") + `]}`)
+	}
+	if _, err := blobstore.ParseManifest("", of(10_000)); err != nil {
+		t.Error(err)
+	}
+	if mediaType, _ := blobstore.DetectManifest(of(10_000)); mediaType == "" {
+		t.Error("10,000 are too many to be a manifest")
+	}
+	if _, err := blobstore.ParseManifest("", of(10_001)); !errors.Is(err, blobstore.ErrInvalid) || !strings.Contains(err.Error(), "10001") {
+		t.Errorf("10,001: %v", err)
+	}
+	if mediaType, _ := blobstore.DetectManifest(of(10_001)); mediaType != "" {
+		t.Errorf("10,001 are %s", mediaType)
+	}
+}
+
 // TestManifestOfManyElements: a manifest that is small and becomes large in memory is refused
 // before it does.
 func TestManifestOfManyElements(t *testing.T) {

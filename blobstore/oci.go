@@ -866,8 +866,8 @@ func (r *Repository) pushManifest(ctx context.Context, data []byte, push manifes
 		return Manifest{}, err
 	}
 	children := parsed.children()
-	if len(children) > maxDescriptors {
-		return Manifest{}, fmt.Errorf("manifest: %w: it refers to %d blobs, the limit is %d", ErrInvalid, len(children), maxDescriptors)
+	if err := checkCount(len(children)); err != nil {
+		return Manifest{}, err
 	}
 	refs := parsed.refs(push.check)
 	if push.check {
