@@ -79,6 +79,9 @@ func (disk) Remove(name string) error { return os.Remove(name) }
 // somebody has put in its place, a pipe for example, does not hold the reader up.
 func openRegular(name string) (*os.File, error) {
 	fd, err := unix.Open(name, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if errors.Is(err, unix.ELOOP) {
+		return nil, errNotRegular
+	}
 	if err != nil {
 		return nil, &os.PathError{Op: "open", Path: name, Err: err}
 	}

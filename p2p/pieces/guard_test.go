@@ -231,7 +231,7 @@ func TestFlippedWhileOpen(t *testing.T) {
 	select {
 	case <-s.Failed():
 		requireFailed(t, s, digest.ErrCorrupt)
-	case <-time.After(time.Minute):
+	case <-time.After(20 * time.Second):
 		t.Error("it was not noticed")
 	}
 }

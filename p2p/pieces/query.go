@@ -10,6 +10,7 @@ import (
 	"iter"
 	"os"
 	"strings"
+	"syscall"
 	"time"
 
 	"go.etcd.io/bbolt"
@@ -160,7 +161,7 @@ func (s *Store) checkFile(info p2p.Info) (err error) {
 	d := info.Task.Digest
 	defer func() { s.met(err) }()
 	file, err := os.Stat(s.blobPath(d))
-	if err == nil && !file.Mode().IsRegular() {
+	if err == nil && !file.Mode().IsRegular() || errors.Is(err, syscall.ELOOP) {
 		return errNoRegularFile(d)
 	}
 	if err == nil {
