@@ -18,6 +18,7 @@ import (
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/pieces"
+	"github.com/dfcache/dfcache/p2p/throttle"
 )
 
 // A delete is told to every peer that is connected or has announced what is
@@ -332,7 +333,7 @@ func (s *Swarm) tellNow(ctx context.Context, p peer.AddrInfo, deletes []pieces.D
 		}
 	})
 	defer alive.Stop()
-	limit := time.AfterFunc(deleteTimeout, func() { cancel(errStalled) })
+	limit := time.AfterFunc(deleteTimeout, func() { cancel(throttle.ErrStalled) })
 	defer limit.Stop()
 	if len(p.Addrs) > 0 {
 		if err := s.network.Connect(ctx, p); err != nil {
