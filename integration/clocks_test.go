@@ -7,7 +7,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 )
 
 // buildWithClock builds a dfdaemon whose clock can be set wrong.
@@ -131,7 +130,6 @@ func TestSwarmClone(t *testing.T) {
 			if l.late() {
 				t.Fatalf("host %d has the peers %+v", h.n, h.peers())
 			}
-			time.Sleep(50 * time.Millisecond)
 		}
 		log, err := os.ReadFile(filepath.Join(h.home, "logs", "dfdaemon.log"))
 		if err != nil || !strings.Contains(string(log), "peer.key was copied") {

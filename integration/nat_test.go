@@ -13,6 +13,7 @@ import (
 // A host behind a router that lets nothing in gives and gets files over the
 // connection that it makes itself.
 func TestNATOne(t *testing.T) {
+	t.Parallel()
 	l := newLAN(t, 1)
 	public, private := l.hosts[0], l.addPrivate(anyPort)
 	public.start("--mdns=false")
@@ -39,6 +40,7 @@ func TestNATOne(t *testing.T) {
 // Two hosts behind routers of their own exchange files over one that both reach.
 // Nothing has to be set for that but where to start.
 func TestNATRelay(t *testing.T) {
+	t.Parallel()
 	l := newLAN(t, 1)
 	public, a, b := l.hosts[0], l.addPrivate(anyPort), l.addPrivate(anyPort)
 	public.start("--mdns=false")
@@ -75,6 +77,7 @@ func TestNATRelay(t *testing.T) {
 
 // A firewall that changes no addresses can't be noticed: --nat tells of it.
 func TestNATFirewall(t *testing.T) {
+	t.Parallel()
 	l := newLAN(t, 1)
 	public, a, b := l.hosts[0], l.addPrivate(sameAddress), l.addPrivate(sameAddress)
 	public.start("--mdns=false")
@@ -91,6 +94,7 @@ func TestNATFirewall(t *testing.T) {
 // With --nat the hosts punch holes through their routers, and need the one that
 // both reach only to meet.
 func TestNATPunch(t *testing.T) {
+	t.Parallel()
 	l := newLAN(t, 1)
 	public, a, b := l.hosts[0], l.addPrivate(samePort), l.addPrivate(samePort)
 	public.start("--mdns=false")
@@ -103,6 +107,7 @@ func TestNATPunch(t *testing.T) {
 // A router that opens a port when it is asked (UPnP) lets others in, those too that can't
 // punch holes. It has a public address: with another one the port would be of no use.
 func TestNATMapped(t *testing.T) {
+	t.Parallel()
 	l := newNetwork(t, "44.77.0.", 1)
 	public, a, b := l.hosts[0], l.addPrivate(samePort), l.addPrivate(anyPort)
 	a.openPorts()

@@ -73,6 +73,17 @@ func (e *exporting) has(data []byte) {
 	}
 }
 
+// arrived waits until a host has so many bytes of files that are not whole.
+func (h *host) arrived(n int64) {
+	t := h.lan.t
+	t.Helper()
+	for h.partialBytes() < n {
+		if h.lan.late() {
+			t.Fatalf("host %d: %d bytes have arrived, want %d", h.n, h.partialBytes(), n)
+		}
+	}
+}
+
 func (h *host) signal(s syscall.Signal) {
 	h.lan.t.Helper()
 	if err := syscall.Kill(h.cmd.Process.Pid, s); err != nil {
@@ -155,7 +166,6 @@ func TestDeleteDuringDownload(t *testing.T) {
 			if l.late() {
 				t.Fatalf("%d: %d bytes are left of what was deleted", i, b.partialBytes())
 			}
-			time.Sleep(10 * time.Millisecond)
 		}
 	}
 }
