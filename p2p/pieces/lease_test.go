@@ -329,9 +329,73 @@ func TestLeaseOfWhatGoes(t *testing.T) {
 	}
 }
 
+// Of a task that more were told of than are counted, nobody knows who has come back: it
+// stays until the leases end.
+func TestLeasesBeyondCount(t *testing.T) {
+	s := newStore(t)
+	stored, wanted := pushed(t, s, "stored"), pushed(t, s, "asked")
+	first := pushed(t, s, "manifest", stored, wanted)
+	for range maxLeases + 1 {
+		pushed(t, s, "stored")
+		if err := asked(t, s, wanted); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i := range maxLeases { // all but one come
+		deleteTask(t, s, pushed(t, s, fmt.Sprint("manifest ", i), stored, wanted))
+	}
+	deleteTask(t, s, first)
+	for _, task := range []p2p.Task{stored, wanted} {
+		if !isHere(t, s, task) {
+			t.Errorf("%s went, though one who was told of it has not come", task)
+		}
+	}
+}
+
+// What was spared for who only asked, and is held again, is not let go with the lease.
+func TestSparedAndTaken(t *testing.T) {
+	s := newStore(t)
+	manifest := pushed(t, s, "manifest", pushed(t, s, "layer"))
+	name := func() {
+		t.Helper()
+		in, err := s.Ingest(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer in.Close()
+		if err := in.Commit(p2p.Commit{Names: []p2p.NewName{{Tag: "t", Name: "v1", Digest: manifest.Digest}}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	unname := func(only bool) {
+		t.Helper()
+		if _, err := s.Delete(t.Context(), "t", cacheID(t, "v1"), p2p.DeleteOptions{NameOnly: only}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	name()
+	if err := asked(t, s, manifest); err != nil {
+		t.Fatal(err)
+	}
+	unname(false)
+	name()
+	unname(true)
+	s.endAll(manifest)
+	if err := s.releaseSpared(); err != nil {
+		t.Fatal(err)
+	}
+	if !isHere(t, s, manifest) {
+		t.Error("a manifest went of which only the name was taken away")
+	}
+}
+
 // However often is asked, what is remembered of it is bounded.
 func TestLeasesAreBounded(t *testing.T) {
 	s := newStore(t)
+	absent := p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("absent")}
+	if err := asked(t, s, absent); !errors.Is(err, p2p.ErrNotFound) || len(s.lent.order) > 0 {
+		t.Errorf("what is absent: %v, and %d leases", err, len(s.lent.order))
+	}
 	layer := pushed(t, s, "layer")
 	for range maxLeases + 2 {
 		pushed(t, s, "layer")
