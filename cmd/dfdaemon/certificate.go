@@ -15,8 +15,8 @@ import (
 // certInterval is the least time between two looks at a certificate's files.
 const certInterval = time.Minute
 
-// maxKeyFile bounds, in bytes, the file of a certificate's key, which may have its chain, too.
-const maxKeyFile = 1 << 20
+// maxPEM bounds, in bytes, the file of a certificate with its chain, and that of its key.
+const maxPEM = 1 << 20
 
 // certificate is a TLS certificate that is read again when its files change.
 // What can't be read changes nothing. It is safe for concurrent use.
@@ -65,11 +65,11 @@ func (c *certificate) load() error {
 	if !changed {
 		return nil
 	}
-	chain, err := os.ReadFile(c.certFile)
+	chain, _, err := secret.ReadPublic(c.certFile, maxPEM)
 	if err != nil {
 		return err
 	}
-	key, _, err := secret.Read(c.keyFile, maxKeyFile)
+	key, _, err := secret.Read(c.keyFile, maxPEM)
 	if err != nil {
 		return fmt.Errorf("key: %w", err)
 	}

@@ -8,6 +8,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
+	"errors"
 	"log/slog"
 	"math/big"
 	"os"
@@ -15,6 +16,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // writeCertificate writes a certificate of that name, and its key.
@@ -89,11 +92,14 @@ func TestCertificateReload(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	writeCertificate(t, dir, "third")
 	for text, spoil := range map[string]func() error{
 		"private key does not match": func() error { return os.WriteFile(keyFile, key, 0o600) },
 		"no such file":               func() error { return os.Remove(keyFile) },
+		"not a regular file": func() error { // nor is it waited for
+			return errors.Join(os.Remove(certFile), unix.Mkfifo(certFile, 0o600))
+		},
 	} {
+		writeCertificate(t, dir, "third")
 		if err := spoil(); err != nil {
 			t.Fatal(err)
 		}

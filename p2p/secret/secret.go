@@ -1,4 +1,5 @@
-// Package secret reads files that are secrets: keys and passwords. All of them have one rule.
+// Package secret reads files that are secrets: keys and passwords. All of them have one rule. It
+// reads what goes with them, such as certificates, in the same way.
 package secret
 
 import (
@@ -22,6 +23,15 @@ const forbidden fs.FileMode = 0o026
 // says what to do. The error matches [fs.ErrNotExist] where there is no file, and
 // [digest.ErrInvalid] where that is too large.
 func Read(path string, maxSize int64) ([]byte, fs.FileInfo, error) {
+	return read(path, maxSize, forbidden)
+}
+
+// ReadPublic is [Read] for what is no secret.
+func ReadPublic(path string, maxSize int64) ([]byte, fs.FileInfo, error) {
+	return read(path, maxSize, 0)
+}
+
+func read(path string, maxSize int64, forbidden fs.FileMode) ([]byte, fs.FileInfo, error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0) // what turns out to be a pipe is not waited for
 	if err != nil {
 		return nil, nil, err

@@ -26,6 +26,9 @@ func TestRead(t *testing.T) {
 			t.Fatal(err)
 		}
 		data, info, err := Read(path, 6)
+		if public, _, err := ReadPublic(path, 6); err != nil || string(public) != "secret" {
+			t.Errorf("what is no secret, mode %#o: %q, %v", mode, public, err)
+		}
 		if open := mode&0o006 != 0 || mode&0o020 != 0; open != (err != nil) {
 			t.Errorf("mode %#o: %v", mode, err)
 		} else if open && !strings.Contains(err.Error(), "run: chmod 600 "+path) {
