@@ -258,14 +258,14 @@ func TestCollision(t *testing.T) {
 
 // Nobody waits for Dragonfly longer than the engine is told to.
 func TestHang(t *testing.T) {
-	const short = 50 * time.Millisecond
+	const short = 500 * time.Millisecond
 	cluster := new(dragonflytest.Cluster)
 	a := newHost(t, cluster, dragonfly.Options{})
 	b := newHost(t, cluster, dragonfly.Options{LookupTimeout: short, Timeout: time.Hour})
 	task := enginetest.Import(t, a, "t", []byte("data"))
 	b.upstream.LoseScheduler()
 	_, err := b.Open(t.Context(), task, p2p.Network)
-	enginetest.RequireError(t, "open", err, p2p.ErrUnreachable, b.upstream.Socket, "no answer within 50ms")
+	enginetest.RequireError(t, "open", err, p2p.ErrUnreachable, b.upstream.Socket, "no answer within 500ms")
 	_, err = b.stat(task, p2p.StatOptions{})
 	enginetest.RequireError(t, "stat", err, p2p.ErrUnreachable, b.upstream.Socket)
 	b.requireMissing(task)

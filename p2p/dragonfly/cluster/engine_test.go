@@ -596,7 +596,7 @@ func TestPlacement(t *testing.T) {
 
 // Nobody waits for a scheduler longer than the engine is told to.
 func TestHang(t *testing.T) {
-	const short = 250 * time.Millisecond
+	const short = 500 * time.Millisecond
 	s := clustertest.StartScheduler(t)
 	a := newHost(t, cluster.Options{}, s)
 	b := newHost(t, cluster.Options{LookupTimeout: short, StallTimeout: short}, s)
@@ -611,7 +611,7 @@ func TestHang(t *testing.T) {
 			}
 			continue
 		}
-		enginetest.RequireError(t, call, err, p2p.ErrUnreachable, s.Addr, "within 250ms")
+		enginetest.RequireError(t, call, err, p2p.ErrUnreachable, s.Addr, "within 500ms")
 		enginetest.RequireError(t, call, err, p2p.ErrUnavailable)
 		b.requireMissing(task)
 	}
