@@ -3,6 +3,7 @@ package cluster
 import (
 	"errors"
 	"io"
+	"os"
 	"strings"
 	"syscall"
 	"testing"
@@ -11,6 +12,8 @@ import (
 	commonv1 "d7y.io/api/v2/pkg/apis/common/v1"
 
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/dragonfly/whole"
+	"github.com/dfcache/dfcache/p2p/pieces"
 )
 
 // full is a file on a disk that is full.
@@ -98,4 +101,47 @@ func TestChecker(t *testing.T) {
 	if err := check.piece(&commonv1.PieceInfo{RangeSize: 4 * mib, PieceStyle: 7}); err == nil {
 		t.Error("a piece of another style is taken")
 	}
+}
+
+// What peers tell of that are fetched from at once is the same content, cut in the same way:
+// else one would write over what another has given.
+func TestConflicts(t *testing.T) {
+	store, err := pieces.Open(t.TempDir(), pieces.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer store.Close()
+	f, err := os.CreateTemp(t.TempDir(), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	d := &download{e: &Engine{Engine: whole.New(store, nil, whole.Options{})}, file: f, have: map[span]string{}, users: map[*attempt]bool{}}
+	one, other := new(attempt), new(attempt)
+	use := func(a *attempt, size int64, want error) {
+		t.Helper()
+		if err := d.use(a, layout{9 << 20, size}); !errors.Is(err, want) {
+			t.Errorf("use: %v, want %v", err, want)
+		}
+	}
+	first := &commonv1.PieceInfo{RangeSize: 4 << 20, PieceMd5: "a"}
+	has := func(sum string, want bool, wantErr error) {
+		t.Helper()
+		first.PieceMd5 = sum
+		if here, err := d.has(first); here != want || !errors.Is(err, wantErr) {
+			t.Errorf("has %s: %t, %v; want %t, %v", sum, here, err, want, wantErr)
+		}
+	}
+	use(one, 4<<20, nil)
+	d.have[spanOf(first)] = "a"
+	use(other, 1<<20, errConflict)
+	has("a", true, nil)
+	has("b", false, nil) // one that is alone may change its mind
+	use(other, 4<<20, nil)
+	has("a", true, nil)
+	has("b", false, errConflict)
+	d.leave(one)
+	d.leave(other)
+	use(other, 1<<20, nil)
+	has("a", false, nil)
 }

@@ -315,6 +315,7 @@ func TestBesideSlowPeer(t *testing.T) {
 		for name, behaviour := range map[string]clustertest.Behaviour{
 			"drip": clustertest.Drip, "stall": clustertest.Stall, "mute": clustertest.Mute, "silent": clustertest.Silent,
 			"drip of something else": clustertest.LieDrip,
+			"trickle":                clustertest.Trickle, // which is slow, and is not given up
 		} {
 			t.Run(fmt.Sprintf("%s %d", name, size), func(t *testing.T) {
 				t.Parallel()
@@ -346,9 +347,21 @@ func TestBesideSlowPeer(t *testing.T) {
 					h.requireFetched(task, data) // what the peer does not tell is not asked
 					return
 				}
-				h.requireFetched(task, data)
-				if !second.Load() {
+				ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+				defer cancel()
+				if got, err := h.fetch(ctx, task); err != nil || !bytes.Equal(got, data) {
+					t.Errorf("%d bytes, %v", len(got), err)
+				}
+				if single := size == 1000; !second.Load() && (!single || behaviour != clustertest.Trickle) {
 					t.Error("the good peer was not asked")
+				}
+				mu.Lock()
+				defer mu.Unlock()
+				if behaviour == clustertest.LieDrip && strings.Contains(log.String(), "given up") {
+					t.Errorf("the one that tells of something else was waited for once more:\n%s", log.String())
+				}
+				if strings.Contains(log.String(), "canceled") {
+					t.Errorf("that another one gave a piece was held against a peer:\n%s", log.String())
 				}
 			})
 		}

@@ -133,9 +133,14 @@ func (d *download) fromParents(ctx context.Context, queue []parent, problem erro
 				}
 			}
 			d.leave(a)
-			if errors.Is(err, errConflict) { // the others are slow: it is this one's turn
-				stop()
-				queue, problem = slices.Insert(queue, 0, a.parent), cmp.Or(problem, err)
+			if errors.Is(err, errConflict) {
+				problem = cmp.Or(problem, err)
+				if len(running) > 0 && a.watch.isSlow() {
+					later = append(later, a.parent)
+				} else { // the others are slow: it is this one's turn
+					stop()
+					queue = slices.Insert(queue, 0, a.parent)
+				}
 				continue
 			}
 			if context.Cause(ctx) != nil || !isPeersFault(err) {

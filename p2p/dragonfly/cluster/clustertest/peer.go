@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -35,6 +36,7 @@ const (
 	StallLast           // the same, of the last piece only
 	Drip                // a byte now and then
 	LieDrip             // the same, of other content
+	Trickle             // 1.4 KiB a second
 	Mute                // no answer at all to a request for a piece
 	BadSum              // other bytes than the MD5s say
 	Silent              // no answer to what pieces there are
@@ -142,6 +144,7 @@ func (p *Peer) content(id string) ([]byte, bool) {
 	content, ok := p.tasks[id]
 	if ok && (p.behaviour == Lie || p.behaviour == LieDrip) {
 		wrong := append([]byte(nil), content...)
+		wrong[0] ^= 1
 		wrong[len(wrong)/2] ^= 1
 		return wrong, true
 	}
@@ -252,10 +255,14 @@ func (p *Peer) upload(w http.ResponseWriter, r *http.Request) {
 	case Mute:
 		<-r.Context().Done()
 		return
-	case Drip, LieDrip:
+	case Drip, LieDrip, Trickle:
 		w.Header().Set("Content-Length", fmt.Sprint(len(part)))
-		for i := range part {
-			w.Write(part[i : i+1])
+		each := 1
+		if behaviour == Trickle {
+			each = 144
+		}
+		for part := range slices.Chunk(part, each) {
+			w.Write(part)
 			w.(http.Flusher).Flush()
 			select {
 			case <-r.Context().Done():
