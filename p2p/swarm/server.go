@@ -51,8 +51,8 @@ func (s *Swarm) refuse(w http.ResponseWriter, r *http.Request, from peer.ID, err
 		code, text = e.code, e.text
 	} else if errors.Is(err, p2p.ErrBusy) {
 		code = http.StatusServiceUnavailable
-	} else if errors.Is(err, p2p.ErrNotFound) {
-		code = http.StatusNotFound
+	} else if errors.Is(err, p2p.ErrNotFound) || errors.Is(err, digest.ErrCorrupt) {
+		code = http.StatusNotFound // what is damaged is not here; the store has logged it
 	} else if errors.Is(err, digest.ErrInvalid) || errors.Is(err, errMessage) {
 		code = http.StatusBadRequest
 	}

@@ -218,22 +218,34 @@ func TestDamagedAtTheOnlySource(t *testing.T) {
 
 // So is it where all who had it have lost it, and what has arrived goes.
 func TestLostMeanwhile(t *testing.T) {
-	h := newHub()
-	g := newGate(10)
-	long := patient(time.Minute)
-	a, b := h.start(t, long, g.through), h.start(t, long)
-	h.start(t, long)
-	task := a.add(t, "", content(gateSize, 35))
-	blob := b.open(t, t.Context(), task)
-	defer blob.Close()
-	arrive(t, blob, 10)
-	// As where a name has moved on: nobody is told.
-	if _, err := a.store.Delete(t.Context(), "", digest.FromDigest(task.Digest), p2p.DeleteOptions{}); err != nil {
-		t.Fatal(err)
+	for name, lose := range map[string]func(a *testPeer, task p2p.Task) error{
+		// As where a name has moved on: nobody is told.
+		"deleted": func(a *testPeer, task p2p.Task) error {
+			_, err := a.store.Delete(t.Context(), "", digest.FromDigest(task.Digest), p2p.DeleteOptions{})
+			return err
+		},
+		"its file removed": func(a *testPeer, task p2p.Task) error {
+			return os.Remove(blobFile(a.dir, task.Digest))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			h := newHub()
+			g := newGate(10)
+			long := patient(time.Minute)
+			a, b := h.start(t, long, g.through), h.start(t, long)
+			h.start(t, long)
+			task := a.add(t, "", content(gateSize, 35))
+			blob := b.open(t, t.Context(), task)
+			defer blob.Close()
+			arrive(t, blob, 10)
+			if err := lose(a, task); err != nil {
+				t.Fatal(err)
+			}
+			g.open()
+			b.wantEnd(t, t.Context(), task, p2p.ErrNotFound)
+			b.wantNoPartials(t)
+		})
 	}
-	g.open()
-	b.wantEnd(t, t.Context(), task, p2p.ErrNotFound)
-	b.wantNoPartials(t)
 }
 
 // What there is no room for is refused before it begins, by whom it is offered alone. Where it

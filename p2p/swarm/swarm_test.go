@@ -11,6 +11,7 @@ import (
 	mathrand "math/rand/v2"
 	"net"
 	"os"
+	"path/filepath"
 	"sync"
 	"testing"
 	"time"
@@ -467,10 +468,15 @@ func TestReadAtWhileArriving(t *testing.T) {
 	}
 }
 
+// blobFile names the file of a stored blob.
+func blobFile(dir string, d digest.Digest) string {
+	return filepath.Join(dir, "blobs", d.Algorithm().String(), d.Encoded())
+}
+
 // damage flips a byte of a stored blob.
 func damage(t testing.TB, dir string, d digest.Digest, at int64) {
 	t.Helper()
-	name := dir + "/blobs/" + d.Algorithm().String() + "/" + d.Encoded()
+	name := blobFile(dir, d)
 	if err := os.Chmod(name, 0o600); err != nil {
 		t.Fatal(err)
 	}
