@@ -376,6 +376,10 @@ func TestFormat(t *testing.T) {
 		}
 		err = db.View(func(tx *bbolt.Tx) error {
 			for _, bucket := range allBuckets {
+				if tx.Bucket(bucket) == nil {
+					t.Errorf("%s: there is no bucket %s", name, bucket)
+					continue
+				}
 				record := recordTypes[string(bucket)]
 				seen := map[string]bool{}
 				records := 0
