@@ -214,6 +214,22 @@ func TestMemoryOfStalledManifests(t *testing.T) {
 	d.requireMemory(t, memoryBound)
 }
 
+// TestMemoryOfStalledReferrers: neither do lists that are made of many manifests, and few are made at once.
+func TestMemoryOfStalledReferrers(t *testing.T) {
+	d := startLean(t, nil)
+	subject := d.pushed(t, "models", []byte("{}"))
+	for i := range 5 {
+		manifest := []byte(fmt.Sprintf(`{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[],"subject":{"mediaType":"a/b","digest":%q,"size":2},"annotations":{"a":%q}}`,
+			subject, strings.Repeat(strconv.Itoa(i), 1<<20)))
+		d.require(t, http.StatusCreated, http.MethodPut, "/v2/models/manifests/"+sha256Of(manifest).String(), manifest)
+	}
+	hangUp := d.stalled(t, 100, true, func(int) string {
+		return "GET /v2/models/referrers/" + subject.String() + " HTTP/1.1\r\nHost: " + d.host + "\r\n\r\n"
+	})
+	hangUp()
+	d.requireMemory(t, memoryBound)
+}
+
 // TestMemoryOfHeldManifests: a manifest of which the end does not come waits elsewhere.
 func TestMemoryOfHeldManifests(t *testing.T) {
 	d := startLean(t, nil)

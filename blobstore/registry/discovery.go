@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"io"
 	"net/http"
 	"net/url"
 	"slices"
@@ -173,31 +174,42 @@ func (h *Handler) referrers(w *response, r *request) error {
 	}
 	query := r.URL.Query()
 	artifactType, last := query.Get("artifactType"), query.Get("last")
-	document := bytes.NewBufferString(`{"schemaVersion":2,"mediaType":"` + ocispec.MediaTypeImageIndex + `","manifests":[`)
-	const end = "]}"
-	encoder := json.NewEncoder(document)
+	index := &document{h: h}
+	defer index.close()
+	const begin, end = `{"schemaVersion":2,"mediaType":"` + ocispec.MediaTypeImageIndex + `","manifests":[`, "]}"
+	if _, err := io.WriteString(index, begin); err != nil {
+		return err
+	}
+	var entry bytes.Buffer
+	encoder := json.NewEncoder(&entry)
 	encoder.SetEscapeHTML(false) // it would make text longer than it is in the manifest
+	if err := h.acquire(r, h.indexes, 1); err != nil {
+		return err
+	}
 	count, latest := 0, ""
 	err = r.repo.Referrers(r.Context(), ocispec.Descriptor{Digest: d}, artifactType, func(page []ocispec.Descriptor) error {
 		for _, referrer := range page {
 			if referrer.Digest.String() <= last {
 				continue
 			}
-			before := document.Len()
+			entry.Reset()
 			if count > 0 {
-				document.WriteByte(',')
+				entry.WriteByte(',')
 			}
 			if err := encoder.Encode(referrer); err != nil {
 				return err
 			}
-			if count > 0 && document.Len()+len(end) > maxIndex {
-				document.Truncate(before)
+			if count > 0 && index.size+int64(entry.Len()+len(end)) > maxIndex {
 				return errEnough
+			}
+			if _, err := entry.WriteTo(index); err != nil {
+				return err
 			}
 			count, latest = count+1, referrer.Digest.String()
 		}
 		return nil
 	})
+	h.indexes.Release(1)
 	if errors.Is(err, errEnough) {
 		next := url.Values{"last": {latest}}
 		if artifactType != "" {
@@ -207,11 +219,13 @@ func (h *Handler) referrers(w *response, r *request) error {
 	} else if err != nil {
 		return err
 	}
-	document.WriteString(end)
+	if _, err := io.WriteString(index, end); err != nil {
+		return err
+	}
 	if artifactType != "" {
 		w.Header().Set("OCI-Filters-Applied", "artifactType")
 	}
-	return h.sendDocument(w, r, ocispec.MediaTypeImageIndex, document.Bytes())
+	return index.send(w, r, ocispec.MediaTypeImageIndex)
 }
 
 // sendValue answers with JSON.

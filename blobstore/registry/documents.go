@@ -9,6 +9,7 @@ import (
 	"os"
 	"strconv"
 
+	"golang.org/x/sync/semaphore"
 	"golang.org/x/sys/unix"
 
 	"github.com/dfcache/dfcache/blobstore"
@@ -21,6 +22,8 @@ const (
 	// maxParsed is how many bytes of manifests are taken in at once: to parse one takes
 	// some times its size.
 	maxParsed = 4 * blobstore.MaxManifest
+	// maxIndexes is how many lists of referrers are made at once: manifests are read for them.
+	maxIndexes = 8
 )
 
 // scratch makes a file that goes when it is closed.
@@ -40,28 +43,70 @@ func (h *Handler) scratch() (*os.File, error) {
 	return f, nil
 }
 
+// document is what is to be sent: in memory, or in a file where it is long. The caller closes it.
+type document struct {
+	h    *Handler
+	buf  bytes.Buffer
+	file *os.File // nil: it is in buf
+	size int64
+}
+
+// Write implements [io.Writer].
+func (d *document) Write(p []byte) (n int, err error) {
+	if d.file == nil && d.size+int64(len(p)) > maxWaiting {
+		if d.file, err = d.h.scratch(); err == nil {
+			_, err = d.file.Write(d.buf.Bytes())
+		}
+		if err != nil {
+			return 0, err
+		}
+		d.buf = bytes.Buffer{}
+	}
+	if d.file != nil {
+		n, err = d.file.Write(p)
+	} else {
+		n, err = d.buf.Write(p)
+	}
+	d.size += int64(n)
+	return n, err
+}
+
+func (d *document) close() {
+	if d.file != nil {
+		d.file.Close()
+	}
+}
+
 // sendDocument answers with a document of this type.
-func (h *Handler) sendDocument(w *response, r *request, mediaType string, document []byte) error {
+func (h *Handler) sendDocument(w *response, r *request, mediaType string, content []byte) error {
+	if w.headOnly {
+		w.Header().Set("Content-Type", mediaType)
+		w.Header().Set("Content-Length", strconv.Itoa(len(content)))
+		w.begin()
+		return nil
+	}
+	d := &document{h: h}
+	defer d.close()
+	if _, err := d.Write(content); err != nil {
+		return err
+	}
+	content = nil // it is not kept while the client reads
+	return d.send(w, r, mediaType)
+}
+
+// send answers with a document of this type.
+func (d *document) send(w *response, r *request, mediaType string) error {
 	w.Header().Set("Content-Type", mediaType)
-	w.Header().Set("Content-Length", strconv.Itoa(len(document)))
-	if len(document) <= maxWaiting || w.headOnly {
-		_, err := w.Write(document)
+	w.Header().Set("Content-Length", strconv.FormatInt(d.size, 10))
+	if d.file == nil || w.headOnly {
+		_, err := w.Write(d.buf.Bytes())
 		return err
 	}
-	f, err := h.scratch()
-	if err != nil {
+	if _, err := d.file.Seek(0, io.SeekStart); err != nil {
 		return err
 	}
-	defer f.Close()
-	if _, err := f.Write(document); err != nil {
-		return err
-	}
-	size := int64(len(document))
-	document = nil // it is not kept while the client reads
-	if _, err := f.Seek(0, io.SeekStart); err != nil {
-		return err
-	}
-	rest := &io.LimitedReader{R: f, N: size}
+	rest := &io.LimitedReader{R: d.file, N: d.size}
+	var err error
 	if to, ok := w.writer(r.Request).(io.ReaderFrom); ok {
 		_, err = to.ReadFrom(rest)
 	} else {
@@ -69,6 +114,17 @@ func (h *Handler) sendDocument(w *response, r *request, mediaType string, docume
 	}
 	if err == nil && rest.N > 0 {
 		err = io.ErrUnexpectedEOF
+	}
+	return err
+}
+
+// acquire waits for room for a manifest, or a list of them.
+func (h *Handler) acquire(r *request, room *semaphore.Weighted, n int64) error {
+	ctx, cancel := context.WithTimeout(r.Context(), h.opts.StallTimeout)
+	defer cancel()
+	err := room.Acquire(ctx, n)
+	if err != nil && r.Context().Err() == nil {
+		err = newProblem(http.StatusServiceUnavailable, codeUnknown, "there are too many large manifests, or lists of them, at once: try again later").with("Retry-After", "5")
 	}
 	return err
 }
@@ -100,12 +156,7 @@ func (h *Handler) readManifest(r *request) (content []byte, done func(), err err
 		}
 		content, size = nil, n
 	}
-	ctx, cancel := context.WithTimeout(r.Context(), h.opts.StallTimeout)
-	defer cancel()
-	if err := h.parsed.Acquire(ctx, size); err != nil {
-		if r.Context().Err() == nil {
-			err = newProblem(http.StatusServiceUnavailable, codeUnknown, "there are too many large manifests at once: try again later").with("Retry-After", "5")
-		}
+	if err := h.acquire(r, h.parsed, size); err != nil {
 		return nil, nil, err
 	}
 	done = func() { h.parsed.Release(size) }

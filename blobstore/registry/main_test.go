@@ -104,7 +104,9 @@ func (s *server) try(method, path string, body any, header ...string) (*answer, 
 	default:
 		panic(fmt.Sprintf("body is a %T", body))
 	}
-	r, err := http.NewRequestWithContext(s.Context(), method, s.http.URL+path, src)
+	ctx, cancel := context.WithTimeout(s.Context(), 2*time.Minute) // no answer is a failure, too
+	defer cancel()
+	r, err := http.NewRequestWithContext(ctx, method, s.http.URL+path, src)
 	if err != nil {
 		return nil, err
 	}

@@ -54,6 +54,7 @@ type Handler struct {
 	log      *slog.Logger
 	requests *connpool.Pool      // those that are answered
 	parsed   *semaphore.Weighted // bytes of manifests that are taken in
+	indexes  *semaphore.Weighted // lists of referrers that are made
 
 	ctx     context.Context // of all upload sessions
 	stop    context.CancelCauseFunc
@@ -90,6 +91,7 @@ func New(store *blobstore.Store, opts Options) *Handler {
 	h := &Handler{
 		requests: connpool.New(opts.MaxRequests),
 		parsed:   semaphore.NewWeighted(maxParsed),
+		indexes:  semaphore.NewWeighted(maxIndexes),
 		store:    store, opts: opts, log: opts.Log,
 		uploads: map[string]*session{},
 	}

@@ -995,9 +995,21 @@ func TestBusyUpload(t *testing.T) {
 		defer store.Close()
 		h := registry.New(store, registry.Options{StallTimeout: time.Minute})
 		defer h.Close()
-		w := httptest.NewRecorder()
-		h.ServeHTTP(w, httptest.NewRequest("POST", "/v2/a/blobs/uploads/", nil))
-		path := w.Header().Get("Location")
+		serve := func(r *http.Request) *httptest.ResponseRecorder {
+			t.Helper()
+			w, served := httptest.NewRecorder(), make(chan struct{})
+			go func() {
+				defer close(served)
+				h.ServeHTTP(w, r)
+			}()
+			select {
+			case <-served:
+			case <-time.After(time.Hour):
+				t.Fatalf("%s waits for the other request", r.Method)
+			}
+			return w
+		}
+		path := serve(httptest.NewRequest("POST", "/v2/a/blobs/uploads/", nil)).Header().Get("Location")
 		body, feed := io.Pipe()
 		sender := httptest.NewRecorder()
 		var sending sync.WaitGroup
@@ -1005,17 +1017,15 @@ func TestBusyUpload(t *testing.T) {
 		synctest.Wait()
 		status := func(want string) {
 			t.Helper()
-			w := httptest.NewRecorder()
 			start := time.Now()
-			h.ServeHTTP(w, httptest.NewRequest("GET", path, nil))
+			w := serve(httptest.NewRequest("GET", path, nil))
 			if w.Code != http.StatusNoContent || w.Header().Get("Range") != want || time.Since(start) != 0 {
 				t.Errorf("GET: %d %s after %s, want range %s at once", w.Code, w.Header(), time.Since(start), want)
 			}
 		}
 		status("0-0")
 		for _, method := range []string{"PATCH", "PUT"} {
-			w := httptest.NewRecorder()
-			h.ServeHTTP(w, httptest.NewRequest(method, path, nil))
+			w := serve(httptest.NewRequest(method, path, nil))
 			if w.Code != http.StatusConflict || !strings.Contains(w.Body.String(), "BLOB_UPLOAD_INVALID") {
 				t.Errorf("%s: %d %s", method, w.Code, w.Body)
 			}
