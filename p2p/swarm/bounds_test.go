@@ -2,6 +2,7 @@ package swarm
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"io"
 	"net/http"
@@ -105,21 +106,23 @@ func TestRequestsOfManyElements(t *testing.T) {
 // TestInbox: of long messages only so many are taken in at once as there is room for;
 // short ones do not wait for them.
 func TestInbox(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second) // who waits for ever fails
+	defer cancel()
 	in := newInbox()
 	var held []func()
 	for range inboxRoom / maxJSON {
-		_, done, err := in.read(t.Context(), bytes.NewReader(make([]byte, maxJSON)), maxJSON)
+		_, done, err := in.read(ctx, bytes.NewReader(make([]byte, maxJSON)), maxJSON)
 		if err != nil {
 			t.Fatal(err)
 		}
 		held = append(held, done)
 	}
-	if b, _, err := in.read(t.Context(), bytes.NewReader(make([]byte, shortMessage)), maxJSON); err != nil || len(b) != shortMessage {
+	if b, _, err := in.read(ctx, bytes.NewReader(make([]byte, shortMessage)), maxJSON); err != nil || len(b) != shortMessage {
 		t.Errorf("a short message: %d bytes, %v", len(b), err)
 	}
 	got := make(chan error, 1)
 	go func() {
-		b, done, err := in.read(t.Context(), bytes.NewReader(make([]byte, maxJSON)), maxJSON)
+		b, done, err := in.read(ctx, bytes.NewReader(make([]byte, maxJSON)), maxJSON)
 		if err == nil && len(b) != maxJSON {
 			err = errors.New("not all of it")
 		}
@@ -138,7 +141,7 @@ func TestInbox(t *testing.T) {
 	for _, done := range held {
 		done()
 	}
-	if _, _, err := in.read(t.Context(), bytes.NewReader(make([]byte, maxJSON+1)), maxJSON); !errors.Is(err, errMessage) {
+	if _, _, err := in.read(ctx, bytes.NewReader(make([]byte, maxJSON+1)), maxJSON); !errors.Is(err, errMessage) {
 		t.Errorf("one byte too many: %v", err)
 	}
 	if !in.room.TryAcquire(inboxRoom) {

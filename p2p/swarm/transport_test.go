@@ -10,8 +10,10 @@ import (
 	"math/big"
 	"net"
 	"net/http"
+	"os"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/crypto"
@@ -280,5 +282,41 @@ func TestCertificateOfAClockAhead(t *testing.T) {
 	}
 	if _, _, c, _ := meet(t, server, ahead, false, aheadID); !isEarly(c) {
 		t.Errorf("who calls one that is ahead gets %v", c)
+	}
+}
+
+// TestSayNothing: who connects and proves nothing, or proves it and asks for nothing, is closed within seconds, and not
+// counted any more. It runs with a clock of its own.
+func TestSayNothing(t *testing.T) {
+	server, _ := testSecurity(t, "key", false)
+	member, _ := testSecurity(t, "key", false)
+	now := time.Now() // certificates are of now
+	for name, client := range map[string]*security{"nothing": nil, "the proof": member} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				time.Sleep(time.Until(now))
+				conns := newConns(8)
+				ours, theirs := net.Pipe()
+				defer theirs.Close()
+				in := &inbound{Conn: ours, s: server, conns: conns}
+				if !in.enter() {
+					t.Fatal("it is refused")
+				}
+				if client != nil {
+					go client.secure(context.Background(), theirs, true, false, "")
+				}
+				start := time.Now()
+				if _, err := in.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) || time.Since(start) > 2*handshakeTimeout {
+					t.Errorf("after %s: %v", time.Since(start), err)
+				}
+				if n := conns.unproven.Len() + conns.proven.Len(); n != 1 {
+					t.Errorf("%d connections are counted, want one", n)
+				}
+				in.Close()
+				if n := conns.unproven.Len() + conns.proven.Len(); n != 0 {
+					t.Errorf("%d connections are counted when it is closed", n)
+				}
+			})
+		})
 	}
 }
