@@ -8,6 +8,7 @@ import (
 	"syscall"
 	"testing"
 	"testing/iotest"
+	"time"
 
 	commonv1 "d7y.io/api/v2/pkg/apis/common/v1"
 
@@ -116,7 +117,7 @@ func TestConflicts(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	d := &download{e: &Engine{Engine: whole.New(store, nil, whole.Options{})}, file: f, have: map[span]string{}, users: map[*attempt]bool{}}
+	d := &download{claims: map[span]*claim{}, e: &Engine{Engine: whole.New(store, nil, whole.Options{})}, file: f, have: map[span]string{}, users: map[*attempt]bool{}}
 	one, other := new(attempt), new(attempt)
 	use := func(a *attempt, size int64, want error) {
 		t.Helper()
@@ -141,6 +142,14 @@ func TestConflicts(t *testing.T) {
 	has("a", true, nil)
 	has("b", false, errConflict)
 	d.leave(one)
+	other.watch = newWatchdog(t.Context(), time.Hour)
+	defer other.watch.stop()
+	c, err := d.claim(t.Context(), other, first)
+	if c == nil || err != nil {
+		t.Fatal(c, err)
+	}
+	has("a", false, nil) // it is written over
+	d.release(c, first)
 	d.leave(other)
 	use(other, 1<<20, nil)
 	has("a", false, nil)

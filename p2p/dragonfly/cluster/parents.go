@@ -237,6 +237,7 @@ func (d *download) claim(ctx context.Context, a *attempt, piece *commonv1.PieceI
 			c := &claim{by: a, before: other, done: make(chan struct{})}
 			c.ctx, c.end = context.WithCancelCause(ctx)
 			d.claims[at] = c
+			delete(d.have, at) // what another one has told of, and is written over now
 			if other != nil {
 				other.end(errTaken)
 			}
