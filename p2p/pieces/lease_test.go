@@ -327,6 +327,15 @@ func TestLeaseOfWhatGoes(t *testing.T) {
 	if err := s.Lease(t.Context(), layer); err != nil {
 		t.Error(err)
 	}
+
+	// Nobody has a lease who is told that it is damaged.
+	damaged := pushed(t, s, "damaged")
+	if err := os.Remove(s.blobPath(damaged.Digest)); err != nil {
+		t.Fatal(err)
+	}
+	if err := asked(t, s, damaged); !errors.Is(err, digest.ErrCorrupt) || s.lentNow(damaged) {
+		t.Errorf("what is damaged: %v, and it has a lease: %v", err, s.lentNow(damaged))
+	}
 }
 
 // Of a task that more were told of than are counted, nobody knows who has come back: it

@@ -196,11 +196,12 @@ func TestTimeOfOthers(t *testing.T) {
 		var wrong clock
 		var log record
 		wrong.set(year)
-		h.start(t)
-		h.start(t)
+		a, b := h.start(t), h.start(t)
 		c := h.start(t, wrong.with, log.with)
 		right := func() bool { return c.now().Sub(time.Now()).Abs() < maxSkew }
-		eventually(t, "it does not know what time others have", func() bool { return log.has("clocks of this host and of a peer differ") })
+		eventually(t, "it does not know what time others have", func() bool { // of two it would be the one behind
+			return log.has("clocks of this host and of a peer differ") && log.has(a.id.String()) && log.has(b.id.String())
+		})
 		h.setCut(func(x, y peer.ID) bool { return away })
 		if !right() {
 			t.Errorf("away %v: its time is %v", away, c.now())

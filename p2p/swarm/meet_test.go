@@ -146,6 +146,7 @@ func TestReleaseBefore(t *testing.T) {
 	h := newHub()
 	a, old := h.start(t, withManifests), h.start(t, withManifests, asFirst)
 	both := []*testPeer{a, old}
+	var last p2p.Task
 	for i, p := range []*testPeer{old, a, old, a} {
 		data := content(300_000, uint64(i))
 		wantName(t, "moved", "m", "v1", p.push(t, "m", "v1", "", data), both...)
@@ -155,12 +156,16 @@ func TestReleaseBefore(t *testing.T) {
 		}
 		both[i%2].delete(t, "m", "v1", p2p.DeleteOptions{})
 		wantNoName(t, "deleted", "m", "v1", both...)
-		wantName(t, "imported again", "m", "v1", p.push(t, "m", "v1", "", data), both...)
+		last = p.push(t, "m", "v1", "", data)
+		wantName(t, "imported again", "m", "v1", last, both...)
 	}
 	for _, p := range []peer.ID{old.id} {
 		if got := a.peerOn(t, p); got.State != p2p.PeerConnected || got.Faults != 0 {
 			t.Errorf("the peer is %+v", got)
 		}
+	}
+	if err := a.commit(t.Context(), p2p.Commit{Names: []p2p.NewName{{Tag: "m", Name: "ahead", Digest: last.Digest, Updated: time.Now().Add(2 * time.Hour)}}}); err != nil {
+		t.Fatal(err)
 	}
 	// A date that the other would refuse with all that comes along is not told to it.
 	if _, err := a.applyDelete(t.Context(), mustParse(t, deleteMessage{Tag: "m", CID: "far", At: time.Now().Add(2 * time.Hour)}), old.id); err != nil {
@@ -175,6 +180,19 @@ func TestReleaseBefore(t *testing.T) {
 		}
 		if got := strings.Count(w.Body.String(), `"far"`); got != want {
 			t.Errorf("one of version %q is told of it %d times, want %d: %s", version, got, want, w.Body)
+		}
+		r = httptest.NewRequest(http.MethodPost, pathFind, strings.NewReader(`{"names":[{"tag":"m","name":"ahead"}]}`))
+		r.Header.Set(headerProtocol, version)
+		w = httptest.NewRecorder()
+		if err := a.serveFind(w, r, old.id); err != nil {
+			t.Fatal(err)
+		}
+		reply := findReply{to: findRequest{Names: make([]nameRef, 1)}}
+		if err := decodeJSON(w.Body.Bytes(), &reply); err != nil {
+			t.Fatal(err)
+		}
+		if far := reply.Names[0].Updated.After(time.Now().Add(time.Hour)); far != (version == "2") {
+			t.Errorf("one of version %q is told that a name was moved at %v", version, reply.Names[0].Updated)
 		}
 	}
 }
