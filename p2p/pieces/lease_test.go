@@ -398,6 +398,35 @@ func TestSparedAndTaken(t *testing.T) {
 	}
 }
 
+// Nor is what was spared, and then pushed, when all leases are over.
+func TestSparedAndPushed(t *testing.T) {
+	dir := t.TempDir()
+	s, err := Open(dir, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	manifest := pushed(t, s, "manifest", pushed(t, s, "layer"))
+	layer := p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("layer")}
+	if err := asked(t, s, layer); err != nil {
+		t.Fatal(err)
+	}
+	deleteTask(t, s, manifest)
+	pushed(t, s, "layer")
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if s, err = Open(dir, Options{Lease: time.Nanosecond}); err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	if err := s.releaseSpared(); err != nil {
+		t.Fatal(err)
+	}
+	if !isHere(t, s, layer) {
+		t.Error("what was pushed went with the lease of who had asked before")
+	}
+}
+
 // However often is asked, what is remembered of it is bounded.
 func TestLeasesAreBounded(t *testing.T) {
 	s := newStore(t)

@@ -377,6 +377,24 @@ func TestDeleteWhileAway(t *testing.T) {
 	}
 }
 
+// Who has missed a delete is told of it by whoever it offers what was deleted.
+func TestDeleteIsToldToWhoMissedIt(t *testing.T) {
+	h := newHub()
+	a, b := h.start(t), h.start(t)
+	data := content(1000, 8)
+	task := b.add(t, "models", data)
+	a.want(t, task, data)
+	a.wantStored(t, task)
+	if _, _, err := a.store.DeleteForAll(t.Context(), "models", digest.FromDigest(task.Digest), p2p.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	b.wantStored(t, task)
+	if _, err := a.read(t.Context(), task); !errors.Is(err, p2p.ErrNotFound) {
+		t.Errorf("after the delete: %v, want %v", err, p2p.ErrNotFound)
+	}
+	b.gone(t, "models", string(task.Digest))
+}
+
 // What was fetched while the delete could not be known goes, too: it is not newer.
 func TestDeleteOutlivesCopies(t *testing.T) {
 	h := newHub()
