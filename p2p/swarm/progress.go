@@ -7,6 +7,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/libp2p/go-libp2p/core/peer"
+
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/throttle"
@@ -67,8 +69,8 @@ func (d *download) tick() error {
 	}
 	if !d.searching && d.searches > 0 && d.sched == nil {
 		switch {
-		case d.missed != nil && len(d.sources) == 0:
-			return d.missed // nobody has it
+		case d.missed != nil && usable == 0 && !asking && !d.connected():
+			return d.missed // nobody has it, or who had it a moment ago is gone
 		case d.noRoom != nil && !asking:
 			return d.noRoom
 		}
@@ -103,6 +105,11 @@ func (d *download) tick() error {
 		d.notify(fmt.Sprintf("%s: given up in %s", d.standing(still), (d.patience() - still).Round(time.Second)))
 	}
 	return nil
+}
+
+// connected reports whether a connection with one of the sources is there.
+func (d *download) connected() bool {
+	return slices.ContainsFunc(d.s.network.Connected(), func(p peer.ID) bool { return d.sources[p] != nil })
 }
 
 // measure notes progress: where more has arrived with the chain in use than ever since it was
