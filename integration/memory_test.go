@@ -223,7 +223,7 @@ func TestMemoryOfStalledReferrers(t *testing.T) {
 			subject, strings.Repeat(strconv.Itoa(i), 1<<20)))
 		d.require(t, http.StatusCreated, http.MethodPut, "/v2/models/manifests/"+sha256Of(manifest).String(), manifest)
 	}
-	hangUp := d.stalled(t, 100, true, func(int) string {
+	hangUp := d.stalled(t, 40, true, func(int) string {
 		return "GET /v2/models/referrers/" + subject.String() + " HTTP/1.1\r\nHost: " + d.host + "\r\n\r\n"
 	})
 	hangUp()

@@ -179,6 +179,44 @@ func TestServedFilesAreClosed(t *testing.T) {
 	}
 }
 
+// closing is the source of an upload that tells when it is closed.
+type closing struct {
+	stored
+	closed *bool
+}
+
+func (c closing) close() error {
+	*c.closed = true
+	return nil
+}
+
+// TestServedFilesMakeRoom: where no descriptor is free for a file that is asked for, those that nobody asks for now are closed.
+func TestServedFilesMakeRoom(t *testing.T) {
+	u := &uploads{slots: 1, open: 10, active: map[digest.Digest]*upload{}}
+	var closed bool
+	opened := func() *upload {
+		return &upload{table: &digest.Table{Size: 1, PieceLength: 1}, src: closing{closed: &closed}}
+	}
+	_, done, err := u.use("a", func() (*upload, error) { return opened(), nil })
+	if err != nil {
+		t.Fatal(err)
+	}
+	open := func() (*upload, error) {
+		if !closed {
+			return nil, p2p.ErrBusy
+		}
+		return opened(), nil
+	}
+	if _, _, err := u.use("b", open); !errors.Is(err, p2p.ErrBusy) || closed {
+		t.Errorf("while it is asked for: %v, closed is %v", err, closed)
+	}
+	done()
+	if _, done, err = u.use("b", open); err != nil {
+		t.Fatal(err)
+	}
+	done()
+}
+
 // withoutDescriptors runs f while this process can open nothing.
 func withoutDescriptors(t *testing.T, f func()) {
 	t.Helper()
