@@ -177,7 +177,7 @@ func TestReceiverSleeps(t *testing.T) {
 	arrive(t, blob, 10)
 	blob.d.post(func() { time.Sleep(3 * time.Second) })
 	g.open()
-	b.want(t, task, data)
+	requireRest(t, blob, data)
 }
 
 // A source that sends a byte now and then holds nothing up that others have. Alone it is
