@@ -262,7 +262,9 @@ func TestBadPeers(t *testing.T) {
 				if err := bad.Import(t.Context(), task.Digest.String(), "t", data); err != nil {
 					t.Fatal(err)
 				}
-				_, err := h.fetch(t.Context(), task)
+				ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+				defer cancel()
+				_, err := h.fetch(ctx, task)
 				single := size == 1000 // of which the scheduler itself tells
 				if single && (c.behaviour == clustertest.Silent || c.behaviour == clustertest.Elsewhere) {
 					if err != nil { // what the peer does not tell was not asked
