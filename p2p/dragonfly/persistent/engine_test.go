@@ -353,7 +353,7 @@ func TestGiveUpAtOnce(t *testing.T) {
 // A fetch of which all has come does not wait for ever for its end.
 func TestLingers(t *testing.T) {
 	cluster := persistenttest.StartCluster(t)
-	a, b := newHost(t, cluster, persistent.Options{}), newHost(t, cluster, persistent.Options{LookupTimeout: 500 * time.Millisecond, StallTimeout: time.Hour, Timeout: 20 * time.Second})
+	a, b := newHost(t, cluster, persistent.Options{}), newHost(t, cluster, persistent.Options{LookupTimeout: 2 * time.Second, StallTimeout: time.Hour, Timeout: time.Minute})
 	b.upstream.Linger()
 	data := enginetest.Content(5<<20, 1)
 	b.requireFetched(enginetest.Import(t, a, "t", data), data)
