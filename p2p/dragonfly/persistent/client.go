@@ -157,7 +157,7 @@ func (c *client) download(ctx context.Context, t p2p.Task, w io.WriterAt, size i
 				answer, err = stream.Recv()
 				return len(answer.GetDownloadPieceFinishedResponse().GetPiece().GetContent()), err
 			})
-			if err != nil && got == size && ctx.Err() == nil {
+			if got == size && ctx.Err() == nil && (err != nil || progress.Context().Err() != nil) {
 				return nil
 			}
 			if errors.Is(context.Cause(progress.Context()), throttle.ErrStalled) {
