@@ -165,6 +165,21 @@ func TestShareOfCalls(t *testing.T) {
 		return errors.Is(err, p2p.ErrBusy)
 	})
 	requireClosed(t, other)
+	own.Close()
+	eventually(t, "none is counted", func() bool { return s.shares.calls.Len() == 0 })
+}
+
+// TestTakenDescriptors: a descriptor that a call has taken is not counted any more.
+func TestTakenDescriptors(t *testing.T) {
+	socket, s := serveEveryone(t, maxConns, maxCalls)
+	s.shares.kept = connpool.New(2)
+	c := dial(t, socket)
+	for range 20 {
+		add(t, c, "", tempFile(t, []byte("x")))
+	}
+	if n := s.shares.kept.Len(); n != 0 {
+		t.Errorf("%d descriptors are counted", n)
+	}
 }
 
 // TestUnfinishedMessages: what is kept of messages of which the end does not come is bounded, and whoever begins more
