@@ -349,6 +349,7 @@ func TestStopped(t *testing.T) {
 		blob := b.open(t, t.Context(), task)
 		defer blob.Close()
 		arrive(t, blob, 10)
+		time.Sleep(time.Second) // that they have come counts as progress
 		blob.d.post(func() { time.Sleep(time.Hour) })
 		blob.d.post(func() {})
 		time.Sleep(10 * time.Second)
