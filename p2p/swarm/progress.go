@@ -67,11 +67,14 @@ func (d *download) tick() error {
 	if !d.searching && (now.After(d.nextSearch) || usable == 0 && now.Sub(d.searched) > searchPause) {
 		d.search()
 	}
-	if !d.searching && d.searches > 0 && d.sched == nil {
+	// The chain of one piece is known from its size: what has only that has begun no more than
+	// what has none.
+	begun := d.sched != nil && (d.sched.Held().Len() > 1 || d.sched.Held().Count() > 0)
+	if !d.searching && d.searches > 0 && !begun {
 		switch {
-		case d.missed != nil && usable == 0 && !asking && !d.connected():
+		case d.missed != nil && usable == 0 && !asking && len(d.requests) == 0 && !d.connected():
 			return d.missed // nobody has it, or who had it a moment ago is gone
-		case d.noRoom != nil && !asking:
+		case d.sched == nil && d.noRoom != nil && !asking:
 			return d.noRoom
 		}
 	}

@@ -250,15 +250,17 @@ func TestLostMeanwhile(t *testing.T) {
 
 // Whoever has just said that it has a blob, and is gone before any of it came, is not waited for.
 func TestGoneBeforeItBegins(t *testing.T) {
-	h := newHub()
-	a, b := h.start(t), h.start(t, patient(time.Second))
-	task := a.add(t, "", content(gateSize, 37))
-	if _, err := b.Stat(t.Context(), "", digest.FromDigest(task.Digest), p2p.StatOptions{}); err != nil {
-		t.Fatal(err)
-	}
-	a.Close()
-	if err := b.wantEnd(t, t.Context(), task, p2p.ErrUnreachable); !strings.Contains(err.Error(), "none is connected") {
-		t.Errorf("it was waited for: %v", err)
+	for _, size := range []int{1000, gateSize} { // of one piece, and of many
+		h := newHub()
+		a, b := h.start(t), h.start(t, patient(time.Second))
+		task := a.add(t, "", content(size, 37))
+		if _, err := b.Stat(t.Context(), "", digest.FromDigest(task.Digest), p2p.StatOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		a.Close()
+		if err := b.wantEnd(t, t.Context(), task, p2p.ErrUnreachable); !strings.Contains(err.Error(), "none is connected") {
+			t.Errorf("it was waited for: %v", err)
+		}
 	}
 }
 
