@@ -296,7 +296,10 @@ func (r *Repository) push(ctx context.Context, expected ocispec.Descriptor, src 
 	}
 	defer in.Close()
 	if err := in.Room(expected.Size); err != nil {
-		return err
+		// What is here already, maybe under another tag, needs none.
+		if _, missing := r.holder(ctx, expected.Digest, ""); missing != nil {
+			return err
+		}
 	}
 	if _, err := in.Add(sized(src, expected.Size), p2p.AddOptions{Want: expected.Digest}); err != nil {
 		return err

@@ -518,6 +518,28 @@ func TestNoSpace(t *testing.T) {
 	}
 }
 
+// What is here needs no room: it can be pushed to another repository of a full store.
+func TestPushOfHeldWithoutRoom(t *testing.T) {
+	engine, err := pieces.Open(t.TempDir(), pieces.Options{MaxSize: 2 << 20})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := startOn(t, blobstore.New(engine), registry.Options{})
+	data := content(3<<19, 1)
+	d := s.pushBlob("a", data)
+	for repository, path := range map[string]string{"b": "/v2/b/blobs/uploads/", "c": s.begin("c")} {
+		method := map[string]string{"b": "POST", "c": "PUT"}[repository]
+		s.do(method, path+"?digest="+d.String(), content(3<<19, 2)).fails(http.StatusBadRequest, "DIGEST_INVALID")
+		if method == "PUT" {
+			path = s.begin("c") // the one before is over
+		}
+		s.do(method, path+"?digest="+d.String(), data).want(http.StatusCreated)
+		s.do("GET", "/v2/"+repository+"/blobs/"+d.String(), nil).want(http.StatusOK).content(data)
+	}
+	other := digest.SHA256.FromBytes(content(3<<19, 2))
+	s.do("POST", "/v2/b/blobs/uploads/?digest="+other.String(), content(3<<19, 2)).fails(http.StatusInsufficientStorage, "DENIED")
+}
+
 // failing is an engine that fails.
 type failing struct {
 	p2p.Engine

@@ -102,8 +102,14 @@ func (in *ingest) add(ctx context.Context, src io.Reader, alg digest.Algorithm, 
 	if err != nil {
 		return nil, err
 	}
-	if file != nil && opts.Want != "" {
-		if a, err := in.compare(ctx, file, opts); a != nil || err != nil {
+	if opts.Want != "" {
+		var a *addition
+		if file != nil {
+			a, err = in.compare(ctx, file, opts)
+		} else {
+			a, err = in.recognize(ctx, src, opts)
+		}
+		if a != nil || err != nil {
 			return a, err
 		}
 	}
@@ -179,6 +185,58 @@ func (in *ingest) compare(ctx context.Context, file *source.File, opts p2p.AddOp
 	return in.register(&addition{table: t}), nil
 }
 
+// recognize is for a stream of what is in the store, intact, where there is no room for
+// another copy: it is compared, and not written. It returns nil and no error, with nothing read, else.
+func (in *ingest) recognize(ctx context.Context, src io.Reader, opts p2p.AddOptions) (*addition, error) {
+	in.s.hold(opts.Want)
+	blob, err := in.s.openBlob(opts.Want)
+	if err != nil {
+		return nil, in.s.letGo(opts.Want, false)
+	}
+	size := blob.Size()
+	blob.Close()
+	if in.s.Room(size) == nil || !in.s.intact(ctx, opts.Want) {
+		return nil, in.s.letGo(opts.Want, false)
+	}
+	src, done := interruptible(ctx, src)
+	defer done()
+	recorder := digest.NewRecorder(opts.Want.Algorithm())
+	err = record(ctx, recorder, src, opts.Progress)
+	var t *digest.Table
+	if err == nil {
+		t, err = recorder.Table()
+	}
+	if err == nil {
+		err = match(opts.Want, t)
+	}
+	if err != nil {
+		return nil, errors.Join(err, in.s.letGo(opts.Want, false))
+	}
+	return in.register(&addition{table: t}), nil
+}
+
+// interruptible returns a stream whose Read ends with ctx, and does no harm. The caller calls done.
+func interruptible(ctx context.Context, src io.Reader) (_ io.Reader, done func()) {
+	interrupt := source.Interruptor(src)
+	src = source.Guard(ctx, src)
+	if interrupt != nil {
+		stop := context.AfterFunc(ctx, interrupt)
+		return src, func() { stop() }
+	}
+	r, w := io.Pipe()
+	go func() {
+		space := buffers.Get().(*buffer)
+		defer buffers.Put(space)
+		_, err := io.CopyBuffer(w, src, space[:])
+		w.CloseWithError(err)
+	}()
+	stop := context.AfterFunc(ctx, func() { r.CloseWithError(context.Cause(ctx)) })
+	return r, func() {
+		stop()
+		r.Close()
+	}
+}
+
 // held is for a file that there is no room to copy: it makes the blob with the same
 // content part of the ingest. It returns nil and no error where there is none.
 func (in *ingest) held(ctx context.Context, file *source.File, alg digest.Algorithm, opts p2p.AddOptions) (*addition, error) {
@@ -242,21 +300,9 @@ func (s *Store) intact(ctx context.Context, d digest.Digest) bool {
 func (in *ingest) copy(caller context.Context, a *addition, src io.Reader, alg digest.Algorithm, progress func(int64)) (*digest.Table, error) {
 	f := a.f
 	if !isRegular(src) {
-		interrupt := source.Interruptor(src)
-		src = source.Guard(caller, src)
-		if interrupt == nil {
-			r, w := io.Pipe()
-			defer r.Close()
-			from := src
-			go func() {
-				space := buffers.Get().(*buffer)
-				defer buffers.Put(space)
-				_, err := io.CopyBuffer(w, from, space[:])
-				w.CloseWithError(err)
-			}()
-			src, interrupt = r, func() { r.CloseWithError(context.Cause(caller)) }
-		}
-		defer context.AfterFunc(caller, interrupt)()
+		var done func()
+		src, done = interruptible(caller, src)
+		defer done()
 	}
 	ctx, cancel := context.WithCancelCause(caller)
 	defer cancel(nil)
