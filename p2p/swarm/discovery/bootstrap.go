@@ -5,13 +5,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"maps"
 	"math/rand/v2"
 	"net"
 	"net/netip"
-	"os"
 	"regexp"
 	"strconv"
 	"strings"
@@ -23,6 +21,8 @@ import (
 	"github.com/multiformats/go-multiaddr"
 	madns "github.com/multiformats/go-multiaddr-dns"
 	manet "github.com/multiformats/go-multiaddr/net"
+
+	"github.com/dfcache/dfcache/p2p/secret"
 )
 
 // DefaultPiecePort is the port of a bootstrap entry that names none: the one
@@ -161,18 +161,11 @@ func (b *bootstrapper) readFile() error {
 	if path == "" {
 		return nil
 	}
-	f, err := os.Open(path)
-	var data []byte
-	if err == nil {
-		data, err = io.ReadAll(io.LimitReader(f, maxPeersFile+1))
-		f.Close()
-	}
+	data, _, err := secret.ReadPublic(path, maxPeersFile)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		b.listed, b.content = nil, nil
 	case err != nil:
-	case len(data) > maxPeersFile:
-		err = fmt.Errorf("%s is larger than %d bytes", path, maxPeersFile)
 	case b.content == nil || !bytes.Equal(data, b.content):
 		var listed []entry
 		if listed, err = parsePeersFile(data); err != nil {

@@ -533,6 +533,10 @@ func TestNewRefuses(t *testing.T) {
 	if err := os.WriteFile(peersFile, []byte("good.example.com\n/ip4/1.2.3.4/tcp/1\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	pipe := filepath.Join(t.TempDir(), "pipe")
+	if err := syscall.Mkfifo(pipe, 0o600); err != nil {
+		t.Fatal(err)
+	}
 	for name, tt := range map[string]struct {
 		change func(*Options)
 		want   string
@@ -542,6 +546,7 @@ func TestNewRefuses(t *testing.T) {
 		"no identity":       {func(o *Options) { o.Identity = nil }, "identity", nil},
 		"bootstrap entry":   {bootstrap("ok.example.com", "bad entry"), `"bad entry"`, nil},
 		"peers file":        {func(o *Options) { o.PeersFile = peersFile }, `line 2: bootstrap entry "/ip4/1.2.3.4/tcp/1"`, nil},
+		"a pipe of peers":   {func(o *Options) { o.PeersFile = pipe }, "not a regular file", nil},
 		"no Resolve":        {func(o *Options) { o.Bootstrap, o.Resolve = []string{"ok.example.com"}, nil }, "Resolve", nil},
 		"listen address":    {func(o *Options) { o.Listen = []string{"localhost"} }, `"localhost"`, nil},
 		"taken port":        {func(o *Options) { o.Listen = []string{taken.Addr().String()} }, taken.Addr().String(), syscall.EADDRINUSE},
