@@ -79,6 +79,9 @@ func noSpace(path string, err error) error {
 		// It names the file, which has no name, by its directory.
 		return fmt.Errorf("output %s: %w: free some space on its disk, or choose another place", path, ErrNoSpace)
 	}
+	if errors.Is(err, unix.EFBIG) {
+		return fmt.Errorf("output %s: %w: it is larger than a file may be here: raise the limit (ulimit -f), or choose another place", path, ErrNoSpace)
+	}
 	return err
 }
 

@@ -116,6 +116,9 @@ func DiskError(err error) error {
 	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
 		return fmt.Errorf("%w: %w: free some space on the data directory's disk and try again", p2p.ErrNoSpace, err)
 	}
+	if errors.Is(err, syscall.EFBIG) {
+		return fmt.Errorf("%w: %w: let the daemon write larger files (ulimit -f), or use another file system", p2p.ErrNoSpace, err)
+	}
 	return err
 }
 

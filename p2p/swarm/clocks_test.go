@@ -137,7 +137,7 @@ func TestClocksApart(t *testing.T) {
 			layer := func(s string) []byte { return []byte(s + skew.String()) }
 			old := a.push(t, "m", "old", "", layer("old"))
 			wantName(t, "before", "m", "old", old, all...)
-			eventually(t, "it does not know what time others have", func() bool { return c.now().Sub(time.Now()).Abs() < maxSkew })
+			eventually(t, "it does not know what time others have", func() bool { return time.Until(c.now()).Abs() < maxSkew })
 			h.setCut(func(x, y peer.ID) bool { return (x == c.id) != (y == c.id) })
 
 			// What the other side deletes of its own, or had never had, stays here.
@@ -198,7 +198,7 @@ func TestTimeOfOthers(t *testing.T) {
 		wrong.set(year)
 		a, b := h.start(t), h.start(t)
 		c := h.start(t, wrong.with, log.with)
-		right := func() bool { return c.now().Sub(time.Now()).Abs() < maxSkew }
+		right := func() bool { return time.Until(c.now()).Abs() < maxSkew }
 		eventually(t, "it does not know what time others have", func() bool { // of two it would be the one behind
 			return log.has("clocks of this host and of a peer differ") && log.has(a.id.String()) && log.has(b.id.String())
 		})

@@ -82,7 +82,7 @@ func Code(err error) int {
 		return Corrupt
 	case is(p2p.ErrChanged):
 		return Changed
-	case is(p2p.ErrNoSpace, syscall.ENOSPC, syscall.EDQUOT):
+	case is(p2p.ErrNoSpace, syscall.ENOSPC, syscall.EDQUOT, syscall.EFBIG):
 		return NoSpace
 	case is(context.DeadlineExceeded, os.ErrDeadlineExceeded):
 		return Timeout

@@ -3,6 +3,7 @@
 package logs
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -96,12 +97,14 @@ func create(name string) error {
 		return err
 	}
 	f, err := os.OpenFile(name, os.O_CREATE|os.O_WRONLY|os.O_APPEND|unix.O_NONBLOCK, 0o600)
-	if err != nil {
-		return err
+	pipe := errors.Is(err, unix.ENXIO) // one that nobody reads
+	if err == nil {
+		defer f.Close()
+		var info os.FileInfo
+		info, err = f.Stat()
+		pipe = err == nil && info.Mode()&os.ModeNamedPipe != 0
 	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err == nil && info.Mode()&os.ModeNamedPipe != 0 {
+	if pipe {
 		err = fmt.Errorf("%s is a named pipe", name)
 	}
 	return err
