@@ -663,7 +663,7 @@ func (m *mounting) add(ctx context.Context, d digest.Digest, keep p2p.Keep) erro
 		return nil
 	}
 	m.seen[d] = true
-	info, err := m.from.engine.Stat(ctx, m.from.tag, digest.FromDigest(d), p2p.StatOptions{Scope: p2p.Local, Manifest: true, ContentOnly: true, Lease: true})
+	info, err := m.from.engine.Stat(ctx, m.from.tag, digest.FromDigest(d), p2p.StatOptions{Scope: p2p.Local, Manifest: true, ContentOnly: true})
 	if err == nil && !info.Local() {
 		err = fmt.Errorf("%s is still arriving: %w", m.from.task(d), ErrNotFound)
 	}
