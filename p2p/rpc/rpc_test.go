@@ -56,14 +56,21 @@ func serve(t testing.TB, engine p2p.Engine, opts ...ServerOption) (socket string
 	return socket
 }
 
-// serveAt serves engine on socket. The returned function ends it.
+// serveAt serves engine on socket until the test ends.
 func serveAt(t testing.TB, engine p2p.Engine, socket string, opts ...ServerOption) *Server {
+	t.Helper()
+	s := NewServer(engine, logTo(testLog{t}), opts...)
+	run(t, s, socket)
+	return s
+}
+
+// run has a server serve on socket until the test ends.
+func run(t testing.TB, s *Server, socket string) {
 	t.Helper()
 	l, err := Listen(socket)
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := NewServer(engine, logTo(testLog{t}), opts...)
 	served := make(chan error, 1)
 	go func() { served <- s.Serve(l) }()
 	t.Cleanup(func() {
@@ -74,7 +81,6 @@ func serveAt(t testing.TB, engine p2p.Engine, socket string, opts ...ServerOptio
 			t.Errorf("Serve: %v", err)
 		}
 	})
-	return s
 }
 
 func dial(t testing.TB, socket string, opts ...DialOption) *Client {

@@ -22,8 +22,9 @@ import (
 func serveEveryone(t *testing.T, conns, calls int) (socket string, s *Server) {
 	t.Helper()
 	socket = filepath.Join(everyonesDir(t), "run", "d.sock")
-	s = serveAt(t, newStore(t.TempDir()), socket)
-	s.shares.conns, s.shares.calls = connpool.New(conns), connpool.New(calls) // nobody has connected
+	s = NewServer(newStore(t.TempDir()), logTo(testLog{t}))
+	s.shares.conns, s.shares.calls = connpool.New(conns), connpool.New(calls)
+	run(t, s, socket)
 	if err := errors.Join(os.Chmod(filepath.Dir(socket), 0o755), os.Chmod(socket, 0o666)); err != nil {
 		t.Fatal(err)
 	}

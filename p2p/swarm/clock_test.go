@@ -160,12 +160,11 @@ func TestSourcesOfAllKinds(t *testing.T) {
 	}
 	// dead never answers what comes within a time.
 	dead := func(until time.Duration) func(*Options) {
-		began := time.Time{}
+		var began atomic.Pointer[time.Time]
 		return times(func(n int64, honest http.Handler, w http.ResponseWriter, r *http.Request) {
-			if n == 1 {
-				began = time.Now()
-			}
-			if time.Since(began) < until {
+			now := time.Now()
+			began.CompareAndSwap(nil, &now)
+			if now.Sub(*began.Load()) < until {
 				<-r.Context().Done()
 				return
 			}
