@@ -145,13 +145,19 @@ func TestSourcesOfAllKinds(t *testing.T) {
 			}
 		}
 	}
+	// within reports whether less than this has passed since it was first asked.
+	within := func(limit time.Duration) func() bool {
+		var began atomic.Pointer[time.Time]
+		return func() bool {
+			now := time.Now()
+			began.CompareAndSwap(nil, &now)
+			return now.Sub(*began.Load()) < limit
+		}
+	}
 	code := func(code int, until time.Duration) func(*Options) {
-		began := time.Time{}
+		early := within(until)
 		return times(func(_ int64, honest http.Handler, w http.ResponseWriter, r *http.Request) {
-			if began.IsZero() {
-				began = time.Now()
-			}
-			if time.Since(began) < until {
+			if early() {
 				http.Error(w, "not now", code)
 				return
 			}
@@ -160,11 +166,9 @@ func TestSourcesOfAllKinds(t *testing.T) {
 	}
 	// dead never answers what comes within a time.
 	dead := func(until time.Duration) func(*Options) {
-		var began atomic.Pointer[time.Time]
-		return times(func(n int64, honest http.Handler, w http.ResponseWriter, r *http.Request) {
-			now := time.Now()
-			began.CompareAndSwap(nil, &now)
-			if now.Sub(*began.Load()) < until {
+		early := within(until)
+		return times(func(_ int64, honest http.Handler, w http.ResponseWriter, r *http.Request) {
+			if early() {
 				<-r.Context().Done()
 				return
 			}
