@@ -188,24 +188,17 @@ func (in *ingest) compare(ctx context.Context, file *source.File, opts p2p.AddOp
 // recognize is for a stream of what is in the store, intact, where there is no room for
 // another copy: it is compared, and not written. It returns nil and no error, with nothing read, else.
 func (in *ingest) recognize(ctx context.Context, src io.Reader, opts p2p.AddOptions) (*addition, error) {
-	in.s.hold(opts.Want)
-	blob, err := in.s.openBlob(opts.Want)
-	if err != nil {
-		return nil, in.s.letGo(opts.Want, false)
+	info, err := os.Lstat(in.s.blobPath(opts.Want)) // most of what comes is not here, or has room
+	if err != nil || in.s.Room(info.Size()) == nil {
+		return nil, nil
 	}
-	size := blob.Size()
-	blob.Close()
-	if in.s.Room(size) == nil || !in.s.intact(ctx, opts.Want) {
+	in.s.hold(opts.Want)
+	if !in.s.intact(ctx, opts.Want) {
 		return nil, in.s.letGo(opts.Want, false)
 	}
 	src, done := interruptible(ctx, src)
 	defer done()
-	recorder := digest.NewRecorder(opts.Want.Algorithm())
-	err = record(ctx, recorder, src, opts.Progress)
-	var t *digest.Table
-	if err == nil {
-		t, err = recorder.Table()
-	}
+	t, err := tableFrom(ctx, opts.Want.Algorithm(), src, opts.Progress)
 	if err == nil {
 		err = match(opts.Want, t)
 	}
@@ -240,16 +233,21 @@ func interruptible(ctx context.Context, src io.Reader) (_ io.Reader, done func()
 // held is for a file that there is no room to copy: it makes the blob with the same
 // content part of the ingest. It returns nil and no error where there is none.
 func (in *ingest) held(ctx context.Context, file *source.File, alg digest.Algorithm, opts p2p.AddOptions) (*addition, error) {
-	recorder := digest.NewRecorder(alg)
-	if err := record(ctx, recorder, io.NewSectionReader(file, file.Start, 1<<63-1-file.Start), opts.Progress); err != nil {
-		return nil, err
-	}
-	table, err := recorder.Table()
+	table, err := tableFrom(ctx, alg, io.NewSectionReader(file, file.Start, 1<<63-1-file.Start), opts.Progress)
 	if err != nil {
 		return nil, err
 	}
 	opts.Want = table.Digest
 	return in.compare(ctx, file, opts)
+}
+
+// tableFrom reads src to its end, and returns the table of what it has.
+func tableFrom(ctx context.Context, alg digest.Algorithm, src io.Reader, progress func(int64)) (*digest.Table, error) {
+	recorder := digest.NewRecorder(alg)
+	if err := record(ctx, recorder, src, progress); err != nil {
+		return nil, err
+	}
+	return recorder.Table()
 }
 
 // record feeds a recorder.
@@ -426,11 +424,7 @@ func (in *ingest) rehash(a *addition, want digest.Digest) (*addition, error) {
 		defer blob.Close()
 		return in.add(in.ctx, blob.f, want.Algorithm(), p2p.AddOptions{Want: want})
 	}
-	recorder := digest.NewRecorder(want.Algorithm())
-	if err := record(in.ctx, recorder, io.NewSectionReader(a.f, 0, a.table.Size), nil); err != nil {
-		return nil, err
-	}
-	table, err := recorder.Table()
+	table, err := tableFrom(in.ctx, want.Algorithm(), io.NewSectionReader(a.f, 0, a.table.Size), nil)
 	if err == nil {
 		err = match(want, table)
 	}
