@@ -107,6 +107,25 @@ func pageKinds(t *testing.T, file []byte) []string {
 	return kinds
 }
 
+// inlineStructure returns the bytes of a leaf page, as offsets in it, that tell
+// where things are in the buckets that it has inside.
+func inlineStructure(page []byte) map[int]bool {
+	offsets := map[int]bool{}
+	for i := range int(binary.NativeEndian.Uint16(page[10:])) {
+		element := page[pageHeader+16*i:]
+		pos, key := binary.NativeEndian.Uint32(element[4:]), binary.NativeEndian.Uint32(element[8:])
+		at := pageHeader + 16*i + int(pos+key)
+		if binary.NativeEndian.Uint32(element) != 1 || binary.NativeEndian.Uint64(page[at:]) != 0 {
+			continue // not a bucket, or one with a page of its own
+		}
+		at += 16
+		for j := range pageHeader + 16*int(binary.NativeEndian.Uint16(page[at+10:])) {
+			offsets[at+j] = true
+		}
+	}
+	return offsets
+}
+
 // TestFlippedBits flips bits of the metadata, each alone. Either the store says
 // that its metadata is damaged before it does anything, or the bit does not
 // matter: all that was acknowledged is there, and what is imported then is

@@ -170,10 +170,21 @@ func TestFlippedWhileOpen(t *testing.T) {
 	page := os.Getpagesize()
 	var bits []int // of keys, and of what tells where they are
 	for i, kind := range pageKinds(t, good) {
+		if kind != "branch" && kind != "leaf" {
+			continue
+		}
+		// bbolt copies a bucket inside of a page to the heap, where -race ends
+		// the program as soon as it reads past the copy. Elsewhere, what it
+		// reads there is no key with a right sum.
+		var fatal map[int]bool
+		if kind == "leaf" {
+			fatal = inlineStructure(good[i*page : (i+1)*page])
+		}
 		used := len(bytes.TrimRight(good[i*page:(i+1)*page], "\x00"))
-		if kind == "branch" || kind == "leaf" {
-			for range 20 {
-				bits = append(bits, i*page*8+rand.IntN(8*used))
+		for n := 0; n < 20; {
+			if bit := rand.IntN(8 * used); !fatal[bit/8] {
+				bits = append(bits, i*page*8+bit)
+				n++
 			}
 		}
 	}
