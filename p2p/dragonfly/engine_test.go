@@ -57,6 +57,9 @@ func newHost(t *testing.T, cluster *dragonflytest.Cluster, opts dragonfly.Option
 
 func (h *host) open(opts dragonfly.Options) {
 	h.t.Helper()
+	if opts.LookupTimeout == 0 {
+		opts.LookupTimeout = time.Minute // the machine may be busy with other tests
+	}
 	store, err := pieces.Open(h.dir, pieces.Options{MaxSize: h.maxSize})
 	if err != nil {
 		h.t.Fatal(err)
