@@ -59,6 +59,11 @@ var bin string
 const (
 	registryVariable = "DFDAEMON_REGISTRY"
 	anyPort          = "127.0.0.1:0"
+
+	// A program with the race detector sleeps when it ends: by default for a
+	// second, which hundreds of short programs would wait for.
+	raceVariable = "GORACE"
+	quickExit    = "atexit_sleep_ms=10"
 )
 
 // Main is for TestMain: it builds dfcache and dfdaemon, with the race detector
@@ -95,6 +100,9 @@ func run(m *testing.M, options []goleak.Option) (code int, err error) {
 	}
 	if err := os.Symlink(self, filepath.Join(bin, asUserName)); err != nil {
 		return 0, err
+	}
+	if os.Getenv(raceVariable) == "" {
+		os.Setenv(raceVariable, quickExit)
 	}
 	os.Setenv(registryVariable, anyPort)
 	os.Setenv("PATH", bin+string(os.PathListSeparator)+os.Getenv("PATH"))
@@ -167,9 +175,7 @@ func setup(env *testscript.Env) error {
 	env.Setenv("XDG_RUNTIME_DIR", runtime)
 	env.Setenv(registryVariable, anyPort)
 	env.Setenv("SOCK", filepath.Join(env.WorkDir, "run", "d.sock"))
-	if env.Getenv("GORACE") == "" {
-		env.Setenv("GORACE", "atexit_sleep_ms=10") // by default it is a second
-	}
+	env.Setenv(raceVariable, os.Getenv(raceVariable))
 	if os.Geteuid() == 0 {
 		if err := os.Chmod(filepath.Dir(env.WorkDir), 0o755); err != nil {
 			return err
