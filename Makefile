@@ -11,7 +11,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo deve
 COMMIT  ?= $(shell git rev-parse HEAD 2>/dev/null)
 LDFLAGS := -s -w -X $(BUILD).version=$(VERSION) -X $(BUILD).commit=$(COMMIT)
 
-.PHONY: build demo test clients lint generate crash powercut hostile fuzz bench clean help
+.PHONY: build demo test clients lint generate crash powercut hostile mutants fuzz bench clean help
 
 # Without gRPC's own trace pages a process starts faster.
 build: ## build dfcache and dfdaemon into bin/
@@ -54,6 +54,9 @@ powercut: ## cut the power 2,000 times on each of three file systems; wants btrf
 
 hostile: ## 1,000 swarms in which half of the peers lie
 	$(GO) test -timeout 2h -run 'TestHostile$$' ./p2p/swarm -swarm.hostile=1000
+
+mutants: ## take out one defence after the other: a test has to notice each
+	$(GO) run ./integration/mutants
 
 fuzz: ## every fuzz target for a minute
 	@for pkg in $$($(GO) list ./...); do \
