@@ -20,9 +20,10 @@ build: ## build dfcache and dfdaemon into bin/
 demo: build ## import, stat, export, compare and delete a real file
 	@PATH="$(BIN):$$PATH" sh integration/demo.sh
 
-# Tests build and run the programs, of which go's cache of test results knows nothing.
+# Tests build and run the programs, of which go's cache of test results knows
+# nothing. What takes longest, and waits most, begins first. vet is a part of lint.
 test: lint clients ## everything that has to hold
-	$(GO) test -race -count=1 -timeout 15m ./...
+	$(GO) test -race -count=1 -vet=off -timeout 15m ./integration ./...
 
 # The tests find them in .cache/tools. Others are Debian's packages: see .ci/run.
 clients: $(TOOLS)/oras $(TOOLS)/crane $(TOOLS)/regctl ## registry clients that tests use

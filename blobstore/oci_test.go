@@ -48,6 +48,9 @@ type storeRepository struct {
 func TestStorage(t *testing.T) {
 	for name, open := range storesWith(pieces.Options{Lease: time.Nanosecond}) { // what is deleted goes at once
 		for tag, other := range map[string]string{"": "other", "library/models": ""} {
+			if name == "Open" && tag == "" {
+				continue // the socket leads to the same store, and takes both
+			}
 			t.Run(name+" "+blobstore.RepositoryName(tag), func(t *testing.T) {
 				storagetest.Run(t, func(t *testing.T) oras.Target {
 					s := open(t)

@@ -16,6 +16,7 @@ import (
 	"oras.land/oras-go/v2/errdef"
 
 	"github.com/dfcache/dfcache/blobstore"
+	"github.com/dfcache/dfcache/blobstore/storagetest"
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p/pieces"
 )
@@ -43,10 +44,7 @@ func mustAppend(t *testing.T, u *blobstore.Upload, data []byte) {
 func requireBlob(t *testing.T, r *blobstore.Repository, d digest.Digest, data []byte) {
 	t.Helper()
 	desc := ocispec.Descriptor{MediaType: "application/octet-stream", Digest: d, Size: int64(len(data))}
-	got, err := content.FetchAll(t.Context(), r, desc)
-	if err != nil || !bytes.Equal(got, data) {
-		t.Errorf("fetch %s: %d bytes, %v; want %d", d, len(got), err, len(data))
-	}
+	storagetest.RequireContent(t, r, desc, data)
 	found, err := r.Resolve(t.Context(), d.String())
 	if err != nil || !content.Equal(found, desc) {
 		t.Errorf("resolve %s: %+v, %v; want %+v", d, found, err, desc)

@@ -106,6 +106,9 @@ func record(t *testing.T, alg Algorithm, data []byte, step int) *Table {
 
 func TestRecorder(t *testing.T) {
 	for _, size := range sizes {
+		if size > 2048*MinPieceLength+1 && size%MinPieceLength == 0 {
+			continue // a byte less and a byte more are enough of so much
+		}
 		data := content(size, 1)
 		table := record(t, SHA256, data, 1<<20)
 		if table.Digest != SHA256.FromBytes(data) || table.Size != int64(size) || table.PieceLength != PieceLength(int64(size)) {

@@ -337,7 +337,7 @@ func (s *suite) testOrasTag(t *testing.T, target oras.Target) {
 		for _, tag := range []string{"b1", "b2", "b3"} {
 			requireResolves(t, target, tag, d)
 		}
-		requireContent(t, target, d, data)
+		RequireContent(t, target, d, data)
 	}
 }
 
@@ -398,7 +398,7 @@ func (s *suite) testPackManifest(t *testing.T, target oras.Target) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	requireContent(t, target, layer, []byte("layer"))
+	RequireContent(t, target, layer, []byte("layer"))
 	for _, c := range []struct {
 		version oras.PackManifestVersion
 		opts    oras.PackManifestOptions

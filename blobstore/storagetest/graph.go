@@ -99,7 +99,7 @@ func (s *suite) testDelete(t *testing.T, target oras.Target) {
 			for _, tag := range []string{"one", "two"} {
 				mustTag(t, target, n.Descriptor, tag)
 			}
-			requireContent(t, target, n.Descriptor, n.data)
+			RequireContent(t, target, n.Descriptor, n.data)
 			if err := deleter.Delete(t.Context(), n.Descriptor); err != nil {
 				t.Fatalf("delete: %v", err)
 			}
@@ -110,7 +110,7 @@ func (s *suite) testDelete(t *testing.T, target oras.Target) {
 				requireError(t, "resolve a tag of what was deleted", err, errdef.ErrNotFound)
 			}
 			for _, other := range g.nodes[i+1:] {
-				requireContent(t, target, other.Descriptor, other.data)
+				RequireContent(t, target, other.Descriptor, other.data)
 			}
 		}
 	}
@@ -358,7 +358,7 @@ func (s *suite) testMount(t *testing.T, target oras.Target) {
 	if err := m.Mount(t.Context(), d, name, give("elsewhere")); err != nil {
 		t.Errorf("mount of what is not there, with its content: %v", err)
 	}
-	requireContent(t, target, d, data)
+	RequireContent(t, target, d, data)
 	requireExists(t, other, d, false)
 
 	// One repository's copy does not depend on the other's.

@@ -32,7 +32,7 @@ func (s *suite) testRoundTrip(t *testing.T, target oras.Target) {
 			mustPush(t, target, d, data)
 			requireExists(t, target, d, true)
 			for range 2 {
-				requireContent(t, target, d, data)
+				RequireContent(t, target, d, data)
 			}
 		}
 	}
@@ -54,7 +54,7 @@ func (s *suite) testReaders(t *testing.T, target oras.Target) {
 		if err := target.Push(t.Context(), d, wrap(bytes.NewReader(data))); err != nil {
 			t.Fatalf("push from reader %d: %v", i, err)
 		}
-		requireContent(t, target, d, data)
+		RequireContent(t, target, d, data)
 		fetched, err := target.Fetch(t.Context(), d)
 		if err != nil {
 			t.Fatal(err)
@@ -186,7 +186,7 @@ func (s *suite) testBadPush(t *testing.T, target oras.Target) {
 			s.requireAbsent(t, target, n.Descriptor)
 		}
 		mustPush(t, target, n.Descriptor, n.data)
-		requireContent(t, target, n.Descriptor, n.data)
+		RequireContent(t, target, n.Descriptor, n.data)
 	}
 	empty := describe(nil)
 	requireError(t, "push of more than nothing", target.Push(t.Context(), empty, strings.NewReader("x")), content.ErrTrailingData)
@@ -285,7 +285,7 @@ func (s *suite) testOtherDescriptor(t *testing.T, target oras.Target) {
 	annotated := d
 	annotated.Annotations = map[string]string{"a": "b"}
 	requireExists(t, target, annotated, true)
-	requireContent(t, target, annotated, data)
+	RequireContent(t, target, annotated, data)
 }
 
 // operations are calls that all have to fail when their context has ended.
@@ -345,7 +345,7 @@ func (s *suite) testContextOver(t *testing.T, target oras.Target) {
 		requireError(t, what, op(cancelled), context.Canceled)
 		requireError(t, what, op(late), context.DeadlineExceeded)
 	}
-	requireContent(t, target, d, data)
+	RequireContent(t, target, d, data)
 	requireResolves(t, target, "tag", d)
 	_, err := target.Resolve(t.Context(), "new")
 	requireError(t, "resolve of what was not tagged", err, errdef.ErrNotFound)
@@ -464,7 +464,7 @@ func (s *suite) testConcurrentBadPush(t *testing.T, target oras.Target) {
 		}
 		t.Errorf("push of right content %t: %v", good, err)
 	})
-	requireContent(t, target, d, data)
+	RequireContent(t, target, d, data)
 }
 
 func (s *suite) testConcurrentFetch(t *testing.T, target oras.Target) {
@@ -472,7 +472,7 @@ func (s *suite) testConcurrentFetch(t *testing.T, target oras.Target) {
 		data := bytesOf(size, 1)
 		d := describe(data)
 		mustPush(t, target, d, data)
-		concurrently(concurrency, func(int) { requireContent(t, target, d, data) })
+		concurrently(concurrency, func(int) { RequireContent(t, target, d, data) })
 	}
 }
 
@@ -511,6 +511,6 @@ func (s *suite) testConcurrentAll(t *testing.T, target oras.Target) {
 		}
 		requireResolves(t, target, tag(i), images[i])
 		graphs[i].requireHeld(t, target)
-		requireContent(t, target, config, shared)
+		RequireContent(t, target, config, shared)
 	})
 }

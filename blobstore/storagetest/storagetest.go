@@ -230,12 +230,9 @@ func (g *graph) push(t *testing.T, to content.Pusher) {
 // requireHeld fails the test unless every node is there and whole.
 func (g *graph) requireHeld(t *testing.T, in content.ReadOnlyStorage) {
 	t.Helper()
-	for i, n := range g.nodes {
+	for _, n := range g.nodes {
 		requireExists(t, in, n.Descriptor, true)
-		data, err := content.FetchAll(t.Context(), in, n.Descriptor)
-		if err != nil || !bytes.Equal(data, n.data) {
-			t.Errorf("node %d: fetched %d bytes, %v; want %d", i, len(data), err, len(n.data))
-		}
+		RequireContent(t, in, n.Descriptor, n.data)
 	}
 }
 
@@ -272,7 +269,8 @@ func requireExists(t *testing.T, in content.ReadOnlyStorage, d ocispec.Descripto
 	}
 }
 
-func requireContent(t *testing.T, in content.Fetcher, d ocispec.Descriptor, want []byte) {
+// RequireContent fails the test where what is fetched is not what is wanted.
+func RequireContent(t *testing.T, in content.Fetcher, d ocispec.Descriptor, want []byte) {
 	t.Helper()
 	fetched, err := in.Fetch(t.Context(), d)
 	if err != nil {

@@ -128,7 +128,7 @@ func (s *suite) testUntag(t *testing.T, target oras.Target) {
 			if i == 0 {
 				requireResolves(t, target, "two", n.Descriptor)
 			}
-			requireContent(t, target, n.Descriptor, n.data)
+			RequireContent(t, target, n.Descriptor, n.data)
 		}
 		mustTag(t, target, n.Descriptor, "tag")
 		requireError(t, "untag a digest", untagger.Untag(t.Context(), n.Digest.String()), errdef.ErrInvalidReference)
@@ -247,7 +247,7 @@ func (s *suite) testPushReference(t *testing.T, target oras.Target) {
 				t.Fatalf("push: %v", err)
 			}
 			requireResolves(t, target, "tag", n.Descriptor)
-			requireContent(t, target, n.Descriptor, n.data)
+			RequireContent(t, target, n.Descriptor, n.data)
 		}
 	}
 	g.requireHeld(t, target)
