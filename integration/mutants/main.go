@@ -99,15 +99,17 @@ func (m *mutant) try(ctx context.Context) error {
 	if err := os.WriteFile(file, list, 0o600); err != nil {
 		return err
 	}
-	// What does not build would fail the test, too.
+	// Built once, and run from the package's directory as go test does. What does not build would
+	// fail the test, too.
 	flags := "GOFLAGS=" + strings.TrimSpace(os.Getenv("GOFLAGS")+" -overlay="+file)
-	build := exec.CommandContext(ctx, "go", "test", "-count=1", "-run", "^$", m.pkg)
+	binary := filepath.Join(dir, "test")
+	build := exec.CommandContext(ctx, "go", "test", "-c", "-o", binary, m.pkg)
 	build.Env = append(os.Environ(), flags)
 	if out, err := build.CombinedOutput(); err != nil {
 		return fmt.Errorf("DOES NOT BUILD: %w\n%s", err, out)
 	}
-	test := exec.CommandContext(ctx, "go", "test", "-count=1", "-timeout", "5m", "-run", "^"+m.test+"$", m.pkg)
-	test.Env = append(os.Environ(), flags)
+	test := exec.CommandContext(ctx, binary, "-test.timeout", "5m", "-test.run", "^"+strings.ReplaceAll(m.test, "/", "$/^")+"$")
+	test.Dir, test.Env = m.pkg, append(os.Environ(), flags)
 	out, err := test.CombinedOutput()
 	if bytes.Contains(out, []byte("no tests to run")) {
 		return errors.New("NO SUCH TEST:")
