@@ -23,6 +23,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/dfcache/dfcache/blobstore"
+	"github.com/dfcache/dfcache/blobstore/client"
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/pieces"
@@ -67,7 +68,7 @@ func storesWith(opts pieces.Options) map[string]func(t *testing.T) *blobstore.St
 			return s
 		},
 		"Dial": func(t *testing.T) *blobstore.Store {
-			s, err := blobstore.Dial(t.Context(), serveWith(t, opts))
+			s, err := client.Dial(t.Context(), serveWith(t, opts))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -325,7 +326,7 @@ func TestOpenNoDirectory(t *testing.T) {
 }
 
 func TestDialNobody(t *testing.T) {
-	_, err := blobstore.Dial(t.Context(), filepath.Join(t.TempDir(), "nobody"))
+	_, err := client.Dial(t.Context(), filepath.Join(t.TempDir(), "nobody"))
 	if !errors.Is(err, blobstore.ErrUnavailable) {
 		t.Errorf("error is %v", err)
 	}

@@ -2,7 +2,7 @@
 // OCI digest or by a cache ID, under a tag.
 //
 // A [Store] is opened in a directory of its own, in this process ([Open]), or
-// through a dfdaemon ([Dial]); everything else is the same. A [Repository] is
+// through a dfdaemon (package client); all else is the same. A [Repository] is
 // the part of it under one tag. In it a digest names a blob, and a cache ID
 // names an OCI artifact of one file, as `oras push` would store it.
 //

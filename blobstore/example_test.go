@@ -16,6 +16,7 @@ import (
 	"oras.land/oras-go/v2/content/memory"
 
 	"github.com/dfcache/dfcache/blobstore"
+	"github.com/dfcache/dfcache/blobstore/client"
 )
 
 // A store in a directory of the program's own: import a file under a name,
@@ -56,7 +57,7 @@ func ExampleOpen() {
 // The same through the dfdaemon of this machine.
 func ExampleDial() {
 	ctx := context.Background()
-	store, err := blobstore.Dial(ctx, "/run/dragonfly/dfdaemon.sock")
+	store, err := client.Dial(ctx, "/run/dragonfly/dfdaemon.sock")
 	if errors.Is(err, blobstore.ErrUnavailable) {
 		fmt.Println("no dfdaemon is running")
 		return

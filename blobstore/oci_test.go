@@ -21,6 +21,7 @@ import (
 	"oras.land/oras-go/v2/registry"
 
 	"github.com/dfcache/dfcache/blobstore"
+	"github.com/dfcache/dfcache/blobstore/client"
 	"github.com/dfcache/dfcache/blobstore/storagetest"
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
@@ -116,7 +117,7 @@ func TestTwoNamesOfAnError(t *testing.T) {
 func TestClosedStore(t *testing.T) {
 	for name, open := range map[string]func() (*blobstore.Store, error){
 		"Open": func() (*blobstore.Store, error) { return blobstore.Open(t.TempDir()) },
-		"Dial": func() (*blobstore.Store, error) { return blobstore.Dial(t.Context(), serve(t)) },
+		"Dial": func() (*blobstore.Store, error) { return client.Dial(t.Context(), serve(t)) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			s, err := open()

@@ -22,6 +22,7 @@ import (
 	"oras.land/oras-go/v2/errdef"
 
 	"github.com/dfcache/dfcache/blobstore"
+	"github.com/dfcache/dfcache/blobstore/client"
 	"github.com/dfcache/dfcache/blobstore/peertest"
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
@@ -47,7 +48,7 @@ func eachPeer(t *testing.T, test func(t *testing.T, e *peertest.Engine, r, their
 // dialEngine returns a store that is e behind a socket.
 func dialEngine(t *testing.T, e p2p.Engine) *blobstore.Store {
 	t.Helper()
-	s, err := blobstore.Dial(t.Context(), peertest.Serve(t, e))
+	s, err := client.Dial(t.Context(), peertest.Serve(t, e))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -7,12 +7,9 @@ import (
 	"log/slog"
 	"time"
 
-	"google.golang.org/grpc/stats"
-
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/pieces"
-	"github.com/dfcache/dfcache/p2p/rpc"
 )
 
 // Errors of this package, for errors.Is. Errors also match what [context.Cause]
@@ -35,26 +32,21 @@ var (
 )
 
 // Store is a store of content, embedded in this process ([Open]) or reached
-// through a dfdaemon ([Dial]). It is safe for concurrent use.
+// through a dfdaemon (package client). It is safe for concurrent use.
 type Store struct {
 	engine p2p.Engine
 }
 
-// Option changes how a Store is opened.
+// Option changes how an embedded Store is opened.
 type Option func(*options)
 
 type options struct {
-	log     *slog.Logger
-	handler stats.Handler
+	log *slog.Logger
 }
 
-// WithLogger makes an embedded store log to l what an operator should know.
+// WithLogger makes the store log to l what an operator should know.
 // The default is to be silent.
 func WithLogger(l *slog.Logger) Option { return func(o *options) { o.log = l } }
-
-// WithStatsHandler passes h to gRPC on the way to a dfdaemon: the hook for
-// OpenTelemetry and metrics. An embedded store has no use for it.
-func WithStatsHandler(h stats.Handler) Option { return func(o *options) { o.handler = h } }
 
 // Open opens the store in the directory dir, in this process, and makes the
 // directory if there is none. One process at a time can have it open: a second
@@ -64,24 +56,11 @@ func Open(dir string, opts ...Option) (*Store, error) {
 	if dir == "" { // of a setting that is not set; the store would be in the working directory
 		return nil, fmt.Errorf("open store: %w: its directory has no name", ErrInvalid)
 	}
-	o := collect(opts)
+	var o options
+	for _, f := range opts {
+		f(&o)
+	}
 	engine, err := pieces.Open(dir, pieces.Options{Log: o.log})
-	if err != nil {
-		return nil, err
-	}
-	return New(engine), nil
-}
-
-// Dial opens the store of the dfdaemon that listens on the unix socket at
-// path. Where none answers it fails with [ErrUnavailable]. ctx bounds the
-// connecting only. The caller closes the Store.
-func Dial(ctx context.Context, path string, opts ...Option) (*Store, error) {
-	o := collect(opts)
-	var dial []rpc.DialOption
-	if o.handler != nil {
-		dial = append(dial, rpc.WithStatsHandler(o.handler))
-	}
-	engine, err := rpc.Dial(ctx, path, dial...)
 	if err != nil {
 		return nil, err
 	}
@@ -90,14 +69,6 @@ func Dial(ctx context.Context, path string, opts ...Option) (*Store, error) {
 
 // New returns a Store over any engine. Closing the Store closes the engine.
 func New(engine p2p.Engine) *Store { return &Store{engine: engine} }
-
-func collect(opts []Option) options {
-	var o options
-	for _, f := range opts {
-		f(&o)
-	}
-	return o
-}
 
 // Repository returns the part of the store under tag. The tag is "" or a
 // repository name of the OCI distribution specification; otherwise the error

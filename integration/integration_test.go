@@ -21,6 +21,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/dfcache/dfcache/blobstore"
+	"github.com/dfcache/dfcache/blobstore/client"
 )
 
 // The programs under test.
@@ -159,7 +160,7 @@ func (d *daemon) stop(t *testing.T, sig syscall.Signal) {
 
 func (d *daemon) dial(t *testing.T) *blobstore.Store {
 	t.Helper()
-	store, err := blobstore.Dial(context.Background(), d.socket)
+	store, err := client.Dial(context.Background(), d.socket)
 	if err != nil {
 		t.Fatal(err)
 	}

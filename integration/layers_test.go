@@ -15,7 +15,7 @@ var layers = [][]string{
 	{"cmd/dfcache", "cmd/dfdaemon"},
 	{"cmd/internal/logs", "cmd/internal/manual", "cmd/internal/memory", "cmd/internal/profiling", "cmd/internal/settings", "cmd/internal/tracing"},
 	{"cmd/internal/build", "cmd/internal/exit", "cmd/internal/paths", "docs"},
-	{"blobstore/registry", "blobstore/dragonfly"},
+	{"blobstore/registry", "blobstore/dragonfly", "blobstore/client"},
 	{"blobstore", "p2p/swarm", "p2p/swarm/discovery", "p2p/dragonfly", "p2p/dragonfly/cluster", "p2p/dragonfly/persistent"}, // none of these knows another
 	{"p2p/rpc", "p2p/dragonfly/whole"},
 	{"p2p/rpc/pb", "p2p/pieces", "p2p/dragonfly/wire", "p2p/throttle", "p2p/connpool"},
@@ -31,7 +31,7 @@ var notLinked = map[string][]string{
 	"cmd/dfdaemon":             {"github.com/russross/blackfriday", "github.com/cpuguy83/go-md2man"},
 	"blobstore/registry":       {"github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk"},
 	"blobstore/dragonfly":      {"github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk", "d7y.io/dragonfly"},
-	"blobstore":                {"oras.land/oras-go/v2/registry", "github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk", "go.opentelemetry.io/otel/exporters"},
+	"blobstore":                {"oras.land/oras-go/v2/registry", "google.golang.org/grpc", "github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk", "go.opentelemetry.io/otel/exporters"},
 	"p2p/rpc":                  {"github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk"},
 	"p2p/swarm":                {"github.com/libp2p/go-libp2p-kad-dht", "google.golang.org/grpc", "github.com/spf13/"},
 	"p2p/dragonfly":            {"github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk", "d7y.io/dragonfly"},

@@ -21,6 +21,7 @@ import (
 	"testing"
 
 	"github.com/dfcache/dfcache/blobstore"
+	"github.com/dfcache/dfcache/blobstore/client"
 	"github.com/dfcache/dfcache/digest"
 )
 
@@ -137,7 +138,7 @@ var powerContents = func() (all [][]byte) {
 }()
 
 func (w *powerWorker) work(d *daemon) {
-	store, err := blobstore.Dial(context.Background(), d.socket)
+	store, err := client.Dial(context.Background(), d.socket)
 	if err != nil {
 		w.t.Error(err)
 		return

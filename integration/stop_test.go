@@ -10,7 +10,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/dfcache/dfcache/blobstore"
+	"github.com/dfcache/dfcache/blobstore/client"
 )
 
 // TestStopLetsImportEnd: a daemon that is asked to stop while dfcache imports
@@ -39,7 +39,7 @@ func TestStopLetsImportEnd(t *testing.T) {
 		t.Fatal(err)
 	}
 	within(t, "the daemon takes no more calls", func() bool {
-		store, err := blobstore.Dial(t.Context(), d.socket)
+		store, err := client.Dial(t.Context(), d.socket)
 		if err == nil {
 			store.Close()
 		}

@@ -14,6 +14,7 @@ import (
 	"go.opentelemetry.io/otel/attribute"
 
 	"github.com/dfcache/dfcache/blobstore"
+	"github.com/dfcache/dfcache/blobstore/client"
 	"github.com/dfcache/dfcache/cmd/internal/build"
 	"github.com/dfcache/dfcache/cmd/internal/exit"
 	"github.com/dfcache/dfcache/cmd/internal/logs"
@@ -204,8 +205,11 @@ func (s *session) repository(ctx context.Context) (repo *blobstore.Repository, d
 // dial opens the store of the dfdaemon. Where none answers, and the user named
 // no socket, it starts one.
 func (s *session) dial(ctx context.Context) (*blobstore.Store, error) {
-	opts := []blobstore.Option{blobstore.WithStatsHandler(s.trace.ClientStatsHandler())}
-	store, err := blobstore.Dial(ctx, s.socket, opts...)
+	var opts []client.Option
+	if h := s.trace.ClientStatsHandler(); h != nil {
+		opts = append(opts, client.WithStatsHandler(h))
+	}
+	store, err := client.Dial(ctx, s.socket, opts...)
 	if err == nil {
 		s.log.Debug("connected", "socket", s.socket)
 		return store, nil
@@ -226,7 +230,7 @@ func (s *session) dial(ctx context.Context) (*blobstore.Store, error) {
 	if err := s.launch(ctx); err != nil {
 		return nil, err
 	}
-	return blobstore.Dial(ctx, s.socket, opts...)
+	return client.Dial(ctx, s.socket, opts...)
 }
 
 // launch starts a dfdaemon that outlives this process.

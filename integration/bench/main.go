@@ -28,6 +28,7 @@ import (
 	"time"
 
 	"github.com/dfcache/dfcache/blobstore"
+	"github.com/dfcache/dfcache/blobstore/client"
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/pieces"
 )
@@ -377,7 +378,7 @@ func (b *bench) stat() {
 			float64(slices.MinFunc(s, byWall).wall.Microseconds())/1000,
 			float64(median(s, func(s sample) time.Duration { return s.cpu }).Microseconds())/1000)
 	}
-	store := must(blobstore.Dial(context.Background(), b.socket))
+	store := must(client.Dial(context.Background(), b.socket))
 	defer store.Close()
 	r := must(store.Repository(""))
 	var calls []sample
@@ -393,7 +394,7 @@ func (b *bench) small(n, size int) {
 	data := make([]byte, size)
 	embedded := must(blobstore.Open(filepath.Join(b.dir, "embedded")))
 	defer embedded.Close()
-	dialled := must(blobstore.Dial(context.Background(), b.socket))
+	dialled := must(client.Dial(context.Background(), b.socket))
 	defer dialled.Close()
 	b.printf("## %d files of %d KiB through the Go API\n\nEach import is durable when it returns. One run each.\n\n| store | callers | s | files/s |\n|---|---:|---:|---:|\n", n, size>>10)
 	run := 0

@@ -28,6 +28,7 @@ import (
 	"time"
 
 	"github.com/dfcache/dfcache/blobstore"
+	"github.com/dfcache/dfcache/blobstore/client"
 )
 
 // peerDaemon is a dfdaemon of a swarm.
@@ -215,7 +216,7 @@ func (b *bench) smallFromPeer(n, size int) {
 	address := freeAddress()
 	a := b.startPeer("smallA", nil, "--swarm-listen", freeAddress(), "--swarm-pieces", address)
 	defer a.stop()
-	there := must(blobstore.Dial(ctx, a.socket))
+	there := must(client.Dial(ctx, a.socket))
 	defer there.Close()
 	tag := must(there.Repository("many"))
 	data := make([]byte, size)
@@ -230,7 +231,7 @@ func (b *bench) smallFromPeer(n, size int) {
 		for range b.runs {
 			p := b.startPeer("smallB", nil, "--swarm-listen", freeAddress(), "--swarm-pieces", freeAddress(), "--bootstrap", address)
 			b.meet(p, 1)
-			store := must(blobstore.Dial(ctx, p.socket))
+			store := must(client.Dial(ctx, p.socket))
 			r := must(store.Repository("many"))
 			work := make(chan string)
 			var all sync.WaitGroup

@@ -1,0 +1,33 @@
+// Package client opens the store of a running dfdaemon. Its API is kept
+// compatible from release to release.
+//
+// It is apart from package blobstore so that a program with an embedded store
+// does not link gRPC.
+package client
+
+import (
+	"context"
+
+	"google.golang.org/grpc/stats"
+
+	"github.com/dfcache/dfcache/blobstore"
+	"github.com/dfcache/dfcache/p2p/rpc"
+)
+
+// Option changes how a store is dialled.
+type Option = rpc.DialOption
+
+// WithStatsHandler passes h to gRPC on the way to the dfdaemon: the hook for
+// OpenTelemetry and metrics.
+func WithStatsHandler(h stats.Handler) Option { return rpc.WithStatsHandler(h) }
+
+// Dial opens the store of the dfdaemon that listens on the unix socket at
+// path. Where none answers it fails with [blobstore.ErrUnavailable]. ctx bounds
+// the connecting only. The caller closes the Store.
+func Dial(ctx context.Context, path string, opts ...Option) (*blobstore.Store, error) {
+	engine, err := rpc.Dial(ctx, path, opts...)
+	if err != nil {
+		return nil, err
+	}
+	return blobstore.New(engine), nil
+}
