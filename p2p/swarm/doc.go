@@ -1,0 +1,59 @@
+// Package swarm is the engine of a dfdaemon among others: a store that asks its
+// peers for what it does not have, and gives them what it has.
+//
+// It finds peers by a [Network], which package discovery implements, and asks
+// them over HTTP/1.1 on connections that both sides have proven the swarm's key
+// on (transport.go; the messages and their bounds are in wire.go and
+// docs/swarm.md). Bytes are proven against their digest before they count. Names,
+// deletes and dates can't be proven: they are bounded, compared with what others
+// say (find.go, conflicts.go, meet.go), and believed of whoever has the key.
+//
+// # Where things are
+//
+//	swarm.go                       the engine's calls, Close, what is done now and then
+//	find.go, manifests.go          what a name stands for, and who has it
+//	deletes.go, conflicts.go       deletes everywhere, those that were missed, moves that crossed
+//	download.go                    a fetch; sources.go, chains.go, transfer.go and progress.go are its parts
+//	arriving.go                    the reader of a blob that is being fetched
+//	server.go, upload.go           the answers to peers
+//	client.go, transport.go        the questions, and the connections
+//	peers.go, meet.go, silent.go   what is known of each peer: its version, clock, faults, silence
+//	late.go                        questions whose asker has stopped waiting
+//
+// # The life of a fetch
+//
+// A reader of what is not here begins a download, or joins the one that runs:
+// there is one for each digest. Its goroutine, run, alone decides: what belongs
+// to it, as the comment in the struct says, has no lock. Whatever takes time runs
+// in a goroutine of its own, counted by calls: a search for sources, a question to
+// a source for its hash chain or its news, a request for pieces. Each ends by
+// posting an event, a function that run calls. Nothing is posted once the
+// download's context has ended.
+//
+//  1. A search asks connected peers and those that have announced the digest.
+//     Each that has it, or a part of it, becomes a source (sources.go), and names others.
+//  2. A source is asked for size and hash chain. The first chain that holds is
+//     worked by; where sources state different ones they are tried against each other,
+//     since at most one leads to the digest (chains.go).
+//  3. Package schedule, which knows no network, says which piece is to be asked of whom.
+//     A piece is hashed as it comes, and written only where it leads from the chain's
+//     value before it to the one after it (transfer.go, and package pieces). What does not
+//     is proof of a lie: its source is excluded. Slowness and silence prove nothing:
+//     such a source rests, others are asked beside it, and it is come back to.
+//  4. Each piece is offered to peers, and to readers, as soon as it is there.
+//  5. One clock, in progress.go, ends what makes no progress, whatever else goes on.
+//  6. When all pieces are there the readers have what they want, and the blob
+//     becomes one of the store, with all tasks that were asked for. A download that
+//     nobody waits for ends; its part is kept for a day, unless it was deleted.
+//
+// # Goroutines and locks
+//
+// background counts the goroutines that belong to no call: listeners, tend,
+// tellAll, downloads. calls counts calls of the engine's methods. late counts
+// questions to peers: a call waits for their answer, as long as it has time, and not
+// for their goroutine. Close ends the context, and waits for all of these.
+//
+// A lock guards fields, and no peer is waited for with one held. Where several are
+// held the order is: that of all uploads, of one upload, of a download. The
+// Swarm's own mu is held with none of them.
+package swarm
