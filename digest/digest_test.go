@@ -10,7 +10,6 @@ import (
 	"io"
 	"math/rand/v2"
 	"os"
-	"reflect"
 	"strings"
 	"testing"
 	"testing/iotest"
@@ -187,9 +186,6 @@ func TestSelfTest(t *testing.T) {
 	if err := SelfTest(); err != nil {
 		t.Fatal(err)
 	}
-	if err := testStates(newSHA2); err != nil {
-		t.Fatal(err)
-	}
 	for name, broken := range map[string]func(Algorithm) hash.Hash{
 		"no state at all":       func(a Algorithm) hash.Hash { return struct{ hash.Hash }{a.Hash()} },
 		"a state of other form": func(a Algorithm) hash.Hash { return longState{a.Hash(), 1} },
@@ -218,34 +214,6 @@ func (h longState) AppendBinary(b []byte) ([]byte, error) {
 func (h longState) UnmarshalBinary(b []byte) error {
 	return h.Hash.(encoding.BinaryUnmarshaler).UnmarshalBinary(b)
 }
-
-// Where Go's hash states are of no use the tables are the same.
-func TestOwnSHA2(t *testing.T) {
-	data := content(9*MinPieceLength+77, 1)
-	sizes := []int{0, 1, 55, 56, 63, 64, 65, 111, 112, 119, 120, 127, 128, 129, 1000, MinPieceLength, 3 * MinPieceLength, len(data)}
-	for _, alg := range []Algorithm{SHA256, SHA384, SHA512} {
-		for _, size := range sizes {
-			want := record(t, alg, data[:size], 1<<20)
-			statesOfGo = func() error { return errors.New("made up") }
-			got := record(t, alg, data[:size], 777)
-			for i := range want.Pieces() {
-				start, end := want.Bounds(i)
-				if err := want.VerifyPiece(i, data[start:end]); err != nil {
-					t.Errorf("%s of %d bytes: %v", alg, size, err)
-				}
-				if err := want.VerifyPiece(i, data[start+1:end]); !errors.Is(err, ErrMismatch) {
-					t.Errorf("%s of %d bytes: a wrong piece: %v", alg, size, err)
-				}
-			}
-			statesOfGo = goStates
-			if !reflect.DeepEqual(got, want) {
-				t.Errorf("%s of %d bytes: the table is %v, want %v", alg, size, got, want)
-			}
-		}
-	}
-}
-
-var goStates = statesOfGo
 
 func TestCombineCRC(t *testing.T) {
 	r := rand.New(rand.NewPCG(1, 2))

@@ -25,7 +25,7 @@ type Recorder struct {
 
 // NewRecorder returns a Recorder for one of the algorithms that [ParseAlgorithm] accepts.
 func NewRecorder(alg Algorithm) *Recorder {
-	return &Recorder{alg: alg, h: newHash(alg), length: MinPieceLength}
+	return &Recorder{alg: alg, h: alg.Hash(), length: MinPieceLength}
 }
 
 // Size returns the number of bytes written so far.

@@ -120,7 +120,7 @@ func (t *Table) Verifier(i int) (*Verifier, error) {
 	if len(t.Chain) != ChainSize(alg, t.Size) {
 		return nil, fmt.Errorf("piece %d of %s: %w: there is no hash chain to verify it with", i, t.Digest, ErrMismatch)
 	}
-	h := newHash(alg)
+	h := alg.Hash()
 	if i > 0 {
 		start, _ := t.Bounds(i)
 		if err := setState(h, t.Chain[(i-1)*n:i*n], start); err != nil {
@@ -223,16 +223,6 @@ func setState(h hash.Hash, state []byte, offset int64) error {
 	return nil
 }
 
-// newHash returns a hash whose state can be read and set: Go's own, or else ours.
-func newHash(alg Algorithm) hash.Hash {
-	if statesOfGo() == nil {
-		return alg.Hash()
-	}
-	return newSHA2(alg)
-}
-
-var statesOfGo = sync.OnceValue(func() error { return testStates(Algorithm.Hash) })
-
 // testStates reports whether the states of hashes can be read and set.
 func testStates(hashes func(Algorithm) hash.Hash) error {
 	for _, alg := range []Algorithm{SHA256, SHA384, SHA512} {
@@ -260,10 +250,11 @@ func testStates(hashes func(Algorithm) hash.Hash) error {
 }
 
 // SelfTest reports whether the states of Go's SHA-2 can be read and set as hash
-// chains need it. Where they can't, this package hashes with one of its own, to the same
-// chains, at a fraction of the speed: who hashes much should say so. It takes
-// microseconds, once in a process.
+// chains need it: nothing of this package works without. It takes microseconds,
+// once in a process.
 func SelfTest() error { return statesOfGo() }
+
+var statesOfGo = sync.OnceValue(func() error { return testStates(Algorithm.Hash) })
 
 // tableVersion is the first byte of an encoded table.
 const tableVersion = 1

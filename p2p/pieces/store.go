@@ -145,7 +145,7 @@ func open(dir string, opts Options, files files) (_ *Store, err error) {
 		s.log = slog.New(slog.DiscardHandler)
 	}
 	if err := digest.SelfTest(); err != nil {
-		s.log.Warn("this build's SHA-2 has to be replaced by a slower one", "error", err)
+		return nil, fmt.Errorf("open store: this build's SHA-2 can't make hash chains: %w: build it with Go's own", err)
 	}
 	if opts.Existing {
 		if _, err := os.Stat(s.path("ingest")); err != nil {
