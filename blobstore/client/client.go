@@ -21,9 +21,14 @@ type Option = rpc.DialOption
 // OpenTelemetry and metrics.
 func WithStatsHandler(h stats.Handler) Option { return rpc.WithStatsHandler(h) }
 
+// WithServerUID accepts a dfdaemon that runs as uid, besides root and the
+// caller's own user.
+func WithServerUID(uid uint32) Option { return rpc.WithServerUID(uid) }
+
 // Dial opens the store of the dfdaemon that listens on the unix socket at
-// path. Where none answers it fails with [blobstore.ErrUnavailable]. ctx bounds
-// the connecting only. The caller closes the Store.
+// path. Where none answers, or one of a user that is not trusted with it
+// ([WithServerUID]), it fails with [blobstore.ErrUnavailable]. ctx bounds the
+// connecting only. The caller closes the Store.
 func Dial(ctx context.Context, path string, opts ...Option) (*blobstore.Store, error) {
 	engine, err := rpc.Dial(ctx, path, opts...)
 	if err != nil {

@@ -11,7 +11,10 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"os/user"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"syscall"
 	"time"
 
@@ -62,6 +65,8 @@ type app struct {
 	jaeger      string
 	serviceName string
 	socket      string
+	daemonUsers string
+	daemonUIDs  []uint32 // of these
 	noTTY       bool
 
 	result resultFormat
@@ -87,6 +92,7 @@ func (a *app) globalFlags(cmd *cobra.Command) {
 	f.StringVar(&a.jaeger, "jaeger", "", "send traces to this OTLP/HTTP `URL` of a Jaeger or a collector, for example http://localhost:4318")
 	f.StringVar(&a.serviceName, "service-name", "dragonfly-dfcache", "`name` of the service in traces")
 	f.StringVar(&a.socket, "daemon-sock", "", "unix `socket` of the dfdaemon (default dfdaemon.sock in /run/dragonfly for root, else in dragonfly in the XDG runtime directory; a dfdaemon is started there when none answers)")
+	f.StringVar(&a.daemonUsers, "daemon-user", "dragonfly", "`users` whose dfdaemon is trusted, besides root and you: names or IDs, with commas between them")
 	f.BoolVar(&a.noTTY, "no-tty", false, "no progress bar, even on a terminal")
 }
 
@@ -100,10 +106,13 @@ func (a *app) load(cmd *cobra.Command, _ []string) error {
 	if a.timeout < 0 {
 		return exit.FlagError(cmd, fmt.Errorf("--timeout %s is negative: pass a duration such as 30s, or 0 for no limit", a.timeout))
 	}
+	var err error
+	if a.daemonUIDs, err = uidsOf(a.daemonUsers, cmd.Flags().Changed("daemon-user")); err != nil {
+		return exit.FlagError(cmd, err)
+	}
 	for _, path := range []*string{&a.workHome, &a.logDir, &a.socket} {
 		// A daemon that is started does not run where this process does.
 		if *path != "" {
-			var err error
 			if *path, err = filepath.Abs(*path); err != nil {
 				return err
 			}
@@ -124,6 +133,34 @@ func (a *app) load(cmd *cobra.Command, _ []string) error {
 		a.socket = paths.Socket()
 	}
 	return a.result.check(cmd)
+}
+
+// uidsOf returns the IDs of users, which are names or IDs with commas between
+// them. One that is not there is passed over unless it was given.
+func uidsOf(users string, given bool) (uids []uint32, err error) {
+	for name := range strings.SplitSeq(users, ",") {
+		name = strings.TrimSpace(name)
+		if name == "" {
+			continue
+		}
+		number := name
+		if _, err := strconv.ParseUint(name, 10, 32); err != nil {
+			u, err := user.Lookup(name)
+			if err != nil && !given {
+				continue
+			}
+			if err != nil {
+				return nil, fmt.Errorf("--daemon-user %s: %w: pass a user of this host, or a user ID", name, err)
+			}
+			number = u.Uid
+		}
+		uid, err := strconv.ParseUint(number, 10, 32)
+		if err != nil {
+			return nil, fmt.Errorf("--daemon-user %s: %w", name, err)
+		}
+		uids = append(uids, uint32(uid))
+	}
+	return uids, nil
 }
 
 // needCID reports a missing --cid.

@@ -209,6 +209,9 @@ func (s *session) dial(ctx context.Context) (*blobstore.Store, error) {
 	if h := s.trace.ClientStatsHandler(); h != nil {
 		opts = append(opts, client.WithStatsHandler(h))
 	}
+	for _, uid := range s.daemonUIDs {
+		opts = append(opts, client.WithServerUID(uid))
+	}
 	store, err := client.Dial(ctx, s.socket, opts...)
 	if err == nil {
 		s.log.Debug("connected", "socket", s.socket)

@@ -208,7 +208,7 @@ func (c *conn) clientHandshake(ctx context.Context, allowed func(uid uint32) boo
 		return err
 	}
 	if !allowed(daemon.uid) {
-		return fmt.Errorf("%w: %w: the process that listens there runs as uid %d, neither root nor your own: it may have taken the daemon's place: %s", p2p.ErrUnavailable, fs.ErrPermission, daemon.uid, passAnother)
+		return fmt.Errorf("%w: %w: the process that listens there runs as uid %d, neither root nor your own: it may have taken the daemon's place: %s, or name that user with --daemon-user where it is to be trusted", p2p.ErrUnavailable, fs.ErrPermission, daemon.uid, passAnother)
 	}
 	if err := c.SetDeadline(time.Now().Add(handshakeTimeout)); err != nil {
 		return err
