@@ -215,7 +215,7 @@ func swarmOf(peers, pieces int) circumstances {
 }
 
 func compared(peers, pieces int) row {
-	return row{fmt.Sprintf("%d, %d", peers, pieces), peers <= 100 && pieces == 256, func() []string {
+	return row{fmt.Sprintf("%d, %d", peers, pieces), peers < 100 && pieces == 256, func() []string {
 		var cells, more []string
 		for p := uploaderPicks; p <= downloaderPicksFirst; p++ {
 			if peers > 500 && p != uploaderPicks {
