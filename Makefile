@@ -46,6 +46,7 @@ generate: $(TOOLS)/protoc-gen-go $(TOOLS)/protoc-gen-go-grpc ## make the generat
 	$(GO) run -tags gendocs ./cmd/dfcache doc --path docs/man --format man
 	$(GO) run -tags gendocs ./cmd/dfdaemon doc --path docs/cli --format markdown
 	$(GO) run -tags gendocs ./cmd/dfdaemon doc --path docs/man --format man
+	$(GO) run ./integration/api > docs/api.txt
 
 crash: ## kill the daemon 10,000 times
 	$(GO) test -timeout 6h -run 'TestCrash$$' -v ./integration -crash.cycles=10000

@@ -46,4 +46,6 @@
 // checked against bit rot whenever it is read. An import that has returned
 // survives kill -9 and a power cut; one that has not leaves nothing. An export
 // makes a whole file or none, wherever its pieces came from.
+//
+// Its API is kept compatible from release to release: docs/api.txt lists it.
 package blobstore

@@ -21,4 +21,6 @@
 //
 // A chain that somebody else sends is a hint and nothing more: a forged one
 // can't end at the true digest.
+//
+// Its API is kept compatible from release to release: docs/api.txt lists it.
 package digest

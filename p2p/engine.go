@@ -11,6 +11,8 @@
 // machine, package swarm finds and trades them with other peers on top of that,
 // package dragonfly has a Dragonfly do that, package cluster is a peer among
 // Dragonfly's own, and package rpc reaches a dfdaemon over its socket. All pass the suite in package enginetest.
+//
+// Its API is kept compatible from release to release: docs/api.txt lists it.
 package p2p
 
 import (

@@ -1,8 +1,7 @@
-// Package client opens the store of a running dfdaemon. Its API is kept
-// compatible from release to release.
+// Package client opens the store of a running dfdaemon. It is apart from package
+// blobstore so that a program with an embedded store does not link gRPC.
 //
-// It is apart from package blobstore so that a program with an embedded store
-// does not link gRPC.
+// Its API is kept compatible from release to release: docs/api.txt lists it.
 package client
 
 import (

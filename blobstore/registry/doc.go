@@ -73,4 +73,6 @@
 // full is answered with 507 and DENIED: clients give up then. Requests that a
 // browser sends for pages of other origins are refused; [Access] is for
 // passwords.
+//
+// Its API is kept compatible from release to release: docs/api.txt lists it.
 package registry

@@ -12,6 +12,8 @@
 // registry.TagLister, registry.ReferrerLister, registry.ReferenceFetcher,
 // registry.ReferencePusher and registry.Mounter. Who has to have one
 // asserts that where the type is declared.
+//
+// Its API is kept compatible from release to release: docs/api.txt lists it.
 package storagetest
 
 import (

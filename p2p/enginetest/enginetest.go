@@ -1,5 +1,7 @@
 // Package enginetest is the suite that every [p2p.Engine] passes: what the
 // interface's comments promise, as tests.
+//
+// Its API is kept compatible from release to release: docs/api.txt lists it.
 package enginetest
 
 import (
