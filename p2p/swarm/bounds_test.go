@@ -3,21 +3,28 @@ package swarm
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
 	"net/http"
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/core/test"
 	"golang.org/x/sys/unix"
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/jsonlimit"
+	"github.com/dfcache/dfcache/p2p/swarm/schedule"
 )
 
 // allocated returns how many bytes are allocated in all while f runs.
@@ -273,5 +280,324 @@ func TestBusySource(t *testing.T) {
 	b := h.start(t, func(o *Options) { o.LookupTimeout, o.StallTimeout = 200*time.Millisecond, 200*time.Millisecond })
 	if err := b.wantEnd(t, t.Context(), a.add(t, "t", content(100, 1)), p2p.ErrBusy); errors.Is(err, p2p.ErrNotFound) {
 		t.Errorf("read: %v", err)
+	}
+}
+
+// endless gives the same bytes again and again, and counts them. Beyond a limit it fails.
+type endless struct {
+	head  io.Reader
+	given int
+	limit int
+}
+
+func (e *endless) Read(p []byte) (int, error) {
+	if n, _ := e.head.Read(p); n > 0 {
+		return n, nil
+	}
+	if e.given += len(p); e.given > e.limit {
+		return 0, errors.New("more was read than there may be")
+	}
+	clear(p)
+	return len(p), nil
+}
+
+// TestBinaryAnswers: what a peer says of how long a part of its answer is, is believed only within
+// bounds: no memory is set aside for it, and no more is read.
+func TestBinaryAnswers(t *testing.T) {
+	d := digest.SHA256.FromString("x")
+	size := func(n int64) []byte { return binary.BigEndian.AppendUint64(nil, uint64(n)) }
+	reply := func(flags byte, piece, have, hints uint32) []byte {
+		b := []byte{pieceVersion, flags}
+		for _, n := range []uint32{piece, have, hints} {
+			b = binary.BigEndian.AppendUint32(b, n)
+		}
+		return b
+	}
+	links := func(r io.Reader) error { _, err := readLinks(r, d); return err }
+	piece := func(r io.Reader) error { _, err := readPieceReply(r, 100); return err }
+	for name, c := range map[string]struct {
+		read func(io.Reader) error
+		head []byte
+	}{
+		"a chain that does not end":                 {links, size(2 * digest.MinPieceLength)},
+		"a chain of a blob that there can't be":     {links, size(1 << 62)},
+		"a chain of a blob of less than nothing":    {links, size(-1)},
+		"a set of pieces of gigabytes":              {piece, reply(flagWhole, 0, 1<<32-16, 0)},
+		"hints of gigabytes":                        {piece, reply(flagWhole, 0, 0, 1<<32-16)},
+		"a set and hints that are nothing together": {piece, reply(flagWhole, 0, 1<<31, 1<<31)},
+		"a piece that there is not":                 {piece, reply(flagWhole|flagPiece, 100, 0, 0)},
+	} {
+		r := &endless{head: bytes.NewReader(c.head), limit: 1 << 20}
+		var err error
+		n := allocated(func() { err = c.read(r) })
+		if !errors.Is(err, errMessage) || n > 1<<20 || r.given > maxHintBytes {
+			t.Errorf("%s: %v; %d bytes were read, and %d allocated", name, err, r.given, n)
+		}
+	}
+}
+
+// TestSizesOfAnswers: a peer tells sizes and parts that there can't be.
+func TestSizesOfAnswers(t *testing.T) {
+	for _, state := range []taskState{
+		{Size: -1}, {Size: maxPieces*digest.MaxPieceLength + 1}, {Size: 1<<63 - 1},
+		{Size: digest.MinPieceLength * 10, Held: []byte{1}}, {Size: digest.MinPieceLength * 10, Held: []byte{1, 1 << 7}},
+	} {
+		h := newHub()
+		liar := h.start(t, func(o *Options) {
+			o.tamper = func(honest http.Handler) http.Handler {
+				return editStates(honest, func(s *taskState) { *s = state })
+			}
+		})
+		b := h.start(t)
+		task := liar.add(t, "", content(1000, 1))
+		if info, err := b.Stat(t.Context(), "", digest.FromDigest(task.Digest), p2p.StatOptions{}); err == nil {
+			t.Errorf("%+v is taken for %+v", state, info)
+		}
+		if _, err := state.pieces(); err == nil {
+			t.Errorf("%+v has a set of pieces", state)
+		}
+	}
+}
+
+// TestMessagesOfManyElements: each kind of message that comes from a peer is bounded in how many elements it
+// has. (What they would take is in TestAnswersOfManyElements.)
+func TestMessagesOfManyElements(t *testing.T) {
+	for _, m := range []struct {
+		message
+		before, after string
+	}{
+		{&hello{}, `{"addrs":["x"`, `]}`},
+		{&hello{}, `{"pieces":["x"`, `]}`},
+		{&findRequest{}, `{"tasks":[""`, `]}`},
+		{&findReply{}, `{"tasks":[""`, `]}`},
+		{&deletesRequest{}, `{"deletes":[""`, `]}`},
+		{&deletesReply{}, `{"deletes":[""`, `]}`},
+		{&deletesResult{}, `{"results":[""`, `]}`},
+		{&hints{}, `[""`, `]`},
+	} {
+		size, _ := m.bounds()
+		if size > maxJSON {
+			t.Errorf("a %T may have %d bytes", m.message, size)
+		}
+		text := m.before + strings.Repeat(",1", (size-len(m.before)-len(m.after))/2) + m.after
+		if err := decodeJSON([]byte(text), m.message); !errors.Is(err, jsonlimit.ErrLimit) || !errors.Is(err, errMessage) {
+			t.Errorf("%T: %.20s… of %d bytes: %v", m.message, text, len(text), err)
+		}
+	}
+}
+
+// TestRefusalsAreBounded: of the words of a refusal only the first are read.
+func TestRefusalsAreBounded(t *testing.T) {
+	h := newHub()
+	chatty := h.start(t, func(o *Options) {
+		o.tamper = func(honest http.Handler) http.Handler {
+			return instead(honest, pathFind, func(w http.ResponseWriter, r *http.Request) {
+				w.WriteHeader(http.StatusTeapot)
+				for words := bytes.Repeat([]byte("no "), 1<<10); ; {
+					if _, err := w.Write(words); err != nil {
+						return
+					}
+				}
+			})
+		}
+	})
+	b := h.start(t)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	_, err := b.client.find(ctx, chatty.id, &findRequest{})
+	if e, ok := errors.AsType[*statusError](err); !ok || len(e.text) > 1024 {
+		t.Errorf("the refusal is %.100v", err)
+	}
+}
+
+// TestQuestionsAreBounded: more than a message may ask or tell is refused, and nothing of it done.
+func TestQuestionsAreBounded(t *testing.T) {
+	h := newHub()
+	a, b := h.start(t), h.start(t)
+	kept := a.add(t, "t", content(1000, 1))
+	var find findRequest
+	for range maxFind/2 + 1 {
+		find.Tasks = append(find.Tasks, taskRef(kept))
+		find.Names = append(find.Names, nameRef{"t", "n"})
+	}
+	var deletes deletesRequest
+	for range maxDeletes + 1 {
+		deletes.Deletes = append(deletes.Deletes, deleteMessage{Tag: "t", CID: kept.Digest.String(), At: time.Now()})
+	}
+	for path, message := range map[string]any{pathFind: find, pathDeletes: deletes} {
+		err := b.client.call(t.Context(), b.client.streams, a.id, http.MethodPost, path, message, nil)
+		if e, ok := errors.AsType[*statusError](err); !ok || e.code != http.StatusBadRequest {
+			t.Errorf("%s: %v; want it refused", path, err)
+		}
+	}
+	a.wantStored(t, kept)
+}
+
+// TestPieceRequests: what is no request for a piece of a blob, or for one of another hash chain, gets
+// none; who asks rightly then is not kept waiting.
+func TestPieceRequests(t *testing.T) {
+	h := newHub()
+	a, b := h.start(t), h.start(t)
+	data := content(200*digest.MinPieceLength, 1)
+	task := a.add(t, "t", data)
+	table := tableOf(task.Digest, data)
+	chain := links{table.Size, table.Chain}.hash(task.Digest)
+	ask := func(task p2p.Task, body []byte) error {
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		defer cancel()
+		resp, err := b.client.do(ctx, b.client.streams, a.id, http.MethodPost, pathPieces, taskQuery(task), body)
+		if err != nil {
+			return err
+		}
+		defer resp.Body.Close()
+		_, err = io.Copy(io.Discard, resp.Body)
+		return err
+	}
+	request := func(chain linksHash, n int) []byte {
+		return (&pieceRequest{links: chain, want: schedule.FullSet(n)}).append(nil)
+	}
+	good := request(chain, table.Pieces())
+	for name, c := range map[string]struct {
+		task p2p.Task
+		body []byte
+		code int
+	}{
+		"of less pieces":     {task, request(chain, 60), http.StatusBadRequest},
+		"of more pieces":     {task, request(chain, 1000), http.StatusBadRequest},
+		"of too many pieces": {task, request(chain, maxPieces+8), http.StatusBadRequest},
+		"nothing":            {task, nil, http.StatusBadRequest},
+		"cut off":            {task, good[:len(good)-1], http.StatusBadRequest},
+		"too long":           {task, append(bytes.Clone(good), 0), http.StatusBadRequest},
+		"another version":    {task, append([]byte{9}, good[1:]...), http.StatusBadRequest},
+		"another chain":      {task, request(linksHash{1}, table.Pieces()), http.StatusConflict},
+		"what is not here":   {p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("x")}, good, http.StatusNotFound},
+		"no digest":          {p2p.Task{Tag: "t", Digest: "../x"}, good, http.StatusBadRequest},
+	} {
+		err := ask(c.task, c.body)
+		if e, ok := errors.AsType[*statusError](err); !ok || e.code != c.code {
+			t.Errorf("%s: %v; want code %d", name, err, c.code)
+		}
+		if err := ask(task, good); err != nil {
+			t.Fatalf("after %s, an honest request: %v", name, err)
+		}
+	}
+}
+
+// TestNeverServe: who serves nothing gives nothing to who asks without having found it.
+func TestNeverServe(t *testing.T) {
+	h := newHub()
+	a, b := h.start(t, withManifests, func(o *Options) { o.Mode = NeverServe }), h.start(t)
+	data := content(2*digest.MinPieceLength, 1)
+	manifest := a.push(t, "t", "n", "", data)
+	task := p2p.Task{Tag: "t", Digest: digest.SHA256.FromBytes(data)}
+	table := tableOf(task.Digest, data)
+	for _, request := range []struct {
+		method, path string
+		of           p2p.Task
+		body         []byte
+	}{
+		{http.MethodGet, pathBlob, manifest, nil},
+		{http.MethodGet, pathLinks, task, nil},
+		{http.MethodPost, pathPieces, task, (&pieceRequest{links: links{table.Size, table.Chain}.hash(task.Digest), want: schedule.FullSet(2)}).append(nil)},
+	} {
+		_, err := b.client.do(t.Context(), b.client.streams, a.id, request.method, request.path, taskQuery(request.of), request.body)
+		if e, ok := errors.AsType[*statusError](err); !ok || e.code != http.StatusForbidden {
+			t.Errorf("%s: %v; want it refused", request.path, err)
+		}
+	}
+	reply, err := b.client.find(t.Context(), a.id, &findRequest{
+		Tasks: []taskRef{taskRef(task)}, Names: []nameRef{{"t", "n"}}, Referrers: []taskRef{taskRef(task)},
+	})
+	if err != nil || reply.Tasks[0] != nil || reply.Names[0] != nil && reply.Names[0].Digest != "" || len(reply.Referrers[0]) > 0 {
+		t.Errorf("it tells %+v, %v", reply, err)
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, who := range h.providers {
+		if who[a.id] {
+			t.Error("it announces what it has")
+		}
+	}
+}
+
+// TestSourcesAreBounded: however many peers say that they have a blob, name others, or state hash chains, a download takes up
+// so many of them.
+func TestSourcesAreBounded(t *testing.T) {
+	h := newHub()
+	g := newGate(1)
+	a, b := h.start(t, g.through), h.start(t)
+	data := content(gateSize, 60)
+	task := a.add(t, "", data)
+	blob := b.open(t, t.Context(), task)
+	defer blob.Close()
+	arrive(t, blob, 1)
+	d := blob.d
+	done := make(chan struct{})
+	d.post(func() {
+		defer close(done)
+		for range 3 * maxSources {
+			d.follow(hint{ID: test.RandPeerIDFatal(t).String(), Addrs: []string{"/ip4/127.0.0.1/tcp/1"}})
+		}
+		if n := len(d.sources) + len(d.hinted); n > 2*maxSources {
+			t.Errorf("%d peers are asked that were named", n)
+		}
+		for i := range 3 * maxSources {
+			id := test.RandPeerIDFatal(t)
+			d.addSource(id, task, &taskState{Size: gateSize})
+			if src := d.sources[id]; src != nil {
+				chain := bytes.Clone(d.chains[d.active].chain)
+				chain[i] ^= 1
+				d.learn(src, links{gateSize, chain})
+			}
+			if src := d.sources[a.id]; src != nil && i > maxSources {
+				chain := bytes.Clone(d.chains[d.active].chain)
+				chain[i] ^= 2
+				d.learn(src, links{gateSize, chain})
+			}
+		}
+		if len(d.sources) > maxSources || len(d.chains) > maxSources {
+			t.Errorf("%d sources, and %d hash chains", len(d.sources), len(d.chains))
+		}
+	})
+	<-done
+}
+
+// TestAnswerOfAnotherSize: a source that has said that the blob has another size, between an answer and its end, is
+// no reason to crash.
+func TestAnswerOfAnotherSize(t *testing.T) {
+	h := newHub()
+	g := newGate(1)
+	a, b := h.start(t, g.through), h.start(t)
+	data := content(100*digest.MinPieceLength, 61)
+	task := a.add(t, "", data)
+	blob := b.open(t, t.Context(), task)
+	defer blob.Close()
+	arrive(t, blob, 1)
+	d := blob.d
+	done := make(chan struct{})
+	d.post(func() {
+		defer close(done)
+		d.addSource(a.id, task, &taskState{Size: 1000})
+		want := schedule.NewSet(100)
+		want.Add(99)
+		d.done(schedule.Request{ID: -1, Source: string(a.id), Want: want}, d.sources[a.id], schedule.FullSet(100), -1, 0, nil)
+	})
+	<-done
+}
+
+// TestPeersAreBounded: of peers that come and go, or are only named, so many are remembered, and those that
+// were seen last.
+func TestPeersAreBounded(t *testing.T) {
+	now := time.Now()
+	table := newPeerTable()
+	table.now = func() time.Time { return now }
+	for i := range maxPeers + 100 {
+		now = now.Add(time.Second)
+		table.get(peer.ID(fmt.Sprint(i)))
+		table.get("here").answered(time.Millisecond)
+	}
+	known := table.known()
+	if len(known) != maxPeers || !slices.Contains(known, "here") || slices.Contains(known, "0") {
+		t.Errorf("%d peers are known, want %d without the oldest", len(known), maxPeers)
 	}
 }

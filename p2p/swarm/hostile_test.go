@@ -135,15 +135,8 @@ var lies = []lie{
 		return &digest.Table{Digest: table.Digest, PieceLength: digest.MinPieceLength}, nil
 	})},
 	{"hints to nobody", func(r *mathrand.Rand, _ p2p.Task, _ []byte, honest http.Handler) http.Handler {
-		return edit(honest, pathFind, func(w http.ResponseWriter, _ *http.Request, answer *httptest.ResponseRecorder) {
-			var reply findReply
-			json.Unmarshal(answer.Body.Bytes(), &reply)
-			for _, t := range reply.Tasks {
-				if t != nil {
-					t.Hints = append(t.Hints, hint{"12D3KooWnobody", []string{"/ip4/127.0.0.1/tcp/1"}}, hint{"", nil})
-				}
-			}
-			json.NewEncoder(w).Encode(reply)
+		return editStates(honest, func(t *taskState) {
+			t.Hints = append(t.Hints, hint{"12D3KooWnobody", []string{"/ip4/127.0.0.1/tcp/1"}}, hint{"", nil})
 		})
 	}},
 	{"nonsense in answers", func(r *mathrand.Rand, _ p2p.Task, _ []byte, honest http.Handler) http.Handler {
@@ -205,6 +198,20 @@ func edit(honest http.Handler, path string, f func(http.ResponseWriter, *http.Re
 	})
 }
 
+// editStates changes what a peer says that it has.
+func editStates(honest http.Handler, f func(*taskState)) http.Handler {
+	return edit(honest, pathFind, func(w http.ResponseWriter, _ *http.Request, answer *httptest.ResponseRecorder) {
+		var reply findReply
+		json.Unmarshal(answer.Body.Bytes(), &reply)
+		for _, t := range reply.Tasks {
+			if t != nil {
+				f(t)
+			}
+		}
+		json.NewEncoder(w).Encode(reply)
+	})
+}
+
 // onPieces changes the honest answers that have pieces.
 func onPieces(f func(*mathrand.Rand, http.ResponseWriter, *httptest.ResponseRecorder)) func(*mathrand.Rand, p2p.Task, []byte, http.Handler) http.Handler {
 	return func(r *mathrand.Rand, _ p2p.Task, _ []byte, honest http.Handler) http.Handler {
@@ -228,16 +235,7 @@ func forger(forge func(*mathrand.Rand, *digest.Table, []byte) (*digest.Table, []
 		hash := l.hash(task.Digest)
 		lastStalls := r.IntN(2) == 0
 		h := instead(honest, pathLinks, func(w http.ResponseWriter, r *http.Request) { w.Write(l.append(nil)) })
-		h = edit(h, pathFind, func(w http.ResponseWriter, _ *http.Request, answer *httptest.ResponseRecorder) {
-			var reply findReply
-			json.Unmarshal(answer.Body.Bytes(), &reply)
-			for _, t := range reply.Tasks {
-				if t != nil {
-					t.Size, t.Held = table.Size, nil
-				}
-			}
-			json.NewEncoder(w).Encode(reply)
-		})
+		h = editStates(h, func(t *taskState) { t.Size, t.Held = table.Size, nil })
 		return instead(h, pathPieces, func(w http.ResponseWriter, r *http.Request) {
 			body, _ := io.ReadAll(r.Body)
 			req, err := parsePieceRequest(body)
@@ -265,8 +263,8 @@ func forger(forge func(*mathrand.Rand, *digest.Table, []byte) (*digest.Table, []
 }
 
 // TestHostile runs swarms in which at least half of those who say that they have
-// a blob lie about it. With one honest source the blob arrives, and nothing
-// wrong is stored.
+// a blob lie about it. With one honest source the blob arrives, nothing wrong is
+// stored, and nobody else is taken for a liar.
 func TestHostile(t *testing.T) {
 	var failed atomic.Bool
 	for run := range *hostileRuns {
@@ -294,8 +292,11 @@ func hostile(t *testing.T, seed uint64) {
 	data := content(2*digest.MinPieceLength+r.IntN(4<<20), seed)
 	task := p2p.Task{Tag: "models", Digest: digest.SHA256.FromBytes(data)}
 	honest := 1 + r.IntN(2)
+	var fair []*testPeer
 	for range honest {
-		h.start(t, short).add(t, task.Tag, data)
+		p := h.start(t, short)
+		p.add(t, task.Tag, data)
+		fair = append(fair, p)
 	}
 	var told []string
 	for range honest + r.IntN(2) {
@@ -312,6 +313,7 @@ func hostile(t *testing.T, seed uint64) {
 	var reading sync.WaitGroup
 	for range 1 + r.IntN(2) {
 		b := h.start(t, short)
+		fair = append(fair, b)
 		reading.Go(func() {
 			// A reader that was given what was proven wrong reads again.
 			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
@@ -339,6 +341,13 @@ func hostile(t *testing.T, seed uint64) {
 		})
 	}
 	reading.Wait()
+	for _, p := range fair {
+		for _, other := range fair {
+			if seen := p.peerOn(t, other.id); seen.Faults > 0 {
+				t.Errorf("seed %d: one that does not lie is said to: %s", seed, seen.Reason)
+			}
+		}
+	}
 }
 
 // lockedSource is a source of random numbers for requests that come side by side.

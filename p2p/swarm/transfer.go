@@ -44,7 +44,9 @@ func (d *download) request(req schedule.Request) {
 	d.calls.Go(func() {
 		defer cancel(nil)
 		defer r.pace.Stop()
+		var have *schedule.Set
 		piece, n, err := d.transfer(r, src.id, task, &pieceRequest{links: active, want: req.Want}, func(reply *pieceReply) {
+			have = reply.have
 			d.post(func() {
 				if d.sched != sched {
 					return
@@ -63,19 +65,20 @@ func (d *download) request(req schedule.Request) {
 				delete(d.requests, req.ID)
 			}
 			if d.sched == sched {
-				d.done(req, src, piece, n, err)
+				d.done(req, src, have, piece, n, err)
 			}
 		})
 	})
 }
 
-// done takes in how a request ended.
-func (d *download) done(req schedule.Request, src *source, piece int, n int64, err error) {
+// done takes in how a request ended, and what the source had when it answered: by now it may
+// have said that the blob has another size.
+func (d *download) done(req schedule.Request, src *source, have *schedule.Set, piece int, n int64, err error) {
 	switch {
 	case err == nil && piece < 0:
 		// It had none of them any more, or never. One that goes on saying that it
 		// has some is not asked for ever.
-		if req.Want.Intersects(src.have) {
+		if req.Want.Intersects(have) {
 			d.failed(src, errors.New("it has what is wanted, and sends none"))
 		}
 	case err == nil:
