@@ -14,6 +14,7 @@ import (
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/swarm/schedule"
 )
 
 // onClock runs a test of how long things take, on a clock that stands still while anything can
@@ -338,8 +339,148 @@ func TestWaitForMemory(t *testing.T) {
 			t.Fatal(err)
 		}
 		time.AfterFunc(10*time.Minute, func() { b.buffers.room.Release(b.Swarm.opts.Memory) })
+		start := time.Now()
 		b.want(t, task, data)
+		if took := time.Since(start); took < 10*time.Minute {
+			t.Errorf("without memory it took %s", took)
+		}
 	})
+}
+
+// So it is with what is sent: pieces have so much memory together, and who asks waits for it.
+func TestUploadsWaitForMemory(t *testing.T) {
+	onClock(t, func(t *testing.T, h *hub) {
+		a, b := h.start(t), h.start(t)
+		data := content(gateSize, 36)
+		task := a.add(t, "", data)
+		if err := a.uploads.buffers.room.Acquire(t.Context(), a.Swarm.opts.Memory); err != nil {
+			t.Fatal(err)
+		}
+		time.AfterFunc(4*time.Second, func() { a.uploads.buffers.room.Release(a.Swarm.opts.Memory) })
+		took(t, "a download from a source without memory", 4*time.Second, func() { b.want(t, task, data) })
+	})
+}
+
+// Who asks for pieces and does not take them holds up nobody for long: so many pieces are sent at
+// once, and each part of one has its time.
+func TestUploadsTakeTurns(t *testing.T) {
+	onClock(t, func(t *testing.T, h *hub) {
+		a, b, c := h.start(t, func(o *Options) { o.MaxUploads = 1 }), h.start(t), h.start(t)
+		data := content(gateSize, 37)
+		table := tableOf(digest.SHA256.FromBytes(data), data)
+		task := a.add(t, "", data)
+		held := askFor(t, b, a, task, table, 0)
+		defer held.Body.Close()
+		start := time.Now()
+		other := askFor(t, c, a, task, table, 0)
+		defer other.Body.Close()
+		if waited := time.Since(start); waited < sendTimeout || waited > sendTimeout+time.Second {
+			t.Errorf("a second piece is sent after %s, want %s", waited, sendTimeout)
+		}
+	})
+}
+
+// A member that begins something and does not go on is closed within seconds.
+func TestUnfinishedRequests(t *testing.T) {
+	onClock(t, func(t *testing.T, h *hub) {
+		a, b := h.start(t), h.start(t)
+		data := content(gateSize, 38)
+		task := a.add(t, "", data)
+		const head, half = "Host: peer\r\n", "Content-Length: 100\r\n\r\nhalf"
+		for name, test := range map[string]struct {
+			sent  string
+			after time.Duration
+		}{
+			"nothing":                             {"", 20 * time.Second},
+			"half a head":                         {"GET " + pathHello + " HTTP/1.1\r\n" + head, 20 * time.Second},
+			"half a body":                         {"POST " + pathPieces + "?" + taskQuery(task).Encode() + " HTTP/1.1\r\n" + head + half, sendTimeout},
+			"half of a body that is of no use":    {"POST " + pathReplicate + " HTTP/1.1\r\n" + head + half, sendTimeout},
+			"half of a body to where nobody asks": {"POST / HTTP/1.1\r\n" + head + half, sendTimeout},
+			"no other one":                        {"GET " + pathHello + " HTTP/1.1\r\n" + head + "\r\n", 2 * idleTimeout},
+			"a reader only":                       {"GET " + pathBlob + "?" + taskQuery(task).Encode() + " HTTP/1.1\r\n" + head + "\r\n", 0},
+		} {
+			c, err := b.network.Dial(t.Context(), a.id)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := io.WriteString(c, test.sent); err != nil {
+				t.Fatal(err)
+			}
+			start := time.Now()
+			if test.after == 0 {
+				time.Sleep(sendTimeout + time.Second) // and it reads nothing
+			}
+			c.SetReadDeadline(time.Now().Add(time.Hour))
+			n, err := io.Copy(io.Discard, c) // what is answered, if anything, too
+			if took := time.Since(start); err != nil || n > gateSize/2 || test.after > 0 && took != test.after {
+				t.Errorf("%s: %d bytes, %v, closed after %s, want %s", name, n, err, took, test.after)
+			}
+			c.Close()
+		}
+	})
+}
+
+// Who waits for news gets an answer in time, whether there is any or not.
+func TestNewsInTime(t *testing.T) {
+	onClock(t, func(t *testing.T, h *hub) {
+		g := newGate(1)
+		a, b, c := h.start(t, g.through), h.start(t), h.start(t)
+		data := content(gateSize, 39)
+		table := tableOf(digest.SHA256.FromBytes(data), data)
+		task := a.add(t, "", data)
+		blob := b.open(t, t.Context(), task)
+		defer blob.Close()
+		arrive(t, blob, 1)
+		req := pieceRequest{links: links{table.Size, table.Chain}.hash(task.Digest), news: true, want: schedule.NewSet(table.Pieces())}
+		req.want.Add(table.Pieces() - 1)
+		took(t, "no news", maxNewsWait, func() {
+			resp, err := c.client.do(t.Context(), c.client.streams, b.id, http.MethodPost, pathPieces, taskQuery(task), req.append(nil))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer resp.Body.Close()
+			if reply, err := readPieceReply(resp.Body, table.Pieces()); err != nil || reply.piece >= 0 || reply.have.Intersects(req.want) {
+				t.Errorf("the answer is %+v, %v", reply, err)
+			}
+		})
+	})
+}
+
+// A source that answers at once, again and again, and gives nothing, is not asked without a pause.
+func TestNothingAtOnce(t *testing.T) {
+	for name, has := range map[string]bool{"has all": true, "has nothing": false} {
+		t.Run(name, func(t *testing.T) {
+			onClock(t, func(t *testing.T, h *hub) {
+				var asked atomic.Int64
+				data := content(gateSize, 40)
+				a := h.start(t, func(o *Options) {
+					o.tamper = func(honest http.Handler) http.Handler {
+						if !has {
+							honest = editStates(honest, func(s *taskState) { s.Held = make([]byte, gatePieces/8) })
+						}
+						return instead(honest, pathPieces, func(w http.ResponseWriter, r *http.Request) {
+							io.Copy(io.Discard, r.Body)
+							if asked.Add(1) > 1000 {
+								<-r.Context().Done() // so that time goes on
+								return
+							}
+							have := schedule.NewSet(gatePieces)
+							if has {
+								have = schedule.FullSet(gatePieces)
+							}
+							b, _ := (&pieceReply{piece: -1, have: have}).append(nil)
+							w.Write(b)
+						})
+					}
+				})
+				b := h.start(t)
+				b.wantEnd(t, t.Context(), a.add(t, "", data), p2p.ErrUnreachable)
+				if n := asked.Load(); n > 60 {
+					t.Errorf("it was asked %d times", n)
+				}
+			})
+		})
+	}
 }
 
 // Nor is time in which this process is stopped.

@@ -40,7 +40,13 @@ func (s *Swarm) handler() http.Handler {
 	handle("GET", pathDeletes, s.serveDeletes)
 	handle("POST", pathDeletes, s.takeDeletes)
 	handle("POST", pathReplicate, s.serveReplicate)
-	return mux
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.ContentLength != 0 {
+			// It has to come in this time even where nobody reads it: the server does, in the end.
+			http.NewResponseController(w).SetReadDeadline(time.Now().Add(sendTimeout))
+		}
+		mux.ServeHTTP(w, r)
+	})
 }
 
 // refuse answers with an error.
@@ -71,13 +77,14 @@ func (s *Swarm) refuse(w http.ResponseWriter, r *http.Request, from peer.ID, err
 	http.Error(w, text, code)
 }
 
-// readBody reads what a peer sends, of up to limit bytes and for as long as sending
-// may take. The caller calls done as for [inbox.read].
+// readBody reads what a peer sends, of up to limit bytes. The caller calls done as for
+// [inbox.read].
 func (s *Swarm) readBody(w http.ResponseWriter, r *http.Request, limit int) (b []byte, done func(), err error) {
-	c := http.NewResponseController(w)
-	c.SetReadDeadline(time.Now().Add(sendTimeout))
-	defer c.SetReadDeadline(time.Time{}) // from here on the server watches whether the peer goes away
-	return s.inbox.read(r.Context(), r.Body, limit)
+	b, done, err = s.inbox.read(r.Context(), r.Body, limit)
+	if err == nil { // from here on the server watches whether the peer goes away
+		http.NewResponseController(w).SetReadDeadline(time.Time{})
+	}
+	return b, done, err
 }
 
 // readJSON reads a message. The caller calls done as for [inbox.read].
