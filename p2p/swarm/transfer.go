@@ -179,7 +179,7 @@ func (d *download) transfer(r *request, p peer.ID, task p2p.Task, req *pieceRequ
 	n = body.n - before
 	s.metrics.received.Add(float64(n))
 	if isShort(err) {
-		err = fmt.Errorf("%w: %d bytes of %d", errGone, n, length)
+		err = fmt.Errorf("%w: %d bytes of %d", body.short(), n, length)
 	}
 	if err != nil {
 		return -1, n, explain(err)
