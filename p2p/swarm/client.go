@@ -136,7 +136,7 @@ func (c *client) dial(ctx context.Context, p peer.ID) (net.Conn, error) {
 	var errs []error
 	addresses := directAddresses(h, c.network.Addresses(p))
 	if len(addresses) > 0 && time.Since(failed) > retryDirect {
-		conn, address, err := c.dialAny(ctx, addresses, h.Plain, p)
+		conn, address, err := c.dialAny(ctx, addresses, h.Plain && c.security.plain, p)
 		if err == nil {
 			entry.reached(address)
 			return conn, nil

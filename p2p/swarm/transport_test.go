@@ -2,8 +2,10 @@ package swarm
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"crypto/rand"
+	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"io"
@@ -12,6 +14,7 @@ import (
 	"net/http"
 	"os"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -318,5 +321,205 @@ func TestSayNothing(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+// pipeOf returns the two ends of a TCP connection.
+func pipeOf(t *testing.T) (dialled, accepted net.Conn) {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	if dialled, err = net.Dial("tcp", l.Addr().String()); err != nil {
+		t.Fatal(err)
+	}
+	if accepted, err = l.Accept(); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []net.Conn{dialled, accepted} {
+		c.SetDeadline(time.Now().Add(30 * time.Second))
+		t.Cleanup(func() { c.Close() })
+	}
+	return dialled, accepted
+}
+
+// half makes an end of a TLS connection as far as one can who does not have the key.
+func half(t *testing.T, s *security, raw net.Conn, client bool) net.Conn {
+	t.Helper()
+	config, _ := s.tls.ConfigForPeer("")
+	config.NextProtos = []string{"http/1.1"}
+	c := tls.Server(raw, config)
+	if client {
+		c = tls.Client(raw, config)
+	}
+	if err := c.Handshake(); err != nil {
+		t.Error(err)
+	}
+	return c
+}
+
+// TestProofsOfOthers: who has no key has no use for the proofs of who has it. A client's own is
+// not one of a server, nor is that of another connection; and a server gives none before it has
+// seen one.
+func TestProofsOfOthers(t *testing.T) {
+	member, _ := testSecurity(t, "one", true)
+	server, _ := testSecurity(t, "one", true)
+	stranger, _ := testSecurity(t, "two", true)
+	secured := func(s *security, c net.Conn, client, plain bool) chan error {
+		done := make(chan error, 1)
+		go func() {
+			_, _, err := s.secure(t.Context(), c, client, plain, "")
+			c.Close()
+			done <- err
+		}()
+		return done
+	}
+	t.Run("sent back", func(t *testing.T) {
+		ours, theirs := pipeOf(t)
+		done := secured(member, ours, true, false)
+		c := half(t, stranger, theirs, false)
+		proof := make([]byte, proofSize)
+		io.ReadFull(c, proof)
+		c.Write(proof)
+		if err := <-done; !errors.Is(err, errNotMember) {
+			t.Errorf("a client takes its own proof for one of the server: %v", err)
+		}
+	})
+	t.Run("sent back, plain", func(t *testing.T) {
+		ours, theirs := pipeOf(t)
+		done := secured(member, ours, true, true)
+		public, _ := stranger.identity.GetPublic().Raw()
+		mine := append(make([]byte, nonceSize), public...)
+		opening := make([]byte, len(plainMagic)+len(mine))
+		io.ReadFull(theirs, opening)
+		theirs.Write(mine)
+		proof := make([]byte, proofSize)
+		io.ReadFull(theirs, proof)
+		theirs.Write(proof)
+		signature, _ := stranger.identity.Sign(append([]byte{'s'}, sha256Sum([]byte("dfcache plain binding\x00"), opening[len(plainMagic):], mine)...))
+		theirs.Write(signature)
+		if err := <-done; !errors.Is(err, errNotMember) {
+			t.Errorf("a client takes its own proof for one of the server: %v", err)
+		}
+	})
+	t.Run("handed on", func(t *testing.T) {
+		ours, between := pipeOf(t)
+		beyond, theirs := pipeOf(t)
+		client, served := secured(member, ours, true, false), secured(server, theirs, false, false)
+		one, two := half(t, stranger, between, false), half(t, stranger, beyond, true)
+		go func() {
+			io.Copy(two, one)
+			two.Close()
+		}()
+		io.Copy(one, two)
+		one.Close()
+		if c, s := <-client, <-served; c == nil || s == nil {
+			t.Errorf("one in the middle is taken for a member: %v, %v", c, s)
+		}
+	})
+	t.Run("of an earlier connection, plain", func(t *testing.T) {
+		ours, between := pipeOf(t)
+		beyond, theirs := pipeOf(t)
+		client, served := secured(member, ours, true, true), make(chan error, 1)
+		accept := func(c net.Conn) {
+			io.ReadFull(c, make([]byte, len(plainMagic)))
+			_, _, err := server.securePlain(c, false, "")
+			c.Close()
+			served <- err
+		}
+		go accept(theirs)
+		var sent bytes.Buffer
+		go io.Copy(between, beyond)
+		io.Copy(beyond, io.TeeReader(between, &sent))
+		if c, s := <-client, <-served; c != nil || s != nil {
+			t.Fatalf("two members: %v, %v", c, s)
+		}
+		beyond, theirs = pipeOf(t)
+		go accept(theirs)
+		beyond.Write(sent.Bytes())
+		if err := <-served; !errors.Is(err, errNotMember) {
+			t.Errorf("what a member has sent before, again: %v", err)
+		}
+	})
+	t.Run("not before the client's", func(t *testing.T) {
+		ours, theirs := pipeOf(t)
+		done := secured(server, theirs, false, false)
+		c := half(t, stranger, ours, true)
+		c.Write(make([]byte, proofSize))
+		if n, err := c.Read(make([]byte, 1)); n > 0 {
+			t.Errorf("a server has said something to who has no key (%v)", err)
+		}
+		if err := <-done; !errors.Is(err, errNotMember) {
+			t.Errorf("a proof of zeros: %v", err)
+		}
+	})
+}
+
+// stolen is the identity of another peer, of which only the public half is known.
+type stolen struct {
+	crypto.PrivKey
+	public crypto.PubKey
+}
+
+func (s stolen) GetPublic() crypto.PubKey { return s.public }
+
+// TestStolenIdentity: a member of the swarm is not believed to be another one, at either end.
+func TestStolenIdentity(t *testing.T) {
+	member, _ := testSecurity(t, "one", true)
+	victim, victimID := testSecurity(t, "one", true)
+	thief, _ := testSecurity(t, "one", true)
+	thief.identity = stolen{thief.identity, victim.identity.GetPublic()}
+	if _, _, _, s := meet(t, thief, member, true, ""); s == nil {
+		t.Error("a server takes a client for another peer")
+	}
+	if _, _, c, _ := meet(t, member, thief, true, victimID); c == nil {
+		t.Error("a client takes a server for another peer")
+	}
+}
+
+// TestPlainAtBothEnds: what moves between two peers of which one does not want it plain is encrypted, and
+// comes all the same.
+func TestPlainAtBothEnds(t *testing.T) {
+	for _, wants := range [][2]bool{{true, false}, {false, true}, {true, true}} {
+		h := newHub()
+		a := h.start(t, func(o *Options) { o.Plain = wants[0] })
+		data := bytes.Repeat([]byte("what is to stay secret "), 10_000)
+		task := a.add(t, "", data)
+		// Another one reaches it by way of who reads what passes.
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		var passed record
+		var passing sync.WaitGroup
+		at := a.advertise[0]
+		passing.Go(func() {
+			for {
+				c, err := l.Accept()
+				if err != nil {
+					return
+				}
+				to, err := net.Dial("tcp", at)
+				if err != nil {
+					c.Close()
+					return
+				}
+				passing.Go(func() { io.Copy(to, c); to.Close() })
+				passing.Go(func() { io.Copy(c, io.TeeReader(to, &passed)); c.Close() })
+			}
+		})
+		a.advertise = []string{l.Addr().String()}
+		b := h.start(t, func(o *Options) { o.Plain = wants[1] })
+		b.want(t, task, data)
+		a.Close()
+		b.Close()
+		l.Close()
+		passing.Wait()
+		if got, want := passed.has("what is to stay secret"), wants[0] && wants[1]; got != want {
+			t.Errorf("wanted is %v: what passes can be read is %t", wants, got)
+		}
 	}
 }
