@@ -713,3 +713,23 @@ func TestTroubleWithClocks(t *testing.T) {
 		t.Errorf("long after: %v", n.Trouble())
 	}
 }
+
+// TestTwinAddresses: what anybody on the local network may have said has this host ask so many addresses, and
+// not its own.
+func TestTwinAddresses(t *testing.T) {
+	var asked []string
+	n := start(t, func(o *Options) {
+		o.Resolve = func(_ context.Context, at string) (peer.AddrInfo, error) {
+			asked = append(asked, at)
+			return peer.AddrInfo{}, errors.New("nobody is there")
+		}
+	})
+	info := peer.AddrInfo{ID: n.Self(), Addrs: n.host.Addrs()}
+	for i := range 100 {
+		info.Addrs = append(info.Addrs, at(i).Addrs...)
+	}
+	found{n}.HandlePeerFound(info)
+	if len(asked) != maxTwinAddrs || slices.ContainsFunc(asked, func(at string) bool { return strings.HasPrefix(at, "127.") }) {
+		t.Errorf("asked are %q", asked)
+	}
+}
