@@ -67,28 +67,31 @@ func NewConnections(limit int) *Connections {
 
 // Context is for [http.Server.ConnContext].
 func (c *Connections) Context(ctx context.Context, conn net.Conn) context.Context {
+	return context.WithValue(ctx, connectionKey{}, c.of(conn))
+}
+
+// of returns what is known of a connection. The server asks for its context before it says that it is new.
+func (c *Connections) of(conn net.Conn) *connection {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return context.WithValue(ctx, connectionKey{}, c.all[conn])
+	known := c.all[conn]
+	if known == nil {
+		known = &connection{idle: c.idle, who: connpool.Host(conn.RemoteAddr()), close: func() { closeNow(conn) }}
+		c.all[conn] = known
+	}
+	return known
 }
 
 // State is for [http.Server.ConnState].
 func (c *Connections) State(conn net.Conn, state http.ConnState) {
-	c.mu.Lock()
-	known := c.all[conn]
-	switch state {
-	case http.StateNew:
-		known = &connection{idle: c.idle, who: connpool.Host(conn.RemoteAddr()), close: func() { closeNow(conn) }}
-		c.all[conn] = known
-	case http.StateHijacked, http.StateClosed:
-		delete(c.all, conn)
-	}
-	c.mu.Unlock()
 	switch state {
 	case http.StateNew, http.StateIdle:
-		known.rest()
+		c.of(conn).rest()
 	case http.StateHijacked, http.StateClosed:
-		known.work()
+		c.of(conn).work()
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		delete(c.all, conn)
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -458,6 +459,32 @@ func TestTooManyRequests(t *testing.T) {
 	}
 }
 
+// TestIdleConnections: of connections that wait for a request, the oldest makes room; one with a
+// request does not.
+func TestIdleConnections(t *testing.T) {
+	s := start(t, registry.Options{})
+	path := s.begin("a")
+	s.http.Close()
+	connections := registry.NewConnections(1)
+	s.http = httptest.NewUnstartedServer(s.handler)
+	s.http.Config.ConnContext, s.http.Config.ConnState = connections.Context, connections.State
+	s.http.Start()
+	busy := s.dial()
+	busy.expectContinue("PATCH", path, 4)
+	first, second := s.dial(), s.dial()
+	if _, err := first.in.ReadByte(); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("the oldest that is idle stays: %v", err)
+	}
+	io.WriteString(busy, "data")
+	busy.answer("PATCH").want(http.StatusAccepted, "Range", "0-3")
+	// Now it is idle, too, and the newest.
+	if _, err := second.in.ReadByte(); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("what is idle for longer stays: %v", err)
+	}
+	busy.send("GET", "/v2/", 0, nil)
+	busy.answer("GET").want(http.StatusOK)
+}
+
 // waiting is an engine that has what it is asked for only when its caller gives up.
 type waiting struct{ p2p.Engine }
 
@@ -623,6 +650,7 @@ func (s *server) dial() *conn {
 		s.Fatal(err)
 	}
 	s.Cleanup(func() { c.Close() })
+	c.SetDeadline(time.Now().Add(30 * time.Second)) // no answer is a failure, too
 	return &conn{s.T, c, bufio.NewReader(c)}
 }
 
