@@ -62,8 +62,35 @@ func TestRead(t *testing.T) {
 	if err := unix.Mkfifo(path+".pipe", 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, _, err := Read(path+".pipe", 5); err == nil || !strings.Contains(err.Error(), "not a regular file") {
-		t.Errorf("a pipe: %v", err)
+	read := make(chan error, 1)
+	go func() {
+		_, _, err := Read(path+".pipe", 5)
+		read <- err
+	}()
+	select {
+	case err := <-read:
+		if err == nil || !strings.Contains(err.Error(), "not a regular file") {
+			t.Errorf("a pipe: %v", err)
+		}
+	case <-time.After(20 * time.Second):
+		t.Error("a pipe that nobody writes to is waited for")
+	}
+}
+
+// A secret that another user owns is one that this user can change.
+func TestReadOfAnothers(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root can give a file away")
+	}
+	path := filepath.Join(t.TempDir(), "key")
+	if err := errors.Join(os.WriteFile(path, []byte("secret"), 0o600), os.Chown(path, 12345, 0)); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := Read(path, 6); err == nil || !strings.Contains(err.Error(), "belongs to uid 12345, neither root nor the user of this process: it is a secret; run: chown 0 "+path) {
+		t.Errorf("another user's: %v", err)
+	}
+	if _, _, err := ReadPublic(path, 6); err != nil {
+		t.Errorf("what is no secret: %v", err)
 	}
 }
 
