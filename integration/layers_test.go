@@ -14,7 +14,7 @@ const module = "github.com/dfcache/dfcache/"
 var layers = [][]string{
 	{"cmd/dfcache", "cmd/dfdaemon"},
 	{"cmd/internal/logs", "cmd/internal/manual", "cmd/internal/memory", "cmd/internal/profiling", "cmd/internal/settings", "cmd/internal/tracing"},
-	{"cmd/internal/build", "cmd/internal/exit", "cmd/internal/paths", "docs"},
+	{"cmd/internal/build", "cmd/internal/exit", "cmd/internal/paths", "cmd/internal/stdio", "docs"},
 	{"blobstore/registry", "blobstore/dragonfly", "blobstore/client"},
 	{"blobstore", "p2p/swarm", "p2p/swarm/discovery", "p2p/dragonfly", "p2p/dragonfly/cluster", "p2p/dragonfly/persistent"}, // none of these knows another
 	{"p2p/rpc", "p2p/dragonfly/whole"},

@@ -11,6 +11,7 @@ import (
 
 	"github.com/dfcache/dfcache/blobstore"
 	"github.com/dfcache/dfcache/cmd/internal/exit"
+	"github.com/dfcache/dfcache/cmd/internal/stdio"
 	"github.com/dfcache/dfcache/p2p"
 )
 
@@ -83,7 +84,7 @@ func localFlag(cmd *cobra.Command, lookup *blobstore.Lookup) {
 }
 
 func (s *session) exportFile(ctx context.Context, output string, opts blobstore.ExportOptions) error {
-	if output == "-" && isClosed(s.stdout) {
+	if output == "-" && stdio.IsClosed(s.stdout) {
 		return exit.Usage(errors.New("standard output is closed: there is nowhere to export to"))
 	}
 	repo, done, err := s.repository(ctx)

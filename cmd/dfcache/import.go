@@ -11,10 +11,10 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
 
 	"github.com/dfcache/dfcache/blobstore"
 	"github.com/dfcache/dfcache/cmd/internal/exit"
+	"github.com/dfcache/dfcache/cmd/internal/stdio"
 	"github.com/dfcache/dfcache/digest"
 )
 
@@ -91,7 +91,7 @@ func (s *session) importFile(ctx context.Context, input, algorithm string, repli
 	if err := s.checkNames(); err != nil {
 		return err
 	}
-	if input == "-" && isClosed(s.stdin) {
+	if input == "-" && stdio.IsClosed(s.stdin) {
 		return exit.Usage(errors.New("standard input is closed: there is nothing to import"))
 	}
 	var src io.Reader = s.stdin
@@ -184,18 +184,6 @@ func (s *session) notReplicated(ctx context.Context, repo *blobstore.Repository,
 
 // storedError says that an import failed although the file is stored.
 type storedError struct{ toldError }
-
-// isClosed reports whether a standard file was closed when the process began.
-// Go opens /dev/null for reading and writing in its place then, which is not
-// what a redirection to or from /dev/null does.
-func isClosed(f *os.File) bool {
-	var file, null unix.Stat_t
-	if unix.Fstat(int(f.Fd()), &file) != nil || unix.Stat(os.DevNull, &null) != nil || file.Rdev != null.Rdev || file.Mode&unix.S_IFMT != unix.S_IFCHR {
-		return false
-	}
-	flags, err := unix.FcntlInt(f.Fd(), unix.F_GETFL, 0)
-	return err == nil && flags&unix.O_ACCMODE == unix.O_RDWR
-}
 
 // openInput opens a file to import.
 func openInput(path string) (*os.File, error) {

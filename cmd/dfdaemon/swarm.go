@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -30,6 +31,7 @@ import (
 	"github.com/dfcache/dfcache/cmd/internal/exit"
 	"github.com/dfcache/dfcache/cmd/internal/manual"
 	"github.com/dfcache/dfcache/cmd/internal/paths"
+	"github.com/dfcache/dfcache/cmd/internal/stdio"
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/connpool"
 	"github.com/dfcache/dfcache/p2p/dirs"
@@ -391,6 +393,9 @@ func (o *options) newKey(cmd *cobra.Command, args []string) error {
 	var name string
 	switch {
 	case len(args) > 0 && args[0] == "-":
+		if stdio.IsClosed(os.Stdout) {
+			return exit.Usage(errors.New("standard output is closed: there is nowhere to write the key to"))
+		}
 		_, err := cmd.OutOrStdout().Write(key.File())
 		return err
 	case len(args) > 0:
