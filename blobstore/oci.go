@@ -283,7 +283,7 @@ func (r *Repository) push(ctx context.Context, expected ocispec.Descriptor, src 
 		if expected.Size > MaxManifest {
 			return fmt.Errorf("manifest %s: %w: %w: it has %d bytes, the limit is %d", expected.Digest, errdef.ErrSizeExceedsLimit, ErrInvalid, expected.Size, MaxManifest)
 		}
-		data, err := readAll(ctx, sized(src, expected.Size), expected.Size)
+		data, err := readAll(ctx, sized(ctx, src, expected.Size), expected.Size)
 		if err != nil {
 			return err
 		}
@@ -301,7 +301,7 @@ func (r *Repository) push(ctx context.Context, expected ocispec.Descriptor, src 
 			return err
 		}
 	}
-	if _, err := in.Add(sized(src, expected.Size), p2p.AddOptions{Want: expected.Digest}); err != nil {
+	if _, err := in.Add(sized(ctx, src, expected.Size), p2p.AddOptions{Want: expected.Digest}); err != nil {
 		return err
 	}
 	return in.Commit(r.blobCommit(expected.Digest, expected.MediaType, names))
@@ -380,9 +380,10 @@ func (r interruptibleReader) SetReadDeadline(t time.Time) error {
 }
 
 // sized returns a reader of src that fails with [io.ErrUnexpectedEOF] where src
-// is shorter than size, and with [content.ErrTrailingData] where it is longer.
-func sized(src io.Reader, size int64) io.Reader {
-	s := &sizedReader{src: src, left: size}
+// is shorter than size, and with [content.ErrTrailingData] where it is longer. What src
+// claims is not believed: size is counted by it.
+func sized(ctx context.Context, src io.Reader, size int64) io.Reader {
+	s := &sizedReader{src: source.Guard(ctx, src), left: size}
 	if source.Interruptor(src) == nil {
 		return s
 	}

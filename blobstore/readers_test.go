@@ -86,7 +86,7 @@ func TestBadReaders(t *testing.T) {
 			"panics":                    {panics, "the reader panicked: it broke", nil},
 			"panics, with a deadline":   {deadlined{panics}, "the reader panicked: it broke", nil},
 			"panics after some":         {io.MultiReader(strings.NewReader("con"), panics), "the reader panicked: it broke", nil},
-			"claims too much":           {readFunc(func(p []byte) (int, error) { return len(p) + 1, nil }), "the reader ", nil},
+			"claims too much":           {readFunc(func(p []byte) (int, error) { return len(p) + 1, nil }), "the reader claims", nil},
 			"claims less than nothing":  {readFunc(func([]byte) (int, error) { return -1, nil }), "the reader claims", nil},
 			"lies, and has a deadline":  {deadlined{readFunc(func([]byte) (int, error) { return -1, nil })}, "the reader claims", nil},
 			"the writing end of a pipe": {writingEnd(t), "bad file descriptor", nil},
