@@ -5,7 +5,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
+	"net"
 	"net/url"
 	"os"
 	"os/exec"
@@ -28,6 +30,7 @@ import (
 	"github.com/dfcache/dfcache/blobstore"
 	"github.com/dfcache/dfcache/blobstore/peertest"
 	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p/connpool"
 	"github.com/dfcache/dfcache/p2p/rpc"
 )
 
@@ -389,6 +392,29 @@ func TestStranger(t *testing.T) {
 	}
 	if strings.Count(string(out), "PermissionDenied") != 2 || strings.Count(string(out), "uid 65534 may not use this socket") != 2 {
 		t.Errorf("another user is told: %s", out)
+	}
+}
+
+// Connections that ask for nothing make room for others, the oldest first.
+func TestConnections(t *testing.T) {
+	s := serve(t)
+	var first net.Conn
+	for range max(connpool.Share(maxConns, 16), 8) + 1 {
+		c, err := net.Dial("unix", s.socket)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		if first == nil {
+			first = c
+		}
+	}
+	first.SetReadDeadline(time.Now().Add(5 * time.Second)) // it would be given up after 10
+	if _, err := io.Copy(io.Discard, first); errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Error("the oldest connection stays open")
+	}
+	if _, err := s.CheckHealth(t.Context(), &emptypb.Empty{}); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -279,11 +279,17 @@ func TestOwnerByName(t *testing.T) {
 	try(AccessOptions{Read: Owner, Write: Owner, Host: "192.0.2.1"}, "PUT", "192.0.2.1:65001", 200)
 	try(AccessOptions{Read: Owner, Write: Owner, Host: "cache.example"}, "PUT", "evil.example:65001", 421)
 	// Nor is one that the certificate of the server has.
-	r := httptest.NewRequest("PUT", "https://cache.example"+manifest, nil)
+	secure := httptest.NewUnstartedServer(server.Config.Handler)
+	secure.Config.ConnContext = loopback.ConnContext
+	secure.StartTLS()
+	defer secure.Close()
+	server = secure
+	try(AccessOptions{Read: Owner, Write: Owner}, "PUT", "cache.example", 200)
+	// A request of no connection is nobody's.
 	w := httptest.NewRecorder()
-	access.Wrap(http.NotFoundHandler()).ServeHTTP(w, r)
-	if w.Code != 403 { // of no connection
-		t.Errorf("by TLS: %d", w.Code)
+	access.Wrap(http.NotFoundHandler()).ServeHTTP(w, httptest.NewRequest("PUT", "http://localhost"+manifest, nil))
+	if w.Code != 403 {
+		t.Errorf("of no connection: %d", w.Code)
 	}
 }
 
@@ -658,18 +664,21 @@ func TestLines(t *testing.T) {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
-	waited := make(chan error)
+	waited := make(chan error, 1)
 	go func() {
 		_, err := l.enter(ctx, line{}, 2)
 		waited <- err
 	}()
-	for in := 0; in < 2; {
-		l.mu.Lock()
-		in = l.lines[line{}].in
-		l.mu.Unlock()
-	}
-	if _, err := l.enter(t.Context(), line{}, 2); !errors.Is(err, errLimited) {
+	l.await(t, line{}, 2)
+	gone, cancelGone := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancelGone()
+	if _, err := l.enter(gone, line{}, 2); !errors.Is(err, errLimited) {
 		t.Errorf("a third one: %v", err)
+	}
+	select {
+	case err := <-waited:
+		t.Fatalf("one goes on while another does: %v", err)
+	default:
 	}
 	cancel()
 	if err := <-waited; !errors.Is(err, context.Canceled) {
@@ -678,6 +687,115 @@ func TestLines(t *testing.T) {
 	leave()
 	if len(l.lines) != 0 {
 		t.Errorf("left are %v", l.lines)
+	}
+}
+
+// await waits until so many are in a line.
+func (l *lines) await(t *testing.T, at line, want int) {
+	t.Helper()
+	for end := time.Now().Add(20 * time.Second); ; time.Sleep(time.Millisecond) {
+		in := 0
+		l.mu.Lock()
+		if turn := l.lines[at]; turn != nil {
+			in = turn.in
+		}
+		l.mu.Unlock()
+		if in == want {
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatalf("%d are in the line, want %d", in, want)
+		}
+	}
+}
+
+// Over the limit, an attempt waits for one of each other user at most, and no more than so many wait.
+func TestLinesOfUsers(t *testing.T) {
+	d := newDoor(t, "users", "users")
+	d.Access.log = slog.New(slog.DiscardHandler)
+	const remote = "192.0.2.1:1000"
+	from := netip.MustParsePrefix("192.0.2.1/32")
+	for range maxWrong {
+		d.request("GET", manifest, basic("alice", "wrong"), remote)
+	}
+	for range cap(d.hashes) {
+		d.hashes <- struct{}{} // nobody gets on
+	}
+	next := http.HandlerFunc(func(http.ResponseWriter, *http.Request) {})
+	send := func(authorization string) *httptest.ResponseRecorder {
+		r := httptest.NewRequest("GET", manifest, nil)
+		r.Header.Set("Authorization", authorization)
+		r.RemoteAddr = remote
+		w := httptest.NewRecorder()
+		d.Wrap(next).ServeHTTP(w, r)
+		return w
+	}
+	var attackers sync.WaitGroup
+	refused := make(chan string, 2*maxInLine)
+	for range 2 * maxInLine {
+		attackers.Go(func() {
+			w := send(basic("mallory", "wrong"))
+			refused <- strconv.Itoa(w.Code) + " " + w.Header().Get("Retry-After")
+		})
+	}
+	for i := range maxInLine { // at once, the others wait
+		select {
+		case answer := <-refused:
+			if answer != "429 1" {
+				t.Errorf("one too many in the line: %s", answer)
+			}
+		case <-time.After(20 * time.Second):
+			t.Fatalf("%d are refused, want %d", i, maxInLine)
+		}
+	}
+	d.lines.await(t, line{from, d.passwords.nobody}, maxInLine)
+	right := make(chan int, 1)
+	go func() { right <- send(login("alice")).Code }()
+	d.lines.await(t, line{from, d.passwords.users["alice"]}, 1)
+	d.lines.await(t, line{from, nil}, 2)
+	for range cap(d.hashes) {
+		<-d.hashes
+	}
+	if code := <-right; code != 200 {
+		t.Errorf("alice, among them: %d", code)
+	}
+	attackers.Wait()
+}
+
+// Who sends a request has a share of its own: a user, who may come from anywhere, a user of this
+// host, or a host.
+func TestClientOf(t *testing.T) {
+	d := newDoor(t, "users", "users")
+	var who string
+	next := http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { who = clientOf(r) })
+	for remote, authorization := range map[string]string{"192.0.2.1:1": login("alice"), "[2001:db8::1]:1": login("alice")} {
+		r := httptest.NewRequest("GET", manifest, nil)
+		r.RemoteAddr = remote
+		r.Header.Set("Authorization", authorization)
+		d.Wrap(next).ServeHTTP(httptest.NewRecorder(), r)
+		if who != "user alice" {
+			t.Errorf("alice at %s is %q", remote, who)
+		}
+	}
+	for remote, want := range map[string]string{"192.0.2.1:1": "host 192.0.2.1", "[2001:db8::1]:1": "host 2001:db8::/64", "127.0.0.1:1": "host 127.0.0.1"} {
+		r := httptest.NewRequest("GET", manifest, nil)
+		r.SetBasicAuth("alice", "x") // which nobody has looked at
+		r.RemoteAddr = remote
+		if got := clientOf(r); got != want {
+			t.Errorf("somebody at %s is %q, want %q", remote, got, want)
+		}
+	}
+	server := httptest.NewUnstartedServer(next)
+	server.Config.ConnContext = loopback.ConnContext
+	server.Start()
+	defer server.Close()
+	response, err := server.Client().Get(server.URL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	response.Body.Close()
+	if want := "uid " + strconv.Itoa(os.Geteuid()); who != want {
+		t.Errorf("this user is %q, want %q", who, want)
 	}
 }
 

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"crypto/tls"
+	"encoding/binary"
 	"errors"
 	"io"
 	"log/slog"
@@ -259,6 +260,63 @@ func TestClose(t *testing.T) {
 		c.Close()
 		t.Error("it still listens")
 	}
+}
+
+// How many requests one connection of HTTP/2 may have is bounded, and said.
+func TestStreams(t *testing.T) {
+	store, err := blobstore.Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer store.Close()
+	root := newRoot()
+	root.SetContext(t.Context())
+	o := registryOptions{address: "127.0.0.1:0", uploadTimeout: time.Hour}
+	o.cert, o.key = writeCertificate(t, t.TempDir(), "one")
+	s, err := o.prepare(root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	log := slog.New(slog.DiscardHandler)
+	if err := s.readFiles(log); err != nil {
+		t.Fatal(err)
+	}
+	if ok, err := s.listen(store, log, func(text string) { t.Error(text) }); !ok {
+		t.Fatal(err)
+	}
+	served := make(chan error, 1)
+	go func() { served <- s.serve() }()
+	defer func() {
+		s.close()
+		<-served
+	}()
+	c, err := tls.Dial("tcp", s.listener.Addr().String(), &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(30 * time.Second))
+	const settings, streams = 4, 3 // RFC 9113
+	if _, err := io.WriteString(c, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00"); err != nil {
+		t.Fatal(err)
+	}
+	header := make([]byte, 9)
+	if _, err := io.ReadFull(c, header); err != nil || header[3] != settings {
+		t.Fatalf("it begins with %x, %v", header, err)
+	}
+	values := make([]byte, binary.BigEndian.Uint32(append([]byte{0}, header[:3]...)))
+	if _, err := io.ReadFull(c, values); err != nil {
+		t.Fatal(err)
+	}
+	for ; len(values) >= 6; values = values[6:] {
+		if binary.BigEndian.Uint16(values) == streams {
+			if n := binary.BigEndian.Uint32(values[2:]); n != maxStreams {
+				t.Errorf("%d requests at once, want %d", n, maxStreams)
+			}
+			return
+		}
+	}
+	t.Error("the number of requests is not bounded")
 }
 
 func TestTLSVersion(t *testing.T) {

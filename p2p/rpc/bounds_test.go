@@ -8,6 +8,9 @@ import (
 	"testing"
 
 	"golang.org/x/sync/semaphore"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
 
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/grpclimit"
@@ -46,6 +49,26 @@ func TestRequestsOfManyElements(t *testing.T) {
 		// The client's message and the daemon's are both in it.
 		if took := int(after.TotalAlloc - before.TotalAlloc); took > 8*maxRequest {
 			t.Errorf("%s: %d bytes are allocated for a message of %d", name, took, 2*n)
+		}
+	}
+}
+
+// TestLongRequests: a request has a bound in bytes, and so have the headers of its call.
+func TestLongRequests(t *testing.T) {
+	c := pair(t, newStore(t.TempDir()))
+	stream := rawIngest(t, c)
+	long := &pb.IngestRequest_Add{Want: strings.Repeat("x", maxRequest)}
+	if err := stream.Send(&pb.IngestRequest{Request: &pb.IngestRequest_Add_{Add: long}}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := stream.Recv(); status.Code(err) != codes.ResourceExhausted {
+		t.Errorf("a request of more than %d bytes: %v", maxRequest, err)
+	}
+	for n, want := range map[int]bool{maxHeaders / 2: true, maxHeaders: false} {
+		ctx := metadata.AppendToOutgoingContext(t.Context(), "long", strings.Repeat("x", n))
+		_, err := c.current.daemon.Stat(ctx, &pb.StatRequest{Cid: string(someTask.Digest), Scope: pb.Scope_SCOPE_LOCAL})
+		if answered := status.Code(err) == codes.NotFound; answered != want {
+			t.Errorf("headers of %d bytes: %v", n, err)
 		}
 	}
 }

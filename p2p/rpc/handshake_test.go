@@ -16,6 +16,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
@@ -364,7 +365,9 @@ func TestCallerIsKnown(t *testing.T) {
 // rawIngest begins an ingest below the client, to send what that would not.
 func rawIngest(t *testing.T, c *Client) grpc.BidiStreamingClient[pb.IngestRequest, pb.IngestReply] {
 	t.Helper()
-	stream, err := c.current.daemon.Ingest(t.Context())
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second) // no answer is a failure, too
+	t.Cleanup(cancel)
+	stream, err := c.current.daemon.Ingest(ctx)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -523,7 +526,7 @@ func TestHostileChannels(t *testing.T) {
 				t.Fatal(err)
 			}
 			if _, err := stream.Recv(); status.Code(err) != codes.Unavailable {
-				t.Errorf("got %v", err)
+				t.Fatalf("got %v", err)
 			}
 			s.waitIdle(t)
 			eventually(t, "all descriptors are closed", func() bool { return fdCount(t) < before }) // those of the connection too

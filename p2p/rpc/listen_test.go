@@ -41,6 +41,30 @@ func TestListen(t *testing.T) {
 	}
 }
 
+// A socket in a directory for all is its owner's alone.
+func TestListenShared(t *testing.T) {
+	dir := t.TempDir()
+	for mode, ok := range map[fs.FileMode]bool{0o755: true, 0o775: false, 0o757: false} {
+		if err := os.Chmod(dir, mode); err != nil {
+			t.Fatal(err)
+		}
+		l, err := ListenShared(filepath.Join(dir, "s"))
+		if !ok {
+			if !errors.Is(err, fs.ErrPermission) {
+				t.Errorf("%04o: %v", mode, err)
+			}
+			continue
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if info, err := os.Stat(filepath.Join(dir, "s")); err != nil || info.Mode() != fs.ModeSocket|0o600 {
+			t.Errorf("socket %v, %v", info.Mode(), err)
+		}
+		l.Close()
+	}
+}
+
 func TestListenMakesDirectory(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "a", "b", "d.sock")
 	l, err := Listen(path)

@@ -1208,6 +1208,7 @@ func TestAddEndsWithCall(t *testing.T) {
 					return watchedIngest{ingest, adding, closed}, err
 				}
 				c := pair(t, h)
+				before := fdCount(t)
 				ctx, cancel := context.WithCancel(t.Context())
 				defer cancel()
 				stream, err := c.current.daemon.Ingest(ctx)
@@ -1228,6 +1229,8 @@ func TestAddEndsWithCall(t *testing.T) {
 					w.Close() // so that the test can end
 					t.Error("the daemon goes on after 30 s")
 				}
+				// Nobody goes on reading either.
+				eventually(t, "its descriptor is closed", func() bool { return fdCount(t) <= before })
 			})
 		}
 	}

@@ -11,11 +11,17 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/connpool"
+	"github.com/dfcache/dfcache/p2p/rpc/pb"
 )
 
 // serveEveryone serves a store to every user of this host, of whom all together may have so much.
@@ -79,14 +85,15 @@ func rawClient(t *testing.T, c *conn) *http.ClientConn {
 
 // rawCall begins an ingest, sends it body, and leaves it at that until the test ends. ended is closed when
 // the daemon has ended it.
-func rawCall(t *testing.T, client *http.ClientConn, body []byte) (ended <-chan struct{}) {
+func rawCall(t *testing.T, client *http.ClientConn, body io.Reader) (ended <-chan struct{}) {
 	t.Helper()
 	nothing, stop := io.Pipe()
 	sent := struct {
 		io.Reader
 		io.Closer
-	}{io.MultiReader(bytes.NewReader(body), nothing), nothing}
-	r, err := http.NewRequest(http.MethodPost, "http://dfdaemon/dfcache.v1.Daemon/Ingest", sent)
+	}{io.MultiReader(body, nothing), nothing}
+	ctx, cancel := context.WithCancel(t.Context())
+	r, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://dfdaemon/dfcache.v1.Daemon/Ingest", sent)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -100,6 +107,7 @@ func rawCall(t *testing.T, client *http.ClientConn, body []byte) (ended <-chan s
 		}
 	}()
 	t.Cleanup(func() {
+		cancel() // it may wait to send more
 		stop.Close()
 		<-done
 	})
@@ -146,7 +154,7 @@ func TestShareOfCalls(t *testing.T) {
 	}
 	client := rawClient(t, other)
 	for range 4 {
-		rawCall(t, client, nil)
+		rawCall(t, client, strings.NewReader(""))
 	}
 	eventually(t, "its calls have begun", func() bool { return s.shares.calls.Len() == 4 })
 	own := dial(t, socket)
@@ -201,16 +209,46 @@ func TestUnfinishedMessages(t *testing.T) {
 	}
 	const may = maxUnfinished / maxRequest / 2
 	for range may {
-		rawCall(t, client, part)
+		rawCall(t, client, bytes.NewReader(part))
 	}
 	eventually(t, "as many are there as may be", func() bool { return free() == maxUnfinished/2 })
 	select {
-	case <-rawCall(t, client, part):
+	case <-rawCall(t, client, bytes.NewReader(part)):
 	case <-time.After(30 * time.Second):
 		t.Fatal("one more is let in")
 	}
 	eventually(t, "all is given back", func() bool { return free() == maxUnfinished })
 	add(t, dial(t, socket), "", strings.NewReader("x"))
+}
+
+// empties are empty messages without end. It counts how many bytes of them are sent.
+type empties struct{ sent atomic.Int64 }
+
+func (e *empties) Read(p []byte) (int, error) {
+	clear(p)
+	e.sent.Add(int64(len(p)))
+	return len(p), nil
+}
+
+// TestUnreadMessages: what a client sends that its call does not read stays with the client.
+func TestUnreadMessages(t *testing.T) {
+	socket, _ := serveEveryone(t, maxConns, maxCalls)
+	c, err := dialAs(t, os.Geteuid(), socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	add, err := proto.Marshal(addRequest(1, 0)) // which waits for the descriptor
+	if err != nil {
+		t.Fatal(err)
+	}
+	var rest empties
+	rawCall(t, rawClient(t, c), io.MultiReader(bytes.NewReader(binary.BigEndian.AppendUint32([]byte{0}, uint32(len(add)))), bytes.NewReader(add), &rest))
+	eventually(t, "the window is full", func() bool { return rest.sent.Load() >= callWindow/2 })
+	for end := time.Now().Add(200 * time.Millisecond); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		if n := rest.sent.Load(); n > 2*callWindow {
+			t.Fatalf("%d bytes are taken in, want %d at most", n, callWindow)
+		}
+	}
 }
 
 // frame is one of HTTP/2.
@@ -287,5 +325,8 @@ func TestRoomIsAsked(t *testing.T) {
 	}
 	if _, err := in.Add(strings.NewReader("x"), p2p.AddOptions{}); err != nil {
 		t.Errorf("what has room: %v", err)
+	}
+	if _, err := c.current.daemon.Room(t.Context(), &pb.RoomRequest{Bytes: -1}); status.Code(err) != codes.InvalidArgument {
+		t.Errorf("room for less than nothing: %v", err)
 	}
 }

@@ -1,13 +1,16 @@
 package profiling
 
 import (
+	"errors"
 	"io"
 	"net"
 	"net/http"
 	"net/url"
+	"os"
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"go.uber.org/goleak"
 
@@ -72,6 +75,40 @@ func TestStart(t *testing.T) {
 		t.Fatal(err)
 	}
 	again()
+}
+
+// Connections that ask for nothing make room for others, the oldest first.
+func TestConnections(t *testing.T) {
+	var line string
+	stop, err := Start(0, func(s string) { line = s })
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stop()
+	u, err := url.Parse(strings.TrimPrefix(line, "pprof: "))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var conns []net.Conn
+	for range maxConns + 1 {
+		c, err := net.Dial("tcp", u.Host)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		conns = append(conns, c)
+	}
+	closed := func(c net.Conn, within time.Duration) bool {
+		c.SetReadDeadline(time.Now().Add(within))
+		_, err := c.Read(make([]byte, 1))
+		return !errors.Is(err, os.ErrDeadlineExceeded)
+	}
+	if !closed(conns[0], 5*time.Second) { // a header may take 10
+		t.Errorf("%d connections are open", len(conns))
+	}
+	if closed(conns[1], time.Millisecond) {
+		t.Error("one more is closed than has to be")
+	}
 }
 
 func TestOff(t *testing.T) {
