@@ -7,10 +7,12 @@
 // A [Task] is a blob under a tag: what is looked up, fetched and deleted. A
 // name is a cache ID under a tag, and points to a task.
 //
-// Five engines exist: package pieces keeps blobs in a directory of this
-// machine, package swarm finds and trades them with other peers on top of that,
-// package dragonfly has a Dragonfly do that, package cluster is a peer among
-// Dragonfly's own, and package rpc reaches a dfdaemon over its socket. All pass the suite in package enginetest.
+// Package pieces is the engine that keeps blobs in a directory of this machine.
+// Package swarm finds and trades them with other peers on top of that, packages
+// dragonfly and persistent have a Dragonfly do so, and package cluster is a peer
+// among Dragonfly's own. Package rpc reaches a dfdaemon over its socket. Package
+// memory is the simplest, to begin another one with. All pass the suite in package
+// enginetest.
 //
 // Its API is kept compatible from release to release: docs/api.txt lists it.
 package p2p

@@ -8,6 +8,7 @@ import (
 
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/enginetest"
+	"github.com/dfcache/dfcache/p2p/memory"
 	"github.com/dfcache/dfcache/p2p/pieces"
 	"github.com/dfcache/dfcache/p2p/rpc"
 )
@@ -15,11 +16,23 @@ import (
 // TestEngine runs the suite of every engine against a client of a server over
 // the engine that dfdaemon has.
 func TestEngine(t *testing.T) {
-	enginetest.Run(t, func(t *testing.T) p2p.Engine {
+	runSuite(t, func(t *testing.T) p2p.Engine {
 		store, err := pieces.Open(t.TempDir(), pieces.Options{})
 		if err != nil {
 			t.Fatal(err)
 		}
+		return store
+	})
+}
+
+// An engine that has no files serves as any other: of what is opened a copy is handed over.
+func TestEngineInMemory(t *testing.T) {
+	runSuite(t, func(*testing.T) p2p.Engine { return memory.New(memory.Options{}) })
+}
+
+func runSuite(t *testing.T, open func(*testing.T) p2p.Engine) {
+	enginetest.Run(t, func(t *testing.T) p2p.Engine {
+		store := open(t)
 		socket := filepath.Join(t.TempDir(), "run", "s")
 		l, err := rpc.Listen(socket)
 		if err != nil {

@@ -372,8 +372,6 @@ func TestBlobFileIsReadOnly(t *testing.T) {
 	}
 }
 
-type bareBlob struct{ p2p.Blob }
-
 func TestOpenRefusesBlob(t *testing.T) {
 	s := newStore(t.TempDir())
 	table := &digest.Table{Digest: someTask.Digest, PieceLength: digest.PieceLength(0)}
@@ -386,12 +384,43 @@ func TestOpenRefusesBlob(t *testing.T) {
 	if _, err := c.Open(t.Context(), someTask, p2p.Local); err == nil || !strings.Contains(err.Error(), "open for writing") {
 		t.Errorf("writable file: %v", err)
 	}
-	h.open = func(context.Context, p2p.Task) (p2p.Blob, error) {
-		f := tempFile(t, nil)
-		return bareBlob{&storeBlob{digest.NewVerified(f, table), f}}, nil
+}
+
+// A blob that has no file is handed over as a copy, which nobody who gets it can change.
+func TestOpenCopiesBlob(t *testing.T) {
+	h := &hooked{Engine: newStore(t.TempDir())}
+	c := pair(t, h)
+	content := random(100_000)
+	recorder := digest.NewRecorder(digest.SHA256)
+	recorder.Write(content)
+	table, err := recorder.Table()
+	if err != nil {
+		t.Fatal(err)
 	}
-	if _, err := c.Open(t.Context(), someTask, p2p.Local); !errors.Is(err, errors.ErrUnsupported) {
-		t.Errorf("no file: %v", err)
+	h.open = func(context.Context, p2p.Task) (p2p.Blob, error) {
+		f := tempFile(t, content)
+		return struct{ p2p.Blob }{&storeBlob{digest.NewVerified(f, table), f}}, nil
+	}
+	b, err := c.Open(t.Context(), p2p.Task{Tag: "t", Digest: table.Digest}, p2p.Local)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer b.Close()
+	var got bytes.Buffer
+	if err := b.CopyRange(t.Context(), &got, 0, b.Size(), nil); err != nil || !bytes.Equal(got.Bytes(), content) {
+		t.Errorf("the copy has %d bytes, %v; want the blob's %d", got.Len(), err, len(content))
+	}
+	f := b.(*blob).file
+	if _, err := f.WriteAt([]byte("x"), 0); !errors.Is(err, syscall.EBADF) {
+		t.Errorf("write to it: %v", err)
+	}
+	again, err := os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", f.Fd()), os.O_RDWR, 0)
+	if err != nil {
+		return // it can't be opened for writing at all
+	}
+	defer again.Close()
+	if _, err := again.WriteAt([]byte("x"), 0); !errors.Is(err, syscall.EPERM) {
+		t.Errorf("write to it, opened once more: %v", err)
 	}
 }
 

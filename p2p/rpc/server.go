@@ -47,7 +47,8 @@ const (
 // announced with them. Only tests change it.
 var announceDelay = 250 * time.Millisecond
 
-// fileBlob is what the server needs of a blob to hand it to a client.
+// fileBlob is what the server needs of a blob to hand it to a client. Of one that has
+// no file a copy in memory is handed over.
 type fileBlob interface {
 	// File returns the blob's file, open for reading only. It stays the
 	// blob's. Clients get a descriptor that shares its open file description,
@@ -402,7 +403,12 @@ func (s *service) Open(stream grpc.BidiStreamingServer[pb.OpenRequest, pb.OpenRe
 	defer blob.Close()
 	fb, ok := blob.(fileBlob)
 	if !ok {
-		return fmt.Errorf("open %s: %w: it is not in a file that could be handed over", task, errors.ErrUnsupported)
+		memory, err := copyToMemory(ctx, blob, task.Digest)
+		if err != nil {
+			return fmt.Errorf("open %s: %w", task, err)
+		}
+		defer memory.file.Close()
+		fb = memory
 	}
 	if err := checkReadOnly(fb.File()); err != nil {
 		return fmt.Errorf("open %s: %w", task, err)

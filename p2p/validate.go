@@ -1,0 +1,200 @@
+package p2p
+
+import (
+	"fmt"
+	"time"
+
+	"github.com/dfcache/dfcache/digest"
+)
+
+// What callers pass to an engine is checked by these, by every engine and at the
+// socket, so that the same is refused with the same words. Errors wrap
+// [digest.ErrInvalid].
+
+const (
+	maxMediaType = 255    // bytes
+	maxRefs      = 10_000 // of one manifest
+)
+
+// ValidateRef reports whether tag and cid can name something.
+func ValidateRef(tag string, cid digest.CID) error {
+	if err := ValidateTag(tag); err != nil {
+		return err
+	}
+	_, err := digest.ParseCID(cid.String())
+	return err
+}
+
+// Validate reports whether a Stat of cid can have these options.
+func (o StatOptions) Validate(cid digest.CID) error {
+	switch {
+	case o.Scope < Network || o.Scope > Check:
+		return fmt.Errorf("stat %s: %w: there is no scope %d", cid, digest.ErrInvalid, o.Scope)
+	case o.Scope == Mend, o.Scope == Check:
+		return fmt.Errorf("stat %s: %w: only an open mends or checks", cid, digest.ErrInvalid)
+	case o.Keep && (o.Scope != Network || !o.Manifest):
+		return fmt.Errorf("stat %s to keep it: %w: it goes with its manifest, and with the network as the scope", cid, digest.ErrInvalid)
+	case o.Holders && o.Scope != Network:
+		return fmt.Errorf("stat %s with who holds it: %w: it goes with the network as the scope", cid, digest.ErrInvalid)
+	}
+	return nil
+}
+
+// Validate reports whether a Delete of cid can have these options.
+func (o DeleteOptions) Validate(cid digest.CID) error {
+	switch {
+	case o.NameOnly && cid.CacheID() == "":
+		return fmt.Errorf("delete %s by name only: %w: a digest is not a name", cid, digest.ErrInvalid)
+	case o.NameOnly && o.Force:
+		return fmt.Errorf("delete %s by name only: %w: there is nothing to force", cid, digest.ErrInvalid)
+	}
+	return nil
+}
+
+// Validate reports whether there can be such a list.
+func (q Query) Validate() error {
+	if q.Kind < KindAll || q.Kind > KindPartials {
+		return fmt.Errorf("list: %w: there is no kind %d of entries", digest.ErrInvalid, q.Kind)
+	}
+	if q.Tag != nil {
+		if err := ValidateTag(*q.Tag); err != nil {
+			return err
+		}
+	}
+	for _, d := range []digest.Digest{q.Holds, q.RefersTo} {
+		if d != "" {
+			if _, err := digest.Parse(string(d)); err != nil {
+				return err
+			}
+		}
+	}
+	switch {
+	case q.Kind == KindTags && q.Tag != nil:
+		return fmt.Errorf("list tags: %w: of one tag there is nothing to list", digest.ErrInvalid)
+	case len(q.After) > MaxTag:
+		return fmt.Errorf("list after a name of %d bytes: %w: none has more than %d", len(q.After), digest.ErrInvalid, MaxTag)
+	case q.Holds != "" && q.Kind != KindTags:
+		return fmt.Errorf("list who holds %s: %w: it goes with tags as the kind", q.Holds, digest.ErrInvalid)
+	case q.RefersTo != "" && (q.Tag == nil || q.Kind != KindAll):
+		return fmt.Errorf("list what refers to %s: %w: it goes with a tag, and not with a kind", q.RefersTo, digest.ErrInvalid)
+	case q.FromPeers && q.RefersTo == "":
+		return fmt.Errorf("list from peers: %w: it goes with what the entries refer to", digest.ErrInvalid)
+	}
+	return nil
+}
+
+// Validate reports whether an Add can have these options.
+func (o AddOptions) Validate() error {
+	if o.Want != "" {
+		if _, err := digest.Parse(string(o.Want)); err != nil {
+			return err
+		}
+	}
+	if o.Algorithm != "" {
+		if _, err := digest.ParseAlgorithm(o.Algorithm.String()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Validate reports whether the commit is well-formed.
+func (c Commit) Validate() error {
+	for _, n := range c.Tasks {
+		if err := n.Validate(); err != nil {
+			return err
+		}
+	}
+	for _, n := range c.Names {
+		if err := n.Validate(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Validate reports whether the task can be committed.
+func (n NewTask) Validate() error {
+	if err := n.Task.Validate(); err != nil {
+		return err
+	}
+	if err := validateMediaType(n.MediaType); err != nil {
+		return fmt.Errorf("task %s: %w", n.Task, err)
+	}
+	if n.Keep < KeepHeld || n.Keep > KeepPinned {
+		return fmt.Errorf("task %s: %w: nothing is kept as %d", n.Task, digest.ErrInvalid, n.Keep)
+	}
+	if err := validateTime("origin", n.Origin); err != nil {
+		return fmt.Errorf("task %s: %w", n.Task, err)
+	}
+	if n.Manifest != nil {
+		if err := n.Manifest.validate(n.Task.Digest); err != nil {
+			return fmt.Errorf("manifest %s: %w", n.Task, err)
+		}
+	}
+	return nil
+}
+
+func (m *NewManifest) validate(own digest.Digest) error {
+	if n := len(m.Refs); n > maxRefs {
+		return fmt.Errorf("%w: it refers to %d others, at most %d can be kept", digest.ErrInvalid, n, maxRefs)
+	}
+	refs := make(map[digest.Digest]bool, len(m.Refs))
+	for _, d := range m.Refs {
+		if _, err := digest.Parse(string(d)); err != nil {
+			return err
+		}
+		refs[d] = true
+	}
+	for _, d := range m.Needs {
+		if _, err := digest.Parse(string(d)); err != nil {
+			return err
+		}
+		if !refs[d] {
+			return fmt.Errorf("it needs %s: %w: it does not refer to it", d, digest.ErrInvalid)
+		}
+	}
+	if m.Subject != "" {
+		if _, err := digest.Parse(string(m.Subject)); err != nil {
+			return err
+		}
+	}
+	if refs[own] || m.Subject == own {
+		return fmt.Errorf("%w: it refers to itself", digest.ErrInvalid)
+	}
+	return nil
+}
+
+// Validate reports whether the name can be committed.
+func (n NewName) Validate() error {
+	if err := (Task{n.Tag, n.Digest}).Validate(); err != nil {
+		return err
+	}
+	cid, err := digest.ParseCID(n.Name)
+	if err != nil {
+		return err
+	}
+	if cid.CacheID() == "" {
+		return fmt.Errorf("name %q: %w: a digest can't be the name of a task", n.Name, digest.ErrInvalid)
+	}
+	return validateTime("name "+n.Name, n.Updated)
+}
+
+func validateTime(what string, t time.Time) error {
+	if !t.IsZero() && t.Before(time.Unix(0, 0)) {
+		return fmt.Errorf("%s: %w: it is before 1970", what, digest.ErrInvalid)
+	}
+	return nil
+}
+
+func validateMediaType(s string) error {
+	if len(s) > maxMediaType {
+		return fmt.Errorf("media type: %w: it has %d characters, at most %d are allowed", digest.ErrInvalid, len(s), maxMediaType)
+	}
+	for i := range len(s) {
+		if s[i] < ' ' || s[i] > '~' {
+			return fmt.Errorf("media type %q: %w: it has a character outside printable ASCII", s, digest.ErrInvalid)
+		}
+	}
+	return nil
+}
