@@ -29,6 +29,9 @@ type Version struct {
 	After time.Time
 }
 
+// LastStamp is the latest date that there is: peers refuse later ones.
+var LastStamp = time.Date(9000, 1, 1, 0, 0, 0, 0, time.UTC)
+
 // beginning is the After of a version before which nothing was known.
 var beginning = time.Unix(0, 0).UTC()
 
@@ -53,6 +56,9 @@ type Delete struct {
 	// Made is when it was made, by the clock of this host: it is remembered for
 	// some time from then on.
 	Made time.Time
+	// Limit is the latest date that a clock can have come to when it was made. A date
+	// that was in the future then covers nothing more when that time has come. Zero: now.
+	Limit time.Time
 	// Force deletes a task that others refer to.
 	Force bool
 	// NameOnly deletes a name and keeps what it pointed to.
@@ -138,6 +144,7 @@ type deleteRecord struct {
 	At       time.Time `json:"at"`
 	After    time.Time `json:"after,omitzero"`
 	Made     time.Time `json:"made,omitzero"` // zero: At
+	Limit    time.Time `json:"limit,omitzero"`
 	Force    bool      `json:"force,omitempty"`
 	NameOnly bool      `json:"nameOnly,omitempty"`
 	Number   uint64    `json:"number"` // in bucketDeleteLog
@@ -151,7 +158,7 @@ func (r deleteRecord) delete(k []byte) (Delete, error) {
 		return Delete{}, fmt.Errorf("%w: delete %q in the metadata: %w", digest.ErrCorrupt, k, err)
 	}
 	return Delete{
-		Tag: parts[0], CID: cid, At: r.At, After: r.After, Made: timeOr(r.Made, r.At),
+		Tag: parts[0], CID: cid, At: r.At, After: r.After, Made: timeOr(r.Made, r.At), Limit: r.Limit,
 		Force: r.Force, NameOnly: r.NameOnly, Soft: len(parts) > 2,
 	}, nil
 }
@@ -190,12 +197,15 @@ func (s *Store) stamp(tx *bbolt.Tx, tag, cid string, given, before Version) (Ver
 		if !now.After(known) {
 			now = known.Add(1)
 		}
-		if gone.Covers(now, s.Limit()) {
+		if s.Covers(gone, now) {
 			now = gone.At.Add(1)
+		}
+		if now.After(LastStamp) {
+			now = LastStamp // of a peer that lies; a delete helps
 		}
 		return Version{now, known}, nil
 	}
-	covered := func(v Version) bool { return v.At.IsZero() || gone.Covers(v.At, s.Limit()) }
+	covered := func(v Version) bool { return v.At.IsZero() || s.Covers(gone, v.At) }
 	if found && covered(given) && covered(before) {
 		return given, fmt.Errorf("%q under tag %q: %w", cid, tag, errDeleted)
 	}
@@ -236,7 +246,9 @@ func (s *Store) Deleted(ctx context.Context, tag string, cid digest.CID) (d Dele
 }
 
 // Covers reports whether a delete covers a version, as seen from here.
-func (s *Store) Covers(d Delete, version time.Time) bool { return d.Covers(version, s.Limit()) }
+func (s *Store) Covers(d Delete, version time.Time) bool {
+	return d.Covers(version, timeOr(d.Limit, s.Limit()))
+}
 
 // DeleteResult says what a delete did.
 type DeleteResult struct {
@@ -261,7 +273,7 @@ func (s *Store) DeleteForAll(ctx context.Context, tag string, cid digest.CID, op
 	var removed removal
 	err = s.free(s.weighDelete(tag, cid), func(tx *bbolt.Tx) error {
 		removed, result, deletes = s.newRemoval(), DeleteResult{News: true}, nil
-		d := Delete{Tag: tag, CID: cid, Made: s.now(), Force: opts.Force, NameOnly: opts.NameOnly}
+		d := Delete{Tag: tag, CID: cid, Made: s.now(), Limit: s.Limit(), Force: opts.Force, NameOnly: opts.NameOnly}
 		for _, v := range seen {
 			d.See(v)
 		}
@@ -286,7 +298,7 @@ func (s *Store) DeleteForAll(ctx context.Context, tag string, cid digest.CID, op
 		for i, t := range removed.tasks {
 			if c := digest.FromDigest(t.Digest); c != cid {
 				at := latest(d.At, removed.origins[i]) // all copies up to then
-				deletes = append(deletes, Delete{Tag: tag, CID: c, At: at, After: at, Made: d.Made, Soft: true})
+				deletes = append(deletes, Delete{Tag: tag, CID: c, At: at, After: at, Made: d.Made, Limit: d.Limit, Soft: true})
 			}
 		}
 		for _, d := range deletes {
@@ -319,6 +331,9 @@ func (s *Store) ApplyDelete(ctx context.Context, d Delete) (result DeleteResult,
 		return result, err
 	}
 	defer s.end()
+	if d.Limit.IsZero() && !d.Made.IsZero() {
+		d.Limit = s.Limit().Add(-max(0, s.now().Sub(d.Made)))
+	}
 	var removed removal
 	err = s.free(s.weighDelete(d.Tag, d.CID), func(tx *bbolt.Tx) (err error) {
 		removed, result = s.newRemoval(), DeleteResult{}
@@ -403,6 +418,7 @@ func remember(tx *bbolt.Tx, d Delete) (all Delete, news bool, err error) {
 		all = before
 		all.See(Version{d.At, d.After})
 		all.Made = latest(before.Made, d.Made)
+		all.Limit = latest(before.Limit, d.Limit)
 		switch d.At.Compare(before.At) {
 		case 1:
 			all.Force, all.NameOnly = d.Force, d.NameOnly
@@ -421,7 +437,7 @@ func remember(tx *bbolt.Tx, d Delete) (all Delete, news bool, err error) {
 	if err != nil {
 		return d, false, err
 	}
-	record = deleteRecord{At: d.At.UTC(), After: d.After.UTC(), Made: d.Made.UTC(), Force: d.Force, NameOnly: d.NameOnly, Number: number}
+	record = deleteRecord{At: d.At.UTC(), After: d.After.UTC(), Made: d.Made.UTC(), Limit: d.Limit.UTC(), Force: d.Force, NameOnly: d.NameOnly, Number: number}
 	if err := put(tx, bucketDeletes, k, record); err != nil {
 		return d, false, err
 	}

@@ -116,6 +116,18 @@ func TestDeleteAndOrigin(t *testing.T) {
 	if err != nil || !info.Origin.After(ahead) {
 		t.Errorf("imported again: %+v, %v", info, err)
 	}
+	// A copy of what was there before takes nothing of that back.
+	in, err := s.Ingest(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.Close()
+	if err := in.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: task, Origin: ahead}}}); err != nil {
+		t.Fatal(err)
+	}
+	if again, err := s.Stat(t.Context(), "t", cid, p2p.StatOptions{}); err != nil || !again.Origin.Equal(info.Origin) {
+		t.Errorf("with an older copy of it: %+v, %v", again, err)
+	}
 	if result, err := s.ApplyDelete(t.Context(), Delete{Tag: "t", CID: cid, At: ahead.Add(-time.Second)}); err != nil || result.News || !holds(t, s, "t", cid) {
 		t.Errorf("an older delete: %+v, %v", result, err)
 	}

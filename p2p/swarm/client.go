@@ -24,6 +24,7 @@ import (
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/pieces"
 	"github.com/dfcache/dfcache/p2p/throttle"
 )
 
@@ -403,9 +404,9 @@ func (c *client) find(ctx context.Context, p peer.ID, req *findRequest) (*findRe
 			continue
 		}
 		if err := t.check(); err != nil {
-			return nil, err
+			return nil, fmt.Errorf("%w: %w", errMessage, err)
 		}
-		if err := checkStamps(t.Origin, t.After); err != nil {
+		if err := checkVersions(pieces.Version{At: t.Origin, After: t.After}); err != nil {
 			return nil, err
 		}
 		t.Hints = t.Hints[:min(len(t.Hints), maxHints)]
@@ -414,8 +415,11 @@ func (c *client) find(ctx context.Context, p peer.ID, req *findRequest) (*findRe
 		if n == nil {
 			continue
 		}
-		if err := checkStamps(n.Updated, n.After, n.Deleted, n.DeletedAfter); err != nil {
+		if err := checkVersions(n.version(), n.deleted()); err != nil {
 			return nil, err
+		}
+		if n.DeletedAge < 0 || n.DeletedAge > maxAge {
+			return nil, fmt.Errorf("%w: a delete %d seconds ago", errMessage, n.DeletedAge)
 		}
 		if n.Digest == "" {
 			continue
@@ -428,9 +432,6 @@ func (c *client) find(ctx context.Context, p peer.ID, req *findRequest) (*findRe
 		}
 	}
 	for _, list := range reply.Referrers {
-		if len(list) > maxReferrers {
-			return nil, fmt.Errorf("%w: %d referrers", errMessage, len(list))
-		}
 		for _, d := range list {
 			if _, err := digest.Parse(string(d)); err != nil {
 				return nil, fmt.Errorf("%w: %w", errMessage, err)

@@ -3,10 +3,12 @@ package swarm
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
+	"net/http/httptest"
 	"slices"
 	"strings"
 	"sync"
@@ -339,9 +341,54 @@ func TestDeleteFromTheFuture(t *testing.T) {
 	wantNoName(t, "deleted", "m", "v1", a, b)
 }
 
+// Nor does it when that time comes.
+func TestDeleteFromTheFutureLater(t *testing.T) {
+	h := newHub()
+	var time1, time2 clock
+	a, b := h.start(t, withManifests, time1.with), h.start(t, withManifests, time2.with)
+	before := a.push(t, "m", "before", "", []byte("one"))
+	for _, name := range []string{"before", "after", "between"} {
+		if _, err := a.applyDelete(t.Context(), mustParse(t, deleteMessage{Tag: "m", CID: name, At: time.Now().Add(2 * time.Hour)}), b.id); err != nil {
+			t.Fatal(err)
+		}
+	}
+	after := a.push(t, "m", "after", "", []byte("two"))
+	var between p2p.Task
+	for _, later := range []time.Duration{90 * time.Minute, 3 * time.Hour, 20 * 24 * time.Hour} {
+		time1.set(later)
+		time2.set(later)
+		a.meetAll()
+		b.meetAll()
+		c := h.start(t, withManifests, time2.with) // it learns of them now
+		eventually(t, "the deletes are not learned of", func() bool {
+			all, _, err := c.store.Deletes(t.Context(), 0, maxDeletes)
+			return err == nil && len(all) == 3
+		})
+		wantName(t, later.String(), "m", "before", before, a, b, c)
+		wantName(t, later.String(), "m", "after", after, a, b, c)
+		if between == (p2p.Task{}) {
+			between = b.push(t, "m", "between", "", []byte("three"))
+		}
+		all, _, err := c.store.Deletes(t.Context(), 0, maxDeletes)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, d := range all { // told once more
+			if _, err := a.applyDelete(t.Context(), mustParseAt(t, deleteMessageOf(d, c.opts.Now()), a.opts.Now()), c.id); err != nil {
+				t.Fatal(err)
+			}
+		}
+		wantName(t, later.String(), "m", "before", before, a, b, c)
+		wantName(t, later.String(), "m", "after", after, a, b, c)
+		wantName(t, later.String(), "m", "between", between, a, b, c)
+		c.Close()
+	}
+}
+
 // Dates that no clock can come to are refused in every message.
 func TestStampsAreBounded(t *testing.T) {
 	far, before := time.Date(9500, 1, 1, 0, 0, 0, 0, time.UTC), time.Unix(-1, 0)
+	then := time.Now().Add(-time.Hour) // nothing comes after what is later than it
 	for _, at := range []time.Time{far, before} {
 		for _, m := range []deleteMessage{{At: at}, {At: time.Now(), After: at}, {At: time.Now(), Seen: []time.Time{time.Now(), at}}} {
 			m.CID = "v1"
@@ -355,6 +402,7 @@ func TestStampsAreBounded(t *testing.T) {
 		{At: time.Now(), Age: -1},
 		{At: time.Now(), Age: maxAge + 1},
 		{At: time.Now(), Seen: make([]time.Time, pieces.MaxSeen+1)},
+		{At: then, After: time.Now()},
 	} {
 		m.CID = "v1"
 		if _, err := m.parse(time.Now()); !errors.Is(err, errMessage) {
@@ -363,7 +411,7 @@ func TestStampsAreBounded(t *testing.T) {
 	}
 	h := newHub()
 	for _, at := range []time.Time{far, before} {
-		for _, v := range []deleteResult{{Newer: at}, {Newer: time.Now(), NewerAfter: at}} {
+		for _, v := range []deleteResult{{Newer: at}, {Newer: time.Now(), NewerAfter: at}, {Newer: then, NewerAfter: time.Now()}} {
 			liar := h.start(t, answering(pathDeletes, deletesResult{Results: []deleteResult{v}}))
 			a := h.start(t)
 			task := a.add(t, "d", content(1000, 1))
@@ -391,6 +439,9 @@ func TestStampsAreBounded(t *testing.T) {
 		{Names: []*nameState{{Deleted: time.Now(), DeletedAfter: far}}},
 		{Tasks: []*taskState{{Origin: far}}},
 		{Tasks: []*taskState{{Origin: time.Now(), After: far}}},
+		{Names: []*nameState{{Digest: digest.SHA256.FromString("x"), Updated: then, After: time.Now()}}},
+		{Names: []*nameState{{Deleted: then, DeletedAfter: time.Now()}}},
+		{Tasks: []*taskState{{Origin: then, After: time.Now()}}},
 	} {
 		liar := h.start(t, answering(pathFind, reply))
 		a := h.start(t)
@@ -401,6 +452,52 @@ func TestStampsAreBounded(t *testing.T) {
 		liar.Close()
 		a.Close()
 	}
+}
+
+// What a peer dates with the last date that there is keeps nobody from being understood, nor
+// from deleting it and importing it again.
+func TestLastStamp(t *testing.T) {
+	h := newHub()
+	a, b := h.start(t, withManifests), h.start(t, withManifests)
+	data := content(1000, 1)
+	task := p2p.Task{Tag: "m", Digest: digest.SHA256.FromBytes(data)}
+	liar := h.start(t, func(o *Options) {
+		o.tamper = func(honest http.Handler) http.Handler {
+			return edit(honest, pathFind, func(w http.ResponseWriter, _ *http.Request, answer *httptest.ResponseRecorder) {
+				var reply findReply
+				json.Unmarshal(answer.Body.Bytes(), &reply)
+				for i := range reply.Names {
+					reply.Names[i] = &nameState{Digest: task.Digest, Updated: pieces.LastStamp}
+				}
+				for _, state := range reply.Tasks {
+					if state != nil {
+						state.Origin = pieces.LastStamp
+					}
+				}
+				writeJSON(w, &reply)
+			})
+		}
+	})
+	liar.add(t, "m", data)
+	b.want(t, task, data)
+	b.wantStored(t, task)
+	for _, again := range []string{"one", "two"} {
+		b.push(t, "m", "v1", "", data, []byte(again))
+		req := &findRequest{Tasks: []taskRef{taskRef(task)}, Names: []nameRef{{"m", "v1"}}}
+		if reply, err := a.client.find(t.Context(), b.id, req); err != nil || reply.Tasks[0] == nil || reply.Names[0].Digest == "" {
+			t.Errorf("who has imported it is not understood: %+v, %v", reply, err)
+		}
+	}
+	for _, cid := range []string{"v1", string(task.Digest)} {
+		if deleted := a.delete(t, "m", cid, p2p.DeleteOptions{Force: true}); len(deleted.Missed) != 0 {
+			t.Errorf("deleted is %+v", deleted)
+		}
+		b.gone(t, "m", cid)
+	}
+	wantNoName(t, "deleted", "m", "v1", a, b)
+	wantName(t, "imported again", "m", "v1", a.push(t, "m", "v1", "", data), a, b)
+	liar.Close()
+	b.want(t, task, data)
 }
 
 // Deletes that are told again, in any order and to whoever, take nothing that was imported

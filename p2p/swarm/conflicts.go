@@ -10,7 +10,6 @@ import (
 
 	"github.com/libp2p/go-libp2p/core/peer"
 
-	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/pieces"
 )
@@ -93,14 +92,8 @@ func (s *Swarm) compareNames(ctx context.Context, p peer.ID) error {
 			if mine == nil || theirs == nil || mine.Digest == "" || theirs.Digest == "" {
 				continue
 			}
-			cid, err := digest.ParseCID(part[i].Name)
-			if err != nil {
-				return err
-			}
-			gone := pieces.Delete{Tag: part[i].Tag, CID: cid}
-			gone.See(mine.deleted())
-			gone.See(theirs.deleted())
-			s.newest(gone, []resolved{mine.resolved(""), theirs.resolved(p)})
+			limit := s.store.Limit()
+			s.newest(part[i], []pieces.Delete{mine.gone(limit), theirs.gone(limit)}, []resolved{mine.resolved(""), theirs.resolved(p)})
 		}
 	}
 	e.compared(number)

@@ -354,7 +354,7 @@ func (s *Swarm) tellNow(ctx context.Context, p peer.AddrInfo, deletes []pieces.D
 			return nil, fmt.Errorf("%w: an answer to something else", errMessage)
 		}
 		for _, r := range result.Results {
-			if err := checkStamps(r.Newer, r.NewerAfter); err != nil {
+			if err := checkVersions(pieces.Version{At: r.Newer, After: r.NewerAfter}); err != nil {
 				return nil, err
 			}
 		}

@@ -479,6 +479,9 @@ func (s *Swarm) nameState(ctx context.Context, tag, name string) (*nameState, er
 		return nil, err
 	}
 	state := nameState{Deleted: gone.At, DeletedAfter: gone.After}
+	if !gone.Limit.IsZero() {
+		state.DeletedAge = min(max(0, int64(s.store.Limit().Sub(gone.Limit)/time.Second)), maxAge)
+	}
 	n, err := s.store.Name(ctx, tag, name)
 	switch {
 	case err == nil:
@@ -513,10 +516,10 @@ func (s *Swarm) resolve(ctx context.Context, tag, name string) (resolved, error)
 	}
 	timeout := s.opts.LookupTimeout
 	var all []resolved
-	gone := pieces.Delete{Tag: tag, CID: cid}
+	var gone []pieces.Delete
 	add := func(n *nameState, from peer.ID) {
 		if n != nil {
-			gone.See(n.deleted())
+			gone = append(gone, n.gone(s.store.Limit()))
 		}
 		if n != nil && n.Digest != "" {
 			all = append(all, resolved{n.Digest, n.version(), n.LetGo, from})
@@ -543,7 +546,7 @@ func (s *Swarm) resolve(ctx context.Context, tag, name string) (resolved, error)
 		return resolved{}, l.missed(what)
 	}
 	l.end()
-	best, found := s.newest(gone, all)
+	best, found := s.newest(nameRef{tag, name}, gone, all)
 	if !found {
 		return resolved{}, fmt.Errorf("%s: %w: it has been deleted", what, p2p.ErrNotFound)
 	}
@@ -552,8 +555,10 @@ func (s *Swarm) resolve(ctx context.Context, tag, name string) (resolved, error)
 
 // newest returns what of all that a name is said to stand for counts, unless all of it
 // is gone. It tells where that was moved by who did not know of another one.
-func (s *Swarm) newest(gone pieces.Delete, all []resolved) (best resolved, found bool) {
-	all = slices.DeleteFunc(all, func(r resolved) bool { return s.store.Covers(gone, r.version.At) })
+func (s *Swarm) newest(name nameRef, gone []pieces.Delete, all []resolved) (best resolved, found bool) {
+	all = slices.DeleteFunc(all, func(r resolved) bool {
+		return slices.ContainsFunc(gone, func(d pieces.Delete) bool { return s.store.Covers(d, r.version.At) })
+	})
 	if len(all) == 0 {
 		return resolved{}, false
 	}
@@ -565,7 +570,7 @@ func (s *Swarm) newest(gone pieces.Delete, all []resolved) (best resolved, found
 	}
 	for _, r := range all {
 		if r.digest != best.digest && r.version.Unseen(best.version) {
-			s.conflicts.tell(s, nameRef{gone.Tag, gone.CID.CacheID()}, best, r)
+			s.conflicts.tell(s, name, best, r)
 		}
 	}
 	return best, true

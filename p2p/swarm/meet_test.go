@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -127,7 +128,7 @@ func asFirst(o *Options) {
 func strip(v any) any {
 	switch v := v.(type) {
 	case map[string]any:
-		for _, f := range []string{"after", "deletedAfter", "letGo", "protocol", "oldestProtocol", "clock", "instance", "newer", "newerAfter", "age", "seen"} {
+		for _, f := range []string{"after", "deletedAfter", "deletedAge", "letGo", "protocol", "oldestProtocol", "clock", "instance", "newer", "newerAfter", "age", "seen"} {
 			delete(v, f)
 		}
 		for k := range v {
@@ -216,7 +217,7 @@ func TestMessagesOfTheFirstVersion(t *testing.T) {
 	if why, _ := e.speaks(&h); why != "" {
 		t.Error(why)
 	}
-	if v := find.Names[0].version(); v.At.IsZero() || !v.After.IsZero() || find.Names[1].latest(time.Now().Add(100*year)).IsZero() {
+	if v := find.Names[0].version(); v.At.IsZero() || !v.After.IsZero() || find.Names[1].deleted().At.IsZero() {
 		t.Errorf("names are %+v", find.Names)
 	}
 	at := time.Date(2026, 11, 30, 1, 2, 3, 4, time.UTC)
@@ -297,6 +298,17 @@ func TestTwins(t *testing.T) {
 			t.Errorf("run %s has a twin", run)
 		}
 	}
+	for i := range 3 * maxInstances {
+		ask("often", fmt.Sprint(i))
+	}
+	if n := len(b.peers.get("often").instances); n > maxInstances {
+		t.Errorf("%d runs of a peer are remembered, want at most %d", n, maxInstances)
+	}
+	for _, run := range []string{"a", "b", "a"} {
+		if ask("long", strings.Repeat(run, 65)).Twin != "" {
+			t.Error("a name that no run has is taken for one")
+		}
+	}
 	ask(a.id, "1")
 	ask(a.id, "2")
 	if ask(a.id, "1").Twin == "" || ask(a.id, "2").Twin == "" || b.peerOn(t, a.id).State != p2p.PeerCloned || !log.has("two hosts have the same identity") {
@@ -307,6 +319,9 @@ func TestTwins(t *testing.T) {
 	}
 	if got := a.peerOn(t, a.id); got.State != p2p.PeerCloned || !strings.Contains(got.Reason, "peer.key") || !logA.has("identity of this one") {
 		t.Errorf("the host itself says %+v", got)
+	}
+	if b.instance.found(strings.Repeat("x", maxJSON)); len(b.instance.other()) > 1024 {
+		t.Errorf("where its twin is is said with %d bytes", len(b.instance.other()))
 	}
 }
 
@@ -333,7 +348,12 @@ func TestTwinAtAnAddress(t *testing.T) {
 
 func mustParse(t *testing.T, m deleteMessage) pieces.Delete {
 	t.Helper()
-	d, err := m.parse(time.Now())
+	return mustParseAt(t, m, time.Now())
+}
+
+func mustParseAt(t *testing.T, m deleteMessage, now time.Time) pieces.Delete {
+	t.Helper()
+	d, err := m.parse(now)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -174,7 +174,7 @@ func (s *Swarm) serveFind(w http.ResponseWriter, r *http.Request, from peer.ID) 
 			return err
 		}
 		if state := reply.Names[i]; state != nil && s.opts.Mode == NeverServe {
-			*state = nameState{Deleted: state.Deleted, DeletedAfter: state.DeletedAfter} // what it stands for could not be had here
+			*state = nameState{Deleted: state.Deleted, DeletedAfter: state.DeletedAfter, DeletedAge: state.DeletedAge} // what it stands for could not be had here
 		}
 		if state := reply.Names[i]; state != nil && protocolOf(r) == 1 {
 			// It would refuse the whole answer for a date that is far ahead.

@@ -662,9 +662,20 @@ func (s *Swarm) afterAll(ctx context.Context, names []p2p.NewName) []p2p.NewName
 	defer cancel()
 	for i := range names {
 		n := &names[i]
+		mine, err := s.nameState(ctx, n.Tag, n.Name)
+		if err != nil {
+			continue // the store will say why
+		}
 		l := s.lookup(ctx, &findRequest{Names: []nameRef{{n.Tag, n.Name}}}, nameKey(n.Tag, n.Name), true)
 		for a := range l.answers {
-			if at := a.reply.Names[0].latest(s.store.Limit()); at.After(n.After) {
+			theirs := a.reply.Names[0]
+			if theirs == nil {
+				continue
+			}
+			if at := theirs.Updated; at.After(n.After) && (mine == nil || !s.store.Covers(mine.gone(s.store.Limit()), at)) {
+				n.After = at
+			}
+			if at := theirs.gone(s.store.Limit()).Last(s.store.Limit()); at.After(n.After) {
 				n.After = at
 			}
 		}

@@ -2,6 +2,7 @@ package swarm
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/binary"
 	"encoding/json"
@@ -180,6 +181,7 @@ type nameState struct {
 	Deleted time.Time     `json:"deleted"`         // zero: not that it knows
 	// DeletedAfter is pieces.Version.After of the delete.
 	DeletedAfter time.Time `json:"deletedAfter,omitzero"`
+	DeletedAge   int64     `json:"deletedAge,omitempty"` // seconds since it was made
 }
 
 // version returns when the name was moved.
@@ -190,29 +192,31 @@ func (n *nameState) deleted() pieces.Version {
 	return pieces.Version{At: n.Deleted, After: n.DeletedAfter}
 }
 
-// latest returns the latest move that a peer knows of, or the latest delete that is
-// dated up to limit; zero of nil.
-func (n *nameState) latest(limit time.Time) time.Time {
-	if n == nil {
-		return time.Time{}
-	}
-	gone := pieces.Delete{At: n.Deleted, After: n.DeletedAfter}.Last(limit)
-	if gone.After(n.Updated) {
-		return gone
-	}
-	return n.Updated
+// gone returns the delete that is told of; limit is the one of now.
+func (n *nameState) gone(limit time.Time) pieces.Delete {
+	return pieces.Delete{At: n.Deleted, After: n.DeletedAfter, Limit: limit.Add(-time.Duration(n.DeletedAge) * time.Second)}
 }
 
-// lastStamp bounds the dates that peers may tell. They order imports, moves and
-// deletes, and are mostly, but not only, what the clock of some host has said: there
-// has to be a later one.
-var lastStamp = time.Date(9000, 1, 1, 0, 0, 0, 0, time.UTC)
-
-// checkStamps refuses dates that are none.
+// checkStamps refuses dates that are none. They order imports, moves and deletes, and
+// are mostly, but not only, what the clock of some host has said.
 func checkStamps(all ...time.Time) error {
 	for _, t := range all {
-		if t.After(lastStamp) || !t.IsZero() && t.Before(firstStamp) {
+		if t.After(pieces.LastStamp) || !t.IsZero() && t.Before(firstStamp) {
 			return fmt.Errorf("%w: the date %s", errMessage, t)
+		}
+	}
+	return nil
+}
+
+// checkVersions refuses versions that there can't be: what is dated before what it came
+// after could never be outdone, or deleted, in order.
+func checkVersions(all ...pieces.Version) error {
+	for _, v := range all {
+		if v.After.After(v.At) {
+			return fmt.Errorf("%w: what is dated %s came after %s", errMessage, v.At, v.After)
+		}
+		if err := checkStamps(v.At, v.After); err != nil {
+			return err
 		}
 	}
 	return nil
@@ -258,7 +262,7 @@ type deleteMessage struct {
 	CID      string      `json:"cid"`
 	At       time.Time   `json:"at"`
 	After    time.Time   `json:"after,omitzero"` // zero: At
-	Age      int64       `json:"age,omitempty"`  // seconds since it was made; with After
+	Age      int64       `json:"age,omitempty"`  // seconds since it was made
 	Seen     []time.Time `json:"seen,omitempty"` // pieces.Delete.Seen
 	Force    bool        `json:"force,omitempty"`
 	NameOnly bool        `json:"nameOnly,omitempty"`
@@ -286,11 +290,11 @@ func (m deleteMessage) parse(now time.Time) (pieces.Delete, error) {
 	if m.At.IsZero() || m.Age < 0 || m.Age > maxAge || len(m.Seen) > pieces.MaxSeen {
 		return pieces.Delete{}, fmt.Errorf("%w: delete of %s at %s, %d seconds ago", errMessage, cid, m.At, m.Age)
 	}
-	if err := checkStamps(append(m.Seen, m.At, m.After)...); err != nil {
+	if err := cmp.Or(checkVersions(pieces.Version{At: m.At, After: m.After}), checkStamps(m.Seen...)); err != nil {
 		return pieces.Delete{}, fmt.Errorf("delete of %s: %w", cid, err)
 	}
 	made := now.Add(-time.Duration(m.Age) * time.Second)
-	if m.After.IsZero() && m.At.Before(now) { // by a peer that tells nothing else
+	if m.After.IsZero() && m.Age == 0 && m.At.Before(now) { // by a peer that tells nothing else
 		made = m.At
 	}
 	return pieces.Delete{
