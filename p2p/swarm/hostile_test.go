@@ -27,11 +27,19 @@ var (
 	hostileSeed = flag.Uint64("swarm.seed", 1, "seed of the first of them")
 )
 
-// A lie is what a hostile peer does with the requests for one blob, of which it
+// A lie is what a hostile peer does with the requests for one subject, of which it
 // has all. It answers others as an honest one does.
 type lie struct {
 	name string
-	make func(r *mathrand.Rand, task p2p.Task, data []byte, honest http.Handler) http.Handler
+	make func(r *mathrand.Rand, about subject, honest http.Handler) http.Handler
+}
+
+// subject is what is lied about: a file, and the name that leads to it. The name stood for
+// another manifest of it before, and was deleted.
+type subject struct {
+	task    p2p.Task
+	data    []byte
+	deleted []pieces.Delete // of the name, and of what went with it
 }
 
 var lies = []lie{
@@ -69,7 +77,7 @@ var lies = []lie{
 		}
 		send(w, answer)
 	})},
-	{"no pieces", func(_ *mathrand.Rand, _ p2p.Task, _ []byte, honest http.Handler) http.Handler {
+	{"no pieces", func(_ *mathrand.Rand, _ subject, honest http.Handler) http.Handler {
 		return instead(honest, pathPieces, func(w http.ResponseWriter, r *http.Request) {
 			body, _ := io.ReadAll(r.Body)
 			req, err := parsePieceRequest(body)
@@ -80,11 +88,11 @@ var lies = []lie{
 			w.Write(b)
 		})
 	}},
-	{"refuses", func(r *mathrand.Rand, _ p2p.Task, _ []byte, honest http.Handler) http.Handler {
+	{"refuses", func(r *mathrand.Rand, _ subject, honest http.Handler) http.Handler {
 		code := []int{400, 403, 404, 409, 429, 500, 503}[r.IntN(7)]
 		return instead(honest, pathPieces, func(w http.ResponseWriter, r *http.Request) { http.Error(w, "no", code) })
 	}},
-	{"stalls", func(r *mathrand.Rand, _ p2p.Task, _ []byte, honest http.Handler) http.Handler {
+	{"stalls", func(r *mathrand.Rand, _ subject, honest http.Handler) http.Handler {
 		path := []string{pathPieces, pathLinks}[r.IntN(2)]
 		return instead(honest, path, func(w http.ResponseWriter, r *http.Request) {
 			io.Copy(io.Discard, r.Body)
@@ -134,18 +142,119 @@ var lies = []lie{
 	{"nothing at all", forger(func(_ *mathrand.Rand, table *digest.Table, _ []byte) (*digest.Table, []byte) {
 		return &digest.Table{Digest: table.Digest, PieceLength: digest.MinPieceLength}, nil
 	})},
-	{"hints to nobody", func(r *mathrand.Rand, _ p2p.Task, _ []byte, honest http.Handler) http.Handler {
+	{"hints to nobody", func(r *mathrand.Rand, _ subject, honest http.Handler) http.Handler {
 		return editStates(honest, func(t *taskState) {
 			t.Hints = append(t.Hints, hint{"12D3KooWnobody", []string{"/ip4/127.0.0.1/tcp/1"}}, hint{"", nil})
 		})
 	}},
-	{"nonsense in answers", func(r *mathrand.Rand, _ p2p.Task, _ []byte, honest http.Handler) http.Handler {
+	{"nonsense in answers", func(r *mathrand.Rand, _ subject, honest http.Handler) http.Handler {
 		return edit(honest, pathFind, func(w http.ResponseWriter, _ *http.Request, answer *httptest.ResponseRecorder) {
 			b := answer.Body.Bytes()
 			b[r.IntN(len(b))] ^= byte(1 + r.IntN(255))
 			w.Write(b)
 		})
 	}},
+}
+
+// nameLies are about names, manifests and deletes.
+var nameLies = []lie{
+	{"a name of earlier", onNames(func(r *mathrand.Rand, about subject) nameState {
+		return nameState{Digest: about.task.Digest, Updated: before(about, r)}
+	})},
+	{"a name of later", onNames(func(r *mathrand.Rand, about subject) nameState {
+		return nameState{Digest: about.task.Digest, Updated: later(r)}
+	})},
+	{"a name that was deleted", onNames(func(r *mathrand.Rand, about subject) nameState {
+		return nameState{Digest: about.task.Digest, Updated: about.deleted[0].At, After: about.deleted[0].After}
+	})},
+	{"a delete of later", onNames(func(r *mathrand.Rand, about subject) nameState {
+		return nameState{Deleted: later(r)}
+	})},
+	{"a delete of what came after it", onNames(func(r *mathrand.Rand, about subject) nameState {
+		return nameState{Deleted: before(about, r), DeletedAfter: later(r)}
+	})},
+	{"deletes once more", onDeletes(func(_ *mathrand.Rand, about subject) []pieces.Delete { return about.deleted })},
+	{"deletes of later", onDeletes(func(r *mathrand.Rand, about subject) (all []pieces.Delete) {
+		for _, d := range about.deleted {
+			d.At, d.After = time.Now().Add(2*pieces.MaxAhead), time.Time{}
+			all = append(all, d)
+		}
+		return all
+	})},
+	{"deletes of what came after them", onDeletes(func(r *mathrand.Rand, about subject) (all []pieces.Delete) {
+		for _, d := range about.deleted {
+			d.After = later(r)
+			all = append(all, d)
+		}
+		return all
+	})},
+	{"deletes of another tag", onDeletes(func(r *mathrand.Rand, about subject) (all []pieces.Delete) {
+		for _, d := range about.deleted {
+			d.Tag, d.At, d.After, d.Soft, d.Force = "other", time.Now(), time.Time{}, false, true
+			all = append(all, d)
+		}
+		return all
+	})},
+	{"another manifest", onManifests(func(r *mathrand.Rand, w http.ResponseWriter, b []byte) {
+		b[r.IntN(len(b))] ^= byte(1 + r.IntN(255))
+		w.Write(b)
+	})},
+	{"a manifest and more", onManifests(func(r *mathrand.Rand, w http.ResponseWriter, b []byte) {
+		w.Write(append(b, make([]byte, 1+r.IntN(10_000))...))
+	})},
+	{"a manifest that breaks off", onManifests(func(r *mathrand.Rand, w http.ResponseWriter, b []byte) {
+		w.Header().Set("Content-Length", strconv.Itoa(len(b)))
+		w.Write(b[:r.IntN(len(b))])
+		panic(http.ErrAbortHandler)
+	})},
+	{"a part of a manifest", onManifests(func(r *mathrand.Rand, w http.ResponseWriter, b []byte) { w.Write(b[:r.IntN(len(b))]) })},
+}
+
+// before returns a time before the name was deleted.
+func before(about subject, r *mathrand.Rand) time.Time {
+	return about.deleted[0].At.Add(-time.Duration(1 + r.Int64N(int64(year))))
+}
+
+// later returns a time that is later than now.
+func later(r *mathrand.Rand) time.Time {
+	return []time.Time{
+		time.Now().Add(30 * time.Minute), time.Now().Add(2 * time.Hour), time.Now().Add(year), time.Now().Add(100 * year), pieces.LastStamp.Add(-1), pieces.LastStamp,
+	}[r.IntN(6)]
+}
+
+// onNames tells this of the name, whatever is known of it.
+func onNames(state func(*mathrand.Rand, subject) nameState) func(*mathrand.Rand, subject, http.Handler) http.Handler {
+	return func(r *mathrand.Rand, about subject, honest http.Handler) http.Handler {
+		n := state(r, about)
+		return edit(honest, pathFind, func(w http.ResponseWriter, _ *http.Request, answer *httptest.ResponseRecorder) {
+			var reply findReply
+			json.Unmarshal(answer.Body.Bytes(), &reply)
+			for i := range reply.Names {
+				reply.Names[i] = &n
+			}
+			json.NewEncoder(w).Encode(reply)
+		})
+	}
+}
+
+// onDeletes tells whoever it meets of deletes.
+func onDeletes(deletes func(*mathrand.Rand, subject) []pieces.Delete) func(*mathrand.Rand, subject, http.Handler) http.Handler {
+	return func(r *mathrand.Rand, about subject, honest http.Handler) http.Handler {
+		reply := deletesReply{}
+		for _, d := range deletes(r, about) {
+			reply.Deletes = append(reply.Deletes, deleteMessageOf(d, time.Now()))
+		}
+		return instead(honest, pathDeletes, func(w http.ResponseWriter, _ *http.Request) { json.NewEncoder(w).Encode(reply) })
+	}
+}
+
+// onManifests changes manifests.
+func onManifests(f func(*mathrand.Rand, http.ResponseWriter, []byte)) func(*mathrand.Rand, subject, http.Handler) http.Handler {
+	return func(r *mathrand.Rand, _ subject, honest http.Handler) http.Handler {
+		return edit(honest, pathBlob, func(w http.ResponseWriter, _ *http.Request, answer *httptest.ResponseRecorder) {
+			f(r, w, answer.Body.Bytes())
+		})
+	}
 }
 
 // tableOf makes the piece table of data with the algorithm of d.
@@ -213,8 +322,8 @@ func editStates(honest http.Handler, f func(*taskState)) http.Handler {
 }
 
 // onPieces changes the honest answers that have pieces.
-func onPieces(f func(*mathrand.Rand, http.ResponseWriter, *httptest.ResponseRecorder)) func(*mathrand.Rand, p2p.Task, []byte, http.Handler) http.Handler {
-	return func(r *mathrand.Rand, _ p2p.Task, _ []byte, honest http.Handler) http.Handler {
+func onPieces(f func(*mathrand.Rand, http.ResponseWriter, *httptest.ResponseRecorder)) func(*mathrand.Rand, subject, http.Handler) http.Handler {
+	return func(r *mathrand.Rand, _ subject, honest http.Handler) http.Handler {
 		var mu sync.Mutex
 		seed := r.Uint64()
 		return edit(honest, pathPieces, func(w http.ResponseWriter, _ *http.Request, answer *httptest.ResponseRecorder) {
@@ -228,14 +337,19 @@ func onPieces(f func(*mathrand.Rand, http.ResponseWriter, *httptest.ResponseReco
 }
 
 // forger serves other links than the true ones, and pieces that fit them as far as they can.
-func forger(forge func(*mathrand.Rand, *digest.Table, []byte) (*digest.Table, []byte)) func(*mathrand.Rand, p2p.Task, []byte, http.Handler) http.Handler {
-	return func(r *mathrand.Rand, task p2p.Task, data []byte, honest http.Handler) http.Handler {
-		table, forged := forge(r, tableOf(task.Digest, data), data)
+func forger(forge func(*mathrand.Rand, *digest.Table, []byte) (*digest.Table, []byte)) func(*mathrand.Rand, subject, http.Handler) http.Handler {
+	return func(r *mathrand.Rand, about subject, honest http.Handler) http.Handler {
+		d := about.task.Digest
+		table, forged := forge(r, tableOf(d, about.data), about.data)
 		l := links{table.Size, table.Chain}
-		hash := l.hash(task.Digest)
+		hash := l.hash(d)
 		lastStalls := r.IntN(2) == 0
 		h := instead(honest, pathLinks, func(w http.ResponseWriter, r *http.Request) { w.Write(l.append(nil)) })
-		h = editStates(h, func(t *taskState) { t.Size, t.Held = table.Size, nil })
+		h = editStates(h, func(t *taskState) {
+			if !t.Manifest {
+				t.Size, t.Held = table.Size, nil
+			}
+		})
 		return instead(h, pathPieces, func(w http.ResponseWriter, r *http.Request) {
 			body, _ := io.ReadAll(r.Body)
 			req, err := parsePieceRequest(body)
@@ -263,8 +377,9 @@ func forger(forge func(*mathrand.Rand, *digest.Table, []byte) (*digest.Table, []
 }
 
 // TestHostile runs swarms in which at least half of those who say that they have
-// a blob lie about it. With one honest source the blob arrives, nothing wrong is
-// stored, and nobody else is taken for a liar.
+// a file lie about it, and about the name that leads to it. With one honest source the
+// file arrives under its name, nothing wrong is stored, and nobody else is taken for a liar;
+// and what the honest ones have stays where it is.
 func TestHostile(t *testing.T) {
 	var failed atomic.Bool
 	for run := range *hostileRuns {
@@ -290,36 +405,58 @@ func hostile(t *testing.T, seed uint64) {
 	}
 	h := newHub()
 	data := content(2*digest.MinPieceLength+r.IntN(4<<20), seed)
-	task := p2p.Task{Tag: "models", Digest: digest.SHA256.FromBytes(data)}
-	honest := 1 + r.IntN(2)
-	var fair []*testPeer
-	for range honest {
-		p := h.start(t, short)
-		p.add(t, task.Tag, data)
-		fair = append(fair, p)
+	about := subject{task: p2p.Task{Tag: "models", Digest: digest.SHA256.FromBytes(data)}, data: data}
+	first := h.start(t, withManifests, short)
+	first.push(t, "models", "v1", "", []byte("of before"))
+	first.delete(t, "models", "v1", p2p.DeleteOptions{})
+	var err error
+	if about.deleted, _, err = first.store.Deletes(t.Context(), 0, maxDeletes); err != nil || len(about.deleted) < 3 {
+		t.Fatalf("there are %d deletes, %v", len(about.deleted), err)
+	}
+	gone := about.deleted[0]
+	about.deleted = append(about.deleted, pieces.Delete{Tag: about.task.Tag, CID: digest.FromDigest(about.task.Digest), At: gone.At, Made: gone.Made, Soft: true})
+	honest := []*testPeer{first}
+	if r.IntN(2) == 0 {
+		honest = append(honest, h.start(t, withManifests, short))
 	}
 	var told []string
-	for range honest + r.IntN(2) {
-		l := lies[r.IntN(len(lies))]
-		told = append(told, l.name)
-		liar := h.start(t, short, func(o *Options) {
+	var liars []*testPeer
+	for range len(honest) + r.IntN(2) {
+		l, n := lies[r.IntN(len(lies))], nameLies[r.IntN(len(nameLies))]
+		told = append(told, l.name, n.name)
+		liars = append(liars, h.start(t, withManifests, short, func(o *Options) {
 			o.tamper = func(handler http.Handler) http.Handler {
-				return l.make(mathrand.New(&lockedSource{src: mathrand.NewPCG(r.Uint64(), 1)}), task, data, handler)
+				tell := func(l lie, handler http.Handler) http.Handler {
+					return l.make(mathrand.New(&lockedSource{src: mathrand.NewPCG(r.Uint64(), 1)}), about, handler)
+				}
+				return tell(l, tell(n, handler))
 			}
-		})
-		liar.add(t, task.Tag, data)
+		}))
 	}
-	t.Logf("seed %d: %d honest, lies: %q, %d bytes", seed, honest, told, len(data))
+	t.Logf("seed %d: %d honest, lies: %q, %d bytes", seed, len(honest), told, len(data))
+	var manifest p2p.Task
+	for _, p := range append(honest, liars...) { // what comes last counts
+		manifest = p.push(t, "models", "v1", "", data)
+	}
 	var reading sync.WaitGroup
-	for range 1 + r.IntN(2) {
-		b := h.start(t, short)
-		fair = append(fair, b)
+	readers := make([]*testPeer, 1+r.IntN(2))
+	for i := range readers {
+		b := h.start(t, withManifests, short)
+		readers[i] = b
 		reading.Go(func() {
 			// A reader that was given what was proven wrong reads again.
 			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 			defer cancel()
 			for attempt := 1; ; attempt++ {
-				got, err := b.read(ctx, task)
+				info, err := b.Stat(ctx, "models", cidOf(t, "v1"), p2p.StatOptions{Manifest: true, Keep: true})
+				if err == nil && info.Task != manifest {
+					t.Errorf("seed %d: the name leads to %s, want %s", seed, info.Task, manifest)
+					return
+				}
+				var got []byte
+				if err == nil {
+					got, err = b.read(ctx, about.task)
+				}
 				if err == nil && bytes.Equal(got, data) {
 					break
 				}
@@ -333,7 +470,7 @@ func hostile(t *testing.T, seed uint64) {
 				}
 				t.Logf("seed %d: attempt %d: %v", seed, attempt, err)
 			}
-			b.wantStored(t, task)
+			b.wantStored(t, about.task)
 			_, err := b.store.Check(ctx, func(p pieces.Problem) { t.Errorf("seed %d: stored: %s", seed, p) })
 			if err != nil {
 				t.Error(err)
@@ -341,7 +478,11 @@ func hostile(t *testing.T, seed uint64) {
 		})
 	}
 	reading.Wait()
+	fair := append(honest, readers...)
 	for _, p := range fair {
+		if info, err := p.statName(t, "models", "v1", p2p.StatOptions{Scope: p2p.Local, Manifest: true}); err != nil || info.Task != manifest || len(info.Manifest.Refs) != 1 {
+			t.Errorf("seed %d: in the end the name is %+v, %v", seed, info, err)
+		}
 		for _, other := range fair {
 			if seen := p.peerOn(t, other.id); seen.Faults > 0 {
 				t.Errorf("seed %d: one that does not lie is said to: %s", seed, seen.Reason)

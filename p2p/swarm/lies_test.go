@@ -116,7 +116,7 @@ func TestLies(t *testing.T) {
 		"a chain that is too long":  {linked(append(chain, 0)), "malformed"},
 		"no chain":                  {linked(chain[:7]), "another length"},
 		"a chain of other content": {func(honest http.Handler) http.Handler {
-			return forged(mathrand.New(mathrand.NewPCG(4, 1)), p2p.Task{Digest: table.Digest}, data, honest)
+			return forged(mathrand.New(mathrand.NewPCG(4, 1)), subject{task: p2p.Task{Digest: table.Digest}, data: data}, honest)
 		}, "do not fit"},
 		"that it is empty": {func(honest http.Handler) http.Handler {
 			return editStates(honest, func(s *taskState) { s.Size, s.Held = 0, nil })
