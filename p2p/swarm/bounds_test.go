@@ -110,6 +110,142 @@ func TestRequestsOfManyElements(t *testing.T) {
 	}
 }
 
+// TestMalformedAnswers: an answer that can't be one to what was asked is refused, whatever else it says.
+func TestMalformedAnswers(t *testing.T) {
+	h := newHub()
+	var answer findReply
+	liar := h.start(t, func(o *Options) {
+		o.tamper = func(honest http.Handler) http.Handler {
+			return instead(honest, pathFind, func(w http.ResponseWriter, _ *http.Request) { writeJSON(w, &answer) })
+		}
+	})
+	a := h.start(t)
+	d, now := digest.SHA256.FromString("x"), time.Now()
+	one := findRequest{Tasks: make([]taskRef, 1), Names: make([]nameRef, 1), Referrers: make([]taskRef, 1)}
+	tasks := func(all ...*taskState) findReply {
+		return findReply{Tasks: all, Names: make([]*nameState, 1), Referrers: make([][]digest.Digest, 1)}
+	}
+	names := func(all ...*nameState) findReply {
+		return findReply{Tasks: make([]*taskState, 1), Names: all, Referrers: make([][]digest.Digest, 1)}
+	}
+	referrers := func(all ...[]digest.Digest) findReply {
+		return findReply{Tasks: make([]*taskState, 1), Names: make([]*nameState, 1), Referrers: all}
+	}
+	for what, reply := range map[string]findReply{
+		"no task":                    tasks(),
+		"two tasks":                  tasks(nil, nil),
+		"no name":                    names(),
+		"two names":                  names(nil, nil),
+		"no referrers":               referrers(),
+		"referrers of two":           referrers(nil, nil),
+		"a size below zero":          tasks(&taskState{Size: -1}),
+		"a size beyond all":          tasks(&taskState{Size: maxPieces*digest.MaxPieceLength + 1}),
+		"a part of another size":     tasks(&taskState{Size: 5 * digest.MinPieceLength, Held: []byte{1, 2}}),
+		"a name for no digest":       names(&nameState{Digest: "sha256:x", Updated: now}),
+		"a delete of tomorrow":       names(&nameState{Deleted: now, DeletedAge: -1}),
+		"a delete of long ago":       names(&nameState{Deleted: now, DeletedAge: maxAge + 1}),
+		"a referrer without digest":  referrers([]digest.Digest{d, "x"}),
+		"more referrers than may be": referrers(slices.Repeat([]digest.Digest{d}, 2*maxReferrers)),
+	} {
+		answer = reply
+		if got, err := a.client.find(t.Context(), liar.id, &one); !errors.Is(err, errMessage) {
+			t.Errorf("%s: %+v, %v; want %v", what, got, err, errMessage)
+		}
+	}
+	answer = tasks(&taskState{Size: 1, Hints: make([]hint, 2*maxHints)})
+	if got, err := a.client.find(t.Context(), liar.id, &one); err != nil || len(got.Tasks[0].Hints) != maxHints {
+		t.Errorf("an answer that names %d peers: %+v, %v; want %d of them", 2*maxHints, got, err, maxHints)
+	}
+}
+
+// TestRequestsAreBounded: more questions than one request may have are refused, and so is a blob at once that is no manifest.
+func TestRequestsAreBounded(t *testing.T) {
+	h := newHub()
+	a, b := h.start(t), h.start(t)
+	large := a.add(t, "t", content(p2p.MaxManifest+1, 1))
+	refused := func(what string, err error) {
+		t.Helper()
+		if e, ok := errors.AsType[*statusError](err); !ok || e.code != http.StatusBadRequest {
+			t.Errorf("%s: %v; want it refused", what, err)
+		}
+	}
+	task, name := taskRef(large), nameRef{"t", "v1"}
+	for what, req := range map[string]findRequest{
+		"tasks":      {Tasks: slices.Repeat([]taskRef{task}, maxFind+1)},
+		"names":      {Names: slices.Repeat([]nameRef{name}, maxFind+1)},
+		"referrers":  {Referrers: slices.Repeat([]taskRef{task}, maxFind+1)},
+		"all kinds":  {Tasks: slices.Repeat([]taskRef{task}, maxFind/2), Names: slices.Repeat([]nameRef{name}, maxFind/2), Referrers: []taskRef{task}},
+		"no digest":  {Tasks: []taskRef{{"t", "x"}}},
+		"no name":    {Names: []nameRef{{"t", string(task.Digest)}}},
+		"no tag":     {Names: []nameRef{{"../t", "v1"}}},
+		"no subject": {Referrers: []taskRef{{"t", "x"}}},
+	} {
+		_, err := b.client.find(t.Context(), a.id, &req)
+		refused(what, err)
+	}
+	_, err := b.client.do(t.Context(), b.client.http, a.id, http.MethodGet, pathBlob, taskQuery(large), nil)
+	refused("a large blob at once", err)
+}
+
+// TestMalformedDeletes: a delete that is none is not done, and keeps nobody from learning of others.
+func TestMalformedDeletes(t *testing.T) {
+	now := time.Now()
+	d := digest.SHA256.FromString("x").String()
+	for _, m := range []deleteMessage{
+		{Tag: "../t", CID: "v1"}, {CID: "no:cid"}, {CID: ""}, {CID: "v1", Soft: true}, {CID: d, NameOnly: true},
+	} {
+		m.At = now
+		if got, err := m.parse(now); err == nil {
+			t.Errorf("%+v is taken for %+v", m, got)
+		}
+	}
+	h := newHub()
+	a := h.start(t)
+	var first, second, tooMany deletesReply
+	for _, reply := range []*deletesReply{&first, &second} {
+		task := a.add(t, "t", content(1000, uint64(len(first.Deletes))))
+		reply.Deletes = []deleteMessage{{Tag: "../t", CID: "v1", At: now}, {Tag: "t", CID: string(task.Digest), At: a.wantStored(t, task).Origin}}
+	}
+	first.Next = 7
+	kept := a.add(t, "t", content(1000, 9))
+	forgotten := deleteMessage{Tag: "t", CID: string(kept.Digest), At: a.wantStored(t, kept).Origin, Age: int64(2 * a.Swarm.opts.RememberDeletes / time.Second)}
+	first.Deletes = append(first.Deletes, forgotten)
+	tooMany.Deletes = slices.Repeat(first.Deletes[1:2], maxDeletes+1)
+	liar := h.start(t, func(o *Options) {
+		o.tamper = func(honest http.Handler) http.Handler {
+			return instead(honest, pathDeletes, func(w http.ResponseWriter, r *http.Request) {
+				switch after := r.FormValue("after"); {
+				case r.Method == http.MethodPost:
+					writeJSON(w, &deletesResult{})
+				case after == "0":
+					writeJSON(w, &first)
+				case after == "7":
+					writeJSON(w, &second)
+				default:
+					writeJSON(w, &tooMany)
+				}
+			})
+		}
+	})
+	for _, reply := range []deletesReply{first, second} {
+		a.gone(t, "t", reply.Deletes[1].CID)
+	}
+	a.wantStored(t, kept) // of which the delete is so old that it is remembered by nobody else
+	first.Next = 8
+	if err := a.learnDeletes(t.Context(), liar.id); !errors.Is(err, errMessage) {
+		t.Errorf("more deletes in an answer than may be: %v, want %v", err, errMessage)
+	}
+	req := deletesRequest{Deletes: tooMany.Deletes}
+	err := liar.client.call(t.Context(), liar.client.streams, a.id, http.MethodPost, pathDeletes, &req, &deletesResult{})
+	if e, ok := errors.AsType[*statusError](err); !ok || e.code != http.StatusBadRequest {
+		t.Errorf("more deletes in a request than may be: %v; want it refused", err)
+	}
+	task := a.add(t, "t", content(1000, 3))
+	if deleted := a.delete(t, "t", string(task.Digest), p2p.DeleteOptions{}); deleted.Reached != 0 || len(deleted.Missed) != 1 {
+		t.Errorf("who answers nothing to a delete is said to have done it: %+v", deleted)
+	}
+}
+
 // TestInbox: of long messages only so many are taken in at once as there is room for;
 // short ones do not wait for them.
 func TestInbox(t *testing.T) {
@@ -123,6 +259,9 @@ func TestInbox(t *testing.T) {
 			t.Fatal(err)
 		}
 		held = append(held, done)
+	}
+	if in.room.TryAcquire(1) {
+		t.Error("long messages take no room")
 	}
 	if b, _, err := in.read(ctx, bytes.NewReader(make([]byte, shortMessage)), maxJSON); err != nil || len(b) != shortMessage {
 		t.Errorf("a short message: %d bytes, %v", len(b), err)

@@ -556,5 +556,19 @@ func TestForgedManifest(t *testing.T) {
 		if !b.peers.get(a.id).isShunned() {
 			t.Error("who forges manifests is not shunned")
 		}
+		c, manifest := h.start(t), []byte("manifest")
+		a.Close()
+		liar := h.start(t, func(o *Options) {
+			o.tamper = func(honest http.Handler) http.Handler {
+				return instead(honest, pathBlob, func(w http.ResponseWriter, _ *http.Request) { w.Write(make([]byte, len(manifest))) })
+			}
+		})
+		liar.add(t, "", manifest)
+		c.add(t, "", manifest)
+		if got, err := b.fetchManifest(t.Context(), task, liar.id); err != nil || !bytes.Equal(got, manifest) {
+			t.Errorf("where another peer has the true one: %q, %v", got, err)
+		}
+		liar.Close()
+		c.Close()
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"os"
 	"reflect"
 	"runtime"
@@ -274,6 +275,16 @@ func TestModes(t *testing.T) {
 	}
 	if _, err := seed.read(t.Context(), elsewhere); !errors.Is(err, p2p.ErrNotFound) {
 		t.Errorf("by one that fetches nothing: %v, want %v", err, p2p.ErrNotFound)
+	}
+	never.push(t, "", "v1", "", []byte("layer"))
+	wantNoName(t, "of one that serves nothing", "", "v1", full)
+	full.push(t, "", "v2", "", []byte("layer"))
+	for _, p := range []*testPeer{seed, never} {
+		query := url.Values{"cid": {"v2"}}
+		err := full.client.callQuery(t.Context(), full.client.streams, p.id, http.MethodPost, pathReplicate, query, nil, nil)
+		if e, ok := errors.AsType[*statusError](err); !ok || e.code != http.StatusForbidden {
+			t.Errorf("one that is %s is asked to hold something: %v; want it refused", p.opts.Mode, err)
+		}
 	}
 }
 

@@ -4,6 +4,9 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
 	"slices"
 	"testing"
 	"time"
@@ -91,7 +94,8 @@ func (p *testPeer) statName(t testing.TB, tag, name string, opts p2p.StatOptions
 
 func TestNames(t *testing.T) {
 	h := newHub()
-	a, b, c := h.start(t, withManifests), h.start(t, withManifests), h.start(t, withManifests)
+	var log record
+	a, b, c := h.start(t, withManifests), h.start(t, withManifests, log.with), h.start(t, withManifests)
 	first := a.push(t, "models", "v1", "", []byte("one"), []byte("two"))
 
 	info, err := b.statName(t, "models", "v1", p2p.StatOptions{Manifest: true})
@@ -134,6 +138,9 @@ func TestNames(t *testing.T) {
 	c.Close()
 	if info, err = b.statName(t, "models", "v1", p2p.StatOptions{Manifest: true}); err != nil || info.Task != second {
 		t.Errorf("alone again: %+v, %v", info, err)
+	}
+	if log.has("could not see each other") {
+		t.Error("moves that came one after the other are taken for others")
 	}
 }
 
@@ -394,6 +401,76 @@ func TestDeleteIsToldToWhoMissedIt(t *testing.T) {
 	b.gone(t, "models", string(task.Digest))
 }
 
+// What was deleted does not come back from who goes on telling of it.
+func TestDeletedStaysDeleted(t *testing.T) {
+	h := newHub()
+	a := h.start(t, withManifests)
+	manifest := a.push(t, "models", "v1", "", []byte("layer"))
+	task := a.add(t, "models", []byte("a blob"))
+	name, err := a.nameState(t.Context(), "models", "v1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	state, err := a.taskState(t.Context(), task, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	state.Referred = true // which only force deletes
+	h.start(t, func(o *Options) {
+		o.tamper = func(honest http.Handler) http.Handler {
+			return edit(honest, pathFind, func(w http.ResponseWriter, _ *http.Request, answer *httptest.ResponseRecorder) {
+				var reply findReply
+				json.Unmarshal(answer.Body.Bytes(), &reply)
+				for i := range reply.Names {
+					reply.Names[i] = name
+				}
+				for i := range reply.Tasks {
+					reply.Tasks[i] = state
+				}
+				writeJSON(w, &reply)
+			})
+		}
+	})
+	wantName(t, "before it is deleted", "models", "v1", manifest, a)
+	a.delete(t, "models", "v1", p2p.DeleteOptions{})
+	a.delete(t, "models", string(task.Digest), p2p.DeleteOptions{Force: true})
+	wantNoName(t, "deleted", "models", "v1", a, h.start(t))
+	if info, err := a.Stat(t.Context(), "models", digest.FromDigest(task.Digest), p2p.StatOptions{}); !errors.Is(err, p2p.ErrNotFound) {
+		t.Errorf("deleted by force: %+v, %v; want %v", info, err, p2p.ErrNotFound)
+	}
+}
+
+// A delete is told on by who learns of it.
+func TestDeleteIsToldOn(t *testing.T) {
+	h := newHub()
+	a, b, c := h.start(t), h.start(t), h.start(t)
+	data := content(1000, 9)
+	task := a.add(t, "models", data)
+	c.want(t, task, data)
+	c.wantStored(t, task)
+	h.setCut(func(x, y peer.ID) bool { return x == a.id && y == c.id || x == c.id && y == a.id })
+	if deleted := a.delete(t, "models", string(task.Digest), p2p.DeleteOptions{}); deleted.Reached != 1 {
+		t.Errorf("deleted is %+v, want %s to be reached", deleted, b.id)
+	}
+	c.gone(t, "models", string(task.Digest))
+}
+
+// A delete covers what comes to be on a peer after that was asked what it has.
+func TestDeleteIsToldTwice(t *testing.T) {
+	h := newHub()
+	a, b := h.start(t), h.start(t, func(o *Options) {
+		o.tamper = func(honest http.Handler) http.Handler {
+			return instead(honest, pathFind, func(w http.ResponseWriter, _ *http.Request) { writeJSON(w, &findReply{Tasks: make([]*taskState, 1)}) })
+		}
+	})
+	data := content(1000, 10)
+	task := a.add(t, "models", data)
+	b.add(t, "models", data)
+	if deleted := a.delete(t, "models", string(task.Digest), p2p.DeleteOptions{}); deleted.Removed != 1 || len(deleted.Missed) != 0 {
+		t.Errorf("deleted is %+v, want it to be removed from %s", deleted, b.id)
+	}
+}
+
 // What was fetched while the delete could not be known goes, too: it is not newer.
 func TestDeleteOutlivesCopies(t *testing.T) {
 	h := newHub()
@@ -424,7 +501,9 @@ func TestDeleteRefused(t *testing.T) {
 	a, b := h.start(t, withManifests), h.start(t, withManifests)
 	layer := []byte("the layer")
 	b.push(t, "models", "v1", "", layer)
-	task := a.add(t, "models", layer)
+	task := p2p.Task{Tag: "models", Digest: digest.SHA256.FromBytes(layer)}
+	a.want(t, task, layer)
+	a.wantStored(t, task)
 	if _, err := a.Delete(t.Context(), "models", digest.FromDigest(task.Digest), p2p.DeleteOptions{}); !errors.Is(err, p2p.ErrReferenced) {
 		t.Errorf("error is %v, want %v", err, p2p.ErrReferenced)
 	}
@@ -484,5 +563,11 @@ func TestDeleteComesTwice(t *testing.T) {
 		if err != nil || !result.Found || result.Tasks != 1 || result.News != (i == 0) {
 			t.Errorf("time %d: %+v, %v", i, result, err)
 		}
+	}
+	for i := range 2 * maxApplied {
+		a.applied.do(pieces.Delete{Tag: fmt.Sprint(i)}, func() (pieces.DeleteResult, error) { return pieces.DeleteResult{News: true}, nil })
+	}
+	if n := len(a.applied.results); n > maxApplied {
+		t.Errorf("the results of %d deletes are remembered, want at most %d", n, maxApplied)
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -306,6 +307,23 @@ func TestNoRoom(t *testing.T) {
 		}).add(t, "", data)
 	}
 	b.want(t, task, data)
+}
+
+// A download ends when what it brings is deleted.
+func TestDeletedWhileArriving(t *testing.T) {
+	h := newHub()
+	g := newGate(10)
+	a, b, c := h.start(t, g.through), h.start(t, patient(time.Minute)), h.start(t)
+	task := a.add(t, "models", content(gateSize, 38))
+	blob := b.open(t, t.Context(), task)
+	defer blob.Close()
+	arrive(t, blob, 10)
+	c.delete(t, "models", string(task.Digest), p2p.DeleteOptions{})
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	if err := blob.CopyRange(ctx, io.Discard, 0, blob.Size(), nil); !errors.Is(err, p2p.ErrNotFound) {
+		t.Errorf("what was deleted is waited for: %v", err)
+	}
 }
 
 // A part of a blob goes when its task is deleted, or the name that led to it.
