@@ -4,14 +4,18 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/dfcache/dfcache/blobstore"
 )
 
 // powerless is a file system of its own in a file, mounted where only this test sees it, of
@@ -161,6 +165,77 @@ func TestExportSurvivesPowerCut(t *testing.T) {
 			disk.cutPower()
 			if got, err := os.ReadFile(filepath.Join(disk.dir, "unsynced")); err == nil && bytes.Equal(got, data) {
 				t.Error("the power cut has cut nothing")
+			}
+		})
+	}
+}
+
+// TestAcknowledgedSurvivesPowerCut cuts the power as soon as an import, a push or a delete is
+// acknowledged: it has happened, and all before it.
+func TestAcknowledgedSurvivesPowerCut(t *testing.T) {
+	for _, kind := range []string{"ext4", "xfs"} {
+		t.Run(kind, func(t *testing.T) {
+			t.Parallel()
+			disk := newDisk(t, kind)
+			home, data := tempHome(t), filepath.Join(disk.at, "data")
+			start := func() (*daemon, *blobstore.Store, *blobstore.Repository) {
+				d := startDaemonWith(t, home, []string{"--data-dir", data}, disk.enter...)
+				store := d.dial(t)
+				return d, store, repository(t, store, "t")
+			}
+			d, store, r := start()
+			importAs := func(name string, data []byte) error {
+				_, err := r.Import(t.Context(), name, bytes.NewReader(data), blobstore.ImportOptions{})
+				return err
+			}
+			remove := func(name string) error {
+				_, err := r.Remove(t.Context(), name, blobstore.DeleteOptions{})
+				return err
+			}
+			there := map[string][]byte{}
+			for i := range 3 {
+				// The metadata has pages of its own to write to: to sync them takes nothing else to the disk.
+				for n := range 8 {
+					warm := fmt.Sprintf("warm%d.%d", i, n)
+					if err := errors.Join(importAs(warm, content(100, uint64(1000*i+n))), remove(warm)); err != nil {
+						t.Fatal(err)
+					}
+				}
+				name, own := fmt.Sprint("v", i), content(70_000, uint64(i))
+				there[name] = own
+				var err error
+				switch i {
+				case 0:
+					err = importAs(name, own)
+				case 1:
+					err = push(d.host, "t", name, own)
+				default:
+					err = errors.Join(importAs(name, own), remove(name))
+					there[name] = nil
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+				d.stop(t, syscall.SIGKILL)
+				store.Close()
+				disk.cutPower()
+				d, store, r = start()
+				for name, want := range there {
+					got, err := readWhole(t.Context(), r, name)
+					if errors.Is(err, blobstore.ErrNotFound) && want == nil {
+						continue
+					}
+					if err != nil || !bytes.Equal(got, want) {
+						t.Errorf("after power cut %d: %s has %d bytes, want %d (%v)", i, name, len(got), len(want), err)
+					}
+				}
+			}
+			store.Close()
+			d.stop(t, syscall.SIGTERM)
+			fsck := exec.Command(disk.enter[0], append(disk.enter[1:], dfdaemon, "fsck", "--data-dir", data, "--config", os.DevNull)...)
+			fsck.Env = environ(home)
+			if out, err := fsck.CombinedOutput(); err != nil {
+				t.Errorf("fsck: %v\n%s", err, out)
 			}
 		})
 	}
