@@ -1263,6 +1263,8 @@ func testRehash(t *testing.T, e p2p.Engine) {
 		}
 		return in.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: p2p.Task{Tag: "t", Digest: want}}}})
 	}
+	other := digest.SHA512.FromString("other")
+	requireError(t, "rehash what is new under the digest of something else", rehash(other), digest.ErrMismatch)
 	if err := rehash(want); err != nil {
 		t.Fatal(err)
 	}
@@ -1280,7 +1282,7 @@ func testRehash(t *testing.T, e p2p.Engine) {
 	}
 	RequireContent(t, e, p2p.Task{Tag: "t", Digest: want}, data)
 	RequireContent(t, e, first, data)
-	requireError(t, "rehash under the digest of something else", rehash(digest.SHA512.FromString("other")), digest.ErrMismatch)
+	requireError(t, "rehash under the digest of something else", rehash(other), digest.ErrMismatch)
 	requireError(t, "rehash under no digest", rehash("sha512:none"), digest.ErrInvalid)
 	in, err := e.Ingest(t.Context())
 	if err != nil {

@@ -51,17 +51,26 @@ func TestDeleteForAll(t *testing.T) {
 	if err := fetched(t, copies, layer, []byte("old"), deletes[0].At.Add(-time.Second)); err != nil {
 		t.Fatal(err)
 	}
+	taken := map[*Store]p2p.Deleted{}
 	for _, d := range deletes {
 		d.At = d.At.Add(time.Minute) // after what the peer has
 		d.After = d.At               // which whoever deleted it could see
 		for _, other := range []*Store{peer, copies} {
-			if result, err := other.ApplyDelete(t.Context(), d); err != nil || !result.News {
+			result, err := other.ApplyDelete(t.Context(), d)
+			if err != nil || !result.News {
 				t.Errorf("apply %+v: %+v, %v", d, result, err)
 			}
+			taken[other] = p2p.Deleted{Tasks: taken[other].Tasks + result.Tasks, Freed: taken[other].Freed + result.Freed}
 			if result, err := other.ApplyDelete(t.Context(), d); err != nil || result.News {
 				t.Errorf("apply %+v again: %+v, %v", d, result, err)
 			}
 		}
+	}
+	if all := taken[peer]; all.Tasks != 2 || all.Freed <= 3 {
+		t.Errorf("of an artifact of two blobs it says that there went %+v", all)
+	}
+	if all := taken[copies]; all.Tasks != 1 || all.Freed != 3 {
+		t.Errorf("of a copy of three bytes it says that there went %+v", all)
 	}
 	if holds(t, peer, "t", v0) || holds(t, peer, "t", digest.FromDigest(layer.Digest)) || holds(t, copies, "t", digest.FromDigest(layer.Digest)) {
 		t.Error("it is still there")
@@ -113,8 +122,15 @@ func TestDeleteAndOrigin(t *testing.T) {
 	// What is imported here does, and is newer than the delete, whatever the clock says.
 	enginetest.Import(t, s, "t", data)
 	info, err := s.Stat(t.Context(), "t", cid, p2p.StatOptions{})
-	if err != nil || !info.Origin.After(ahead) {
-		t.Errorf("imported again: %+v, %v", info, err)
+	if err != nil || !info.Origin.After(ahead) || info.After.Before(ahead) {
+		t.Errorf("imported again: %+v, %v; want it to be later, and to know of the delete", info, err)
+	}
+	// A copy that a peer has of an earlier import does not make it older.
+	if err := fetched(t, s, task, data, now.Add(-time.Minute)); err != nil {
+		t.Fatal(err)
+	}
+	if again, err := s.Stat(t.Context(), "t", cid, p2p.StatOptions{}); err != nil || !again.Origin.Equal(info.Origin) {
+		t.Errorf("after an older copy came: %+v, %v; want %s", again, err, info.Origin)
 	}
 	// A copy of what was there before takes nothing of that back.
 	in, err := s.Ingest(t.Context())
@@ -147,6 +163,73 @@ func TestDeleteAndOrigin(t *testing.T) {
 		if holds(t, store, "t", cid) == gone {
 			t.Errorf("after a soft delete it is there: %t", !gone)
 		}
+	}
+}
+
+// A delete takes what its maker saw, and what is older than all that was known there: not what is
+// dated between, and by a date that no clock has come to nothing but what has such a one, too.
+func TestDeleteCovers(t *testing.T) {
+	now := time.Now().UTC()
+	limit := now.Add(time.Hour)
+	d := Delete{At: now, After: now.Add(-time.Minute), Seen: []time.Time{now.Add(-10 * time.Second)}}
+	ahead := Delete{At: now.Add(2 * time.Hour)}
+	for _, c := range []struct {
+		d    Delete
+		at   time.Duration
+		want bool
+	}{
+		{d, 0, true}, {d, -10 * time.Second, true}, {d, -time.Minute, true}, {d, -time.Hour, true},
+		{d, 1, false}, {d, -1, false}, {d, -30 * time.Second, false},
+		{ahead, 2 * time.Hour, true}, {ahead, 90 * time.Minute, true},
+		{ahead, 0, false}, {ahead, time.Hour, false}, {ahead, 3 * time.Hour, false},
+		{Delete{}, 0, false},
+	} {
+		if got := c.d.Covers(now.Add(c.at), limit); got != c.want {
+			t.Errorf("%+v covers what is dated %v from now: %v", c.d, c.at, got)
+		}
+	}
+}
+
+// Soft deletes are for copies: what was put in here, before it came from a peer or after that,
+// stays.
+func TestSoftDeletes(t *testing.T) {
+	for _, fetchedFirst := range []bool{true, false} {
+		s, err := Open(t.TempDir(), Options{Lease: time.Nanosecond})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer s.Close()
+		task := p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("data")}
+		if fetchedFirst {
+			if err := fetched(t, s, task, []byte("data"), time.Now()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		pushed(t, s, "data")
+		if !fetchedFirst {
+			if err := fetched(t, s, task, []byte("data"), time.Now()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if _, err := s.ApplyDelete(t.Context(), Delete{Tag: "t", CID: digest.FromDigest(task.Digest), At: time.Now().Add(time.Minute), Soft: true}); err != nil {
+			t.Fatal(err)
+		}
+		if !holds(t, s, "t", digest.FromDigest(task.Digest)) {
+			t.Errorf("what was pushed is gone (it was fetched first: %v)", fetchedFirst)
+		}
+	}
+	// Nor does it take a copy that something refers to.
+	s := newStore(t)
+	part := p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("part")}
+	if err := fetched(t, s, part, []byte("part"), time.Now()); err != nil {
+		t.Fatal(err)
+	}
+	bring(t, s, p2p.Commit{Tasks: []p2p.NewTask{{Task: p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("manifest")}, Manifest: &p2p.NewManifest{Refs: []digest.Digest{part.Digest}}, Keep: p2p.KeepPinned}}}, "manifest")
+	if _, err := s.ApplyDelete(t.Context(), Delete{Tag: "t", CID: digest.FromDigest(part.Digest), At: time.Now().Add(time.Minute), Soft: true}); err != nil {
+		t.Fatal(err)
+	}
+	if !isHere(t, s, part) {
+		t.Error("a part of what is pinned is gone")
 	}
 }
 

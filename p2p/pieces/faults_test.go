@@ -251,7 +251,17 @@ func requireOutcome(t *testing.T, s *Store, work string, failed bool) {
 // TestOrder: what makes an acknowledged import durable happens, and in this order.
 func TestOrder(t *testing.T) {
 	f := &faults{at: -1}
-	s := openWith(t, t.TempDir(), f)
+	dir := t.TempDir()
+	made, err := open(dir, Options{}, f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	made.Close()
+	// blobs/ and what is beside it; the metadata, which gets its name when it is whole; the image layout
+	if got, want := strings.Join(f.ops, " "), "syncdir syncdir sync rename syncdir create rename create rename syncdir"; got != want {
+		t.Errorf("a new store does: %s; want: %s", got, want)
+	}
+	s := openWith(t, dir, f)
 	defer s.Close()
 	task := enginetest.Import(t, s, "t", []byte("data"))
 	// content, fsync, marker, rename into blobs/, fsync of blobs/, transaction, marker gone
@@ -356,9 +366,39 @@ func TestCrash(t *testing.T) {
 	}
 }
 
+// TestDeletedFilesGo: what nothing holds any more makes room at once, whatever has let go of it.
+func TestDeletedFilesGo(t *testing.T) {
+	for name, work := range map[string]func(t *testing.T, s *Store) error{
+		"delete": works["delete"], "delete for all": works["delete for all"], "move": works["move"],
+		"delete by a peer": func(t *testing.T, s *Store) error {
+			_, err := s.ApplyDelete(t.Context(), Delete{Tag: "t", CID: cacheID(t, "v0"), At: time.Now().Add(time.Second)})
+			return err
+		},
+		"end of a lease": func(t *testing.T, s *Store) error {
+			manifest := p2p.Task{Tag: "t", Digest: digest.SHA512.FromString("manifest of " + string(digest.SHA256.FromString("old")))}
+			if err := errors.Join(asked(t, s, manifest), works["delete"](t, s)); err != nil {
+				return err
+			}
+			s.endAll(manifest)
+			return s.releaseSpared()
+		},
+	} {
+		s := newStore(t)
+		if _, err := importArtifact(t.Context(), s, "v0", []byte("old")); err != nil {
+			t.Fatal(err)
+		}
+		if err := work(t, s); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := os.Lstat(s.blobPath(digest.SHA256.FromString("old"))); !isMissing(err) {
+			t.Errorf("%s: its file is still there (%v)", name, err)
+		}
+	}
+}
+
 // TestCrashOfARecovery stops the opening itself.
 func TestCrashOfARecovery(t *testing.T) {
-	for at := range 12 {
+	for at := range 16 {
 		dir := t.TempDir()
 		f := &faults{at: -1, dead: true, error: syscall.EIO}
 		s := openWith(t, dir, f)
@@ -371,8 +411,9 @@ func TestCrashOfARecovery(t *testing.T) {
 			t.Fatal(err)
 		}
 		s.abandon()
-		for _, name := range []string{"aaaa", "bbbb.sha256." + digest.SHA256.FromString("old").Encoded()} {
-			if err := os.WriteFile(filepath.Join(dir, "ingest", name), []byte("x"), 0o600); err != nil {
+		marked := digest.SHA256.FromString("marked").Encoded()
+		for _, name := range []string{"ingest/aaaa", "ingest/bbbb.sha256." + digest.SHA256.FromString("old").Encoded(), "ingest/cccc.sha256." + marked, "blobs/sha256/" + marked} {
+			if err := os.WriteFile(filepath.Join(dir, name), []byte("x"), 0o600); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -443,6 +484,10 @@ func TestDamage(t *testing.T) {
 			data := enginetest.Content(size, 1)
 			task := enginetest.Import(t, s, "t", data)
 			damage(t, s.blobPath(task.Digest), c.damage)
+			// To see that, nobody has to read it, but for what its size does not tell.
+			if err := asked(t, s, task); errors.Is(err, digest.ErrCorrupt) == (name == "flipped bit") {
+				t.Errorf("stat before it was read: %v", err)
+			}
 
 			var out bytes.Buffer
 			blob, err := s.Open(t.Context(), task, p2p.Local)
@@ -473,13 +518,121 @@ func TestDamage(t *testing.T) {
 				func() p2p.Task { return enginetest.Import(t, s, "t", data) },
 				func() p2p.Task { return importFile(t, s, data, task.Digest) },
 			} {
-				enginetest.RequireContent(t, s, again(), data)
+				again()
+				if err := asked(t, s, task); err != nil {
+					t.Errorf("stat, when it has come again: %v", err)
+				}
+				enginetest.RequireContent(t, s, task, data)
 				damage(t, s.blobPath(task.Digest), c.damage)
 			}
 			enginetest.Import(t, s, "t", data)
 			s.Close()
 			requireClean(t, s.dir)
 		})
+	}
+}
+
+// TestDamageThatGoesBy: damage that was met, as of a bad cable, is forgotten when the whole has been
+// read and is as it was, and not when a part of it is. A manifest is told of it as long as it is there.
+func TestDamageThatGoesBy(t *testing.T) {
+	s := newStore(t)
+	data := enginetest.Content(3*digest.MinPieceLength, 1)
+	layer := pushed(t, s, string(data))
+	manifest := pushed(t, s, "manifest", layer)
+	path := s.blobPath(layer.Digest)
+	flip := func() {
+		t.Helper()
+		if err := os.Chmod(path, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		f, err := os.OpenFile(path, os.O_RDWR, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		var b [1]byte
+		if _, err := f.ReadAt(b[:], digest.MinPieceLength); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := f.WriteAt([]byte{b[0] ^ 1}, digest.MinPieceLength); err != nil {
+			t.Fatal(err)
+		}
+	}
+	read := func(n int64) error {
+		blob, err := s.Open(t.Context(), layer, p2p.Local)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer blob.Close()
+		return blob.CopyRange(t.Context(), io.Discard, 0, n, nil)
+	}
+	known := func(want bool) {
+		t.Helper()
+		if err := asked(t, s, layer); errors.Is(err, digest.ErrCorrupt) != want {
+			t.Errorf("stat: %v, want damage: %v", err, want)
+		}
+		info, err := s.Stat(t.Context(), "t", digest.FromDigest(manifest.Digest), p2p.StatOptions{})
+		if err != nil || (len(info.Lacks) == 1) != want {
+			t.Errorf("the manifest lacks %v, %v; want damage: %v", info.Lacks, err, want)
+		}
+	}
+	flip()
+	if err := read(int64(len(data))); !errors.Is(err, digest.ErrCorrupt) {
+		t.Fatal(err)
+	}
+	known(true)
+	index := pushed(t, s, "index", manifest) // one that comes now is told, too
+	if info, err := s.Stat(t.Context(), "t", digest.FromDigest(index.Digest), p2p.StatOptions{}); err != nil || len(info.Lacks) != 1 {
+		t.Errorf("what refers to that lacks %v, %v", info.Lacks, err)
+	}
+	flip()
+	if err := read(digest.MinPieceLength); err != nil {
+		t.Fatal(err)
+	}
+	known(true)
+	if err := read(int64(len(data))); err != nil {
+		t.Fatal(err)
+	}
+	known(false)
+
+	// Who reads on in a damaged file that was replaced does not harm the new one.
+	damage(t, path, func(p []byte) []byte { p[7] ^= 1; return p })
+	old, err := s.Open(t.Context(), layer, p2p.Local)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer old.Close()
+	pushed(t, s, string(data))
+	if err := old.CopyRange(t.Context(), io.Discard, 0, int64(len(data)), nil); !errors.Is(err, digest.ErrCorrupt) {
+		t.Errorf("the damaged file: %v", err)
+	}
+	known(false)
+}
+
+// TestHeldWhereThereIsNoRoom: what is here can come again where there is no room for more, and
+// nothing else can in its name.
+func TestHeldWhereThereIsNoRoom(t *testing.T) {
+	data := enginetest.Content(100_000, 1)
+	s, err := Open(t.TempDir(), Options{MaxSize: int64(len(data))})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	want := enginetest.Import(t, s, "t", data).Digest
+	add := func(src io.Reader) error {
+		in, err := s.Ingest(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer in.Close()
+		_, err = in.Add(src, p2p.AddOptions{Want: want})
+		return err
+	}
+	if err := add(bytes.NewReader(data)); err != nil {
+		t.Errorf("what is here: %v", err)
+	}
+	if err := add(bytes.NewReader(data[1:])); !errors.Is(err, digest.ErrMismatch) {
+		t.Errorf("something else: %v, want %v", err, digest.ErrMismatch)
 	}
 }
 
@@ -870,8 +1023,9 @@ func FuzzRecords(f *testing.F) {
 // synced.
 type cut struct {
 	*faults
-	t    *testing.T
-	undo map[string][]func() // by directory
+	t      *testing.T
+	undo   map[string][]func() // by directory
+	synced func()              // called, once, when a directory is on the disk, before that is told
 }
 
 func (c *cut) Rename(from, to string) error {
@@ -899,17 +1053,36 @@ func (c *cut) SyncDir(name string) error {
 	if err == nil {
 		delete(c.undo, name)
 	}
+	if synced := c.synced; synced != nil {
+		c.synced = nil
+		synced()
+	}
 	return err
 }
 
 // TestPowerCutAfterDelete: a file that was moved away, and comes back with the power, is known
 // to be one that was deleted.
 func TestPowerCutAfterDelete(t *testing.T) {
-	for name, work := range map[string]func(t *testing.T, s *Store, f *faults){
-		"deleted": func(t *testing.T, s *Store, _ *faults) {
-			if _, err := s.Delete(t.Context(), "t", cacheID(t, "v0"), p2p.DeleteOptions{}); err != nil {
+	remove := func(t *testing.T, s *Store, name string) {
+		t.Helper()
+		if _, err := s.Delete(t.Context(), "t", cacheID(t, name), p2p.DeleteOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, work := range map[string]func(t *testing.T, s *Store, f *cut){
+		"deleted while names are synced": func(t *testing.T, s *Store, f *cut) {
+			f.synced = func() { remove(t, s, "v0") }
+			if _, err := importArtifact(t.Context(), s, "v1", []byte("new")); err != nil {
 				t.Fatal(err)
 			}
+			for range 2 {
+				if err := s.update(func(*bbolt.Tx) error { return nil }); err != nil {
+					t.Fatal(err)
+				}
+			}
+		},
+		"deleted": func(t *testing.T, s *Store, _ *cut) {
+			remove(t, s, "v0")
 			// Changes that come later take what is gone off the list.
 			for range 2 {
 				if err := s.update(func(*bbolt.Tx) error { return nil }); err != nil {
@@ -917,13 +1090,13 @@ func TestPowerCutAfterDelete(t *testing.T) {
 				}
 			}
 		},
-		"not committed": func(t *testing.T, s *Store, f *faults) {
+		"not committed": func(t *testing.T, s *Store, f *cut) {
 			s.failCommit = func() error { s.failCommit = nil; return &os.PathError{Op: "write", Err: syscall.ENOSPC} }
 			if _, err := importArtifact(t.Context(), s, "v1", []byte("new")); !errors.Is(err, p2p.ErrNoSpace) {
 				t.Fatal(err)
 			}
 		},
-		"not committed, at the start": func(t *testing.T, s *Store, f *faults) {
+		"not committed, at the start": func(t *testing.T, s *Store, f *cut) {
 			f.ops, f.at, f.dead, f.error = nil, 8, true, syscall.EIO // when its two files are in blobs/
 			if _, err := importArtifact(t.Context(), s, "v1", []byte("new")); !errors.Is(err, syscall.EIO) {
 				t.Fatal(err)
@@ -939,19 +1112,15 @@ func TestPowerCutAfterDelete(t *testing.T) {
 			}
 			again.abandon()
 		},
-		"closed": func(t *testing.T, s *Store, _ *faults) {
-			if _, err := s.Delete(t.Context(), "t", cacheID(t, "v0"), p2p.DeleteOptions{}); err != nil {
-				t.Fatal(err)
-			}
+		"closed": func(t *testing.T, s *Store, _ *cut) {
+			remove(t, s, "v0")
 			if err := s.Close(); err != nil {
 				t.Fatal(err)
 			}
 		},
-		"deleted at the start": func(t *testing.T, s *Store, f *faults) {
+		"deleted at the start": func(t *testing.T, s *Store, f *cut) {
 			f.ops, f.at, f.dead, f.error = nil, 2, true, syscall.EIO // before the files go
-			if _, err := s.Delete(t.Context(), "t", cacheID(t, "v0"), p2p.DeleteOptions{}); err != nil {
-				t.Fatal(err)
-			}
+			remove(t, s, "v0")
 			s.abandon()
 			f.at = -1
 			again, err := open(s.dir, Options{}, s.files)
@@ -966,7 +1135,7 @@ func TestPowerCutAfterDelete(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()
-			f := &cut{&faults{at: -1}, t, map[string][]func(){}}
+			f := &cut{faults: &faults{at: -1}, t: t, undo: map[string][]func(){}}
 			s, err := open(dir, Options{}, f)
 			if err != nil {
 				t.Fatal(err)
@@ -974,7 +1143,7 @@ func TestPowerCutAfterDelete(t *testing.T) {
 			if _, err := importArtifact(t.Context(), s, "v0", []byte("old")); err != nil {
 				t.Fatal(err)
 			}
-			work(t, s, f.faults)
+			work(t, s, f)
 			s.abandon()
 			for _, undo := range f.undo {
 				for _, u := range undo {

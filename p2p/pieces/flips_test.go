@@ -178,6 +178,76 @@ func TestFlippedBits(t *testing.T) {
 	t.Logf("%d of %d flips were detected, the others do not matter", detected, len(bits))
 }
 
+// TestPages: pages that are as bbolt writes them, and do not fit each other, are noticed. What they
+// have adds up to the same sums.
+func TestPages(t *testing.T) {
+	dir, content, names := richStore(t)
+	good, err := os.ReadFile(filepath.Join(dir, "meta.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	page, kinds := os.Getpagesize(), pageKinds(t, good)
+	freelist, branch := slices.Index(kinds, "freelist")*page, slices.Index(kinds, "branch")*page
+	used := binary.NativeEndian.Uint64(good[branch:])
+	for name, change := range map[string]func(file []byte){
+		"a page is used that is free": func(file []byte) {
+			n := binary.NativeEndian.Uint16(file[freelist+10:])
+			binary.NativeEndian.PutUint16(file[freelist+10:], n+1)
+			binary.NativeEndian.PutUint64(file[freelist+pageHeader+8*int(n):], used)
+		},
+		"a page is lost": func(file []byte) {
+			binary.NativeEndian.PutUint16(file[freelist+10:], binary.NativeEndian.Uint16(file[freelist+10:])-1)
+		},
+		"a branch has another key": func(file []byte) {
+			second := branch + pageHeader + branchElement
+			at := second + int(binary.NativeEndian.Uint32(file[second:])+binary.NativeEndian.Uint32(file[second+4:])) - 1
+			file[at]++ // it leads past what it has first
+		},
+		"the newer meta page is damaged": func(file []byte) {
+			newer := 0
+			if binary.NativeEndian.Uint64(file[page+pageHeader+48:]) > binary.NativeEndian.Uint64(file[pageHeader+48:]) {
+				newer = page
+			}
+			file[newer+pageHeader+16]++ // where bbolt would go by the older one
+		},
+		"two records have changed places": func(file []byte) { swap(t, file, kinds, true) },
+		"two values have changed places":  func(file []byte) { swap(t, file, kinds, false) },
+	} {
+		bad := bytes.Clone(good)
+		change(bad)
+		if !noticed(t, dir, bad, content, names) {
+			t.Errorf("%s: it was not noticed", name)
+		}
+	}
+}
+
+// swap has two records, or only their values, change places in a leaf page, where that can be done with
+// nothing else changed.
+func swap(t *testing.T, file []byte, kinds []string, withKeys bool) {
+	t.Helper()
+	size, number := len(file)/len(kinds), binary.NativeEndian.Uint32
+	for i, kind := range kinds {
+		page := file[i*size : (i+1)*size]
+		if kind != "leaf" || binary.NativeEndian.Uint16(page[10:]) < 2 {
+			continue
+		}
+		one, two := page[pageHeader:], page[pageHeader+leafElement:]
+		if number(one) != 0 || number(two) != 0 || number(one[8:]) != number(two[8:]) || number(one[12:]) != number(two[12:]) {
+			continue
+		}
+		a, b := one[number(one[4:]):][:number(one[8:])+number(one[12:])], two[number(two[4:]):][:number(two[8:])+number(two[12:])]
+		if !withKeys {
+			a, b = a[number(one[8:]):], b[number(two[8:]):]
+		}
+		if kept := bytes.Clone(a); !bytes.Equal(a, b) {
+			copy(a, b)
+			copy(b, kept)
+			return
+		}
+	}
+	t.Error("there are no two of one length")
+}
+
 // noticed opens a store whose metadata is bad. It reports whether that says so, and fails the test
 // where it does not, and it matters.
 func noticed(t *testing.T, dir string, bad []byte, content map[p2p.Task][]byte, names map[string]p2p.Task) bool {

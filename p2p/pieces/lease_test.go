@@ -489,3 +489,82 @@ func TestLeasesAreBounded(t *testing.T) {
 		t.Errorf("of one task there are %d, want at most %d", n, maxLeases)
 	}
 }
+
+// bring makes a commit, to which these contents belong.
+func bring(t *testing.T, s *Store, c p2p.Commit, contents ...string) {
+	t.Helper()
+	in, err := s.Ingest(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.Close()
+	for _, data := range contents {
+		if _, err := in.Add(bytes.NewReader([]byte(data)), p2p.AddOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := in.Commit(c); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Who was told that something is here has not come back when a manifest or a name comes from a
+// peer, nor when somebody imports the same with a manifest of their own.
+func TestLeaseOutlivesWhatOthersBring(t *testing.T) {
+	layer := p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("layer")}
+	manifest := p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("manifest")}
+	refs := &p2p.NewManifest{Refs: []digest.Digest{layer.Digest}}
+	about := &p2p.NewManifest{Subject: manifest.Digest}
+	now := time.Now()
+	for name, c := range map[string]struct {
+		told   string
+		commit p2p.Commit
+		delete digest.CID
+	}{
+		"a manifest from a peer":   {"layer", p2p.Commit{Tasks: []p2p.NewTask{{Task: manifest, Manifest: refs, Keep: p2p.KeepHeld, Origin: now}}}, digest.FromDigest(manifest.Digest)},
+		"a manifest with the same": {"layer", p2p.Commit{Tasks: []p2p.NewTask{{Task: layer, Keep: p2p.KeepHeld}, {Task: manifest, Manifest: refs, Keep: p2p.KeepHeld}}}, digest.FromDigest(manifest.Digest)},
+		"a name from a peer":       {"manifest", p2p.Commit{Names: []p2p.NewName{{Tag: "t", Name: "v1", Digest: manifest.Digest, Updated: now}}}, cacheID(t, "v1")},
+		"a subject from a peer":    {"referrer", p2p.Commit{Tasks: []p2p.NewTask{{Task: manifest, Keep: p2p.KeepHeld, Origin: now}}}, digest.FromDigest(manifest.Digest)},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newStore(t)
+			told := p2p.Task{Tag: "t", Digest: digest.SHA256.FromString(c.told)}
+			pushedNow := p2p.NewTask{Task: told, Keep: p2p.KeepLoose}
+			if c.told == "referrer" {
+				pushedNow.Manifest = about
+			}
+			bring(t, s, p2p.Commit{Tasks: []p2p.NewTask{pushedNow}}, c.told)
+			bring(t, s, c.commit, "layer", "manifest")
+			if _, err := s.Delete(t.Context(), "t", c.delete, p2p.DeleteOptions{}); err != nil {
+				t.Fatal(err)
+			}
+			if !isHere(t, s, told) {
+				t.Errorf("the %s went, of which its client was told", c.told)
+			}
+		})
+	}
+}
+
+// What is pushed with its name, or is about something that is here, needs no lease, and goes
+// with what holds it.
+func TestWhatIsHeldHasNoLease(t *testing.T) {
+	s := newStore(t)
+	manifest := p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("manifest")}
+	pushed(t, s, "manifest") // by its digest first, as some clients do
+	bring(t, s, p2p.Commit{
+		Tasks: []p2p.NewTask{{Task: manifest, Manifest: &p2p.NewManifest{}, Keep: p2p.KeepLoose}},
+		Names: []p2p.NewName{{Tag: "t", Name: "v1", Digest: manifest.Digest}},
+	}, "manifest")
+	if _, err := s.Delete(t.Context(), "t", cacheID(t, "v1"), p2p.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if isHere(t, s, manifest) {
+		t.Error("the manifest is still here, whose name was deleted")
+	}
+	subject := pushed(t, s, "subject")
+	bring(t, s, p2p.Commit{Tasks: []p2p.NewTask{{Task: manifest, Manifest: &p2p.NewManifest{Subject: subject.Digest}, Keep: p2p.KeepLoose}}}, "manifest")
+	deleteTask(t, s, subject)
+	if isHere(t, s, manifest) {
+		t.Error("the manifest is still here, and what it is about was deleted")
+	}
+}

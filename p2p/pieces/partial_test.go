@@ -173,6 +173,35 @@ func TestPartial(t *testing.T) {
 	}
 }
 
+// What has not all arrived is no blob of the store, and what nobody fetches any more goes after a while.
+func TestPartialIsNoBlob(t *testing.T) {
+	s := newStore(t)
+	data := randomContent(3*digest.MinPieceLength, 8)
+	table := tableOf(t, data)
+	begin := func() *Partial {
+		t.Helper()
+		p, err := s.Partial(t.Context(), table.Digest)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(p.Use(t.Context(), table.Size, table.Chain), receive(p, table, data, 0), receive(p, table, data, 2)); err != nil {
+			t.Fatal(err)
+		}
+		return p
+	}
+	task := p2p.Task{Tag: "t", Digest: table.Digest}
+	if err := begin().Commit(t.Context(), p2p.Commit{Tasks: []p2p.NewTask{{Task: task, Origin: time.Now()}}}); !errors.Is(err, digest.ErrInvalid) || isHere(t, s, task) {
+		t.Errorf("commit of two pieces of three: %v", err)
+	}
+	if err := begin().Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.DropPartials(time.Now().Add(time.Minute)); err != nil || s.hasUnopened() {
+		t.Errorf("it is still there (%v)", err)
+	}
+	requireEmpty(t, s.path("partial"))
+}
+
 // Another chain has everything verified again.
 func TestPartialOtherChain(t *testing.T) {
 	s := newStore(t)
@@ -528,4 +557,16 @@ func TestOlderTable(t *testing.T) {
 		t.Errorf("stored is %+v, %v", again, err)
 	}
 	enginetest.RequireContent(t, s, task, data)
+
+	// Not from what is damaged: its new table would say that all is well.
+	if err := s.update(func(tx *bbolt.Tx) error { return putValue(tx, bucketTables, key(task.Digest), b) }); err != nil {
+		t.Fatal(err)
+	}
+	damage(t, s.blobPath(task.Digest), func(p []byte) []byte { p[7] ^= 1; return p })
+	if blob, err := s.OpenForPeers(t.Context(), task); !errors.Is(err, digest.ErrCorrupt) {
+		t.Errorf("what is damaged, and has an older table: %v", err)
+		if err == nil {
+			blob.Close()
+		}
+	}
 }

@@ -196,6 +196,18 @@ func TestUpgrade(t *testing.T) {
 			if _, err := importArtifact(t.Context(), s, "v3", []byte("more")); err != nil {
 				t.Error(err)
 			}
+			// What is deleted then is told beside what was deleted before.
+			known, _, err := s.Deletes(t.Context(), 0, 100)
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, now, err := s.DeleteForAll(t.Context(), "t", cacheID(t, "v3"), p2p.DeleteOptions{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if all, _, err := s.Deletes(t.Context(), 0, 100); err != nil || len(all) != len(known)+len(now) {
+				t.Errorf("the deletes are %v, %v; before there were %d, and %d are new", all, err, len(known), len(now))
+			}
 			s.Close()
 			requireClean(t, dir)
 		})
