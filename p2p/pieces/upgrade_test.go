@@ -35,11 +35,11 @@ import (
 //
 // Each was told to import v0 ("old"), v1 ("one"), v2 ("two"), to move v0 to "new", to delete v2
 // (twice where it had a swarm), and to import zeros: 100 bytes, 33 MiB (swarm) or 66 MiB (pieces512).
-// The one of today's version is currentStore.
+// Those of today's version are currentStore and earlierStore.
 func oldStores(t *testing.T) []string {
 	t.Helper()
 	names, err := filepath.Glob("testdata/stores/*.tar.gz")
-	names = slices.DeleteFunc(names, func(name string) bool { return name == currentStore })
+	names = slices.DeleteFunc(names, func(name string) bool { return name == currentStore || name == earlierStore })
 	if err != nil || len(names) < 10 {
 		t.Fatalf("the stores are %v, %v", names, err)
 	}
