@@ -461,8 +461,8 @@ func TestBinaryAnswers(t *testing.T) {
 		"a chain that does not end":                 {links, size(2 * digest.MinPieceLength)},
 		"a chain of a blob that there can't be":     {links, size(1 << 62)},
 		"a chain of a blob of less than nothing":    {links, size(-1)},
-		"a set of pieces of gigabytes":              {piece, reply(flagWhole, 0, 1<<32-16, 0)},
-		"hints of gigabytes":                        {piece, reply(flagWhole, 0, 0, 1<<32-16)},
+		"a set of pieces of 64 MiB":                 {piece, reply(flagWhole, 0, 64<<20, 0)},
+		"hints of 64 MiB":                           {piece, reply(flagWhole, 0, 0, 64<<20)},
 		"a set and hints that are nothing together": {piece, reply(flagWhole, 0, 1<<31, 1<<31)},
 		"a piece that there is not":                 {piece, reply(flagWhole|flagPiece, 100, 0, 0)},
 	} {
@@ -471,29 +471,6 @@ func TestBinaryAnswers(t *testing.T) {
 		n := allocated(func() { err = c.read(r) })
 		if !errors.Is(err, errMessage) || n > 1<<20 || r.given > maxHintBytes {
 			t.Errorf("%s: %v; %d bytes were read, and %d allocated", name, err, r.given, n)
-		}
-	}
-}
-
-// TestSizesOfAnswers: a peer tells sizes and parts that there can't be.
-func TestSizesOfAnswers(t *testing.T) {
-	for _, state := range []taskState{
-		{Size: -1}, {Size: maxPieces*digest.MaxPieceLength + 1}, {Size: 1<<63 - 1},
-		{Size: digest.MinPieceLength * 10, Held: []byte{1}}, {Size: digest.MinPieceLength * 10, Held: []byte{1, 1 << 7}},
-	} {
-		h := newHub()
-		liar := h.start(t, func(o *Options) {
-			o.tamper = func(honest http.Handler) http.Handler {
-				return editStates(honest, func(s *taskState) { *s = state })
-			}
-		})
-		b := h.start(t)
-		task := liar.add(t, "", content(1000, 1))
-		if info, err := b.Stat(t.Context(), "", digest.FromDigest(task.Digest), p2p.StatOptions{}); err == nil {
-			t.Errorf("%+v is taken for %+v", state, info)
-		}
-		if _, err := state.pieces(); err == nil {
-			t.Errorf("%+v has a set of pieces", state)
 		}
 	}
 }
@@ -547,29 +524,6 @@ func TestRefusalsAreBounded(t *testing.T) {
 	if e, ok := errors.AsType[*statusError](err); !ok || len(e.text) > 1024 {
 		t.Errorf("the refusal is %.100v", err)
 	}
-}
-
-// TestQuestionsAreBounded: more than a message may ask or tell is refused, and nothing of it done.
-func TestQuestionsAreBounded(t *testing.T) {
-	h := newHub()
-	a, b := h.start(t), h.start(t)
-	kept := a.add(t, "t", content(1000, 1))
-	var find findRequest
-	for range maxFind/2 + 1 {
-		find.Tasks = append(find.Tasks, taskRef(kept))
-		find.Names = append(find.Names, nameRef{"t", "n"})
-	}
-	var deletes deletesRequest
-	for range maxDeletes + 1 {
-		deletes.Deletes = append(deletes.Deletes, deleteMessage{Tag: "t", CID: kept.Digest.String(), At: time.Now()})
-	}
-	for path, message := range map[string]any{pathFind: find, pathDeletes: deletes} {
-		err := b.client.call(t.Context(), b.client.streams, a.id, http.MethodPost, path, message, nil)
-		if e, ok := errors.AsType[*statusError](err); !ok || e.code != http.StatusBadRequest {
-			t.Errorf("%s: %v; want it refused", path, err)
-		}
-	}
-	a.wantStored(t, kept)
 }
 
 // TestPieceRequests: what is no request for a piece of a blob, or for one of another hash chain, gets
@@ -722,6 +676,47 @@ func TestAnswerOfAnotherSize(t *testing.T) {
 		d.done(schedule.Request{ID: -1, Source: string(a.id), Want: want}, d.sources[a.id], schedule.FullSet(100), -1, 0, nil)
 	})
 	<-done
+}
+
+// TestReplacedChain: what was verified with a hash chain is not sent on under it when another one has taken its
+// place, not to who has asked before either.
+func TestReplacedChain(t *testing.T) {
+	h := newHub()
+	g := newGate(10)
+	a, b := h.start(t, g.through), h.start(t)
+	task := a.add(t, "", content(gateSize, 62))
+	blob := b.open(t, t.Context(), task)
+	defer blob.Close()
+	arrive(t, blob, 10)
+	up, used, err := b.upload(t.Context(), task)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer used()
+	if have, _ := up.there(); have.Count() != 10 {
+		t.Errorf("%d pieces are offered, want 10", have.Count())
+	}
+	d := blob.d
+	done := make(chan struct{})
+	d.post(func() {
+		defer close(done)
+		other := links{gateSize, bytes.Clone(d.chains[d.active].chain)}
+		other.chain[0] ^= 1
+		d.learn(d.sources[a.id], other)
+		d.activate(other.hash(d.digest))
+	})
+	<-done
+	if have, _ := up.there(); have.Count() > 0 {
+		t.Errorf("%d pieces are offered under a chain that has been replaced", have.Count())
+	}
+	again, used, err := b.upload(t.Context(), task)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer used()
+	if have, _ := again.there(); again.links == up.links || have.Count() == 0 {
+		t.Errorf("under the other chain %d pieces are offered", have.Count())
+	}
 }
 
 // TestPeersAreBounded: of peers that come and go, or are only named, so many are remembered, and those that

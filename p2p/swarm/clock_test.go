@@ -281,7 +281,7 @@ func TestSlowIsAskedOfOthers(t *testing.T) {
 				}
 			}
 		}))
-		b, c := h.start(t), h.start(t)
+		b, c := h.start(t, func(o *Options) { o.MaxRequests = 1 }), h.start(t)
 		data := content(gateSize, 33)
 		task := a.add(t, "", data)
 		blob := b.open(t, t.Context(), task)

@@ -199,6 +199,33 @@ func TestUnproven(t *testing.T) {
 	}
 }
 
+// TestUnprovenPool: of connections that prove nothing there are so many, and none has the place of one that
+// is proven.
+func TestUnprovenPool(t *testing.T) {
+	server, _ := testSecurity(t, "one", false)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	in := &listener{l, server, false, newConns(8)}
+	defer in.Close()
+	for range 20 {
+		c, err := net.Dial("tcp", l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		accepted, err := in.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer accepted.Close()
+	}
+	if unproven, proven := in.conns.unproven.Len(), in.conns.proven.Len(); unproven != 8 || proven != 0 {
+		t.Errorf("%d connections are open that are not proven, and %d that are; want 8 and none", unproven, proven)
+	}
+}
+
 // TestProvenPool: a peer with many connections takes none from another.
 func TestProvenPool(t *testing.T) {
 	h := newHub()

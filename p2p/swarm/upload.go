@@ -246,17 +246,10 @@ func (up *upload) there() (*schedule.Set, <-chan struct{}) {
 // -1 where there is none that is wanted. The caller calls release, with whether
 // the piece was sent.
 func (u *uploads) pick(ctx context.Context, up *upload, from peer.ID, want *schedule.Set) (piece int, release func(sent bool), err error) {
-	have, _ := up.there()
-	up.mu.Lock()
-	if up.sched.Waiting() >= maxWaiting {
-		up.mu.Unlock()
-		return -1, nil, &statusError{http.StatusServiceUnavailable, "too many requests for this blob"}
+	turn, granted, err := up.ask(from, want)
+	if err != nil {
+		return -1, nil, err
 	}
-	turn := up.sched.Ask(string(from), want)
-	granted := make(chan struct{})
-	up.granted[turn] = granted
-	up.grant(have)
-	up.mu.Unlock()
 	end := func(sent bool) {
 		have, _ := up.there()
 		up.mu.Lock()
@@ -289,6 +282,20 @@ func (u *uploads) pick(ctx context.Context, up *upload, from peer.ID, want *sche
 		u.all.Release(1)
 		end(sent)
 	}, nil
+}
+
+// ask has a request wait for its turn: the channel is closed when it is.
+func (up *upload) ask(from peer.ID, want *schedule.Set) (*schedule.Turn, <-chan struct{}, error) {
+	have, _ := up.there()
+	up.mu.Lock()
+	defer up.mu.Unlock()
+	if up.sched.Waiting() >= maxWaiting {
+		return nil, nil, &statusError{http.StatusServiceUnavailable, "too many requests for this blob"}
+	}
+	turn, granted := up.sched.Ask(string(from), want), make(chan struct{})
+	up.granted[turn] = granted
+	up.grant(have)
+	return turn, granted, nil
 }
 
 // grant tells those whose turn it is. up.mu is held.
