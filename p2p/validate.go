@@ -12,8 +12,10 @@ import (
 // [digest.ErrInvalid].
 
 const (
-	maxMediaType = 255    // bytes
-	maxRefs      = 10_000 // of one manifest
+	// MaxMediaType is the longest media type in bytes.
+	MaxMediaType = 255
+	// MaxManifestRefs is how many others a manifest can refer to.
+	MaxManifestRefs = 10_000
 )
 
 // ValidateRef reports whether tag and cid can name something.
@@ -25,8 +27,11 @@ func ValidateRef(tag string, cid digest.CID) error {
 	return err
 }
 
-// Validate reports whether a Stat of cid can have these options.
-func (o StatOptions) Validate(cid digest.CID) error {
+// Validate reports whether there can be a Stat of cid under tag with these options.
+func (o StatOptions) Validate(tag string, cid digest.CID) error {
+	if err := ValidateRef(tag, cid); err != nil {
+		return err
+	}
 	switch {
 	case o.Scope < Network || o.Scope > Check:
 		return fmt.Errorf("stat %s: %w: there is no scope %d", cid, digest.ErrInvalid, o.Scope)
@@ -40,8 +45,11 @@ func (o StatOptions) Validate(cid digest.CID) error {
 	return nil
 }
 
-// Validate reports whether a Delete of cid can have these options.
-func (o DeleteOptions) Validate(cid digest.CID) error {
+// Validate reports whether there can be a Delete of cid under tag with these options.
+func (o DeleteOptions) Validate(tag string, cid digest.CID) error {
+	if err := ValidateRef(tag, cid); err != nil {
+		return err
+	}
 	switch {
 	case o.NameOnly && cid.CacheID() == "":
 		return fmt.Errorf("delete %s by name only: %w: a digest is not a name", cid, digest.ErrInvalid)
@@ -136,8 +144,8 @@ func (n NewTask) Validate() error {
 }
 
 func (m *NewManifest) validate(own digest.Digest) error {
-	if n := len(m.Refs); n > maxRefs {
-		return fmt.Errorf("%w: it refers to %d others, at most %d can be kept", digest.ErrInvalid, n, maxRefs)
+	if n := max(len(m.Refs), len(m.Needs)); n > MaxManifestRefs {
+		return fmt.Errorf("%w: it refers to %d others, at most %d can be kept", digest.ErrInvalid, n, MaxManifestRefs)
 	}
 	refs := make(map[digest.Digest]bool, len(m.Refs))
 	for _, d := range m.Refs {
@@ -188,8 +196,8 @@ func validateTime(what string, t time.Time) error {
 }
 
 func validateMediaType(s string) error {
-	if len(s) > maxMediaType {
-		return fmt.Errorf("media type: %w: it has %d characters, at most %d are allowed", digest.ErrInvalid, len(s), maxMediaType)
+	if len(s) > MaxMediaType {
+		return fmt.Errorf("media type: %w: it has %d characters, at most %d are allowed", digest.ErrInvalid, len(s), MaxMediaType)
 	}
 	for i := range len(s) {
 		if s[i] < ' ' || s[i] > '~' {

@@ -37,6 +37,7 @@ func Run(t *testing.T, open func(t *testing.T) p2p.Engine) {
 		"SourceError":               testSourceError,
 		"SourceChanges":             testSourceChanges,
 		"InvalidInput":              testInvalidInput,
+		"InvalidOptions":            testInvalidOptions,
 		"NotFound":                  testNotFound,
 		"NothingBeforeCommit":       testNothingBeforeCommit,
 		"CommitOnce":                testCommitOnce,
@@ -538,6 +539,55 @@ func testInvalidInput(t *testing.T, e p2p.Engine) {
 	bad := "UPPER"
 	for _, err := range e.List(ctx, p2p.Query{Tag: &bad}) {
 		requireError(t, "list", err, digest.ErrInvalid)
+	}
+}
+
+// testInvalidOptions: what makes no sense together is refused, by every engine.
+func testInvalidOptions(t *testing.T, e p2p.Engine) {
+	ctx, task := t.Context(), Import(t, e, "t", []byte("good"))
+	other := digest.SHA256.FromString("other")
+	importArtifact(t, e, "t", "v1", []byte(`{"one":1}`), []byte("layer"))
+	for what, opts := range map[string]p2p.StatOptions{
+		"mends":             {Scope: p2p.Mend},
+		"checks":            {Scope: p2p.Check},
+		"no scope":          {Scope: -1},
+		"keeps locally":     {Scope: p2p.Local, Manifest: true, Keep: true},
+		"keeps half":        {Keep: true},
+		"who holds locally": {Scope: p2p.Local, Holders: true},
+	} {
+		_, err := e.Stat(ctx, "t", cid(t, "v1"), opts)
+		requireError(t, "a stat that "+what, err, digest.ErrInvalid)
+	}
+	_, err := e.Delete(ctx, "t", cid(t, "v1"), p2p.DeleteOptions{NameOnly: true, Force: true})
+	requireError(t, "a delete of a name by force", err, digest.ErrInvalid)
+	for what, q := range map[string]p2p.Query{
+		"after what is too long": {Kind: p2p.KindNames, After: strings.Repeat("a", p2p.MaxTag+1)},
+		"all from peers":         {FromPeers: true},
+	} {
+		for _, err := range e.List(ctx, q) {
+			requireError(t, "list "+what, err, digest.ErrInvalid)
+		}
+	}
+	many := slices.Repeat([]digest.Digest{other}, p2p.MaxManifestRefs+1)
+	for what, n := range map[string]p2p.NewTask{
+		"long media type":          {MediaType: strings.Repeat("x", p2p.MaxMediaType+1)},
+		"media type of two lines":  {MediaType: "a\nb"},
+		"unknown keep":             {Keep: 17},
+		"origin before all clocks": {Origin: time.Unix(-1, 0)},
+		"too many refs":            {Manifest: &p2p.NewManifest{Refs: many}},
+		"too many needs":           {Manifest: &p2p.NewManifest{Refs: many[:1], Needs: many}},
+		"need that is no ref":      {Manifest: &p2p.NewManifest{Needs: many[:1]}},
+	} {
+		in, err := e.Ingest(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		n.Task = task
+		requireError(t, "commit a task with "+what, in.Commit(p2p.Commit{Tasks: []p2p.NewTask{n}}), digest.ErrInvalid)
+		in.Close()
+	}
+	if got := len(list(t, e, nil)); got != 4 {
+		t.Errorf("list has %d entries after that, want 4", got)
 	}
 }
 

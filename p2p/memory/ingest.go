@@ -2,6 +2,7 @@ package memory
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -48,17 +49,12 @@ func (in *ingest) Add(src io.Reader, opts p2p.AddOptions) (p2p.Added, error) {
 	}
 	in.s.mu.Unlock() // the source may take long
 	defer in.s.calls.Done()
-	alg := opts.Algorithm
-	if opts.Want != "" {
-		if _, err := digest.Parse(string(opts.Want)); err != nil {
-			return p2p.Added{}, err
-		}
-		alg = opts.Want.Algorithm()
-	} else if alg == "" {
-		alg = digest.SHA256
-	}
-	if _, err := digest.ParseAlgorithm(alg.String()); err != nil {
+	if err := opts.Validate(); err != nil {
 		return p2p.Added{}, err
+	}
+	alg := cmp.Or(opts.Algorithm, digest.SHA256)
+	if opts.Want != "" {
+		alg = opts.Want.Algorithm()
 	}
 	if err := source.Check(src); err != nil {
 		return p2p.Added{}, err

@@ -136,12 +136,6 @@ func (s *Store) at(tagName string) *tag {
 
 // find returns the task that cid names.
 func (s *Store) find(tagName string, cid digest.CID) (digest.Digest, *task, error) {
-	if err := p2p.ValidateTag(tagName); err != nil {
-		return "", nil, err
-	}
-	if _, err := digest.ParseCID(cid.String()); err != nil {
-		return "", nil, err
-	}
 	t, d := s.at(tagName), cid.Digest()
 	if d == "" {
 		d = t.names[cid.CacheID()].digest
@@ -158,6 +152,9 @@ func (s *Store) Stat(ctx context.Context, tagName string, cid digest.CID, opts p
 		return p2p.Info{}, err
 	}
 	defer s.end()
+	if err := opts.Validate(tagName, cid); err != nil {
+		return p2p.Info{}, err
+	}
 	d, found, err := s.find(tagName, cid)
 	if err != nil {
 		return p2p.Info{}, err
@@ -276,14 +273,14 @@ func (s *Store) Delete(ctx context.Context, tagName string, cid digest.CID, opts
 		return p2p.Deleted{}, err
 	}
 	defer s.end()
+	if err := opts.Validate(tagName, cid); err != nil {
+		return p2p.Deleted{}, err
+	}
 	d, _, err := s.find(tagName, cid)
 	if err != nil {
 		return p2p.Deleted{}, err
 	}
 	t := s.at(tagName)
-	if opts.NameOnly && cid.CacheID() == "" {
-		return p2p.Deleted{}, fmt.Errorf("delete %s: %w: it is a digest, want the name that is to be deleted", cid, digest.ErrInvalid)
-	}
 	var gone p2p.Deleted
 	if id := cid.CacheID(); id != "" {
 		delete(t.names, id)

@@ -263,7 +263,7 @@ type DeleteResult struct {
 // delete to cover it, too. Where neither they nor this store have it, there is
 // nothing to delete, and to remember.
 func (s *Store) DeleteForAll(ctx context.Context, tag string, cid digest.CID, opts p2p.DeleteOptions, seen ...Version) (result DeleteResult, deletes []Delete, err error) {
-	if err := validateDelete(tag, cid, opts); err != nil {
+	if err := opts.Validate(tag, cid); err != nil {
 		return result, nil, err
 	}
 	if err := s.begin(ctx); err != nil {
@@ -324,7 +324,7 @@ func (s *Store) DeleteForAll(ctx context.Context, tag string, cid digest.CID, op
 // [p2p.ErrReferenced].
 func (s *Store) ApplyDelete(ctx context.Context, d Delete) (result DeleteResult, err error) {
 	opts := p2p.DeleteOptions{Force: d.Force, NameOnly: d.NameOnly}
-	if err := validateDelete(d.Tag, d.CID, opts); err != nil {
+	if err := opts.Validate(d.Tag, d.CID); err != nil {
 		return result, err
 	}
 	if err := s.begin(ctx); err != nil {
@@ -364,16 +364,6 @@ func (s *Store) ApplyDelete(ctx context.Context, d Delete) (result DeleteResult,
 	}
 	result.Deleted = removed.deleted()
 	return result, nil
-}
-
-func validateDelete(tag string, cid digest.CID, opts p2p.DeleteOptions) error {
-	if err := validateRef(tag, cid); err != nil {
-		return err
-	}
-	if opts.NameOnly && cid.CacheID() == "" {
-		return fmt.Errorf("%s: %w: it is a digest, want the name that is to be deleted", cid, digest.ErrInvalid)
-	}
-	return nil
 }
 
 // versionOf returns the version of what cid names.

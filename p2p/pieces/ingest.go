@@ -1,6 +1,7 @@
 package pieces
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -57,17 +58,12 @@ func (in *ingest) Add(src io.Reader, opts p2p.AddOptions) (p2p.Added, error) {
 		return p2p.Added{}, err
 	}
 	defer in.s.end()
-	alg := opts.Algorithm
-	if opts.Want != "" {
-		if _, err := digest.Parse(string(opts.Want)); err != nil {
-			return p2p.Added{}, err
-		}
-		alg = opts.Want.Algorithm()
-	} else if alg == "" {
-		alg = digest.SHA256
-	}
-	if _, err := digest.ParseAlgorithm(alg.String()); err != nil {
+	if err := opts.Validate(); err != nil {
 		return p2p.Added{}, err
+	}
+	alg := cmp.Or(opts.Algorithm, digest.SHA256)
+	if opts.Want != "" {
+		alg = opts.Want.Algorithm()
 	}
 	if err := source.Check(src); err != nil {
 		return p2p.Added{}, err
@@ -481,7 +477,7 @@ func (in *ingest) Commit(c p2p.Commit) error {
 	if in.done {
 		return errors.New("commit: the ingest is committed or closed already")
 	}
-	if err := validate(c); err != nil {
+	if err := c.Validate(); err != nil {
 		return err
 	}
 	wanted := map[digest.Digest]bool{}
@@ -540,48 +536,6 @@ func (s *Store) weigh(c p2p.Commit) int {
 		}
 	}
 	return n
-}
-
-func validate(c p2p.Commit) error {
-	for _, n := range c.Tasks {
-		if err := n.Task.Validate(); err != nil {
-			return err
-		}
-		if err := validateManifest(n); err != nil {
-			return err
-		}
-	}
-	for _, n := range c.Names {
-		if err := p2p.ValidateTag(n.Tag); err != nil {
-			return err
-		}
-		if cid, err := digest.ParseCID(n.Name); err != nil {
-			return err
-		} else if cid.CacheID() == "" {
-			return fmt.Errorf("name %q: %w: it is a digest, want a cache ID", n.Name, digest.ErrInvalid)
-		}
-	}
-	return nil
-}
-
-func validateManifest(n p2p.NewTask) error {
-	m := n.Manifest
-	if m == nil {
-		return nil
-	}
-	all := append(slices.Clip(m.Refs), m.Needs...)
-	if m.Subject != "" {
-		all = append(all, m.Subject)
-	}
-	for _, d := range all {
-		if _, err := digest.Parse(string(d)); err != nil {
-			return err
-		}
-		if d == n.Task.Digest {
-			return fmt.Errorf("manifest %s: %w: it refers to itself", n.Task, digest.ErrInvalid)
-		}
-	}
-	return nil
 }
 
 // publish puts the copies of additions where blobs are, durably.

@@ -19,14 +19,6 @@ import (
 	"github.com/dfcache/dfcache/p2p"
 )
 
-// validateRef guards the methods that take a cid against a zero one and against a tag that is none.
-func validateRef(tag string, cid digest.CID) error {
-	if _, err := digest.ParseCID(cid.String()); err != nil {
-		return err
-	}
-	return p2p.ValidateTag(tag)
-}
-
 func resolve(tx *bbolt.Tx, tag string, cid digest.CID) (p2p.Task, error) {
 	task := p2p.Task{Tag: tag, Digest: cid.Digest()}
 	if name := cid.CacheID(); name != "" {
@@ -54,7 +46,7 @@ func (s *Store) Stat(ctx context.Context, tag string, cid digest.CID, opts p2p.S
 		return p2p.Info{}, err
 	}
 	defer s.end()
-	if err := validateRef(tag, cid); err != nil {
+	if err := opts.Validate(tag, cid); err != nil {
 		return p2p.Info{}, err
 	}
 	if opts.Lease && cid.Digest() != "" {
@@ -102,7 +94,7 @@ func (s *Store) StatForPeers(ctx context.Context, task p2p.Task) (p2p.Info, erro
 	}
 	defer s.end()
 	cid := digest.FromDigest(task.Digest)
-	if err := validateRef(task.Tag, cid); err != nil {
+	if err := p2p.ValidateRef(task.Tag, cid); err != nil {
 		return p2p.Info{}, err
 	}
 	info, _, _, err := s.lookUp(task.Tag, cid, false)
@@ -253,7 +245,7 @@ func (s *Store) DeleteTasks(ctx context.Context, tag string, cid digest.CID, opt
 		return p2p.Deleted{}, nil, err
 	}
 	defer s.end()
-	if err := validateDelete(tag, cid, opts); err != nil {
+	if err := opts.Validate(tag, cid); err != nil {
 		return p2p.Deleted{}, nil, err
 	}
 	var removed removal
@@ -336,7 +328,7 @@ const listBatch = 256
 func (s *Store) List(ctx context.Context, q p2p.Query) iter.Seq2[p2p.Entry, error] {
 	return func(yield func(p2p.Entry, error) bool) {
 		l := lister{s: s, ctx: ctx, q: q}
-		if err := validateQuery(q); err != nil {
+		if err := q.Validate(); err != nil {
 			yield(p2p.Entry{}, err)
 			return
 		}
@@ -369,36 +361,6 @@ func (s *Store) List(ctx context.Context, q p2p.Query) iter.Seq2[p2p.Entry, erro
 			yield(p2p.Entry{}, l.err)
 		}
 	}
-}
-
-func validateQuery(q p2p.Query) error {
-	if q.Kind < p2p.KindAll || q.Kind > p2p.KindPartials {
-		return fmt.Errorf("list: %w: there is no kind %d of entries", digest.ErrInvalid, q.Kind)
-	}
-	if q.Tag != nil {
-		if err := p2p.ValidateTag(*q.Tag); err != nil {
-			return err
-		}
-	}
-	if q.Kind == p2p.KindTags && q.Tag != nil {
-		return fmt.Errorf("list tags: %w: of one tag there is nothing to list", digest.ErrInvalid)
-	}
-	if q.Holds != "" {
-		if q.Kind != p2p.KindTags {
-			return fmt.Errorf("list who holds %s: %w: that is asked for tags", q.Holds, digest.ErrInvalid)
-		}
-		if _, err := digest.Parse(string(q.Holds)); err != nil {
-			return err
-		}
-	}
-	if q.RefersTo == "" {
-		return nil
-	}
-	if q.Tag == nil || q.Kind != p2p.KindAll {
-		return fmt.Errorf("list what refers to %s: %w: that is asked of one tag, and for tasks", q.RefersTo, digest.ErrInvalid)
-	}
-	_, err := digest.Parse(string(q.RefersTo))
-	return err
 }
 
 // lister is the state of one List.

@@ -125,7 +125,7 @@ func FuzzRequests(f *testing.F) {
 				if q.Holds != "" {
 					err = errors.Join(err, validDigest(q.Holds))
 				}
-				if len(q.After) > maxAfter || q.RefersTo != "" && (q.Tag == nil || q.Kind != p2p.KindAll) || q.Holds != "" && q.Kind != p2p.KindTags || q.FromPeers && q.RefersTo == "" {
+				if len(q.After) > p2p.MaxTag || q.RefersTo != "" && (q.Tag == nil || q.Kind != p2p.KindAll) || q.Holds != "" && q.Kind != p2p.KindTags || q.FromPeers && q.RefersTo == "" {
 					err = fmt.Errorf("%+v", q)
 				}
 				return err
@@ -269,6 +269,7 @@ func TestParseRights(t *testing.T) {
 
 func TestValidate(t *testing.T) {
 	task := taskMessage(someTask)
+	ref := digest.SHA256.FromString("ref").String()
 	d, other := task.Digest, string(digest.SHA512.FromString("other"))
 	commit := func(c *pb.IngestRequest_Commit) error { return new(commitParser).add(c) }
 	newTask := func(n *pb.NewTask) error {
@@ -354,12 +355,13 @@ func TestValidate(t *testing.T) {
 		"media type with é":     {typed("é"), "printable"},
 		"keep missing":          {newTask(&pb.NewTask{}), "keep 0"},
 		"keep unknown":          {newTask(&pb.NewTask{Keep: 4}), "keep 4"},
-		"refs":                  {manifest(&pb.NewTask_Manifest{Refs: slices.Repeat([]string{d}, maxRefs)}), ""},
-		"many refs":             {manifest(&pb.NewTask_Manifest{Refs: slices.Repeat([]string{d}, maxRefs+1)}), "10001"},
+		"refs":                  {manifest(&pb.NewTask_Manifest{Refs: slices.Repeat([]string{ref}, p2p.MaxManifestRefs)}), ""},
+		"many refs":             {manifest(&pb.NewTask_Manifest{Refs: slices.Repeat([]string{ref}, p2p.MaxManifestRefs+1)}), "10001"},
 		"ref":                   {manifest(&pb.NewTask_Manifest{Refs: []string{"v1"}}), "digest"},
-		"needs":                 {manifest(&pb.NewTask_Manifest{Refs: []string{d, other}, Needs: []string{other}}), ""},
-		"many needs":            {manifest(&pb.NewTask_Manifest{Refs: []string{d}, Needs: slices.Repeat([]string{d}, maxRefs+1)}), "10001"},
-		"needs what it lacks":   {manifest(&pb.NewTask_Manifest{Refs: []string{d}, Needs: []string{other}}), "does not refer"},
+		"refers to itself":      {manifest(&pb.NewTask_Manifest{Refs: []string{d}}), "itself"},
+		"needs":                 {manifest(&pb.NewTask_Manifest{Refs: []string{ref, other}, Needs: []string{other}}), ""},
+		"many needs":            {manifest(&pb.NewTask_Manifest{Refs: []string{ref}, Needs: slices.Repeat([]string{ref}, p2p.MaxManifestRefs+1)}), "10001"},
+		"needs what it lacks":   {manifest(&pb.NewTask_Manifest{Refs: []string{ref}, Needs: []string{other}}), "does not refer"},
 		"subject":               {manifest(&pb.NewTask_Manifest{Subject: other}), ""},
 		"subject is a name":     {manifest(&pb.NewTask_Manifest{Subject: "v1"}), "digest"},
 		"name":                  {newName(&pb.NewName{Name: "v1", Digest: d}), ""},
@@ -379,7 +381,7 @@ func TestValidate(t *testing.T) {
 
 	// All parts of a commit together.
 	part := &pb.IngestRequest_Commit{Tasks: []*pb.NewTask{{
-		Task: task, Keep: pb.Keep_KEEP_HELD, Manifest: &pb.NewTask_Manifest{Refs: slices.Repeat([]string{d}, maxRefs)},
+		Task: task, Keep: pb.Keep_KEEP_HELD, Manifest: &pb.NewTask_Manifest{Refs: slices.Repeat([]string{ref}, p2p.MaxManifestRefs)},
 	}}}
 	var parser commitParser
 	var err error

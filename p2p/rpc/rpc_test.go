@@ -547,7 +547,7 @@ func TestLargestManifest(t *testing.T) {
 	long := p2p.Info{
 		Task:       p2p.Task{Tag: strings.Repeat("a", p2p.MaxTag), Digest: digest.SHA512.FromString("")},
 		Size:       1<<63 - 1,
-		MediaType:  strings.Repeat("x", maxMediaType),
+		MediaType:  strings.Repeat("x", p2p.MaxMediaType),
 		Remote:     true,
 		IsManifest: true,
 		Origin:     time.Unix(0, 1<<63-1),
@@ -577,7 +577,7 @@ func TestLargestManifest(t *testing.T) {
 		t.Fatal(err)
 	}
 	task := p2p.NewTask{Task: p2p.Task{Tag: long.Task.Tag, Digest: added.Digest}, MediaType: long.MediaType, Origin: long.Origin}
-	refs := slices.Repeat([]digest.Digest{long.Task.Digest}, maxRefs)
+	refs := slices.Repeat([]digest.Digest{long.Task.Digest}, p2p.MaxManifestRefs)
 	task.Manifest = &p2p.NewManifest{Refs: refs, Needs: refs, Subject: long.Task.Digest}
 	if err := ingest.Commit(p2p.Commit{Tasks: []p2p.NewTask{task}}); err != nil {
 		t.Fatal(err)
@@ -679,7 +679,7 @@ func TestQuery(t *testing.T) {
 		{p2p.Query{}, []p2p.Entry{name, task}},
 		{p2p.Query{Tag: &empty}, nil},
 		{p2p.Query{Tag: &someTask.Tag, Kind: p2p.KindNames, After: "\xff"}, []p2p.Entry{name}},
-		{p2p.Query{Kind: p2p.KindTags, After: strings.Repeat("a", maxAfter)}, tags},
+		{p2p.Query{Kind: p2p.KindTags, After: strings.Repeat("a", p2p.MaxTag)}, tags},
 		{p2p.Query{Tag: &empty, RefersTo: someTask.Digest}, []p2p.Entry{task}},
 		{p2p.Query{Tag: &empty, RefersTo: someTask.Digest, FromPeers: true}, []p2p.Entry{task}},
 	} {

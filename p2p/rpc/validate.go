@@ -16,15 +16,12 @@ import (
 
 // The limits of what a request may hold.
 const (
-	maxRequest   = 4 << 20       // bytes of one message
-	maxElements  = 1 << 16       // of one message, in either direction: see package grpclimit
-	maxHeaders   = 64 << 10      // bytes of a call's headers
-	maxMediaType = 255           // bytes
-	maxRefs      = 10_000        // of one manifest
-	maxCommit    = 64 << 20      // bytes of all parts of a commit
-	maxCommits   = 2 * maxCommit // of all that are under way
-	maxAfter     = 255           // bytes: the longest tag; a name is shorter
-	maxReplicas  = 1 << 20       // peers
+	maxRequest  = 4 << 20       // bytes of one message
+	maxElements = 1 << 16       // of one message, in either direction: see package grpclimit
+	maxHeaders  = 64 << 10      // bytes of a call's headers
+	maxCommit   = 64 << 20      // bytes of all parts of a commit
+	maxCommits  = 2 * maxCommit // of all that are under way
+	maxReplicas = 1 << 20       // peers
 )
 
 // maxPieces is the number of pieces that a blob that is arriving may have. They
@@ -88,8 +85,8 @@ func (e enum[M, E]) parse(what string, m M) (word E, err error) {
 	return word, err
 }
 
-// Everything in a request is checked here, once, as it becomes the engine's
-// words. Errors wrap [digest.ErrInvalid].
+// Everything in a request is checked as it becomes the engine's words: by the
+// Validate of each. Errors wrap [digest.ErrInvalid].
 
 func parseTask(t *pb.Task) (p2p.Task, error) {
 	task := p2p.Task{Tag: t.GetTag(), Digest: digest.Digest(t.GetDigest())}
@@ -111,15 +108,7 @@ func parseStat(r *pb.StatRequest) (cid digest.CID, opts p2p.StatOptions, err err
 	if opts.Scope, err = scopes.parse("scope", r.GetScope()); err != nil {
 		return cid, opts, err
 	}
-	switch {
-	case opts.Scope == p2p.Mend, opts.Scope == p2p.Check:
-		err = fmt.Errorf("stat %s: %w: only an open mends or checks", cid, digest.ErrInvalid)
-	case opts.Keep && (opts.Scope != p2p.Network || !opts.Manifest):
-		err = fmt.Errorf("stat %s to keep it: %w: it goes with its manifest, and with the network as the scope", cid, digest.ErrInvalid)
-	case opts.Holders && opts.Scope != p2p.Network:
-		err = fmt.Errorf("stat %s with who holds it: %w: it goes with the network as the scope", cid, digest.ErrInvalid)
-	}
-	return cid, opts, err
+	return cid, opts, opts.Validate(r.GetTag(), cid)
 }
 
 func parseOpen(r *pb.OpenRequest) (task p2p.Task, scope p2p.Scope, err error) {
@@ -158,15 +147,10 @@ func parseReplicate(r *pb.ReplicateRequest) (cid digest.CID, n int, err error) {
 
 func parseDelete(r *pb.DeleteRequest) (cid digest.CID, opts p2p.DeleteOptions, err error) {
 	opts = p2p.DeleteOptions{Force: r.GetForce(), NameOnly: r.GetNameOnly()}
-	if cid, err = parseName(r.GetTag(), r.GetCid()); err != nil || !opts.NameOnly {
+	if cid, err = parseName(r.GetTag(), r.GetCid()); err != nil {
 		return cid, opts, err
 	}
-	if cid.CacheID() == "" {
-		err = fmt.Errorf("delete %s by name only: %w: a digest is not a name", cid, digest.ErrInvalid)
-	} else if opts.Force {
-		err = fmt.Errorf("delete %s by name only: %w: there is nothing to force", cid, digest.ErrInvalid)
-	}
-	return cid, opts, err
+	return cid, opts, opts.Validate(r.GetTag(), cid)
 }
 
 func parseList(r *pb.ListRequest) (q p2p.Query, err error) {
@@ -177,52 +161,15 @@ func parseList(r *pb.ListRequest) (q p2p.Query, err error) {
 	if q.Kind, err = listKinds.parse("kind", r.GetKind()); err != nil {
 		return q, err
 	}
-	if q.Tag != nil {
-		if err := p2p.ValidateTag(*q.Tag); err != nil {
-			return q, err
-		}
-	}
-	if len(q.After) > maxAfter {
-		return q, fmt.Errorf("list after a name of %d bytes: %w: none has more than %d", len(q.After), digest.ErrInvalid, maxAfter)
-	}
-	if q.Holds != "" {
-		if q.Kind != p2p.KindTags {
-			return q, fmt.Errorf("list who holds %q: %w: it goes with tags as the kind", q.Holds, digest.ErrInvalid)
-		}
-		if _, err := digest.Parse(string(q.Holds)); err != nil {
-			return q, err
-		}
-	}
-	if q.RefersTo == "" {
-		if q.FromPeers {
-			err = fmt.Errorf("list from peers: %w: it goes with what the entries refer to", digest.ErrInvalid)
-		}
-		return q, err
-	}
-	if q.Tag == nil || q.Kind != p2p.KindAll {
-		return q, fmt.Errorf("list what refers to %q: %w: it goes with a tag, and not with a kind", q.RefersTo, digest.ErrInvalid)
-	}
-	_, err = digest.Parse(string(q.RefersTo))
-	return q, err
+	return q, q.Validate()
 }
 
 func parseAdd(r *pb.IngestRequest_Add) (p2p.AddOptions, error) {
-	var opts p2p.AddOptions
-	var err error
+	opts := p2p.AddOptions{Want: digest.Digest(r.GetWant()), Algorithm: digest.Algorithm(r.GetAlgorithm())}
 	if r.GetOffset() < 0 {
 		return opts, fmt.Errorf("offset %d: %w: it is negative", r.GetOffset(), digest.ErrInvalid)
 	}
-	if r.GetWant() != "" {
-		if opts.Want, err = digest.Parse(r.GetWant()); err != nil {
-			return opts, err
-		}
-	}
-	if r.GetAlgorithm() != "" {
-		if opts.Algorithm, err = digest.ParseAlgorithm(r.GetAlgorithm()); err != nil {
-			return opts, err
-		}
-	}
-	return opts, nil
+	return opts, opts.Validate()
 }
 
 func parseRehash(r *pb.IngestRequest_Rehash) (d, want digest.Digest, err error) {
@@ -278,102 +225,34 @@ func (p *commitParser) add(part *pb.IngestRequest_Commit) error {
 }
 
 func parseNewTask(t *pb.NewTask) (p2p.NewTask, error) {
-	task, err := parseTask(t.GetTask())
-	if err != nil {
-		return p2p.NewTask{}, err
+	n := p2p.NewTask{
+		Task:      p2p.Task{Tag: t.GetTask().GetTag(), Digest: digest.Digest(t.GetTask().GetDigest())},
+		MediaType: t.GetMediaType(),
+		Origin:    timeOf(t.GetOriginUnixNano()),
 	}
-	if err := validateMediaType(t.GetMediaType()); err != nil {
-		return p2p.NewTask{}, fmt.Errorf("task %s: %w", task, err)
+	var err error
+	if n.Keep, err = keeps.parse("keep", t.GetKeep()); err != nil {
+		return n, fmt.Errorf("task %s: %w", n.Task, err)
 	}
-	keep, err := keeps.parse("keep", t.GetKeep())
-	if err != nil {
-		return p2p.NewTask{}, fmt.Errorf("task %s: %w", task, err)
+	if m := t.GetManifest(); m != nil {
+		n.Manifest = &p2p.NewManifest{Refs: digestsOf(m.GetRefs()), Needs: digestsOf(m.GetNeeds()), Subject: digest.Digest(m.GetSubject())}
 	}
-	manifest, err := parseNewManifest(t.GetManifest())
-	if err != nil {
-		return p2p.NewTask{}, fmt.Errorf("manifest %s: %w", task, err)
-	}
-	origin, err := parseTime("origin", t.GetOriginUnixNano())
-	if err != nil {
-		return p2p.NewTask{}, fmt.Errorf("task %s: %w", task, err)
-	}
-	return p2p.NewTask{Task: task, MediaType: t.GetMediaType(), Keep: keep, Origin: origin, Manifest: manifest}, nil
+	return n, n.Validate()
 }
 
-// parseTime reads a time that may be missing. what says in messages what it is.
-func parseTime(what string, nanoseconds int64) (time.Time, error) {
-	if nanoseconds < 0 {
-		return time.Time{}, fmt.Errorf("%s: %w: it is before 1970", what, digest.ErrInvalid)
+func digestsOf(texts []string) (digests []digest.Digest) {
+	for _, text := range texts {
+		digests = append(digests, digest.Digest(text))
 	}
-	return timeOf(nanoseconds), nil
-}
-
-func parseNewManifest(m *pb.NewTask_Manifest) (manifest *p2p.NewManifest, err error) {
-	if m == nil {
-		return nil, nil
-	}
-	manifest = new(p2p.NewManifest)
-	if manifest.Refs, err = parseRefs(m.GetRefs()); err != nil {
-		return nil, err
-	}
-	if manifest.Needs, err = parseRefs(m.GetNeeds()); err != nil {
-		return nil, err
-	}
-	refs := make(map[digest.Digest]bool, len(manifest.Refs))
-	for _, d := range manifest.Refs {
-		refs[d] = true
-	}
-	for _, d := range manifest.Needs {
-		if !refs[d] {
-			return nil, fmt.Errorf("it needs %s: %w: it does not refer to it", d, digest.ErrInvalid)
-		}
-	}
-	if m.GetSubject() != "" {
-		manifest.Subject, err = digest.Parse(m.GetSubject())
-	}
-	return manifest, err
-}
-
-func parseRefs(refs []string) (digests []digest.Digest, err error) {
-	if n := len(refs); n > maxRefs {
-		return nil, fmt.Errorf("%w: it refers to %d others, at most %d can be kept", digest.ErrInvalid, n, maxRefs)
-	}
-	for _, ref := range refs {
-		d, err := digest.Parse(ref)
-		if err != nil {
-			return nil, err
-		}
-		digests = append(digests, d)
-	}
-	return digests, nil
+	return digests
 }
 
 func parseNewName(n *pb.NewName) (p2p.NewName, error) {
-	task, err := parseTask(&pb.Task{Tag: n.GetTag(), Digest: n.GetDigest()})
-	if err != nil {
-		return p2p.NewName{}, err
+	name := p2p.NewName{
+		Tag: n.GetTag(), Name: n.GetName(), Digest: digest.Digest(n.GetDigest()),
+		Updated: timeOf(n.GetUpdatedUnixNano()), KeepOld: n.GetKeepOld(),
 	}
-	cid, err := digest.ParseCID(n.GetName())
-	if err == nil && cid.CacheID() == "" {
-		err = fmt.Errorf("name %q: %w: a digest can't be the name of a task", n.GetName(), digest.ErrInvalid)
-	}
-	if err != nil {
-		return p2p.NewName{}, err
-	}
-	updated, err := parseTime("name "+n.GetName(), n.GetUpdatedUnixNano())
-	return p2p.NewName{Tag: task.Tag, Name: n.GetName(), Digest: task.Digest, Updated: updated, KeepOld: n.GetKeepOld()}, err
-}
-
-func validateMediaType(s string) error {
-	if len(s) > maxMediaType {
-		return fmt.Errorf("media type: %w: it has %d characters, at most %d are allowed", digest.ErrInvalid, len(s), maxMediaType)
-	}
-	for i := range len(s) {
-		if s[i] < ' ' || s[i] > '~' {
-			return fmt.Errorf("media type %q: %w: it has a character outside printable ASCII", s, digest.ErrInvalid)
-		}
-	}
-	return nil
+	return name, name.Validate()
 }
 
 // The way back: the engine's words as messages.

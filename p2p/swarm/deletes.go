@@ -83,10 +83,7 @@ func (s *Swarm) Delete(ctx context.Context, tag string, cid digest.CID, opts p2p
 // them have answered, and have not, too. It refuses what another task refers to on some peer, before it is
 // deleted on others, unless that is forced.
 func (s *Swarm) see(ctx context.Context, tag string, cid digest.CID, force bool) (seen []pieces.Version, answered, silent int, err error) {
-	if err := p2p.ValidateTag(tag); err != nil {
-		return nil, 0, 0, err
-	}
-	if _, err := digest.ParseCID(cid.String()); err != nil {
+	if err := p2p.ValidateRef(tag, cid); err != nil {
 		return nil, 0, 0, err
 	}
 	task := p2p.Task{Tag: tag, Digest: cid.Digest()}

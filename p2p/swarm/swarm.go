@@ -372,14 +372,11 @@ func (s *Swarm) Stat(ctx context.Context, tag string, cid digest.CID, opts p2p.S
 		return p2p.Info{}, err
 	}
 	defer s.calls.Done()
+	if err := opts.Validate(tag, cid); err != nil {
+		return p2p.Info{}, err
+	}
 	if opts.Scope == p2p.Local || s.opts.Mode == SeedOnly {
 		return s.statLocal(ctx, tag, cid, opts)
-	}
-	if _, err := digest.ParseCID(cid.String()); err != nil {
-		return p2p.Info{}, err
-	}
-	if err := p2p.ValidateTag(tag); err != nil {
-		return p2p.Info{}, err
 	}
 	stat := s.statName
 	if cid.CacheID() == "" {

@@ -159,6 +159,9 @@ func (e *Engine) Stat(ctx context.Context, tag string, cid digest.CID, opts p2p.
 		return p2p.Info{}, err
 	}
 	defer e.End()
+	if err := opts.Validate(tag, cid); err != nil {
+		return p2p.Info{}, err
+	}
 	local := p2p.StatOptions{Scope: p2p.Local, Manifest: opts.Manifest, ContentOnly: opts.ContentOnly, MaxContent: opts.MaxContent, Lease: opts.Lease}
 	info, err := e.store.Stat(ctx, tag, cid, local)
 	if opts.Scope == p2p.Local {
