@@ -348,13 +348,13 @@ func TestDeleteFromTheFutureLater(t *testing.T) {
 	a, b := h.start(t, withManifests, time1.with), h.start(t, withManifests, time2.with)
 	before := a.push(t, "m", "before", "", []byte("one"))
 	for _, name := range []string{"before", "after", "between"} {
-		if _, err := a.applyDelete(t.Context(), mustParse(t, deleteMessage{Tag: "m", CID: name, At: time.Now().Add(2 * time.Hour)}), b.id); err != nil {
+		if _, err := a.applyDelete(t.Context(), mustParse(t, deleteMessage{Tag: "m", CID: name, At: time.Now().Add(10 * time.Hour)}), b.id); err != nil {
 			t.Fatal(err)
 		}
 	}
 	after := a.push(t, "m", "after", "", []byte("two"))
 	var between p2p.Task
-	for _, later := range []time.Duration{90 * time.Minute, 3 * time.Hour, 20 * 24 * time.Hour} {
+	for _, later := range []time.Duration{90 * time.Minute, 11 * time.Hour, 20 * 24 * time.Hour} {
 		time1.set(later)
 		time2.set(later)
 		a.meetAll()
