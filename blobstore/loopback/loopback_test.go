@@ -98,6 +98,12 @@ func TestUserOfClosed(t *testing.T) {
 	if uid, err := userOf(ours); !errors.Is(err, ErrUnknown) {
 		t.Errorf("reset: user %d, %v", uid, err)
 	}
+	// While our end is closed, another connection can have the same addresses.
+	_, ours = accept(t, "tcp4", "127.0.0.1:0", net.Dial)
+	ours.Close()
+	if uid, err := userOf(ours); !errors.Is(err, ErrUnknown) {
+		t.Errorf("closed on this side: user %d, %v", uid, err)
+	}
 	a, b := net.Pipe()
 	defer a.Close()
 	defer b.Close()

@@ -342,7 +342,7 @@ func (l *records) Handle(_ context.Context, r slog.Record) error {
 // wait returns the first record that match is true for, when it has come.
 func (l *records) wait(t *testing.T, match func(record) bool) record {
 	t.Helper()
-	giveUp := time.After(time.Minute)
+	giveUp := time.After(30 * time.Second)
 	for {
 		l.mu.Lock()
 		i := slices.IndexFunc(l.all, match)
