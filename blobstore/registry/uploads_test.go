@@ -846,6 +846,9 @@ func TestClose(t *testing.T) {
 	if err := s.handler.Close(); err != nil {
 		t.Error(err)
 	}
+	if n, received := s.handler.Uploads(); n != 0 {
+		t.Errorf("%d uploads of %d bytes are left", n, received)
+	}
 	putting.answer("PUT").fails(http.StatusServiceUnavailable, "UNKNOWN")
 	patching.answer("PATCH").fails(http.StatusServiceUnavailable, "UNKNOWN")
 	s.do("GET", idle, nil).fails(http.StatusNotFound, "BLOB_UPLOAD_UNKNOWN")

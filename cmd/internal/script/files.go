@@ -33,7 +33,8 @@ func exitCodeCmd(ts *testscript.TestScript, neg bool, args []string) {
 	want, err := strconv.Atoi(args[0])
 	ts.Check(err)
 	got := 0
-	if err := ts.Exec(args[1], args[2:]...); err != nil {
+	// A daemon that is not to start would run for ever.
+	if err := ts.Exec("timeout", append([]string{"--foreground", "30"}, args[1:]...)...); err != nil {
 		exit, ok := errors.AsType[*exec.ExitError](err)
 		if !ok {
 			ts.Fatalf("%v", err)

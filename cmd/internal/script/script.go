@@ -20,7 +20,7 @@
 //	killdaemon                kill -9
 //	killstarted FILE          stop the daemon that dfcache has started: FILE, or stdout or
 //	                          stderr, has its "pid NUMBER"
-//	exitcode N CMD [ARG...]   run and check the exit code
+//	exitcode N CMD [ARG...]   run and check the exit code, which is 124 where it runs for half a minute
 //	asuser CMD [ARG...]       run as a user without rights, where the test runs as root; "exec
 //	                          asuser CMD ..." does it in the background or with a pipe
 //	mkfile FILE SIZE [SEED]   write SIZE bytes that look random and depend on SEED; KiB, MiB
