@@ -151,6 +151,9 @@ func TestArtifactStat(t *testing.T) {
 
 // TestArtifactFiles: which of a manifest's layers are files.
 func TestArtifactFiles(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	eachStore(t, func(t *testing.T, s *blobstore.Store) {
 		r := repository(t, s, "t")
 		pushBlobs(t, r, "one", "two", "config")

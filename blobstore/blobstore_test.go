@@ -35,6 +35,9 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 // eachStore runs a test against an embedded store, and against one behind a socket.
 func eachStore(t *testing.T, test func(t *testing.T, s *blobstore.Store)) {
 	for name, open := range stores {
+		if testing.Short() && name == "Open" {
+			continue // the socket leads to the same store
+		}
 		t.Run(name, func(t *testing.T) { test(t, open(t)) })
 	}
 }
@@ -42,6 +45,9 @@ func eachStore(t *testing.T, test func(t *testing.T, s *blobstore.Store)) {
 // eachStoreWithoutLeases is eachStore for what is deleted at once, whoever was told of it.
 func eachStoreWithoutLeases(t *testing.T, test func(t *testing.T, s *blobstore.Store)) {
 	for name, open := range storesWith(pieces.Options{Lease: time.Nanosecond}) {
+		if testing.Short() && name == "Open" {
+			continue
+		}
 		t.Run(name, func(t *testing.T) { test(t, open(t)) })
 	}
 }

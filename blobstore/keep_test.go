@@ -115,6 +115,9 @@ func (k *keeper) require(want ...string) {
 
 // TestKeep says what keeps content, and with what it goes.
 func TestKeep(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	for name, test := range map[string]func(k *keeper){
 		"a file imported under a cache ID goes with it": func(k *keeper) {
 			k.file("v1", "file")

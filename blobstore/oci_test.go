@@ -59,6 +59,9 @@ func TestStorage(t *testing.T) {
 			if name != "Dial" && tag == "" {
 				continue // the socket leads to the same store, and takes both
 			}
+			if testing.Short() && name == "Dial" {
+				continue
+			}
 			t.Run(name+" "+blobstore.RepositoryName(tag), func(t *testing.T) {
 				storagetest.Run(t, func(t *testing.T) oras.Target {
 					s := open(t)
@@ -241,6 +244,9 @@ func TestRepositories(t *testing.T) {
 // TestPages: tags, repositories and referrers come in order, in pages that are
 // not too large, and a page may be kept.
 func TestPages(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	eachStore(t, func(t *testing.T, s *blobstore.Store) {
 		r := repository(t, s, "t")
 		var want []string

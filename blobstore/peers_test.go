@@ -671,6 +671,9 @@ func (e *hangingKeep) Stat(ctx context.Context, tag string, cid digest.CID, opts
 
 // An export that has the file does not wait for what would be kept with it.
 func TestExportWaitsForNothingElse(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	peer := peertest.New(t)
 	theirs := repository(t, blobstore.New(peer.Peer), "t")
 	if _, err := theirs.Import(t.Context(), "v1", strings.NewReader("content"), blobstore.ImportOptions{Title: "file"}); err != nil {

@@ -61,6 +61,9 @@ func requireGone(t *testing.T, r *blobstore.Repository, digests ...digest.Digest
 }
 
 func TestUpload(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	eachStore(t, func(t *testing.T, s *blobstore.Store) {
 		r := repository(t, s, "t")
 		data := bytesOf(5<<20, 1)

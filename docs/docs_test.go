@@ -19,6 +19,9 @@ var programs = []string{"dfcache", "dfdaemon"}
 // TestCurrent makes the documents anew, where everything that a page could take
 // from its surroundings is another than usual. They have to be those that are here.
 func TestCurrent(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	sources(t)
 	bin, dir := t.TempDir(), t.TempDir()
 	for _, program := range programs {

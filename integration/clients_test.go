@@ -82,9 +82,19 @@ func newUser(t *testing.T, d *daemon, env ...string) *user {
 	return u
 }
 
-// start starts a daemon with its registry at a free port, and a user of it.
-// When the test ends, the daemon has to end well and its store to be in order.
+// start starts a daemon with its registry at a free port, and a user of it who has
+// registry clients.
 func start(t *testing.T, flags ...string) (*daemon, *user) {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("-short: needs registry clients")
+	}
+	return startWithUser(t, flags...)
+}
+
+// startWithUser starts a daemon with its registry at a free port, and a user of it.
+// When the test ends, the daemon has to end well and its store to be in order.
+func startWithUser(t *testing.T, flags ...string) (*daemon, *user) {
 	t.Helper()
 	d := startDaemonWith(t, tempHome(t), flags)
 	t.Cleanup(func() {
@@ -106,7 +116,9 @@ func (u *user) command(stdin io.Reader, args []string) *exec.Cmd {
 			break
 		}
 	}
-	if advice := clients[args[0]]; advice != "" && name == args[0] {
+	if advice := clients[args[0]]; advice != "" && testing.Short() {
+		u.t.Skip("-short: needs " + args[0])
+	} else if advice != "" && name == args[0] {
 		u.t.Fatalf("%s is missing: %s", args[0], advice)
 	}
 	cmd := exec.Command(name, args[1:]...)

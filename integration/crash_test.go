@@ -41,6 +41,9 @@ func logSeed(t *testing.T) uint64 {
 // start, what was acknowledged is there and right, what was not is there whole
 // or not at all, nothing is left in ingest/, and no export has made a part of a file.
 func TestCrash(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	seed := logSeed(t)
 	random := rand.New(rand.NewPCG(seed, 0))
 	home := tempHome(t)

@@ -14,12 +14,10 @@ import (
 // TestDeadMount: what is to be put where a file system has died fails because of that. It is
 // not taken for an output that exists.
 func TestDeadMount(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("needs root, to mount a file system that dies")
-	}
+	needRoot(t)
 	fuse, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0)
 	if err != nil {
-		t.Skip("needs FUSE, which a container may lack: ", err)
+		t.Fatal("needs FUSE, which a container may lack: ", err)
 	}
 	home, dead := t.TempDir(), filepath.Join(t.TempDir(), "dead")
 	if err := os.Mkdir(dead, 0o755); err != nil {

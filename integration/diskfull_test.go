@@ -19,6 +19,9 @@ import (
 // what does not fit is refused with a clear error, nothing of it is left, and
 // the store goes on.
 func TestDiskFull(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: needs a mount namespace")
+	}
 	home := tempHome(t)
 	data := filepath.Join(home, "data")
 	if err := os.Mkdir(data, 0o750); err != nil {
@@ -207,6 +210,9 @@ func freeBlocks(t *testing.T, path string) uint64 {
 // TestOutputDiskFull exports to a file system that is too small: a clear error,
 // and no file.
 func TestOutputDiskFull(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: needs a mount namespace")
+	}
 	home := tempHome(t)
 	d := startDaemon(t, home)
 	store := d.dial(t)

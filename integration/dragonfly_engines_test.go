@@ -66,6 +66,9 @@ func TestDragonflyBeside(t *testing.T) {
 
 // The same with the newer one, which speaks the API v2.
 func TestDragonflyPersistent(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	upstream := persistenttest.StartCluster(t)
 	flags := []string{"--engine", "dragonfly-v2", "--dragonfly-schedulers", upstream.Addr, "--dragonfly-daemon"}
 	a := startOnDragonfly(t, append(flags, upstream.Start(t).Socket)...)
@@ -82,6 +85,9 @@ func TestDragonflyPersistent(t *testing.T) {
 
 // What one host imports, another exports, and so does a daemon of Dragonfly; and the reverse.
 func TestDragonflyCluster(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	schedulers := clustertest.StartScheduler(t)
 	flags := []string{"--engine", "dragonfly-cluster", "--dragonfly-schedulers", schedulers.Addr, "--dragonfly-advertise", "127.0.0.1",
 		"--dragonfly-peer-listen", "127.0.0.1:0", "--dragonfly-upload-listen", "127.0.0.1:0"}
@@ -104,6 +110,9 @@ func TestDragonflyCluster(t *testing.T) {
 
 // A host whose disk is too small for what it fetches says so, keeps nothing of it, and goes on.
 func TestDragonflyDiskFull(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: needs a mount namespace")
+	}
 	newer, schedulers := persistenttest.StartCluster(t), clustertest.StartScheduler(t)
 	for engine, flags := range map[string]func() []string{
 		"dragonfly-v2": func() []string {

@@ -158,6 +158,17 @@ func (d *daemon) stop(t *testing.T, sig syscall.Signal) {
 	}
 }
 
+// needRoot ends a test that needs root: it is skipped with -short, and fails without root.
+func needRoot(t *testing.T) {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("-short: needs root")
+	}
+	if os.Geteuid() != 0 {
+		t.Fatal("needs root: run the tests as .ci/run does, or with -short")
+	}
+}
+
 func (d *daemon) dial(t *testing.T) *blobstore.Store {
 	t.Helper()
 	store, err := client.Dial(context.Background(), d.socket)

@@ -84,6 +84,9 @@ func TestLayers(t *testing.T) {
 }
 
 func TestNotLinked(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	for pkg, forbidden := range notLinked {
 		for _, dep := range goList(t, "-deps", "./"+pkg) {
 			for _, f := range forbidden {

@@ -142,6 +142,9 @@ func (d *daemon) pushed(t *testing.T, repository string, data []byte) digest.Dig
 // TestMemoryOfStalledReaders: whoever asks for a large blob and reads nothing of it costs
 // the daemon next to nothing.
 func TestMemoryOfStalledReaders(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	d := startLean(t, nil)
 	sum := d.pushed(t, "models", content(64<<20, 1))
 	hangUp := d.stalled(t, 300, true, nil, func(int) string {
@@ -155,6 +158,9 @@ func TestMemoryOfStalledReaders(t *testing.T) {
 // TestMemoryOfStalledStreams is the same for the streams of HTTP/2: of one connection,
 // and of ten. Streams that the daemon does not allow wait at the client.
 func TestMemoryOfStalledStreams(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	u := newUser(t, &daemon{})
 	u.certificates()
 	d := startLean(t, []string{"--registry-cert", filepath.Join(u.dir, "server.crt"), "--registry-key", filepath.Join(u.dir, "server.key")})
@@ -208,6 +214,9 @@ func streams() *http.Client {
 // TestMemoryOfStalledManifests: answers that are made in memory do not stay there while
 // nobody reads them.
 func TestMemoryOfStalledManifests(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	d := startLean(t, nil)
 	manifest := []byte(fmt.Sprintf(`{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[],"annotations":{"a":%q}}`, strings.Repeat("x", 4<<20-200)))
 	d.require(t, http.StatusCreated, http.MethodPut, "/v2/models/manifests/v1", manifest)
@@ -220,6 +229,9 @@ func TestMemoryOfStalledManifests(t *testing.T) {
 
 // TestMemoryOfStalledReferrers: neither do lists that are made of many manifests, and few are made at once.
 func TestMemoryOfStalledReferrers(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	d := startLean(t, nil)
 	subject := d.pushed(t, "models", []byte("{}"))
 	for i := range 5 {
@@ -236,6 +248,9 @@ func TestMemoryOfStalledReferrers(t *testing.T) {
 
 // TestMemoryOfHeldManifests: a manifest of which the end does not come waits elsewhere.
 func TestMemoryOfHeldManifests(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	d := startLean(t, nil)
 	const size = 4 << 20
 	head := fmt.Sprintf("PUT /v2/models/manifests/v1 HTTP/1.1\r\nHost: %s\r\nContent-Length: %d\r\n\r\n", d.host, size)
@@ -247,6 +262,9 @@ func TestMemoryOfHeldManifests(t *testing.T) {
 
 // TestMemoryOfUnfinishedPushes: neither does a push that stops in the middle keep much.
 func TestMemoryOfUnfinishedPushes(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	d := startLean(t, nil)
 	hangUp := d.stalled(t, 256, false, content(2<<20, 1), func(i int) string {
 		method, path := "POST", "/v2/models/blobs/uploads/?digest="+digest.SHA256.FromString(strconv.Itoa(i)).String()
@@ -261,6 +279,9 @@ func TestMemoryOfUnfinishedPushes(t *testing.T) {
 
 // TestMemoryOfParallelPushes is of pushes that all go on.
 func TestMemoryOfParallelPushes(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	d := startLean(t, nil)
 	d.pushMany(t, 20)
 	d.requireMemory(t, 128)
@@ -303,6 +324,9 @@ func (d *daemon) pushMany(t *testing.T, n int) (sums []digest.Digest) {
 // TestMemoryInSmallContainer: in a control group of 128 MiB, pushes and pulls go on until
 // they are done.
 func TestMemoryInSmallContainer(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	const limit = 128 << 20
 	group, kills := newControlGroup(t, limit)
 	d := startLean(t, nil, "sh", "-c", `echo $$ > "$0" && exec "$@"`, filepath.Join(group, "cgroup.procs"))

@@ -44,9 +44,7 @@ func newLAN(t *testing.T, n int) *lan {
 // newNetwork makes one with other addresses.
 func newNetwork(t *testing.T, prefix string, n int) *lan {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("network namespaces are root's to make: run the tests as root, as .ci/run does")
-	}
+	needRoot(t)
 	if _, err := exec.LookPath("ip"); err != nil {
 		t.Fatalf("%v: install the package iproute2", err)
 	}

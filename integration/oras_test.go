@@ -257,9 +257,7 @@ func TestDataDirectoryIsLayout(t *testing.T) {
 		check(t, newUser(t, near), readOnly(data)...)
 	})
 	t.Run("of a user who may only read", func(t *testing.T) {
-		if os.Geteuid() != 0 {
-			t.Skip("needs root, to be another user")
-		}
+		needRoot(t)
 		as := newUser(t, near)
 		for _, dir := range []string{near.home, as.dir} {
 			if err := os.Chmod(dir, 0o755); err != nil {

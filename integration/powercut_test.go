@@ -43,11 +43,9 @@ func newDisk(t *testing.T, kind string) *powerless {
 // newImage makes a file with an empty file system of a kind, "ext4", "xfs" or "btrfs".
 func newImage(t *testing.T, kind string) (image string) {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("needs root, to mount a file system whose power can be cut")
-	}
+	needRoot(t)
 	if _, err := os.Stat("/dev/loop-control"); err != nil {
-		t.Skip("needs loop devices, which a container may lack: ", err)
+		t.Fatal("needs loop devices, which a container may lack: ", err)
 	}
 	image = filepath.Join(t.TempDir(), "image")
 	f, err := os.Create(image)

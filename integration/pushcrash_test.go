@@ -29,6 +29,9 @@ import (
 // deleted is gone, and nothing is left of the rest: when all is deleted, the
 // data directory has no blob.
 func TestPushCrash(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	seed := logSeed(t)
 	random := rand.New(rand.NewPCG(seed, 0))
 	home := tempHome(t)

@@ -41,7 +41,7 @@ type diskWrite struct {
 func newRecordedDisk(t *testing.T, image string) *recordedDisk {
 	t.Helper()
 	if _, err := os.Stat("/dev/fuse"); err != nil {
-		t.Skip("needs FUSE, which a container may lack: ", err)
+		t.Fatal("needs FUSE, which a container may lack: ", err)
 	}
 	f, err := os.Open(image)
 	if err != nil {

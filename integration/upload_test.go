@@ -121,7 +121,7 @@ func TestResumedUpload(t *testing.T) {
 
 // TestWrongUpload: what does not have its digest is not stored.
 func TestWrongUpload(t *testing.T) {
-	d, u := start(t)
+	d, u := startWithUser(t)
 	data := content(1<<20, 1)
 	wrong := "?digest=" + sha256Of(content(1<<20, 2)).String()
 	d.require(t, http.StatusBadRequest, http.MethodPost, "/v2/models/blobs/uploads/"+wrong, data)
@@ -140,7 +140,7 @@ func TestWrongUpload(t *testing.T) {
 // TestCancelledUpload: an upload that its client cancels leaves nothing, also
 // while a chunk is on its way.
 func TestCancelledUpload(t *testing.T) {
-	d, _ := start(t)
+	d, _ := startWithUser(t)
 	location := d.beginUpload(t, "models")
 	d.require(t, http.StatusAccepted, http.MethodPatch, location, content(1<<20, 1))
 	within(t, "the chunk is on disk", func() bool { return d.ingested(t) == 1<<20 })

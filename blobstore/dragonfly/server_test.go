@@ -295,11 +295,20 @@ func TestTimeout(t *testing.T) {
 	requireCode(t, "export at a rate", err, 0)
 }
 
+// needRoot ends a test that needs root: it is skipped with -short, and fails without root.
+func needRoot(t *testing.T) {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("-short: needs root")
+	}
+	if os.Geteuid() != 0 {
+		t.Fatal("needs root: run the tests as .ci/run does, or with -short")
+	}
+}
+
 // What is exported for another user is that user's.
 func TestOwner(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("only root can give a file to another user: run the tests as root, as .ci/run does")
-	}
+	needRoot(t)
 	s := serve(t)
 	requireCode(t, "import", s.importFile("v1", "", s.file("file", []byte("content"))), 0)
 	out := filepath.Join(s.dir, "out")
@@ -361,9 +370,7 @@ func TestOutOfDescriptors(t *testing.T) {
 
 // Another user is refused, whatever the mode of the socket.
 func TestStranger(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("only root can act as another user: run the tests as root, as .ci/run does")
-	}
+	needRoot(t)
 	s := serve(t)
 	if err := os.Chmod(s.socket, 0o666); err != nil {
 		t.Fatal(err)

@@ -22,8 +22,10 @@ import (
 func accept(t *testing.T, network, at string, dial func(network, at string) (net.Conn, error)) (theirs, ours net.Conn) {
 	t.Helper()
 	l, err := net.Listen(network, at)
-	if err != nil {
-		t.Skipf("this host has no %s at %s: %v", network, at, err)
+	if err != nil && testing.Short() {
+		t.Skipf("-short: needs %s at %s: %v", network, at, err)
+	} else if err != nil {
+		t.Fatalf("this host has no %s at %s, or run the tests with -short: %v", network, at, err)
 	}
 	defer l.Close()
 	_, port, _ := net.SplitHostPort(l.Addr().String())
@@ -40,6 +42,17 @@ func accept(t *testing.T, network, at string, dial func(network, at string) (net
 	}
 	t.Cleanup(func() { ours.Close() })
 	return theirs, ours
+}
+
+// needRoot ends a test that needs root: it is skipped with -short, and fails without root.
+func needRoot(t *testing.T) {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("-short: needs root")
+	}
+	if os.Geteuid() != 0 {
+		t.Fatal("needs root: run the tests as .ci/run does, or with -short")
+	}
 }
 
 // dialAs dials as another user.
@@ -66,9 +79,7 @@ func TestUserOf(t *testing.T) {
 			if uid, err := userOf(ours); err != nil || uid != os.Geteuid() {
 				t.Errorf("user %d, %v; want %d", uid, err, os.Geteuid())
 			}
-			if os.Geteuid() != 0 {
-				t.Skip("to be another user needs root")
-			}
+			needRoot(t)
 			_, ours = accept(t, c.network, c.at, dialAs(12345))
 			if uid, err := userOf(ours); err != nil || uid != 12345 {
 				t.Errorf("user %d, %v; want 12345", uid, err)
@@ -133,9 +144,7 @@ func state(t *testing.T, c net.Conn) (state uint8) {
 
 // A port can have connections of several users, to several servers.
 func TestUserOfSharedPort(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("to be another user needs root")
-	}
+	needRoot(t)
 	_, port, _ := net.SplitHostPort(func() string {
 		l, err := net.Listen("tcp4", "127.0.0.1:0") // one that is free
 		if err != nil {
@@ -200,7 +209,7 @@ func TestIsOwner(t *testing.T) {
 		if got := ask(net.Dial); got != "true" {
 			t.Errorf("%s: the same user: %s", server.URL, got)
 		}
-		if os.Geteuid() == 0 {
+		if !testing.Short() { // it needs root
 			if got := ask(dialAs(12345)); got != "false" {
 				t.Errorf("%s: another user: %s", server.URL, got)
 			}
@@ -283,9 +292,7 @@ func TestUserNamespace(t *testing.T) {
 		fmt.Println(uid, err)
 		return
 	}
-	if os.Geteuid() != 0 {
-		t.Skip("to be another user needs root")
-	}
+	needRoot(t)
 	server := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestUserNamespace$")
 	server.Env = append(os.Environ(), inside+"=1")
 	server.SysProcAttr = &syscall.SysProcAttr{
@@ -298,7 +305,7 @@ func TestUserNamespace(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := server.Start(); err != nil {
-		t.Skip("needs user namespaces: ", err)
+		t.Fatal("needs user namespaces: ", err)
 	}
 	defer server.Wait()
 	said := bufio.NewScanner(out)

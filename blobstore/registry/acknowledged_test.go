@@ -71,6 +71,9 @@ func (s *server) reopen() *server {
 // What a client was told is there is there for its manifest, whatever is deleted or
 // moved meanwhile.
 func TestAcknowledgedStays(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	cleanups := map[string]func(s *server, m digest.Digest){
 		"delete": func(s *server, m digest.Digest) {
 			s.do("DELETE", "/v2/a/manifests/"+m.String(), nil).want(http.StatusAccepted)
@@ -214,7 +217,7 @@ func TestMountOfDamage(t *testing.T) {
 	d := digest.SHA256.FromBytes(data)
 	path := func(s *server) string { return filepath.Join(s.dir, "blobs", "sha256", d.Encoded()) }
 	for what, harm := range map[string]func(s *server) error{
-		"cut":                      func(s *server) error { return os.Truncate(path(s), 5) },
+		"cut":                      func(s *server) error { return errors.Join(os.Chmod(path(s), 0o600), os.Truncate(path(s), 5)) },
 		"removed":                  func(s *server) error { return os.Remove(path(s)) },
 		"directory":                func(s *server) error { return errors.Join(os.Remove(path(s)), os.Mkdir(path(s), 0o755)) },
 		"flipped, and not met yet": func(s *server) error { s.damage(d); return nil },
@@ -271,7 +274,7 @@ func TestDamageIsRemembered(t *testing.T) {
 			}
 			return err
 		},
-		"cut":     func(path string) error { return os.Truncate(path, 5) },
+		"cut":     func(path string) error { return errors.Join(os.Chmod(path, 0o600), os.Truncate(path, 5)) },
 		"removed": os.Remove,
 	}
 	for what, harm := range harms {

@@ -222,6 +222,9 @@ func equal(t *testing.T, got, want []ocispec.Descriptor) {
 
 // TestManyReferrers: they come in pages that clients read, none twice, none lost.
 func TestManyReferrers(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	s := start(t, registry.Options{})
 	target := &ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: digest.SHA256.FromString("absent"), Size: 1}
 	var want []string

@@ -33,6 +33,9 @@ func streamed(data []byte) io.Reader { return struct{ io.Reader }{bytes.NewReade
 // TestPushInEveryWay: what the clients do, for each of the algorithms, with and
 // without saying which it will be.
 func TestPushInEveryWay(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	s := start(t, registry.Options{})
 	patch := func(path string, body any, header ...string) string {
 		t.Helper()
@@ -424,6 +427,9 @@ func TestRoomOfAbortedUploads(t *testing.T) {
 
 // TestTooManyRequests: who reads nothing does not keep out others.
 func TestTooManyRequests(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	s := start(t, registry.Options{MaxRequests: 4, StallTimeout: time.Hour})
 	data := content(32<<20, 1) // more than the buffers on the way take
 	d := s.pushBlob("a", data)

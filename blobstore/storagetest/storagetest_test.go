@@ -29,6 +29,9 @@ func TestMemory(t *testing.T) {
 
 func TestLayout(t *testing.T) {
 	for name, autoGC := range map[string]bool{"AutoGC": true, "NoGC": false} {
+		if testing.Short() && autoGC {
+			continue
+		}
 		t.Run(name, func(t *testing.T) {
 			storagetest.Run(t, func(t *testing.T) oras.Target {
 				store, err := oci.New(t.TempDir())

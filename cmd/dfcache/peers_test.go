@@ -153,6 +153,9 @@ func (n *network) imported(t *testing.T, data []byte) blobstore.File {
 }
 
 func TestFileOfPeers(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	n := &network{Engine: peertest.New(t)}
 	run := n.daemon(t)
 	data := bytes.Repeat([]byte("content"), 30_000)
@@ -181,6 +184,9 @@ func TestFileOfPeers(t *testing.T) {
 
 // What has arrived of a file that nobody fetches any more is shown, also by a stat.
 func TestPartials(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	n := &network{Engine: peertest.New(t)}
 	run := n.daemon(t)
 	f := n.imported(t, bytes.Repeat([]byte("content"), 30_000))
@@ -222,6 +228,9 @@ func (o output) lacks(text string) output {
 }
 
 func TestDeleteOnPeers(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	n := &network{Engine: peertest.New(t)}
 	run := n.daemon(t)
 	store := func() { run("import", "-i", "v1", "/proc/self/cmdline").want(0) }
@@ -252,6 +261,9 @@ func TestDeleteOnPeers(t *testing.T) {
 }
 
 func TestImportWithReplicas(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	n := &network{Engine: peertest.New(t)}
 	run := n.daemon(t)
 	n.replicate = func(_ context.Context, count int) ([]string, error) {
@@ -296,6 +308,9 @@ func TestImportWithReplicas(t *testing.T) {
 }
 
 func TestPeers(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	n := &network{Engine: peertest.New(t)}
 	run := n.daemon(t)
 	run("peers").want(0, `no peers are known: start dfdaemon on other hosts, .*`)

@@ -61,6 +61,9 @@ func TestSpans(t *testing.T) {
 
 // A collector that hangs does not hold up a command that is told to end.
 func TestSpansGiveUp(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	release, arrived := make(chan struct{}), make(chan struct{}, 1)
 	collector := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
 		arrived <- struct{}{}

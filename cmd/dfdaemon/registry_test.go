@@ -127,6 +127,9 @@ func TestGracefulStopOfPush(t *testing.T) {
 
 // So is a pull.
 func TestGracefulStopOfPull(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	r := launch(t, "--shutdown-timeout", "0")
 	content := bytes.Repeat([]byte("more than fits into the buffers of a connection. "), 1<<20)
 	want := digest.SHA256.FromBytes(content)
@@ -164,6 +167,9 @@ func TestSecondSignalDuringPush(t *testing.T) {
 }
 
 func TestShutdownTimeoutDuringPush(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	r := launch(t, "--shutdown-timeout", "10ms")
 	p := r.push("PATCH", r.begin(), "first, ")
 	r.signal()

@@ -261,6 +261,9 @@ func TestCollision(t *testing.T) {
 
 // Nobody waits for Dragonfly longer than the engine is told to.
 func TestHang(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	const short = 500 * time.Millisecond
 	cluster := new(dragonflytest.Cluster)
 	a := newHost(t, cluster, dragonfly.Options{})
@@ -471,7 +474,7 @@ func TestMend(t *testing.T) {
 		"flipped": func(path string) error {
 			return errors.Join(os.Chmod(path, 0o600), os.WriteFile(path, []byte("dat?"), 0o600))
 		},
-		"short":   func(path string) error { return os.Truncate(path, 1) },
+		"short":   func(path string) error { return errors.Join(os.Chmod(path, 0o600), os.Truncate(path, 1)) },
 		"missing": os.Remove,
 	} {
 		data := []byte("data")

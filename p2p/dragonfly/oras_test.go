@@ -39,6 +39,9 @@ type storeRepository struct {
 }
 
 func TestStorage(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	storagetest.Run(t, func(t *testing.T) oras.Target {
 		h := newHost(t, new(dragonflytest.Cluster), dragonfly.Options{})
 		return storeRepository{repository(t, h, "models"), h}

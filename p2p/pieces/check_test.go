@@ -109,6 +109,9 @@ func TestCheckDirChangesNothing(t *testing.T) {
 // TestCheckDirOfDamagedMetadata: whatever bit is wrong, a check ends, says so, reads the files
 // all the same, and does not tell anybody to remove one.
 func TestCheckDirOfDamagedMetadata(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	dir, content, _ := richStore(t)
 	path := filepath.Join(dir, "meta.db")
 	good, err := os.ReadFile(path)

@@ -298,6 +298,9 @@ func TestFaults(t *testing.T) {
 		n := countOps(t, func(s *Store) error { return work(t, s) })
 		for at := range n {
 			for _, fault := range []error{syscall.EIO, syscall.ENOSPC} {
+				if testing.Short() && fault == syscall.EIO {
+					continue
+				}
 				t.Run(fmt.Sprintf("%s/%d/%v", name, at, fault), func(t *testing.T) {
 					dir := t.TempDir()
 					f := &faults{at: -1, error: fault}
@@ -340,6 +343,9 @@ func TestFaults(t *testing.T) {
 
 // TestCrash stops the world at every single operation, and opens the store again.
 func TestCrash(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	for name, work := range works {
 		n := countOps(t, func(s *Store) error { return work(t, s) })
 		for i := range 2 * n {
@@ -834,6 +840,9 @@ func TestDamagedMetadata(t *testing.T) {
 
 // TestOpenDoesNotWalk: what opening costs does not depend on how much there is.
 func TestOpenDoesNotWalk(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	cost := func(n int) uint64 {
 		s := newStore(t)
 		s.db.NoSync = true

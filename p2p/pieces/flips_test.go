@@ -156,6 +156,9 @@ func TestFlippedBits(t *testing.T) {
 		n := len(all)
 		if *flips > 0 {
 			n = min(n, max(1, *flips/len(byKind)))
+			if testing.Short() {
+				n = min(n, 5)
+			}
 			rnd.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
 		}
 		t.Logf("%d of the %d bits of %s pages", n, len(all), kind)
@@ -285,6 +288,9 @@ func noticed(t *testing.T, dir string, bad []byte, content map[p2p.Task][]byte, 
 // noticed, or it does not matter. Meta pages are left out: without the last write of one the file is
 // what it was before the last change, of which nothing else tells.
 func TestLostWrites(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	dir, content, names := richStore(t)
 	path := filepath.Join(dir, "meta.db")
 	detected := 0
@@ -341,6 +347,9 @@ func requireAll(t *testing.T, s *Store, content map[p2p.Task][]byte, names map[s
 
 // TestPagesAreAsChecked: whatever bbolt writes passes the check of its pages.
 func TestPagesAreAsChecked(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	s := newStore(t)
 	s.db.NoSync = true
 	rnd := rand.New(rand.NewPCG(*flipSeed, 1))

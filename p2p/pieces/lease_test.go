@@ -149,6 +149,9 @@ func TestLeaseOutlivesSetClocks(t *testing.T) {
 // What was only asked for, and is held by nothing any more, goes when its lease ends;
 // what was pushed since stays.
 func TestLeaseEnds(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	s := newStore(t)
 	layer, other := pushed(t, s, "layer"), pushed(t, s, "other")
 	manifest := pushed(t, s, "manifest", layer, other)
@@ -429,6 +432,9 @@ func TestSparedAndPushed(t *testing.T) {
 
 // However often is asked, what is remembered of it is bounded.
 func TestLeasesAreBounded(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	s := newStore(t)
 	absent := p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("absent")}
 	if err := asked(t, s, absent); !errors.Is(err, p2p.ErrNotFound) || len(s.lent.order) > 0 {

@@ -521,6 +521,9 @@ func TestPartialCancelled(t *testing.T) {
 
 // A table that an earlier version made, with longer pieces, is made anew.
 func TestOlderTable(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	s := newStore(t)
 	data := randomContent(40<<20, 6)
 	task := enginetest.Import(t, s, "t", data)

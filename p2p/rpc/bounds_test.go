@@ -20,6 +20,9 @@ import (
 // TestRequestsOfManyElements: a request that is small and becomes large in memory is refused
 // before it does.
 func TestRequestsOfManyElements(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	c := pair(t, newStore(t.TempDir()))
 	s, end, err := c.begin(t.Context())
 	if err != nil {

@@ -654,6 +654,9 @@ func TestDownloadTellsOfFew(t *testing.T) {
 
 // A client that does not read stops the daemon, and its messages do not pile up.
 func TestDownloadOfSlowReader(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	const pieces = 1 << 18 // 2.7 MB of messages, of which 1 MiB can be under way
 	a, h := arrivalOf(t, sparse(pieces), nil)
 	var yielded atomic.Int64

@@ -229,12 +229,21 @@ func TestPlainGRPCClient(t *testing.T) {
 	}
 }
 
+// needRoot ends a test that needs root: it is skipped with -short, and fails without root.
+func needRoot(t *testing.T) {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("-short: needs root")
+	}
+	if os.Geteuid() != 0 {
+		t.Fatal("needs root: run the tests as .ci/run does, or with -short")
+	}
+}
+
 // asUser runs f in a thread that has another user's rights.
 func asUser(t *testing.T, uid int, f func()) {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("only root can act as another user")
-	}
+	needRoot(t)
 	done := make(chan syscall.Errno)
 	go func() {
 		runtime.LockOSThread() // and never unlocked: the thread ends with the goroutine

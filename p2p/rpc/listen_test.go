@@ -117,9 +117,7 @@ func TestListenRefusesSharedDirectory(t *testing.T) {
 }
 
 func TestListenRefusesForeignDirectory(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("only root can give a directory away")
-	}
+	needRoot(t)
 	dir := filepath.Join(t.TempDir(), "run")
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		t.Fatal(err)

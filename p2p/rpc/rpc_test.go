@@ -799,6 +799,9 @@ func TestListByTag(t *testing.T) {
 
 // A commit and a list that do not fit one message.
 func TestManyTasks(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	s := newStore(t.TempDir())
 	c := pair(t, s)
 	ingest, err := c.Ingest(t.Context())

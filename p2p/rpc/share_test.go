@@ -117,6 +117,7 @@ func rawCall(t *testing.T, client *http.ClientConn, body io.Reader) (ended <-cha
 // TestShareOfConnections: a user who has all connections there may be gets no more, and makes room for
 // another one, who has no more of them then.
 func TestShareOfConnections(t *testing.T) {
+	needRoot(t)
 	const many = 65534
 	socket, _ := serveEveryone(t, 4, maxCalls)
 	var open []*conn
@@ -146,6 +147,7 @@ func TestShareOfConnections(t *testing.T) {
 
 // TestShareOfCalls is the same for calls.
 func TestShareOfCalls(t *testing.T) {
+	needRoot(t)
 	const many = 65534
 	socket, s := serveEveryone(t, maxConns, 4)
 	other, err := dialAs(t, many, socket)

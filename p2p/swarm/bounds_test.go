@@ -39,6 +39,9 @@ func allocated(f func()) int {
 // TestAnswersOfManyElements: a peer answers with as many elements as fit into the bytes of
 // an answer. They are refused before anything is made of them.
 func TestAnswersOfManyElements(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	const asks = 20
 	task := p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("x")}
 	for _, body := range []string{
@@ -77,6 +80,9 @@ func TestAnswersOfManyElements(t *testing.T) {
 
 // TestRequestsOfManyElements is the same for what a peer asks, and tells.
 func TestRequestsOfManyElements(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	h := newHub()
 	server, other := h.start(t), h.start(t)
 	send := func(path string, body []byte) error {

@@ -40,6 +40,9 @@ func took(t *testing.T, what string, want time.Duration, do func()) {
 
 // A peer goes silent: what a question costs, before that is known and after.
 func TestCostOfSilence(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	onClock(t, func(t *testing.T, h *hub) {
 		a, b, c := h.start(t), h.start(t), h.start(t)
 		a.push(t, "models", "v1", "", []byte("mine"))
@@ -132,6 +135,9 @@ func slowed(path string, f func(w http.ResponseWriter, r *http.Request, body []b
 // How a download ends, and after what time, with a source that behaves in one of the ways in
 // which sources do. The peers have a stall timeout of 5 s, and so give up after 15 s.
 func TestSourcesOfAllKinds(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	const size, stall = 4 * digest.MinPieceLength, 5 * time.Second
 	// times calls f with how many requests for pieces there have been.
 	times := func(f func(n int64, honest http.Handler, w http.ResponseWriter, r *http.Request)) func(*Options) {
@@ -269,6 +275,9 @@ func TestSourcesOfAllKinds(t *testing.T) {
 
 // What one source is slow with comes from another, before the slow one is given up.
 func TestSlowIsAskedOfOthers(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	onClock(t, func(t *testing.T, h *hub) {
 		a := h.start(t, slowed(pathPieces, func(w http.ResponseWriter, r *http.Request, body []byte) {
 			for _, b := range body {
@@ -514,6 +523,9 @@ func requireRest(t *testing.T, blob *Arriving, data []byte) {
 // A manifest takes the time that the source's link needs; a slow or silent source is not waited
 // for where others have it.
 func TestManifestsTakeTheirTime(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	onClock(t, func(t *testing.T, h *hub) {
 		limited, b, c := h.start(t, func(o *Options) { o.UploadRate = 64 << 10 }), h.start(t), h.start(t)
 		data := content(2<<20, 39)

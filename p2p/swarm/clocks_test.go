@@ -79,6 +79,9 @@ func wantNoName(t *testing.T, what, tag, name string, peers ...*testPeer) {
 
 // Whoever imports, moves or deletes last is last, whatever the clocks say.
 func TestClocksTogether(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	for _, skew := range skews {
 		t.Run(skew.String(), func(t *testing.T) {
 			h := newHub()
@@ -128,6 +131,9 @@ func TestClocksTogether(t *testing.T) {
 // A delete covers what its maker could see, and a move that could not be seen
 // loses or wins by the same rule everywhere, and nothing of it is lost.
 func TestClocksApart(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	for _, skew := range skews {
 		t.Run(skew.String(), func(t *testing.T) {
 			h := newHub()
@@ -219,6 +225,9 @@ func TestTimeOfOthers(t *testing.T) {
 // What two hosts have moved is told when they meet, also where one was started again
 // since, and nobody looks the name up.
 func TestConflictsOfEarlierRuns(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	h := newHub()
 	var log record
 	a, b := h.start(t, withManifests), h.start(t, withManifests, log.with)
@@ -239,6 +248,9 @@ func TestConflictsOfEarlierRuns(t *testing.T) {
 
 // Of the names that were moved, the last ones are remembered.
 func TestMovesAreBounded(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	h := newHub()
 	a := h.start(t, withManifests)
 	task := a.push(t, "m", "old", "", []byte("layer"))
@@ -387,6 +399,9 @@ func TestDeleteFromTheFutureLater(t *testing.T) {
 
 // Dates that no clock can come to are refused in every message.
 func TestStampsAreBounded(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	far, before := time.Date(9500, 1, 1, 0, 0, 0, 0, time.UTC), time.Unix(-1, 0)
 	then := time.Now().Add(-time.Hour) // nothing comes after what is later than it
 	for _, at := range []time.Time{far, before} {

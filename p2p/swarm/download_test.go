@@ -177,6 +177,9 @@ func TestOneDownload(t *testing.T) {
 
 // A source that vanishes costs what was under way, no more.
 func TestSourceVanishes(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	h := newHub()
 	g := newGate(10)
 	a, b, c := h.start(t, g.through), h.start(t), h.start(t)
@@ -292,6 +295,9 @@ func TestModes(t *testing.T) {
 
 // Bytes move no faster than they may, either way.
 func TestRates(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	const rate = 4 << 20
 	slowly := func(o *Options) { o.UploadRate = rate }
 	for name, set := range map[string][2]func(*Options){
@@ -529,6 +535,9 @@ func TestMend(t *testing.T) {
 }
 
 func TestManyBlobs(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	h := newHub()
 	a, b := h.start(t), h.start(t)
 	var fetching sync.WaitGroup

@@ -144,6 +144,9 @@ func strip(v any) any {
 
 // A daemon and one of the release before do everything with each other.
 func TestReleaseBefore(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	h := newHub()
 	a, old := h.start(t, withManifests), h.start(t, withManifests, asFirst)
 	both := []*testPeer{a, old}

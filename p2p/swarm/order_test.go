@@ -19,7 +19,11 @@ var orderSeeds = flag.Int("swarm.orders", 4, "how many orders TestOrder tries")
 // last counts on all of them, and of what was done apart nothing that only one side has done
 // is undone.
 func TestOrder(t *testing.T) {
-	for seed := range uint64(*orderSeeds) {
+	seeds := *orderSeeds
+	if testing.Short() {
+		seeds = min(seeds, 1)
+	}
+	for seed := range uint64(seeds) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) { testOrder(t, mathrand.New(mathrand.NewPCG(seed, 1))) })
 	}
 }

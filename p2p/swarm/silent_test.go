@@ -34,6 +34,9 @@ func within(t *testing.T, what string, limit time.Duration, do func()) {
 // A peer that goes silent without a word costs whoever asks one lookup timeout at most,
 // and then nothing.
 func TestSilentPeer(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	h := newHub()
 	quick := func(o *Options) { o.LookupTimeout = time.Second }
 	a, b, c := h.start(t, quick), h.start(t, quick), h.start(t, quick)
@@ -129,6 +132,9 @@ func readAll(t *testing.T, p *testPeer, task p2p.Task) []byte {
 // Who goes away is not kept, and leaves nothing behind that grows: questions to a peer
 // that hangs end with whoever has asked them.
 func TestGivenUpQuestions(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	h := newHub()
 	a, b := h.start(t), h.start(t)
 	h.hang(b.id, true)

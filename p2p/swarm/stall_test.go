@@ -114,6 +114,9 @@ func (p *testPeer) wantNoPartials(t *testing.T) {
 // A download whose only source falls silent ends, whoever else is connected, and says
 // meanwhile what it waits for.
 func TestSilentSource(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	h := newHub()
 	g, f := newGate(10), new(frost)
 	a, b := h.start(t, g.through, f.on), h.start(t, patient(time.Second))
@@ -147,6 +150,9 @@ func TestSilentSource(t *testing.T) {
 
 // Who falls silent for longer than a peer may is asked again: nothing is held against it.
 func TestStallIsNoVerdict(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	h := newHub()
 	g, f := newGate(10), new(frost)
 	a, b := h.start(t, g.through, f.on), h.start(t, func(o *Options) { o.StallTimeout = 300 * time.Millisecond })
@@ -168,6 +174,9 @@ func TestStallIsNoVerdict(t *testing.T) {
 
 // Time in which the receiver is stopped is not the source's.
 func TestReceiverSleeps(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	h := newHub()
 	g := newGate(10)
 	a, b := h.start(t, g.through), h.start(t, patient(300*time.Millisecond))
@@ -184,6 +193,9 @@ func TestReceiverSleeps(t *testing.T) {
 // A source that sends a byte now and then holds nothing up that others have. Alone it is
 // given up.
 func TestSlowSource(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	h := newHub()
 	data := content(10*digest.MinPieceLength, 33)
 	slow := []*testPeer{h.start(t, slowly), h.start(t, slowly), h.start(t, slowly)}
@@ -382,6 +394,9 @@ func TestPartialsGoWithTheirTask(t *testing.T) {
 
 // A manifest is asked of others, too, where the first that has it is slow, or has lost it.
 func TestSlowManifest(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	h := newHub()
 	data := content(5000, 39)
 	slow, slower, b, c := h.start(t, slowly), h.start(t, slowly), h.start(t, patient(time.Second)), h.start(t)

@@ -415,6 +415,9 @@ func (p *testPeer) wantStored(t testing.TB, task p2p.Task) p2p.Info {
 func TestFetch(t *testing.T) {
 	for _, plain := range []bool{false, true} {
 		for _, size := range []int{0, 1, 10_000, digest.MinPieceLength, 1_000_000, 20 << 20} {
+			if testing.Short() && size > 1<<20 {
+				continue
+			}
 			h := newHub()
 			same := func(o *Options) { o.Plain = plain }
 			a, b := h.start(t, same), h.start(t, same)

@@ -164,6 +164,9 @@ func TestStrangers(t *testing.T) {
 // TestUnproven: however many connect and prove nothing, from the same address, too, who has
 // the key gets in.
 func TestUnproven(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	h := newHub()
 	a, b := h.start(t, func(o *Options) { o.MaxConns = 8 }), h.start(t)
 	task := a.add(t, "", content(100_000, 1))
@@ -228,6 +231,9 @@ func TestUnprovenPool(t *testing.T) {
 
 // TestProvenPool: a peer with many connections takes none from another.
 func TestProvenPool(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	h := newHub()
 	a, many, one := h.start(t, func(o *Options) { o.MaxConns = 8 }), h.start(t), h.start(t)
 	ask := func(c net.Conn) error {

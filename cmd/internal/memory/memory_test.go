@@ -55,6 +55,9 @@ func TestControlGroupLimit(t *testing.T) {
 }
 
 func TestGiveBack(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	stop := GiveBack()
 	defer stop()
 	load := make([][]byte, 100)

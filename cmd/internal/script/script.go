@@ -8,8 +8,10 @@
 // is $WORK/user and $SOCK a short path for a daemon's socket. The environment
 // holds nothing of who runs the test but the rest of PATH.
 //
-// The condition [root] holds where the test runs as root. These commands are added to the language. Those that can fail can be negated
-// with "!".
+// The condition [root] is for what needs root: with -short it does not hold, and without it
+// the script fails where the test does not run as root. A script that is not for -short
+// begins with a line "[short] skip '-short: WHY'". These commands are added to the language.
+// Those that can fail can be negated with "!".
 //
 //	daemon [ARG...]           start "dfdaemon --workhome $WORK/home --daemon-sock $SOCK ARG...",
 //	                          in the background, and wait until it is ready. REGISTRY is
@@ -41,6 +43,7 @@ package script
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -194,8 +197,13 @@ func setup(env *testscript.Env) error {
 
 // condition adds the condition "root" to the language.
 func condition(name string) (bool, error) {
-	if name == "root" {
-		return os.Geteuid() == 0, nil
+	switch {
+	case name != "root":
+		return false, fmt.Errorf("unknown condition %q", name)
+	case testing.Short():
+		return false, nil
+	case os.Geteuid() != 0:
+		return false, errors.New("needs root: run the tests as .ci/run does, or with -short")
 	}
-	return false, fmt.Errorf("unknown condition %q", name)
+	return true, nil
 }

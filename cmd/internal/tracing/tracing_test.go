@@ -291,6 +291,9 @@ func TestFailure(t *testing.T) {
 
 // A collector that hangs does not hang the command, and leaves no goroutine.
 func TestHang(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	release := make(chan struct{})
 	s := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { <-release }))
 	defer s.Close()

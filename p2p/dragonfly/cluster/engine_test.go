@@ -160,6 +160,9 @@ func TestBothWays(t *testing.T) {
 	s := clustertest.StartScheduler(t)
 	h := newHost(t, cluster.Options{}, s)
 	for i, size := range sizes {
+		if testing.Short() && size > p2p.MaxManifest+1 {
+			continue
+		}
 		t.Run(fmt.Sprint(size), func(t *testing.T) {
 			for j, tag := range []string{"", "models/large"} {
 				if j > 0 && size > 64<<20 {
@@ -198,6 +201,9 @@ func TestTwoHosts(t *testing.T) {
 	s := clustertest.StartScheduler(t)
 	a, b := newHost(t, cluster.Options{}, s), newHost(t, cluster.Options{}, s)
 	for i, size := range sizes {
+		if testing.Short() && size > p2p.MaxManifest+1 {
+			continue
+		}
 		data := enginetest.Content(size, uint64(i))
 		task := enginetest.Import(t, a, "t", data)
 		if _, err := b.Open(t.Context(), task, p2p.Local); !errors.Is(err, p2p.ErrNotFound) {
@@ -231,6 +237,9 @@ func mustCID(t *testing.T, s string) digest.CID {
 // A peer that gives something else is found out, whatever its MD5s say, and another
 // one is used where there is one.
 func TestBadPeers(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	const stalled = "nothing came for"
 	for _, size := range []int{1000, 5 << 20} {
 		for name, c := range map[string]struct {
@@ -312,6 +321,9 @@ func TestBadPeers(t *testing.T) {
 // A peer that brings nothing, or next to nothing, is not waited for until it is given up:
 // another one is asked beside it.
 func TestBesideSlowPeer(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	const stall = 6 * time.Second // half of it passes
 	for _, size := range []int{1000, 9 << 20} {
 		for name, behaviour := range map[string]clustertest.Behaviour{
@@ -385,6 +397,9 @@ func (l *lockedWriter) Write(p []byte) (int, error) {
 // What has come from a peer that was given up is not fetched again from the next one,
 // unless that one says that it is something else.
 func TestPiecesAreKept(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	for first, c := range map[clustertest.Behaviour]struct {
 		want  int
 		stall time.Duration // long enough for what comes at once
@@ -611,6 +626,9 @@ func TestPlacement(t *testing.T) {
 
 // Nobody waits for a scheduler longer than the engine is told to.
 func TestHang(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	const short = 500 * time.Millisecond
 	s := clustertest.StartScheduler(t)
 	a := newHost(t, cluster.Options{}, s)
@@ -757,6 +775,9 @@ func commit(ctx context.Context, h *host) error {
 
 // Bytes move no faster than they may, either way.
 func TestRates(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	const rate = 4 << 20
 	for name, opts := range map[string][2]cluster.Options{"upload": {{UploadRate: rate}, {}}, "download": {{}, {DownloadRate: rate}}} {
 		s := clustertest.StartScheduler(t)
@@ -773,6 +794,9 @@ func TestRates(t *testing.T) {
 
 // A rate at which little passes in the stall timeout is not taken for a peer that stalls.
 func TestLowRate(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	s := clustertest.StartScheduler(t)
 	a, b := newHost(t, cluster.Options{}, s), newHost(t, cluster.Options{DownloadRate: 64 << 10, StallTimeout: 600 * time.Millisecond}, s)
 	data := enginetest.Content(128<<10, 1)
@@ -951,6 +975,9 @@ func TestUploadHeader(t *testing.T) {
 
 // A peer that asks and reads nothing gives its upload back.
 func TestUploadStalls(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	s := clustertest.StartScheduler(t)
 	h := newHost(t, cluster.Options{MaxUploads: 1, StallTimeout: 300 * time.Millisecond}, s)
 	id := idOf(enginetest.Import(t, h, "t", enginetest.Content(24<<20, 1))) // more than the system keeps

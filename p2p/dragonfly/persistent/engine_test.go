@@ -143,6 +143,9 @@ func TestEngine(t *testing.T) {
 
 // What is imported on one host is exported on another, by Dragonfly's daemons.
 func TestTwoHosts(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	cluster := persistenttest.StartCluster(t)
 	a, b := newHost(t, cluster, persistent.Options{}), newHost(t, cluster, persistent.Options{})
 	for i, size := range []int{0, 1, 1000, p2p.MaxManifest, p2p.MaxManifest + 1, 9 << 20} {
@@ -171,6 +174,9 @@ func TestTwoHosts(t *testing.T) {
 
 // What Dragonfly gives that is something else is stored nowhere, nor is a part of it.
 func TestWrongContent(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	cluster := persistenttest.StartCluster(t)
 	a, b := newHost(t, cluster, persistent.Options{}), newHost(t, cluster, persistent.Options{})
 	data := enginetest.Content(9<<20, 1)
@@ -355,6 +361,9 @@ func TestGiveUpAtOnce(t *testing.T) {
 
 // A fetch of which all has come does not wait for ever for its end.
 func TestLingers(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	cluster := persistenttest.StartCluster(t)
 	a, b := newHost(t, cluster, persistent.Options{}), newHost(t, cluster, persistent.Options{LookupTimeout: 2 * time.Second, StallTimeout: time.Hour, Timeout: time.Minute})
 	b.upstream.Linger()
@@ -571,6 +580,9 @@ func TestRoom(t *testing.T) {
 
 // A byte now and then does not hold a fetch up until it is over.
 func TestDrip(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	cluster := persistenttest.StartCluster(t)
 	a, b := newHost(t, cluster, persistent.Options{}), newHost(t, cluster, persistent.Options{StallTimeout: time.Second})
 	task := enginetest.Import(t, a, "t", enginetest.Content(6*persistenttest.PieceLength, 1))

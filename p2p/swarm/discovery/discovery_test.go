@@ -221,6 +221,9 @@ func TestWithdraw(t *testing.T) {
 // Records that only others hold, not the announcer's own answer, must be sent
 // again before they expire.
 func TestAnnouncesAgain(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	validity := func(o *Options) { o.Validity = 2 * time.Second }
 	a := start(t, validity)
 	b := start(t, validity, bootstrap(addr(t, a)))
@@ -258,6 +261,9 @@ func TestOtherKeyCannotConnect(t *testing.T) {
 }
 
 func TestTenPeers(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	peers := []*Network{start(t)}
 	for range 9 {
 		peers = append(peers, start(t, bootstrap(addr(t, peers[len(peers)-1])))) // a chain
@@ -279,6 +285,9 @@ func TestTenPeers(t *testing.T) {
 // TestManyPeers: there are more peers than a bucket of the table of providers
 // has room for, so that not all are asked.
 func TestManyPeers(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	peers := []*Network{start(t)}
 	entry := addr(t, peers[0])
 	for range 23 {
@@ -675,6 +684,9 @@ func TestPublicOf(t *testing.T) {
 // Very many keys are taken at once, and one that comes behind them
 // does not wait for them.
 func TestManyKeys(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	a := start(t)
 	b := start(t, bootstrap(addr(t, a)))
 	connectedWithAll(t, a, b)

@@ -101,6 +101,9 @@ func TestAnswersAreBounded(t *testing.T) {
 
 // The store against a simple model, with the lists checked.
 func TestRecordsModel(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	rng := rand.New(rand.NewPCG(1, 2))
 	c := &clock{time.Unix(1000, 0)}
 	const limit, validity = 50, 100 * time.Second

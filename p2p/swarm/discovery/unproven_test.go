@@ -19,6 +19,9 @@ import (
 // TestUnproven: however many connect and prove nothing, from the same address, too, a member of
 // the swarm gets in.
 func TestUnproven(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	for name, nat := range map[string]bool{"": false, "with NAT": true} {
 		t.Run(name, func(t *testing.T) {
 			a := start(t, func(o *Options) { o.MaxPeers, o.NAT = 64, nat })

@@ -36,6 +36,9 @@ func TestSimulation(t *testing.T) {
 		{peers: 16, seeds: 3, limit: 1.14},
 		{peers: 100, knows: knows, seeds: 1, limit: 1.30},
 	} {
+		if testing.Short() && test.peers > 16 {
+			continue
+		}
 		t.Run(fmt.Sprintf("peers=%d", test.peers), func(t *testing.T) {
 			t.Parallel()
 			for seed := range test.seeds {
@@ -99,6 +102,9 @@ func TestAdversity(t *testing.T) {
 }
 
 func TestSimulationIsDeterministic(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	c := circumstances{peers: 30, pieces: 64, knows: 6, seed: 7}
 	a, b := simulate(c), simulate(c)
 	if !slices.Equal(a.times(), b.times()) || a.messages != b.messages {
@@ -112,6 +118,9 @@ func TestSimulationIsDeterministic(t *testing.T) {
 
 // TestTable compares the document with what small swarms do now, or writes it.
 func TestTable(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: takes long")
+	}
 	doc, err := os.ReadFile(document)
 	if err != nil {
 		t.Fatal(err)
