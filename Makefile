@@ -1,5 +1,6 @@
 # make          builds the programs into bin/
 # make demo     builds them and runs the main job on a real file
+# make quick    tests that need nothing but Go
 # make test     every check and every test there is
 # make help     the other targets
 
@@ -11,7 +12,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo deve
 COMMIT  ?= $(shell git rev-parse HEAD 2>/dev/null)
 LDFLAGS := -s -w -X $(BUILD).version=$(VERSION) -X $(BUILD).commit=$(COMMIT)
 
-.PHONY: build demo test clients lint generate crash powercut hostile mutants fuzz bench clean help
+.PHONY: build demo quick test clients lint generate crash powercut hostile mutants fuzz bench clean help
 
 # Without gRPC's own trace pages a process starts faster.
 build: ## build dfcache and dfdaemon into bin/
@@ -21,7 +22,12 @@ demo: build ## import, stat, export, compare and delete a real file
 	@PATH="$(BIN):$$PATH" sh integration/demo.sh
 
 # Tests build and run the programs, of which go's cache of test results knows
-# nothing. What takes longest, and waits most, begins first. vet is a part of lint.
+# nothing.
+quick: ## test something of every package in a minute, without root or anything installed
+	$(GO) test -short -count=1 ./...
+
+# What takes longest, and waits most, begins first. vet is a part of lint. What is
+# missing fails.
 test: lint clients ## everything that has to hold
 	$(GO) test -race -count=1 -vet=off -timeout 15m ./integration ./...
 
