@@ -591,6 +591,20 @@ func TestDamageThatGoesBy(t *testing.T) {
 	if info, err := s.Stat(t.Context(), "t", digest.FromDigest(index.Digest), p2p.StatOptions{}); err != nil || len(info.Lacks) != 1 {
 		t.Errorf("what refers to that lacks %v, %v", info.Lacks, err)
 	}
+	in, err := s.Ingest(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.Close()
+	added, err := in.Add(strings.NewReader("another manifest"), p2p.AddOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	parts := []digest.Digest{layer.Digest}
+	err = in.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: p2p.Task{Tag: "t", Digest: added.Digest}, Manifest: &p2p.NewManifest{Refs: parts, Needs: parts}}}})
+	if !errors.Is(err, p2p.ErrMissingRef) {
+		t.Errorf("a manifest that needs what is damaged: %v, want %v", err, p2p.ErrMissingRef)
+	}
 	flip()
 	if err := read(digest.MinPieceLength); err != nil {
 		t.Fatal(err)
