@@ -1,10 +1,13 @@
 package connpool
 
 import (
+	"errors"
 	"math/rand/v2"
 	"net"
+	"os"
 	"slices"
 	"testing"
+	"time"
 )
 
 // crowd notes who was thrown out.
@@ -133,7 +136,8 @@ func TestListen(t *testing.T) {
 		clients, accepted = append(clients, c), append(accepted, a)
 	}
 	for _, c := range clients[:2] {
-		if _, err := c.Read(make([]byte, 1)); err == nil {
+		c.SetReadDeadline(time.Now().Add(5 * time.Second))
+		if _, err := c.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
 			t.Error("an old connection is not closed")
 		}
 	}
