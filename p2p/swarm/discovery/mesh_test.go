@@ -181,6 +181,10 @@ func TestPeersMessage(t *testing.T) {
 			t.Errorf("%s: no error but %v", name, got)
 		}
 	}
+	endless := strings.NewReader(strings.Repeat(" ", 1<<20))
+	if got, err := decodePeers(endless); err == nil || endless.Len() < 1<<20-maxPeersMessage-1 {
+		t.Errorf("%v, %v of a list that does not end; %d bytes of it are not read", got, err, endless.Len())
+	}
 }
 
 func FuzzDecodePeers(f *testing.F) {
