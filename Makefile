@@ -23,7 +23,7 @@ demo: build ## import, stat, export, compare and delete a real file
 
 # Tests build and run the programs, of which go's cache of test results knows
 # nothing.
-quick: ## test something of every package in a minute, without root or anything installed
+quick: ## test something of every package, without root or anything installed
 	$(GO) test -short -count=1 ./...
 
 # What takes longest, and waits most, begins first. vet is a part of lint. What is
