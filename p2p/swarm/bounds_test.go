@@ -255,7 +255,7 @@ func TestMalformedDeletes(t *testing.T) {
 // TestInbox: of long messages only so many are taken in at once as there is room for;
 // short ones do not wait for them.
 func TestInbox(t *testing.T) {
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second) // who waits for ever fails
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute) // who waits for ever fails
 	defer cancel()
 	in := newInbox()
 	var held []func()

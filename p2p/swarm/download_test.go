@@ -417,7 +417,7 @@ func TestDamagedSource(t *testing.T) {
 	table := blob.Table()
 	blob.Close()
 	askFor(t, b, a, task, table, 300_000).Body.Close()
-	for deadline := time.Now().Add(20 * time.Second); ; {
+	for deadline := time.Now().Add(time.Minute); ; {
 		blob, err := a.store.Open(t.Context(), task, p2p.Local)
 		if err == nil {
 			err = errors.Join(blob.CopyRange(t.Context(), io.Discard, 0, blob.Size(), nil), blob.Close())

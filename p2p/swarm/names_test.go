@@ -288,7 +288,7 @@ func (p *testPeer) delete(t testing.TB, tag, cid string, opts p2p.DeleteOptions)
 // gone waits until a peer does not have a task any more.
 func (p *testPeer) gone(t testing.TB, tag, cid string) {
 	t.Helper()
-	deadline := time.Now().Add(20 * time.Second)
+	deadline := time.Now().Add(time.Minute)
 	for {
 		_, err := p.store.Stat(t.Context(), tag, cidOf(t, cid), p2p.StatOptions{Scope: p2p.Local})
 		if errors.Is(err, p2p.ErrNotFound) {

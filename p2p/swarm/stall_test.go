@@ -99,7 +99,7 @@ func (p *testPeer) wantEnd(t *testing.T, ctx context.Context, task p2p.Task, kin
 
 func (p *testPeer) wantNoPartials(t *testing.T) {
 	t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); ; {
+	for deadline := time.Now().Add(time.Minute); ; {
 		left, err := os.ReadDir(p.dir + "/partial")
 		if err == nil && len(left) == 0 {
 			return

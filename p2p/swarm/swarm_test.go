@@ -399,7 +399,7 @@ func (p *testPeer) want(t testing.TB, task p2p.Task, b []byte) {
 // wantStored waits until a task is in the store.
 func (p *testPeer) wantStored(t testing.TB, task p2p.Task) p2p.Info {
 	t.Helper()
-	deadline := time.Now().Add(20 * time.Second)
+	deadline := time.Now().Add(time.Minute)
 	for {
 		info, err := p.store.Stat(t.Context(), task.Tag, digest.FromDigest(task.Digest), p2p.StatOptions{Scope: p2p.Local})
 		if err == nil {
