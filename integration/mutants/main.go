@@ -56,11 +56,11 @@ func run(ctx context.Context, dir string, titles []string) error {
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		result := "noticed by"
+		result := "noticed"
 		if err != nil {
-			result, unnoticed = fmt.Sprintf("%v:", err), unnoticed+1
+			result, unnoticed = err.Error(), unnoticed+1
 		}
-		fmt.Printf("%s: %s %s (%.1f s)\n", m.title, result, m.test, time.Since(start).Seconds())
+		fmt.Printf("%s: %s by %s (%.1f s)\n", m.title, result, m.test, time.Since(start).Seconds())
 	}
 	if unnoticed > 0 {
 		return fmt.Errorf("%d were not noticed", unnoticed)
@@ -68,7 +68,7 @@ func run(ctx context.Context, dir string, titles []string) error {
 	return nil
 }
 
-var errNotNoticed = errors.New("NOT NOTICED by")
+var errNotNoticed = errors.New("NOT NOTICED")
 
 // try runs the mutant's test with its changes. Its error is that the test
 // passes, or why it can't be run.
@@ -112,10 +112,10 @@ func (m *mutant) try(ctx context.Context) error {
 	test.Dir, test.Env = m.pkg, append(os.Environ(), flags)
 	out, err := test.CombinedOutput()
 	if bytes.Contains(out, []byte("no tests to run")) {
-		return errors.New("NO SUCH TEST:")
+		return errors.New("NO SUCH TEST")
 	}
 	if bytes.Contains(out, []byte("panic: test timed out")) {
-		return errors.New("NOTICED BY HANGING ONLY:")
+		return errors.New("NOTICED BY HANGING ONLY")
 	}
 	if err == nil {
 		return errNotNoticed
