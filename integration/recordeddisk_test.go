@@ -9,6 +9,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/hanwen/go-fuse/v2/fs"
 	"github.com/hanwen/go-fuse/v2/fuse"
@@ -65,9 +66,15 @@ func newRecordedDisk(t *testing.T, image string) *recordedDisk {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := server.Unmount(); err != nil {
-			t.Errorf("unmount the disk: %v", err)
-		}
+		// The kernel lets go of it some while after what was mounted on it has gone.
+		within(t, "the disk can be unmounted", func() bool {
+			err = server.Unmount()
+			if err != nil {
+				t.Log("unmount the disk: ", err)
+				time.Sleep(100 * time.Millisecond)
+			}
+			return err == nil
+		})
 	})
 	r.file = filepath.Join(dir, "disk")
 	return r
