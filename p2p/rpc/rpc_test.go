@@ -518,9 +518,16 @@ func TestStatIsOneCall(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	layer, err := ingest.Add(strings.NewReader("layer"), p2p.AddOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
 	task := p2p.Task{Tag: "t", Digest: added.Digest}
 	if err := ingest.Commit(p2p.Commit{
-		Tasks: []p2p.NewTask{{Task: task, Manifest: &p2p.NewManifest{Refs: []digest.Digest{task.Digest}}}},
+		Tasks: []p2p.NewTask{
+			{Task: p2p.Task{Tag: "t", Digest: layer.Digest}},
+			{Task: task, Manifest: &p2p.NewManifest{Refs: []digest.Digest{layer.Digest}}},
+		},
 		Names: []p2p.NewName{{Tag: "t", Name: "v1", Digest: task.Digest}},
 	}); err != nil {
 		t.Fatal(err)
