@@ -1,6 +1,7 @@
 package p2p
 
 import (
+	"cmp"
 	"fmt"
 	"time"
 
@@ -104,6 +105,14 @@ func (o AddOptions) Validate() error {
 		}
 	}
 	return nil
+}
+
+// HashWith returns the algorithm that the content is hashed with.
+func (o AddOptions) HashWith() digest.Algorithm {
+	if o.Want != "" {
+		return o.Want.Algorithm()
+	}
+	return cmp.Or(o.Algorithm, digest.SHA256)
 }
 
 // Validate reports whether the commit is well-formed.

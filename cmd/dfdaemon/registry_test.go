@@ -240,16 +240,17 @@ func TestLongHeader(t *testing.T) {
 	r.wantExit(0)
 }
 
-// What the daemon closes is closed: nothing of it listens, or runs, afterwards.
-func TestClose(t *testing.T) {
+// listening returns a registry of a new store that listens at any port. The caller closes it.
+func listening(t *testing.T, o registryOptions) *registryServer {
+	t.Helper()
 	store, err := blobstore.Open(t.TempDir())
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer store.Close()
+	t.Cleanup(func() { store.Close() })
 	root := newRoot()
 	root.SetContext(t.Context())
-	o := registryOptions{address: "127.0.0.1:0", uploadTimeout: time.Hour}
+	o.address, o.uploadTimeout = "127.0.0.1:0", time.Hour
 	s, err := o.prepare(root)
 	if err != nil {
 		t.Fatal(err)
@@ -261,6 +262,12 @@ func TestClose(t *testing.T) {
 	if ok, err := s.listen(store, log, func(text string) { t.Error(text) }); !ok {
 		t.Fatal(err)
 	}
+	return s
+}
+
+// What the daemon closes is closed: nothing of it listens, or runs, afterwards.
+func TestClose(t *testing.T) {
+	s := listening(t, registryOptions{})
 	s.close()
 	if c, err := net.Dial("tcp", s.listener.Addr().String()); err == nil {
 		c.Close()
@@ -270,26 +277,9 @@ func TestClose(t *testing.T) {
 
 // How many requests one connection of HTTP/2 may have is bounded, and said.
 func TestStreams(t *testing.T) {
-	store, err := blobstore.Open(t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer store.Close()
-	root := newRoot()
-	root.SetContext(t.Context())
-	o := registryOptions{address: "127.0.0.1:0", uploadTimeout: time.Hour}
+	var o registryOptions
 	o.cert, o.key = writeCertificate(t, t.TempDir(), "one")
-	s, err := o.prepare(root)
-	if err != nil {
-		t.Fatal(err)
-	}
-	log := slog.New(slog.DiscardHandler)
-	if err := s.readFiles(log); err != nil {
-		t.Fatal(err)
-	}
-	if ok, err := s.listen(store, log, func(text string) { t.Error(text) }); !ok {
-		t.Fatal(err)
-	}
+	s := listening(t, o)
 	served := make(chan error, 1)
 	go func() { served <- s.serve() }()
 	defer func() {

@@ -2,7 +2,6 @@ package memory
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -52,10 +51,6 @@ func (in *ingest) Add(src io.Reader, opts p2p.AddOptions) (p2p.Added, error) {
 	if err := opts.Validate(); err != nil {
 		return p2p.Added{}, err
 	}
-	alg := cmp.Or(opts.Algorithm, digest.SHA256)
-	if opts.Want != "" {
-		alg = opts.Want.Algorithm()
-	}
 	if err := source.Check(src); err != nil {
 		return p2p.Added{}, err
 	}
@@ -66,7 +61,7 @@ func (in *ingest) Add(src io.Reader, opts p2p.AddOptions) (p2p.Added, error) {
 	if err != nil {
 		return p2p.Added{}, err
 	}
-	b, err := read(ctx, src, alg, opts.Progress)
+	b, err := read(ctx, src, opts.HashWith(), opts.Progress)
 	if err != nil {
 		return p2p.Added{}, err
 	}

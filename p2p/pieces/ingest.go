@@ -1,7 +1,6 @@
 package pieces
 
 import (
-	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -61,10 +60,6 @@ func (in *ingest) Add(src io.Reader, opts p2p.AddOptions) (p2p.Added, error) {
 	if err := opts.Validate(); err != nil {
 		return p2p.Added{}, err
 	}
-	alg := cmp.Or(opts.Algorithm, digest.SHA256)
-	if opts.Want != "" {
-		alg = opts.Want.Algorithm()
-	}
 	if err := source.Check(src); err != nil {
 		return p2p.Added{}, err
 	}
@@ -82,7 +77,7 @@ func (in *ingest) Add(src io.Reader, opts p2p.AddOptions) (p2p.Added, error) {
 			progress(taken)
 		}
 	}
-	a, err := in.add(ctx, src, alg, opts)
+	a, err := in.add(ctx, src, opts.HashWith(), opts)
 	if cause := context.Cause(ctx); err != nil && cause != nil {
 		// Whatever broke off broke off because of this.
 		err = cause

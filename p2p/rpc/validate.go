@@ -102,7 +102,7 @@ func parseName(tag, cid string) (digest.CID, error) {
 
 func parseStat(r *pb.StatRequest) (cid digest.CID, opts p2p.StatOptions, err error) {
 	opts = p2p.StatOptions{Manifest: r.GetManifest(), Keep: r.GetKeep(), Holders: r.GetHolders(), Lease: r.GetLease()}
-	if cid, err = parseName(r.GetTag(), r.GetCid()); err != nil {
+	if cid, err = digest.ParseCID(r.GetCid()); err != nil {
 		return cid, opts, err
 	}
 	if opts.Scope, err = scopes.parse("scope", r.GetScope()); err != nil {
@@ -147,7 +147,7 @@ func parseReplicate(r *pb.ReplicateRequest) (cid digest.CID, n int, err error) {
 
 func parseDelete(r *pb.DeleteRequest) (cid digest.CID, opts p2p.DeleteOptions, err error) {
 	opts = p2p.DeleteOptions{Force: r.GetForce(), NameOnly: r.GetNameOnly()}
-	if cid, err = parseName(r.GetTag(), r.GetCid()); err != nil {
+	if cid, err = digest.ParseCID(r.GetCid()); err != nil {
 		return cid, opts, err
 	}
 	return cid, opts, opts.Validate(r.GetTag(), cid)

@@ -619,21 +619,34 @@ func TestNeverServe(t *testing.T) {
 	}
 }
 
-// TestSourcesAreBounded: however many peers say that they have a blob, name others, or state hash chains, a download takes up
-// so many of them.
-func TestSourcesAreBounded(t *testing.T) {
+// beginDownload returns a download of what a peer has, of which one piece has arrived and no
+// more comes.
+func beginDownload(t *testing.T, data []byte) (from *testPeer, d *download, task p2p.Task) {
+	t.Helper()
 	h := newHub()
-	g := newGate(1)
-	a, b := h.start(t, g.through), h.start(t)
-	data := content(gateSize, 60)
-	task := a.add(t, "", data)
+	from, b := h.start(t, newGate(1).through), h.start(t)
+	task = from.add(t, "", data)
 	blob := b.open(t, t.Context(), task)
-	defer blob.Close()
+	t.Cleanup(func() { blob.Close() })
 	arrive(t, blob, 1)
-	d := blob.d
+	return from, blob.d, task
+}
+
+// inLoop has the loop of a download do something, and waits for it.
+func inLoop(d *download, do func()) {
 	done := make(chan struct{})
 	d.post(func() {
 		defer close(done)
+		do()
+	})
+	<-done
+}
+
+// TestSourcesAreBounded: however many peers say that they have a blob, name others, or state hash chains, a download takes up
+// so many of them.
+func TestSourcesAreBounded(t *testing.T) {
+	a, d, task := beginDownload(t, content(gateSize, 60))
+	inLoop(d, func() {
 		for range 3 * maxSources {
 			d.follow(hint{ID: test.RandPeerIDFatal(t).String(), Addrs: []string{"/ip4/127.0.0.1/tcp/1"}})
 		}
@@ -658,30 +671,18 @@ func TestSourcesAreBounded(t *testing.T) {
 			t.Errorf("%d sources, and %d hash chains", len(d.sources), len(d.chains))
 		}
 	})
-	<-done
 }
 
 // TestAnswerOfAnotherSize: a source that has said that the blob has another size, between an answer and its end, is
 // no reason to crash.
 func TestAnswerOfAnotherSize(t *testing.T) {
-	h := newHub()
-	g := newGate(1)
-	a, b := h.start(t, g.through), h.start(t)
-	data := content(100*digest.MinPieceLength, 61)
-	task := a.add(t, "", data)
-	blob := b.open(t, t.Context(), task)
-	defer blob.Close()
-	arrive(t, blob, 1)
-	d := blob.d
-	done := make(chan struct{})
-	d.post(func() {
-		defer close(done)
+	a, d, task := beginDownload(t, content(100*digest.MinPieceLength, 61))
+	inLoop(d, func() {
 		d.addSource(a.id, task, &taskState{Size: 1000})
 		want := schedule.NewSet(100)
 		want.Add(99)
 		d.done(schedule.Request{ID: -1, Source: string(a.id), Want: want}, d.sources[a.id], schedule.FullSet(100), -1, 0, nil)
 	})
-	<-done
 }
 
 // TestReplacedChain: what was verified with a hash chain is not sent on under it when another one has taken its
