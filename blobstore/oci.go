@@ -139,14 +139,24 @@ func notWhole(err error) error {
 // seeks, reads anywhere, and verifies what it hands out. The error matches
 // [errdef.ErrNotFound] where the content is not there.
 func (r *Repository) Fetch(ctx context.Context, target ocispec.Descriptor) (io.ReadCloser, error) {
-	if err := checkTarget(target); err != nil {
+	blob, err := r.OpenBlob(ctx, target.Digest)
+	if err != nil {
 		return nil, err
 	}
-	blob, err := r.open(ctx, target.Digest, p2p.Network)
+	return blob, nil
+}
+
+// OpenBlob opens content for reading, by its digest. The error matches
+// [errdef.ErrNotFound] where it is not there. The caller closes the Reader.
+func (r *Repository) OpenBlob(ctx context.Context, d digest.Digest) (*Reader, error) {
+	if err := checkTarget(ocispec.Descriptor{Digest: d}); err != nil {
+		return nil, err
+	}
+	blob, err := r.open(ctx, d, p2p.Network)
 	if err != nil {
 		return nil, toOCI(fmt.Errorf("fetch: %w", err))
 	}
-	return newReader(blob, File{CID: target.Digest.String(), Tag: r.tag, Digest: target.Digest, Size: blob.Size()}), nil
+	return newReader(blob, File{CID: d.String(), Tag: r.tag, Digest: d, Size: blob.Size()}), nil
 }
 
 // FetchReference implements [oras.land/oras-go/v2/registry.ReferenceFetcher].

@@ -60,7 +60,9 @@ type Engine interface {
 	// Delete removes what cid names under tag. A cache ID goes with
 	// everything that only it held. A digest goes with the names that point
 	// to it and what only it held; where another task refers to it, Delete
-	// fails with ErrReferenced unless it is forced. Bytes are freed when no
+	// fails with ErrReferenced unless it is forced. The message says which task, by
+	// the names that point to it, or by its digest where none does; of many it says some,
+	// and of one that only a peer has, which peer. Bytes are freed when no
 	// tag holds the blob any more. Peers do the same; who is away learns of it
 	// later. It fails with ErrNotFound where there is nothing of that name,
 	// here or on any peer that was reached.
@@ -160,50 +162,20 @@ func (i Info) Local() bool { return !i.Remote && i.Held == i.Pieces }
 // Manifest is the content of a manifest and what is known of what it refers to.
 type Manifest struct {
 	Content []byte // verified, at most MaxManifest bytes
-	Refs    []Info // those of the tasks it refers to that are held, in its order, at most MaxRefs
+	// Refs are what is held of the first MaxRefs tasks that it refers to, in its order.
+	// What is known to be damaged is left out. Where peers have told of the manifest,
+	// or all were asked ([StatOptions].Holders), what they hold is told, too: it is Remote.
+	Refs []Info
 }
 
 const (
 	// MaxManifest is the largest manifest in bytes: the limit that the OCI
 	// distribution specification asks every registry for at least.
 	MaxManifest = 4 << 20
-	// MaxRefs is the largest number of tasks that come with a manifest. Others
-	// are asked for one by one.
+	// MaxRefs is how many of the tasks that a manifest refers to are looked up with it:
+	// the first. Others are asked for one by one.
 	MaxRefs = 256
 )
-
-// Blob is an open blob. Every byte it hands out has been verified: damage
-// gives a [digest.CorruptError], never wrong data. ReadAt and CopyRange are safe
-// for concurrent use.
-//
-// Of a blob that is still arriving from peers, reads wait for the pieces they
-// want, and have them fetched first; a CopyRange of all of it writes the last
-// piece only when the whole is proven against the digest. Should a peer have lied in such a
-// way that this fails, reads end with an error that matches [digest.ErrMismatch];
-// opened again, the blob is fetched from others.
-type Blob interface {
-	io.ReaderAt
-	io.Closer
-
-	// Size returns the blob's size in bytes.
-	Size() int64
-
-	// CopyRange writes the n bytes from off on to w, which have to be in the
-	// blob, and calls progress, where it is not nil, with the count of bytes
-	// written so far.
-	CopyRange(ctx context.Context, w io.Writer, off, n int64, progress func(written int64)) error
-
-	// Sources says from which peers the blob's bytes have come since it was
-	// opened; nil where it was here.
-	Sources() []Source
-}
-
-// Source is a peer that has given bytes of a blob.
-type Source struct {
-	Peer    string // its ID
-	Address string // where it was reached
-	Bytes   int64
-}
 
 // Ingest takes in new content: any number of Adds, then one Commit. Until the
 // commit nothing of it can be seen, and Close, a crash or the end of the

@@ -342,6 +342,8 @@ type blob struct {
 	err     error
 }
 
+var _ p2p.ArrivingBlob = (*blob)(nil)
+
 func (b *blob) download(ctx context.Context) error {
 	for i := range b.there {
 		if hook := b.engine.Piece; hook != nil {
@@ -417,7 +419,7 @@ func (b *blob) CopyRange(ctx context.Context, w io.Writer, off, n int64, progres
 	return b.Verified.CopyWhole(ctx, w, func(ctx context.Context) error { return b.until(ctx, func() bool { return false }) }, nil)
 }
 
-// Arrived yields the pieces as they come.
+// Arrived implements [p2p.ArrivingBlob].
 func (b *blob) Arrived(ctx context.Context) iter.Seq2[int, error] {
 	return func(yield func(int, error) bool) {
 		for next := 0; ; next++ {
@@ -438,10 +440,10 @@ func (b *blob) Arrived(ctx context.Context) iter.Seq2[int, error] {
 	}
 }
 
-// Want does nothing: pieces come in order.
+// Want implements [p2p.ArrivingBlob]. It does nothing: pieces come in order.
 func (b *blob) Want(first, last int) {}
 
-// File returns the file that pieces come to.
+// File implements [p2p.FileBlob].
 func (b *blob) File() *os.File { return b.out }
 
 // Sources implements [p2p.Blob].

@@ -7,7 +7,6 @@ import (
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
-	"github.com/dfcache/dfcache/blobstore"
 	"github.com/dfcache/dfcache/digest"
 )
 
@@ -65,14 +64,12 @@ func (h *Handler) getBlob(w *response, r *request) error {
 	if err != nil {
 		return err
 	}
-	found := ocispec.Descriptor{MediaType: blobMediaType, Digest: d}
-	opened, err := r.repo.Fetch(r.Context(), found)
+	content, err := r.repo.OpenBlob(r.Context(), d)
 	if err != nil {
 		return err
 	}
-	defer opened.Close()
-	content := opened.(*blobstore.Reader)
-	found.Size = content.Size()
+	defer content.Close()
+	found := ocispec.Descriptor{MediaType: blobMediaType, Digest: d, Size: content.Size()}
 	w.describe(found)
 	w.Header().Set("Accept-Ranges", "bytes")
 	if w.isKnown(r, d) {

@@ -43,12 +43,12 @@ func (h *Handler) getManifest(w *response, r *request) error {
 		return nil
 	}
 	if m.Content == nil && m.Size > 0 {
-		content, err := r.repo.Fetch(r.Context(), m.Descriptor)
+		content, err := r.repo.OpenBlob(r.Context(), m.Digest)
 		if err != nil {
 			return err
 		}
 		defer content.Close()
-		return content.(*blobstore.Reader).CopyRange(r.Context(), w.writer(r.Request), 0, m.Size)
+		return content.CopyRange(r.Context(), w.writer(r.Request), 0, m.Size)
 	}
 	return h.sendDocument(w, r, m.MediaType, m.Content)
 }

@@ -66,6 +66,7 @@ func Run(t *testing.T, open func(t *testing.T) p2p.Engine) {
 		"StatManifest":              testStatManifest,
 		"Rehash":                    testRehash,
 		"CopyRange":                 testCopyRange,
+		"FileBlob":                  testFileBlob,
 		"DeleteWhileOpen":           testDeleteWhileOpen,
 		"DeleteWhileIngested":       testDeleteWhileIngested,
 		"TaskKeepsItsImport":        testTaskKeepsItsImport,
@@ -820,6 +821,13 @@ func testDeleteReferenced(t *testing.T, e p2p.Engine) {
 		t.Errorf("error %q does not name what refers to it", err)
 	}
 	RequireContent(t, e, parts[0], Content(1000, 1))
+	// What has no name is named by its digest.
+	nameless := push(t, e, []byte(`{"two":2}`), refs(manifest))
+	_, err = e.Delete(t.Context(), "t", digest.FromDigest(manifest.Digest), p2p.DeleteOptions{})
+	RequireError(t, "delete a manifest", err, p2p.ErrReferenced, string(nameless.Digest))
+	if _, err := e.Delete(t.Context(), "t", digest.FromDigest(nameless.Digest), p2p.DeleteOptions{}); err != nil {
+		t.Error(err)
+	}
 	if deleted, err := e.Delete(t.Context(), "t", id, p2p.DeleteOptions{Force: true}); err != nil || deleted.Tasks != 1 {
 		t.Errorf("delete by force: %+v, %v", deleted, err)
 	}
@@ -1282,21 +1290,32 @@ func testStatManifest(t *testing.T, e p2p.Engine) {
 	if err != nil || info.Manifest != nil {
 		t.Errorf("stat of a blob, with its manifest: %+v, %v; want none", info, err)
 	}
-	// What is not held is left out, and no more than MaxRefs are told.
+	// Of the first MaxRefs those are told that are held, in the manifest's order.
 	many := &p2p.NewManifest{}
 	for i := range 2 * p2p.MaxRefs {
 		many.Refs = append(many.Refs, digest.SHA256.FromString(fmt.Sprint(i)))
 	}
-	many.Refs[1] = parts[0].Digest
+	other := Import(t, e, "t", []byte("other"))
+	inOrder := []p2p.Task{parts[0], other, manifest}
+	slices.SortFunc(inOrder, func(a, b p2p.Task) int { return -strings.Compare(string(a.Digest), string(b.Digest)) })
+	for i, at := range []int{1, 100, p2p.MaxRefs - 1} {
+		many.Refs[at] = inOrder[i].Digest
+	}
 	many.Refs[p2p.MaxRefs] = parts[1].Digest
+	elsewhere := Import(t, e, "other", []byte("held under another tag only"))
+	many.Refs[2] = elsewhere.Digest
 	largest := Content(p2p.MaxManifest, 3)
 	task := push(t, e, largest, many)
 	info, err = e.Stat(t.Context(), "t", digest.FromDigest(task.Digest), p2p.StatOptions{Scope: p2p.Local, Manifest: true})
 	if err != nil || info.Manifest == nil || !bytes.Equal(info.Manifest.Content, largest) {
 		t.Fatalf("stat of the largest manifest: %v", err)
 	}
-	if refs := info.Manifest.Refs; len(refs) != 1 || refs[0].Task != parts[0] {
-		t.Errorf("it refers to %+v, want what is held of the first %d", refs, p2p.MaxRefs)
+	var told []p2p.Task
+	for _, ref := range info.Manifest.Refs {
+		told = append(told, ref.Task)
+	}
+	if !slices.Equal(told, inOrder) {
+		t.Errorf("it refers to %v, want what is held of the first %d: %v", told, p2p.MaxRefs, inOrder)
 	}
 }
 

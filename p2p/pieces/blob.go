@@ -13,7 +13,7 @@ import (
 	"github.com/dfcache/dfcache/p2p"
 )
 
-// Blob is an open blob. It implements [p2p.Blob].
+// Blob is an open blob. It implements [p2p.FileBlob].
 type Blob struct {
 	*digest.Verified
 	s       *Store
@@ -21,7 +21,9 @@ type Blob struct {
 	damaged bool // as far as it was known when it was opened
 }
 
-// File returns the blob's file, open for reading only. It belongs to the Blob.
+var _ p2p.FileBlob = (*Blob)(nil)
+
+// File implements [p2p.FileBlob].
 func (b *Blob) File() *os.File { return b.f }
 
 // Sources implements [p2p.Blob]: the blob was here.

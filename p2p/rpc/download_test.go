@@ -127,6 +127,8 @@ func (a *arrival) requireClosed() {
 	}
 }
 
+var _ p2p.ArrivingBlob = (*arrival)(nil)
+
 func (a *arrival) File() *os.File        { return a.out }
 func (a *arrival) Table() *digest.Table  { return a.table }
 func (a *arrival) Sources() []p2p.Source { return a.sources }

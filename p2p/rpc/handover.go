@@ -12,13 +12,19 @@ import (
 	"github.com/dfcache/dfcache/p2p"
 )
 
-// copied is a blob of an engine that has no files, as one.
+// copied is a blob of an engine that has no files, with one.
 type copied struct {
+	p2p.Blob
 	file  *os.File
 	table *digest.Table
 }
 
-func (c *copied) File() *os.File       { return c.file }
+var _ p2p.FileBlob = (*copied)(nil)
+
+// File implements [p2p.FileBlob].
+func (c *copied) File() *os.File { return c.file }
+
+// Table implements [p2p.FileBlob].
 func (c *copied) Table() *digest.Table { return c.table }
 
 // copyToMemory copies a blob to a file without a name, in memory, that nobody can
@@ -34,7 +40,7 @@ func copyToMemory(ctx context.Context, blob p2p.Blob, d digest.Digest) (_ *copie
 	if err := blob.CopyRange(ctx, io.MultiWriter(f, recorder), 0, blob.Size(), nil); err != nil {
 		return nil, err
 	}
-	c := new(copied)
+	c := &copied{Blob: blob}
 	if c.table, err = recorder.Table(); err != nil {
 		return nil, err
 	}

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"iter"
 	"log/slog"
 	"net"
 	"os"
@@ -47,32 +46,6 @@ const (
 // announced with them. Only tests change it.
 var announceDelay = 250 * time.Millisecond
 
-// fileBlob is what the server needs of a blob to hand it to a client. Of one that has
-// no file a copy in memory is handed over.
-type fileBlob interface {
-	// File returns the blob's file, open for reading only. It stays the
-	// blob's. Clients get a descriptor that shares its open file description,
-	// so it has to be opened for this blob alone.
-	File() *os.File
-	// Table returns the blob's piece table.
-	Table() *digest.Table
-}
-
-// arrivingBlob is a blob that comes from peers, piece by piece.
-type arrivingBlob interface {
-	// File: the pieces can be read in it as they arrive. Table: CRC[i] is valid
-	// once Arrived has yielded i.
-	fileBlob
-	// Arrived yields the index of every piece as it can be read, those that are
-	// there first, each once. It ends when all are there and the whole is
-	// proven, or with the error that ends the download. What it yields to may
-	// block for long: nothing is to wait for it.
-	Arrived(ctx context.Context) iter.Seq2[int, error]
-	// Want has the pieces first to last fetched before others. It does not wait
-	// for them.
-	Want(first, last int)
-}
-
 // ServerOption is an option of [NewServer].
 type ServerOption interface{ server(*serverConfig) }
 
@@ -94,15 +67,7 @@ type Server struct {
 // after the server has been shut down. Calls are logged to log: every one at
 // debug level, what changes the store at info, failures at warn.
 //
-// Where Open is to work, the engine's blobs have the methods
-//
-//	File() *os.File        // the blob's file, open for reading only, by this blob alone
-//	Table() *digest.Table  // its piece table
-//
-// and those of a blob that is still arriving from peers also
-//
-//	Arrived(context.Context) iter.Seq2[int, error] // every piece as it can be read in the file
-//	Want(first, last int)                          // has these pieces fetched before others
+// A client reads a [p2p.FileBlob] in its file. Of any other blob it gets a copy, in memory.
 func NewServer(engine p2p.Engine, log *slog.Logger, opts ...ServerOption) *Server {
 	var config serverConfig
 	for _, o := range opts {
@@ -401,7 +366,7 @@ func (s *service) Open(stream grpc.BidiStreamingServer[pb.OpenRequest, pb.OpenRe
 		return err
 	}
 	defer blob.Close()
-	fb, ok := blob.(fileBlob)
+	fb, ok := blob.(p2p.FileBlob)
 	if !ok {
 		memory, err := copyToMemory(ctx, blob, task.Digest)
 		if err != nil {
@@ -416,8 +381,8 @@ func (s *service) Open(stream grpc.BidiStreamingServer[pb.OpenRequest, pb.OpenRe
 	if err := authOf(ctx).channel.send(ctx, req.GetDescriptorId(), fb.File()); err != nil {
 		return fmt.Errorf("open %s: %w", task, err)
 	}
-	if arriving, ok := blob.(arrivingBlob); ok {
-		return announce(stream, arriving, blob.Sources, notices)
+	if arriving, ok := blob.(p2p.ArrivingBlob); ok {
+		return announce(stream, arriving, notices)
 	}
 	for _, m := range openMessages(fb.Table()) {
 		if err := stream.Send(m); err != nil {
@@ -456,7 +421,7 @@ type wanted struct {
 // announce tells a client of each piece of a blob as it arrives, several at a time, and
 // the blob which pieces the client wants. Where the client does not read, sending blocks, and
 // with it all of this.
-func announce(stream grpc.BidiStreamingServer[pb.OpenRequest, pb.OpenReply], blob arrivingBlob, sources func() []p2p.Source, notices <-chan string) error {
+func announce(stream grpc.BidiStreamingServer[pb.OpenRequest, pb.OpenReply], blob p2p.ArrivingBlob, notices <-chan string) error {
 	table := blob.Table()
 	header := &pb.OpenReply_Header{Size: table.Size, PieceLength: table.PieceLength, Arriving: true}
 	if err := stream.Send(&pb.OpenReply{Header: header, Sent: true}); err != nil {
@@ -550,7 +515,7 @@ func announce(stream grpc.BidiStreamingServer[pb.OpenRequest, pb.OpenReply], blo
 				if left != 0 {
 					return fmt.Errorf("%s: its download ended without %d pieces", table.Digest, left)
 				}
-				return stream.Send(&pb.OpenReply{Done: &pb.OpenReply_Done{Sources: sourceMessages(sources())}})
+				return stream.Send(&pb.OpenReply{Done: &pb.OpenReply_Done{Sources: sourceMessages(blob.Sources())}})
 			}
 			if len(message.Pieces) == 0 {
 				late.Reset(announceDelay)

@@ -94,6 +94,8 @@ type storeBlob struct {
 	f *os.File
 }
 
+var _ p2p.FileBlob = (*storeBlob)(nil)
+
 func (b *storeBlob) File() *os.File { return b.f }
 func (b *storeBlob) Close() error   { return b.f.Close() }
 

@@ -16,7 +16,7 @@ import (
 )
 
 // Arriving is a blob that comes from peers, piece by piece. It implements
-// [p2p.Blob]. It is safe for concurrent use.
+// [p2p.ArrivingBlob]. It is safe for concurrent use.
 type Arriving struct {
 	v    *digest.Verified
 	d    *download
@@ -33,7 +33,7 @@ type Arriving struct {
 	closing sync.Once
 }
 
-var _ p2p.Blob = (*Arriving)(nil)
+var _ p2p.ArrivingBlob = (*Arriving)(nil)
 
 // newArriving returns a reader of what d fetches. d.mu is held.
 func newArriving(d *download) (*Arriving, error) {
@@ -160,7 +160,7 @@ func (a *Arriving) wantBytes(off, n int64) {
 	a.Want(int(off/a.table.PieceLength), int((end-1)/a.table.PieceLength))
 }
 
-// Want has the pieces first to last fetched before others.
+// Want implements [p2p.ArrivingBlob].
 func (a *Arriving) Want(first, last int) {
 	d := a.d
 	d.mu.Lock()
@@ -180,16 +180,13 @@ func (a *Arriving) Want(first, last int) {
 	})
 }
 
-// File returns the file that the blob arrives in, open for reading only. It
-// belongs to the Arriving.
+// File implements [p2p.FileBlob].
 func (a *Arriving) File() *os.File { return a.file }
 
-// Table returns the blob's piece table. The checksum of a piece is valid once
-// Arrived has yielded it.
+// Table implements [p2p.FileBlob].
 func (a *Arriving) Table() *digest.Table { return a.table }
 
-// Arrived yields every piece as it can be read, those that are there first, each
-// once. It ends when the whole is proven, or with the error that ends the download.
+// Arrived implements [p2p.ArrivingBlob].
 func (a *Arriving) Arrived(ctx context.Context) iter.Seq2[int, error] {
 	return func(yield func(int, error) bool) {
 		d := a.d

@@ -22,6 +22,7 @@ import (
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/enginetest"
 	"github.com/dfcache/dfcache/p2p/swarm/schedule"
 )
 
@@ -98,6 +99,18 @@ func (p *testPeer) open(t testing.TB, ctx context.Context, task p2p.Task) *Arriv
 		t.Fatalf("the blob is a %T, want one that arrives", blob)
 	}
 	return a
+}
+
+// What comes from peers arrives as the socket's server has to hand it over.
+func TestArriving(t *testing.T) {
+	h := newHub()
+	a, b := h.start(t), h.start(t)
+	for _, size := range []int{0, 10*digest.MinPieceLength + 1} {
+		data := content(size, 8)
+		blob := b.open(t, t.Context(), a.add(t, "", data))
+		enginetest.RequireArriving(t, blob, data)
+		blob.Close()
+	}
 }
 
 const (
