@@ -12,6 +12,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/manifest"
 )
 
 // ArtifactType is the artifact type of the manifest that an import under a
@@ -51,9 +52,9 @@ func titleOf(name, fallback string) string {
 	return title
 }
 
-// files returns the layers that are files of an artifact: its only layer, or
+// artifactFiles returns the layers that are files of an artifact: its only layer, or
 // those that have a title, as `oras pull` takes them.
-func (m *manifest) files() ([]ocispec.Descriptor, error) {
+func artifactFiles(m *manifest.Manifest) ([]ocispec.Descriptor, error) {
 	layers := slices.Concat(m.Layers, m.Blobs)
 	if len(layers) == 1 {
 		return []ocispec.Descriptor{layers[0].Descriptor}, nil

@@ -15,6 +15,7 @@ import (
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/manifest"
 	"github.com/dfcache/dfcache/p2p/source"
 )
 
@@ -110,7 +111,7 @@ func (r *Repository) has(ctx context.Context, target ocispec.Descriptor, scope p
 	if scope == p2p.Local && !info.Local() {
 		return false, nil
 	}
-	if !isManifestType(target.MediaType) {
+	if !manifest.IsType(target.MediaType) {
 		return true, nil
 	}
 	return info.IsManifest && len(info.Lacks) == 0, nil
@@ -289,7 +290,7 @@ func (r *Repository) push(ctx context.Context, expected ocispec.Descriptor, src 
 	if err := source.Check(src); err != nil {
 		return err
 	}
-	if isManifestType(expected.MediaType) {
+	if manifest.IsType(expected.MediaType) {
 		if expected.Size > MaxManifest {
 			return fmt.Errorf("manifest %s: %w: %w: it has %d bytes, the limit is %d", expected.Digest, errdef.ErrSizeExceedsLimit, ErrInvalid, expected.Size, MaxManifest)
 		}
@@ -686,11 +687,11 @@ func (m *mounting) add(ctx context.Context, d digest.Digest, keep p2p.Keep) erro
 	}
 	n := p2p.NewTask{Task: m.to.task(d), MediaType: info.MediaType, Keep: keep}
 	if info.Manifest != nil {
-		parsed, err := parseManifest(info.Manifest.Content)
+		parsed, err := manifest.Read(info.Manifest.Content)
 		if err != nil {
 			return err
 		}
-		n.Manifest = parsed.refs(true)
+		n.Manifest = parsed.References(true)
 		for _, child := range n.Manifest.Needs {
 			if err := m.add(ctx, child, p2p.KeepHeld); err != nil {
 				return err
@@ -744,6 +745,10 @@ func RepositoryName(tag string) string {
 	return tag
 }
 
+// MaxManifest is the largest manifest in bytes that is stored and read: the
+// limit that the OCI distribution specification asks every registry for.
+const MaxManifest = p2p.MaxManifest
+
 // Manifest is a manifest with its content.
 type Manifest struct {
 	ocispec.Descriptor
@@ -758,8 +763,8 @@ func (r *Repository) Manifest(ctx context.Context, reference string) (Manifest, 
 	if err != nil {
 		return Manifest{}, err
 	}
-	if parsed, err := parseManifest(m.Content); err == nil {
-		m.ArtifactType, m.Annotations = parsed.artifactType(), parsed.Annotations
+	if parsed, err := manifest.Read(m.Content); err == nil {
+		m.ArtifactType, m.Annotations = parsed.TypeOfArtifact(), parsed.Annotations
 		if parsed.Subject != nil {
 			m.Subject = parsed.Subject.Digest
 		}
@@ -871,19 +876,22 @@ func (r *Repository) pushManifest(ctx context.Context, data []byte, push manifes
 	if err != nil {
 		return Manifest{}, err
 	}
-	parsed, err := parseManifest(data)
+	parsed, err := manifest.Read(data)
 	if err != nil {
 		return Manifest{}, err
 	}
-	mediaType, err := parsed.mediaTypeOf(push.mediaType)
+	mediaType, err := parsed.TypeAs(push.mediaType)
 	if err != nil {
 		return Manifest{}, err
 	}
-	children := parsed.children()
-	if err := checkCount(len(children)); err != nil {
+	if err := checkMediaType(mediaType); err != nil {
 		return Manifest{}, err
 	}
-	refs := parsed.refs(push.check)
+	if err := parsed.CheckCount(); err != nil {
+		return Manifest{}, err
+	}
+	children := parsed.Children()
+	refs := parsed.References(push.check)
 	if push.check {
 		if err := r.checkSizes(ctx, children); err != nil {
 			return Manifest{}, err
@@ -907,7 +915,7 @@ func (r *Repository) pushManifest(ctx context.Context, data []byte, push manifes
 	return Manifest{
 		Descriptor: ocispec.Descriptor{
 			MediaType: mediaType, Digest: added.Digest, Size: added.Size,
-			ArtifactType: parsed.artifactType(), Annotations: parsed.Annotations,
+			ArtifactType: parsed.TypeOfArtifact(), Annotations: parsed.Annotations,
 		},
 		Content: data,
 		Subject: refs.Subject,
@@ -959,4 +967,13 @@ func (r *Repository) commitAgain(ctx context.Context, data []byte, d digest.Dige
 		return err
 	}
 	return in.Commit(commit)
+}
+
+// checkMediaType refuses a media type that can't be passed on. The error matches [ErrInvalid] and
+// [errdef.ErrInvalidMediaType].
+func checkMediaType(mediaType string) error {
+	if err := manifest.CheckType(mediaType); err != nil {
+		return fmt.Errorf("%w: %w", errdef.ErrInvalidMediaType, err)
+	}
+	return nil
 }

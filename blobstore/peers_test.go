@@ -595,38 +595,6 @@ func TestReplicateAndPeers(t *testing.T) {
 	}
 }
 
-func TestParseManifest(t *testing.T) {
-	config, layer, subject := blob("config"), blob("layer"), blob("subject")
-	foreign := blob("foreign")
-	foreign.URLs = []string{"https://example.com/layer"}
-	data := image(ocispec.Manifest{Config: config, Layers: []ocispec.Descriptor{layer, foreign, layer}, Subject: &subject})
-	want := &p2p.NewManifest{Refs: []digest.Digest{config.Digest, layer.Digest, foreign.Digest}, Subject: subject.Digest}
-	for _, mediaType := range []string{"", ocispec.MediaTypeImageManifest} {
-		if got, err := blobstore.ParseManifest(mediaType, data); err != nil || !reflect.DeepEqual(got, want) {
-			t.Errorf("as %q: %+v, %v; want %+v", mediaType, got, err, want)
-		}
-	}
-	index := []byte(fmt.Sprintf(`{"manifests":[{"digest":%q}]}`, layer.Digest))
-	if got, err := blobstore.ParseManifest("application/vnd.other+json", index); err != nil || !slices.Equal(got.Refs, []digest.Digest{layer.Digest}) || got.Subject != "" {
-		t.Errorf("an index: %+v, %v", got, err)
-	}
-	for name, test := range map[string]struct {
-		mediaType string
-		data      []byte
-	}{
-		"not JSON":       {"", []byte("x")},
-		"an array":       {"", []byte("[]")},
-		"a bad digest":   {"", []byte(`{"config":{"digest":"sha256:x"}}`)},
-		"another type":   {ocispec.MediaTypeImageIndex, data},
-		"a type of text": {"a\nb", index},
-		"too long":       {"", append([]byte("{}"), bytes.Repeat([]byte(" "), blobstore.MaxManifest)...)},
-	} {
-		if got, err := blobstore.ParseManifest(test.mediaType, test.data); !errors.Is(err, blobstore.ErrInvalid) {
-			t.Errorf("%s: %+v, %v", name, got, err)
-		}
-	}
-}
-
 // What only a peer has can be tagged here.
 func TestTagOfPeers(t *testing.T) {
 	eachPeer(t, func(t *testing.T, _ *peertest.Engine, r, theirs *blobstore.Repository) {

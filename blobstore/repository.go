@@ -17,6 +17,7 @@ import (
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/manifest"
 )
 
 // Repository is the part of a store under one tag. It is safe for concurrent use.
@@ -191,7 +192,7 @@ func (r *Repository) artifact(in p2p.Ingest, name string, file p2p.Added, title 
 	if _, err := in.Add(bytes.NewReader(config.Data), p2p.AddOptions{Want: config.Digest}); err != nil {
 		return p2p.Commit{}, err
 	}
-	manifest, err := in.Add(bytes.NewReader(data), p2p.AddOptions{})
+	top, err := in.Add(bytes.NewReader(data), p2p.AddOptions{})
 	if err != nil {
 		return p2p.Commit{}, err
 	}
@@ -200,11 +201,11 @@ func (r *Repository) artifact(in p2p.Ingest, name string, file p2p.Added, title 
 			{Task: r.task(file.Digest), MediaType: blobMediaType},
 			{Task: r.task(config.Digest), MediaType: config.MediaType},
 			{
-				Task: r.task(manifest.Digest), MediaType: ocispec.MediaTypeImageManifest,
+				Task: r.task(top.Digest), MediaType: ocispec.MediaTypeImageManifest,
 				Manifest: &p2p.NewManifest{Refs: []digest.Digest{config.Digest, file.Digest}},
 			},
 		},
-		Names: []p2p.NewName{{Tag: r.tag, Name: name, Digest: manifest.Digest}},
+		Names: []p2p.NewName{{Tag: r.tag, Name: name, Digest: top.Digest}},
 	}, nil
 }
 
@@ -330,17 +331,17 @@ func (f *File) fill(info p2p.Info) {
 }
 
 // followManifest fills in what a cache ID leads to.
-func (r *Repository) followManifest(ctx context.Context, file *found, manifest *p2p.Manifest, l Lookup) error {
-	parsed, err := parseManifest(manifest.Content)
+func (r *Repository) followManifest(ctx context.Context, file *found, m *p2p.Manifest, l Lookup) error {
+	parsed, err := manifest.Read(m.Content)
 	if err != nil {
 		return err
 	}
-	layers, err := parsed.files()
+	layers, err := artifactFiles(parsed)
 	if err != nil {
 		return err
 	}
 	known := map[digest.Digest]p2p.Info{}
-	for _, info := range manifest.Refs {
+	for _, info := range m.Refs {
 		known[info.Task.Digest] = info
 	}
 	file.Manifest = file.Digest
@@ -360,7 +361,7 @@ func (r *Repository) followManifest(ctx context.Context, file *found, manifest *
 		file.Files = append(file.Files, f)
 		file.here = file.here && f.Local
 	}
-	for _, d := range parsed.refs(false).Refs {
+	for _, d := range parsed.References(false).Refs {
 		if !isFile[d] {
 			file.others = append(file.others, d)
 		}

@@ -17,9 +17,9 @@ import (
 	"testing"
 	"time"
 
-	"github.com/dfcache/dfcache/blobstore"
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/manifest"
 	"github.com/dfcache/dfcache/p2p/pieces"
 	"github.com/dfcache/dfcache/p2p/rpc"
 )
@@ -195,7 +195,7 @@ func (e *Engine) keep(ctx context.Context, info p2p.Info, content []byte, names 
 	task := p2p.NewTask{Task: info.Task, MediaType: info.MediaType, Keep: p2p.KeepLoose, Origin: info.Origin}
 	if info.IsManifest {
 		var err error
-		if task.Manifest, err = blobstore.ParseManifest(info.MediaType, content); err != nil {
+		if task.Manifest, err = manifest.Parse(info.MediaType, content); err != nil {
 			return err
 		}
 	}

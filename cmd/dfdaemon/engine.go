@@ -11,7 +11,6 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
-	"github.com/dfcache/dfcache/blobstore"
 	"github.com/dfcache/dfcache/cmd/internal/build"
 	"github.com/dfcache/dfcache/cmd/internal/exit"
 	"github.com/dfcache/dfcache/p2p"
@@ -136,40 +135,37 @@ func (d *daemon) openEngine(ctx context.Context, store *pieces.Store, key discov
 	case engineDragonfly:
 		at = "Dragonfly at " + d.engine.socket
 		e, err = dragonfly.New(store, dragonfly.Options{
-			Socket:         d.engine.socket,
-			LookupTimeout:  d.swarm.lookup,
-			Timeout:        d.engine.timeout,
-			DetectManifest: blobstore.DetectManifest,
-			Log:            d.log,
+			Socket:        d.engine.socket,
+			LookupTimeout: d.swarm.lookup,
+			Timeout:       d.engine.timeout,
+			Log:           d.log,
 		})
 	case engineV2:
 		at = "Dragonfly at " + d.engine.socket
 		e, err = persistent.New(store, persistent.Options{
-			Socket:         d.engine.socket,
-			Schedulers:     split(d.engine.schedulers),
-			LookupTimeout:  d.swarm.lookup,
-			StallTimeout:   6 * d.swarm.stall, // what is waited for is a whole piece, of 64 MiB at most
-			Timeout:        d.engine.timeout,
-			DetectManifest: blobstore.DetectManifest,
-			Log:            d.log,
+			Socket:        d.engine.socket,
+			Schedulers:    split(d.engine.schedulers),
+			LookupTimeout: d.swarm.lookup,
+			StallTimeout:  6 * d.swarm.stall, // what is waited for is a whole piece, of 64 MiB at most
+			Timeout:       d.engine.timeout,
+			Log:           d.log,
 		})
 	case engineCluster:
 		who = "a scheduler of Dragonfly"
 		var c *cluster.Engine
 		c, err = cluster.New(store, cluster.Options{
-			Schedulers:     split(d.engine.schedulers),
-			Advertise:      d.engine.advertise,
-			PeerListen:     d.engine.peerListen,
-			UploadListen:   d.engine.uploadListen,
-			Version:        build.Get().Version,
-			LookupTimeout:  d.swarm.lookup,
-			StallTimeout:   d.swarm.stall,
-			Timeout:        d.engine.timeout,
-			UploadRate:     int64(d.swarm.upRate),
-			DownloadRate:   int64(d.swarm.downRate),
-			MaxUploads:     d.swarm.uploads,
-			DetectManifest: blobstore.DetectManifest,
-			Log:            d.log,
+			Schedulers:    split(d.engine.schedulers),
+			Advertise:     d.engine.advertise,
+			PeerListen:    d.engine.peerListen,
+			UploadListen:  d.engine.uploadListen,
+			Version:       build.Get().Version,
+			LookupTimeout: d.swarm.lookup,
+			StallTimeout:  d.swarm.stall,
+			Timeout:       d.engine.timeout,
+			UploadRate:    int64(d.swarm.upRate),
+			DownloadRate:  int64(d.swarm.downRate),
+			MaxUploads:    d.swarm.uploads,
+			Log:           d.log,
 		})
 		if err == nil {
 			at = "in Dragonfly at " + c.Address()

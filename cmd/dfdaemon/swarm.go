@@ -24,7 +24,6 @@ import (
 	"github.com/spf13/pflag"
 	"go.uber.org/zap/zapcore"
 
-	"github.com/dfcache/dfcache/blobstore"
 	"github.com/dfcache/dfcache/blobstore/loopback"
 	"github.com/dfcache/dfcache/blobstore/registry"
 	"github.com/dfcache/dfcache/cmd/internal/build"
@@ -240,7 +239,6 @@ func (d *daemon) joinSwarm(store *pieces.Store, key discovery.Key) (*swarm.Swarm
 		Memory:          int64(o.memory),
 		RememberDeletes: o.remember,
 		KeepPartial:     o.keepPieces,
-		ParseManifest:   blobstore.ParseManifest,
 		Log:             d.log,
 		Metrics:         d.metrics,
 	})

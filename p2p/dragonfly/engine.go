@@ -37,10 +37,6 @@ type Options struct {
 	Timeout       time.Duration // of an import or an export; 10 min
 	SweepInterval time.Duration // between handing in what the store holds once more; 1 h
 
-	// DetectManifest returns the media type of content that is a manifest, and what
-	// it refers to; nil where it is none. Dragonfly tells nothing of what it has.
-	// Without it nothing that comes from Dragonfly is a manifest.
-	DetectManifest func(content []byte) (mediaType string, m *p2p.NewManifest)
 	// Log gets what an operator should know. The default is to be silent.
 	Log *slog.Logger
 }
@@ -118,7 +114,7 @@ func New(store *pieces.Store, opts Options) (*Engine, error) {
 	}
 	e := &Engine{opts: opts, dir: dir, upstream: upstream, log: opts.Log}
 	e.ctx, e.cancel = context.WithCancel(context.Background())
-	e.Engine = whole.New(store, network{e}, whole.Options{DetectManifest: opts.DetectManifest, Log: opts.Log})
+	e.Engine = whole.New(store, network{e}, whole.Options{Log: opts.Log})
 	e.sweeping.Go(func() { e.SweepEvery(e.ctx, opts.SweepInterval, e.sweep) })
 	return e, nil
 }

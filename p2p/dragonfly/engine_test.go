@@ -64,7 +64,7 @@ func (h *host) open(opts dragonfly.Options) {
 	if err != nil {
 		h.t.Fatal(err)
 	}
-	opts.Socket, opts.DetectManifest = h.upstream.Socket, blobstore.DetectManifest
+	opts.Socket = h.upstream.Socket
 	if h.Engine, err = dragonfly.New(store, opts); err != nil {
 		h.t.Fatal(err)
 	}

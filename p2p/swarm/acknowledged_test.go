@@ -16,7 +16,7 @@ import (
 // whoever deletes what held it.
 func TestLeaseAtAPeer(t *testing.T) {
 	h := newHub()
-	a, b := h.start(t, withManifests), h.start(t, withManifests)
+	a, b := h.start(t), h.start(t)
 	layer := []byte("the layer")
 	task := p2p.Task{Tag: "models", Digest: digest.SHA256.FromBytes(layer)}
 	manifest := a.push(t, "models", "v1", "", layer)
@@ -32,7 +32,7 @@ func TestLeaseAtAPeer(t *testing.T) {
 // Whoever is told so while it is deleted there finds it.
 func TestLeaseAtAPeerDuringDelete(t *testing.T) {
 	h := newHub()
-	a, b := h.start(t, withManifests), h.start(t, withManifests)
+	a, b := h.start(t), h.start(t)
 	for i := range 10 {
 		layer := content(1000, uint64(i))
 		task := p2p.Task{Tag: "models", Digest: digest.SHA256.FromBytes(layer)}
@@ -66,7 +66,7 @@ func TestLeaseAtAPeerDuringDelete(t *testing.T) {
 // part, and only then.
 func TestLacksWhatNoPeerHas(t *testing.T) {
 	h := newHub()
-	a, b := h.start(t, withManifests), h.start(t, withManifests)
+	a, b := h.start(t), h.start(t)
 	layer := []byte("the layer")
 	task := p2p.Task{Tag: "models", Digest: digest.SHA256.FromBytes(layer)}
 	manifest := a.push(t, "models", "v1", "", layer)

@@ -585,7 +585,7 @@ func TestPieceRequests(t *testing.T) {
 // TestNeverServe: who serves nothing gives nothing to who asks without having found it.
 func TestNeverServe(t *testing.T) {
 	h := newHub()
-	a, b := h.start(t, withManifests, func(o *Options) { o.Mode = NeverServe }), h.start(t)
+	a, b := h.start(t, func(o *Options) { o.Mode = NeverServe }), h.start(t)
 	data := content(2*digest.MinPieceLength, 1)
 	manifest := a.push(t, "t", "n", "", data)
 	task := p2p.Task{Tag: "t", Digest: digest.SHA256.FromBytes(data)}

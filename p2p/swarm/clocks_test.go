@@ -87,7 +87,7 @@ func TestClocksTogether(t *testing.T) {
 			h := newHub()
 			var wrong clock
 			wrong.set(skew)
-			a, b, c := h.start(t, withManifests), h.start(t, withManifests), h.start(t, withManifests, wrong.with)
+			a, b, c := h.start(t), h.start(t), h.start(t, wrong.with)
 			layer := func(s string) []byte { return []byte(s + skew.String()) }
 
 			first := c.push(t, "m", "v1", "", layer("first"))
@@ -140,7 +140,7 @@ func TestClocksApart(t *testing.T) {
 			var wrong clock
 			var logA, logC record
 			wrong.set(skew)
-			a, b, c := h.start(t, withManifests, logA.with), h.start(t, withManifests), h.start(t, withManifests, wrong.with, logC.with)
+			a, b, c := h.start(t, logA.with), h.start(t), h.start(t, wrong.with, logC.with)
 			all := []*testPeer{a, b, c}
 			layer := func(s string) []byte { return []byte(s + skew.String()) }
 			old := a.push(t, "m", "old", "", layer("old"))
@@ -230,7 +230,7 @@ func TestConflictsOfEarlierRuns(t *testing.T) {
 	}
 	h := newHub()
 	var log record
-	a, b := h.start(t, withManifests), h.start(t, withManifests, log.with)
+	a, b := h.start(t), h.start(t, log.with)
 	h.setCut(func(x, y peer.ID) bool { return true })
 	b.push(t, "m", "v1", "", []byte("there"))
 	for i := range maxFind + 10 { // some more
@@ -252,7 +252,7 @@ func TestMovesAreBounded(t *testing.T) {
 		t.Skip("-short: takes long")
 	}
 	h := newHub()
-	a := h.start(t, withManifests)
+	a := h.start(t)
 	task := a.push(t, "m", "old", "", []byte("layer"))
 	var c p2p.Commit
 	for i := range maxMoves + 300 { // more than are read at once
@@ -286,7 +286,7 @@ func TestClockRepaired(t *testing.T) {
 			h := newHub()
 			var wrong clock
 			wrong.set(skew)
-			a, b, c := h.start(t, withManifests), h.start(t, withManifests), h.start(t, withManifests, wrong.with)
+			a, b, c := h.start(t), h.start(t), h.start(t, wrong.with)
 			all := []*testPeer{a, b, c}
 			h.setCut(func(x, y peer.ID) bool { return (x == c.id) != (y == c.id) })
 			v1 := c.push(t, "m", "v1", "", []byte("one"))
@@ -335,7 +335,7 @@ func answering(path string, message any) func(*Options) {
 // nothing, and does not keep anybody from importing again.
 func TestDeleteFromTheFuture(t *testing.T) {
 	h := newHub()
-	a, b := h.start(t, withManifests), h.start(t, withManifests)
+	a, b := h.start(t), h.start(t)
 	v1 := a.push(t, "m", "v1", "", []byte("one"))
 	for _, ahead := range []time.Duration{2 * time.Hour, year, 100 * year} {
 		d, err := deleteMessage{Tag: "m", CID: "v1", At: time.Now().Add(ahead)}.parse(time.Now())
@@ -357,7 +357,7 @@ func TestDeleteFromTheFuture(t *testing.T) {
 func TestDeleteFromTheFutureLater(t *testing.T) {
 	h := newHub()
 	var time1, time2 clock
-	a, b := h.start(t, withManifests, time1.with), h.start(t, withManifests, time2.with)
+	a, b := h.start(t, time1.with), h.start(t, time2.with)
 	before := a.push(t, "m", "before", "", []byte("one"))
 	for _, name := range []string{"before", "after", "between"} {
 		if _, err := a.applyDelete(t.Context(), mustParse(t, deleteMessage{Tag: "m", CID: name, At: time.Now().Add(10 * time.Hour)}), b.id); err != nil {
@@ -371,7 +371,7 @@ func TestDeleteFromTheFutureLater(t *testing.T) {
 		time2.set(later)
 		a.meetAll()
 		b.meetAll()
-		c := h.start(t, withManifests, time2.with) // it learns of them now
+		c := h.start(t, time2.with) // it learns of them now
 		eventually(t, "the deletes are not learned of", func() bool {
 			all, _, err := c.store.Deletes(t.Context(), 0, maxDeletes)
 			return err == nil && len(all) == 3
@@ -473,7 +473,7 @@ func TestStampsAreBounded(t *testing.T) {
 // from deleting it and importing it again.
 func TestLastStamp(t *testing.T) {
 	h := newHub()
-	a, b := h.start(t, withManifests), h.start(t, withManifests)
+	a, b := h.start(t), h.start(t)
 	data := content(1000, 1)
 	task := p2p.Task{Tag: "m", Digest: digest.SHA256.FromBytes(data)}
 	liar := h.start(t, func(o *Options) {
@@ -522,7 +522,7 @@ func TestReplayedDeletes(t *testing.T) {
 		h := newHub()
 		var wrong clock
 		wrong.set(skew)
-		a, b := h.start(t, withManifests), h.start(t, withManifests, wrong.with)
+		a, b := h.start(t), h.start(t, wrong.with)
 		data := content(1000, 1)
 		other := a.push(t, "other", "v1", "", data)
 		for _, p := range []*testPeer{a, b, a} {

@@ -411,7 +411,7 @@ func hostile(t *testing.T, seed uint64) {
 	h := newHub()
 	data := content(2*digest.MinPieceLength+r.IntN(4<<20), seed)
 	about := subject{task: p2p.Task{Tag: "models", Digest: digest.SHA256.FromBytes(data)}, data: data}
-	first := h.start(t, withManifests, short)
+	first := h.start(t, short)
 	first.push(t, "models", "v1", "", []byte("of before"))
 	first.delete(t, "models", "v1", p2p.DeleteOptions{})
 	var err error
@@ -422,14 +422,14 @@ func hostile(t *testing.T, seed uint64) {
 	about.deleted = append(about.deleted, pieces.Delete{Tag: about.task.Tag, CID: digest.FromDigest(about.task.Digest), At: gone.At, Made: gone.Made, Soft: true})
 	honest := []*testPeer{first}
 	if r.IntN(2) == 0 {
-		honest = append(honest, h.start(t, withManifests, short))
+		honest = append(honest, h.start(t, short))
 	}
 	var told []string
 	var liars []*testPeer
 	for range len(honest) + r.IntN(2) {
 		l, n := lies[r.IntN(len(lies))], nameLies[r.IntN(len(nameLies))]
 		told = append(told, l.name, n.name)
-		liars = append(liars, h.start(t, withManifests, short, func(o *Options) {
+		liars = append(liars, h.start(t, short, func(o *Options) {
 			o.tamper = func(handler http.Handler) http.Handler {
 				tell := func(l lie, handler http.Handler) http.Handler {
 					return l.make(mathrand.New(&lockedSource{src: mathrand.NewPCG(r.Uint64(), 1)}), about, handler)
@@ -450,7 +450,7 @@ func hostile(t *testing.T, seed uint64) {
 	var reading sync.WaitGroup
 	readers := make([]*testPeer, 1+r.IntN(2))
 	for i := range readers {
-		b := h.start(t, withManifests, short)
+		b := h.start(t, short)
 		readers[i] = b
 		reading.Go(func() {
 			// A reader that was given what was proven wrong reads again.

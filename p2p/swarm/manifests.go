@@ -14,6 +14,7 @@ import (
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/manifest"
 	"github.com/dfcache/dfcache/p2p/throttle"
 )
 
@@ -144,10 +145,7 @@ func (s *Swarm) wholeHolder(ctx context.Context, task p2p.Task, not map[peer.ID]
 
 // parseManifest reads what a manifest refers to; nil where it is none.
 func (s *Swarm) parseManifest(mediaType string, content []byte) *p2p.NewManifest {
-	if s.opts.ParseManifest == nil {
-		return nil
-	}
-	m, err := s.opts.ParseManifest(mediaType, content)
+	m, err := manifest.Parse(mediaType, content)
 	if err != nil {
 		s.log.Warn("what a peer says is a manifest is none", "error", err)
 		return nil

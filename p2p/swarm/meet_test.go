@@ -148,7 +148,7 @@ func TestReleaseBefore(t *testing.T) {
 		t.Skip("-short: takes long")
 	}
 	h := newHub()
-	a, old := h.start(t, withManifests), h.start(t, withManifests, asFirst)
+	a, old := h.start(t), h.start(t, asFirst)
 	both := []*testPeer{a, old}
 	var last p2p.Task
 	for i, p := range []*testPeer{old, a, old, a} {

@@ -12,25 +12,12 @@ import (
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/peer"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/pieces"
 )
-
-const manifestType = "application/vnd.oci.image.manifest.v1+json"
-
-// parseTestManifest reads manifests of these tests: what they refer to, as JSON.
-func parseTestManifest(mediaType string, content []byte) (*p2p.NewManifest, error) {
-	var m p2p.NewManifest
-	if mediaType != manifestType {
-		return nil, errors.New("no manifest")
-	}
-	err := json.Unmarshal(content, &m)
-	return &m, err
-}
-
-func withManifests(o *Options) { o.ParseManifest = parseTestManifest }
 
 // push stores a manifest of files under a name, and the files, as an import does.
 func (p *testPeer) push(t testing.TB, tag, name string, subject digest.Digest, files ...[]byte) p2p.Task {
@@ -54,11 +41,21 @@ func (p *testPeer) pushNamed(t testing.TB, name p2p.NewName, subject digest.Dige
 		}
 		return added.Digest
 	}
-	m := p2p.NewManifest{Subject: subject}
+	m := struct { // an image without a config
+		SchemaVersion int                  `json:"schemaVersion"`
+		MediaType     string               `json:"mediaType"`
+		Layers        []ocispec.Descriptor `json:"layers"`
+		Subject       *ocispec.Descriptor  `json:"subject,omitempty"`
+	}{SchemaVersion: 2, MediaType: ocispec.MediaTypeImageManifest}
+	if subject != "" {
+		m.Subject = &ocispec.Descriptor{MediaType: m.MediaType, Digest: subject}
+	}
+	refs := p2p.NewManifest{Subject: subject}
 	var c p2p.Commit
 	for _, f := range files {
 		d := add(f)
-		m.Refs = append(m.Refs, d)
+		m.Layers = append(m.Layers, ocispec.Descriptor{MediaType: "application/octet-stream", Digest: d, Size: int64(len(f))})
+		refs.Refs = append(refs.Refs, d)
 		c.Tasks = append(c.Tasks, p2p.NewTask{Task: p2p.Task{Tag: tag, Digest: d}, MediaType: "application/octet-stream"})
 	}
 	b, err := json.Marshal(m)
@@ -66,7 +63,7 @@ func (p *testPeer) pushNamed(t testing.TB, name p2p.NewName, subject digest.Dige
 		t.Fatal(err)
 	}
 	task := p2p.Task{Tag: tag, Digest: add(b)}
-	c.Tasks = append(c.Tasks, p2p.NewTask{Task: task, MediaType: manifestType, Manifest: &m})
+	c.Tasks = append(c.Tasks, p2p.NewTask{Task: task, MediaType: m.MediaType, Manifest: &refs})
 	if name.Name != "" {
 		name.Digest = task.Digest
 		c.Names = []p2p.NewName{name}
@@ -95,7 +92,7 @@ func (p *testPeer) statName(t testing.TB, tag, name string, opts p2p.StatOptions
 func TestNames(t *testing.T) {
 	h := newHub()
 	var log record
-	a, b, c := h.start(t, withManifests), h.start(t, withManifests, log.with), h.start(t, withManifests)
+	a, b, c := h.start(t), h.start(t, log.with), h.start(t)
 	first := a.push(t, "models", "v1", "", []byte("one"), []byte("two"))
 
 	info, err := b.statName(t, "models", "v1", p2p.StatOptions{Manifest: true})
@@ -150,7 +147,7 @@ func TestNames(t *testing.T) {
 func TestReadTakesNothingAway(t *testing.T) {
 	for _, keepOld := range []bool{true, false} {
 		h := newHub()
-		a, b, c := h.start(t, withManifests), h.start(t, withManifests), h.start(t, withManifests)
+		a, b, c := h.start(t), h.start(t), h.start(t)
 		name := p2p.NewName{Tag: "models", Name: "v1", KeepOld: keepOld}
 		one, two := []byte("one"), []byte("two")
 		first := b.pushNamed(t, name, "", one)
@@ -186,7 +183,7 @@ func TestReadTakesNothingAway(t *testing.T) {
 
 		// The rule goes with the name, from host to host.
 		a.Close()
-		d := h.start(t, withManifests)
+		d := h.start(t)
 		read(d)
 		n, err := d.store.Name(t.Context(), "models", "v1")
 		if err != nil || n.Digest != second.Digest || n.KeepOld != keepOld {
@@ -198,7 +195,7 @@ func TestReadTakesNothingAway(t *testing.T) {
 // What is pushed here, and only held by what came from a peer, is not taken away with it.
 func TestReadSparesWhatACopyHolds(t *testing.T) {
 	h := newHub()
-	a, b := h.start(t, withManifests), h.start(t, withManifests)
+	a, b := h.start(t), h.start(t)
 	shared := []byte("shared")
 	first := a.push(t, "models", "v1", "", shared)
 	task := p2p.Task{Tag: "models", Digest: digest.SHA256.FromBytes(shared)}
@@ -229,7 +226,7 @@ func TestReadSparesWhatACopyHolds(t *testing.T) {
 
 func TestReferrersFollow(t *testing.T) {
 	h := newHub()
-	a, b := h.start(t, withManifests), h.start(t, withManifests)
+	a, b := h.start(t), h.start(t)
 	image := a.push(t, "models", "v1", "", []byte("layer"))
 	signature := a.push(t, "models", "", image.Digest, []byte("signature"))
 	tag := "models"
@@ -331,7 +328,7 @@ func TestDeleteEverywhere(t *testing.T) {
 
 func TestDeleteName(t *testing.T) {
 	h := newHub()
-	a, b := h.start(t, withManifests), h.start(t, withManifests)
+	a, b := h.start(t), h.start(t)
 	layer := []byte("the layer")
 	task := p2p.Task{Tag: "models", Digest: digest.SHA256.FromBytes(layer)}
 	manifest := a.push(t, "models", "v1", "", layer)
@@ -404,7 +401,7 @@ func TestDeleteIsToldToWhoMissedIt(t *testing.T) {
 // What was deleted does not come back from who goes on telling of it.
 func TestDeletedStaysDeleted(t *testing.T) {
 	h := newHub()
-	a := h.start(t, withManifests)
+	a := h.start(t)
 	manifest := a.push(t, "models", "v1", "", []byte("layer"))
 	task := a.add(t, "models", []byte("a blob"))
 	name, err := a.nameState(t.Context(), "models", "v1")
@@ -498,7 +495,7 @@ func TestDeleteOutlivesCopies(t *testing.T) {
 
 func TestDeleteRefused(t *testing.T) {
 	h := newHub()
-	a, b := h.start(t, withManifests), h.start(t, withManifests)
+	a, b := h.start(t), h.start(t)
 	layer := []byte("the layer")
 	b.push(t, "models", "v1", "", layer)
 	task := p2p.Task{Tag: "models", Digest: digest.SHA256.FromBytes(layer)}
@@ -526,12 +523,12 @@ func TestDeleteRefused(t *testing.T) {
 
 func TestReplicate(t *testing.T) {
 	h := newHub()
-	a := h.start(t, withManifests)
+	a := h.start(t)
 	manifest := a.push(t, "models", "v1", "", content(1_000_000, 7), []byte("config"))
 	if _, err := a.Replicate(t.Context(), "models", cidOf(t, "v1"), 1); !errors.Is(err, p2p.ErrUnreachable) {
 		t.Errorf("alone: %v, want %v", err, p2p.ErrUnreachable)
 	}
-	b, c := h.start(t, withManifests), h.start(t, withManifests)
+	b, c := h.start(t), h.start(t)
 	h.start(t, func(o *Options) { o.Mode = SeedOnly })
 	done, err := a.Replicate(t.Context(), "models", cidOf(t, "v1"), 2)
 	if err != nil || len(done) != 2 {

@@ -36,7 +36,7 @@ func testOrder(t *testing.T, r *mathrand.Rand) {
 	set := func() { clocks[r.IntN(3)].set(wrong[r.IntN(len(wrong))]) }
 	for i := range clocks {
 		set()
-		hosts = append(hosts, h.start(t, withManifests, clocks[i].with))
+		hosts = append(hosts, h.start(t, clocks[i].with))
 	}
 	const name = "v"
 	// known is what a host knows of the name: what it stands for, or nothing.

@@ -62,8 +62,6 @@ type Options struct {
 
 	// Now tells the time of imports, moves and deletes; the default is time.Now.
 	Now func() time.Time
-	// ParseManifest reads what a manifest refers to.
-	ParseManifest func(mediaType string, content []byte) (*p2p.NewManifest, error)
 	// Log gets what an operator should know. The default is to be silent.
 	Log *slog.Logger
 	// Metrics, where it is not nil, gets the metrics.

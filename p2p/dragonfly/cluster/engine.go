@@ -58,10 +58,6 @@ type Options struct {
 	DownloadRate     int64         // bytes a second; 0 is no limit
 	MaxUploads       int           // pieces that are sent at once; 64
 
-	// DetectManifest returns the media type of content that is a manifest, and what
-	// it refers to; nil where it is none. Dragonfly tells nothing of what it has.
-	// Without it nothing that comes from Dragonfly is a manifest.
-	DetectManifest func(content []byte) (mediaType string, m *p2p.NewManifest)
 	// Log gets what an operator should know. The default is to be silent.
 	Log *slog.Logger
 }
@@ -171,7 +167,7 @@ func New(store *pieces.Store, opts Options) (*Engine, error) {
 		return nil, errors.Join(err, listeners[0].Close(), listeners[1].Close(), e.schedulers.close())
 	}
 	e.ctx, e.cancel = context.WithCancel(context.Background())
-	e.Engine = whole.New(store, network{e}, whole.Options{DetectManifest: opts.DetectManifest, Log: opts.Log})
+	e.Engine = whole.New(store, network{e}, whole.Options{Log: opts.Log})
 	e.serve(listeners)
 	e.background.Go(e.announceAll)
 	return e, nil

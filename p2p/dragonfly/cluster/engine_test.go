@@ -26,7 +26,6 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"stathat.com/c/consistent"
 
-	"github.com/dfcache/dfcache/blobstore"
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/dragonfly/cluster"
@@ -68,7 +67,6 @@ func (h *host) open(opts cluster.Options, schedulers ...*clustertest.Scheduler) 
 	for _, s := range schedulers {
 		opts.Schedulers = append(opts.Schedulers, s.Addr)
 	}
-	opts.DetectManifest = blobstore.DetectManifest
 	opts.PeerListen = cmp.Or(opts.PeerListen, "127.0.0.1:0")
 	opts.UploadListen, opts.Advertise = "127.0.0.1:0", "127.0.0.1"
 	if h.Engine, err = cluster.New(store, opts); err != nil {

@@ -41,10 +41,6 @@ type Options struct {
 	TTL           time.Duration // of what Dragonfly gets, which no call extends, 5 min to 7 days; 7 days
 	SweepInterval time.Duration // between looking for what Dragonfly has not got any more; 10 min
 
-	// DetectManifest returns the media type of content that is a manifest, and what
-	// it refers to; nil where it is none. Dragonfly tells nothing of what it has.
-	// Without it nothing that comes from Dragonfly is a manifest.
-	DetectManifest func(content []byte) (mediaType string, m *p2p.NewManifest)
 	// Log gets what an operator should know. The default is to be silent.
 	Log *slog.Logger
 }
@@ -131,7 +127,7 @@ func New(store *pieces.Store, opts Options) (*Engine, error) {
 	}
 	e := &Engine{opts: opts, dir: dir, upstream: upstream}
 	e.ctx, e.cancel = context.WithCancel(context.Background())
-	e.Engine = whole.New(store, network{e}, whole.Options{DetectManifest: opts.DetectManifest, Log: opts.Log})
+	e.Engine = whole.New(store, network{e}, whole.Options{Log: opts.Log})
 	e.background.Go(func() {
 		e.SweepEvery(e.ctx, opts.SweepInterval, func(ctx context.Context, task p2p.Task, _ int) error { return e.handInBlob(ctx, task) })
 	})

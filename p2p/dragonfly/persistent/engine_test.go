@@ -21,7 +21,6 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/durationpb"
 
-	"github.com/dfcache/dfcache/blobstore"
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/dragonfly/persistent"
@@ -66,7 +65,7 @@ func (h *host) open(opts persistent.Options) {
 	if err != nil {
 		h.t.Fatal(err)
 	}
-	opts.Socket, opts.Schedulers, opts.DetectManifest = h.upstream.Socket, []string{h.cluster.Addr}, blobstore.DetectManifest
+	opts.Socket, opts.Schedulers = h.upstream.Socket, []string{h.cluster.Addr}
 	if h.Engine, err = persistent.New(store, opts); err != nil {
 		h.t.Fatal(err)
 	}

@@ -27,6 +27,7 @@ import (
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/manifest"
 	"github.com/dfcache/dfcache/p2p/pieces"
 )
 
@@ -58,11 +59,7 @@ type Network interface {
 
 // Options says how the engine behaves.
 type Options struct {
-	// DetectManifest returns the media type of content that is a manifest, and what
-	// it refers to; nil where it is none. Dragonfly tells nothing of what it has.
-	// Without it nothing that comes from Dragonfly is a manifest.
-	DetectManifest func(content []byte) (mediaType string, m *p2p.NewManifest)
-	Log            *slog.Logger
+	Log *slog.Logger
 }
 
 // Engine is a store that has Dragonfly for its network. It implements [p2p.Engine] and
@@ -351,14 +348,14 @@ func (e *Engine) Take(ctx context.Context, task p2p.Task, f *os.File) error {
 	}
 	n := p2p.NewTask{Task: task, Keep: p2p.KeepLoose, Origin: time.Now()} // nobody knows when it was imported
 	var src io.Reader = f
-	if e.opts.DetectManifest != nil && info.Size() <= p2p.MaxManifest {
+	if info.Size() <= p2p.MaxManifest {
 		// What is looked at is what is verified, whoever changes the file meanwhile.
 		content, err := io.ReadAll(io.LimitReader(f, p2p.MaxManifest+1))
 		if err != nil {
 			return err
 		}
 		src = bytes.NewReader(content)
-		n.MediaType, n.Manifest = e.opts.DetectManifest(content)
+		n.MediaType, n.Manifest = manifest.Detect(content)
 	}
 	in, err := e.store.Ingest(ctx)
 	if err != nil {

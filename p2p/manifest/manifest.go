@@ -1,0 +1,251 @@
+// Package manifest reads manifests: those of OCI's images, indexes and artifacts, and of Docker's.
+// It stands below the engines, which store what a manifest refers to together with it.
+//
+// It promises no compatibility.
+package manifest
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"strings"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/jsonlimit"
+)
+
+// maxElements is how many elements a manifest has at most, annotations, URLs and
+// what is not known here included; see package jsonlimit. It bounds what is made of 4 MiB
+// to a few times that.
+const maxElements = 1 << 18
+
+// The media types of manifests that are not in the image specification.
+const (
+	typeDockerImage = "application/vnd.docker.distribution.manifest.v2+json"
+	typeDockerList  = "application/vnd.docker.distribution.manifest.list.v2+json"
+	typeArtifact    = "application/vnd.oci.artifact.manifest.v1+json" // of OCI 1.1's release candidates
+)
+
+// IsType reports whether content of this media type is a manifest.
+func IsType(mediaType string) bool {
+	switch mediaType {
+	case ocispec.MediaTypeImageManifest, ocispec.MediaTypeImageIndex,
+		typeDockerImage, typeDockerList, typeArtifact:
+		return true
+	}
+	return false
+}
+
+// isForeign reports whether a layer is one that need not be in a registry:
+// https://github.com/opencontainers/image-spec/blob/v1.1.1/layer.md#non-distributable-layers.
+func isForeign(d ocispec.Descriptor) bool {
+	return len(d.URLs) > 0 || strings.Contains(d.MediaType, ".nondistributable.") || strings.Contains(d.MediaType, ".foreign.")
+}
+
+// Manifest is what all kinds of manifests have between them: an image has a
+// config and layers, an index manifests, an artifact of the release candidates blobs.
+type Manifest struct {
+	SchemaVersion int               `json:"schemaVersion"`
+	MediaType     string            `json:"mediaType"`
+	ArtifactType  string            `json:"artifactType"`
+	Config        *Descriptor       `json:"config"`
+	Layers        []Descriptor      `json:"layers"`
+	Manifests     []Descriptor      `json:"manifests"`
+	Blobs         []Descriptor      `json:"blobs"`
+	Subject       *Descriptor       `json:"subject"`
+	Annotations   map[string]string `json:"annotations"`
+}
+
+// Descriptor is a descriptor that has a digest. That is checked as soon as it is read:
+// a manifest has room for a million that have none.
+type Descriptor struct{ ocispec.Descriptor }
+
+// UnmarshalJSON implements [json.Unmarshaler].
+func (d *Descriptor) UnmarshalJSON(data []byte) error {
+	if err := json.Unmarshal(data, &d.Descriptor); err != nil {
+		return err
+	}
+	if _, err := digest.Parse(string(d.Digest)); err != nil {
+		return fmt.Errorf("descriptor of type %.80q: %w", d.MediaType, err)
+	}
+	return nil
+}
+
+// Parse returns what a manifest refers to: all it is made of, and its subject; Needs is empty.
+// mediaType is what the manifest is stored as, or "" for what it says of itself. Errors match
+// [digest.ErrInvalid].
+func Parse(mediaType string, content []byte) (*p2p.NewManifest, error) {
+	m, err := Read(content)
+	if err != nil {
+		return nil, err
+	}
+	if mediaType, err = m.TypeAs(mediaType); err != nil {
+		return nil, err
+	}
+	if err := CheckType(mediaType); err != nil {
+		return nil, err
+	}
+	if err := m.CheckCount(); err != nil {
+		return nil, err
+	}
+	return m.References(false), nil
+}
+
+// Detect returns the media type of content that is a manifest by its own account, and what it
+// refers to as [Parse] does; "" and nil where it is none.
+func Detect(content []byte) (mediaType string, refs *p2p.NewManifest) {
+	m, err := Read(content)
+	if err != nil || m.CheckCount() != nil {
+		return "", nil
+	}
+	if mediaType = m.detect(); mediaType == "" {
+		return "", nil
+	}
+	return mediaType, m.References(false)
+}
+
+// Describe returns the media type to store content under that somebody says is a manifest of the
+// type told, and what it refers to as [Parse] does. Where that can't be its type, what the content
+// says of itself counts. Of content that is no manifest, told and nil come back.
+func Describe(told string, content []byte) (mediaType string, refs *p2p.NewManifest) {
+	m, err := Read(content)
+	if err != nil || m.CheckCount() != nil {
+		return told, nil
+	}
+	mediaType, err = m.TypeAs(told)
+	detected := m.detect()
+	if fits := err == nil && CheckType(mediaType) == nil; !fits && detected == "" {
+		return told, nil
+	} else if !fits || detected != "" && IsType(mediaType) && isIndex(mediaType) != isIndex(detected) {
+		mediaType = detected
+	}
+	return mediaType, m.References(false)
+}
+
+// detect returns the media type of a manifest that can be nothing else; "" where it may be.
+func (m *Manifest) detect() string {
+	if m.SchemaVersion != 2 && m.MediaType != typeArtifact {
+		return ""
+	}
+	// In the two kinds of OCI's own the media type may be missing.
+	if m.MediaType == "" && m.Manifests == nil && (m.Config == nil || m.Layers == nil) {
+		return ""
+	}
+	if mediaType := m.ownType(); IsType(mediaType) {
+		return mediaType
+	}
+	return ""
+}
+
+// Read reads a manifest. Errors match [digest.ErrInvalid].
+func Read(data []byte) (*Manifest, error) {
+	if len(data) > p2p.MaxManifest {
+		return nil, fmt.Errorf("manifest: %w: it has %d bytes, the limit is %d", digest.ErrInvalid, len(data), p2p.MaxManifest)
+	}
+	if !bytes.HasPrefix(bytes.TrimLeft(data, " \t\r\n"), []byte("{")) {
+		return nil, fmt.Errorf("manifest: %w: it is not a JSON object", digest.ErrInvalid)
+	}
+	var m Manifest
+	if err := jsonlimit.Unmarshal(data, &m, maxElements); err != nil {
+		// What is wrong may be quoted, at any length.
+		return nil, fmt.Errorf("manifest: %w: it is not the JSON of one: %.300s", digest.ErrInvalid, err)
+	}
+	return &m, nil
+}
+
+// Children returns what the manifest is made of, but for its subject.
+func (m *Manifest) Children() []ocispec.Descriptor {
+	var all []ocispec.Descriptor
+	if m.Config != nil {
+		all = append(all, m.Config.Descriptor)
+	}
+	for _, d := range slices.Concat(m.Layers, m.Manifests, m.Blobs) {
+		all = append(all, d.Descriptor)
+	}
+	return all
+}
+
+// CheckCount refuses a manifest with more descriptors than an engine stores of one: each is a
+// record of its own, all of which one transaction writes. The error matches [digest.ErrInvalid].
+func (m *Manifest) CheckCount() error {
+	if n := len(m.Children()); n > p2p.MaxManifestRefs {
+		return fmt.Errorf("manifest: %w: it refers to %d blobs, the limit is %d", digest.ErrInvalid, n, p2p.MaxManifestRefs)
+	}
+	return nil
+}
+
+// References returns what the manifest refers to, as an engine stores it. With needs, what has to
+// be there is named: all but its subject, and layers that need not be in a registry.
+func (m *Manifest) References(needs bool) *p2p.NewManifest {
+	refs := &p2p.NewManifest{}
+	seen := map[digest.Digest]bool{}
+	for _, d := range m.Children() {
+		if seen[d.Digest] {
+			continue
+		}
+		seen[d.Digest] = true
+		refs.Refs = append(refs.Refs, d.Digest)
+		if needs && !isForeign(d) {
+			refs.Needs = append(refs.Needs, d.Digest)
+		}
+	}
+	if m.Subject != nil {
+		refs.Subject = m.Subject.Digest
+	}
+	return refs
+}
+
+// TypeOfArtifact returns the type that the referrers API gives for the manifest.
+func (m *Manifest) TypeOfArtifact() string {
+	if m.ArtifactType == "" && m.Config != nil {
+		return m.Config.MediaType
+	}
+	return m.ArtifactType
+}
+
+// TypeAs returns the media type of a manifest that comes with one: what was given, without
+// parameters, else what the manifest says of itself. Two that differ are an error, which matches
+// [digest.ErrInvalid].
+func (m *Manifest) TypeAs(given string) (string, error) {
+	given, _, _ = strings.Cut(given, ";")
+	given = strings.TrimSpace(given)
+	if given == "" {
+		return m.ownType(), nil
+	}
+	if m.MediaType != "" && !strings.EqualFold(m.MediaType, given) {
+		return "", fmt.Errorf("manifest: %w: it is pushed as %.80q, but says that it is %.80q", digest.ErrInvalid, given, m.MediaType)
+	}
+	return given, nil
+}
+
+// ownType returns what a manifest says of itself, else the type of an index or an image.
+func (m *Manifest) ownType() string {
+	switch {
+	case m.MediaType != "":
+		return m.MediaType
+	case m.Manifests != nil:
+		return ocispec.MediaTypeImageIndex
+	}
+	return ocispec.MediaTypeImageManifest
+}
+
+// isIndex reports whether a media type is one of manifests that are made of manifests.
+func isIndex(mediaType string) bool {
+	return mediaType == ocispec.MediaTypeImageIndex || mediaType == typeDockerList
+}
+
+// maxType is the length of the longest media type in bytes, by RFC 6838.
+const maxType = 255
+
+// CheckType refuses a media type that can't be passed on. The error matches [digest.ErrInvalid].
+func CheckType(mediaType string) error {
+	visible := func(r rune) bool { return ' ' <= r && r <= '~' }
+	if len(mediaType) > maxType || strings.ContainsFunc(mediaType, func(r rune) bool { return !visible(r) }) {
+		return fmt.Errorf("media type %.80q: %w: it has at most %d characters, of printable ASCII", mediaType, digest.ErrInvalid, maxType)
+	}
+	return nil
+}
