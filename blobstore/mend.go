@@ -18,14 +18,16 @@ func (r *Repository) open(ctx context.Context, d digest.Digest, scope p2p.Scope)
 	if err != nil {
 		return nil, err
 	}
-	again := p2p.Mend
+	mend := r.engine.Mend
 	if scope == p2p.Local {
-		again = p2p.Check
+		mend = r.engine.Verify
 	}
-	return &mending{
-		now:  blob,
-		open: func() (p2p.Blob, error) { return r.engine.Open(ctx, r.task(d), again) },
-	}, nil
+	return &mending{now: blob, open: func() (p2p.Blob, error) {
+		if err := mend(ctx, r.task(d)); err != nil {
+			return nil, err
+		}
+		return r.engine.Open(ctx, r.task(d), p2p.Local)
+	}}, nil
 }
 
 // mending is a blob that is mended when damage is met.

@@ -459,7 +459,7 @@ func (r *Repository) tagAll(ctx context.Context, d digest.Digest, names []p2p.Ne
 		return err
 	}
 	// What a tag points to has to be here: of a manifest that is itself.
-	info, statErr := r.engine.Stat(ctx, r.tag, digest.FromDigest(d), p2p.StatOptions{Manifest: true, Keep: true})
+	info, statErr := r.engine.HoldManifest(ctx, r.tag, digest.FromDigest(d), p2p.StatOptions{ContentOnly: true})
 	if statErr == nil && !info.IsManifest {
 		_, statErr = r.copyBlob(ctx, d, io.Discard, p2p.Network, nil)
 	}
@@ -515,23 +515,14 @@ func (r *Repository) Predecessors(ctx context.Context, node ocispec.Descriptor) 
 	if checkTarget(node) != nil {
 		return nil, nil // nothing can refer to it
 	}
-	found, err := r.referring(ctx, node.Digest, true)
-	if errors.Is(err, ErrUnreachable) {
-		// What is here is an answer, too: nobody can tell whether it is all there is.
-		found, err = r.referring(ctx, node.Digest, false)
-	}
-	if err != nil {
+	// Where no peer answers, what is here is an answer, too: nobody can tell whether it is all there is.
+	if err := r.engine.HoldReferrers(ctx, r.task(node.Digest)); err != nil && !errors.Is(err, ErrUnreachable) {
 		return nil, fmt.Errorf("predecessors of %s: %w", node.Digest, err)
 	}
-	return found, nil
-}
-
-// referring returns the manifests that refer to d. Those that peers have are
-// brought here first where that is wanted.
-func (r *Repository) referring(ctx context.Context, d digest.Digest, fromPeers bool) (found []ocispec.Descriptor, err error) {
-	for entry, err := range r.engine.List(ctx, p2p.Query{Tag: &r.tag, RefersTo: d, FromPeers: fromPeers}) {
+	var found []ocispec.Descriptor
+	for entry, err := range r.engine.List(ctx, p2p.Query{Tag: &r.tag, RefersTo: node.Digest}) {
 		if err != nil {
-			return nil, err
+			return nil, fmt.Errorf("predecessors of %s: %w", node.Digest, err)
 		}
 		found = append(found, descriptorOf(entry.Info))
 	}
@@ -781,12 +772,17 @@ func (r *Repository) ManifestContent(ctx context.Context, reference string, keep
 	if err != nil {
 		return Manifest{}, err
 	}
-	return r.manifest(ctx, cid, p2p.StatOptions{Keep: keep, MaxContent: limit})
+	look := r.engine.Stat
+	if keep {
+		look = r.engine.HoldManifest
+	}
+	return r.manifest(ctx, cid, p2p.StatOptions{MaxContent: limit}, look)
 }
 
-func (r *Repository) manifest(ctx context.Context, cid digest.CID, opts p2p.StatOptions) (Manifest, error) {
+// manifest returns a manifest as look, a method of the engine, describes it.
+func (r *Repository) manifest(ctx context.Context, cid digest.CID, opts p2p.StatOptions, look func(context.Context, string, digest.CID, p2p.StatOptions) (p2p.Info, error)) (Manifest, error) {
 	opts.Manifest, opts.ContentOnly = true, true
-	info, err := r.engine.Stat(ctx, r.tag, cid, opts)
+	info, err := look(ctx, r.tag, cid, opts)
 	switch {
 	case err != nil:
 	case info.Manifest == nil:
@@ -812,7 +808,7 @@ func (r *Repository) ManifestExists(ctx context.Context, reference string) (ocis
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
-	m, err := r.manifest(ctx, cid, p2p.StatOptions{Lease: true, MaxContent: maxLooked})
+	m, err := r.manifest(ctx, cid, p2p.StatOptions{Lease: true, MaxContent: maxLooked}, r.engine.Stat)
 	return m.Descriptor, notWhole(err)
 }
 

@@ -361,11 +361,11 @@ func TestKeepFails(t *testing.T) {
 	eachPeer(t, func(t *testing.T, e *peertest.Engine, r, theirs *blobstore.Repository) {
 		data := bytesOf(1000, 1)
 		mustImport(t, theirs, "v1", data, "")
-		e.KeepError = errors.New("the disk is full")
+		e.HoldError = errors.New("the disk is full")
 		if got, _, err := exportedTo(t, r, "v1", blobstore.Lookup{}); err != nil || !bytes.Equal(got, data) {
 			t.Errorf("got %d bytes, %v", len(got), err)
 		}
-		e.KeepError = nil
+		e.HoldError = nil
 		if got, _, err := exportedTo(t, r, "v1", blobstore.Lookup{}); err != nil || !bytes.Equal(got, data) {
 			t.Errorf("got %d bytes, %v", len(got), err)
 		}
@@ -628,13 +628,10 @@ type hangingKeep struct {
 	kept atomic.Int32
 }
 
-func (e *hangingKeep) Stat(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions) (p2p.Info, error) {
-	if opts.Keep {
-		e.kept.Add(1)
-		<-ctx.Done()
-		return p2p.Info{}, context.Cause(ctx)
-	}
-	return e.Engine.Stat(ctx, tag, cid, opts)
+func (e *hangingKeep) HoldManifest(ctx context.Context, _ string, _ digest.CID, _ p2p.StatOptions) (p2p.Info, error) {
+	e.kept.Add(1)
+	<-ctx.Done()
+	return p2p.Info{}, context.Cause(ctx)
 }
 
 // An export that has the file does not wait for what would be kept with it.

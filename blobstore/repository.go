@@ -406,7 +406,7 @@ func (r *Repository) keep(ctx context.Context, f *found, l Lookup) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, keepTimeout)
 	defer cancel()
-	if _, err := r.engine.Stat(ctx, r.tag, id, p2p.StatOptions{Manifest: true, Keep: true}); err != nil {
+	if _, err := r.engine.HoldManifest(ctx, r.tag, id, p2p.StatOptions{ContentOnly: true}); err != nil {
 		return
 	}
 	for _, d := range f.others {
@@ -677,7 +677,7 @@ func (r *Repository) Replicate(ctx context.Context, cid string, n int) ([]string
 	if err != nil {
 		return nil, fmt.Errorf("replicate: %w", err)
 	}
-	peers, err := r.engine.Replicate(ctx, r.tag, id, n)
+	peers, err := p2p.Replicate(ctx, r.engine, r.tag, id, n)
 	if err != nil {
 		return nil, fmt.Errorf("replicate: %w", err)
 	}

@@ -108,7 +108,7 @@ type (
 
 // Peers describes the other dfdaemons that this host's knows, the connected ones
 // first. An embedded store has none.
-func (s *Store) Peers(ctx context.Context) ([]Peer, error) { return s.engine.Peers(ctx) }
+func (s *Store) Peers(ctx context.Context) ([]Peer, error) { return p2p.Peers(ctx, s.engine) }
 
 // maxSkew is how much the clocks of two hosts may differ before that is told.
 const maxSkew = 5 * time.Second

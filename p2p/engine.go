@@ -35,8 +35,10 @@ import (
 // [digest.ErrCorrupt], [ErrNoSpace], [ErrUnavailable], [ErrUnreachable],
 // [ErrClosed] or the context's own errors.
 //
-// Only calls with [Network] or [Mend] as their scope, Delete and Replicate ask peers.
+// Only calls with [Network] as their scope, Delete, and those of [Holder] ask peers.
 type Engine interface {
+	Holder
+
 	// Stat describes what cid names under tag: the task of the digest itself,
 	// or the one that the cache ID points to. Of a name that several peers
 	// know, the newest counts. It fails with ErrNotFound where the tag holds
@@ -48,9 +50,7 @@ type Engine interface {
 	// is closed, even when it is deleted meanwhile. One that is not here is
 	// fetched from the peers that hold it, and kept; Open returns as soon as
 	// its size is known. ctx bounds the call, and with it that fetch as far
-	// as only this blob's readers wait for it. With Mend it returns when the
-	// blob is whole and stored again; it fails with ErrNotFound or
-	// ErrUnreachable where no peer has what is damaged. The caller closes it.
+	// as only this blob's readers wait for it. The caller closes it.
 	Open(ctx context.Context, task Task, scope Scope) (Blob, error)
 
 	// Ingest begins to take in new content. ctx bounds the whole ingest, not
@@ -73,19 +73,37 @@ type Engine interface {
 	// first error.
 	List(ctx context.Context, q Query) iter.Seq2[Entry, error]
 
-	// Replicate makes n other peers hold what cid names under tag, with all
-	// that it refers to, and returns their IDs when they do. It fails with
-	// ErrUnreachable where there are not so many peers that can, and says how
-	// many did.
-	Replicate(ctx context.Context, tag string, cid digest.CID, n int) ([]string, error)
-
-	// Peers describes the peers that are known, the connected ones first. An
-	// engine without peers has none.
-	Peers(ctx context.Context) ([]Peer, error)
-
 	// Close lets go of everything the engine holds open. Calls under way end
 	// first; later ones fail with ErrClosed.
 	Close() error
+}
+
+// Holder brings to this host what is elsewhere, and keeps it. Of what is here already
+// it changes nothing.
+type Holder interface {
+	// Hold makes this host hold what cid names under tag, with all that it refers to,
+	// as far as that is anywhere: layers that are not distributed may be nowhere. It
+	// returns when all of it is stored. It fails as Stat and Open do.
+	Hold(ctx context.Context, tag string, cid digest.CID) error
+
+	// HoldManifest makes this host hold the name, and the manifest that it points to,
+	// but not yet what this refers to. It describes the manifest as a Stat with opts
+	// does, of which Manifest and the scope Network are implied. Of a task that is no
+	// manifest only the name is held, and that only where the task is here.
+	HoldManifest(ctx context.Context, tag string, cid digest.CID, opts StatOptions) (Info, error)
+
+	// HoldReferrers makes this host hold the manifests that refer to task and that
+	// peers have. It fails with ErrUnreachable where no peer could be asked.
+	HoldReferrers(ctx context.Context, task Task) error
+
+	// Verify reads a task's blob whole, which some reader has found damaged. Damage
+	// is the error, and is remembered: who asks for the blob hears that it is not here.
+	Verify(ctx context.Context, task Task) error
+
+	// Mend makes a task's blob whole that is damaged here, from what others have of
+	// it, and returns when it is stored again; at once where it is whole. It fails
+	// with ErrNotFound or ErrUnreachable where nobody has what is damaged.
+	Mend(ctx context.Context, task Task) error
 }
 
 // Scope says how far a lookup may go.
@@ -94,8 +112,6 @@ type Scope int
 const (
 	Network Scope = iota // here, then the peers
 	Local                // never leaves this host
-	Mend                 // of an Open: what is here is damaged, and is to be made whole by what peers have
-	Check                // of an Open: what is here may be damaged, and is read whole first; damage is an error, and remembered
 )
 
 // StatOptions says what a Stat should tell.
@@ -110,9 +126,6 @@ type StatOptions struct {
 	// MaxContent leaves it to Open to read a manifest of more bytes: an engine may
 	// then leave Info.Manifest.Content nil. 0 is no limit.
 	MaxContent int64
-	// Keep asks that the name, and the manifest that it points to, be kept
-	// here where peers have them. It needs Manifest and Network.
-	Keep bool
 	// Holders asks for Info.Holders, for which every peer is asked. It needs
 	// Network.
 	Holders bool
@@ -366,8 +379,6 @@ type Query struct {
 	RefersTo digest.Digest
 	// Holds is a digest: only tags that hold it are listed. It is for KindTags.
 	Holds digest.Digest
-	// FromPeers, with RefersTo, first brings here what peers have that refers to it.
-	FromPeers bool
 }
 
 // Kind says which entries a List yields.

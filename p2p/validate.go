@@ -34,12 +34,8 @@ func (o StatOptions) Validate(tag string, cid digest.CID) error {
 		return err
 	}
 	switch {
-	case o.Scope < Network || o.Scope > Check:
+	case o.Scope < Network || o.Scope > Local:
 		return fmt.Errorf("stat %s: %w: there is no scope %d", cid, digest.ErrInvalid, o.Scope)
-	case o.Scope == Mend, o.Scope == Check:
-		return fmt.Errorf("stat %s: %w: only an open mends or checks", cid, digest.ErrInvalid)
-	case o.Keep && (o.Scope != Network || !o.Manifest):
-		return fmt.Errorf("stat %s to keep it: %w: it goes with its manifest, and with the network as the scope", cid, digest.ErrInvalid)
 	case o.Holders && o.Scope != Network:
 		return fmt.Errorf("stat %s with who holds it: %w: it goes with the network as the scope", cid, digest.ErrInvalid)
 	}
@@ -86,8 +82,6 @@ func (q Query) Validate() error {
 		return fmt.Errorf("list who holds %s: %w: it goes with tags as the kind", q.Holds, digest.ErrInvalid)
 	case q.RefersTo != "" && (q.Tag == nil || q.Kind != KindAll):
 		return fmt.Errorf("list what refers to %s: %w: it goes with a tag, and not with a kind", q.RefersTo, digest.ErrInvalid)
-	case q.FromPeers && q.RefersTo == "":
-		return fmt.Errorf("list from peers: %w: it goes with what the entries refer to", digest.ErrInvalid)
 	}
 	return nil
 }

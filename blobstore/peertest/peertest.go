@@ -40,8 +40,8 @@ type Engine struct {
 	Piece func(ctx context.Context, d digest.Digest, i int) error
 	// Lies is how often the proof of a download fails.
 	Lies map[digest.Digest]int
-	// KeepError is the error of a Stat with Keep.
-	KeepError error
+	// HoldError is the error of a HoldManifest that brings something here.
+	HoldError error
 
 	dir string
 
@@ -108,7 +108,7 @@ func (e *Engine) Part() {
 }
 
 // Calls returns how often this was called since the last time it was asked:
-// "stat", "open", "mend" and "list" count those that asked the peer.
+// "stat", "open", "mend" and "referrers" count those that asked the peer.
 func (e *Engine) Calls(what string) int {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -129,9 +129,19 @@ func (e *Engine) ask(what, name string) error {
 }
 
 // Stat implements [p2p.Engine].
-func (e *Engine) Stat(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions) (info p2p.Info, err error) {
+func (e *Engine) Stat(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions) (p2p.Info, error) {
+	return e.stat(ctx, tag, cid, opts, false)
+}
+
+// HoldManifest implements [p2p.Holder].
+func (e *Engine) HoldManifest(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions) (p2p.Info, error) {
+	opts.Manifest, opts.Scope = true, p2p.Network
+	return e.stat(ctx, tag, cid, opts, true)
+}
+
+func (e *Engine) stat(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions, hold bool) (info p2p.Info, err error) {
 	local := opts
-	local.Keep, local.Holders = false, false
+	local.Holders = false
 	info, err = e.Store.Stat(ctx, tag, cid, local)
 	if opts.Scope == p2p.Local {
 		return info, err
@@ -161,10 +171,10 @@ func (e *Engine) Stat(ctx context.Context, tag string, cid digest.CID, opts p2p.
 	if info, err = e.Peer.Stat(ctx, tag, cid, local); err != nil {
 		return p2p.Info{}, err
 	}
-	if opts.Keep && e.KeepError != nil {
-		return p2p.Info{}, e.KeepError
+	if hold && e.HoldError != nil {
+		return p2p.Info{}, e.HoldError
 	}
-	if opts.Keep {
+	if hold {
 		var names []p2p.NewName
 		if name := cid.CacheID(); name != "" {
 			names = []p2p.NewName{{Tag: tag, Name: name, Digest: info.Task.Digest, Updated: time.Now(), KeepOld: true}}
@@ -210,34 +220,27 @@ func (e *Engine) keep(ctx context.Context, info p2p.Info, content []byte, names 
 	return in.Commit(p2p.Commit{Tasks: []p2p.NewTask{task}, Names: names})
 }
 
-// List implements [p2p.Engine].
-func (e *Engine) List(ctx context.Context, q p2p.Query) iter.Seq2[p2p.Entry, error] {
-	return func(yield func(p2p.Entry, error) bool) {
-		if q.FromPeers {
-			q.FromPeers = false
-			if err := e.ask("list", string(q.RefersTo)); err != nil {
-				yield(p2p.Entry{}, err)
-				return
-			}
-			for entry, err := range e.Peer.List(ctx, q) {
-				var info p2p.Info
-				if err == nil {
-					info, err = e.Peer.Stat(ctx, entry.Task.Tag, digest.FromDigest(entry.Task.Digest), p2p.StatOptions{Manifest: true})
-				}
-				if err == nil {
-					err = e.keep(ctx, info, info.Manifest.Content)
-				}
-				if err != nil {
-					yield(p2p.Entry{}, err)
-					return
-				}
-			}
-		}
-		e.Store.List(ctx, q)(yield)
+// HoldReferrers implements [p2p.Holder].
+func (e *Engine) HoldReferrers(ctx context.Context, task p2p.Task) error {
+	if err := e.ask("referrers", task.String()); err != nil {
+		return err
 	}
+	for entry, err := range e.Peer.List(ctx, p2p.Query{Tag: &task.Tag, RefersTo: task.Digest}) {
+		var info p2p.Info
+		if err == nil {
+			info, err = e.Peer.Stat(ctx, entry.Task.Tag, digest.FromDigest(entry.Task.Digest), p2p.StatOptions{Manifest: true})
+		}
+		if err == nil {
+			err = e.keep(ctx, info, info.Manifest.Content)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
-// Replicate implements [p2p.Engine]: there is one peer.
+// Replicate implements [p2p.Peering]: there is one peer.
 func (e *Engine) Replicate(ctx context.Context, tag string, cid digest.CID, n int) ([]string, error) {
 	if err := e.ask("replicate", cid.String()); err != nil {
 		return nil, err
@@ -248,19 +251,13 @@ func (e *Engine) Replicate(ctx context.Context, tag string, cid digest.CID, n in
 	return []string{PeerID}, nil
 }
 
-// Peers implements [p2p.Engine].
+// Peers implements [p2p.Peering].
 func (e *Engine) Peers(context.Context) ([]p2p.Peer, error) {
 	return []p2p.Peer{{ID: PeerID, Addresses: []string{Address}, State: p2p.PeerConnected}}, nil
 }
 
 // Open implements [p2p.Engine].
 func (e *Engine) Open(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.Blob, error) {
-	if scope == p2p.Check {
-		return e.Store.Open(ctx, task, scope)
-	}
-	if scope == p2p.Mend {
-		return e.mend(ctx, task)
-	}
 	here, err := e.Store.Open(ctx, task, scope)
 	if scope == p2p.Local || !errors.Is(err, p2p.ErrNotFound) {
 		return here, err
@@ -299,28 +296,25 @@ func (e *Engine) Open(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.
 	return b, nil
 }
 
-// mend imports again, from the peer, what is damaged here.
-func (e *Engine) mend(ctx context.Context, task p2p.Task) (p2p.Blob, error) {
+// Mend implements [p2p.Holder]: it imports again, from the peer, what is damaged here.
+func (e *Engine) Mend(ctx context.Context, task p2p.Task) error {
 	if err := e.ask("mend", task.String()); err != nil {
-		return nil, err
+		return err
 	}
 	src, err := e.Peer.Open(ctx, task, p2p.Local)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	defer src.Close()
 	in, err := e.Store.Ingest(ctx)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	defer in.Close()
 	if _, err := in.Add(io.NewSectionReader(src, 0, src.Size()), p2p.AddOptions{Want: task.Digest}); err != nil {
-		return nil, err
+		return err
 	}
-	if err := in.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: task, Keep: p2p.KeepLoose}}}); err != nil {
-		return nil, err
-	}
-	return e.Store.Open(ctx, task, p2p.Local)
+	return in.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: task, Keep: p2p.KeepLoose}}})
 }
 
 // blob is one that comes from the peer.

@@ -216,7 +216,7 @@ func TestReferrersOfPeers(t *testing.T) {
 				t.Errorf("referrers are %s", a.body)
 			}
 		}
-		if calls := e.Calls("list"); calls != 2 {
+		if calls := e.Calls("referrers"); calls != 2 {
 			t.Errorf("the peer was asked %d times", calls)
 		}
 	})

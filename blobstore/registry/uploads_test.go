@@ -590,7 +590,11 @@ func (f failing) Delete(context.Context, string, digest.CID, p2p.DeleteOptions) 
 func (f failing) List(context.Context, p2p.Query) iter.Seq2[p2p.Entry, error] {
 	return func(yield func(p2p.Entry, error) bool) { yield(p2p.Entry{}, f.err) }
 }
-func (f failing) Close() error { return nil }
+func (f failing) HoldManifest(context.Context, string, digest.CID, p2p.StatOptions) (p2p.Info, error) {
+	return p2p.Info{}, f.err
+}
+func (f failing) HoldReferrers(context.Context, p2p.Task) error { return f.err }
+func (f failing) Close() error                                  { return nil }
 
 // TestInternalErrors: the log has them, the client does not.
 func TestInternalErrors(t *testing.T) {

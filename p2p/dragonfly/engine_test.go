@@ -504,7 +504,7 @@ func TestMend(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	_, err := h.Open(t.Context(), p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("absent")}, p2p.Mend)
+	err := h.Mend(t.Context(), p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("absent")})
 	enginetest.RequireError(t, "mend what is not here", err, p2p.ErrNotFound)
 }
 
@@ -615,8 +615,8 @@ func TestNames(t *testing.T) {
 	if _, err := rb.Export(t.Context(), f.Digest.String(), &out, blobstore.ExportOptions{}); err != nil || out.String() != "file" {
 		t.Errorf("export: %q, %v", out.String(), err)
 	}
-	_, err = b.Replicate(t.Context(), "models", digest.FromDigest(f.Digest), 1)
-	enginetest.RequireError(t, "replicate", err, p2p.ErrUnreachable, "unsupported operation by Dragonfly", "export it on")
+	_, err = p2p.Replicate(t.Context(), b, "models", digest.FromDigest(f.Digest), 1)
+	enginetest.RequireError(t, "replicate", err, p2p.ErrUnreachable, "export it on")
 }
 
 // Without Dragonfly what is here is here, and errors say what is wrong.

@@ -558,11 +558,8 @@ func testInvalidOptions(t *testing.T, e p2p.Engine) {
 	other := digest.SHA256.FromString("other")
 	importArtifact(t, e, "t", "v1", []byte(`{"one":1}`), []byte("layer"))
 	for what, opts := range map[string]p2p.StatOptions{
-		"mends":             {Scope: p2p.Mend},
-		"checks":            {Scope: p2p.Check},
 		"no scope":          {Scope: -1},
-		"keeps locally":     {Scope: p2p.Local, Manifest: true, Keep: true},
-		"keeps half":        {Keep: true},
+		"too far a scope":   {Scope: p2p.Local + 1},
 		"who holds locally": {Scope: p2p.Local, Holders: true},
 	} {
 		_, err := e.Stat(ctx, "t", cid(t, "v1"), opts)
@@ -572,7 +569,6 @@ func testInvalidOptions(t *testing.T, e p2p.Engine) {
 	requireError(t, "a delete of a name by force", err, digest.ErrInvalid)
 	for what, q := range map[string]p2p.Query{
 		"after what is too long": {Kind: p2p.KindNames, After: strings.Repeat("a", p2p.MaxTag+1)},
-		"all from peers":         {FromPeers: true},
 	} {
 		for _, err := range e.List(ctx, q) {
 			requireError(t, "list "+what, err, digest.ErrInvalid)
@@ -1927,16 +1923,22 @@ func testClosed(t *testing.T, e p2p.Engine) {
 	for _, err := range e.List(t.Context(), p2p.Query{}) {
 		requireError(t, "list", err, p2p.ErrClosed)
 	}
-	_, err = e.Replicate(t.Context(), "t", digest.FromDigest(task.Digest), 1)
+	_, err = p2p.Replicate(t.Context(), e, "t", digest.FromDigest(task.Digest), 1)
 	requireError(t, "replicate", err, p2p.ErrClosed)
-	_, err = e.Peers(t.Context())
-	requireError(t, "peers", err, p2p.ErrClosed)
+	if p, ok := e.(p2p.Peering); ok {
+		_, err = p.Peers(t.Context())
+		requireError(t, "peers", err, p2p.ErrClosed)
+	}
+	requireError(t, "hold", e.Hold(t.Context(), "t", digest.FromDigest(task.Digest)), p2p.ErrClosed)
+	requireError(t, "hold the referrers", e.HoldReferrers(t.Context(), task), p2p.ErrClosed)
+	requireError(t, "verify", e.Verify(t.Context(), task), p2p.ErrClosed)
+	requireError(t, "mend", e.Mend(t.Context(), task), p2p.ErrClosed)
 }
 
 // testNoPeers is for what an engine says that has no peers, or none yet.
 func testNoPeers(t *testing.T, e p2p.Engine) {
 	ctx := t.Context()
-	peers, err := e.Peers(ctx)
+	peers, err := p2p.Peers(ctx, e)
 	if err != nil || len(peers) != 0 {
 		t.Errorf("peers are %v, %v; want none", peers, err)
 	}
@@ -1946,9 +1948,12 @@ func testNoPeers(t *testing.T, e p2p.Engine) {
 
 	// What is here is found at any distance.
 	for _, id := range []digest.CID{digest.FromDigest(task.Digest), cid(t, "v1")} {
-		info, err := e.Stat(ctx, "t", id, p2p.StatOptions{Manifest: true, Keep: true})
-		if err != nil || info.Remote || !info.Local() || info.Holders != nil {
-			t.Errorf("stat %s: %+v, %v", id, info, err)
+		info, err := e.HoldManifest(ctx, "t", id, p2p.StatOptions{})
+		if err != nil || info.Remote || !info.Local() || info.Holders != nil || (info.Manifest != nil) != (info.Task == manifest) {
+			t.Errorf("hold the manifest of %s: %+v, %v", id, info, err)
+		}
+		if err := e.Hold(ctx, "t", id); err != nil {
+			t.Errorf("hold %s: %v", id, err)
 		}
 	}
 	for _, task := range []p2p.Task{task, manifest, parts[0]} {
@@ -1960,28 +1965,38 @@ func testNoPeers(t *testing.T, e p2p.Engine) {
 			t.Errorf("%s came from %v", task, s)
 		}
 		blob.Close()
-	}
-	entries := 0
-	tag := "t"
-	for entry, err := range e.List(ctx, p2p.Query{Tag: &tag, RefersTo: parts[0].Digest, FromPeers: true}) {
-		if entries++; err != nil || entry.Task != manifest {
-			t.Errorf("what refers to the layer: %v, %v", entry.Task, err)
+		if err := errors.Join(e.Verify(ctx, task), e.Mend(ctx, task)); err != nil {
+			t.Errorf("verify and mend %s, which is whole: %v", task, err)
 		}
 	}
-	if entries != 1 {
-		t.Errorf("%d tasks refer to the layer, want 1", entries)
+	absent := p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("absent")}
+	for what, err := range map[string]error{
+		"hold": e.Hold(ctx, "t", digest.FromDigest(absent.Digest)), "verify": e.Verify(ctx, absent), "mend": e.Mend(ctx, absent),
+	} {
+		if !errors.Is(err, p2p.ErrNotFound) && !errors.Is(err, p2p.ErrUnreachable) {
+			t.Errorf("%s what is nowhere: %v", what, err)
+		}
+	}
+	if err := e.HoldReferrers(ctx, parts[0]); err != nil && !errors.Is(err, p2p.ErrUnreachable) {
+		t.Errorf("hold what refers to the layer: %v", err)
+	}
+	bad := p2p.Task{Tag: "UPPER", Digest: absent.Digest}
+	for what, err := range map[string]error{
+		"hold": e.Hold(ctx, "UPPER", cid(t, "v1")), "hold the referrers": e.HoldReferrers(ctx, bad), "verify": e.Verify(ctx, bad), "mend": e.Mend(ctx, bad),
+	} {
+		requireError(t, what+" under a bad tag", err, digest.ErrInvalid)
 	}
 
 	for _, id := range []digest.CID{digest.FromDigest(task.Digest), cid(t, "v1")} {
-		holders, err := e.Replicate(ctx, "t", id, 1)
+		holders, err := p2p.Replicate(ctx, e, "t", id, 1)
 		requireError(t, "replicate "+id.String(), err, p2p.ErrUnreachable)
 		if len(holders) != 0 {
 			t.Errorf("replicate %s: on %v", id, holders)
 		}
 	}
-	_, err = e.Replicate(ctx, "t", cid(t, "absent"), 1)
+	_, err = p2p.Replicate(ctx, e, "t", cid(t, "absent"), 1)
 	requireError(t, "replicate what is not here", err, p2p.ErrNotFound)
-	_, err = e.Replicate(ctx, "UPPER", cid(t, "v1"), 1)
+	_, err = p2p.Replicate(ctx, e, "UPPER", cid(t, "v1"), 1)
 	requireError(t, "replicate under a bad tag", err, digest.ErrInvalid)
 	deleted, err := e.Delete(ctx, "t", digest.FromDigest(task.Digest), p2p.DeleteOptions{})
 	if want := (p2p.Deleted{Tasks: 1, Freed: 4}); err != nil || !reflect.DeepEqual(deleted, want) {
@@ -1989,8 +2004,8 @@ func testNoPeers(t *testing.T, e p2p.Engine) {
 	}
 	ended, cancel := context.WithCancel(ctx)
 	cancel()
-	_, err = e.Replicate(ended, "t", cid(t, "v1"), 1)
+	_, err = p2p.Replicate(ended, e, "t", cid(t, "v1"), 1)
 	requireError(t, "replicate, cancelled", err, context.Canceled)
-	_, err = e.Peers(ended)
+	_, err = p2p.Peers(ended, e)
 	requireError(t, "peers, cancelled", err, context.Canceled)
 }

@@ -109,22 +109,34 @@ func (s *Store) Close() error {
 	return nil
 }
 
-// Peers implements [p2p.Engine]: there are none.
-func (s *Store) Peers(ctx context.Context) ([]p2p.Peer, error) {
-	if err := s.begin(ctx); err != nil {
-		return nil, err
-	}
-	defer s.end()
-	return nil, nil
+// Hold implements [p2p.Holder]: what is here is held, and there is nothing elsewhere.
+func (s *Store) Hold(ctx context.Context, tag string, cid digest.CID) error {
+	_, err := s.Stat(ctx, tag, cid, p2p.StatOptions{Scope: p2p.Local})
+	return err
 }
 
-// Replicate implements [p2p.Engine].
-func (s *Store) Replicate(ctx context.Context, tag string, cid digest.CID, n int) ([]string, error) {
-	if _, err := s.Stat(ctx, tag, cid, p2p.StatOptions{Scope: p2p.Local}); err != nil || n == 0 {
-		return nil, err
-	}
-	return nil, fmt.Errorf("replicate %s: %w: this store has no peers", p2p.Describe(tag, cid), p2p.ErrUnreachable)
+// HoldManifest implements [p2p.Holder].
+func (s *Store) HoldManifest(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions) (p2p.Info, error) {
+	opts.Manifest, opts.Scope = true, p2p.Network
+	return s.Stat(ctx, tag, cid, opts)
 }
+
+// HoldReferrers implements [p2p.Holder].
+func (s *Store) HoldReferrers(ctx context.Context, task p2p.Task) error {
+	if err := s.begin(ctx); err != nil {
+		return err
+	}
+	defer s.end()
+	return task.Validate()
+}
+
+// Verify implements [p2p.Holder]: memory is not damaged.
+func (s *Store) Verify(ctx context.Context, task p2p.Task) error {
+	return s.Hold(ctx, task.Tag, digest.FromDigest(task.Digest))
+}
+
+// Mend implements [p2p.Holder].
+func (s *Store) Mend(ctx context.Context, task p2p.Task) error { return s.Verify(ctx, task) }
 
 // at returns the part of the store under a tag, or an empty one that is not of it.
 func (s *Store) at(tagName string) *tag {

@@ -33,7 +33,7 @@ func (b *Blob) Sources() []p2p.Source { return nil }
 func (b *Blob) Close() error { return b.f.Close() }
 
 // Open implements [p2p.Engine]. The result is a [*Blob].
-func (s *Store) Open(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.Blob, error) {
+func (s *Store) Open(ctx context.Context, task p2p.Task, _ p2p.Scope) (p2p.Blob, error) {
 	if err := s.begin(ctx); err != nil {
 		return nil, err
 	}
@@ -43,15 +43,6 @@ func (s *Store) Open(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.B
 	}
 	if err := s.view(func(tx *bbolt.Tx) error { return holdsTask(tx, task) }); err != nil {
 		return nil, err
-	}
-	if scope == p2p.Mend || scope == p2p.Check {
-		err := s.Recheck(ctx, task.Digest)
-		if err != nil && scope == p2p.Mend {
-			err = fmt.Errorf("mend %s: %w: %w", task, p2p.ErrUnreachable, err)
-		}
-		if err != nil {
-			return nil, err
-		}
 	}
 	blob, err := s.openBlob(task.Digest)
 	if err != nil {

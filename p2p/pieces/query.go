@@ -536,19 +536,47 @@ func (s *Store) total(tx *bbolt.Tx, task p2p.Task, seen map[digest.Digest]bool) 
 	return sum, used, nil
 }
 
-// Replicate implements [p2p.Engine]: a store on its own has no peers.
-func (s *Store) Replicate(ctx context.Context, tag string, cid digest.CID, n int) ([]string, error) {
-	if _, err := s.Stat(ctx, tag, cid, p2p.StatOptions{Scope: p2p.Local}); err != nil || n <= 0 {
-		return nil, err
-	}
-	return nil, fmt.Errorf("replicate %s: %w: this store is not part of a swarm", p2p.Describe(tag, cid), p2p.ErrUnreachable)
+// Hold implements [p2p.Holder]: a store on its own has nothing beyond it.
+func (s *Store) Hold(ctx context.Context, tag string, cid digest.CID) error {
+	_, err := s.Stat(ctx, tag, cid, p2p.StatOptions{Scope: p2p.Local})
+	return err
 }
 
-// Peers implements [p2p.Engine]: a store on its own has none.
-func (s *Store) Peers(ctx context.Context) ([]p2p.Peer, error) {
+// HoldManifest implements [p2p.Holder].
+func (s *Store) HoldManifest(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions) (p2p.Info, error) {
+	opts.Manifest, opts.Scope = true, p2p.Network
+	return s.Stat(ctx, tag, cid, opts)
+}
+
+// HoldReferrers implements [p2p.Holder].
+func (s *Store) HoldReferrers(ctx context.Context, task p2p.Task) error {
 	if err := s.begin(ctx); err != nil {
-		return nil, err
+		return err
 	}
 	defer s.end()
-	return nil, nil
+	return task.Validate()
+}
+
+// Verify implements [p2p.Holder].
+func (s *Store) Verify(ctx context.Context, task p2p.Task) error {
+	if err := s.begin(ctx); err != nil {
+		return err
+	}
+	defer s.end()
+	if err := task.Validate(); err != nil {
+		return err
+	}
+	if err := s.view(func(tx *bbolt.Tx) error { return holdsTask(tx, task) }); err != nil {
+		return err
+	}
+	return s.Recheck(ctx, task.Digest)
+}
+
+// Mend implements [p2p.Holder]: a store on its own can't make whole what is damaged.
+func (s *Store) Mend(ctx context.Context, task p2p.Task) error {
+	err := s.Verify(ctx, task)
+	if errors.Is(err, digest.ErrCorrupt) {
+		err = fmt.Errorf("mend %s: %w: %w", task, p2p.ErrUnreachable, err)
+	}
+	return err
 }

@@ -318,9 +318,13 @@ func (c *Client) Close() error {
 
 // Stat implements [p2p.Engine]. It is one call, whatever it asks for.
 func (c *Client) Stat(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions) (p2p.Info, error) {
+	return c.stat(ctx, tag, cid, opts, pb.DaemonClient.Stat)
+}
+
+func (c *Client) stat(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions, call func(pb.DaemonClient, context.Context, *pb.StatRequest, ...grpc.CallOption) (*pb.StatReply, error)) (p2p.Info, error) {
 	req := &pb.StatRequest{
 		Tag: tag, Cid: cid.String(), Scope: scopes.message(opts.Scope),
-		Manifest: opts.Manifest, Keep: opts.Keep, Holders: opts.Holders, Lease: opts.Lease,
+		Manifest: opts.Manifest, Holders: opts.Holders, Lease: opts.Lease,
 	}
 	if _, _, err := parseStat(req); err != nil {
 		return p2p.Info{}, err
@@ -330,7 +334,7 @@ func (c *Client) Stat(ctx context.Context, tag string, cid digest.CID, opts p2p.
 		return p2p.Info{}, err
 	}
 	defer end()
-	reply, err := s.daemon.Stat(ctx, req)
+	reply, err := call(s.daemon, ctx, req)
 	if err != nil {
 		return p2p.Info{}, c.callError(ctx, err)
 	}
@@ -355,7 +359,7 @@ func (c *Client) Delete(ctx context.Context, tag string, cid digest.CID, opts p2
 	return deletedOf(reply)
 }
 
-// Replicate implements [p2p.Engine]. It takes as long as ctx allows.
+// Replicate implements [p2p.Peering]. It takes as long as ctx allows.
 func (c *Client) Replicate(ctx context.Context, tag string, cid digest.CID, n int) ([]string, error) {
 	req := &pb.ReplicateRequest{Tag: tag, Cid: cid.String(), N: int64(n)}
 	if _, _, err := parseReplicate(req); err != nil {
@@ -373,7 +377,7 @@ func (c *Client) Replicate(ctx context.Context, tag string, cid digest.CID, n in
 	return reply.GetPeers(), nil
 }
 
-// Peers implements [p2p.Engine].
+// Peers implements [p2p.Peering].
 func (c *Client) Peers(ctx context.Context) (peers []p2p.Peer, err error) {
 	s, end, err := c.begin(ctx)
 	if err != nil {

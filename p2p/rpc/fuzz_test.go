@@ -24,7 +24,7 @@ func FuzzRequests(f *testing.F) {
 	task, info := taskMessage(someTask), infoMessage(p2p.Info{Task: someTask})
 	for _, m := range []proto.Message{
 		&pb.StatRequest{Tag: "models", Cid: "v1", Scope: pb.Scope_SCOPE_LOCAL, Manifest: true},
-		&pb.StatRequest{Cid: "v1", Scope: pb.Scope_SCOPE_NETWORK, Manifest: true, Keep: true, Holders: true},
+		&pb.StatRequest{Cid: "v1", Scope: pb.Scope_SCOPE_NETWORK, Manifest: true, Holders: true},
 		&pb.OpenRequest{Task: task, Scope: pb.Scope_SCOPE_NETWORK, DescriptorId: 7},
 		&pb.OpenRequest{Want: &pb.OpenRequest_Want{First: 1, Last: 3}},
 		&pb.OpenReply{Header: &pb.OpenReply_Header{Size: 100, PieceLength: digest.MinPieceLength, Arriving: true}, Sent: true},
@@ -71,7 +71,7 @@ func FuzzRequests(f *testing.F) {
 		if proto.Unmarshal(b, &stat) == nil {
 			cid, opts, err := parseStat(&stat)
 			check(err, func() error {
-				if opts.Scope != p2p.Network && (opts.Keep || opts.Holders) || opts.Keep && !opts.Manifest {
+				if opts.Scope != p2p.Network && opts.Holders {
 					return fmt.Errorf("%+v", opts)
 				}
 				_, err := digest.ParseCID(cid.String())
@@ -125,7 +125,7 @@ func FuzzRequests(f *testing.F) {
 				if q.Holds != "" {
 					err = errors.Join(err, validDigest(q.Holds))
 				}
-				if len(q.After) > p2p.MaxTag || q.RefersTo != "" && (q.Tag == nil || q.Kind != p2p.KindAll) || q.Holds != "" && q.Kind != p2p.KindTags || q.FromPeers && q.RefersTo == "" {
+				if len(q.After) > p2p.MaxTag || q.RefersTo != "" && (q.Tag == nil || q.Kind != p2p.KindAll) || q.Holds != "" && q.Kind != p2p.KindTags {
 					err = fmt.Errorf("%+v", q)
 				}
 				return err
@@ -300,9 +300,6 @@ func TestValidate(t *testing.T) {
 		"cid missing":           {stat(&pb.StatRequest{Scope: local}), "cid"},
 		"tag of a stat":         {stat(&pb.StatRequest{Tag: "X", Cid: d, Scope: local}), "tag"},
 		"stat":                  {stat(&pb.StatRequest{Cid: d, Scope: local}), ""},
-		"keep":                  {stat(&pb.StatRequest{Cid: d, Scope: network, Manifest: true, Keep: true}), ""},
-		"keep, local":           {stat(&pb.StatRequest{Cid: d, Scope: local, Manifest: true, Keep: true}), "network"},
-		"keep, no manifest":     {stat(&pb.StatRequest{Cid: d, Scope: network, Keep: true}), "manifest"},
 		"holders":               {stat(&pb.StatRequest{Cid: d, Scope: network, Holders: true}), ""},
 		"holders, local":        {stat(&pb.StatRequest{Cid: d, Scope: local, Holders: true}), "network"},
 		"want pieces":           {want(&pb.OpenRequest{Want: &pb.OpenRequest_Want{First: 1, Last: 3}}), ""},
@@ -317,8 +314,6 @@ func TestValidate(t *testing.T) {
 		"replicate to all":      {replicate(&pb.ReplicateRequest{Cid: "v1", N: maxReplicas + 1}), "1048577 peers"},
 		"replicate nothing":     {replicate(&pb.ReplicateRequest{N: 1}), "cid"},
 		"replicate under a tag": {replicate(&pb.ReplicateRequest{Tag: "X", Cid: "v1"}), "tag"},
-		"from peers":            {list(&pb.ListRequest{Tag: &task.Tag, Kind: all, RefersTo: d, FromPeers: true}), ""},
-		"from peers, all":       {list(&pb.ListRequest{Kind: all, FromPeers: true}), "refer to"},
 		"origin":                {newTask(&pb.NewTask{Keep: pb.Keep_KEEP_HELD, OriginUnixNano: 1}), ""},
 		"origin before 1970":    {newTask(&pb.NewTask{Keep: pb.Keep_KEEP_HELD, OriginUnixNano: -1}), "1970"},
 		"name before 1970":      {newName(&pb.NewName{Name: "v1", Digest: d, UpdatedUnixNano: -1}), "1970"},

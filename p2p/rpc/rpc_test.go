@@ -688,7 +688,6 @@ func TestQuery(t *testing.T) {
 		{p2p.Query{Tag: &someTask.Tag, Kind: p2p.KindNames, After: "\xff"}, []p2p.Entry{name}},
 		{p2p.Query{Kind: p2p.KindTags, After: strings.Repeat("a", p2p.MaxTag)}, tags},
 		{p2p.Query{Tag: &empty, RefersTo: someTask.Digest}, []p2p.Entry{task}},
-		{p2p.Query{Tag: &empty, RefersTo: someTask.Digest, FromPeers: true}, []p2p.Entry{task}},
 	} {
 		entries = test.entries
 		var listed []p2p.Entry
@@ -714,7 +713,7 @@ func TestStatOptions(t *testing.T) {
 	h.stat = func(_ context.Context, opts p2p.StatOptions) (p2p.Info, error) { got = opts; return remote, nil }
 	c := pair(t, h)
 	for _, want := range []p2p.StatOptions{
-		{}, {Scope: p2p.Local}, {Scope: p2p.Local, Manifest: true}, {Manifest: true, Keep: true}, {Holders: true}, {Manifest: true, Keep: true, Holders: true},
+		{}, {Scope: p2p.Local}, {Scope: p2p.Local, Manifest: true}, {Manifest: true}, {Holders: true}, {Manifest: true, Holders: true},
 	} {
 		info, err := c.Stat(t.Context(), "", digest.FromDigest(someTask.Digest), want)
 		if err != nil || got != want || !reflect.DeepEqual(info, remote) {
@@ -901,10 +900,11 @@ func TestInvalidRequests(t *testing.T) {
 			_, err := c.Delete(t.Context(), "", digest.FromDigest(someTask.Digest), p2p.DeleteOptions{NameOnly: true})
 			return err
 		},
-		"keep what is not to be fetched": func() error {
-			_, err := c.Stat(t.Context(), "", digest.FromDigest(someTask.Digest), p2p.StatOptions{Scope: p2p.Local, Manifest: true, Keep: true})
-			return err
-		},
+		"hold":               func() error { return c.Hold(t.Context(), bad.Tag, digest.FromDigest(bad.Digest)) },
+		"hold nothing":       func() error { return c.Hold(t.Context(), "", digest.CID{}) },
+		"hold the referrers": func() error { return c.HoldReferrers(t.Context(), bad) },
+		"verify":             func() error { return c.Verify(t.Context(), bad) },
+		"mend":               func() error { return c.Mend(t.Context(), bad) },
 		"replicate": func() error {
 			_, err := c.Replicate(t.Context(), "", digest.FromDigest(someTask.Digest), -1)
 			return err
@@ -1598,5 +1598,60 @@ func TestShutdownInHandshake(t *testing.T) {
 	}
 	if err := s.Shutdown(t.Context()); err != nil {
 		t.Errorf("a second time: %v", err)
+	}
+}
+
+// What holds and mends reaches the engine as it was asked, tells what it waits for, and ends
+// with its context, here and there.
+func TestHold(t *testing.T) {
+	h := &hooked{Engine: newStore(t.TempDir())}
+	c := pair(t, h)
+	id := digest.FromDigest(someTask.Digest)
+	failed := fmt.Errorf("no: %w", p2p.ErrUnreachable)
+	calls := map[string]func(context.Context) error{
+		"hold":               func(ctx context.Context) error { return c.Hold(ctx, someTask.Tag, id) },
+		"hold the referrers": func(ctx context.Context) error { return c.HoldReferrers(ctx, someTask) },
+		"verify":             func(ctx context.Context) error { return c.Verify(ctx, someTask) },
+		"mend":               func(ctx context.Context) error { return c.Mend(ctx, someTask) },
+	}
+	for want, call := range calls {
+		h.hold = func(ctx context.Context, what string, task p2p.Task) error {
+			if what != want || task != someTask {
+				t.Errorf("the engine was told to %s %s, want %s", what, task, want)
+			}
+			return nil
+		}
+		if err := call(t.Context()); err != nil {
+			t.Errorf("%s: %v", want, err)
+		}
+		heard := make(chan string, 1)
+		h.hold = func(ctx context.Context, _ string, _ p2p.Task) error {
+			p2p.NoticeOf(ctx)("patience")
+			if got := <-heard; got != "patience" {
+				t.Errorf("%s: the notice is %q", want, got)
+			}
+			return failed
+		}
+		if err := call(p2p.WithNotice(t.Context(), func(text string) { heard <- text })); !errors.Is(err, p2p.ErrUnreachable) {
+			t.Errorf("%s fails with %v", want, err)
+		}
+		ctx, cancel := context.WithCancelCause(t.Context())
+		cause, ended := errors.New("the user has seen enough"), make(chan struct{})
+		h.hold = func(ctx context.Context, _ string, _ p2p.Task) error {
+			cancel(cause)
+			<-ctx.Done()
+			close(ended)
+			return context.Cause(ctx)
+		}
+		if err := call(ctx); !errors.Is(err, cause) {
+			t.Errorf("%s, cancelled: %v", want, err)
+		}
+		<-ended
+	}
+	var what string
+	h.hold = func(_ context.Context, got string, _ p2p.Task) error { what = got; return nil }
+	info, err := c.HoldManifest(t.Context(), someTask.Tag, id, p2p.StatOptions{Holders: true})
+	if want := fmt.Sprintf("hold the manifest %+v", p2p.StatOptions{Manifest: true, Holders: true}); err != nil || info.Task != someTask || what != want {
+		t.Errorf("the engine was told to %s, want %s; got %+v, %v", what, want, info, err)
 	}
 }

@@ -256,7 +256,11 @@ func (s *service) Stat(ctx context.Context, req *pb.StatRequest) (*pb.StatReply,
 	if err != nil {
 		return nil, err
 	}
-	return &pb.StatReply{Info: infoMessage(info), Manifest: manifestMessage(info.Manifest), Holders: holdersMessage(info.Holders)}, nil
+	return statMessage(info), nil
+}
+
+func statMessage(info p2p.Info) *pb.StatReply {
+	return &pb.StatReply{Info: infoMessage(info), Manifest: manifestMessage(info.Manifest), Holders: holdersMessage(info.Holders)}
 }
 
 func (s *service) Delete(ctx context.Context, req *pb.DeleteRequest) (*pb.DeleteReply, error) {
@@ -278,7 +282,7 @@ func (s *service) Replicate(ctx context.Context, req *pb.ReplicateRequest) (*pb.
 	if err != nil {
 		return nil, err
 	}
-	peers, err := s.engine.Replicate(ctx, req.GetTag(), cid, n)
+	peers, err := p2p.Replicate(ctx, s.engine, req.GetTag(), cid, n)
 	if err != nil {
 		return nil, err
 	}
@@ -286,7 +290,7 @@ func (s *service) Replicate(ctx context.Context, req *pb.ReplicateRequest) (*pb.
 }
 
 func (s *service) Peers(ctx context.Context, _ *pb.PeersRequest) (*pb.PeersReply, error) {
-	peers, err := s.engine.Peers(ctx)
+	peers, err := p2p.Peers(ctx, s.engine)
 	if err != nil {
 		return nil, err
 	}
@@ -353,13 +357,7 @@ func (s *service) Open(stream grpc.BidiStreamingServer[pb.OpenRequest, pb.OpenRe
 	ctx := stream.Context()
 	var notices chan string
 	if req.GetNotices() {
-		notices = make(chan string, 1)
-		ctx = p2p.WithNotice(ctx, func(text string) {
-			select {
-			case notices <- valid(text):
-			default: // the client has not read the last one yet
-			}
-		})
+		ctx, notices = withNotices(ctx)
 	}
 	blob, err := openNoticing(notices, stream, func() (p2p.Blob, error) { return s.engine.Open(ctx, task, scope) })
 	if err != nil {
@@ -397,19 +395,11 @@ func openNoticing(notices <-chan string, stream grpc.BidiStreamingServer[pb.Open
 	if notices == nil {
 		return open()
 	}
-	opened := make(chan struct{})
-	go func() {
-		defer close(opened)
+	err = noticing(notices, func() (err error) {
 		blob, err = open()
-	}()
-	for {
-		select {
-		case text := <-notices:
-			stream.Send(&pb.OpenReply{Notice: text}) // where that fails, the call is over, and open ends
-		case <-opened:
-			return blob, err
-		}
-	}
+		return err
+	}, func(text string) error { return stream.Send(&pb.OpenReply{Notice: text}) })
+	return blob, err
 }
 
 // wanted are the pieces that a client wants first.

@@ -154,11 +154,17 @@ func (s *store) List(ctx context.Context, q p2p.Query) iter.Seq2[p2p.Entry, erro
 	}
 }
 
-func (s *store) Replicate(context.Context, string, digest.CID, int) ([]string, error) {
-	return nil, p2p.ErrUnreachable
+func (s *store) Hold(context.Context, string, digest.CID) error { return nil }
+
+func (s *store) HoldManifest(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions) (p2p.Info, error) {
+	return s.Stat(ctx, tag, cid, opts)
 }
 
-func (s *store) Peers(context.Context) ([]p2p.Peer, error) { return nil, nil }
+func (s *store) HoldReferrers(context.Context, p2p.Task) error { return nil }
+
+func (s *store) Verify(context.Context, p2p.Task) error { return nil }
+
+func (s *store) Mend(context.Context, p2p.Task) error { return nil }
 
 func (s *store) Close() error { return nil }
 
@@ -278,6 +284,7 @@ type hooked struct {
 	ingest    func(ctx context.Context) (p2p.Ingest, error)
 	delete    func(opts p2p.DeleteOptions) (p2p.Deleted, error)
 	list      func(q p2p.Query) iter.Seq2[p2p.Entry, error]
+	hold      func(ctx context.Context, what string, task p2p.Task) error
 	replicate func(ctx context.Context, task p2p.Task, n int) ([]string, error)
 	peers     func() ([]p2p.Peer, error)
 }
@@ -317,16 +324,32 @@ func (h *hooked) List(ctx context.Context, q p2p.Query) iter.Seq2[p2p.Entry, err
 	return h.list(q)
 }
 
+func (h *hooked) Hold(ctx context.Context, tag string, cid digest.CID) error {
+	return h.hold(ctx, "hold", p2p.Task{Tag: tag, Digest: cid.Digest()})
+}
+
+func (h *hooked) HoldManifest(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions) (p2p.Info, error) {
+	return p2p.Info{Task: p2p.Task{Tag: tag, Digest: cid.Digest()}}, h.hold(ctx, fmt.Sprintf("hold the manifest %+v", opts), p2p.Task{Tag: tag, Digest: cid.Digest()})
+}
+
+func (h *hooked) HoldReferrers(ctx context.Context, task p2p.Task) error {
+	return h.hold(ctx, "hold the referrers", task)
+}
+
+func (h *hooked) Verify(ctx context.Context, task p2p.Task) error { return h.hold(ctx, "verify", task) }
+
+func (h *hooked) Mend(ctx context.Context, task p2p.Task) error { return h.hold(ctx, "mend", task) }
+
 func (h *hooked) Replicate(ctx context.Context, tag string, cid digest.CID, n int) ([]string, error) {
 	if h.replicate == nil {
-		return h.Engine.Replicate(ctx, tag, cid, n)
+		return p2p.Replicate(ctx, h.Engine, tag, cid, n)
 	}
 	return h.replicate(ctx, p2p.Task{Tag: tag, Digest: cid.Digest()}, n)
 }
 
 func (h *hooked) Peers(ctx context.Context) ([]p2p.Peer, error) {
 	if h.peers == nil {
-		return h.Engine.Peers(ctx)
+		return p2p.Peers(ctx, h.Engine)
 	}
 	return h.peers()
 }

@@ -42,8 +42,6 @@ var (
 	scopes = enum[pb.Scope, p2p.Scope]{
 		pb.Scope_SCOPE_NETWORK: p2p.Network,
 		pb.Scope_SCOPE_LOCAL:   p2p.Local,
-		pb.Scope_SCOPE_MEND:    p2p.Mend,
-		pb.Scope_SCOPE_CHECK:   p2p.Check,
 	}
 	keeps = enum[pb.Keep, p2p.Keep]{
 		pb.Keep_KEEP_HELD:   p2p.KeepHeld,
@@ -101,7 +99,7 @@ func parseName(tag, cid string) (digest.CID, error) {
 }
 
 func parseStat(r *pb.StatRequest) (cid digest.CID, opts p2p.StatOptions, err error) {
-	opts = p2p.StatOptions{Manifest: r.GetManifest(), Keep: r.GetKeep(), Holders: r.GetHolders(), Lease: r.GetLease()}
+	opts = p2p.StatOptions{Manifest: r.GetManifest(), Holders: r.GetHolders(), Lease: r.GetLease()}
 	if cid, err = digest.ParseCID(r.GetCid()); err != nil {
 		return cid, opts, err
 	}
@@ -156,7 +154,7 @@ func parseDelete(r *pb.DeleteRequest) (cid digest.CID, opts p2p.DeleteOptions, e
 func parseList(r *pb.ListRequest) (q p2p.Query, err error) {
 	q = p2p.Query{
 		Tag: r.Tag, After: string(r.GetAfter()),
-		RefersTo: digest.Digest(r.GetRefersTo()), Holds: digest.Digest(r.GetHolds()), FromPeers: r.GetFromPeers(),
+		RefersTo: digest.Digest(r.GetRefersTo()), Holds: digest.Digest(r.GetHolds()),
 	}
 	if q.Kind, err = listKinds.parse("kind", r.GetKind()); err != nil {
 		return q, err
@@ -346,7 +344,7 @@ func addedMessage(a p2p.Added) *pb.IngestReply {
 func queryMessage(q p2p.Query) *pb.ListRequest {
 	return &pb.ListRequest{
 		Tag: q.Tag, Kind: listKinds.message(q.Kind), After: []byte(q.After),
-		RefersTo: string(q.RefersTo), Holds: string(q.Holds), FromPeers: q.FromPeers,
+		RefersTo: string(q.RefersTo), Holds: string(q.Holds),
 	}
 }
 

@@ -70,7 +70,7 @@ func TestLacksWhatNoPeerHas(t *testing.T) {
 	layer := []byte("the layer")
 	task := p2p.Task{Tag: "models", Digest: digest.SHA256.FromBytes(layer)}
 	manifest := a.push(t, "models", "v1", "", layer)
-	if _, err := b.statName(t, "models", "v1", p2p.StatOptions{Manifest: true, Keep: true}); err != nil {
+	if _, err := b.holdName(t, "models", "v1"); err != nil {
 		t.Fatal(err)
 	}
 	b.want(t, task, layer)

@@ -178,7 +178,7 @@ func TestClocksApart(t *testing.T) {
 				p.want(t, task, data)
 			}
 			wantName(t, "moved on both sides", "m", "both", want, all...)
-			if _, err := loser.statName(t, "m", "both", p2p.StatOptions{Manifest: true, Keep: true}); err != nil {
+			if _, err := loser.holdName(t, "m", "both"); err != nil {
 				t.Fatal(err)
 			}
 			if info, err := loser.store.Stat(t.Context(), "m", digest.FromDigest(lost.Digest), p2p.StatOptions{Scope: p2p.Local, Manifest: true}); err != nil || len(info.Manifest.Refs) != 1 {

@@ -517,7 +517,10 @@ func TestMend(t *testing.T) {
 	if _, err := b.read(t.Context(), task); !errors.Is(err, digest.ErrCorrupt) {
 		t.Fatalf("read what is damaged: %v", err)
 	}
-	blob, err := b.Open(t.Context(), task, p2p.Mend)
+	if err := b.Mend(t.Context(), task); err != nil {
+		t.Fatal(err)
+	}
+	blob, err := b.Open(t.Context(), task, p2p.Local)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -541,7 +544,7 @@ func TestMend(t *testing.T) {
 	other := b.add(t, "", content(1000, 20))
 	damage(t, b.dir, other.Digest, 3)
 	began := time.Now()
-	if _, err := b.Open(t.Context(), other, p2p.Mend); !errors.Is(err, p2p.ErrNotFound) {
+	if err := b.Mend(t.Context(), other); !errors.Is(err, p2p.ErrNotFound) {
 		t.Errorf("mend what nobody has: %v", err)
 	}
 	if d := time.Since(began); d > 10*time.Second {
@@ -551,7 +554,7 @@ func TestMend(t *testing.T) {
 		left, err := os.ReadDir(b.dir + "/partial")
 		return err == nil && len(left) == 0
 	})
-	if _, err := b.Open(t.Context(), p2p.Task{Tag: "none", Digest: other.Digest}, p2p.Mend); !errors.Is(err, p2p.ErrNotFound) {
+	if err := b.Mend(t.Context(), p2p.Task{Tag: "none", Digest: other.Digest}); !errors.Is(err, p2p.ErrNotFound) {
 		t.Errorf("mend what is not here: %v", err)
 	}
 }

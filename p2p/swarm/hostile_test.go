@@ -457,7 +457,7 @@ func hostile(t *testing.T, seed uint64) {
 			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 			defer cancel()
 			for attempt := 1; ; attempt++ {
-				info, err := b.Stat(ctx, "models", cidOf(t, "v1"), p2p.StatOptions{Manifest: true, Keep: true})
+				info, err := b.HoldManifest(ctx, "models", cidOf(t, "v1"), p2p.StatOptions{})
 				if err == nil && info.Task != manifest {
 					t.Errorf("seed %d: the name leads to %s, want %s", seed, info.Task, manifest)
 					return

@@ -224,9 +224,8 @@ func (s *Swarm) readBlob(ctx context.Context, d digest.Digest) ([]byte, error) {
 	return nil, fmt.Errorf("blob %s: %w", d, p2p.ErrNotFound)
 }
 
-// hold makes this daemon hold what cid names, with all that it refers to,
-// durably.
-func (s *Swarm) hold(ctx context.Context, tag string, cid digest.CID) error {
+// Hold implements [p2p.Holder].
+func (s *Swarm) Hold(ctx context.Context, tag string, cid digest.CID) error {
 	if err := s.begin(ctx); err != nil {
 		return err
 	}
@@ -237,11 +236,11 @@ func (s *Swarm) hold(ctx context.Context, tag string, cid digest.CID) error {
 func (s *Swarm) holdAll(ctx context.Context, tag string, cid digest.CID, seen map[digest.Digest]bool) error {
 	var info p2p.Info
 	var err error
-	opts := p2p.StatOptions{Manifest: true, Keep: true}
+	opts := p2p.StatOptions{Manifest: true}
 	if cid.CacheID() != "" {
-		info, err = s.statName(ctx, tag, cid, opts)
+		info, err = s.statName(ctx, tag, cid, opts, true)
 	} else {
-		info, err = s.statDigest(ctx, p2p.Task{Tag: tag, Digest: cid.Digest()}, opts, nil)
+		info, err = s.statDigest(ctx, p2p.Task{Tag: tag, Digest: cid.Digest()}, opts, nil, true)
 	}
 	if err != nil || seen[info.Task.Digest] {
 		return err
@@ -274,7 +273,7 @@ func (s *Swarm) holdTask(ctx context.Context, task p2p.Task) error {
 	return a.stored(ctx)
 }
 
-// Replicate implements [p2p.Engine].
+// Replicate implements [p2p.Peering].
 func (s *Swarm) Replicate(ctx context.Context, tag string, cid digest.CID, n int) ([]string, error) {
 	if err := s.begin(ctx); err != nil {
 		return nil, err

@@ -89,6 +89,11 @@ func (p *testPeer) statName(t testing.TB, tag, name string, opts p2p.StatOptions
 	return p.Stat(t.Context(), tag, cidOf(t, name), opts)
 }
 
+func (p *testPeer) holdName(t testing.TB, tag, name string) (p2p.Info, error) {
+	t.Helper()
+	return p.HoldManifest(t.Context(), tag, cidOf(t, name), p2p.StatOptions{})
+}
+
 func TestNames(t *testing.T) {
 	h := newHub()
 	var log record
@@ -107,7 +112,7 @@ func TestNames(t *testing.T) {
 	}
 
 	// Kept, it is served on when the first host has gone, with its layers.
-	if info, err = b.statName(t, "models", "v1", p2p.StatOptions{Manifest: true, Keep: true}); err != nil || info.Remote {
+	if info, err = b.holdName(t, "models", "v1"); err != nil || info.Remote {
 		t.Fatalf("kept: %+v, %v", info, err)
 	}
 	layer := p2p.Task{Tag: "models", Digest: digest.SHA256.FromBytes([]byte("one"))}
@@ -129,7 +134,7 @@ func TestNames(t *testing.T) {
 	if info, err = b.statName(t, "models", "v1", p2p.StatOptions{Scope: p2p.Local}); err != nil || info.Task != first {
 		t.Errorf("on this host alone: %+v, %v, want what it was here", info, err)
 	}
-	if info, err = b.statName(t, "models", "v1", p2p.StatOptions{Manifest: true, Keep: true}); err != nil || info.Task != second {
+	if info, err = b.holdName(t, "models", "v1"); err != nil || info.Task != second {
 		t.Errorf("after it was moved elsewhere: %+v, %v", info, err)
 	}
 	c.Close()
@@ -154,7 +159,7 @@ func TestReadTakesNothingAway(t *testing.T) {
 		layer := p2p.Task{Tag: "models", Digest: digest.SHA256.FromBytes(one)}
 		read := func(p *testPeer) {
 			t.Helper()
-			if _, err := p.statName(t, "models", "v1", p2p.StatOptions{Manifest: true, Keep: true}); err != nil {
+			if _, err := p.holdName(t, "models", "v1"); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -212,7 +217,7 @@ func TestReadSparesWhatACopyHolds(t *testing.T) {
 	}
 	read := func() {
 		t.Helper()
-		if _, err := b.statName(t, "models", "v1", p2p.StatOptions{Manifest: true, Keep: true}); err != nil {
+		if _, err := b.holdName(t, "models", "v1"); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -231,7 +236,12 @@ func TestReferrersFollow(t *testing.T) {
 	signature := a.push(t, "models", "", image.Digest, []byte("signature"))
 	tag := "models"
 	list := func(fromPeers bool) (all []digest.Digest) {
-		for e, err := range b.List(t.Context(), p2p.Query{Tag: &tag, RefersTo: image.Digest, FromPeers: fromPeers}) {
+		if fromPeers {
+			if err := b.HoldReferrers(t.Context(), image); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for e, err := range b.List(t.Context(), p2p.Query{Tag: &tag, RefersTo: image.Digest}) {
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -332,7 +342,7 @@ func TestDeleteName(t *testing.T) {
 	layer := []byte("the layer")
 	task := p2p.Task{Tag: "models", Digest: digest.SHA256.FromBytes(layer)}
 	manifest := a.push(t, "models", "v1", "", layer)
-	if _, err := b.statName(t, "models", "v1", p2p.StatOptions{Manifest: true, Keep: true}); err != nil {
+	if _, err := b.holdName(t, "models", "v1"); err != nil {
 		t.Fatal(err)
 	}
 	b.want(t, task, layer)

@@ -69,7 +69,7 @@ func testOrder(t *testing.T, r *mathrand.Rand) {
 			return true
 		})
 		for _, p := range hosts {
-			if _, err := p.statName(t, "m", name, p2p.StatOptions{Manifest: true, Keep: true}); err != nil && !errors.Is(err, p2p.ErrNotFound) {
+			if _, err := p.holdName(t, "m", name); err != nil && !errors.Is(err, p2p.ErrNotFound) {
 				t.Fatal(err)
 			}
 		}
@@ -77,7 +77,11 @@ func testOrder(t *testing.T, r *mathrand.Rand) {
 	check := func(what string) {
 		t.Helper()
 		for i, p := range hosts {
-			info, err := p.statName(t, "m", name, p2p.StatOptions{Manifest: true, Keep: apart >= 0 || r.IntN(3) == 0})
+			look := p.Stat
+			if apart >= 0 || r.IntN(3) == 0 {
+				look = p.HoldManifest
+			}
+			info, err := look(t.Context(), "m", cidOf(t, name), p2p.StatOptions{Manifest: true})
 			if errors.Is(err, p2p.ErrUnreachable) {
 				err = p2p.ErrNotFound
 			}

@@ -366,6 +366,17 @@ func (s *Swarm) announce(c p2p.Commit) {
 
 // Stat implements [p2p.Engine].
 func (s *Swarm) Stat(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions) (p2p.Info, error) {
+	return s.stat(ctx, tag, cid, opts, false)
+}
+
+// HoldManifest implements [p2p.Holder].
+func (s *Swarm) HoldManifest(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions) (p2p.Info, error) {
+	opts.Manifest, opts.Scope = true, p2p.Network
+	return s.stat(ctx, tag, cid, opts, true)
+}
+
+// stat describes what cid names, and keeps the name and its manifest where hold is set.
+func (s *Swarm) stat(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions, hold bool) (info p2p.Info, err error) {
 	if err := s.begin(ctx); err != nil {
 		return p2p.Info{}, err
 	}
@@ -376,13 +387,11 @@ func (s *Swarm) Stat(ctx context.Context, tag string, cid digest.CID, opts p2p.S
 	if opts.Scope == p2p.Local || s.opts.Mode == SeedOnly {
 		return s.statLocal(ctx, tag, cid, opts)
 	}
-	stat := s.statName
-	if cid.CacheID() == "" {
-		stat = func(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions) (p2p.Info, error) {
-			return s.statDigest(ctx, p2p.Task{Tag: tag, Digest: cid.Digest()}, opts, nil)
-		}
+	if cid.CacheID() != "" {
+		info, err = s.statName(ctx, tag, cid, opts, hold)
+	} else {
+		info, err = s.statDigest(ctx, p2p.Task{Tag: tag, Digest: cid.Digest()}, opts, nil, hold)
 	}
-	info, err := stat(ctx, tag, cid, opts)
 	if err == nil && opts.Lease && len(info.Lacks) > 0 && !info.Remote {
 		info.Lacks = s.lacking(ctx, info)
 	}
@@ -409,7 +418,7 @@ func localOnly(opts p2p.StatOptions) p2p.StatOptions {
 }
 
 // statName describes what a name stands for.
-func (s *Swarm) statName(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions) (p2p.Info, error) {
+func (s *Swarm) statName(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions, hold bool) (p2p.Info, error) {
 	name, err := s.resolve(ctx, tag, cid.CacheID())
 	if err != nil {
 		return p2p.Info{}, err
@@ -420,15 +429,15 @@ func (s *Swarm) statName(ctx context.Context, tag string, cid digest.CID, opts p
 		if err != nil || !opts.Holders {
 			return s.withRefs(ctx, info, opts, ""), err
 		}
-		return s.statDigest(ctx, info.Task, opts, nil)
+		return s.statDigest(ctx, info.Task, opts, nil, hold)
 	}
 	return s.statDigest(ctx, p2p.Task{Tag: tag, Digest: name.digest}, opts, &p2p.NewName{
 		Tag: tag, Name: cid.CacheID(), Digest: name.digest, Updated: name.version.At, After: name.version.After, KeepOld: !name.letGo,
-	})
+	}, hold)
 }
 
 // statDigest describes a task. name is what led to it where that is not here.
-func (s *Swarm) statDigest(ctx context.Context, task p2p.Task, opts p2p.StatOptions, name *p2p.NewName) (p2p.Info, error) {
+func (s *Swarm) statDigest(ctx context.Context, task p2p.Task, opts p2p.StatOptions, name *p2p.NewName, hold bool) (p2p.Info, error) {
 	info, err := s.statLocal(ctx, task.Tag, digest.FromDigest(task.Digest), localOnly(opts))
 	here, damage := err == nil, err
 	// What is damaged here may be whole elsewhere.
@@ -463,13 +472,13 @@ func (s *Swarm) statDigest(ctx context.Context, task p2p.Task, opts p2p.StatOpti
 			return info, err
 		}
 		info.Manifest = &p2p.Manifest{Content: content}
-		if opts.Keep {
+		if hold {
 			if err := s.keep(ctx, info, content, name); err != nil {
 				return info, err
 			}
 			info.Remote, info.Held = false, info.Pieces
 		}
-	} else if opts.Keep && name != nil {
+	} else if hold && name != nil {
 		if err := s.commit(ctx, p2p.Commit{Names: []p2p.NewName{*name}}); err != nil {
 			return info, err
 		}
@@ -541,15 +550,6 @@ func (s *Swarm) Open(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.B
 		return nil, err
 	}
 	defer s.calls.Done()
-	if scope == p2p.Mend {
-		if err := s.mend(ctx, task); err != nil {
-			return nil, err
-		}
-		return s.store.Open(ctx, task, p2p.Local)
-	}
-	if scope == p2p.Check {
-		return s.store.Open(ctx, task, scope)
-	}
 	blob, err := s.store.Open(ctx, task, p2p.Local)
 	if err == nil || scope == p2p.Local || !errors.Is(err, p2p.ErrNotFound) && !errors.Is(err, digest.ErrCorrupt) {
 		return blob, err
@@ -565,6 +565,18 @@ func (s *Swarm) Open(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.B
 		return s.store.Open(ctx, task, p2p.Local)
 	}
 	return arriving, nil
+}
+
+// Verify implements [p2p.Holder].
+func (s *Swarm) Verify(ctx context.Context, task p2p.Task) error { return s.store.Verify(ctx, task) }
+
+// Mend implements [p2p.Holder].
+func (s *Swarm) Mend(ctx context.Context, task p2p.Task) error {
+	if err := s.begin(ctx); err != nil {
+		return err
+	}
+	defer s.calls.Done()
+	return s.mend(ctx, task)
 }
 
 // mend makes a blob whole that is damaged here, and returns when it is stored. Its
@@ -716,25 +728,19 @@ func (s *Swarm) commit(ctx context.Context, c p2p.Commit) error {
 
 // List implements [p2p.Engine].
 func (s *Swarm) List(ctx context.Context, q p2p.Query) iter.Seq2[p2p.Entry, error] {
-	return func(yield func(p2p.Entry, error) bool) {
-		if q.FromPeers && q.RefersTo != "" && q.Tag != nil && s.opts.Mode != SeedOnly {
-			if err := s.begin(ctx); err != nil {
-				yield(p2p.Entry{}, err)
-				return
-			}
-			err := s.bringReferrers(ctx, p2p.Task{Tag: *q.Tag, Digest: q.RefersTo})
-			s.calls.Done()
-			if err != nil {
-				yield(p2p.Entry{}, err)
-				return
-			}
-		}
-		for e, err := range s.store.List(ctx, q) {
-			if !yield(e, err) {
-				return
-			}
-		}
+	return s.store.List(ctx, q)
+}
+
+// HoldReferrers implements [p2p.Holder].
+func (s *Swarm) HoldReferrers(ctx context.Context, task p2p.Task) error {
+	if err := s.begin(ctx); err != nil {
+		return err
 	}
+	defer s.calls.Done()
+	if err := task.Validate(); err != nil || s.opts.Mode == SeedOnly {
+		return err
+	}
+	return s.bringReferrers(ctx, task)
 }
 
 // caught notes that a peer lied about a blob.
@@ -756,7 +762,7 @@ func (s *Swarm) nameOf(p peer.ID) string {
 	return p.String()
 }
 
-// Peers implements [p2p.Engine].
+// Peers implements [p2p.Peering].
 func (s *Swarm) Peers(ctx context.Context) ([]p2p.Peer, error) {
 	if err := s.begin(ctx); err != nil {
 		return nil, err

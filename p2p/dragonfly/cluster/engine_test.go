@@ -829,8 +829,8 @@ func TestDelete(t *testing.T) {
 	// It can be imported again.
 	enginetest.Import(t, a, "t", data)
 	b.requireFetched(task, data)
-	_, err = a.Replicate(t.Context(), "t", id, 1)
-	enginetest.RequireError(t, "replicate", err, errors.ErrUnsupported)
+	_, err = p2p.Replicate(t.Context(), a, "t", id, 1)
+	enginetest.RequireError(t, "replicate", err, p2p.ErrUnreachable)
 }
 
 // What is deleted while it is announced is not announced afterwards.
@@ -879,10 +879,8 @@ func TestDamage(t *testing.T) {
 	if err := peer.Import(t.Context(), task.Digest.String(), "t", data); err != nil {
 		t.Fatal(err)
 	}
-	if blob, err := a.Open(t.Context(), task, p2p.Mend); err != nil {
+	if err := a.Mend(t.Context(), task); err != nil {
 		t.Fatal(err)
-	} else {
-		blob.Close()
 	}
 	enginetest.RequireContent(t, a, task, data)
 	b.requireFetched(task, data)

@@ -210,15 +210,6 @@ func (e *Engine) Open(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.
 		return nil, err
 	}
 	defer e.End()
-	if scope == p2p.Mend {
-		if err := e.mend(ctx, task); err != nil {
-			return nil, fmt.Errorf("mend %s: %w", task, err)
-		}
-		return e.store.Open(ctx, task, p2p.Local)
-	}
-	if scope == p2p.Check {
-		return e.store.Open(ctx, task, scope)
-	}
 	blob, err := e.store.Open(ctx, task, p2p.Local)
 	if scope == p2p.Local || !isMissing(err) {
 		return blob, err
@@ -227,6 +218,48 @@ func (e *Engine) Open(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.
 		return nil, err
 	}
 	return e.store.Open(ctx, task, p2p.Local)
+}
+
+// Hold implements [p2p.Holder]. Of a manifest, all that it refers to is fetched, too.
+func (e *Engine) Hold(ctx context.Context, tag string, cid digest.CID) error {
+	info, err := e.HoldManifest(ctx, tag, cid, p2p.StatOptions{})
+	if err != nil {
+		return err
+	}
+	if info.Remote {
+		blob, err := e.Open(ctx, info.Task, p2p.Network)
+		if err != nil {
+			return err
+		}
+		return blob.Close()
+	}
+	return nil
+}
+
+// HoldManifest implements [p2p.Holder]: what Stat describes of a manifest is here.
+func (e *Engine) HoldManifest(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions) (p2p.Info, error) {
+	opts.Manifest, opts.Scope = true, p2p.Network
+	return e.Stat(ctx, tag, cid, opts)
+}
+
+// HoldReferrers implements [p2p.Holder]: Dragonfly has no lists, and nothing comes from it.
+func (e *Engine) HoldReferrers(ctx context.Context, task p2p.Task) error {
+	return e.store.HoldReferrers(ctx, task)
+}
+
+// Verify implements [p2p.Holder].
+func (e *Engine) Verify(ctx context.Context, task p2p.Task) error { return e.store.Verify(ctx, task) }
+
+// Mend implements [p2p.Holder].
+func (e *Engine) Mend(ctx context.Context, task p2p.Task) error {
+	if err := e.Begin(ctx); err != nil {
+		return err
+	}
+	defer e.End()
+	if err := e.mend(ctx, task); err != nil {
+		return fmt.Errorf("mend %s: %w", task, err)
+	}
+	return nil
 }
 
 // mend replaces a blob that is damaged here.
@@ -304,22 +337,9 @@ func (e *Engine) Delete(ctx context.Context, tag string, cid digest.CID, opts p2
 	return deleted, nil
 }
 
-// List implements [p2p.Engine]: it lists the store. Dragonfly has no lists, so
-// Query.FromPeers brings nothing.
+// List implements [p2p.Engine]: it lists the store.
 func (e *Engine) List(ctx context.Context, q p2p.Query) iter.Seq2[p2p.Entry, error] {
 	return e.store.List(ctx, q)
-}
-
-// Peers implements [p2p.Engine]: Dragonfly does not tell of its peers.
-func (e *Engine) Peers(ctx context.Context) ([]p2p.Peer, error) { return e.store.Peers(ctx) }
-
-// Replicate implements [p2p.Engine]: Dragonfly has no call for it, and the error matches
-// [errors.ErrUnsupported], too.
-func (e *Engine) Replicate(ctx context.Context, tag string, cid digest.CID, n int) ([]string, error) {
-	if _, err := e.store.Stat(ctx, tag, cid, p2p.StatOptions{Scope: p2p.Local}); err != nil || n <= 0 {
-		return nil, err
-	}
-	return nil, fmt.Errorf("replicate %s: %w: %w by Dragonfly: export it on the hosts that are to have it", p2p.Describe(tag, cid), p2p.ErrUnreachable, errors.ErrUnsupported)
 }
 
 // Room reports whether the store has room for what is to be brought, of so many bytes, or of an

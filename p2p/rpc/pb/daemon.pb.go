@@ -31,8 +31,6 @@ const (
 	Scope_SCOPE_UNSPECIFIED Scope = 0 // refused
 	Scope_SCOPE_NETWORK     Scope = 1 // the daemon's own store, then its peers
 	Scope_SCOPE_LOCAL       Scope = 2 // the daemon's own store
-	Scope_SCOPE_MEND        Scope = 3 // of an Open: the daemon's own store, made whole by its peers
-	Scope_SCOPE_CHECK       Scope = 4 // of an Open: the daemon's own store, read whole first: damage is an error
 )
 
 // Enum value maps for Scope.
@@ -41,15 +39,11 @@ var (
 		0: "SCOPE_UNSPECIFIED",
 		1: "SCOPE_NETWORK",
 		2: "SCOPE_LOCAL",
-		3: "SCOPE_MEND",
-		4: "SCOPE_CHECK",
 	}
 	Scope_value = map[string]int32{
 		"SCOPE_UNSPECIFIED": 0,
 		"SCOPE_NETWORK":     1,
 		"SCOPE_LOCAL":       2,
-		"SCOPE_MEND":        3,
-		"SCOPE_CHECK":       4,
 	}
 )
 
@@ -307,7 +301,6 @@ type StatRequest struct {
 	Cid           string                 `protobuf:"bytes,2,opt,name=cid,proto3" json:"cid,omitempty"` // a digest or a cache ID
 	Scope         Scope                  `protobuf:"varint,3,opt,name=scope,proto3,enum=dfcache.v1.Scope" json:"scope,omitempty"`
 	Manifest      bool                   `protobuf:"varint,4,opt,name=manifest,proto3" json:"manifest,omitempty"` // whether the reply is to have the content of a manifest
-	Keep          bool                   `protobuf:"varint,5,opt,name=keep,proto3" json:"keep,omitempty"`         // keep the name and its manifest here; with manifest and SCOPE_NETWORK only
 	Holders       bool                   `protobuf:"varint,6,opt,name=holders,proto3" json:"holders,omitempty"`   // ask every peer who holds it; with SCOPE_NETWORK only
 	Lease         bool                   `protobuf:"varint,7,opt,name=lease,proto3" json:"lease,omitempty"`       // keep the task of a digest for whoever is told of it, until what refers to it comes
 	unknownFields protoimpl.UnknownFields
@@ -368,13 +361,6 @@ func (x *StatRequest) GetScope() Scope {
 func (x *StatRequest) GetManifest() bool {
 	if x != nil {
 		return x.Manifest
-	}
-	return false
-}
-
-func (x *StatRequest) GetKeep() bool {
-	if x != nil {
-		return x.Keep
 	}
 	return false
 }
@@ -894,6 +880,147 @@ func (x *Source) GetBytes() int64 {
 	return 0
 }
 
+type HoldRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Tag           string                 `protobuf:"bytes,1,opt,name=tag,proto3" json:"tag,omitempty"`
+	Cid           string                 `protobuf:"bytes,2,opt,name=cid,proto3" json:"cid,omitempty"` // a digest or a cache ID
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HoldRequest) Reset() {
+	*x = HoldRequest{}
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HoldRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HoldRequest) ProtoMessage() {}
+
+func (x *HoldRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HoldRequest.ProtoReflect.Descriptor instead.
+func (*HoldRequest) Descriptor() ([]byte, []int) {
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *HoldRequest) GetTag() string {
+	if x != nil {
+		return x.Tag
+	}
+	return ""
+}
+
+func (x *HoldRequest) GetCid() string {
+	if x != nil {
+		return x.Cid
+	}
+	return ""
+}
+
+type TaskRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Task          *Task                  `protobuf:"bytes,1,opt,name=task,proto3" json:"task,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TaskRequest) Reset() {
+	*x = TaskRequest{}
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TaskRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TaskRequest) ProtoMessage() {}
+
+func (x *TaskRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TaskRequest.ProtoReflect.Descriptor instead.
+func (*TaskRequest) Descriptor() ([]byte, []int) {
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *TaskRequest) GetTask() *Task {
+	if x != nil {
+		return x.Task
+	}
+	return nil
+}
+
+// Notice says what a call waits for, now and then while nothing moves.
+type Notice struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Text          string                 `protobuf:"bytes,1,opt,name=text,proto3" json:"text,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Notice) Reset() {
+	*x = Notice{}
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Notice) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Notice) ProtoMessage() {}
+
+func (x *Notice) ProtoReflect() protoreflect.Message {
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Notice.ProtoReflect.Descriptor instead.
+func (*Notice) Descriptor() ([]byte, []int) {
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *Notice) GetText() string {
+	if x != nil {
+		return x.Text
+	}
+	return ""
+}
+
 type IngestRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Request:
@@ -908,7 +1035,7 @@ type IngestRequest struct {
 
 func (x *IngestRequest) Reset() {
 	*x = IngestRequest{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[8]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -920,7 +1047,7 @@ func (x *IngestRequest) String() string {
 func (*IngestRequest) ProtoMessage() {}
 
 func (x *IngestRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[8]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -933,7 +1060,7 @@ func (x *IngestRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IngestRequest.ProtoReflect.Descriptor instead.
 func (*IngestRequest) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{8}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *IngestRequest) GetRequest() isIngestRequest_Request {
@@ -1005,7 +1132,7 @@ type NewTask struct {
 
 func (x *NewTask) Reset() {
 	*x = NewTask{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[9]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1017,7 +1144,7 @@ func (x *NewTask) String() string {
 func (*NewTask) ProtoMessage() {}
 
 func (x *NewTask) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[9]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1030,7 +1157,7 @@ func (x *NewTask) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NewTask.ProtoReflect.Descriptor instead.
 func (*NewTask) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{9}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *NewTask) GetTask() *Task {
@@ -1081,7 +1208,7 @@ type NewName struct {
 
 func (x *NewName) Reset() {
 	*x = NewName{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[10]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1093,7 +1220,7 @@ func (x *NewName) String() string {
 func (*NewName) ProtoMessage() {}
 
 func (x *NewName) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[10]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1106,7 +1233,7 @@ func (x *NewName) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NewName.ProtoReflect.Descriptor instead.
 func (*NewName) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{10}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *NewName) GetTag() string {
@@ -1158,7 +1285,7 @@ type IngestReply struct {
 
 func (x *IngestReply) Reset() {
 	*x = IngestReply{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[11]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1170,7 +1297,7 @@ func (x *IngestReply) String() string {
 func (*IngestReply) ProtoMessage() {}
 
 func (x *IngestReply) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[11]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1183,7 +1310,7 @@ func (x *IngestReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IngestReply.ProtoReflect.Descriptor instead.
 func (*IngestReply) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{11}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *IngestReply) GetReply() isIngestReply_Reply {
@@ -1254,7 +1381,7 @@ type DeleteRequest struct {
 
 func (x *DeleteRequest) Reset() {
 	*x = DeleteRequest{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[12]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1266,7 +1393,7 @@ func (x *DeleteRequest) String() string {
 func (*DeleteRequest) ProtoMessage() {}
 
 func (x *DeleteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[12]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1279,7 +1406,7 @@ func (x *DeleteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteRequest.ProtoReflect.Descriptor instead.
 func (*DeleteRequest) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{12}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *DeleteRequest) GetTag() string {
@@ -1323,7 +1450,7 @@ type DeleteReply struct {
 
 func (x *DeleteReply) Reset() {
 	*x = DeleteReply{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[13]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1335,7 +1462,7 @@ func (x *DeleteReply) String() string {
 func (*DeleteReply) ProtoMessage() {}
 
 func (x *DeleteReply) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[13]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1348,7 +1475,7 @@ func (x *DeleteReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteReply.ProtoReflect.Descriptor instead.
 func (*DeleteReply) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{13}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *DeleteReply) GetTasks() int64 {
@@ -1390,17 +1517,16 @@ type ListRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Tag           *string                `protobuf:"bytes,1,opt,name=tag,proto3,oneof" json:"tag,omitempty"` // every tag where it is absent
 	Kind          Kind                   `protobuf:"varint,2,opt,name=kind,proto3,enum=dfcache.v1.Kind" json:"kind,omitempty"`
-	After         []byte                 `protobuf:"bytes,3,opt,name=after,proto3" json:"after,omitempty"`                           // with KIND_NAMES and KIND_TAGS: only those that sort after it, byte by byte
-	RefersTo      string                 `protobuf:"bytes,4,opt,name=refers_to,json=refersTo,proto3" json:"refers_to,omitempty"`     // only tasks that refer to this digest; with a tag and KIND_ALL only
-	Holds         string                 `protobuf:"bytes,5,opt,name=holds,proto3" json:"holds,omitempty"`                           // only tags that hold this digest; with KIND_TAGS only
-	FromPeers     bool                   `protobuf:"varint,6,opt,name=from_peers,json=fromPeers,proto3" json:"from_peers,omitempty"` // first bring here what peers have; with refers_to only
+	After         []byte                 `protobuf:"bytes,3,opt,name=after,proto3" json:"after,omitempty"`                       // with KIND_NAMES and KIND_TAGS: only those that sort after it, byte by byte
+	RefersTo      string                 `protobuf:"bytes,4,opt,name=refers_to,json=refersTo,proto3" json:"refers_to,omitempty"` // only tasks that refer to this digest; with a tag and KIND_ALL only
+	Holds         string                 `protobuf:"bytes,5,opt,name=holds,proto3" json:"holds,omitempty"`                       // only tags that hold this digest; with KIND_TAGS only
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ListRequest) Reset() {
 	*x = ListRequest{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[14]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1412,7 +1538,7 @@ func (x *ListRequest) String() string {
 func (*ListRequest) ProtoMessage() {}
 
 func (x *ListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[14]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1425,7 +1551,7 @@ func (x *ListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
 func (*ListRequest) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{14}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ListRequest) GetTag() string {
@@ -1463,13 +1589,6 @@ func (x *ListRequest) GetHolds() string {
 	return ""
 }
 
-func (x *ListRequest) GetFromPeers() bool {
-	if x != nil {
-		return x.FromPeers
-	}
-	return false
-}
-
 type ListReply struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Entries       []*Entry               `protobuf:"bytes,1,rep,name=entries,proto3" json:"entries,omitempty"` // at most 256
@@ -1479,7 +1598,7 @@ type ListReply struct {
 
 func (x *ListReply) Reset() {
 	*x = ListReply{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[15]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1491,7 +1610,7 @@ func (x *ListReply) String() string {
 func (*ListReply) ProtoMessage() {}
 
 func (x *ListReply) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[15]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1504,7 +1623,7 @@ func (x *ListReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReply.ProtoReflect.Descriptor instead.
 func (*ListReply) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{15}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ListReply) GetEntries() []*Entry {
@@ -1526,7 +1645,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[16]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1538,7 +1657,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[16]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1551,7 +1670,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{16}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Entry) GetInfo() *Info {
@@ -1586,7 +1705,7 @@ type ReplicateRequest struct {
 
 func (x *ReplicateRequest) Reset() {
 	*x = ReplicateRequest{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[17]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1598,7 +1717,7 @@ func (x *ReplicateRequest) String() string {
 func (*ReplicateRequest) ProtoMessage() {}
 
 func (x *ReplicateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[17]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1611,7 +1730,7 @@ func (x *ReplicateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReplicateRequest.ProtoReflect.Descriptor instead.
 func (*ReplicateRequest) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{17}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ReplicateRequest) GetTag() string {
@@ -1644,7 +1763,7 @@ type ReplicateReply struct {
 
 func (x *ReplicateReply) Reset() {
 	*x = ReplicateReply{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[18]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1656,7 +1775,7 @@ func (x *ReplicateReply) String() string {
 func (*ReplicateReply) ProtoMessage() {}
 
 func (x *ReplicateReply) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[18]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1669,7 +1788,7 @@ func (x *ReplicateReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReplicateReply.ProtoReflect.Descriptor instead.
 func (*ReplicateReply) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{18}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ReplicateReply) GetPeers() []string {
@@ -1687,7 +1806,7 @@ type PeersRequest struct {
 
 func (x *PeersRequest) Reset() {
 	*x = PeersRequest{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[19]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1699,7 +1818,7 @@ func (x *PeersRequest) String() string {
 func (*PeersRequest) ProtoMessage() {}
 
 func (x *PeersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[19]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1712,7 +1831,7 @@ func (x *PeersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PeersRequest.ProtoReflect.Descriptor instead.
 func (*PeersRequest) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{19}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{22}
 }
 
 type PeersReply struct {
@@ -1724,7 +1843,7 @@ type PeersReply struct {
 
 func (x *PeersReply) Reset() {
 	*x = PeersReply{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[20]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1736,7 +1855,7 @@ func (x *PeersReply) String() string {
 func (*PeersReply) ProtoMessage() {}
 
 func (x *PeersReply) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[20]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1749,7 +1868,7 @@ func (x *PeersReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PeersReply.ProtoReflect.Descriptor instead.
 func (*PeersReply) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{20}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *PeersReply) GetPeers() []*Peer {
@@ -1780,7 +1899,7 @@ type Peer struct {
 
 func (x *Peer) Reset() {
 	*x = Peer{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[21]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1792,7 +1911,7 @@ func (x *Peer) String() string {
 func (*Peer) ProtoMessage() {}
 
 func (x *Peer) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[21]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1805,7 +1924,7 @@ func (x *Peer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Peer.ProtoReflect.Descriptor instead.
 func (*Peer) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{21}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Peer) GetId() string {
@@ -1901,7 +2020,7 @@ type RoomRequest struct {
 
 func (x *RoomRequest) Reset() {
 	*x = RoomRequest{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[22]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1913,7 +2032,7 @@ func (x *RoomRequest) String() string {
 func (*RoomRequest) ProtoMessage() {}
 
 func (x *RoomRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[22]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1926,7 +2045,7 @@ func (x *RoomRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RoomRequest.ProtoReflect.Descriptor instead.
 func (*RoomRequest) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{22}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *RoomRequest) GetBytes() int64 {
@@ -1944,7 +2063,7 @@ type RoomReply struct {
 
 func (x *RoomReply) Reset() {
 	*x = RoomReply{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[23]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1956,7 +2075,7 @@ func (x *RoomReply) String() string {
 func (*RoomReply) ProtoMessage() {}
 
 func (x *RoomReply) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[23]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1969,7 +2088,7 @@ func (x *RoomReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RoomReply.ProtoReflect.Descriptor instead.
 func (*RoomReply) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{23}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{26}
 }
 
 // Manifest is the content of a manifest and what is known of what it refers to.
@@ -1983,7 +2102,7 @@ type StatReply_Manifest struct {
 
 func (x *StatReply_Manifest) Reset() {
 	*x = StatReply_Manifest{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[24]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1995,7 +2114,7 @@ func (x *StatReply_Manifest) String() string {
 func (*StatReply_Manifest) ProtoMessage() {}
 
 func (x *StatReply_Manifest) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[24]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2036,7 +2155,7 @@ type OpenRequest_Want struct {
 
 func (x *OpenRequest_Want) Reset() {
 	*x = OpenRequest_Want{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[25]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2048,7 +2167,7 @@ func (x *OpenRequest_Want) String() string {
 func (*OpenRequest_Want) ProtoMessage() {}
 
 func (x *OpenRequest_Want) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[25]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2089,7 +2208,7 @@ type OpenReply_Header struct {
 
 func (x *OpenReply_Header) Reset() {
 	*x = OpenReply_Header{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[26]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2101,7 +2220,7 @@ func (x *OpenReply_Header) String() string {
 func (*OpenReply_Header) ProtoMessage() {}
 
 func (x *OpenReply_Header) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[26]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2149,7 +2268,7 @@ type OpenReply_Piece struct {
 
 func (x *OpenReply_Piece) Reset() {
 	*x = OpenReply_Piece{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[27]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2161,7 +2280,7 @@ func (x *OpenReply_Piece) String() string {
 func (*OpenReply_Piece) ProtoMessage() {}
 
 func (x *OpenReply_Piece) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[27]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2201,7 +2320,7 @@ type OpenReply_Done struct {
 
 func (x *OpenReply_Done) Reset() {
 	*x = OpenReply_Done{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[28]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2213,7 +2332,7 @@ func (x *OpenReply_Done) String() string {
 func (*OpenReply_Done) ProtoMessage() {}
 
 func (x *OpenReply_Done) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[28]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2250,7 +2369,7 @@ type IngestRequest_Add struct {
 
 func (x *IngestRequest_Add) Reset() {
 	*x = IngestRequest_Add{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[29]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2262,7 +2381,7 @@ func (x *IngestRequest_Add) String() string {
 func (*IngestRequest_Add) ProtoMessage() {}
 
 func (x *IngestRequest_Add) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[29]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2275,7 +2394,7 @@ func (x *IngestRequest_Add) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IngestRequest_Add.ProtoReflect.Descriptor instead.
 func (*IngestRequest_Add) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{8, 0}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{11, 0}
 }
 
 func (x *IngestRequest_Add) GetDescriptorId() uint64 {
@@ -2317,7 +2436,7 @@ type IngestRequest_Rehash struct {
 
 func (x *IngestRequest_Rehash) Reset() {
 	*x = IngestRequest_Rehash{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[30]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2329,7 +2448,7 @@ func (x *IngestRequest_Rehash) String() string {
 func (*IngestRequest_Rehash) ProtoMessage() {}
 
 func (x *IngestRequest_Rehash) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[30]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2342,7 +2461,7 @@ func (x *IngestRequest_Rehash) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IngestRequest_Rehash.ProtoReflect.Descriptor instead.
 func (*IngestRequest_Rehash) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{8, 1}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{11, 1}
 }
 
 func (x *IngestRequest_Rehash) GetDigest() string {
@@ -2372,7 +2491,7 @@ type IngestRequest_Commit struct {
 
 func (x *IngestRequest_Commit) Reset() {
 	*x = IngestRequest_Commit{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[31]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2384,7 +2503,7 @@ func (x *IngestRequest_Commit) String() string {
 func (*IngestRequest_Commit) ProtoMessage() {}
 
 func (x *IngestRequest_Commit) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[31]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2397,7 +2516,7 @@ func (x *IngestRequest_Commit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IngestRequest_Commit.ProtoReflect.Descriptor instead.
 func (*IngestRequest_Commit) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{8, 2}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{11, 2}
 }
 
 func (x *IngestRequest_Commit) GetTasks() []*NewTask {
@@ -2433,7 +2552,7 @@ type NewTask_Manifest struct {
 
 func (x *NewTask_Manifest) Reset() {
 	*x = NewTask_Manifest{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[32]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2445,7 +2564,7 @@ func (x *NewTask_Manifest) String() string {
 func (*NewTask_Manifest) ProtoMessage() {}
 
 func (x *NewTask_Manifest) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[32]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2458,7 +2577,7 @@ func (x *NewTask_Manifest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NewTask_Manifest.ProtoReflect.Descriptor instead.
 func (*NewTask_Manifest) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{9, 0}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{12, 0}
 }
 
 func (x *NewTask_Manifest) GetRefs() []string {
@@ -2493,7 +2612,7 @@ type IngestReply_Progress struct {
 
 func (x *IngestReply_Progress) Reset() {
 	*x = IngestReply_Progress{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[33]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2505,7 +2624,7 @@ func (x *IngestReply_Progress) String() string {
 func (*IngestReply_Progress) ProtoMessage() {}
 
 func (x *IngestReply_Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[33]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2518,7 +2637,7 @@ func (x *IngestReply_Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IngestReply_Progress.ProtoReflect.Descriptor instead.
 func (*IngestReply_Progress) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{11, 0}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{14, 0}
 }
 
 func (x *IngestReply_Progress) GetBytes() int64 {
@@ -2539,7 +2658,7 @@ type IngestReply_Added struct {
 
 func (x *IngestReply_Added) Reset() {
 	*x = IngestReply_Added{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[34]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2551,7 +2670,7 @@ func (x *IngestReply_Added) String() string {
 func (*IngestReply_Added) ProtoMessage() {}
 
 func (x *IngestReply_Added) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[34]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2564,7 +2683,7 @@ func (x *IngestReply_Added) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IngestReply_Added.ProtoReflect.Descriptor instead.
 func (*IngestReply_Added) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{11, 1}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{14, 1}
 }
 
 func (x *IngestReply_Added) GetDigest() string {
@@ -2590,7 +2709,7 @@ type IngestReply_Committed struct {
 
 func (x *IngestReply_Committed) Reset() {
 	*x = IngestReply_Committed{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[35]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2602,7 +2721,7 @@ func (x *IngestReply_Committed) String() string {
 func (*IngestReply_Committed) ProtoMessage() {}
 
 func (x *IngestReply_Committed) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[35]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2615,7 +2734,7 @@ func (x *IngestReply_Committed) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IngestReply_Committed.ProtoReflect.Descriptor instead.
 func (*IngestReply_Committed) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{11, 2}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{14, 2}
 }
 
 // Missed is a peer that it was not done on.
@@ -2630,7 +2749,7 @@ type DeleteReply_Missed struct {
 
 func (x *DeleteReply_Missed) Reset() {
 	*x = DeleteReply_Missed{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[36]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2642,7 +2761,7 @@ func (x *DeleteReply_Missed) String() string {
 func (*DeleteReply_Missed) ProtoMessage() {}
 
 func (x *DeleteReply_Missed) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[36]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2655,7 +2774,7 @@ func (x *DeleteReply_Missed) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteReply_Missed.ProtoReflect.Descriptor instead.
 func (*DeleteReply_Missed) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{13, 0}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{16, 0}
 }
 
 func (x *DeleteReply_Missed) GetPeer() string {
@@ -2687,15 +2806,14 @@ const file_p2p_rpc_pb_daemon_proto_rawDesc = "" +
 	"dfcache.v1\"0\n" +
 	"\x04Task\x12\x10\n" +
 	"\x03tag\x18\x01 \x01(\tR\x03tag\x12\x16\n" +
-	"\x06digest\x18\x02 \x01(\tR\x06digest\"\xba\x01\n" +
+	"\x06digest\x18\x02 \x01(\tR\x06digest\"\xac\x01\n" +
 	"\vStatRequest\x12\x10\n" +
 	"\x03tag\x18\x01 \x01(\tR\x03tag\x12\x10\n" +
 	"\x03cid\x18\x02 \x01(\tR\x03cid\x12'\n" +
 	"\x05scope\x18\x03 \x01(\x0e2\x11.dfcache.v1.ScopeR\x05scope\x12\x1a\n" +
-	"\bmanifest\x18\x04 \x01(\bR\bmanifest\x12\x12\n" +
-	"\x04keep\x18\x05 \x01(\bR\x04keep\x12\x18\n" +
+	"\bmanifest\x18\x04 \x01(\bR\bmanifest\x12\x18\n" +
 	"\aholders\x18\x06 \x01(\bR\aholders\x12\x14\n" +
-	"\x05lease\x18\a \x01(\bR\x05lease\"\xe8\x01\n" +
+	"\x05lease\x18\a \x01(\bR\x05leaseJ\x04\b\x05\x10\x06\"\xe8\x01\n" +
 	"\tStatReply\x12$\n" +
 	"\x04info\x18\x01 \x01(\v2\x10.dfcache.v1.InfoR\x04info\x12:\n" +
 	"\bmanifest\x18\x02 \x01(\v2\x1e.dfcache.v1.StatReply.ManifestR\bmanifest\x12-\n" +
@@ -2753,7 +2871,14 @@ const file_p2p_rpc_pb_daemon_proto_rawDesc = "" +
 	"\x06Source\x12\x12\n" +
 	"\x04peer\x18\x01 \x01(\tR\x04peer\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x14\n" +
-	"\x05bytes\x18\x03 \x01(\x03R\x05bytes\"\xe5\x03\n" +
+	"\x05bytes\x18\x03 \x01(\x03R\x05bytes\"1\n" +
+	"\vHoldRequest\x12\x10\n" +
+	"\x03tag\x18\x01 \x01(\tR\x03tag\x12\x10\n" +
+	"\x03cid\x18\x02 \x01(\tR\x03cid\"3\n" +
+	"\vTaskRequest\x12$\n" +
+	"\x04task\x18\x01 \x01(\v2\x10.dfcache.v1.TaskR\x04task\"\x1c\n" +
+	"\x06Notice\x12\x12\n" +
+	"\x04text\x18\x01 \x01(\tR\x04text\"\xe5\x03\n" +
 	"\rIngestRequest\x121\n" +
 	"\x03add\x18\x01 \x01(\v2\x1d.dfcache.v1.IngestRequest.AddH\x00R\x03add\x12:\n" +
 	"\x06rehash\x18\x02 \x01(\v2 .dfcache.v1.IngestRequest.RehashH\x00R\x06rehash\x12:\n" +
@@ -2813,16 +2938,14 @@ const file_p2p_rpc_pb_daemon_proto_rawDesc = "" +
 	"\x06Missed\x12\x12\n" +
 	"\x04peer\x18\x01 \x01(\tR\x04peer\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x16\n" +
-	"\x06reason\x18\x03 \x01(\tR\x06reason\"\xba\x01\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\"\xa1\x01\n" +
 	"\vListRequest\x12\x15\n" +
 	"\x03tag\x18\x01 \x01(\tH\x00R\x03tag\x88\x01\x01\x12$\n" +
 	"\x04kind\x18\x02 \x01(\x0e2\x10.dfcache.v1.KindR\x04kind\x12\x14\n" +
 	"\x05after\x18\x03 \x01(\fR\x05after\x12\x1b\n" +
 	"\trefers_to\x18\x04 \x01(\tR\brefersTo\x12\x14\n" +
-	"\x05holds\x18\x05 \x01(\tR\x05holds\x12\x1d\n" +
-	"\n" +
-	"from_peers\x18\x06 \x01(\bR\tfromPeersB\x06\n" +
-	"\x04_tag\"8\n" +
+	"\x05holds\x18\x05 \x01(\tR\x05holdsB\x06\n" +
+	"\x04_tagJ\x04\b\x06\x10\a\"8\n" +
 	"\tListReply\x12+\n" +
 	"\aentries\x18\x01 \x03(\v2\x11.dfcache.v1.EntryR\aentries\"W\n" +
 	"\x05Entry\x12$\n" +
@@ -2856,14 +2979,11 @@ const file_p2p_rpc_pb_daemon_proto_rawDesc = "" +
 	"ahead_nano\x18\f \x01(\x03R\taheadNano\"#\n" +
 	"\vRoomRequest\x12\x14\n" +
 	"\x05bytes\x18\x01 \x01(\x03R\x05bytes\"\v\n" +
-	"\tRoomReply*c\n" +
+	"\tRoomReply*N\n" +
 	"\x05Scope\x12\x15\n" +
 	"\x11SCOPE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rSCOPE_NETWORK\x10\x01\x12\x0f\n" +
-	"\vSCOPE_LOCAL\x10\x02\x12\x0e\n" +
-	"\n" +
-	"SCOPE_MEND\x10\x03\x12\x0f\n" +
-	"\vSCOPE_CHECK\x10\x04*L\n" +
+	"\vSCOPE_LOCAL\x10\x02\"\x04\b\x03\x10\x03\"\x04\b\x04\x10\x04*L\n" +
 	"\x04Keep\x12\x14\n" +
 	"\x10KEEP_UNSPECIFIED\x10\x00\x12\r\n" +
 	"\tKEEP_HELD\x10\x01\x12\x0e\n" +
@@ -2883,10 +3003,15 @@ const file_p2p_rpc_pb_daemon_proto_rawDesc = "" +
 	"\x0fPEER_STATE_AWAY\x10\x02\x12\x16\n" +
 	"\x12PEER_STATE_SHUNNED\x10\x03\x12\x16\n" +
 	"\x12PEER_STATE_FOREIGN\x10\x04\x12\x15\n" +
-	"\x11PEER_STATE_CLONED\x10\x052\xf0\x03\n" +
+	"\x11PEER_STATE_CLONED\x10\x052\x97\x06\n" +
 	"\x06Daemon\x126\n" +
 	"\x04Stat\x12\x17.dfcache.v1.StatRequest\x1a\x15.dfcache.v1.StatReply\x12:\n" +
-	"\x04Open\x12\x17.dfcache.v1.OpenRequest\x1a\x15.dfcache.v1.OpenReply(\x010\x01\x12@\n" +
+	"\x04Open\x12\x17.dfcache.v1.OpenRequest\x1a\x15.dfcache.v1.OpenReply(\x010\x01\x125\n" +
+	"\x04Hold\x12\x17.dfcache.v1.HoldRequest\x1a\x12.dfcache.v1.Notice0\x01\x12>\n" +
+	"\fHoldManifest\x12\x17.dfcache.v1.StatRequest\x1a\x15.dfcache.v1.StatReply\x12>\n" +
+	"\rHoldReferrers\x12\x17.dfcache.v1.TaskRequest\x1a\x12.dfcache.v1.Notice0\x01\x127\n" +
+	"\x06Verify\x12\x17.dfcache.v1.TaskRequest\x1a\x12.dfcache.v1.Notice0\x01\x125\n" +
+	"\x04Mend\x12\x17.dfcache.v1.TaskRequest\x1a\x12.dfcache.v1.Notice0\x01\x12@\n" +
 	"\x06Ingest\x12\x19.dfcache.v1.IngestRequest\x1a\x17.dfcache.v1.IngestReply(\x010\x01\x12<\n" +
 	"\x06Delete\x12\x19.dfcache.v1.DeleteRequest\x1a\x17.dfcache.v1.DeleteReply\x128\n" +
 	"\x04List\x12\x17.dfcache.v1.ListRequest\x1a\x15.dfcache.v1.ListReply0\x01\x12E\n" +
@@ -2907,7 +3032,7 @@ func file_p2p_rpc_pb_daemon_proto_rawDescGZIP() []byte {
 }
 
 var file_p2p_rpc_pb_daemon_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_p2p_rpc_pb_daemon_proto_msgTypes = make([]protoimpl.MessageInfo, 37)
+var file_p2p_rpc_pb_daemon_proto_msgTypes = make([]protoimpl.MessageInfo, 40)
 var file_p2p_rpc_pb_daemon_proto_goTypes = []any{
 	(Scope)(0),                    // 0: dfcache.v1.Scope
 	(Keep)(0),                     // 1: dfcache.v1.Keep
@@ -2921,89 +3046,103 @@ var file_p2p_rpc_pb_daemon_proto_goTypes = []any{
 	(*OpenRequest)(nil),           // 9: dfcache.v1.OpenRequest
 	(*OpenReply)(nil),             // 10: dfcache.v1.OpenReply
 	(*Source)(nil),                // 11: dfcache.v1.Source
-	(*IngestRequest)(nil),         // 12: dfcache.v1.IngestRequest
-	(*NewTask)(nil),               // 13: dfcache.v1.NewTask
-	(*NewName)(nil),               // 14: dfcache.v1.NewName
-	(*IngestReply)(nil),           // 15: dfcache.v1.IngestReply
-	(*DeleteRequest)(nil),         // 16: dfcache.v1.DeleteRequest
-	(*DeleteReply)(nil),           // 17: dfcache.v1.DeleteReply
-	(*ListRequest)(nil),           // 18: dfcache.v1.ListRequest
-	(*ListReply)(nil),             // 19: dfcache.v1.ListReply
-	(*Entry)(nil),                 // 20: dfcache.v1.Entry
-	(*ReplicateRequest)(nil),      // 21: dfcache.v1.ReplicateRequest
-	(*ReplicateReply)(nil),        // 22: dfcache.v1.ReplicateReply
-	(*PeersRequest)(nil),          // 23: dfcache.v1.PeersRequest
-	(*PeersReply)(nil),            // 24: dfcache.v1.PeersReply
-	(*Peer)(nil),                  // 25: dfcache.v1.Peer
-	(*RoomRequest)(nil),           // 26: dfcache.v1.RoomRequest
-	(*RoomReply)(nil),             // 27: dfcache.v1.RoomReply
-	(*StatReply_Manifest)(nil),    // 28: dfcache.v1.StatReply.Manifest
-	(*OpenRequest_Want)(nil),      // 29: dfcache.v1.OpenRequest.Want
-	(*OpenReply_Header)(nil),      // 30: dfcache.v1.OpenReply.Header
-	(*OpenReply_Piece)(nil),       // 31: dfcache.v1.OpenReply.Piece
-	(*OpenReply_Done)(nil),        // 32: dfcache.v1.OpenReply.Done
-	(*IngestRequest_Add)(nil),     // 33: dfcache.v1.IngestRequest.Add
-	(*IngestRequest_Rehash)(nil),  // 34: dfcache.v1.IngestRequest.Rehash
-	(*IngestRequest_Commit)(nil),  // 35: dfcache.v1.IngestRequest.Commit
-	(*NewTask_Manifest)(nil),      // 36: dfcache.v1.NewTask.Manifest
-	(*IngestReply_Progress)(nil),  // 37: dfcache.v1.IngestReply.Progress
-	(*IngestReply_Added)(nil),     // 38: dfcache.v1.IngestReply.Added
-	(*IngestReply_Committed)(nil), // 39: dfcache.v1.IngestReply.Committed
-	(*DeleteReply_Missed)(nil),    // 40: dfcache.v1.DeleteReply.Missed
+	(*HoldRequest)(nil),           // 12: dfcache.v1.HoldRequest
+	(*TaskRequest)(nil),           // 13: dfcache.v1.TaskRequest
+	(*Notice)(nil),                // 14: dfcache.v1.Notice
+	(*IngestRequest)(nil),         // 15: dfcache.v1.IngestRequest
+	(*NewTask)(nil),               // 16: dfcache.v1.NewTask
+	(*NewName)(nil),               // 17: dfcache.v1.NewName
+	(*IngestReply)(nil),           // 18: dfcache.v1.IngestReply
+	(*DeleteRequest)(nil),         // 19: dfcache.v1.DeleteRequest
+	(*DeleteReply)(nil),           // 20: dfcache.v1.DeleteReply
+	(*ListRequest)(nil),           // 21: dfcache.v1.ListRequest
+	(*ListReply)(nil),             // 22: dfcache.v1.ListReply
+	(*Entry)(nil),                 // 23: dfcache.v1.Entry
+	(*ReplicateRequest)(nil),      // 24: dfcache.v1.ReplicateRequest
+	(*ReplicateReply)(nil),        // 25: dfcache.v1.ReplicateReply
+	(*PeersRequest)(nil),          // 26: dfcache.v1.PeersRequest
+	(*PeersReply)(nil),            // 27: dfcache.v1.PeersReply
+	(*Peer)(nil),                  // 28: dfcache.v1.Peer
+	(*RoomRequest)(nil),           // 29: dfcache.v1.RoomRequest
+	(*RoomReply)(nil),             // 30: dfcache.v1.RoomReply
+	(*StatReply_Manifest)(nil),    // 31: dfcache.v1.StatReply.Manifest
+	(*OpenRequest_Want)(nil),      // 32: dfcache.v1.OpenRequest.Want
+	(*OpenReply_Header)(nil),      // 33: dfcache.v1.OpenReply.Header
+	(*OpenReply_Piece)(nil),       // 34: dfcache.v1.OpenReply.Piece
+	(*OpenReply_Done)(nil),        // 35: dfcache.v1.OpenReply.Done
+	(*IngestRequest_Add)(nil),     // 36: dfcache.v1.IngestRequest.Add
+	(*IngestRequest_Rehash)(nil),  // 37: dfcache.v1.IngestRequest.Rehash
+	(*IngestRequest_Commit)(nil),  // 38: dfcache.v1.IngestRequest.Commit
+	(*NewTask_Manifest)(nil),      // 39: dfcache.v1.NewTask.Manifest
+	(*IngestReply_Progress)(nil),  // 40: dfcache.v1.IngestReply.Progress
+	(*IngestReply_Added)(nil),     // 41: dfcache.v1.IngestReply.Added
+	(*IngestReply_Committed)(nil), // 42: dfcache.v1.IngestReply.Committed
+	(*DeleteReply_Missed)(nil),    // 43: dfcache.v1.DeleteReply.Missed
 }
 var file_p2p_rpc_pb_daemon_proto_depIdxs = []int32{
 	0,  // 0: dfcache.v1.StatRequest.scope:type_name -> dfcache.v1.Scope
 	8,  // 1: dfcache.v1.StatReply.info:type_name -> dfcache.v1.Info
-	28, // 2: dfcache.v1.StatReply.manifest:type_name -> dfcache.v1.StatReply.Manifest
+	31, // 2: dfcache.v1.StatReply.manifest:type_name -> dfcache.v1.StatReply.Manifest
 	7,  // 3: dfcache.v1.StatReply.holders:type_name -> dfcache.v1.Holders
 	4,  // 4: dfcache.v1.Info.task:type_name -> dfcache.v1.Task
 	1,  // 5: dfcache.v1.Info.keep:type_name -> dfcache.v1.Keep
 	4,  // 6: dfcache.v1.OpenRequest.task:type_name -> dfcache.v1.Task
 	0,  // 7: dfcache.v1.OpenRequest.scope:type_name -> dfcache.v1.Scope
-	29, // 8: dfcache.v1.OpenRequest.want:type_name -> dfcache.v1.OpenRequest.Want
-	30, // 9: dfcache.v1.OpenReply.header:type_name -> dfcache.v1.OpenReply.Header
-	31, // 10: dfcache.v1.OpenReply.pieces:type_name -> dfcache.v1.OpenReply.Piece
-	32, // 11: dfcache.v1.OpenReply.done:type_name -> dfcache.v1.OpenReply.Done
-	33, // 12: dfcache.v1.IngestRequest.add:type_name -> dfcache.v1.IngestRequest.Add
-	34, // 13: dfcache.v1.IngestRequest.rehash:type_name -> dfcache.v1.IngestRequest.Rehash
-	35, // 14: dfcache.v1.IngestRequest.commit:type_name -> dfcache.v1.IngestRequest.Commit
-	4,  // 15: dfcache.v1.NewTask.task:type_name -> dfcache.v1.Task
-	1,  // 16: dfcache.v1.NewTask.keep:type_name -> dfcache.v1.Keep
-	36, // 17: dfcache.v1.NewTask.manifest:type_name -> dfcache.v1.NewTask.Manifest
-	37, // 18: dfcache.v1.IngestReply.progress:type_name -> dfcache.v1.IngestReply.Progress
-	38, // 19: dfcache.v1.IngestReply.added:type_name -> dfcache.v1.IngestReply.Added
-	39, // 20: dfcache.v1.IngestReply.committed:type_name -> dfcache.v1.IngestReply.Committed
-	40, // 21: dfcache.v1.DeleteReply.missed:type_name -> dfcache.v1.DeleteReply.Missed
-	2,  // 22: dfcache.v1.ListRequest.kind:type_name -> dfcache.v1.Kind
-	20, // 23: dfcache.v1.ListReply.entries:type_name -> dfcache.v1.Entry
-	8,  // 24: dfcache.v1.Entry.info:type_name -> dfcache.v1.Info
-	25, // 25: dfcache.v1.PeersReply.peers:type_name -> dfcache.v1.Peer
-	3,  // 26: dfcache.v1.Peer.state:type_name -> dfcache.v1.PeerState
-	8,  // 27: dfcache.v1.StatReply.Manifest.refs:type_name -> dfcache.v1.Info
-	11, // 28: dfcache.v1.OpenReply.Done.sources:type_name -> dfcache.v1.Source
-	13, // 29: dfcache.v1.IngestRequest.Commit.tasks:type_name -> dfcache.v1.NewTask
-	14, // 30: dfcache.v1.IngestRequest.Commit.names:type_name -> dfcache.v1.NewName
-	5,  // 31: dfcache.v1.Daemon.Stat:input_type -> dfcache.v1.StatRequest
-	9,  // 32: dfcache.v1.Daemon.Open:input_type -> dfcache.v1.OpenRequest
-	12, // 33: dfcache.v1.Daemon.Ingest:input_type -> dfcache.v1.IngestRequest
-	16, // 34: dfcache.v1.Daemon.Delete:input_type -> dfcache.v1.DeleteRequest
-	18, // 35: dfcache.v1.Daemon.List:input_type -> dfcache.v1.ListRequest
-	21, // 36: dfcache.v1.Daemon.Replicate:input_type -> dfcache.v1.ReplicateRequest
-	23, // 37: dfcache.v1.Daemon.Peers:input_type -> dfcache.v1.PeersRequest
-	26, // 38: dfcache.v1.Daemon.Room:input_type -> dfcache.v1.RoomRequest
-	6,  // 39: dfcache.v1.Daemon.Stat:output_type -> dfcache.v1.StatReply
-	10, // 40: dfcache.v1.Daemon.Open:output_type -> dfcache.v1.OpenReply
-	15, // 41: dfcache.v1.Daemon.Ingest:output_type -> dfcache.v1.IngestReply
-	17, // 42: dfcache.v1.Daemon.Delete:output_type -> dfcache.v1.DeleteReply
-	19, // 43: dfcache.v1.Daemon.List:output_type -> dfcache.v1.ListReply
-	22, // 44: dfcache.v1.Daemon.Replicate:output_type -> dfcache.v1.ReplicateReply
-	24, // 45: dfcache.v1.Daemon.Peers:output_type -> dfcache.v1.PeersReply
-	27, // 46: dfcache.v1.Daemon.Room:output_type -> dfcache.v1.RoomReply
-	39, // [39:47] is the sub-list for method output_type
-	31, // [31:39] is the sub-list for method input_type
-	31, // [31:31] is the sub-list for extension type_name
-	31, // [31:31] is the sub-list for extension extendee
-	0,  // [0:31] is the sub-list for field type_name
+	32, // 8: dfcache.v1.OpenRequest.want:type_name -> dfcache.v1.OpenRequest.Want
+	33, // 9: dfcache.v1.OpenReply.header:type_name -> dfcache.v1.OpenReply.Header
+	34, // 10: dfcache.v1.OpenReply.pieces:type_name -> dfcache.v1.OpenReply.Piece
+	35, // 11: dfcache.v1.OpenReply.done:type_name -> dfcache.v1.OpenReply.Done
+	4,  // 12: dfcache.v1.TaskRequest.task:type_name -> dfcache.v1.Task
+	36, // 13: dfcache.v1.IngestRequest.add:type_name -> dfcache.v1.IngestRequest.Add
+	37, // 14: dfcache.v1.IngestRequest.rehash:type_name -> dfcache.v1.IngestRequest.Rehash
+	38, // 15: dfcache.v1.IngestRequest.commit:type_name -> dfcache.v1.IngestRequest.Commit
+	4,  // 16: dfcache.v1.NewTask.task:type_name -> dfcache.v1.Task
+	1,  // 17: dfcache.v1.NewTask.keep:type_name -> dfcache.v1.Keep
+	39, // 18: dfcache.v1.NewTask.manifest:type_name -> dfcache.v1.NewTask.Manifest
+	40, // 19: dfcache.v1.IngestReply.progress:type_name -> dfcache.v1.IngestReply.Progress
+	41, // 20: dfcache.v1.IngestReply.added:type_name -> dfcache.v1.IngestReply.Added
+	42, // 21: dfcache.v1.IngestReply.committed:type_name -> dfcache.v1.IngestReply.Committed
+	43, // 22: dfcache.v1.DeleteReply.missed:type_name -> dfcache.v1.DeleteReply.Missed
+	2,  // 23: dfcache.v1.ListRequest.kind:type_name -> dfcache.v1.Kind
+	23, // 24: dfcache.v1.ListReply.entries:type_name -> dfcache.v1.Entry
+	8,  // 25: dfcache.v1.Entry.info:type_name -> dfcache.v1.Info
+	28, // 26: dfcache.v1.PeersReply.peers:type_name -> dfcache.v1.Peer
+	3,  // 27: dfcache.v1.Peer.state:type_name -> dfcache.v1.PeerState
+	8,  // 28: dfcache.v1.StatReply.Manifest.refs:type_name -> dfcache.v1.Info
+	11, // 29: dfcache.v1.OpenReply.Done.sources:type_name -> dfcache.v1.Source
+	16, // 30: dfcache.v1.IngestRequest.Commit.tasks:type_name -> dfcache.v1.NewTask
+	17, // 31: dfcache.v1.IngestRequest.Commit.names:type_name -> dfcache.v1.NewName
+	5,  // 32: dfcache.v1.Daemon.Stat:input_type -> dfcache.v1.StatRequest
+	9,  // 33: dfcache.v1.Daemon.Open:input_type -> dfcache.v1.OpenRequest
+	12, // 34: dfcache.v1.Daemon.Hold:input_type -> dfcache.v1.HoldRequest
+	5,  // 35: dfcache.v1.Daemon.HoldManifest:input_type -> dfcache.v1.StatRequest
+	13, // 36: dfcache.v1.Daemon.HoldReferrers:input_type -> dfcache.v1.TaskRequest
+	13, // 37: dfcache.v1.Daemon.Verify:input_type -> dfcache.v1.TaskRequest
+	13, // 38: dfcache.v1.Daemon.Mend:input_type -> dfcache.v1.TaskRequest
+	15, // 39: dfcache.v1.Daemon.Ingest:input_type -> dfcache.v1.IngestRequest
+	19, // 40: dfcache.v1.Daemon.Delete:input_type -> dfcache.v1.DeleteRequest
+	21, // 41: dfcache.v1.Daemon.List:input_type -> dfcache.v1.ListRequest
+	24, // 42: dfcache.v1.Daemon.Replicate:input_type -> dfcache.v1.ReplicateRequest
+	26, // 43: dfcache.v1.Daemon.Peers:input_type -> dfcache.v1.PeersRequest
+	29, // 44: dfcache.v1.Daemon.Room:input_type -> dfcache.v1.RoomRequest
+	6,  // 45: dfcache.v1.Daemon.Stat:output_type -> dfcache.v1.StatReply
+	10, // 46: dfcache.v1.Daemon.Open:output_type -> dfcache.v1.OpenReply
+	14, // 47: dfcache.v1.Daemon.Hold:output_type -> dfcache.v1.Notice
+	6,  // 48: dfcache.v1.Daemon.HoldManifest:output_type -> dfcache.v1.StatReply
+	14, // 49: dfcache.v1.Daemon.HoldReferrers:output_type -> dfcache.v1.Notice
+	14, // 50: dfcache.v1.Daemon.Verify:output_type -> dfcache.v1.Notice
+	14, // 51: dfcache.v1.Daemon.Mend:output_type -> dfcache.v1.Notice
+	18, // 52: dfcache.v1.Daemon.Ingest:output_type -> dfcache.v1.IngestReply
+	20, // 53: dfcache.v1.Daemon.Delete:output_type -> dfcache.v1.DeleteReply
+	22, // 54: dfcache.v1.Daemon.List:output_type -> dfcache.v1.ListReply
+	25, // 55: dfcache.v1.Daemon.Replicate:output_type -> dfcache.v1.ReplicateReply
+	27, // 56: dfcache.v1.Daemon.Peers:output_type -> dfcache.v1.PeersReply
+	30, // 57: dfcache.v1.Daemon.Room:output_type -> dfcache.v1.RoomReply
+	45, // [45:58] is the sub-list for method output_type
+	32, // [32:45] is the sub-list for method input_type
+	32, // [32:32] is the sub-list for extension type_name
+	32, // [32:32] is the sub-list for extension extendee
+	0,  // [0:32] is the sub-list for field type_name
 }
 
 func init() { file_p2p_rpc_pb_daemon_proto_init() }
@@ -3011,24 +3150,24 @@ func file_p2p_rpc_pb_daemon_proto_init() {
 	if File_p2p_rpc_pb_daemon_proto != nil {
 		return
 	}
-	file_p2p_rpc_pb_daemon_proto_msgTypes[8].OneofWrappers = []any{
+	file_p2p_rpc_pb_daemon_proto_msgTypes[11].OneofWrappers = []any{
 		(*IngestRequest_Add_)(nil),
 		(*IngestRequest_Rehash_)(nil),
 		(*IngestRequest_Commit_)(nil),
 	}
-	file_p2p_rpc_pb_daemon_proto_msgTypes[11].OneofWrappers = []any{
+	file_p2p_rpc_pb_daemon_proto_msgTypes[14].OneofWrappers = []any{
 		(*IngestReply_Progress_)(nil),
 		(*IngestReply_Added_)(nil),
 		(*IngestReply_Committed_)(nil),
 	}
-	file_p2p_rpc_pb_daemon_proto_msgTypes[14].OneofWrappers = []any{}
+	file_p2p_rpc_pb_daemon_proto_msgTypes[17].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_p2p_rpc_pb_daemon_proto_rawDesc), len(file_p2p_rpc_pb_daemon_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   37,
+			NumMessages:   40,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

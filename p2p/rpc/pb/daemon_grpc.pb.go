@@ -22,14 +22,19 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Daemon_Stat_FullMethodName      = "/dfcache.v1.Daemon/Stat"
-	Daemon_Open_FullMethodName      = "/dfcache.v1.Daemon/Open"
-	Daemon_Ingest_FullMethodName    = "/dfcache.v1.Daemon/Ingest"
-	Daemon_Delete_FullMethodName    = "/dfcache.v1.Daemon/Delete"
-	Daemon_List_FullMethodName      = "/dfcache.v1.Daemon/List"
-	Daemon_Replicate_FullMethodName = "/dfcache.v1.Daemon/Replicate"
-	Daemon_Peers_FullMethodName     = "/dfcache.v1.Daemon/Peers"
-	Daemon_Room_FullMethodName      = "/dfcache.v1.Daemon/Room"
+	Daemon_Stat_FullMethodName          = "/dfcache.v1.Daemon/Stat"
+	Daemon_Open_FullMethodName          = "/dfcache.v1.Daemon/Open"
+	Daemon_Hold_FullMethodName          = "/dfcache.v1.Daemon/Hold"
+	Daemon_HoldManifest_FullMethodName  = "/dfcache.v1.Daemon/HoldManifest"
+	Daemon_HoldReferrers_FullMethodName = "/dfcache.v1.Daemon/HoldReferrers"
+	Daemon_Verify_FullMethodName        = "/dfcache.v1.Daemon/Verify"
+	Daemon_Mend_FullMethodName          = "/dfcache.v1.Daemon/Mend"
+	Daemon_Ingest_FullMethodName        = "/dfcache.v1.Daemon/Ingest"
+	Daemon_Delete_FullMethodName        = "/dfcache.v1.Daemon/Delete"
+	Daemon_List_FullMethodName          = "/dfcache.v1.Daemon/List"
+	Daemon_Replicate_FullMethodName     = "/dfcache.v1.Daemon/Replicate"
+	Daemon_Peers_FullMethodName         = "/dfcache.v1.Daemon/Peers"
+	Daemon_Room_FullMethodName          = "/dfcache.v1.Daemon/Room"
 )
 
 // DaemonClient is the client API for Daemon service.
@@ -46,6 +51,18 @@ type DaemonClient interface {
 	// of its pieces. Where the blob still comes from peers, the call goes on until
 	// it is whole and proven, and tells of every piece as it arrives.
 	Open(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[OpenRequest, OpenReply], error)
+	// Hold makes the daemon hold what a cid names under a tag, with all that it refers
+	// to. It ends when that is done, as the three calls below that give notices do.
+	Hold(ctx context.Context, in *HoldRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Notice], error)
+	// HoldManifest makes the daemon hold a name and the manifest that it points to, and
+	// describes that as Stat does. Manifest and the scope have to be set as they are implied.
+	HoldManifest(ctx context.Context, in *StatRequest, opts ...grpc.CallOption) (*StatReply, error)
+	// HoldReferrers makes the daemon hold the manifests that refer to a task.
+	HoldReferrers(ctx context.Context, in *TaskRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Notice], error)
+	// Verify has the daemon read a task's blob whole; damage is the error.
+	Verify(ctx context.Context, in *TaskRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Notice], error)
+	// Mend makes a task's blob whole from what peers have of it.
+	Mend(ctx context.Context, in *TaskRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Notice], error)
 	// Ingest takes in new content: any number of adds and rehashes, then one
 	// commit. The stream is the session: when it ends without a commit, everything
 	// that was added is dropped. After an error the stream ends.
@@ -94,9 +111,95 @@ func (c *daemonClient) Open(ctx context.Context, opts ...grpc.CallOption) (grpc.
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Daemon_OpenClient = grpc.BidiStreamingClient[OpenRequest, OpenReply]
 
+func (c *daemonClient) Hold(ctx context.Context, in *HoldRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Notice], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Daemon_ServiceDesc.Streams[1], Daemon_Hold_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[HoldRequest, Notice]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Daemon_HoldClient = grpc.ServerStreamingClient[Notice]
+
+func (c *daemonClient) HoldManifest(ctx context.Context, in *StatRequest, opts ...grpc.CallOption) (*StatReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(StatReply)
+	err := c.cc.Invoke(ctx, Daemon_HoldManifest_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *daemonClient) HoldReferrers(ctx context.Context, in *TaskRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Notice], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Daemon_ServiceDesc.Streams[2], Daemon_HoldReferrers_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[TaskRequest, Notice]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Daemon_HoldReferrersClient = grpc.ServerStreamingClient[Notice]
+
+func (c *daemonClient) Verify(ctx context.Context, in *TaskRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Notice], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Daemon_ServiceDesc.Streams[3], Daemon_Verify_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[TaskRequest, Notice]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Daemon_VerifyClient = grpc.ServerStreamingClient[Notice]
+
+func (c *daemonClient) Mend(ctx context.Context, in *TaskRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Notice], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Daemon_ServiceDesc.Streams[4], Daemon_Mend_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[TaskRequest, Notice]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Daemon_MendClient = grpc.ServerStreamingClient[Notice]
+
 func (c *daemonClient) Ingest(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[IngestRequest, IngestReply], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &Daemon_ServiceDesc.Streams[1], Daemon_Ingest_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &Daemon_ServiceDesc.Streams[5], Daemon_Ingest_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -119,7 +222,7 @@ func (c *daemonClient) Delete(ctx context.Context, in *DeleteRequest, opts ...gr
 
 func (c *daemonClient) List(ctx context.Context, in *ListRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ListReply], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	stream, err := c.cc.NewStream(ctx, &Daemon_ServiceDesc.Streams[2], Daemon_List_FullMethodName, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &Daemon_ServiceDesc.Streams[6], Daemon_List_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -180,6 +283,18 @@ type DaemonServer interface {
 	// of its pieces. Where the blob still comes from peers, the call goes on until
 	// it is whole and proven, and tells of every piece as it arrives.
 	Open(grpc.BidiStreamingServer[OpenRequest, OpenReply]) error
+	// Hold makes the daemon hold what a cid names under a tag, with all that it refers
+	// to. It ends when that is done, as the three calls below that give notices do.
+	Hold(*HoldRequest, grpc.ServerStreamingServer[Notice]) error
+	// HoldManifest makes the daemon hold a name and the manifest that it points to, and
+	// describes that as Stat does. Manifest and the scope have to be set as they are implied.
+	HoldManifest(context.Context, *StatRequest) (*StatReply, error)
+	// HoldReferrers makes the daemon hold the manifests that refer to a task.
+	HoldReferrers(*TaskRequest, grpc.ServerStreamingServer[Notice]) error
+	// Verify has the daemon read a task's blob whole; damage is the error.
+	Verify(*TaskRequest, grpc.ServerStreamingServer[Notice]) error
+	// Mend makes a task's blob whole from what peers have of it.
+	Mend(*TaskRequest, grpc.ServerStreamingServer[Notice]) error
 	// Ingest takes in new content: any number of adds and rehashes, then one
 	// commit. The stream is the session: when it ends without a commit, everything
 	// that was added is dropped. After an error the stream ends.
@@ -210,6 +325,21 @@ func (UnimplementedDaemonServer) Stat(context.Context, *StatRequest) (*StatReply
 }
 func (UnimplementedDaemonServer) Open(grpc.BidiStreamingServer[OpenRequest, OpenReply]) error {
 	return status.Error(codes.Unimplemented, "method Open not implemented")
+}
+func (UnimplementedDaemonServer) Hold(*HoldRequest, grpc.ServerStreamingServer[Notice]) error {
+	return status.Error(codes.Unimplemented, "method Hold not implemented")
+}
+func (UnimplementedDaemonServer) HoldManifest(context.Context, *StatRequest) (*StatReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method HoldManifest not implemented")
+}
+func (UnimplementedDaemonServer) HoldReferrers(*TaskRequest, grpc.ServerStreamingServer[Notice]) error {
+	return status.Error(codes.Unimplemented, "method HoldReferrers not implemented")
+}
+func (UnimplementedDaemonServer) Verify(*TaskRequest, grpc.ServerStreamingServer[Notice]) error {
+	return status.Error(codes.Unimplemented, "method Verify not implemented")
+}
+func (UnimplementedDaemonServer) Mend(*TaskRequest, grpc.ServerStreamingServer[Notice]) error {
+	return status.Error(codes.Unimplemented, "method Mend not implemented")
 }
 func (UnimplementedDaemonServer) Ingest(grpc.BidiStreamingServer[IngestRequest, IngestReply]) error {
 	return status.Error(codes.Unimplemented, "method Ingest not implemented")
@@ -274,6 +404,68 @@ func _Daemon_Open_Handler(srv interface{}, stream grpc.ServerStream) error {
 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Daemon_OpenServer = grpc.BidiStreamingServer[OpenRequest, OpenReply]
+
+func _Daemon_Hold_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(HoldRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(DaemonServer).Hold(m, &grpc.GenericServerStream[HoldRequest, Notice]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Daemon_HoldServer = grpc.ServerStreamingServer[Notice]
+
+func _Daemon_HoldManifest_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(StatRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(DaemonServer).HoldManifest(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Daemon_HoldManifest_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(DaemonServer).HoldManifest(ctx, req.(*StatRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Daemon_HoldReferrers_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(TaskRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(DaemonServer).HoldReferrers(m, &grpc.GenericServerStream[TaskRequest, Notice]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Daemon_HoldReferrersServer = grpc.ServerStreamingServer[Notice]
+
+func _Daemon_Verify_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(TaskRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(DaemonServer).Verify(m, &grpc.GenericServerStream[TaskRequest, Notice]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Daemon_VerifyServer = grpc.ServerStreamingServer[Notice]
+
+func _Daemon_Mend_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(TaskRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(DaemonServer).Mend(m, &grpc.GenericServerStream[TaskRequest, Notice]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Daemon_MendServer = grpc.ServerStreamingServer[Notice]
 
 func _Daemon_Ingest_Handler(srv interface{}, stream grpc.ServerStream) error {
 	return srv.(DaemonServer).Ingest(&grpc.GenericServerStream[IngestRequest, IngestReply]{ServerStream: stream})
@@ -377,6 +569,10 @@ var Daemon_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _Daemon_Stat_Handler,
 		},
 		{
+			MethodName: "HoldManifest",
+			Handler:    _Daemon_HoldManifest_Handler,
+		},
+		{
 			MethodName: "Delete",
 			Handler:    _Daemon_Delete_Handler,
 		},
@@ -399,6 +595,26 @@ var Daemon_ServiceDesc = grpc.ServiceDesc{
 			Handler:       _Daemon_Open_Handler,
 			ServerStreams: true,
 			ClientStreams: true,
+		},
+		{
+			StreamName:    "Hold",
+			Handler:       _Daemon_Hold_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "HoldReferrers",
+			Handler:       _Daemon_HoldReferrers_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "Verify",
+			Handler:       _Daemon_Verify_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "Mend",
+			Handler:       _Daemon_Mend_Handler,
+			ServerStreams: true,
 		},
 		{
 			StreamName:    "Ingest",
