@@ -113,6 +113,9 @@ func (a *announcer) hurry(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case k := <-a.urgent:
+			if !a.keys.has(k) {
+				continue // it was withdrawn meanwhile
+			}
 			if !a.ready.Load() || a.provide(ctx, k) != nil {
 				a.touch(k)
 			} else if a.keys.has(k) {

@@ -218,6 +218,21 @@ func TestWithdraw(t *testing.T) {
 	finds(t, c, key(2), a)    // still, and again
 }
 
+// What is withdrawn before it was its turn is not announced at all.
+func TestWithdrawBeforeItsTurn(t *testing.T) {
+	a := start(t)
+	b := start(t, bootstrap(addr(t, a)))
+	connectedWithAll(t, a, b)
+	a.Announce(key(1))
+	eventually(t, "the first record is sent", func() bool { return holds(t, b, key(1), a) })
+	a.announcer.urgent <- key(2) // as if it had been announced, and withdrawn
+	a.Announce(key(3))
+	eventually(t, "the last record is sent", func() bool { return holds(t, b, key(3), a) })
+	if holds(t, b, key(2), a) {
+		t.Error("a key that was withdrawn is announced")
+	}
+}
+
 // Records that only others hold, not the announcer's own answer, must be sent
 // again before they expire.
 func TestAnnouncesAgain(t *testing.T) {
