@@ -77,6 +77,20 @@ func (s *Store) Holds(ctx context.Context, d digest.Digest) (held bool, err erro
 	return held, err
 }
 
+// HoldsTask reports whether a task is here. It changes nothing, and may be called while a
+// watcher waits.
+func (s *Store) HoldsTask(task p2p.Task) (held bool, err error) {
+	if err := s.begin(context.Background()); err != nil {
+		return false, err
+	}
+	defer s.end()
+	err = s.view(func(tx *bbolt.Tx) error {
+		held = has(tx, bucketTasks, taskKey(task))
+		return nil
+	})
+	return held, err
+}
+
 // Referenced reports whether another task, under the same tag, refers to a task.
 func (s *Store) Referenced(ctx context.Context, task p2p.Task) (referenced bool, err error) {
 	if err := s.begin(ctx); err != nil {

@@ -57,6 +57,9 @@ func (s *Store) met(err error) {
 					return err
 				}
 			}
+			if !has(tx, bucketDamaged, k) {
+				s.note(Change{Event: Damaged, Subject: SubjectBlob, Reason: ReasonRead, Task: p2p.Task{Digest: damage.Digest}, Detail: damage.Error()})
+			}
 			return put(tx, bucketDamaged, k, damageRecord{Piece: damage.Piece, Reason: damage.Reason})
 		})
 	}
@@ -73,7 +76,12 @@ func (s *Store) sound(d digest.Digest) {
 		return
 	}
 	defer s.end()
-	err := s.update(func(tx *bbolt.Tx) error { return removeKeys(tx, bucketDamaged, key(d)) })
+	err := s.update(func(tx *bbolt.Tx) error {
+		if has(tx, bucketDamaged, key(d)) {
+			s.note(Change{Event: Mended, Subject: SubjectBlob, Reason: ReasonRead, Task: p2p.Task{Digest: d}})
+		}
+		return removeKeys(tx, bucketDamaged, key(d))
+	})
 	if err != nil {
 		s.log.Warn("it could not be noted that a blob is whole again", "digest", d, "error", err)
 	}

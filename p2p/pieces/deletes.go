@@ -393,7 +393,7 @@ func (r *removal) soft(tx *bbolt.Tx, t p2p.Task) error {
 	if spared, err := r.spare(tx, t, &record); spared || err != nil {
 		return err
 	}
-	return r.remove(tx, t)
+	return r.remove(tx, t, ReasonDeleted)
 }
 
 // remember notes a delete, unless one that covers as much is known. It returns

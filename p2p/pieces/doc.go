@@ -29,6 +29,8 @@
 // removes the blob's records; then the file is unlinked. A crash in between
 // is made up for when the store is opened, from that bucket, without a walk over the blobs.
 //
+// What has changed is told when it is durable, and why: [Store.Watch].
+//
 // From the moment its digest is known until the ingest is closed, an ingest
 // holds its blobs: a blob that is held is not dropped, whoever deletes it.
 package pieces

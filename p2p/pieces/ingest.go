@@ -614,11 +614,18 @@ type commit struct {
 // commit writes the records of a commit.
 func (r *removal) commit(tx *bbolt.Tx, c p2p.Commit, fresh []*addition) error {
 	all := commit{tasks: map[p2p.Task]bool{}, named: map[p2p.Task]bool{}}
+	r.came = ReasonFetched
 	for _, n := range c.Tasks {
 		all.tasks[n.Task] = true
+		if n.Origin.IsZero() {
+			r.came = ReasonImported
+		}
 	}
 	for _, n := range c.Names {
 		all.named[p2p.Task{Tag: n.Tag, Digest: n.Digest}] = true
+		if n.Updated.IsZero() {
+			r.came = ReasonImported
+		}
 	}
 	for _, a := range fresh {
 		table, err := a.table.AppendBinary(nil)
@@ -626,10 +633,15 @@ func (r *removal) commit(tx *bbolt.Tx, c p2p.Commit, fresh []*addition) error {
 			return err
 		}
 		k := key(a.table.Digest)
-		before, _, err := get[blobRecord](tx, bucketBlobs, k) // of one that is damaged
+		before, found, err := get[blobRecord](tx, bucketBlobs, k) // of one that is damaged
 		if err != nil {
 			return err
 		}
+		event := Added
+		if found {
+			event = Mended
+		}
+		r.s.note(Change{Event: event, Subject: SubjectBlob, Reason: r.came, Task: p2p.Task{Digest: a.table.Digest}, Size: a.table.Size})
 		if err := countBytes(tx, a.table.Size-before.Size); err != nil {
 			return err
 		}
@@ -643,7 +655,11 @@ func (r *removal) commit(tx *bbolt.Tx, c p2p.Commit, fresh []*addition) error {
 			return err
 		}
 	}
-	var released, learned []p2p.Task // what was let go, here and by a peer
+	type lost struct {
+		task p2p.Task
+		why  Reason
+	}
+	var released, learned []lost // what was let go, here and by a peer
 	for _, n := range c.Tasks {
 		if !has(tx, bucketBlobs, key(n.Task.Digest)) {
 			return fmt.Errorf("commit %s: blob: %w", n.Task, p2p.ErrNotFound)
@@ -653,7 +669,7 @@ func (r *removal) commit(tx *bbolt.Tx, c p2p.Commit, fresh []*addition) error {
 			return err
 		}
 		for _, d := range children {
-			child := p2p.Task{Tag: n.Task.Tag, Digest: d}
+			child := lost{p2p.Task{Tag: n.Task.Tag, Digest: d}, ReasonUnreferenced}
 			if n.Origin.IsZero() {
 				released = append(released, child)
 			} else {
@@ -682,24 +698,24 @@ func (r *removal) commit(tx *bbolt.Tx, c p2p.Commit, fresh []*addition) error {
 				return err
 			}
 		case n.Updated.IsZero():
-			released = append(released, old)
+			released = append(released, lost{old, ReasonMoved})
 		default:
-			learned = append(learned, old)
+			learned = append(learned, lost{old, ReasonMoved})
 		}
 	}
-	for _, t := range released {
-		if all.tasks[t] {
+	for _, l := range released {
+		if all.tasks[l.task] {
 			continue
 		}
-		if err := r.release(tx, t); err != nil {
+		if err := r.release(tx, l.task, l.why); err != nil {
 			return err
 		}
 	}
-	for _, t := range learned {
-		if all.tasks[t] {
+	for _, l := range learned {
+		if all.tasks[l.task] {
 			continue
 		}
-		if err := r.releaseCopies(tx, t); err != nil {
+		if err := r.releaseCopies(tx, l.task, l.why); err != nil {
 			return err
 		}
 	}

@@ -199,7 +199,7 @@ func (s *Store) releaseSpared() error {
 			if err := setLoose(tx, t, false); err != nil { // and it is spared no more
 				return err
 			}
-			if err := removed.release(tx, t); err != nil {
+			if err := removed.release(tx, t, ReasonExpired); err != nil {
 				return err
 			}
 		}

@@ -174,10 +174,16 @@ const updateLimit = 1000
 
 // updateMuch is update for a change of so many records.
 func (s *Store) updateMuch(records int, f func(tx *bbolt.Tx) error) error {
-	return s.updates.do(f, records, s.runUpdates)
+	return s.updates.do(&update{f: f}, records, s.runUpdates)
 }
 
-func (s *Store) runUpdates(jobs []*job[func(*bbolt.Tx) error]) {
+// update is one change of the metadata, and what it turns out to change.
+type update struct {
+	f       func(tx *bbolt.Tx) error
+	changes []Change
+}
+
+func (s *Store) runUpdates(jobs []*job[*update]) {
 	fail := func(err error) {
 		for _, j := range jobs {
 			if j.err == nil {
@@ -193,7 +199,7 @@ func (s *Store) runUpdates(jobs []*job[func(*bbolt.Tx) error]) {
 	defer s.removed()
 	for {
 		var stored int64
-		var failed *job[func(*bbolt.Tx) error]
+		var failed *job[*update]
 		err := s.transaction(func(tx *bbolt.Tx) error {
 			if err := flush(tx, used, cleared); err != nil {
 				return err
@@ -203,10 +209,12 @@ func (s *Store) runUpdates(jobs []*job[func(*bbolt.Tx) error]) {
 				if j.err != nil {
 					continue // it failed in an earlier round
 				}
-				if err := j.value(tx); err != nil {
+				s.changing = nil
+				if err := j.value.f(tx); err != nil {
 					failed, j.err = j, err
 					return err
 				}
+				j.value.changes = s.changing
 			}
 			return nil
 		})
@@ -214,6 +222,11 @@ func (s *Store) runUpdates(jobs []*job[func(*bbolt.Tx) error]) {
 			s.stored.Store(stored)
 			s.flushed(used, cleared)
 			s.reserveBlocks()
+			for _, j := range jobs {
+				if j.err == nil {
+					s.tell(j.value.changes...)
+				}
+			}
 			return
 		}
 		if failed != nil {
@@ -284,6 +297,7 @@ func (r *removal) addTask(tx *bbolt.Tx, n p2p.NewTask, c *commit) (released []di
 		record.Imported = r.now
 		record.Loose = n.Keep == p2p.KeepLoose
 		record.Fetched = !n.Origin.IsZero()
+		r.s.note(Change{Event: Added, Subject: SubjectTask, Reason: r.came, Task: n.Task})
 	}
 	version, err := r.s.stamp(tx, n.Task.Tag, string(n.Task.Digest), Version{n.Origin, n.After}, before)
 	if err != nil {
@@ -454,12 +468,16 @@ func (r *removal) setName(tx *bbolt.Tx, n p2p.NewName) (before digest.Digest, er
 	}
 	if found && record.Digest != n.Digest {
 		before = record.Digest
+		r.noteName(Moved, r.came, n)
 		if err := removeKeys(tx, bucketNamed, key(n.Tag, string(before), n.Name)); err != nil {
 			return "", err
 		}
 	}
 	if err := put(tx, bucketNames, k, nameRecord{Digest: n.Digest, Updated: version.At, After: version.After, LetGo: !n.KeepOld}); err != nil {
 		return "", err
+	}
+	if !found {
+		r.noteName(Added, r.came, n)
 	}
 	take := adopt
 	if n.Updated.IsZero() {
@@ -475,6 +493,7 @@ func (r *removal) setName(tx *bbolt.Tx, n p2p.NewName) (before digest.Digest, er
 type removal struct {
 	s       *Store
 	now     time.Time
+	came    Reason // why what a commit adds is added
 	tasks   []p2p.Task
 	origins []time.Time // of tasks
 	loose   int         // blobs that no task is left of
@@ -486,12 +505,17 @@ type removal struct {
 
 func (s *Store) newRemoval() removal { return removal{s: s, now: s.now()} }
 
+// noteName has a change of a name told.
+func (r *removal) noteName(e Event, why Reason, n p2p.NewName) {
+	r.s.note(Change{Event: e, Subject: SubjectName, Reason: why, Task: p2p.Task{Tag: n.Tag, Digest: n.Digest}, Name: n.Name})
+}
+
 func (r *removal) deleted() p2p.Deleted { return p2p.Deleted{Tasks: len(r.tasks), Freed: r.freed} }
 
 // release removes a task that nothing holds, neither a pin nor a name nor
 // another task; and then what only it held. One that a client was told of becomes
 // loose instead (lease.go).
-func (r *removal) release(tx *bbolt.Tx, t p2p.Task) error {
+func (r *removal) release(tx *bbolt.Tx, t p2p.Task, why Reason) error {
 	record, found, err := get[taskRecord](tx, bucketTasks, taskKey(t))
 	if err != nil || !found || record.keep() != p2p.KeepHeld || record.held(tx, t) {
 		return err
@@ -502,20 +526,20 @@ func (r *removal) release(tx *bbolt.Tx, t p2p.Task) error {
 	if spared, err := r.spare(tx, t, &record); spared || err != nil {
 		return err
 	}
-	return r.remove(tx, t)
+	return r.remove(tx, t, why)
 }
 
 // releaseCopies does what release does, but takes away nothing that was put in on
 // this host: the change is one that was learned from a peer, by whoever reads here.
-func (r *removal) releaseCopies(tx *bbolt.Tx, t p2p.Task) error {
+func (r *removal) releaseCopies(tx *bbolt.Tx, t p2p.Task, why Reason) error {
 	before := r.copiesOnly
 	r.copiesOnly = true
 	defer func() { r.copiesOnly = before }()
-	return r.release(tx, t)
+	return r.release(tx, t, why)
 }
 
 // remove removes a task, the names that point to it, and what only it held.
-func (r *removal) remove(tx *bbolt.Tx, t p2p.Task) error {
+func (r *removal) remove(tx *bbolt.Tx, t p2p.Task, why Reason) error {
 	record, found, err := get[taskRecord](tx, bucketTasks, taskKey(t))
 	if err != nil || !found {
 		return err
@@ -524,6 +548,7 @@ func (r *removal) remove(tx *bbolt.Tx, t p2p.Task) error {
 		if err := removeKeys(tx, bucketNames, key(t.Tag, name), bucketNamed, key(t.Tag, string(t.Digest), name)); err != nil {
 			return err
 		}
+		r.noteName(Removed, why, p2p.NewName{Tag: t.Tag, Name: name, Digest: t.Digest})
 	}
 	if err := removeKeys(tx, bucketTasks, taskKey(t), bucketSpared, taskKey(t), bucketUsed, taskKey(t), bucketHolders, key(string(t.Digest), t.Tag)); err != nil {
 		return err
@@ -532,6 +557,7 @@ func (r *removal) remove(tx *bbolt.Tx, t p2p.Task) error {
 	if err := forgive(tx, t); err != nil {
 		return err
 	}
+	r.s.note(Change{Event: Removed, Subject: SubjectTask, Reason: why, Task: t})
 	r.tasks, r.origins = append(r.tasks, t), append(r.origins, record.origin())
 	if !hasAny(tx, bucketHolders, prefix(string(t.Digest))) {
 		blob, _, err := get[blobRecord](tx, bucketBlobs, key(t.Digest))
@@ -552,7 +578,7 @@ func (r *removal) remove(tx *bbolt.Tx, t p2p.Task) error {
 		released = append(released, digest.Digest(referrer))
 	}
 	for _, d := range released {
-		if err := r.release(tx, p2p.Task{Tag: t.Tag, Digest: d}); err != nil {
+		if err := r.release(tx, p2p.Task{Tag: t.Tag, Digest: d}, ReasonUnreferenced); err != nil {
 			return err
 		}
 	}

@@ -424,6 +424,11 @@ func (p *Partial) Commit(ctx context.Context, c p2p.Commit) (err error) {
 	removeBeside(p.name) // of no use any more; what stays is removed as a partial
 	p.f = nil            // it is the ingest's
 	p.forget(0)
+	defer func(size int64) {
+		if err != nil {
+			p.s.tellPartial(p.d, size, ReasonDropped)
+		}
+	}(a.size)
 	if _, err := in.keep(a); err != nil {
 		return DiskError(err)
 	}
@@ -455,6 +460,7 @@ func (p *Partial) Remove() error {
 	p.f = nil
 	p.s.incoming.Add(-p.a.size)
 	p.forget(0)
+	p.s.tellPartial(p.d, p.a.size, ReasonDropped)
 	return err
 }
 
@@ -534,18 +540,20 @@ func (s *Store) DropPartials(since time.Time) error {
 		if err == nil && !info.ModTime().Before(since) {
 			continue
 		}
-		errs = append(errs, s.dropPartial(d))
+		errs = append(errs, s.dropPartial(d, ReasonExpired))
 	}
 	return errors.Join(errs...)
 }
 
 // dropPartial removes what has arrived of a blob that nobody fetches. s.mu is held.
-func (s *Store) dropPartial(d digest.Digest) error {
+func (s *Store) dropPartial(d digest.Digest, why Reason) error {
 	if err := removePartial(s.partialPath(d)); err != nil && !isMissing(err) {
 		return err
 	}
-	s.incoming.Add(-s.unopened[d].size)
+	size := s.unopened[d].size
+	s.incoming.Add(-size)
 	delete(s.unopened, d)
+	s.tellPartial(d, size, why)
 	return nil
 }
 
@@ -566,7 +574,7 @@ func (s *Store) ReleasePartial(t p2p.Task) error {
 	}
 	left.tags = slices.DeleteFunc(slices.Clone(left.tags), func(tag string) bool { return tag == t.Tag })
 	if len(left.tags) == 0 {
-		return s.dropPartial(t.Digest)
+		return s.dropPartial(t.Digest, ReasonDeleted)
 	}
 	s.unopened[t.Digest] = left
 	return DiskError(writeTags(s.partialPath(t.Digest), left.tags))

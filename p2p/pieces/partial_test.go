@@ -372,7 +372,7 @@ func TestPartialRoom(t *testing.T) {
 		t.Errorf("%d bytes are set aside for nothing", n)
 	}
 	s.mu.Lock()
-	err = s.dropPartial(other.Digest)
+	err = s.dropPartial(other.Digest, ReasonRoom)
 	s.mu.Unlock()
 	if err != nil {
 		t.Fatal(err)

@@ -288,10 +288,11 @@ func (r *removal) delete(tx *bbolt.Tx, tag string, cid digest.CID, opts p2p.Dele
 		if err := removeKeys(tx, bucketNames, key(tag, name), bucketNamed, key(tag, string(task.Digest), name)); err != nil {
 			return err
 		}
+		r.noteName(Removed, ReasonDeleted, p2p.NewName{Tag: tag, Name: name, Digest: task.Digest})
 		if opts.NameOnly {
 			return loosen(tx, task)
 		}
-		return r.release(tx, task)
+		return r.release(tx, task, ReasonDeleted)
 	}
 	if parents := lastParts(tx, bucketParents, prefix(tag, string(task.Digest))); len(parents) > 0 {
 		if !opts.Force {
@@ -301,7 +302,7 @@ func (r *removal) delete(tx *bbolt.Tx, tag string, cid digest.CID, opts p2p.Dele
 			return err
 		}
 	}
-	return r.remove(tx, task)
+	return r.remove(tx, task, ReasonDeleted)
 }
 
 // describeParents names what refers to a task: by its names where it has some.

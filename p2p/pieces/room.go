@@ -114,7 +114,7 @@ func (s *Store) dropOldestPartial() bool {
 	if oldest == "" {
 		return false
 	}
-	if err := s.dropPartial(oldest); err != nil {
+	if err := s.dropPartial(oldest, ReasonRoom); err != nil {
 		s.log.Warn("what has arrived of a blob could not be removed to make room", "digest", oldest, "error", err)
 		return false
 	}

@@ -62,7 +62,8 @@ type Store struct {
 	promised atomic.Int64 // bytes that are to arrive, for which room was set aside
 	roomMu   sync.Mutex   // kept while room is looked for and promised
 
-	updates    batch[func(*bbolt.Tx) error]
+	updates    batch[*update]
+	changing   []Change     // what the function of an update that runs has changed so far
 	failCommit func() error // for tests: a commit that fails
 	dirSyncs   map[digest.Algorithm]*batch[struct{}]
 
@@ -90,6 +91,9 @@ type Store struct {
 	moved   map[digest.Digest]bool // loose blobs whose files are moved away, which a power cut may undo
 	cleared map[digest.Digest]bool // loose blobs that are gone for good, to be taken off the list
 	lent    lent
+
+	watchMu  sync.Mutex // kept while watchers are told
+	watchers []*func([]Change)
 
 	partials map[digest.Digest]*Partial // those that are open
 	unopened map[digest.Digest]leftover // those that are not
@@ -123,7 +127,7 @@ func open(dir string, opts Options, files files) (_ *Store, err error) {
 		files:    files,
 		maxSize:  opts.MaxSize,
 		guard:    guard{failed: make(chan struct{})},
-		updates:  batch[func(*bbolt.Tx) error]{limit: updateLimit},
+		updates:  batch[*update]{limit: updateLimit},
 		clock:    opts.Now,
 		lease:    cmp.Or(opts.Lease, DefaultLease),
 		dirSyncs: map[digest.Algorithm]*batch[struct{}]{},
@@ -539,6 +543,7 @@ func (s *Store) unlink(blobs []digest.Digest) (trash []string, err error) {
 				if err := countBytes(tx, -blob.Size); err != nil {
 					return err
 				}
+				s.note(Change{Event: Removed, Subject: SubjectBlob, Reason: ReasonUnreferenced, Task: p2p.Task{Digest: d}, Size: blob.Size})
 			}
 			if err := removeKeys(tx, bucketBlobs, key(d), bucketTables, key(d), bucketDamaged, key(d)); err != nil {
 				return err

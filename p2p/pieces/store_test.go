@@ -18,7 +18,9 @@ func TestEngine(t *testing.T) {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { requireClean(t, s.dir) })
-		return s
+		m, _ := watch(t, s)
+		m.many = true
+		return &mirrored{Store: s, mirror: m}
 	})
 }
 
