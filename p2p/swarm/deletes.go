@@ -118,10 +118,8 @@ func (s *Swarm) see(ctx context.Context, tag string, cid digest.CID, force bool)
 
 // forget ends what is under way with what has been deleted here.
 func (s *Swarm) forget(deletes []pieces.Delete) {
-	var keys []Key
 	for _, d := range deletes {
-		if name := d.CID.CacheID(); name != "" {
-			keys = append(keys, nameKey(d.Tag, name))
+		if d.CID.CacheID() != "" {
 			s.releaseLost(d.Tag)
 			continue
 		}
@@ -129,7 +127,6 @@ func (s *Swarm) forget(deletes []pieces.Delete) {
 		if held, err := s.store.Stat(s.ctx, task.Tag, d.CID, p2p.StatOptions{Scope: p2p.Local}); err == nil && !s.store.Covers(d, held.Origin) {
 			continue // it has come back since
 		}
-		keys = append(keys, taskKey(task))
 		if down := s.downloadOf(task); down != nil && !d.Soft {
 			down.deleted(task, d)
 		}
@@ -137,7 +134,6 @@ func (s *Swarm) forget(deletes []pieces.Delete) {
 			s.log.Warn("what has arrived of a deleted blob could not be removed", "task", task.String(), "error", err)
 		}
 	}
-	s.network.Withdraw(keys...)
 }
 
 // releaseLost removes what has arrived under a tag of which a name was deleted, where nobody
@@ -193,6 +189,7 @@ func (d *download) deleted(task p2p.Task, by pieces.Delete) {
 	case !wanted || d.sealed || d.proven || info.Origin.IsZero() || !d.s.store.Covers(by, info.Origin):
 	case len(d.tasks) > 1:
 		delete(d.tasks, task)
+		d.s.announcements.ended(task)
 	default:
 		d.useless = true
 		d.cancel(fmt.Errorf("%s: %w: it has been deleted", task, p2p.ErrNotFound))

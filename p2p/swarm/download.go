@@ -442,8 +442,8 @@ func (d *download) finish(err error, started time.Time) {
 	}
 	d.changed()
 	d.mu.Unlock()
-	if !proven && s.opts.Mode == Full {
-		s.network.Withdraw(d.keys()...)
+	if err != nil {
+		s.announcements.ended(d.wanted()...)
 	}
 	s.mu.Lock()
 	delete(s.downloads, d.digest)
@@ -472,11 +472,7 @@ func (d *download) commit() error {
 		}
 		c.Tasks = append(c.Tasks, n)
 	}
-	if err := d.partial.Commit(context.WithoutCancel(d.ctx), c); err != nil {
-		return err
-	}
-	d.s.announce(c)
-	return nil
+	return d.partial.Commit(context.WithoutCancel(d.ctx), c)
 }
 
 func (d *download) readAll(p []byte) error {

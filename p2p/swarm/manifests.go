@@ -169,11 +169,7 @@ func (s *Swarm) keep(ctx context.Context, info p2p.Info, content []byte, name *p
 	if name != nil {
 		c.Names = []p2p.NewName{*name}
 	}
-	if err := in.Commit(c); err != nil {
-		return err
-	}
-	s.announce(c)
-	return nil
+	return in.Commit(c)
 }
 
 // bring fetches a manifest from a peer and keeps it.

@@ -135,6 +135,9 @@ type Swarm struct {
 	recalled  chan struct{} // is closed when moves has those of earlier runs
 	conflicts conflicts
 
+	announcements announcements
+	unwatch       func() // ends what keeps them up to date
+
 	agreedMu sync.Mutex
 	agreed   time.Duration // how far most clocks were ahead of this host's when it showed agreedAt
 	agreedAt reading
@@ -185,17 +188,19 @@ func New(store *pieces.Store, network Network, opts Options) (_ *Swarm, err erro
 			open:    connpool.Share(maxOpen, 8),
 			active:  map[digest.Digest]*upload{},
 		},
-		buffers:   newBuffers(opts.Memory),
-		limit:     throttle.New(opts.DownloadRate),
-		log:       opts.Log,
-		manifests: newManifestCache(),
-		recent:    &recent{tasks: map[p2p.Task][]holder{}},
-		downloads: map[digest.Digest]*download{},
-		told:      make(chan toldDelete, 1024),
-		searches:  make(chan struct{}, maxSearches),
-		applied:   applied{results: map[string]pieces.DeleteResult{}},
-		releasing: map[string]bool{},
-		recalled:  make(chan struct{}),
+		buffers:       newBuffers(opts.Memory),
+		limit:         throttle.New(opts.DownloadRate),
+		log:           opts.Log,
+		manifests:     newManifestCache(),
+		recent:        &recent{tasks: map[p2p.Task][]holder{}},
+		downloads:     map[digest.Digest]*download{},
+		told:          make(chan toldDelete, 1024),
+		searches:      make(chan struct{}, maxSearches),
+		applied:       applied{results: map[string]pieces.DeleteResult{}},
+		releasing:     map[string]bool{},
+		recalled:      make(chan struct{}),
+		announcements: announcements{network: network, store: store, gone: map[Key]bool{}},
+		unwatch:       func() {},
 	}
 	s.metrics = newMetrics(opts.Metrics, s)
 	s.client = newClient(security, network, s.peers, s.instance, opts.Now)
@@ -230,11 +235,14 @@ func New(store *pieces.Store, network Network, opts Options) (_ *Swarm, err erro
 		MaxHeaderBytes:    64 << 10,
 		ErrorLog:          slog.NewLogLogger(opts.Log.Handler(), slog.LevelDebug),
 	}
+	if opts.Mode != NeverServe {
+		s.unwatch = store.Watch(s.announcements.changed)
+		s.background.Go(s.announceAll)
+	}
 	for _, l := range listeners {
 		s.background.Go(func() { s.server.Serve(l) })
 	}
 	s.background.Go(s.recall)
-	s.background.Go(s.announceAll)
 	s.background.Go(s.tend)
 	s.background.Go(s.tellAll)
 	network.OnConnect(func(p peer.ID) {
@@ -287,6 +295,7 @@ func (s *Swarm) Close() error {
 	s.late.wait()
 	s.client.late.wait()
 	s.uploads.sweep(true)
+	s.unwatch()
 	return errors.Join(err, s.store.Close())
 }
 
@@ -320,48 +329,6 @@ func (s *Swarm) tend() {
 			return
 		}
 	}
-}
-
-// announceAll announces what the store holds.
-func (s *Swarm) announceAll() {
-	if s.opts.Mode == NeverServe {
-		return
-	}
-	const batch = 1024
-	var keys []Key
-	for e, err := range s.store.List(s.ctx, p2p.Query{}) {
-		if err != nil {
-			if s.ctx.Err() == nil {
-				s.log.Error("not all that is here could be announced", "error", err)
-			}
-			return
-		}
-		if e.Name != "" {
-			keys = append(keys, nameKey(e.Task.Tag, e.Name))
-		} else {
-			keys = append(keys, taskKey(e.Task))
-		}
-		if len(keys) == batch {
-			s.network.Announce(keys...)
-			keys = nil
-		}
-	}
-	s.network.Announce(keys...)
-}
-
-// announce announces what has just been committed.
-func (s *Swarm) announce(c p2p.Commit) {
-	if s.opts.Mode == NeverServe {
-		return
-	}
-	var keys []Key
-	for _, n := range c.Tasks {
-		keys = append(keys, taskKey(n.Task))
-	}
-	for _, n := range c.Names {
-		keys = append(keys, nameKey(n.Tag, n.Name))
-	}
-	s.network.Announce(keys...)
 }
 
 // Stat implements [p2p.Engine].
@@ -629,7 +596,7 @@ func (s *Swarm) Ingest(ctx context.Context) (p2p.Ingest, error) {
 	return &ingest{in, ctx, s}, nil
 }
 
-// ingest announces what is committed.
+// ingest dates the names that are committed.
 type ingest struct {
 	p2p.Ingest
 	ctx context.Context
@@ -651,7 +618,6 @@ func (in *ingest) Commit(c p2p.Commit) error {
 		return err
 	}
 	if in.s.begin(context.Background()) == nil {
-		in.s.announce(c)
 		for _, n := range c.Names {
 			in.s.moves.add(nameRef{n.Tag, n.Name})
 		}
@@ -719,11 +685,7 @@ func (s *Swarm) commit(ctx context.Context, c p2p.Commit) error {
 		return err
 	}
 	defer in.Close()
-	if err := in.Commit(c); err != nil {
-		return err
-	}
-	s.announce(c)
-	return nil
+	return in.Commit(c)
 }
 
 // List implements [p2p.Engine].
