@@ -87,6 +87,43 @@ func TestDetect(t *testing.T) {
 	}
 }
 
+// What somebody says that a manifest is counts where it can be that.
+func TestDescribe(t *testing.T) {
+	desc := `{"mediaType":"a/b","digest":"` + digest.SHA256.FromString("x").String() + `","size":1}`
+	const image, index, docker = ocispec.MediaTypeImageManifest, ocispec.MediaTypeImageIndex, "application/vnd.docker.distribution.manifest.v2+json"
+	said := `{"schemaVersion":2,"mediaType":"` + image + `","layers":[` + desc + `]}`
+	open := `{"schemaVersion":2,"config":` + desc + `,"layers":[` + desc + `]}`
+	list := `{"schemaVersion":2,"manifests":[` + desc + `]}`
+	own := `{"mediaType":"a/own","blobs":[` + desc + `]}`
+	for _, test := range []struct {
+		content, told, want string
+		none                bool
+	}{
+		{said, image, image, false},
+		{said, "", image, false},
+		{said, "a/b", image, false},
+		{said, index, image, false},
+		{said, "a/\nb", image, false},
+		{open, image, image, false},
+		{open, docker, docker, false},
+		{open, "a/own", "a/own", false},
+		{open, index, image, false},
+		{open, "", image, false},
+		{open, "a/\nb", image, false},
+		{list, image, index, false},
+		{list, "a/own; x=y", "a/own", false},
+		{own, "a/own", "a/own", false},
+		{own, image, image, true},
+		{"text", image, image, true},
+		{"{}", "a/\nb", "a/\nb", true},
+	} {
+		mediaType, refs := manifest.Describe(test.told, []byte(test.content))
+		if mediaType != test.want || (refs == nil) != test.none || refs != nil && len(refs.Refs) != 1 {
+			t.Errorf("%s as %q: %q, %v; want %q", test.content, test.told, mediaType, refs, test.want)
+		}
+	}
+}
+
 // TestManyDescriptors: one that comes from elsewhere has no more than one that is pushed.
 func TestManyDescriptors(t *testing.T) {
 	of := func(n int) []byte {

@@ -463,13 +463,15 @@ func (d *download) commit() error {
 	d.mu.Unlock()
 	var c p2p.Commit
 	for _, info := range infos {
-		n := newTask(info)
+		var refs *p2p.NewManifest
 		if info.IsManifest {
 			content := make([]byte, min(d.table.Size, p2p.MaxManifest))
 			if err := d.readAll(content); err == nil {
-				n.Manifest = d.s.parseManifest(info.MediaType, content)
+				refs = d.s.describe(&info, content)
 			}
 		}
+		n := newTask(info)
+		n.Manifest = refs
 		c.Tasks = append(c.Tasks, n)
 	}
 	return d.partial.Commit(context.WithoutCancel(d.ctx), c)

@@ -143,18 +143,26 @@ func (s *Swarm) wholeHolder(ctx context.Context, task p2p.Task, not map[peer.ID]
 	return ""
 }
 
-// parseManifest reads what a manifest refers to; nil where it is none.
-func (s *Swarm) parseManifest(mediaType string, content []byte) *p2p.NewManifest {
-	m, err := manifest.Parse(mediaType, content)
-	if err != nil {
-		s.log.Warn("what a peer says is a manifest is none", "error", err)
-		return nil
+// describe puts right what peers have told of a task with what its content, which is proven, says
+// of itself. It returns what that refers to, or nil where it is no manifest.
+func (s *Swarm) describe(info *p2p.Info, content []byte) (refs *p2p.NewManifest) {
+	told, toldManifest := info.MediaType, info.IsManifest
+	if toldManifest {
+		info.MediaType, refs = manifest.Describe(told, content)
+	} else if detected, found := manifest.Detect(content); found != nil {
+		info.MediaType, refs = detected, found
 	}
-	return m
+	info.IsManifest = refs != nil
+	table := digest.Table{Size: int64(len(content)), PieceLength: digest.PieceLength(int64(len(content)))}
+	info.Size, info.PieceLength, info.Pieces = table.Size, table.PieceLength, table.Pieces()
+	if info.MediaType != told || info.IsManifest != toldManifest {
+		s.log.Warn("content is not what a peer says it is", "task", info.Task.String(), "told", told, "is", info.MediaType, "manifest", info.IsManifest)
+	}
+	return refs
 }
 
-// keep stores a manifest that was fetched, and the name that led to it.
-func (s *Swarm) keep(ctx context.Context, info p2p.Info, content []byte, name *p2p.NewName) error {
+// keep stores a manifest that was fetched, with what it refers to, and the name that led to it.
+func (s *Swarm) keep(ctx context.Context, info p2p.Info, content []byte, refs *p2p.NewManifest, name *p2p.NewName) error {
 	in, err := s.store.Ingest(ctx)
 	if err != nil {
 		return err
@@ -164,7 +172,7 @@ func (s *Swarm) keep(ctx context.Context, info p2p.Info, content []byte, name *p
 		return err
 	}
 	n := newTask(info)
-	n.Manifest = s.parseManifest(info.MediaType, content)
+	n.Manifest = refs
 	c := p2p.Commit{Tasks: []p2p.NewTask{n}}
 	if name != nil {
 		c.Names = []p2p.NewName{*name}
@@ -186,19 +194,23 @@ func (s *Swarm) bring(ctx context.Context, task p2p.Task, from peer.ID) error {
 	if err != nil {
 		return err
 	}
-	return s.keep(ctx, infoOf(task, state), content, nil)
+	info := infoOf(task, state)
+	refs := s.describe(&info, content)
+	return s.keep(ctx, info, content, refs, nil)
 }
 
 // adopt makes a task of a blob that is here under another tag.
 func (s *Swarm) adopt(ctx context.Context, info p2p.Info) error {
-	n := newTask(info)
+	var refs *p2p.NewManifest
 	if info.IsManifest {
 		content, err := s.readBlob(ctx, info.Task.Digest)
 		if err != nil {
 			return err
 		}
-		n.Manifest = s.parseManifest(info.MediaType, content)
+		refs = s.describe(&info, content)
 	}
+	n := newTask(info)
+	n.Manifest = refs
 	return s.commit(ctx, p2p.Commit{Tasks: []p2p.NewTask{n}})
 }
 
@@ -245,7 +257,7 @@ func (s *Swarm) holdAll(ctx context.Context, tag string, cid digest.CID, seen ma
 	if info.Manifest == nil {
 		return s.holdTask(ctx, info.Task)
 	}
-	if m := s.parseManifest(info.MediaType, info.Manifest.Content); m != nil {
+	if _, m := manifest.Describe(info.MediaType, info.Manifest.Content); m != nil {
 		for _, d := range m.Refs {
 			// What a manifest refers to may never have been there: layers that
 			// are not distributed.

@@ -503,6 +503,63 @@ func TestDeleteOutlivesCopies(t *testing.T) {
 	b.want(t, task, data)
 }
 
+// What a manifest is, its content says: a peer that tells something else is not believed.
+func TestKindIsOfTheContent(t *testing.T) {
+	for told, lie := range map[string]func(*taskState){
+		"a blob":              func(s *taskState) { s.MediaType, s.Manifest = "application/octet-stream", false },
+		"a blob of no type":   func(s *taskState) { s.MediaType, s.Manifest = "", false },
+		"a large blob":        func(s *taskState) { s.MediaType, s.Manifest, s.Size = "a/b", false, 1<<40 },
+		"one of no type":      func(s *taskState) { s.MediaType = "" },
+		"one of text":         func(s *taskState) { s.MediaType = "text/plain" },
+		"an index":            func(s *taskState) { s.MediaType = ocispec.MediaTypeImageIndex },
+		"one of a bad type":   func(s *taskState) { s.MediaType = "a/b\r\nX: y" },
+		"one of another size": func(s *taskState) { s.Size++ },
+	} {
+		t.Run(told, func(t *testing.T) {
+			h := newHub()
+			var manifest p2p.Task
+			a := h.start(t, func(o *Options) {
+				o.tamper = func(honest http.Handler) http.Handler {
+					return edit(honest, pathFind, func(w http.ResponseWriter, r *http.Request, answer *httptest.ResponseRecorder) {
+						var reply findReply
+						json.Unmarshal(answer.Body.Bytes(), &reply)
+						for _, state := range reply.Tasks {
+							if state != nil && state.Size > 100 { // the manifest
+								lie(state)
+							}
+						}
+						writeJSON(w, &reply)
+					})
+				}
+			})
+			layer := []byte("layer")
+			manifest = a.push(t, "models", "v1", "", layer)
+			want := func(what string, info p2p.Info, err error) {
+				t.Helper()
+				if err != nil || info.Task != manifest || !info.IsManifest || info.MediaType != ocispec.MediaTypeImageManifest ||
+					info.Manifest == nil || len(info.Manifest.Content) != int(info.Size) || len(info.Manifest.Refs) != 1 {
+					t.Errorf("%s: %+v, %v", what, info, err)
+				}
+			}
+			b := h.start(t)
+			info, err := b.statName(t, "models", "v1", p2p.StatOptions{Manifest: true})
+			want("looked at", info, err)
+			info, err = b.HoldManifest(t.Context(), "models", cidOf(t, "v1"), p2p.StatOptions{})
+			want("kept", info, err)
+			info, err = b.statName(t, "models", "v1", p2p.StatOptions{Manifest: true, Scope: p2p.Local})
+			if err != nil || info.MediaType != ocispec.MediaTypeImageManifest || info.Manifest == nil {
+				t.Errorf("stored: %+v, %v", info, err)
+			}
+			b.want(t, p2p.Task{Tag: "models", Digest: digest.SHA256.FromBytes(layer)}, layer)
+			if told != "a large blob" {
+				h.setCut(func(x, y peer.ID) bool { return x == b.id || y == b.id }) // it tells the truth
+				info, err = h.start(t).HoldManifest(t.Context(), "models", digest.FromDigest(manifest.Digest), p2p.StatOptions{})
+				want("named by its digest, and kept", info, err)
+			}
+		})
+	}
+}
+
 func TestDeleteRefused(t *testing.T) {
 	h := newHub()
 	a, b := h.start(t), h.start(t)

@@ -21,6 +21,7 @@ import (
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/connpool"
+	"github.com/dfcache/dfcache/p2p/manifest"
 	"github.com/dfcache/dfcache/p2p/pieces"
 	"github.com/dfcache/dfcache/p2p/swarm/schedule"
 	"github.com/dfcache/dfcache/p2p/throttle"
@@ -430,21 +431,30 @@ func (s *Swarm) statDigest(ctx context.Context, task p2p.Task, opts p2p.StatOpti
 			return info, err
 		}
 	}
-	if !opts.Manifest || !info.IsManifest {
+	// Whether it is a manifest is for its content to say, not for whoever answered first.
+	mayBe := info.IsManifest || !here && from != "" && (name != nil || info.Size <= p2p.MaxManifest)
+	if !opts.Manifest || !mayBe {
 		return info, nil
 	}
 	if info.Manifest == nil {
 		content, err := s.fetchManifest(ctx, task, from)
+		if err != nil && ctx.Err() == nil && !info.IsManifest && info.Size > p2p.MaxManifest {
+			return info, nil // nobody says otherwise
+		}
 		if err != nil {
 			return info, err
 		}
-		info.Manifest = &p2p.Manifest{Content: content}
+		refs := s.describe(&info, content)
 		if hold {
-			if err := s.keep(ctx, info, content, name); err != nil {
+			if err := s.keep(ctx, info, content, refs, name); err != nil {
 				return info, err
 			}
 			info.Remote, info.Held = false, info.Pieces
 		}
+		if refs == nil {
+			return info, nil
+		}
+		info.Manifest = &p2p.Manifest{Content: content}
 	} else if hold && name != nil {
 		if err := s.commit(ctx, p2p.Commit{Names: []p2p.NewName{*name}}); err != nil {
 			return info, err
@@ -459,7 +469,7 @@ func (s *Swarm) withRefs(ctx context.Context, info p2p.Info, opts p2p.StatOption
 	if info.Manifest == nil || opts.ContentOnly || from == "" && !opts.Holders {
 		return info
 	}
-	parsed := s.parseManifest(info.MediaType, info.Manifest.Content)
+	_, parsed := manifest.Describe(info.MediaType, info.Manifest.Content)
 	if parsed == nil {
 		return info
 	}
