@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"golang.org/x/crypto/bcrypt"
+	"golang.org/x/time/rate"
 
 	"github.com/dfcache/dfcache/blobstore/loopback"
 	"github.com/dfcache/dfcache/digest"
@@ -341,7 +342,7 @@ func (a *Access) login(r *http.Request, name, password string) (wait time.Durati
 	return wait, errLimited
 }
 
-// compare reports whether a password is that of a user. The attempt is counted where that is asked
+// compare reports whether a password is that of a user. A wrong one is counted where that is asked
 // for; where there is no room for it, compare says how long there is none.
 func (a *Access) compare(ctx context.Context, from netip.Prefix, user *user, password string, counted bool) (right bool, wait time.Duration, err error) {
 	select {
@@ -350,23 +351,16 @@ func (a *Access) compare(ctx context.Context, from netip.Prefix, user *user, pas
 	case <-ctx.Done():
 		return false, 0, context.Cause(ctx)
 	}
-	// A client sends many requests at once: the one before may have been the
-	// same. Only now the attempt counts, or the right password, sent often,
-	// would be too much.
+	// A client sends many requests at once: the one before may have been the same.
 	if user.remembers(a.key, password) {
 		return true, 0, nil
 	}
-	if counted {
-		if wait = a.wrong.add(from, a.now()); wait > 0 {
-			return false, wait, nil
-		}
-	}
 	// A user that is not known takes the time of one that is, and has no right password.
 	if bcrypt.CompareHashAndPassword(user.hash, []byte(password)) != nil {
-		return false, 0, nil
-	}
-	if counted {
-		a.wrong.takeBack(from)
+		if counted {
+			wait = a.wrong.add(from, a.now())
+		}
+		return false, wait, nil
 	}
 	user.remember(a.key, password)
 	return true, 0, nil
@@ -433,84 +427,65 @@ func refuse(hw http.ResponseWriter, r *http.Request, p *problem) {
 // one of them back every wrongInterval.
 type limiter struct {
 	mu      sync.Mutex
-	senders map[netip.Prefix]wrongs
-}
-
-// wrongs is a count at a time. It has decreased since.
-type wrongs struct {
-	count float64
-	at    time.Time
+	senders map[netip.Prefix]*rate.Limiter
 }
 
 const (
 	maxWrong      = 20
 	wrongInterval = 3 * time.Second
-	// maxSenders bounds the memory. Above it, who was wrong the least goes
+	// maxSenders bounds the memory. Above it, the sender that was wrong the least goes
 	// free: an attacker with so many addresses is not held up by a limit.
 	maxSenders = 4096
 )
-
-func (w wrongs) now(now time.Time) float64 {
-	return max(0, w.count-now.Sub(w.at).Seconds()/wrongInterval.Seconds())
-}
 
 // full returns how long a sender has to wait until there is room for one more,
 // 0 where there is.
 func (l *limiter) full(from netip.Prefix, now time.Time) time.Duration {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return excess(l.senders[from].now(now))
-}
-
-func excess(count float64) time.Duration {
-	return time.Duration(max(0, count+1-maxWrong) * float64(wrongInterval))
+	if s := l.senders[from]; s != nil {
+		return time.Duration(max(0, 1-s.TokensAt(now)) * float64(wrongInterval))
+	}
+	return 0
 }
 
 // add counts one, where there is room. Otherwise it returns how long to wait.
 func (l *limiter) add(from netip.Prefix, now time.Time) time.Duration {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	w, known := l.senders[from]
-	count := w.now(now)
-	if wait := excess(count); wait > 0 {
-		return wait
+	s := l.senders[from]
+	if s == nil {
+		if len(l.senders) >= maxSenders {
+			l.dropOne(now)
+		}
+		if l.senders == nil {
+			l.senders = map[netip.Prefix]*rate.Limiter{}
+		}
+		s = rate.NewLimiter(rate.Every(wrongInterval), maxWrong)
+		l.senders[from] = s
 	}
-	if !known && len(l.senders) >= maxSenders {
-		l.dropOne(now)
+	r := s.ReserveN(now, 1)
+	wait := r.DelayFrom(now)
+	if wait > 0 {
+		r.CancelAt(now)
 	}
-	if l.senders == nil {
-		l.senders = map[netip.Prefix]wrongs{}
-	}
-	l.senders[from] = wrongs{count + 1, now}
-	return 0
+	return wait
 }
 
-// dropOne drops the sender with the lowest count, and all that are at zero.
+// dropOne drops the sender that was wrong the least, and all that have all their room again.
 func (l *limiter) dropOne(now time.Time) {
 	var least netip.Prefix
-	lowest := math.Inf(1)
-	for from, w := range l.senders {
-		count := w.now(now)
-		if count == 0 {
+	most := math.Inf(-1)
+	for from, s := range l.senders {
+		room := s.TokensAt(now)
+		if room >= maxWrong {
 			delete(l.senders, from)
 		}
-		if count < lowest {
-			least, lowest = from, count
+		if room > most {
+			least, most = from, room
 		}
 	}
 	delete(l.senders, least)
-}
-
-// takeBack takes back what add counted.
-func (l *limiter) takeBack(from netip.Prefix) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	w := l.senders[from]
-	if w.count--; w.count <= 0 {
-		delete(l.senders, from)
-	} else {
-		l.senders[from] = w
-	}
 }
 
 // line is a line of attempts: those for a user from a place, or, without a user,
