@@ -127,7 +127,7 @@ func TestMalformedAnswers(t *testing.T) {
 	})
 	a := h.start(t)
 	d, now := digest.SHA256.FromString("x"), time.Now()
-	one := findRequest{Tasks: make([]taskRef, 1), Names: make([]nameRef, 1), Referrers: make([]taskRef, 1)}
+	one := findRequest{Tasks: make([]taskRef, 1), Names: make([]nameRef, 1), Referrers: make([]taskRef, 1), Follow: true}
 	tasks := func(all ...*taskState) findReply {
 		return findReply{Tasks: all, Names: make([]*nameState, 1), Referrers: make([][]digest.Digest, 1)}
 	}
@@ -136,6 +136,11 @@ func TestMalformedAnswers(t *testing.T) {
 	}
 	referrers := func(all ...[]digest.Digest) findReply {
 		return findReply{Tasks: make([]*taskState, 1), Names: make([]*nameState, 1), Referrers: all}
+	}
+	led := func(all ...followed) findReply {
+		reply := tasks(nil)
+		reply.Followed = all
+		return reply
 	}
 	for what, reply := range map[string]findReply{
 		"no task":                    tasks(),
@@ -150,6 +155,9 @@ func TestMalformedAnswers(t *testing.T) {
 		"a name for no digest":       names(&nameState{Digest: "sha256:x", Updated: now}),
 		"a delete of tomorrow":       names(&nameState{Deleted: now, DeletedAge: -1}),
 		"a delete of long ago":       names(&nameState{Deleted: now, DeletedAge: maxAge + 1}),
+		"a name that leads to none":  led(followed{taskRef: taskRef{"t", "x"}}),
+		"one that leads to no blob":  led(followed{taskRef: taskRef{"t", d}, State: taskState{Size: -1}}),
+		"one that leads to too much": led(slices.Repeat([]followed{{taskRef: taskRef{"t", d}}}, maxFollowed+1)...),
 		"a referrer without digest":  referrers([]digest.Digest{d, "x"}),
 		"more referrers than may be": referrers(slices.Repeat([]digest.Digest{d}, 2*maxReferrers)),
 	} {
@@ -161,6 +169,85 @@ func TestMalformedAnswers(t *testing.T) {
 	answer = tasks(&taskState{Size: 1, Hints: make([]hint, 2*maxHints)})
 	if got, err := a.client.find(t.Context(), liar.id, &one); err != nil || len(got.Tasks[0].Hints) != maxHints {
 		t.Errorf("an answer that names %d peers: %+v, %v; want %d of them", 2*maxHints, got, err, maxHints)
+	}
+}
+
+// TestFollowIsBounded: of what a name leads to a peer is told so much, and of what a large manifest
+// refers to nothing.
+func TestFollowIsBounded(t *testing.T) {
+	h := newHub()
+	a, b := h.start(t), h.start(t)
+	var files [][]byte
+	for i := range 2 * maxFollowed {
+		files = append(files, []byte{byte(i)})
+	}
+	a.push(t, "t", "some", "", files[:3]...)
+	a.push(t, "t", "many", "", files...)
+	for i := range maxFollowedSize / 64 {
+		files = append(files, []byte(fmt.Sprint(i)))
+	}
+	a.push(t, "t", "large", "", files...)
+	for names, want := range map[string]int{"some": 4, "many": maxFollowed, "large": 1, "none": 0, "some large many": maxFollowed} {
+		req := findRequest{Follow: true}
+		for _, name := range strings.Fields(names) {
+			req.Names = append(req.Names, nameRef{"t", name})
+		}
+		reply, err := b.client.find(t.Context(), a.id, &req)
+		if err != nil || len(reply.Followed) != want {
+			t.Errorf("%s: told of %d tasks, %v; want %d", names, len(reply.Followed), err, want)
+		}
+	}
+	// A peer that does not ask is not told, nor is one told of what could not be had.
+	reply, err := b.client.find(t.Context(), a.id, &findRequest{Names: []nameRef{{"t", "some"}}})
+	if err != nil || len(reply.Followed) > 0 {
+		t.Errorf("not asked: told of %d tasks, %v", len(reply.Followed), err)
+	}
+	a.Close()
+	a.opts.Mode = NeverServe
+	a.restart(t, h)
+	reply, err = b.client.find(t.Context(), a.id, &findRequest{Names: []nameRef{{"t", "some"}}, Follow: true})
+	if err != nil || len(reply.Followed) > 0 {
+		t.Errorf("by who serves nothing: told of %d tasks, %v", len(reply.Followed), err)
+	}
+}
+
+// TestRecentIsBounded: what is remembered of peers is bounded in tasks, peers, bytes and time.
+func TestRecentIsBounded(t *testing.T) {
+	r := &recent{tasks: map[p2p.Task][]holder{}}
+	task := func(i int) p2p.Task { return p2p.Task{Tag: fmt.Sprint(i)} }
+	for i := range 2 * maxSources {
+		r.put(task(0), peer.ID(fmt.Sprint(i)), &taskState{})
+		r.put(task(0), peer.ID(fmt.Sprint(i)), &taskState{})
+	}
+	if n := len(r.of(task(0))); n != maxSources {
+		t.Errorf("%d peers are remembered, want %d", n, maxSources)
+	}
+	for i := range 2 * maxRecent {
+		r.put(task(i), "p", &taskState{})
+	}
+	if n := len(r.tasks); n > maxRecent {
+		t.Errorf("%d tasks are remembered, want at most %d", n, maxRecent)
+	}
+	large := &taskState{Held: make([]byte, maxRecentBytes/10), Hints: []hint{{Addrs: []string{strings.Repeat("x", maxRecentBytes/10)}}}}
+	for i := range 20 {
+		r.put(task(i), "p", large)
+		if r.bytes > maxRecentBytes {
+			t.Errorf("%d bytes are remembered, want at most %d", r.bytes, maxRecentBytes)
+		}
+	}
+	r.put(task(0), "p", large)
+	if n := len(r.of(task(0))); n != 1 {
+		t.Errorf("%d are remembered of the last task, want 1", n)
+	}
+	r.tasks[task(0)][0].at = time.Now().Add(-recentFor)
+	if n := len(r.of(task(0))); n != 0 {
+		t.Errorf("%d are remembered of what was said a while ago", n)
+	}
+	for i := range 20 {
+		r.take(task(i))
+	}
+	if r.bytes != 0 || len(r.tasks) != 0 {
+		t.Errorf("of nothing %d bytes of %d tasks are remembered", r.bytes, len(r.tasks))
 	}
 }
 

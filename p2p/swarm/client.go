@@ -24,7 +24,6 @@ import (
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
-	"github.com/dfcache/dfcache/p2p/pieces"
 	"github.com/dfcache/dfcache/p2p/throttle"
 )
 
@@ -395,49 +394,10 @@ func (c *client) find(ctx context.Context, p peer.ID, req *findRequest) (*findRe
 	if err := c.call(ctx, c.streams, p, http.MethodPost, pathFind, req, &reply); err != nil {
 		return nil, err
 	}
-	if len(reply.Tasks) != len(req.Tasks) || len(reply.Names) != len(req.Names) || len(reply.Referrers) != len(req.Referrers) {
-		return nil, fmt.Errorf("%w: an answer to something else", errMessage)
+	if err := reply.check(); err != nil {
+		return nil, err
 	}
 	c.instance.found(reply.Twin)
-	for _, t := range reply.Tasks {
-		if t == nil {
-			continue
-		}
-		if err := t.check(); err != nil {
-			return nil, fmt.Errorf("%w: %w", errMessage, err)
-		}
-		if err := checkVersions(pieces.Version{At: t.Origin, After: t.After}); err != nil {
-			return nil, err
-		}
-		t.Hints = t.Hints[:min(len(t.Hints), maxHints)]
-	}
-	for _, n := range reply.Names {
-		if n == nil {
-			continue
-		}
-		if err := checkVersions(n.version(), n.deleted()); err != nil {
-			return nil, err
-		}
-		if n.DeletedAge < 0 || n.DeletedAge > maxAge {
-			return nil, fmt.Errorf("%w: a delete %d seconds ago", errMessage, n.DeletedAge)
-		}
-		if n.Digest == "" {
-			continue
-		}
-		if _, err := digest.Parse(string(n.Digest)); err != nil {
-			return nil, fmt.Errorf("%w: %w", errMessage, err)
-		}
-		if n.Updated.IsZero() {
-			return nil, fmt.Errorf("%w: a name without a date", errMessage)
-		}
-	}
-	for _, list := range reply.Referrers {
-		for _, d := range list {
-			if _, err := digest.Parse(string(d)); err != nil {
-				return nil, fmt.Errorf("%w: %w", errMessage, err)
-			}
-		}
-	}
 	return &reply, nil
 }
 

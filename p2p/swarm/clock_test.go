@@ -511,6 +511,36 @@ func TestStopped(t *testing.T) {
 	})
 }
 
+// A source of which one request fails while another succeeds is asked for the rest.
+func TestOneRequestFails(t *testing.T) {
+	onClock(t, func(t *testing.T, h *hub) {
+		var asked atomic.Int64
+		both := make(chan struct{})
+		a := h.start(t, func(o *Options) {
+			o.tamper = func(honest http.Handler) http.Handler {
+				return instead(honest, pathPieces, func(w http.ResponseWriter, r *http.Request) {
+					switch asked.Add(1) {
+					case 1:
+						<-both
+						http.Error(w, "not now", http.StatusInternalServerError)
+						return
+					case 2:
+						close(both)
+					}
+					select {
+					case <-time.After(10 * time.Millisecond):
+					case <-r.Context().Done():
+					}
+					honest.ServeHTTP(w, r)
+				})
+			}
+		})
+		b := h.start(t)
+		data := content(gateSize, 33)
+		b.want(t, a.add(t, "", data), data)
+	})
+}
+
 // requireRest reads all of a blob that has begun to arrive.
 func requireRest(t *testing.T, blob *Arriving, data []byte) {
 	t.Helper()

@@ -500,16 +500,10 @@ func newTask(info p2p.Info) p2p.NewTask {
 }
 
 // resume begins with what an earlier download has left, or is known of a blob
-// that is damaged, and with those of whom a lookup has just told. For a small
-// blob no others are looked for at once.
+// that is damaged, and with those of whom a lookup has just told.
 func (d *download) resume() {
 	for _, t := range d.wanted() {
-		for _, h := range d.s.recent.take(t) {
-			d.addSource(h.peer, t, h.state)
-			if h.state.Size <= smallBlob {
-				d.nextSearch = time.Now().Add(tickInterval)
-			}
-		}
+		d.recall(t)
 	}
 	if t := d.partial.Saved(); t != nil {
 		l := links{t.Size, t.Chain}

@@ -14,6 +14,7 @@ import (
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/manifest"
 	"github.com/dfcache/dfcache/p2p/pieces"
 )
 
@@ -25,6 +26,9 @@ const (
 	maxSearches = 128
 	// maxProviders is how many peers that have announced something are asked.
 	maxProviders = 20
+	// maxFollowedSize is the size in bytes of a manifest that is read to tell a peer of what
+	// it refers to.
+	maxFollowedSize = 64 << 10
 	// announcedGrace is how long a lookup goes on looking for announcements
 	// when all connected peers have answered.
 	announcedGrace = 500 * time.Millisecond
@@ -75,13 +79,16 @@ type lookup struct {
 // those that have announced key, until all have answered or ctx ends. Where quick
 // is set and all connected peers are asked, announcements are not looked for.
 // A peer that is known to be silent counts as one that has not answered, and is not
-// waited for. Nor is what a question waits for underneath: a lookup ends with ctx.
+// waited for; not are peers that are not asked. Nor is what a question waits for underneath: a lookup ends with ctx.
 // The caller reads the answers up to the end, or calls end or missed.
-func (s *Swarm) lookup(ctx context.Context, req *findRequest, key Key, quick bool) *lookup {
+func (s *Swarm) lookup(ctx context.Context, req *findRequest, key Key, quick bool, not ...peer.ID) *lookup {
 	l := &lookup{
 		s: s, answers: make(chan answer), began: time.Now(),
 		seen: map[peer.ID]bool{s.network.Self(): true}, waiting: map[peer.ID]bool{},
 		replies: make(chan answer, maxAsked+maxProviders),
+	}
+	for _, p := range not {
+		l.seen[p] = true
 	}
 	l.ctx, l.cancel = context.WithCancel(ctx)
 	s.background.Go(func() {
@@ -360,11 +367,55 @@ func (s *Swarm) statTask(ctx context.Context, task p2p.Task, opts p2p.StatOption
 	return info, from, nil
 }
 
-// recent remembers for a moment who has a task, so that a Stat and the Open that
-// follows it ask once.
+// statNamed is statTask for what a name has just led to: whoever has told of the name is not
+// asked once more where one of them has all of it.
+func (s *Swarm) statNamed(ctx context.Context, task p2p.Task, opts p2p.StatOptions) (info p2p.Info, from peer.ID, err error) {
+	if !opts.Holders {
+		for _, h := range s.recent.of(task) {
+			if h.state.whole() {
+				return infoOf(task, h.state), h.peer, nil
+			}
+		}
+	}
+	return s.statTask(ctx, task, opts)
+}
+
+// statesOf says what a peer has of tasks, as it has just told, or, where it has not of all of
+// them, as it is asked. nil stands for what it does not have.
+func (s *Swarm) statesOf(ctx context.Context, p peer.ID, tasks []taskRef) []*taskState {
+	states := make([]*taskState, len(tasks))
+	all := true
+	for i, t := range tasks {
+		for _, h := range s.recent.of(p2p.Task(t)) {
+			if h.peer == p {
+				states[i] = h.state
+			}
+		}
+		all = all && states[i] != nil
+	}
+	if all {
+		return states
+	}
+	reply, err := s.find(ctx, p, &findRequest{Tasks: tasks})
+	if err != nil {
+		return states
+	}
+	for i, state := range reply.Tasks {
+		if !s.accept(ctx, p, p2p.Task(tasks[i]), state) {
+			reply.Tasks[i] = nil
+		}
+	}
+	return reply.Tasks
+}
+
+// recent remembers for a moment what peers have said that they have of tasks, so that what
+// a lookup has just told is not asked again: by the Stat of a name for what that leads to, and
+// by the Open that follows. What a peer does not have it does not remember: that may be there
+// the moment after.
 type recent struct {
 	mu    sync.Mutex
 	tasks map[p2p.Task][]holder
+	bytes int // of all states
 }
 
 // holder is a peer that has said what it has of a task.
@@ -375,28 +426,55 @@ type holder struct {
 }
 
 const (
-	recentFor = 2 * time.Second
-	maxRecent = 1024 // tasks
+	recentFor      = 2 * time.Second
+	maxRecent      = 1024 // tasks
+	maxRecentBytes = 8 << 20
 )
 
 func (r *recent) put(t p2p.Task, p peer.ID, state *taskState) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if len(r.tasks) >= maxRecent {
+	r.remove(t, func(h holder) bool { return h.peer == p })
+	if len(r.tasks) >= maxRecent || r.bytes+state.bytes() > maxRecentBytes {
 		clear(r.tasks)
+		r.bytes = 0
 	}
 	if all := r.tasks[t]; len(all) < maxSources {
 		r.tasks[t] = append(all, holder{p, state, time.Now()})
+		r.bytes += state.bytes()
 	}
+}
+
+// of returns what is remembered of a task.
+func (r *recent) of(t p2p.Task) []holder {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.remove(t, func(h holder) bool { return time.Since(h.at) > recentFor })
+	return slices.Clone(r.tasks[t])
 }
 
 // take returns what is remembered of a task, and forgets it.
 func (r *recent) take(t p2p.Task) []holder {
+	all := r.of(t)
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	all := r.tasks[t]
-	delete(r.tasks, t)
-	return slices.DeleteFunc(all, func(h holder) bool { return time.Since(h.at) > recentFor })
+	r.remove(t, func(holder) bool { return true })
+	return all
+}
+
+// remove forgets holders of a task. r.mu is held.
+func (r *recent) remove(t p2p.Task, which func(holder) bool) {
+	var left []holder
+	for _, h := range r.tasks[t] {
+		if which(h) {
+			r.bytes -= h.state.bytes()
+		} else {
+			left = append(left, h)
+		}
+	}
+	if r.tasks[t] = left; left == nil {
+		delete(r.tasks, t)
+	}
 }
 
 // infoOf describes a task of which only a peer has told.
@@ -460,6 +538,41 @@ func (s *Swarm) taskState(ctx context.Context, task p2p.Task, asker peer.ID) (*t
 		}
 	}
 	return state, nil
+}
+
+// follow adds to all what this daemon has of a task that a name leads to, and, where that is
+// a manifest, of what it refers to.
+func (s *Swarm) follow(ctx context.Context, all []followed, task p2p.Task, asker peer.ID) ([]followed, error) {
+	if task.Digest == "" || len(all) == maxFollowed {
+		return all, nil
+	}
+	state, err := s.taskState(ctx, task, asker)
+	if state == nil || err != nil {
+		return all, err
+	}
+	all = append(all, followed{taskRef(task), *state})
+	if !state.Manifest || state.Size > maxFollowedSize {
+		return all, nil
+	}
+	info, err := s.statLocal(ctx, task.Tag, digest.FromDigest(task.Digest), p2p.StatOptions{Scope: p2p.Local, Manifest: true})
+	if err != nil || info.Manifest == nil {
+		return all, nil // it has gone just now
+	}
+	_, m := manifest.Describe(info.MediaType, info.Manifest.Content)
+	if m == nil {
+		return all, nil
+	}
+	for _, d := range m.Refs[:min(len(m.Refs), maxFollowed-len(all))] {
+		ref := p2p.Task{Tag: task.Tag, Digest: d}
+		state, err := s.taskState(ctx, ref, asker)
+		if err != nil {
+			return nil, err
+		}
+		if state != nil {
+			all = append(all, followed{taskRef(ref), *state})
+		}
+	}
+	return all, nil
 }
 
 // nameState says what this daemon knows of a name, or nil.
@@ -533,9 +646,14 @@ func (s *Swarm) resolve(ctx context.Context, tag, name string) (resolved, error)
 	}
 	lookupCtx, cancel := context.WithTimeoutCause(ctx, timeout, errNoAnswer)
 	defer cancel()
-	l := s.lookup(lookupCtx, &findRequest{Names: []nameRef{{tag, name}}}, nameKey(tag, name), here)
+	l := s.lookup(lookupCtx, &findRequest{Names: []nameRef{{tag, name}}, Follow: !here}, nameKey(tag, name), here)
 	for a := range l.answers {
 		add(a.reply.Names[0], a.peer)
+		for _, f := range a.reply.Followed {
+			if task := p2p.Task(f.taskRef); task.Tag == tag && s.accept(ctx, a.peer, task, &f.State) {
+				s.recent.put(task, a.peer, &f.State)
+			}
+		}
 	}
 	if err := context.Cause(ctx); err != nil {
 		l.end()

@@ -1,6 +1,7 @@
 package swarm
 
 import (
+	"context"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -151,38 +152,17 @@ func (s *Swarm) serveFind(w http.ResponseWriter, r *http.Request, from peer.ID) 
 	}
 	ctx := r.Context()
 	for i, t := range req.Tasks {
-		task := p2p.Task(t)
-		if err := task.Validate(); err != nil {
+		if reply.Tasks[i], err = s.answerTask(ctx, p2p.Task(t), from, req.Lease); err != nil {
 			return err
-		}
-		going := false
-		if req.Lease {
-			err := s.store.Lease(ctx, task)
-			if going = errors.Is(err, p2p.ErrNotFound); err != nil && !going {
-				return err
-			}
-		}
-		if reply.Tasks[i], err = s.taskState(ctx, task, from); err != nil {
-			return err
-		}
-		if state := reply.Tasks[i]; state != nil && going && state.whole() {
-			reply.Tasks[i] = nil // it is being deleted, or is not in the store yet
 		}
 	}
 	for i, n := range req.Names {
-		if reply.Names[i], err = s.nameState(ctx, n.Tag, n.Name); err != nil {
+		if reply.Names[i], err = s.answerName(ctx, n, protocolOf(r)); err != nil {
 			return err
 		}
-		if state := reply.Names[i]; state != nil && s.opts.Mode == NeverServe {
-			*state = nameState{Deleted: state.Deleted, DeletedAfter: state.DeletedAfter, DeletedAge: state.DeletedAge} // what it stands for could not be had here
-		}
-		if state := reply.Names[i]; state != nil && protocolOf(r) == 1 {
-			// It would refuse the whole answer for a date that is far ahead.
-			if now := s.opts.Now(); state.Updated.After(now.Add(maxAheadOld)) {
-				state.Updated = now
-			}
-			if state.Deleted.After(s.store.Limit()) {
-				state.Deleted = time.Time{}
+		if state := reply.Names[i]; state != nil && req.Follow {
+			if reply.Followed, err = s.follow(ctx, reply.Followed, p2p.Task{Tag: n.Tag, Digest: state.Digest}, from); err != nil {
+				return err
 			}
 		}
 	}
@@ -195,6 +175,47 @@ func (s *Swarm) serveFind(w http.ResponseWriter, r *http.Request, from peer.ID) 
 		}
 	}
 	return writeJSON(w, &reply)
+}
+
+// answerTask says what this daemon has of a task, or nil.
+func (s *Swarm) answerTask(ctx context.Context, task p2p.Task, from peer.ID, lease bool) (*taskState, error) {
+	if err := task.Validate(); err != nil {
+		return nil, err
+	}
+	going := false
+	if lease {
+		err := s.store.Lease(ctx, task)
+		if going = errors.Is(err, p2p.ErrNotFound); err != nil && !going {
+			return nil, err
+		}
+	}
+	state, err := s.taskState(ctx, task, from)
+	if state != nil && going && state.whole() {
+		return nil, nil // it is being deleted, or is not in the store yet
+	}
+	return state, err
+}
+
+// answerName says what this daemon knows of a name, or nil, to who speaks a version of the
+// protocol.
+func (s *Swarm) answerName(ctx context.Context, name nameRef, version int) (*nameState, error) {
+	state, err := s.nameState(ctx, name.Tag, name.Name)
+	if state == nil || err != nil {
+		return nil, err
+	}
+	if s.opts.Mode == NeverServe {
+		*state = nameState{Deleted: state.Deleted, DeletedAfter: state.DeletedAfter, DeletedAge: state.DeletedAge} // what it stands for could not be had here
+	}
+	if version == 1 {
+		// It would refuse the whole answer for a date that is far ahead.
+		if now := s.opts.Now(); state.Updated.After(now.Add(maxAheadOld)) {
+			state.Updated = now
+		}
+		if state.Deleted.After(s.store.Limit()) {
+			state.Deleted = time.Time{}
+		}
+	}
+	return state, nil
 }
 
 // serveBlob sends a small blob at once: a manifest.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/http"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/peer"
@@ -52,18 +53,24 @@ type source struct {
 // ended reports whether there is nothing to be had from a source, nor will be as far as it knows.
 func (s *source) ended() bool { return s.dry || s.gone || s.excluded }
 
-// search looks for sources.
+// search looks for further sources, and asks those again that had no more to give.
 func (d *download) search() {
 	d.searching, d.searched = true, time.Now()
 	d.searches++
 	d.nextSearch = time.Now().Add(min(searchInterval, 100*time.Millisecond<<min(d.searches, 8)))
 	tasks := d.wanted()
+	var known []peer.ID // which tell what they have with every answer
+	for id, src := range d.sources {
+		if !src.gone && !src.resting {
+			known = append(known, id)
+		}
+	}
 	d.calls.Go(func() {
 		var missed error
 		for _, t := range tasks {
 			ctx, cancel := d.s.within(d.ctx)
-			l := d.s.lookup(ctx, &findRequest{Tasks: []taskRef{taskRef(t)}}, taskKey(t), false)
-			found := false
+			l := d.s.lookup(ctx, &findRequest{Tasks: []taskRef{taskRef(t)}}, taskKey(t), false, known...)
+			found := len(known) > 0
 			for a := range l.answers {
 				if state := a.reply.Tasks[0]; d.s.accept(ctx, a.peer, t, state) {
 					found = true
@@ -131,11 +138,33 @@ func (d *download) makePlace() bool {
 	return false
 }
 
-// follow asks a peer that another one has named.
+// recall begins with those that have told of a task just now. For a small blob no others
+// are looked for at once.
+func (d *download) recall(t p2p.Task) {
+	told := d.s.recent.take(t)
+	for _, h := range told {
+		state := *h.state
+		state.Hints = nil
+		d.addSource(h.peer, t, &state)
+		if state.Size <= smallBlob {
+			d.nextSearch = time.Now().Add(tickInterval)
+		}
+	}
+	for _, h := range told { // by now it is known who need not be asked
+		for _, hint := range h.state.Hints {
+			d.follow(hint)
+		}
+	}
+}
+
+// follow asks a peer that another one has named, unless a search asks it.
 func (d *download) follow(h hint) {
 	info, err := h.addrInfo()
 	if err != nil || info.ID == d.s.network.Self() || d.hinted[info.ID] || d.sources[info.ID] != nil ||
 		len(d.sources)+len(d.hinted) >= 2*maxSources || d.s.peers.get(info.ID).isShunned() {
+		return
+	}
+	if connected := d.s.network.Connected(); (d.searching || time.Now().After(d.nextSearch)) && len(connected) <= maxAsked && slices.Contains(connected, info.ID) {
 		return
 	}
 	d.hinted[info.ID] = true

@@ -415,7 +415,11 @@ func (s *Swarm) statDigest(ctx context.Context, task p2p.Task, opts p2p.StatOpti
 	var from peer.ID
 	if !here || opts.Holders {
 		var remote p2p.Info
-		remote, from, err = s.statTask(ctx, task, opts)
+		ask := s.statTask
+		if name != nil {
+			ask = s.statNamed
+		}
+		remote, from, err = ask(ctx, task, opts)
 		switch {
 		case err == nil && here:
 			info.Holders = remote.Holders
@@ -503,11 +507,9 @@ func (s *Swarm) withRefs(ctx context.Context, info p2p.Info, opts p2p.StatOption
 		}
 	}
 	if len(missing) > 0 && from != "" && !opts.Holders {
-		if reply, err := s.find(ctx, from, &findRequest{Tasks: missing}); err == nil {
-			for i, state := range reply.Tasks {
-				if task := p2p.Task(missing[i]); s.accept(ctx, from, task, state) {
-					known[task.Digest] = infoOf(task, state)
-				}
+		for i, state := range s.statesOf(ctx, from, missing) {
+			if task := p2p.Task(missing[i]); state != nil {
+				known[task.Digest] = infoOf(task, state)
 			}
 		}
 	}

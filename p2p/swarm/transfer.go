@@ -82,7 +82,11 @@ func (d *download) done(req schedule.Request, src *source, have *schedule.Set, p
 			d.failed(src, errors.New("it has what is wanted, and sends none"))
 		}
 	case err == nil:
-		src.failed, src.resting = 0, false
+		src.failed = 0
+		if src.resting { // another request had failed
+			src.resting = false
+			d.offer(src)
+		}
 		d.progress, d.lastPiece = time.Now(), time.Now()
 		src.stated, src.chain = true, d.active // it has agreed
 		useless := d.sched.Done(req.ID)

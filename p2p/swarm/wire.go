@@ -38,6 +38,7 @@ const (
 const (
 	maxFind      = 512     // tasks, names and subjects in one request
 	maxReferrers = 1024    // in one answer
+	maxFollowed  = 16      // tasks in one answer that names lead to
 	maxHints     = 16      // peers named in one answer
 	maxHintAddrs = 16      // addresses of one of them that are looked at; half as many are told
 	maxDeletes   = 1024    // in one message
@@ -65,6 +66,9 @@ func (*findRequest) bounds() (bytes, elements int) { return maxFind << 10, maxFi
 // What is asked for bounds the answer.
 func (r *findReply) bounds() (bytes, elements int) {
 	tasks, names, referrers := len(r.to.Tasks), len(r.to.Names), len(r.to.Referrers)
+	if r.to.Follow {
+		tasks += maxFollowed
+	}
 	bytes = 4<<10 + tasks*(maxPieces/6+64<<10) + names<<10 + referrers*maxReferrers*256
 	return min(bytes, maxJSON), 16 + tasks*taskElements + names*nameElements + referrers*(maxReferrers+4)
 }
@@ -120,6 +124,7 @@ type findRequest struct {
 	Names     []nameRef `json:"names,omitempty"`
 	Referrers []taskRef `json:"referrers,omitempty"` // what refers to these, or has them as subject
 	Lease     bool      `json:"lease,omitempty"`     // a client is told of the tasks: they are to stay for as long as an upload may take
+	Follow    bool      `json:"follow,omitempty"`    // tell also of what the names stand for, and of what that refers to
 }
 
 // findReply answers in the order of the request.
@@ -127,10 +132,60 @@ type findReply struct {
 	Tasks     []*taskState      `json:"tasks,omitempty"` // null for what it does not have
 	Names     []*nameState      `json:"names,omitempty"`
 	Referrers [][]digest.Digest `json:"referrers,omitempty"`
+	// Followed is what the peer has, up to maxFollowed tasks, of what the names lead to. Of what it
+	// does not have, and of what there is no room for, nothing is said: an earlier peer says nothing at all.
+	Followed []followed `json:"followed,omitempty"`
 
 	Twin string `json:"twin,omitempty"` // as of hello
 
 	to findRequest // what it answers
+}
+
+// check refuses what is no answer to the request.
+func (r *findReply) check() error {
+	if len(r.Tasks) != len(r.to.Tasks) || len(r.Names) != len(r.to.Names) || len(r.Referrers) != len(r.to.Referrers) || len(r.Followed) > maxFollowed {
+		return fmt.Errorf("%w: an answer to something else", errMessage)
+	}
+	for _, t := range r.Tasks {
+		if t != nil {
+			if err := t.check(); err != nil {
+				return err
+			}
+		}
+	}
+	for _, n := range r.Names {
+		if n != nil {
+			if err := n.check(); err != nil {
+				return err
+			}
+		}
+	}
+	for _, list := range r.Referrers {
+		if len(list) > maxReferrers {
+			return fmt.Errorf("%w: more than %d referrers", errMessage, maxReferrers)
+		}
+		for _, d := range list {
+			if _, err := digest.Parse(string(d)); err != nil {
+				return fmt.Errorf("%w: %w", errMessage, err)
+			}
+		}
+	}
+	for i := range r.Followed {
+		f := &r.Followed[i]
+		if err := p2p.Task(f.taskRef).Validate(); err != nil {
+			return fmt.Errorf("%w: %w", errMessage, err)
+		}
+		if err := f.State.check(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// followed is a task that a name leads to.
+type followed struct {
+	taskRef
+	State taskState `json:"state"`
 }
 
 // taskState is what a peer has of a task.
@@ -147,17 +202,33 @@ type taskState struct {
 	Hints     []hint    `json:"hints,omitempty"`    // who else has it, or a part of it
 }
 
+// bytes returns about how many it takes in memory.
+func (t *taskState) bytes() int {
+	n := 256 + len(t.MediaType) + len(t.Held)
+	for _, h := range t.Hints {
+		n += len(h.ID)
+		for _, a := range h.Addrs {
+			n += 32 + len(a)
+		}
+	}
+	return n
+}
+
 // whole reports whether the peer has all of it.
 func (t *taskState) whole() bool { return len(t.Held) == 0 }
 
-// check reports whether there can be such a blob. It makes no set: a size of a few
-// digits can have a large one.
+// check refuses what can't be, and drops hints that are too many. It makes no set: a size
+// of a few digits can have a large one.
 func (t *taskState) check() error {
 	n, err := pieceCount(t.Size)
 	if err == nil && !t.whole() {
 		_, err = schedule.ParseSet(n, t.Held)
 	}
-	return err
+	if err != nil {
+		return fmt.Errorf("%w: %w", errMessage, err)
+	}
+	t.Hints = t.Hints[:min(len(t.Hints), maxHints)]
+	return checkVersions(pieces.Version{At: t.Origin, After: t.After})
 }
 
 // pieces returns the set of pieces that the peer has.
@@ -182,6 +253,26 @@ type nameState struct {
 	// DeletedAfter is pieces.Version.After of the delete.
 	DeletedAfter time.Time `json:"deletedAfter,omitzero"`
 	DeletedAge   int64     `json:"deletedAge,omitempty"` // seconds since it was made
+}
+
+// check refuses what can't be.
+func (n *nameState) check() error {
+	if err := checkVersions(n.version(), n.deleted()); err != nil {
+		return err
+	}
+	if n.DeletedAge < 0 || n.DeletedAge > maxAge {
+		return fmt.Errorf("%w: a delete %d seconds ago", errMessage, n.DeletedAge)
+	}
+	if n.Digest == "" {
+		return nil
+	}
+	if _, err := digest.Parse(string(n.Digest)); err != nil {
+		return fmt.Errorf("%w: %w", errMessage, err)
+	}
+	if n.Updated.IsZero() {
+		return fmt.Errorf("%w: a name without a date", errMessage)
+	}
+	return nil
 }
 
 // version returns when the name was moved.

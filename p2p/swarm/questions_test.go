@@ -1,0 +1,185 @@
+package swarm
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/peer"
+
+	"github.com/dfcache/dfcache/blobstore"
+	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/pieces"
+)
+
+// questions counts what a peer asks others with pathFind.
+type questions struct {
+	mu    sync.Mutex
+	asker peer.ID
+	asked map[peer.ID]map[string]int // by who was asked what
+}
+
+// count has what this peer is asked counted.
+func (q *questions) count(o *Options) {
+	self, _ := peer.IDFromPrivateKey(o.Identity)
+	tamper := o.tamper
+	o.tamper = func(honest http.Handler) http.Handler {
+		if tamper != nil {
+			honest = tamper(honest)
+		}
+		return instead(honest, pathFind, func(w http.ResponseWriter, r *http.Request) {
+			body, _ := io.ReadAll(r.Body)
+			r.Body = io.NopCloser(bytes.NewReader(body))
+			q.mu.Lock()
+			if peerOf(r) == q.asker {
+				if q.asked[self] == nil {
+					q.asked[self] = map[string]int{}
+				}
+				q.asked[self][string(body)]++
+			}
+			q.mu.Unlock()
+			honest.ServeHTTP(w, r)
+		})
+	}
+}
+
+// of forgets what was asked, and counts from here on what a peer asks.
+func (q *questions) of(asker peer.ID) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.asker, q.asked = asker, map[peer.ID]map[string]int{}
+}
+
+// ofEarlier is a peer of a release that does not tell what a name leads to.
+func ofEarlier(o *Options) {
+	o.tamper = func(honest http.Handler) http.Handler {
+		return edit(honest, pathFind, func(w http.ResponseWriter, _ *http.Request, answer *httptest.ResponseRecorder) {
+			var reply findReply
+			json.Unmarshal(answer.Body.Bytes(), &reply)
+			reply.Followed = nil
+			writeJSON(w, &reply)
+		})
+	}
+}
+
+// export exports a name as dfcache does, and compares it.
+func (p *testPeer) export(t *testing.T, tag, name string, data []byte) {
+	t.Helper()
+	r, err := blobstore.New(p).Repository(tag)
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(t.TempDir(), "exported")
+	if _, err := r.ExportFile(t.Context(), name, path, blobstore.ExportOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := os.ReadFile(path); err != nil || !bytes.Equal(got, data) {
+		t.Fatalf("exported are %d bytes, %v; want the %d of the file", len(got), err, len(data))
+	}
+}
+
+// importAs imports a file under a name as dfcache does.
+func (p *testPeer) importAs(t *testing.T, tag, name string, data []byte) {
+	t.Helper()
+	r, err := blobstore.New(p).Repository(tag)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.Import(t.Context(), name, bytes.NewReader(data), blobstore.ImportOptions{}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// An export by name asks each peer once what the name stands for, and has of what that leads
+// to; and then those that have not told of the file, where that is large, once for it.
+func TestQuestionsOfAnExport(t *testing.T) {
+	const peers = 20
+	for _, test := range []struct {
+		size, have, want int
+	}{
+		{1000, 1, 1},
+		{1000, peers, 1},
+		{3 << 20, 1, 2},
+		{3 << 20, peers, 1},
+	} {
+		t.Run(fmt.Sprintf("%d bytes on %d of %d", test.size, test.have, peers), func(t *testing.T) {
+			h := newHub()
+			var q questions
+			var all []*testPeer
+			for range peers {
+				all = append(all, h.start(t, q.count))
+			}
+			data := content(test.size, 1)
+			all[0].importAs(t, "models", "v1", data)
+			for _, p := range all[1:test.have] {
+				p.export(t, "models", "v1", data)
+			}
+			b := h.start(t)
+			q.of(b.id)
+			b.export(t, "models", "v1", data)
+			q.mu.Lock()
+			defer q.mu.Unlock()
+			sum := 0
+			for p, asked := range q.asked {
+				if len(asked) > test.want {
+					t.Errorf("peer %s was asked %d different questions, want at most %d: %v", p, len(asked), test.want, asked)
+				}
+				for question, n := range asked {
+					// A file that takes its time is looked for again.
+					if n > 2 && strings.Contains(question, "names") {
+						t.Errorf("peer %s was asked %d times: %s", p, n, question)
+					}
+					sum += n
+				}
+			}
+			t.Logf("%d questions", sum)
+		})
+	}
+}
+
+// A peer that does not tell what a name leads to is asked.
+func TestQuestionsToEarlierPeers(t *testing.T) {
+	h := newHub()
+	a := h.start(t, ofEarlier)
+	data := content(1000, 1)
+	a.importAs(t, "models", "v1", data)
+	var q questions
+	for range 3 {
+		h.start(t, q.count)
+	}
+	b := h.start(t)
+	q.of(b.id)
+	b.export(t, "models", "v1", data)
+	a.Close()
+	h.start(t).export(t, "models", "v1", data)
+}
+
+// What was deleted, and a peer that has missed that leads to, is not taken from it: it is told.
+func TestDeletedIsNotFollowed(t *testing.T) {
+	h := newHub()
+	layer := []byte("layer")
+	a, b := h.start(t), h.start(t)
+	a.push(t, "models", "v1", "", layer)
+	task := p2p.Task{Tag: "models", Digest: digest.SHA256.FromBytes(layer)}
+	d := pieces.Delete{Tag: task.Tag, CID: digest.FromDigest(task.Digest), At: time.Now().Add(time.Minute), Made: time.Now(), Force: true}
+	if _, err := b.store.ApplyDelete(t.Context(), d); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.resolve(t.Context(), "models", "v1"); err != nil {
+		t.Fatal(err)
+	}
+	if told := b.recent.of(task); len(told) > 0 {
+		t.Errorf("of what was deleted is remembered that %s has it", told[0].peer)
+	}
+	a.gone(t, "models", string(task.Digest))
+}
