@@ -5,10 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
@@ -22,18 +20,16 @@ import (
 // use, but for Size and Close.
 type Upload struct {
 	r      *Repository
-	in     p2p.Ingest
-	cancel context.CancelCauseFunc
 	ctx    context.Context
+	cancel context.CancelCauseFunc
+	size   atomic.Int64 // bytes that were taken in
 
-	parts  *parts        // what the engine reads
-	added  chan struct{} // closed when the engine has read everything, or failed
-	blob   p2p.Added     // what it has then
-	addErr error         // or why it failed
+	mu sync.Mutex // held while the engine has to do with it
+	in p2p.Ingest
+	w  p2p.Writer
 
-	committing sync.Mutex // held while the ingest is committed or closed
-	closing    sync.Once
-	closed     error
+	closing sync.Once
+	closed  error
 }
 
 var errUploadOver = errors.New("the upload is over")
@@ -49,109 +45,21 @@ func (r *Repository) NewUpload(ctx context.Context, alg digest.Algorithm) (*Uplo
 		}
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
-	in, err := r.engine.Ingest(ctx)
+	u := &Upload{r: r, ctx: ctx, cancel: cancel}
+	err := u.begin(alg)
 	if err != nil {
 		cancel(nil)
 		return nil, toOCI(fmt.Errorf("upload: %w", err))
 	}
-	u := &Upload{r: r, in: in, ctx: ctx, cancel: cancel, parts: &parts{ctx: ctx, next: make(chan part), ended: make(chan struct{})}, added: make(chan struct{})}
-	go func() {
-		defer close(u.added)
-		u.blob, u.addErr = in.Add(u.parts, p2p.AddOptions{Algorithm: alg})
-		if u.addErr != nil {
-			u.cancel(u.addErr) // whoever has a part for it need not wait
-		}
-	}()
 	return u, nil
 }
 
-// parts are the parts of an upload, which the engine reads one after the other,
-// as if they were one. They pass through no buffer on the way.
-type parts struct {
-	ctx  context.Context // of the upload: a Read that waits for a part ends with it
-	next chan part
-	size atomic.Int64 // bytes that the engine has read
-
-	ending sync.Once
-	ended  chan struct{} // closed when nothing more is to be read
-
-	reading sync.Mutex // held while a part is read
-	mu      sync.Mutex // guards now
-	now     part       // src is nil between two parts
-}
-
-// part is a source of bytes.
-type part struct {
-	src  io.Reader
-	done chan<- error // gets why src gave no more: nil at its end
-}
-
-// Read implements [io.Reader]. It returns no bytes and no error where a part has
-// ended, so that the engine keeps no memory for the next one, which may take long to come.
-func (r *parts) Read(p []byte) (int, error) {
-	r.reading.Lock()
-	defer r.reading.Unlock()
-	now := r.current()
-	if now.src == nil {
-		select {
-		case next, more := <-r.next:
-			if !more {
-				return 0, io.EOF
-			}
-			now = next
-			r.set(next)
-		case <-r.ctx.Done():
-			return 0, context.Cause(r.ctx)
-		case <-r.ended:
-		}
+func (u *Upload) begin(alg digest.Algorithm) (err error) {
+	if u.in, err = u.r.engine.Ingest(u.ctx); err != nil {
+		return err
 	}
-	select {
-	case <-r.ended:
-		return 0, os.ErrDeadlineExceeded
-	default:
-	}
-	n, err := now.src.Read(p)
-	if r.ctx.Err() != nil {
-		n, err = 0, context.Cause(r.ctx)
-	}
-	r.size.Add(int64(n))
-	if err == nil {
-		return n, nil
-	}
-	r.set(part{})
-	if errors.Is(err, io.EOF) {
-		err = nil
-	}
-	now.done <- err
-	return n, nil
-}
-
-func (r *parts) current() part {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.now
-}
-
-func (r *parts) set(p part) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.now = p
-}
-
-// takeBack has the engine read no more of a part. It waits for a Read that runs.
-func (r *parts) takeBack() {
-	r.reading.Lock()
-	defer r.reading.Unlock()
-	r.set(part{})
-}
-
-// SetReadDeadline says that a Read can be interrupted, so that the engine reads
-// without a goroutine in between. It is called when there is nothing more to read: the
-// upload's context has ended, or the store is closed.
-func (r *parts) SetReadDeadline(time.Time) error {
-	r.ending.Do(func() { close(r.ended) })
-	if src, ok := r.current().src.(guarded); ok {
-		src.interrupt()
+	if u.w, err = u.in.Create(p2p.AddOptions{Algorithm: alg}); err != nil {
+		return errors.Join(err, u.in.Close())
 	}
 	return nil
 }
@@ -169,45 +77,33 @@ func (u *Upload) Append(src io.Reader) (int64, error) {
 	if u.ctx.Err() != nil {
 		return 0, u.err()
 	}
-	interrupt := source.Interruptor(src)
-	src = source.Guard(u.ctx, src)
-	from := guarded{src, interrupt}
-	var feed func() error
-	if interrupt == nil {
-		r, w := io.Pipe()
-		defer context.AfterFunc(u.ctx, func() { r.CloseWithError(context.Cause(u.ctx)) })()
-		from = guarded{r, func() { r.CloseWithError(os.ErrDeadlineExceeded) }}
-		feed = func() error {
-			_, err := io.Copy(w, src)
-			return w.CloseWithError(err)
-		}
+	if interrupt := source.Interruptor(src); interrupt != nil {
+		defer context.AfterFunc(u.ctx, interrupt)()
 	}
-	before := u.Size()
-	done := make(chan error, 1)
-	select {
-	case u.parts.next <- part{from, done}:
-	case <-u.ctx.Done():
-		return 0, u.err()
-	}
-	if feed != nil {
-		feed() // its error is what the engine reads
-	}
-	var err error
-	select {
-	case err = <-done:
-	case <-u.added:
-		u.parts.takeBack()
-	}
+	n, err := source.Copy(taking{u}, source.Guard(u.ctx, src))
 	if u.ctx.Err() != nil {
 		err = u.err()
 	}
-	return u.Size() - before, err
+	return n, err
 }
 
-// guarded is a source whose Read can be interrupted, and does no harm.
-type guarded struct {
-	io.Reader
-	interrupt func()
+// taking is what an upload's parts are written to.
+type taking struct{ u *Upload }
+
+// Write has the engine take in p, unless the upload is over: it may end while a part is read.
+func (t taking) Write(p []byte) (int, error) {
+	u := t.u
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.ctx.Err() != nil {
+		return 0, context.Cause(u.ctx)
+	}
+	n, err := u.w.Write(p)
+	u.size.Add(int64(n))
+	if err != nil {
+		u.cancel(err)
+	}
+	return n, err
 }
 
 func (u *Upload) err() error {
@@ -218,7 +114,7 @@ func (u *Upload) err() error {
 func (u *Upload) Room(n int64) error { return u.in.Room(n) }
 
 // Size returns how many bytes have been taken in.
-func (u *Upload) Size() int64 { return u.parts.size.Load() }
+func (u *Upload) Size() int64 { return u.size.Load() }
 
 // Commit stores what was taken in under want, durably, or fails with
 // [ErrMismatch] where it has another digest. The upload is over either way.
@@ -227,30 +123,31 @@ func (u *Upload) Commit(want digest.Digest) (ocispec.Descriptor, error) {
 	if err := checkTarget(ocispec.Descriptor{Digest: want}); err != nil {
 		return ocispec.Descriptor{}, err
 	}
-	if err := u.commit(want); err != nil {
+	added, err := u.commit(want)
+	if err != nil {
 		return ocispec.Descriptor{}, toOCI(fmt.Errorf("upload: %w", err))
 	}
-	return ocispec.Descriptor{MediaType: blobMediaType, Digest: want, Size: u.blob.Size}, nil
+	return ocispec.Descriptor{MediaType: blobMediaType, Digest: want, Size: added.Size}, nil
 }
 
-func (u *Upload) commit(want digest.Digest) error {
-	u.committing.Lock()
-	defer u.committing.Unlock()
+func (u *Upload) commit(want digest.Digest) (p2p.Added, error) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
 	if u.ctx.Err() != nil {
-		return context.Cause(u.ctx)
+		return p2p.Added{}, context.Cause(u.ctx)
 	}
-	close(u.parts.next)
-	if <-u.added; u.addErr != nil {
-		return u.addErr
+	added, err := u.w.Finish()
+	if err != nil {
+		return p2p.Added{}, err
 	}
-	if got := u.blob.Digest; got.Algorithm() != want.Algorithm() {
-		if _, err := u.in.Rehash(got, want); err != nil {
-			return err
+	if got := added.Digest; got.Algorithm() != want.Algorithm() {
+		if added, err = u.in.Rehash(got, want); err != nil {
+			return p2p.Added{}, err
 		}
 	} else if got != want {
-		return fmt.Errorf("nothing was stored: %w", &digest.MismatchError{Want: want, Got: got})
+		return p2p.Added{}, fmt.Errorf("nothing was stored: %w", &digest.MismatchError{Want: want, Got: got})
 	}
-	return u.in.Commit(u.r.blobCommit(want, blobMediaType, nil))
+	return added, u.in.Commit(u.r.blobCommit(want, blobMediaType, nil))
 }
 
 // Close drops what has not been committed. It may be called at any time, more
@@ -258,9 +155,8 @@ func (u *Upload) commit(want digest.Digest) error {
 func (u *Upload) Close() error {
 	u.closing.Do(func() {
 		u.cancel(errUploadOver)
-		<-u.added
-		u.committing.Lock()
-		defer u.committing.Unlock()
+		u.mu.Lock()
+		defer u.mu.Unlock()
 		u.closed = u.in.Close()
 	})
 	return u.closed

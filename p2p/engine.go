@@ -19,7 +19,6 @@ package p2p
 
 import (
 	"context"
-	"io"
 	"iter"
 	"time"
 
@@ -189,93 +188,6 @@ const (
 	// the first. Others are asked for one by one.
 	MaxRefs = 256
 )
-
-// Ingest takes in new content: any number of Adds, then one Commit. Until the
-// commit nothing of it can be seen, and Close, a crash or the end of the
-// context leave nothing behind. It is not safe for concurrent use. After an
-// error it can only be closed.
-type Ingest interface {
-	// Add copies src up to its end, hashes it on the way, and returns its
-	// digest and size. A regular *os.File is read from its current offset
-	// on, in the kernel where that can be, and its offset is left undefined.
-	// Where it is written to meanwhile, the error matches [ErrChanged].
-	Add(src io.Reader, opts AddOptions) (Added, error)
-
-	// Room fails with an error that matches [ErrNoSpace] where an Add of n bytes more would:
-	// what is too much can be refused before it is sent. It keeps no room. An
-	// engine that can't tell returns nil.
-	Room(n int64) error
-
-	// Rehash adds what was added under the digest d once more, under want, a
-	// digest of another algorithm: without taking it in again. After that it
-	// may no longer be there under d. Other content fails with a
-	// [digest.MismatchError].
-	Rehash(d, want digest.Digest) (Added, error)
-
-	// Commit makes everything in c durable and visible, in one step: when it
-	// returns nil, it survives kill -9 and a power cut. Content that was
-	// added and that c gives no task is dropped. It may be called once.
-	Commit(c Commit) error
-
-	// Close drops what was not committed. It is safe to call after Commit,
-	// and more than once.
-	Close() error
-}
-
-// AddOptions says what an Add should do.
-type AddOptions struct {
-	// Want is the digest that the content has to have, or "" for any. Other
-	// content fails with a [digest.MismatchError].
-	Want digest.Digest
-	// Algorithm is the algorithm to hash with where Want is "", by default sha256.
-	Algorithm digest.Algorithm
-	// Progress, where it is not nil, is called now and then with the count
-	// of bytes taken in so far, from one goroutine at a time.
-	Progress func(taken int64)
-}
-
-// Added is content that an ingest has taken in.
-type Added struct {
-	Digest digest.Digest
-	Size   int64 // in bytes
-}
-
-// Commit is what an ingest makes visible. Every blob in it was added by the
-// same ingest or is held by the engine under some tag already.
-type Commit struct {
-	Tasks []NewTask
-	Names []NewName
-}
-
-// NewTask is a task to commit. A task that exists is kept: it gets what is
-// new here, is kept no shorter than before, and keeps its time of import.
-type NewTask struct {
-	Task      Task
-	MediaType string
-	Keep      Keep
-	// Origin is when the task was imported or pushed first, where that was on
-	// another host. The default is now, or later where an import or a delete is
-	// known that is dated later.
-	Origin time.Time
-	// After is Info.After of the same host, where there is an Origin.
-	After time.Time
-	// Manifest, where it is not nil, says that the content is a manifest, and
-	// what it refers to.
-	Manifest *NewManifest
-}
-
-// NewManifest says what a manifest to commit refers to, under its own tag.
-type NewManifest struct {
-	// Refs are the digests of what it is made of: config, layers, manifests
-	// of an index. It holds them. They need not be there.
-	Refs []digest.Digest
-	// Needs are those of Refs without which the commit fails, with
-	// a [MissingRefError].
-	Needs []digest.Digest
-	// Subject is the digest of the manifest that this one is about, or "". It
-	// need not be there. Where it is, it holds this one: both go together.
-	Subject digest.Digest
-}
 
 // Keep says what keeps a task.
 type Keep int

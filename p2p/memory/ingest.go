@@ -20,6 +20,7 @@ type ingest struct {
 	s     *Store
 	ctx   context.Context
 	added map[digest.Digest]*blob
+	open  bool // something was created and is not finished
 	done  bool
 }
 
@@ -41,12 +42,22 @@ func (in *ingest) Close() error {
 	return nil
 }
 
+// begin announces a call of the ingest, without the lock: what comes may take long.
+func (in *ingest) begin() error {
+	switch {
+	case in.open:
+		return errors.New("what the ingest takes in is not finished")
+	case in.done:
+		return errors.New("the ingest is committed or closed already")
+	}
+	return in.s.enter(in.ctx)
+}
+
 // Add implements [p2p.Ingest].
 func (in *ingest) Add(src io.Reader, opts p2p.AddOptions) (p2p.Added, error) {
-	if err := in.s.begin(in.ctx); err != nil {
+	if err := in.begin(); err != nil {
 		return p2p.Added{}, err
 	}
-	in.s.mu.Unlock() // the source may take long
 	defer in.s.calls.Done()
 	if err := opts.Validate(); err != nil {
 		return p2p.Added{}, err
@@ -61,70 +72,139 @@ func (in *ingest) Add(src io.Reader, opts p2p.AddOptions) (p2p.Added, error) {
 	if err != nil {
 		return p2p.Added{}, err
 	}
-	b, err := read(ctx, src, opts.HashWith(), opts.Progress)
-	if err != nil {
+	w := newWriter(opts)
+	if err := read(ctx, w, src); err != nil {
 		return p2p.Added{}, err
 	}
-	if err := file.Unchanged(ctx, b.table.Digest, b.table.Size); err != nil {
-		return p2p.Added{}, err
-	}
-	if opts.Want != "" && b.table.Digest != opts.Want {
-		return p2p.Added{}, &digest.MismatchError{Want: opts.Want, Got: b.table.Digest}
-	}
-	in.added[b.table.Digest] = b
-	return p2p.Added{Digest: b.table.Digest, Size: b.table.Size}, nil
+	b, err := w.finish(ctx, file)
+	return in.keep(b, err)
 }
 
-// read reads all of a source, in a goroutine, for which nobody waits when ctx has
+// read has w take in a source to its end, in a goroutine, for which nobody waits when ctx has
 // ended and nothing interrupts the source.
-func read(ctx context.Context, src io.Reader, alg digest.Algorithm, progress func(int64)) (*blob, error) {
-	type result struct {
-		b   *blob
-		err error
-	}
-	results := make(chan result, 1)
+func read(ctx context.Context, w *writer, src io.Reader) error {
+	results := make(chan error, 1)
 	interrupt := source.Interruptor(src)
 	if interrupt != nil {
 		defer context.AfterFunc(ctx, interrupt)()
 	}
 	go func() {
-		b, err := readAll(source.Guard(ctx, src), alg, progress)
-		results <- result{b, err}
+		_, err := source.Copy(w, source.Guard(ctx, src))
+		results <- err
 	}()
-	var r result
+	var err error
 	select {
-	case r = <-results:
+	case err = <-results:
 	case <-ctx.Done():
 		if interrupt != nil {
 			<-results
 		}
-		return nil, context.Cause(ctx)
+		return context.Cause(ctx)
 	}
-	if cause := context.Cause(ctx); r.err != nil && cause != nil {
-		r.err = cause
+	if cause := context.Cause(ctx); err != nil && cause != nil {
+		return cause
 	}
-	return r.b, r.err
+	if err != nil {
+		return fmt.Errorf("read the source: %w", err)
+	}
+	return nil
 }
 
-func readAll(src io.Reader, alg digest.Algorithm, progress func(int64)) (*blob, error) {
-	recorder := digest.NewRecorder(alg)
-	b := &blob{}
-	buf := make([]byte, 256<<10)
-	for {
-		n, err := src.Read(buf)
-		recorder.Write(buf[:n])
-		b.data = append(b.data, buf[:n]...)
-		if progress != nil && n > 0 {
-			progress(int64(len(b.data)))
-		}
-		if errors.Is(err, io.EOF) {
-			b.table, err = recorder.Table()
-			return b, err
-		}
-		if err != nil {
-			return nil, fmt.Errorf("read the source: %w", err)
-		}
+// keep makes a blob, unless there is an error, part of the ingest.
+func (in *ingest) keep(b *blob, err error) (p2p.Added, error) {
+	if err != nil {
+		return p2p.Added{}, err
 	}
+	in.added[b.table.Digest] = b
+	return p2p.Added{Digest: b.table.Digest, Size: b.table.Size}, nil
+}
+
+// writer takes in content.
+type writer struct {
+	opts     p2p.AddOptions
+	recorder *digest.Recorder
+	data     []byte
+}
+
+func newWriter(opts p2p.AddOptions) *writer {
+	return &writer{opts: opts, recorder: digest.NewRecorder(opts.HashWith())}
+}
+
+// Write implements [io.Writer].
+func (w *writer) Write(p []byte) (int, error) {
+	w.data = append(w.data, p...)
+	if w.opts.Progress != nil {
+		w.opts.Progress(int64(len(w.data)))
+	}
+	return w.recorder.Write(p)
+}
+
+// finish returns a blob with what was written, from a file where that is not nil.
+func (w *writer) finish(ctx context.Context, file *source.File) (*blob, error) {
+	table, err := w.recorder.Table()
+	if err == nil {
+		err = file.Unchanged(ctx, table.Digest, table.Size)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if want := w.opts.Want; want != "" && table.Digest != want {
+		return nil, &digest.MismatchError{Want: want, Got: table.Digest}
+	}
+	return &blob{table: table, data: w.data}, nil
+}
+
+// created is a writer that the caller has. It implements [p2p.Writer].
+type created struct {
+	*writer
+	in  *ingest
+	err error // why nothing more can be taken in
+}
+
+// Create implements [p2p.Ingest].
+func (in *ingest) Create(opts p2p.AddOptions) (p2p.Writer, error) {
+	if err := in.begin(); err != nil {
+		return nil, err
+	}
+	defer in.s.calls.Done()
+	if err := opts.Validate(); err != nil {
+		return nil, err
+	}
+	in.open = true
+	return &created{writer: newWriter(opts), in: in}, nil
+}
+
+// begin announces a call of the writer.
+func (c *created) begin() error {
+	if c.err == nil && c.in.done {
+		c.err = p2p.ErrClosed
+	}
+	if c.err == nil {
+		c.err = c.in.s.enter(c.in.ctx)
+	}
+	return c.err
+}
+
+// Write implements [io.Writer].
+func (c *created) Write(p []byte) (int, error) {
+	if err := c.begin(); err != nil {
+		return 0, err
+	}
+	defer c.in.s.calls.Done()
+	return c.writer.Write(p)
+}
+
+// Finish implements [p2p.Writer].
+func (c *created) Finish() (p2p.Added, error) {
+	if err := c.begin(); err != nil {
+		return p2p.Added{}, err
+	}
+	defer c.in.s.calls.Done()
+	b, err := c.finish(c.in.ctx, nil)
+	if c.err = err; err == nil {
+		c.in.open, c.err = false, errors.New("the content is finished already")
+	}
+	return c.in.keep(b, err)
 }
 
 // Rehash implements [p2p.Ingest].
@@ -142,13 +222,11 @@ func (in *ingest) Rehash(d, want digest.Digest) (p2p.Added, error) {
 // Commit implements [p2p.Ingest].
 func (in *ingest) Commit(c p2p.Commit) error {
 	s := in.s
-	if err := s.begin(in.ctx); err != nil {
+	if err := in.begin(); err != nil {
 		return err
 	}
+	s.mu.Lock()
 	defer s.end()
-	if in.done {
-		return errors.New("commit: the ingest is committed or closed already")
-	}
 	if err := c.Validate(); err != nil {
 		return err
 	}

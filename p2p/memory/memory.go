@@ -82,12 +82,21 @@ func New(opts Options) *Store {
 
 // begin announces a call, and takes the lock; end lets go of both. Where it fails, it has neither.
 func (s *Store) begin(ctx context.Context) error {
+	if err := s.enter(ctx); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	return nil
+}
+
+// enter announces a call.
+func (s *Store) enter(ctx context.Context) error {
 	if err := context.Cause(ctx); err != nil {
 		return err
 	}
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	if s.closed {
-		s.mu.Unlock()
 		return fmt.Errorf("store in memory: %w", p2p.ErrClosed)
 	}
 	s.calls.Add(1)

@@ -639,20 +639,37 @@ func TestHeldWhereThereIsNoRoom(t *testing.T) {
 	}
 	defer s.Close()
 	want := enginetest.Import(t, s, "t", data).Digest
-	add := func(src io.Reader) error {
+	for how, add := range map[string]func(in p2p.Ingest, data []byte) error{
+		"read": func(in p2p.Ingest, data []byte) error {
+			_, err := in.Add(bytes.NewReader(data), p2p.AddOptions{Want: want})
+			return err
+		},
+		"written": func(in p2p.Ingest, data []byte) error {
+			w, err := in.Create(p2p.AddOptions{Want: want})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := w.Write(data); err != nil {
+				t.Fatal(err)
+			}
+			_, err = w.Finish()
+			return err
+		},
+	} {
 		in, err := s.Ingest(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer in.Close()
-		_, err = in.Add(src, p2p.AddOptions{Want: want})
-		return err
+		if err := add(in, data); err != nil {
+			t.Errorf("what is here, %s: %v", how, err)
+		}
+		if err := add(in, data[1:]); !errors.Is(err, digest.ErrMismatch) {
+			t.Errorf("something else, %s: %v, want %v", how, err, digest.ErrMismatch)
+		}
+		in.Close()
 	}
-	if err := add(bytes.NewReader(data)); err != nil {
-		t.Errorf("what is here: %v", err)
-	}
-	if err := add(bytes.NewReader(data[1:])); !errors.Is(err, digest.ErrMismatch) {
-		t.Errorf("something else: %v, want %v", err, digest.ErrMismatch)
+	if len(s.holds) > 0 {
+		t.Errorf("%v are held after that", s.holds)
 	}
 }
 

@@ -3,10 +3,7 @@ package pieces
 import (
 	"errors"
 	"fmt"
-	"io"
 	"os"
-	"sync"
-	"sync/atomic"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -126,61 +123,25 @@ func DiskError(err error) error {
 // is looked at, and write-back is started.
 const chunk = 8 << 20
 
-// copied is news of a copy: how many bytes it has now, and where they passed
-// through memory, the latest of them.
-type copied struct {
-	end  int64
-	part []byte // in a buffer
-}
-
-// release gives the buffer back.
-func (c copied) release() {
-	if c.part != nil {
-		putBuffer(c.part)
-	}
-}
-
-// copyChunks copies src to dst up to its end. Now and then it calls done with
-// how far it is; where done returns an error it stops. A regular file is copied
-// in the kernel, from its current offset on: cloned, where the file system can
-// share blocks, else with copy_file_range. What dst has is the same either way.
-func copyChunks(dst *os.File, src io.Reader, done func(copied) error) error {
-	if isRegular(src) {
-		return copyFile(dst, src.(*os.File), done)
-	}
-	return copyReader(dst, src, done)
-}
-
-// isRegular reports whether src is a regular file, which the kernel can copy.
-func isRegular(src io.Reader) bool {
-	f, ok := src.(*os.File)
-	if !ok {
-		return false
-	}
-	info, err := f.Stat()
-	return err == nil && info.Mode().IsRegular()
-}
-
-func copyFile(dst, src *os.File, done func(copied) error) error {
-	start, err := src.Seek(0, io.SeekCurrent)
-	if err != nil {
-		return err
-	}
+// copyFile copies src from its offset start on to dst, which is empty, in the kernel: it is cloned,
+// where the file system can share blocks, else it goes by copy_file_range. Now and then it calls done
+// with how far it is; where done returns an error it stops. It returns false, and has
+// copied nothing, where src has to be read instead.
+func copyFile(dst, src *os.File, start int64, done func(end int64) error) (copied bool, err error) {
 	if start == 0 && unix.IoctlFileClone(int(dst.Fd()), int(src.Fd())) == nil {
 		info, err := dst.Stat()
 		if err != nil {
-			return err
+			return false, err
 		}
 		for end := int64(0); end < info.Size(); {
 			end = min(end+chunk, info.Size())
-			if err := done(copied{end: end}); err != nil {
-				return err
+			if err := done(end); err != nil {
+				return false, err
 			}
 		}
-		return nil
+		return true, nil
 	}
-	var end int64
-	for {
+	for end := int64(0); ; {
 		from, to := start+end, end
 		n, err := unix.CopyFileRange(int(src.Fd()), &from, int(dst.Fd()), &to, chunk, 0)
 		switch {
@@ -190,92 +151,15 @@ func copyFile(dst, src *os.File, done func(copied) error) error {
 			// Not between these two file systems, or not from this file: what
 			// is in /proc claims to be empty here. Reading tells the truth,
 			// and gives the right error where there is one.
-			return copyReader(dst, io.NewSectionReader(src, start, 1<<63-1-start), done)
+			return false, nil
 		case err != nil:
-			return os.NewSyscallError("copy_file_range", err)
+			return false, os.NewSyscallError("copy_file_range", err)
 		case n == 0:
-			return nil
+			return true, nil
 		}
 		end += int64(n)
-		if err := done(copied{end: end}); err != nil {
-			return err
-		}
-	}
-}
-
-// Bytes pass through buffers on their way to a file or a hash. A short one will do: a
-// thousand senders who send nothing more can each have one. A source that fills it gets a
-// long one, for fewer calls of the system, while there are not too many of those.
-type (
-	buffer     [64 << 10]byte
-	longBuffer [1 << 20]byte
-)
-
-const maxLongBuffers = 16
-
-var (
-	buffers     = sync.Pool{New: func() any { return new(buffer) }}
-	longBuffers = sync.Pool{New: func() any { return new(longBuffer) }}
-	longInUse   atomic.Int32
-)
-
-// longestBuffer returns a long buffer, or a short one where there are many long ones.
-func longestBuffer() []byte {
-	if longInUse.Add(1) <= maxLongBuffers {
-		return longBuffers.Get().(*longBuffer)[:]
-	}
-	longInUse.Add(-1)
-	return buffers.Get().(*buffer)[:]
-}
-
-// putBuffer gives back a buffer, or the beginning of one.
-func putBuffer(b []byte) {
-	if cap(b) == len(longBuffer{}) {
-		longBuffers.Put((*longBuffer)(b[:cap(b)]))
-		longInUse.Add(-1)
-	} else {
-		buffers.Put((*buffer)(b[:cap(b)]))
-	}
-}
-
-// firstLength is how many bytes are taken in at once of a source that gave less
-// before, or nothing: whoever is waited for need not have a buffer.
-const firstLength = 4 << 10
-
-// copyReader copies through memory. Who is told of a part gives its buffer back, whatever comes of it.
-func copyReader(dst *os.File, src io.Reader, done func(copied) error) error {
-	first := make([]byte, firstLength)
-	for end, last := int64(0), 0; ; {
-		space := first
-		switch {
-		case last >= len(buffer{}):
-			space = longestBuffer()
-		case last >= firstLength:
-			space = buffers.Get().(*buffer)[:]
-		}
-		n, err := src.Read(space)
-		if last < firstLength && n > 0 {
-			space = buffers.Get().(*buffer)[:]
-			copy(space, first[:n])
-		}
-		if n == 0 && last >= firstLength {
-			putBuffer(space)
-		}
-		if last = n; n > 0 {
-			if _, err := dst.WriteAt(space[:n], end); err != nil {
-				putBuffer(space)
-				return err
-			}
-			end += int64(n)
-			if err := done(copied{end, space[:n]}); err != nil {
-				return err
-			}
-		}
-		if errors.Is(err, io.EOF) {
-			return nil
-		}
-		if err != nil {
-			return fmt.Errorf("read the source: %w", err)
+		if err := done(end); err != nil {
+			return false, err
 		}
 	}
 }

@@ -24,6 +24,7 @@ type ingest struct {
 	ctx   context.Context
 	s     *Store
 	added map[digest.Digest]*addition
+	open  *writer // what was created and is not finished, or nil
 	done  bool
 }
 
@@ -48,24 +49,22 @@ func (s *Store) Ingest(ctx context.Context) (p2p.Ingest, error) {
 	return &ingest{ctx: ctx, s: s, added: map[digest.Digest]*addition{}}, nil
 }
 
-// Add implements [p2p.Ingest]. A Read of src that blocks does not keep it from
-// returning when the context ends: pipes and connections are interrupted by
-// their SetReadDeadline, any other reader is left to a goroutine that ends when
-// the Read returns.
-func (in *ingest) Add(src io.Reader, opts p2p.AddOptions) (p2p.Added, error) {
-	if err := in.s.begin(in.ctx); err != nil {
-		return p2p.Added{}, err
+// begin begins a call of the ingest. It is followed by the store's end.
+func (in *ingest) begin() error {
+	switch {
+	case in.open != nil:
+		return errors.New("what the ingest takes in is not finished")
+	case in.done:
+		return errors.New("the ingest is committed or closed already")
 	}
-	defer in.s.end()
-	if err := opts.Validate(); err != nil {
-		return p2p.Added{}, err
-	}
-	if err := source.Check(src); err != nil {
-		return p2p.Added{}, err
-	}
+	return in.s.begin(in.ctx)
+}
+
+// bound returns a context for an addition that is told of by opts, and what ends it. It ends with the
+// ingest's, and with the store.
+func (in *ingest) bound(opts *p2p.AddOptions) (context.Context, context.CancelCauseFunc) {
 	ctx, cancel := context.WithCancelCause(in.ctx)
-	defer cancel(nil)
-	defer context.AfterFunc(in.s.closing, func() { cancel(context.Cause(in.s.closing)) })()
+	stop := context.AfterFunc(in.s.closing, func() { cancel(context.Cause(in.s.closing)) })
 	if progress := opts.Progress; progress != nil {
 		// It is called in another goroutine, where a panic would end the process.
 		opts.Progress = func(taken int64) {
@@ -77,7 +76,14 @@ func (in *ingest) Add(src io.Reader, opts p2p.AddOptions) (p2p.Added, error) {
 			progress(taken)
 		}
 	}
-	a, err := in.add(ctx, src, opts.HashWith(), opts)
+	return ctx, func(cause error) {
+		stop()
+		cancel(cause)
+	}
+}
+
+// added is what there is to be said of an addition.
+func added(ctx context.Context, a *addition, err error) (p2p.Added, error) {
 	if cause := context.Cause(ctx); err != nil && cause != nil {
 		// Whatever broke off broke off because of this.
 		err = cause
@@ -88,44 +94,52 @@ func (in *ingest) Add(src io.Reader, opts p2p.AddOptions) (p2p.Added, error) {
 	return p2p.Added{Digest: a.table.Digest, Size: a.table.Size}, nil
 }
 
-func (in *ingest) add(ctx context.Context, src io.Reader, alg digest.Algorithm, opts p2p.AddOptions) (*addition, error) {
+// Add implements [p2p.Ingest]. A Read of src that blocks does not keep it from
+// returning when the context ends: pipes and connections are interrupted by
+// their SetReadDeadline, any other reader is left to a goroutine that ends when
+// the Read returns.
+func (in *ingest) Add(src io.Reader, opts p2p.AddOptions) (p2p.Added, error) {
+	if err := in.begin(); err != nil {
+		return p2p.Added{}, err
+	}
+	defer in.s.end()
+	if err := opts.Validate(); err != nil {
+		return p2p.Added{}, err
+	}
+	if err := source.Check(src); err != nil {
+		return p2p.Added{}, err
+	}
+	ctx, cancel := in.bound(&opts)
+	defer cancel(nil)
+	a, err := in.add(ctx, cancel, src, opts)
+	return added(ctx, a, err)
+}
+
+func (in *ingest) add(ctx context.Context, cancel context.CancelCauseFunc, src io.Reader, opts p2p.AddOptions) (*addition, error) {
 	file, err := source.New(src)
 	if err != nil {
 		return nil, err
 	}
-	if opts.Want != "" {
-		var a *addition
-		if file != nil {
-			a, err = in.compare(ctx, file, opts)
-		} else {
-			a, err = in.recognize(ctx, src, opts)
-		}
-		if a != nil || err != nil {
+	if file != nil && opts.Want != "" {
+		if a, err := in.compare(ctx, file, opts); a != nil || err != nil {
 			return a, err
 		}
 	}
-	name := in.s.path("ingest", newName())
-	f, err := in.s.files.Create(name)
+	w, err := in.create(ctx, cancel, opts)
 	if err != nil {
 		return nil, err
 	}
-	a := &addition{f: f, name: name}
-	if a.table, err = in.copy(ctx, a, src, alg, opts.Progress); err == nil {
-		err = file.Unchanged(ctx, a.table.Digest, a.table.Size)
-	} else if file != nil && errors.Is(DiskError(err), p2p.ErrNoSpace) {
+	if err = w.takeAll(src, file); err == nil {
+		return w.finish(file)
+	}
+	err = errors.Join(err, w.drop())
+	if file != nil && errors.Is(DiskError(err), p2p.ErrNoSpace) {
 		// There is no room for a copy, but none is needed for what is here already.
-		held, e := in.held(ctx, file, alg, opts)
-		if held != nil || e != nil {
-			return held, errors.Join(e, a.discard(in.s))
+		if a, err := in.held(ctx, file, opts); a != nil || err != nil {
+			return a, err
 		}
 	}
-	if err == nil && opts.Want != "" {
-		err = match(opts.Want, a.table)
-	}
-	if err != nil {
-		return nil, errors.Join(err, a.discard(in.s))
-	}
-	return in.keep(a)
+	return nil, err
 }
 
 func match(want digest.Digest, t *digest.Table) error {
@@ -176,55 +190,24 @@ func (in *ingest) compare(ctx context.Context, file *source.File, opts p2p.AddOp
 	return in.register(&addition{table: t}), nil
 }
 
-// recognize is for a stream of what is in the store, intact, where there is no room for
-// another copy: it is compared, and not written. It returns nil and no error, with nothing read, else.
-func (in *ingest) recognize(ctx context.Context, src io.Reader, opts p2p.AddOptions) (*addition, error) {
-	info, err := os.Lstat(in.s.blobPath(opts.Want)) // most of what comes is not here, or has room
+// recognizes reports whether the store has a blob, intact, and no room for another copy: what comes
+// is compared with it then, and not written. The blob is held.
+func (in *ingest) recognizes(ctx context.Context, d digest.Digest) (bool, error) {
+	info, err := os.Lstat(in.s.blobPath(d)) // most of what comes is not here, or has room
 	if err != nil || in.s.Room(info.Size()) == nil {
-		return nil, nil
+		return false, nil
 	}
-	in.s.hold(opts.Want)
-	if !in.s.intact(ctx, opts.Want) {
-		return nil, in.s.letGo(opts.Want, false)
+	in.s.hold(d)
+	if !in.s.intact(ctx, d) {
+		return false, in.s.letGo(d, false)
 	}
-	src, done := interruptible(ctx, src)
-	defer done()
-	t, err := tableFrom(ctx, opts.Want.Algorithm(), src, opts.Progress)
-	if err == nil {
-		err = match(opts.Want, t)
-	}
-	if err != nil {
-		return nil, errors.Join(err, in.s.letGo(opts.Want, false))
-	}
-	return in.register(&addition{table: t}), nil
-}
-
-// interruptible returns a stream whose Read ends with ctx, and does no harm. The caller calls done.
-func interruptible(ctx context.Context, src io.Reader) (_ io.Reader, done func()) {
-	interrupt := source.Interruptor(src)
-	src = source.Guard(ctx, src)
-	if interrupt != nil {
-		stop := context.AfterFunc(ctx, interrupt)
-		return src, func() { stop() }
-	}
-	r, w := io.Pipe()
-	go func() {
-		space := buffers.Get().(*buffer)
-		defer buffers.Put(space)
-		_, err := io.CopyBuffer(w, src, space[:])
-		w.CloseWithError(err)
-	}()
-	stop := context.AfterFunc(ctx, func() { r.CloseWithError(context.Cause(ctx)) })
-	return r, func() {
-		stop()
-		r.Close()
-	}
+	return true, nil
 }
 
 // held is for a file that there is no room to copy: it makes the blob with the same
 // content part of the ingest. It returns nil and no error where there is none.
-func (in *ingest) held(ctx context.Context, file *source.File, alg digest.Algorithm, opts p2p.AddOptions) (*addition, error) {
-	table, err := tableFrom(ctx, alg, io.NewSectionReader(file, file.Start, 1<<63-1-file.Start), opts.Progress)
+func (in *ingest) held(ctx context.Context, file *source.File, opts p2p.AddOptions) (*addition, error) {
+	table, err := tableFrom(ctx, opts.HashWith(), io.NewSectionReader(file, file.Start, 1<<63-1-file.Start), opts.Progress)
 	if err != nil {
 		return nil, err
 	}
@@ -243,9 +226,8 @@ func tableFrom(ctx context.Context, alg digest.Algorithm, src io.Reader, progres
 
 // record feeds a recorder.
 func record(ctx context.Context, recorder *digest.Recorder, src io.Reader, progress func(int64)) error {
-	space := buffers.Get().(*buffer)
-	defer buffers.Put(space)
-	buf := space[:]
+	buf := source.Buffer(0)
+	defer source.Release(buf)
 	for {
 		if err := context.Cause(ctx); err != nil {
 			return err
@@ -285,85 +267,6 @@ func (s *Store) intact(ctx context.Context, d digest.Digest) bool {
 	return true
 }
 
-// copy copies src to a's file and returns the table of what that has then.
-func (in *ingest) copy(caller context.Context, a *addition, src io.Reader, alg digest.Algorithm, progress func(int64)) (*digest.Table, error) {
-	f := a.f
-	if !isRegular(src) {
-		var done func()
-		src, done = interruptible(caller, src)
-		defer done()
-	}
-	ctx, cancel := context.WithCancelCause(caller)
-	defer cancel(nil)
-	recorder := digest.NewRecorder(alg)
-	// How far the copying may be ahead: what is read back should still be in
-	// the page cache, and what is in memory is not to be much.
-	news := make(chan copied, 4)
-	var hashing sync.WaitGroup
-	hashing.Go(func() {
-		for c := range news {
-			if ctx.Err() == nil {
-				if err := hash(ctx, recorder, f, c); err != nil {
-					cancel(err)
-				}
-			}
-			c.release()
-			if progress != nil && ctx.Err() == nil {
-				progress(recorder.Size())
-			}
-		}
-	})
-	var written int64
-	err := copyChunks(f, src, func(c copied) error {
-		// What is small may be here already, as the empty configuration is: that shows when it is hashed.
-		if err := in.s.account(a, c.end); err != nil && c.end > p2p.MaxManifest {
-			c.release()
-			return err
-		}
-		if c.end-written >= chunk {
-			startWriteBack(f, written, c.end)
-			written = c.end
-		}
-		select {
-		case news <- c:
-			return context.Cause(ctx)
-		case <-ctx.Done():
-			c.release()
-			return context.Cause(ctx)
-		}
-	})
-	close(news)
-	hashing.Wait()
-	if err == nil {
-		err = context.Cause(ctx)
-	}
-	if err != nil {
-		return nil, err
-	}
-	return recorder.Table()
-}
-
-// hash feeds a recorder up to c: with what passed through memory, or, where the
-// kernel has copied, with what the file has then.
-func hash(ctx context.Context, recorder *digest.Recorder, f *os.File, c copied) error {
-	if c.part != nil {
-		_, err := recorder.Write(c.part)
-		return err
-	}
-	space := buffers.Get().(*buffer)
-	defer buffers.Put(space)
-	for recorder.Size() < c.end && ctx.Err() == nil {
-		p := space[:min(int64(len(space)), c.end-recorder.Size())]
-		if _, err := f.ReadAt(p, recorder.Size()); err != nil {
-			return fmt.Errorf("read back what was copied: %w", err)
-		}
-		if _, err := recorder.Write(p); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
 // account counts the bytes that a's file has now, or refuses them where the
 // store has no room.
 func (s *Store) account(a *addition, size int64) error {
@@ -384,7 +287,7 @@ func (in *ingest) Room(n int64) error { return in.s.Room(n) }
 
 // Rehash implements [p2p.Ingest].
 func (in *ingest) Rehash(d, want digest.Digest) (p2p.Added, error) {
-	if err := in.s.begin(in.ctx); err != nil {
+	if err := in.begin(); err != nil {
 		return p2p.Added{}, err
 	}
 	defer in.s.end()
@@ -396,13 +299,7 @@ func (in *ingest) Rehash(d, want digest.Digest) (p2p.Added, error) {
 		return p2p.Added{}, fmt.Errorf("rehash %s: it was not added: %w", d, p2p.ErrNotFound)
 	}
 	a, err := in.rehash(a, want)
-	if cause := context.Cause(in.ctx); err != nil && cause != nil {
-		err = cause
-	}
-	if err != nil {
-		return p2p.Added{}, DiskError(err)
-	}
-	return p2p.Added{Digest: a.table.Digest, Size: a.table.Size}, nil
+	return added(in.ctx, a, err)
 }
 
 func (in *ingest) rehash(a *addition, want digest.Digest) (*addition, error) {
@@ -413,7 +310,10 @@ func (in *ingest) rehash(a *addition, want digest.Digest) (*addition, error) {
 			return nil, err
 		}
 		defer blob.Close()
-		return in.add(in.ctx, blob.f, want.Algorithm(), p2p.AddOptions{Want: want})
+		opts := p2p.AddOptions{Want: want}
+		ctx, cancel := in.bound(&opts)
+		defer cancel(nil)
+		return in.add(ctx, cancel, blob.f, opts)
 	}
 	table, err := tableFrom(in.ctx, want.Algorithm(), io.NewSectionReader(a.f, 0, a.table.Size), nil)
 	if err == nil {
@@ -465,13 +365,10 @@ func (a *addition) discard(s *Store) error {
 
 // Commit implements [p2p.Ingest].
 func (in *ingest) Commit(c p2p.Commit) error {
-	if err := in.s.begin(in.ctx); err != nil {
+	if err := in.begin(); err != nil {
 		return err
 	}
 	defer in.s.end()
-	if in.done {
-		return errors.New("commit: the ingest is committed or closed already")
-	}
 	if err := c.Validate(); err != nil {
 		return err
 	}
@@ -751,6 +648,9 @@ func (in *ingest) Close() error {
 		defer in.s.end()
 	}
 	var errs []error
+	if in.open != nil {
+		errs = append(errs, in.open.abandon(open))
+	}
 	for d, a := range in.added {
 		if a.f != nil {
 			errs = append(errs, a.f.Close())

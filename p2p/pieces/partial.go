@@ -18,6 +18,7 @@ import (
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/source"
 )
 
 // Partial is a blob that arrives in pieces, in any order, and is not one of the
@@ -137,10 +138,11 @@ func (p *Partial) seed(ctx context.Context) error {
 		return err
 	}
 	defer in.Close()
-	return DiskError(copyChunks(p.f, in, func(c copied) error {
-		c.release()
-		return context.Cause(ctx)
-	}))
+	copied, err := copyFile(p.f, in, 0, func(int64) error { return context.Cause(ctx) })
+	if !copied && err == nil {
+		_, err = source.Copy(io.NewOffsetWriter(p.f, 0), source.Guard(ctx, in))
+	}
+	return DiskError(err)
 }
 
 // Saved returns the piece table that was used last, or the one that the store

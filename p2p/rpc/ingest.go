@@ -1,12 +1,13 @@
 package rpc
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"os"
-	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
@@ -33,6 +34,7 @@ type ingest struct {
 	session *session
 	stream  grpc.BidiStreamingClient[pb.IngestRequest, pb.IngestReply]
 	cancel  context.CancelFunc // ends the stream
+	open    *writer            // what was created and is not finished, or nil
 	over    error              // why nothing can follow but Close
 }
 
@@ -62,8 +64,20 @@ func (c *Client) Ingest(ctx context.Context) (p2p.Ingest, error) {
 
 // begin begins a call of the ingest, and returns what ends it.
 func (i *ingest) begin() (end func(), err error) {
+	if i.open != nil {
+		return nil, errors.New("what the ingest takes in is not finished")
+	}
+	return i.call()
+}
+
+// call begins a call of the ingest or of its writer, and returns what ends it.
+func (i *ingest) call() (end func(), err error) {
 	if i.over != nil {
 		return nil, fmt.Errorf("ingest can't go on: %w", i.over)
+	}
+	if err := context.Cause(i.ctx); err != nil {
+		i.fail(err)
+		return nil, err
 	}
 	i.client.mu.Lock()
 	defer i.client.mu.Unlock()
@@ -131,23 +145,34 @@ func isPlain(f *os.File) bool {
 
 // add hands f to the daemon, and waits until it has taken it in.
 func (i *ingest) add(req *pb.IngestRequest_Add, f *os.File, progress func(int64)) (added p2p.Added, err error) {
-	channel := i.session.conn.channel
-	req.DescriptorId = i.session.lastID.Add(1)
-	if err := channel.send(i.ctx, req.DescriptorId, f); err != nil {
-		if i.ctx.Err() != nil {
-			return p2p.Added{}, context.Cause(i.ctx)
-		}
-		return p2p.Added{}, i.client.lostError(err)
-	}
-	defer func() {
-		if err != nil {
-			channel.withdraw(req.DescriptorId) // the daemon may not have heard of the add
-		}
-	}()
-	if err := i.send(&pb.IngestRequest{Request: &pb.IngestRequest_Add_{Add: req}}); err != nil {
+	if err := i.handOver(req, f); err != nil {
 		return p2p.Added{}, err
 	}
-	return i.waitAdded(progress)
+	if added, err = i.waitAdded(progress); err != nil {
+		i.withdraw(req)
+	}
+	return added, err
+}
+
+// handOver gives f to the daemon, for it to be added.
+func (i *ingest) handOver(req *pb.IngestRequest_Add, f *os.File) error {
+	req.DescriptorId = i.session.lastID.Add(1)
+	if err := i.session.conn.channel.send(i.ctx, req.DescriptorId, f); err != nil {
+		if i.ctx.Err() != nil {
+			return context.Cause(i.ctx)
+		}
+		return i.client.lostError(err)
+	}
+	err := i.send(&pb.IngestRequest{Request: &pb.IngestRequest_Add_{Add: req}})
+	if err != nil {
+		i.withdraw(req)
+	}
+	return err
+}
+
+// withdraw takes back what was handed over, where an add has failed: the daemon may not have heard of it.
+func (i *ingest) withdraw(req *pb.IngestRequest_Add) {
+	i.session.conn.channel.withdraw(req.DescriptorId)
 }
 
 // waitAdded waits for the answer to an add or a rehash.
@@ -180,67 +205,162 @@ func (i *ingest) waitAdded(progress func(int64)) (p2p.Added, error) {
 
 // addPipe copies src to the daemon through a pipe.
 func (i *ingest) addPipe(req *pb.IngestRequest_Add, src io.Reader, progress func(int64)) (p2p.Added, error) {
-	r, w, err := os.Pipe()
+	w, err := i.create(req, progress)
 	if err != nil {
 		return p2p.Added{}, err
 	}
-	if raw, err := w.SyscallConn(); err == nil {
+	var broken error // why the pipe could not be written
+	copied := make(chan error, 1)
+	go func() {
+		_, err := source.Copy(writeFunc(func(p []byte) (n int, err error) {
+			n, err = w.pipe.Write(p)
+			broken = err
+			return n, err
+		}), source.Guard(i.stream.Context(), src))
+		copied <- err
+	}()
+	select {
+	case err := <-copied:
+		// Where the daemon has ended the stream, src was not what broke.
+		if err != nil && broken == nil && i.stream.Context().Err() == nil {
+			w.abandon()
+			return p2p.Added{}, fmt.Errorf("read what is to be added: %w", err)
+		}
+		return w.finish(broken)
+	case <-w.answered:
+		return w.finish(nil)
+	}
+}
+
+type writeFunc func(p []byte) (int, error)
+
+func (f writeFunc) Write(p []byte) (int, error) { return f(p) }
+
+// writer is a pipe to the daemon, which adds what comes. It implements [p2p.Writer].
+type writer struct {
+	i    *ingest
+	pipe *os.File
+	stop func() bool // with it, closing the client does not end the ingest any more
+
+	answered chan struct{} // closed when the daemon has answered
+	added    p2p.Added
+	err      error
+}
+
+// Create implements [p2p.Ingest].
+func (i *ingest) Create(opts p2p.AddOptions) (p2p.Writer, error) {
+	end, err := i.begin()
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	req := &pb.IngestRequest_Add{Want: string(opts.Want), Algorithm: string(opts.Algorithm)}
+	if _, err = parseAdd(req); err == nil {
+		i.open, err = i.create(req, opts.Progress)
+	}
+	if err != nil {
+		i.fail(err)
+		return nil, err
+	}
+	return i.open, nil
+}
+
+// create has the daemon add what is written to a pipe. The caller finishes or abandons it.
+func (i *ingest) create(req *pb.IngestRequest_Add, progress func(int64)) (*writer, error) {
+	r, pipe, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	if raw, err := pipe.SyscallConn(); err == nil {
 		// Where the user has too many large pipes, this one stays small.
 		raw.Control(func(fd uintptr) { unix.FcntlInt(fd, unix.F_SETPIPE_SZ, pipeSize) })
 	}
-	broken := make(chan error, 1) // why src could not be read
-	copied := make(chan error, 1) // why the pipe could not be written; nil where src was copied or broke
-	go func() {
-		out := &pipeWriter{w: w}
-		buf := copyBuffers.Get().(*[256 << 10]byte)
-		_, err := io.CopyBuffer(out, source.Guard(i.stream.Context(), src), buf[:])
-		copyBuffers.Put(buf)
-		// Where the daemon has ended the stream, src was not what broke.
-		if err != nil && out.err == nil && i.stream.Context().Err() == nil {
-			broken <- err
-			i.cancel() // before the daemon can take the end of the pipe for that of src
-		}
-		w.Close()
-		copied <- out.err
-	}()
-	added, err := i.add(req, r, progress)
+	err = i.handOver(req, r)
 	r.Close()
 	if err != nil {
-		w.Close() // nothing reads from it any more
-	} else {
-		// The daemon has seen the end of the pipe, so this is over or about to be.
-		select {
-		case err = <-copied:
-			if err != nil {
-				err = fmt.Errorf("the daemon did not take in everything: %w", err)
-			}
-		case <-i.ctx.Done():
-			err = context.Cause(i.ctx)
-		}
+		pipe.Close()
+		return nil, err
 	}
-	select {
-	case err = <-broken:
-		err = fmt.Errorf("read what is to be added: %w", err)
-	default:
+	w := &writer{i: i, pipe: pipe, stop: context.AfterFunc(i.client.closing, i.cancel), answered: make(chan struct{})}
+	go func() {
+		defer close(w.answered)
+		if w.added, w.err = w.wait(progress); w.err != nil {
+			i.withdraw(req)
+			pipe.SetWriteDeadline(time.Unix(1, 0)) // the daemon may leave it open
+		}
+	}()
+	return w, nil
+}
+
+// wait waits for the daemon's answer, in a goroutine where a panic would end the process.
+func (w *writer) wait(progress func(int64)) (added p2p.Added, err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			err = fmt.Errorf("what is told of the progress panicked: %v", v)
+			w.i.cancel()
+		}
+	}()
+	return w.i.waitAdded(progress)
+}
+
+// Write implements [io.Writer].
+func (w *writer) Write(p []byte) (int, error) {
+	end, err := w.i.call()
+	if err != nil {
+		return 0, err
+	}
+	defer end()
+	n, err := w.pipe.Write(p)
+	if err != nil {
+		_, err = w.finish(err)
+		w.i.fail(err)
+	}
+	return n, err
+}
+
+// Finish implements [p2p.Writer].
+func (w *writer) Finish() (p2p.Added, error) {
+	end, err := w.i.call()
+	if err != nil {
+		return p2p.Added{}, err
+	}
+	defer end()
+	if w.i.open != w {
+		return p2p.Added{}, errors.New("the content is finished already")
+	}
+	added, err := w.finish(nil)
+	if w.i.open = nil; err != nil {
+		w.i.fail(err)
 	}
 	return added, err
 }
 
-// copyBuffers are what bytes pass through on their way into a pipe.
-var copyBuffers = sync.Pool{New: func() any { return new([256 << 10]byte) }}
-
-// pipeWriter keeps the error of a Write, to tell it from one of the reader.
-type pipeWriter struct {
-	w   *os.File
-	err error
+// finish closes the pipe, and waits for the answer; broken is why not all went into it, if so.
+func (w *writer) finish(broken error) (p2p.Added, error) {
+	defer w.stop()
+	select {
+	case <-w.answered:
+		broken = cmp.Or(broken, errors.New("it answered before the end"))
+	default:
+	}
+	w.pipe.Close()
+	select {
+	case <-w.answered:
+	case <-w.i.ctx.Done():
+		return p2p.Added{}, context.Cause(w.i.ctx)
+	}
+	if w.err == nil && broken != nil {
+		return p2p.Added{}, fmt.Errorf("the daemon did not take in everything: %w", broken)
+	}
+	return w.added, w.err
 }
 
-func (p *pipeWriter) Write(b []byte) (int, error) {
-	n, err := p.w.Write(b)
-	if err != nil {
-		p.err = err
-	}
-	return n, err
+// abandon ends the ingest, before the daemon can take the end of the pipe for that of the content.
+func (w *writer) abandon() {
+	w.stop()
+	w.i.cancel()
+	<-w.answered
+	w.pipe.Close()
 }
 
 // send sends a request. Where the daemon has ended the stream, it returns why.
@@ -342,6 +462,10 @@ func (i *ingest) commit(commit p2p.Commit) error {
 // not committed, unless the ingest failed or its context ended.
 func (i *ingest) Close() error {
 	defer i.cancel()
+	if i.open != nil {
+		i.open.abandon()
+		i.open = nil
+	}
 	if i.over != nil {
 		return nil
 	}

@@ -1066,7 +1066,8 @@ type addFunc func(io.Reader) error
 func (f addFunc) Add(src io.Reader, _ p2p.AddOptions) (p2p.Added, error) {
 	return p2p.Added{Digest: someTask.Digest}, f(src)
 }
-func (addFunc) Room(int64) error { return nil }
+func (addFunc) Create(p2p.AddOptions) (p2p.Writer, error) { return nil, errors.ErrUnsupported }
+func (addFunc) Room(int64) error                          { return nil }
 func (addFunc) Rehash(_, _ digest.Digest) (p2p.Added, error) {
 	return p2p.Added{}, errors.ErrUnsupported
 }

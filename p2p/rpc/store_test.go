@@ -226,6 +226,8 @@ func (i *storeIngest) Add(src io.Reader, opts p2p.AddOptions) (p2p.Added, error)
 	return p2p.Added{Digest: table.Digest, Size: table.Size}, nil
 }
 
+func (i *storeIngest) Create(p2p.AddOptions) (p2p.Writer, error) { return nil, errors.ErrUnsupported }
+
 func (i *storeIngest) Room(n int64) error {
 	if n > 1<<40 {
 		return p2p.ErrNoSpace
