@@ -406,7 +406,7 @@ func (r *Repository) keep(ctx context.Context, f *found, l Lookup) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, keepTimeout)
 	defer cancel()
-	if _, err := r.engine.HoldManifest(ctx, r.tag, id, p2p.StatOptions{ContentOnly: true}); err != nil {
+	if !r.keepFound(ctx, f, id) {
 		return
 	}
 	for _, d := range f.others {
@@ -422,6 +422,22 @@ func (r *Repository) keep(ctx context.Context, f *found, l Lookup) {
 		}
 		blob.Close()
 	}
+}
+
+// keepFound has the manifest held that was found, and the name that led to it. An engine
+// that remembers the name holds it with the manifest, and asks nobody what it stands for.
+func (r *Repository) keepFound(ctx context.Context, f *found, name digest.CID) bool {
+	if f.Manifest != "" {
+		if _, err := r.engine.HoldManifest(ctx, r.tag, digest.FromDigest(f.Manifest), p2p.StatOptions{ContentOnly: true}); err != nil {
+			return false
+		}
+		held, err := r.engine.Stat(ctx, r.tag, name, p2p.StatOptions{Scope: p2p.Local})
+		if err == nil && held.Task.Digest == f.Manifest {
+			return true
+		}
+	}
+	_, err := r.engine.HoldManifest(ctx, r.tag, name, p2p.StatOptions{ContentOnly: true})
+	return err == nil
 }
 
 // keepEmpty stores the empty config, which most artifacts have: nobody need be asked for

@@ -88,7 +88,8 @@ type Holder interface {
 	// HoldManifest makes this host hold the name, and the manifest that it points to,
 	// but not yet what this refers to. It describes the manifest as a Stat with opts
 	// does, of which Manifest and the scope Network are implied. Of a task that is no
-	// manifest only the name is held, and that only where the task is here.
+	// manifest only the name is held, and that only where the task is here. With a digest
+	// that the Stat of a name has led to, an engine may hold that name, too, as it was.
 	HoldManifest(ctx context.Context, tag string, cid digest.CID, opts StatOptions) (Info, error)
 
 	// HoldReferrers makes this host hold the manifests that refer to task and that

@@ -213,7 +213,7 @@ func TestFollowIsBounded(t *testing.T) {
 
 // TestRecentIsBounded: what is remembered of peers is bounded in tasks, peers, bytes and time.
 func TestRecentIsBounded(t *testing.T) {
-	r := &recent{tasks: map[p2p.Task][]holder{}}
+	r := newRecent()
 	task := func(i int) p2p.Task { return p2p.Task{Tag: fmt.Sprint(i)} }
 	for i := range 2 * maxSources {
 		r.put(task(0), peer.ID(fmt.Sprint(i)), &taskState{})

@@ -415,7 +415,18 @@ func (s *Swarm) statesOf(ctx context.Context, p peer.ID, tasks []taskRef) []*tas
 type recent struct {
 	mu    sync.Mutex
 	tasks map[p2p.Task][]holder
-	bytes int // of all states
+	bytes int                // of all states
+	led   map[p2p.Task]leads // which names have led to tasks that were not held
+}
+
+func newRecent() *recent {
+	return &recent{tasks: map[p2p.Task][]holder{}, led: map[p2p.Task]leads{}}
+}
+
+// leads is a name that has led to a task.
+type leads struct {
+	name p2p.NewName
+	at   time.Time
 }
 
 // holder is a peer that has said what it has of a task.
@@ -429,6 +440,9 @@ const (
 	recentFor      = 2 * time.Second
 	maxRecent      = 1024 // tasks
 	maxRecentBytes = 8 << 20
+	// ledFor is how long it is remembered which name has led to a task: whoever holds that
+	// then has fetched the file before.
+	ledFor = 10 * time.Minute
 )
 
 func (r *recent) put(t p2p.Task, p peer.ID, state *taskState) {
@@ -460,6 +474,34 @@ func (r *recent) take(t p2p.Task) []holder {
 	defer r.mu.Unlock()
 	r.remove(t, func(holder) bool { return true })
 	return all
+}
+
+// lead remembers that a name of peers leads to a task.
+func (r *recent) lead(name p2p.NewName) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(r.led) >= maxRecent {
+		clear(r.led)
+	}
+	r.led[p2p.Task{Tag: name.Tag, Digest: name.Digest}] = leads{name, time.Now()}
+}
+
+// ledTo returns the name that has led to a task, and forgets it; nil where there is none, or
+// it has been deleted since. It is the name as it was: it is to be held with the task, for
+// which nobody need be asked once more, and says nothing of what the name stands for now.
+func (s *Swarm) ledTo(ctx context.Context, task p2p.Task) *p2p.NewName {
+	s.recent.mu.Lock()
+	l, found := s.recent.led[task]
+	delete(s.recent.led, task)
+	s.recent.mu.Unlock()
+	if !found || time.Since(l.at) > ledFor {
+		return nil
+	}
+	gone, err := s.nameState(ctx, task.Tag, l.name.Name)
+	if err != nil || gone != nil && s.store.Covers(gone.gone(s.store.Limit()), l.name.Updated) {
+		return nil
+	}
+	return &l.name
 }
 
 // remove forgets holders of a task. r.mu is held.

@@ -193,7 +193,7 @@ func New(store *pieces.Store, network Network, opts Options) (_ *Swarm, err erro
 		limit:         throttle.New(opts.DownloadRate),
 		log:           opts.Log,
 		manifests:     newManifestCache(),
-		recent:        &recent{tasks: map[p2p.Task][]holder{}},
+		recent:        newRecent(),
 		downloads:     map[digest.Digest]*download{},
 		told:          make(chan toldDelete, 1024),
 		searches:      make(chan struct{}, maxSearches),
@@ -358,7 +358,12 @@ func (s *Swarm) stat(ctx context.Context, tag string, cid digest.CID, opts p2p.S
 	if cid.CacheID() != "" {
 		info, err = s.statName(ctx, tag, cid, opts, hold)
 	} else {
-		info, err = s.statDigest(ctx, p2p.Task{Tag: tag, Digest: cid.Digest()}, opts, nil, hold)
+		task := p2p.Task{Tag: tag, Digest: cid.Digest()}
+		var name *p2p.NewName
+		if hold {
+			name = s.ledTo(ctx, task)
+		}
+		info, err = s.statDigest(ctx, task, opts, name, hold)
 	}
 	if err == nil && opts.Lease && len(info.Lacks) > 0 && !info.Remote {
 		info.Lacks = s.lacking(ctx, info)
@@ -399,9 +404,13 @@ func (s *Swarm) statName(ctx context.Context, tag string, cid digest.CID, opts p
 		}
 		return s.statDigest(ctx, info.Task, opts, nil, hold)
 	}
-	return s.statDigest(ctx, p2p.Task{Tag: tag, Digest: name.digest}, opts, &p2p.NewName{
+	n := &p2p.NewName{
 		Tag: tag, Name: cid.CacheID(), Digest: name.digest, Updated: name.version.At, After: name.version.After, KeepOld: !name.letGo,
-	}, hold)
+	}
+	if !hold {
+		s.recent.lead(*n)
+	}
+	return s.statDigest(ctx, p2p.Task{Tag: tag, Digest: name.digest}, opts, n, hold)
 }
 
 // statDigest describes a task. name is what led to it where that is not here.
