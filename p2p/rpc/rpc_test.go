@@ -1054,6 +1054,18 @@ func TestDaemonFailsInAdd(t *testing.T) {
 		}
 		ingest.Close()
 	}
+	ingest, err := c.Ingest(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ingest.Close()
+	w, err := ingest.Create(p2p.AddOptions{})
+	for err == nil {
+		_, err = w.Write(make([]byte, 1000))
+	}
+	if err.Error() != full.Error() {
+		t.Errorf("write: got %v", err)
+	}
 }
 
 type endless struct{}
@@ -1088,6 +1100,19 @@ func TestDaemonReadsTooLittle(t *testing.T) {
 	defer ingest.Close()
 	if _, err = ingest.Add(endless{}, p2p.AddOptions{}); err == nil || !strings.Contains(err.Error(), "did not take in everything") {
 		t.Errorf("got %v", err)
+	}
+	written, err := c.Ingest(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer written.Close()
+	w, err := written.Create(p2p.AddOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	<-w.(*writer).answered
+	if _, err := w.Finish(); err == nil || !strings.Contains(err.Error(), "did not take in everything") {
+		t.Errorf("finish: got %v", err)
 	}
 }
 
