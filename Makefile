@@ -12,7 +12,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo deve
 COMMIT  ?= $(shell git rev-parse HEAD 2>/dev/null)
 LDFLAGS := -s -w -X $(BUILD).version=$(VERSION) -X $(BUILD).commit=$(COMMIT)
 
-.PHONY: build demo quick test clients lint generate crash powercut hostile mutants fuzz bench clean help
+.PHONY: build demo quick test clients lint hooks generate crash powercut hostile mutants fuzz bench clean help
 
 # Without gRPC's own trace pages a process starts faster.
 build: ## build dfcache and dfdaemon into bin/
@@ -34,13 +34,16 @@ test: lint clients ## everything that has to hold
 # The tests find them in .cache/tools. Others are Debian's packages: see .ci/run.
 clients: $(TOOLS)/oras $(TOOLS)/crane $(TOOLS)/regctl ## registry clients that tests use
 
-lint: $(TOOLS)/staticcheck ## formatting, go vet, staticcheck
+lint: $(TOOLS)/golangci-lint ## formatting, go vet, and the linters of .golangci.yml
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go' 2>/dev/null || find . -name '*.go')); \
 	  if [ -n "$$unformatted" ]; then echo "run gofmt -w on: $$unformatted"; exit 1; fi
 	$(GO) vet ./...
 	$(GO) vet -tags gendocs ./cmd/...
-	$(TOOLS)/staticcheck ./...
-	$(TOOLS)/staticcheck -tags gendocs ./cmd/...
+	$(TOOLS)/golangci-lint run ./...
+	$(TOOLS)/golangci-lint run --build-tags gendocs ./cmd/...
+
+hooks: ## have git check formatting, go vet and the subject at each commit
+	git config core.hooksPath .githooks
 
 # protoc is Debian's package protobuf-compiler; its plugins are tools of the
 # module in integration/tools.
@@ -80,6 +83,10 @@ clean: ## remove what was built
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
+
+# It has a module of its own, for the many others that it needs.
+$(TOOLS)/golangci-lint: integration/tools/lint/go.mod integration/tools/lint/go.sum
+	$(GO) -C integration/tools/lint build -o $(TOOLS)/ $$($(GO) -C integration/tools/lint list tool)
 
 $(TOOLS)/%: integration/tools/go.mod integration/tools/go.sum
 	$(GO) -C integration/tools build -o $(TOOLS)/ $$($(GO) -C integration/tools list tool | grep '/$*$$')

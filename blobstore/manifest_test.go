@@ -267,8 +267,7 @@ func TestCheckRefs(t *testing.T) {
 		}
 		absent := content.NewDescriptorFromBytes(ocispec.MediaTypeImageManifest, []byte(`{"absent":true}`))
 		foreign, docker, urls := blob("foreign"), blob("docker"), blob("urls")
-		//lint:ignore SA1019 images with such layers exist
-		foreign.MediaType = ocispec.MediaTypeImageLayerNonDistributableGzip
+		foreign.MediaType = ocispec.MediaTypeImageLayerNonDistributableGzip //nolint:staticcheck // images with such layers exist
 		docker.MediaType = "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip"
 		urls.URLs = []string{"https://example.org/layer"}
 		m := image(ocispec.Manifest{

@@ -97,13 +97,17 @@ func (s *Store) Partials(ctx context.Context) iter.Seq2[Entry, error] {
 	return s.engine.List(ctx, p2p.Query{Kind: p2p.KindPartials})
 }
 
-// Peers are other dfdaemons, and what they have and did.
 type (
-	Peer      = p2p.Peer      // another dfdaemon
-	PeerState = p2p.PeerState // how it stands with one
-	Holders   = p2p.Holders   // how many of them hold a file
-	Source    = p2p.Source    // one that gave bytes of a file
-	Missed    = p2p.Missed    // one that a Remove was not done on
+	// Peer is another dfdaemon.
+	Peer = p2p.Peer
+	// PeerState is how it stands with a peer.
+	PeerState = p2p.PeerState
+	// Holders is how many peers have a file.
+	Holders = p2p.Holders
+	// Source is a peer that gave bytes of a file.
+	Source = p2p.Source
+	// Missed is a peer that a Remove was not done on.
+	Missed = p2p.Missed
 )
 
 // Peers describes the other dfdaemons that this host's knows, the connected ones

@@ -237,9 +237,7 @@ func (o *output) removeTemp() error {
 
 // Close closes the file and removes it if it was not published.
 func (o *output) Close() error {
-	err := o.File.Close()
-	o.removeTemp()
-	return err
+	return errors.Join(o.File.Close(), o.removeTemp())
 }
 
 // writeDir makes the directory at path with the files of an artifact, each with
@@ -421,7 +419,7 @@ func moveFiles(path, from string, names []string, opts ExportOptions) (err error
 			return
 		}
 		for _, name := range moved {
-			root.Remove(name)
+			_ = root.Remove(name) // the error before it is what counts
 		}
 		for _, name := range names {
 			for dir := filepath.Dir(name); dir != "." && root.Remove(dir) == nil; dir = filepath.Dir(dir) {

@@ -109,6 +109,7 @@ type Holder interface {
 // Scope says how far a lookup may go.
 type Scope int
 
+// The scopes.
 const (
 	Network Scope = iota // here, then the peers
 	Local                // never leaves this host
@@ -194,13 +195,13 @@ const (
 type Keep int
 
 const (
-	// KeepHeld: the names that point to it, the tasks that refer to it, and
+	// KeepHeld is kept by the names that point to it, the tasks that refer to it, and
 	// its subject. It goes with the last of them.
 	KeepHeld Keep = iota
-	// KeepLoose: nothing holds it yet. It is kept until something does, and
+	// KeepLoose is held by nothing yet. It is kept until something does, and
 	// then as KeepHeld: content that arrives before what refers to it.
 	KeepLoose
-	// KeepPinned: it is kept for its own sake, until it is deleted.
+	// KeepPinned is kept for its own sake, until it is deleted.
 	KeepPinned
 )
 
@@ -270,6 +271,7 @@ type Peer struct {
 // PeerState says how it stands with a peer.
 type PeerState string
 
+// The states of a peer.
 const (
 	PeerConnected PeerState = "connected"
 	PeerAway      PeerState = "away"    // known, and not connected now
@@ -297,6 +299,7 @@ type Query struct {
 // Kind says which entries a List yields.
 type Kind int
 
+// The kinds of entries.
 const (
 	KindAll      Kind = iota // names and tasks
 	KindNames                // names

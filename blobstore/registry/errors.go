@@ -150,7 +150,7 @@ func (p *problem) send(w *response) {
 	h.Set("Content-Type", "application/json")
 	h.Set("Content-Length", strconv.Itoa(len(body)))
 	w.WriteHeader(p.status)
-	w.Write(body) // who does not take it in is gone
+	_, _ = w.Write(body) // a client that does not take it in is gone
 	if linger && w.control.Flush() == nil {
 		w.request.discard()
 	}

@@ -232,10 +232,10 @@ func (h *Handler) withUpload(r *request, use func(*session) error) error {
 	if err == nil {
 		return nil
 	}
-	switch context.Cause(u.ctx) {
-	case errCancelled: // and use was broken off
+	switch cause := context.Cause(u.ctx); {
+	case errors.Is(cause, errCancelled): // and use was broken off
 		return errUnknownUpload(r.target)
-	case errShutdown:
+	case errors.Is(cause, errShutdown):
 		return errClosed()
 	}
 	return err

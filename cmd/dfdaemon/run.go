@@ -262,7 +262,7 @@ func (d *daemon) serve(signals <-chan os.Signal) error {
 	case err := <-served:
 		// What runs would hold up closing the store, and nobody can ask for more.
 		cancel()
-		shutdown(ctx, doors)
+		_ = shutdown(ctx, doors) // the error before it is what counts
 		for range len(doors) - 1 {
 			<-served
 		}

@@ -323,7 +323,7 @@ func (d *daemon) serveMetrics() error {
 	served := make(chan struct{})
 	go func() {
 		defer close(served)
-		server.Serve(connpool.Listen(l, share(maxMetrics)))
+		_ = server.Serve(connpool.Listen(l, share(maxMetrics)))
 	}()
 	d.onClose(func() {
 		server.Close()

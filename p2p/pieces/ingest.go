@@ -349,7 +349,7 @@ func (in *ingest) keep(a *addition) (*addition, error) {
 // register makes an addition, whose blob is held, part of the ingest.
 func (in *ingest) register(a *addition) *addition {
 	if before := in.added[a.table.Digest]; before != nil {
-		in.s.letGo(a.table.Digest, false) // one hold is enough, so this is not the last
+		_ = in.s.letGo(a.table.Digest, false) // one hold is enough, so this is not the last
 		return before
 	}
 	in.added[a.table.Digest] = a

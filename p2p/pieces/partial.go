@@ -423,8 +423,8 @@ func (p *Partial) Commit(ctx context.Context, c p2p.Commit) (err error) {
 	if err != nil {
 		return errors.Join(DiskError(err), p.Close())
 	}
-	removeBeside(p.name) // of no use any more; what stays is removed as a partial
-	p.f = nil            // it is the ingest's
+	_ = removeBeside(p.name) // of no use any more; what stays is removed as a partial
+	p.f = nil                // it is the ingest's
 	p.forget(0)
 	defer func(size int64) {
 		if err != nil {

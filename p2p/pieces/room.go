@@ -145,7 +145,7 @@ func (s *Store) keepReserve() {
 	}
 	if err != nil {
 		s.log.Warn("no room could be reserved for deletes on a full disk", "error", err)
-		os.Remove(name)
+		_ = os.Remove(name) // the next attempt begins anew
 	}
 }
 

@@ -16,6 +16,7 @@ import (
 // Mode says what a daemon does for others and for its own callers.
 type Mode string
 
+// The modes.
 const (
 	Full       Mode = "full"        // fetches and serves
 	SeedOnly   Mode = "seed-only"   // serves what was imported or pushed here, and fetches nothing

@@ -241,7 +241,7 @@ func New(store *pieces.Store, network Network, opts Options) (_ *Swarm, err erro
 		s.background.Go(s.announceAll)
 	}
 	for _, l := range listeners {
-		s.background.Go(func() { s.server.Serve(l) })
+		s.background.Go(func() { _ = s.server.Serve(l) })
 	}
 	s.background.Go(s.recall)
 	s.background.Go(s.tend)

@@ -218,7 +218,7 @@ func (c *counted) Read(p []byte) (n int, err error) {
 
 // short is why a body is too short: its sender has ended it so, or the connection broke off.
 func (c *counted) short() error {
-	if c.err == io.EOF {
+	if errors.Is(c.err, io.EOF) {
 		return errLength
 	}
 	return errGone

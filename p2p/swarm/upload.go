@@ -128,7 +128,7 @@ func (u *uploads) use(d digest.Digest, open func() (*upload, error)) (_ *upload,
 // tryClose closes the source of an upload that is not to be used any more.
 func (up *upload) tryClose() {
 	if up.closed && up.users == 0 && up.src != nil {
-		up.src.close()
+		_ = up.src.close() // it was read only
 		up.src = nil
 	}
 }

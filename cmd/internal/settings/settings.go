@@ -128,14 +128,14 @@ func read(path string) ([]byte, error) {
 func parse(content []byte, known []string) (map[string]string, error) {
 	decoder := yaml.NewDecoder(bytes.NewReader(content))
 	var document yaml.Node // not a map of Go: looking for keys that stand there twice takes that package time by the square
-	if err := decoder.Decode(&document); err == io.EOF {
+	if err := decoder.Decode(&document); errors.Is(err, io.EOF) {
 		return nil, nil
 	} else if err != nil {
 		return nil, err
 	}
 	if err := decoder.Decode(new(yaml.Node)); err == nil {
 		return nil, errors.New("more than one YAML document")
-	} else if err != io.EOF {
+	} else if !errors.Is(err, io.EOF) {
 		return nil, err
 	}
 	root := document.Content[0]

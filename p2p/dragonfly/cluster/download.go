@@ -115,7 +115,7 @@ func (d *download) close(err error) {
 			d.report(&schedulerv1.PieceResult{PieceInfo: &commonv1.PieceInfo{PieceNum: endOfPiece}, Code: commonv1.Code_Success})
 		}
 		if d.stream != nil {
-			d.stream.CloseSend()
+			_ = d.stream.CloseSend()
 		}
 		result := &schedulerv1.PeerResult{
 			TaskId: d.id, PeerId: d.peerID, SrcIp: d.e.host.Ip, Url: wire.URL(d.task), ContentLength: -1, TotalPieceCount: -1,
@@ -268,7 +268,7 @@ func (d *download) report(r *schedulerv1.PieceResult) {
 	r.FinishedCount = d.finished
 	stuck := time.AfterFunc(d.e.opts.StallTimeout, d.endStream)
 	defer stuck.Stop()
-	d.stream.Send(r) // where it fails, so does receiving, which tells
+	_ = d.stream.Send(r) // where it fails, so does receiving, which tells
 }
 
 // fail tells the scheduler that a peer is of no use: it names others.

@@ -382,7 +382,7 @@ func (w *watchdog) isSlow() bool {
 }
 
 // bit reports whether nothing has happened for too long.
-func (w *watchdog) bit() bool { return context.Cause(w.ctx) == throttle.ErrStalled }
+func (w *watchdog) bit() bool { return errors.Is(context.Cause(w.ctx), throttle.ErrStalled) }
 
 func (w *watchdog) stop() {
 	w.timer.Stop()

@@ -45,7 +45,7 @@ func newSchedulers(addrs []string) (_ *schedulers, err error) {
 	s := new(schedulers)
 	defer func() {
 		if err != nil {
-			s.close()
+			_ = s.close() // the error before it is what counts
 		}
 	}()
 	for _, addr := range addrs {

@@ -192,7 +192,7 @@ func writeFile(path string, data []byte, put func(tmp string) error) error {
 		err = put(f.Name())
 	}
 	if err != nil {
-		os.Remove(f.Name())
+		_ = os.Remove(f.Name()) // the error before it is what counts
 		return err
 	}
 	d, err := os.Open(dir)

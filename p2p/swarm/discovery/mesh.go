@@ -383,7 +383,7 @@ func (n *Network) askPeers(ctx context.Context, p peer.ID) ([]peer.AddrInfo, err
 		return nil, err
 	}
 	defer s.Reset() // no effect after a Close
-	stop := context.AfterFunc(ctx, func() { s.Reset() })
+	stop := context.AfterFunc(ctx, func() { _ = s.Reset() })
 	defer stop()
 	if err := s.CloseWrite(); err != nil {
 		return nil, err
@@ -423,7 +423,7 @@ func (n *Network) tellPeers(s network.Stream) {
 	}
 	data := encodePeers(infos)
 	if _, err := s.Write(data); err != nil {
-		s.Reset()
+		_ = s.Reset()
 	}
 }
 
