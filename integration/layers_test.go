@@ -20,7 +20,7 @@ var layers = [][]string{
 	{"p2p/rpc", "p2p/dragonfly/whole"},
 	{"p2p/rpc/pb", "p2p/pieces", "p2p/memory", "p2p/dragonfly/wire", "p2p/throttle", "p2p/connpool"},
 	{"p2p/source", "p2p/manifest"},
-	{"p2p", "p2p/grpclimit", "p2p/jsonlimit", "p2p/secret"},
+	{"p2p", "p2p/grpclimit", "p2p/jsonlimit", "p2p/secret", "p2p/pieces/backend"},
 	{"digest", "p2p/dirs", "p2p/swarm/schedule", "blobstore/loopback"},
 }
 
@@ -39,6 +39,7 @@ var notLinked = map[string][]string{
 	"p2p/dragonfly/persistent": {"github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk", "d7y.io/dragonfly"},
 	"p2p/swarm/schedule":       {"github.com/libp2p/", "google.golang.org/", "golang.org/x/", "github.com/spf13/"},
 	"p2p/pieces":               {"google.golang.org/grpc", "github.com/spf13/", "github.com/libp2p/"},
+	"p2p/pieces/backend":       {"google.golang.org/", "go.etcd.io/", "github.com/"},
 	"p2p/memory":               {"google.golang.org/grpc", "go.etcd.io/", "github.com/spf13/", "github.com/libp2p/"},
 	"p2p/manifest":             {"google.golang.org/", "go.etcd.io/", "oras.land/", "golang.org/x/", "github.com/libp2p/"},
 	"p2p/jsonlimit":            {"google.golang.org/", "go.etcd.io/", "golang.org/x/", "github.com/libp2p/"},

@@ -11,6 +11,7 @@ import (
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/pieces/backend"
 )
 
 // Blob is an open blob. It implements [p2p.FileBlob].
@@ -119,11 +120,11 @@ func (s *Store) openBlob(d digest.Digest) (_ *Blob, err error) {
 	if err != nil {
 		return nil, err
 	}
-	f, err := openRegular(s.blobPath(d))
-	if errors.Is(err, errNotRegular) {
+	f, err := s.bytes.Open(d)
+	if errors.Is(err, backend.ErrNotRegular) {
 		return nil, errNoRegularFile(d)
 	}
-	if err != nil && !isMissing(err) {
+	if err != nil && !backend.IsMissing(err) {
 		return nil, fmt.Errorf("open blob %s: %w", d, DiskError(err))
 	}
 	if err == nil {

@@ -16,6 +16,7 @@ import (
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/pieces/backend"
 )
 
 // Kinds of problems that a check finds.
@@ -93,20 +94,18 @@ func CheckDir(ctx context.Context, dir string, report func(Problem)) (sum Summar
 	if dir, err = filepath.Abs(dir); err != nil {
 		return sum, fmt.Errorf("check store: %w", err)
 	}
-	s := &Store{dir: dir, log: slog.New(slog.DiscardHandler), guard: guard{failed: make(chan struct{})}, dirSyncs: map[digest.Algorithm]*batch[struct{}]{}}
-	for _, alg := range []digest.Algorithm{digest.SHA256, digest.SHA384, digest.SHA512} {
-		s.dirSyncs[alg] = nil // the directories that checkMeta looks at
-	}
-	if _, err := os.Stat(s.path("blobs")); isMissing(err) {
+	s := &Store{dir: dir, log: slog.New(slog.DiscardHandler), guard: guard{failed: make(chan struct{})}}
+	s.bytes = backend.NewDir(dir, backend.Disk{}, s.log)
+	if _, err := os.Stat(s.path("blobs")); backend.IsMissing(err) {
 		return sum, fmt.Errorf("check store: there is none in %s: %w", dir, fs.ErrNotExist)
 	} else if err != nil {
 		return sum, s.checkError(err)
 	}
-	if s.guard.lock, err = openRegular(s.path("lock")); err == nil {
+	if s.guard.lock, err = backend.OpenRegular(s.path("lock")); err == nil {
 		defer s.guard.lock.Close()
 		err = lockFile(s.guard.lock, unix.LOCK_SH)
 	}
-	if err != nil && !isMissing(err) {
+	if err != nil && !backend.IsMissing(err) {
 		return sum, s.checkError(err)
 	}
 	if err := s.checkMeta(); err != nil {
@@ -140,7 +139,7 @@ func CheckDir(ctx context.Context, dir string, report func(Problem)) (sum Summar
 		return sum, s.checkError(err)
 	}
 	defer s.db.Close()
-	if s.guard.file, err = openRegular(path); err != nil {
+	if s.guard.file, err = backend.OpenRegular(path); err != nil {
 		return sum, s.checkError(err)
 	}
 	defer s.guard.file.Close()
@@ -259,7 +258,7 @@ func (c *checker) blobs() error {
 
 // blob reads one blob. It does not trust the checksums alone: it hashes.
 func (c *checker) blob(d digest.Digest) error {
-	path := c.s.blobPath(d)
+	path := c.s.bytes.Path(d)
 	table, err := c.s.table(d)
 	switch {
 	case errors.Is(err, p2p.ErrNotFound):
@@ -270,12 +269,12 @@ func (c *checker) blob(d digest.Digest) error {
 	case err != nil:
 		return err
 	}
-	f, err := openRegular(path)
-	if errors.Is(err, errNotRegular) {
+	f, err := c.s.bytes.Open(d)
+	if errors.Is(err, backend.ErrNotRegular) {
 		c.found(Problem{Kind: KindCorrupt, Digest: d, Piece: -1, Path: path, Detail: "what is in the place of its file is not a regular file"})
 		return nil
 	}
-	if isMissing(err) {
+	if backend.IsMissing(err) {
 		c.found(Problem{Kind: KindMissing, Digest: d, Piece: -1, Path: path, Detail: "its file is not there"})
 		return nil
 	}
@@ -339,17 +338,26 @@ func (c *checker) strays() error {
 	for _, d := range left {
 		expected[d] = true
 	}
-	return c.walk(func(path string, d digest.Digest, _ fs.DirEntry) error {
-		known := expected[d]
-		err := c.s.view(func(tx *bbolt.Tx) error {
-			known = known || has(tx, bucketBlobs, key(d))
+	for e, err := range c.s.bytes.Blobs() {
+		if err == nil {
+			err = context.Cause(c.ctx)
+		}
+		if err != nil {
+			return err
+		}
+		known := expected[e.Digest]
+		err = c.s.view(func(tx *bbolt.Tx) error {
+			known = known || has(tx, bucketBlobs, key(e.Digest))
 			return nil
 		})
-		if err == nil && !known {
-			c.foundStray(path)
+		if err != nil {
+			return err
 		}
-		return err
-	})
+		if !known {
+			c.foundStray(e.Path)
+		}
+	}
+	return nil
 }
 
 func (c *checker) foundStray(path string) {
@@ -360,60 +368,53 @@ func (c *checker) foundStray(path string) {
 	c.found(Problem{Kind: KindStray, Piece: -1, Path: path, Detail: detail})
 }
 
-// walk calls f for everything that is in the directories below blobs/.
-func (c *checker) walk(f func(path string, d digest.Digest, e fs.DirEntry) error) error {
-	for alg := range c.s.dirSyncs {
-		dir := c.s.path("blobs", alg.String())
-		entries, err := os.ReadDir(dir)
-		if err != nil && !isMissing(err) {
-			return err
+// files compares each file with its name, for want of metadata.
+func (c *checker) files() error {
+	for e, err := range c.s.bytes.Blobs() {
+		if err == nil {
+			err = context.Cause(c.ctx)
 		}
-		for _, e := range entries {
-			if err := context.Cause(c.ctx); err != nil {
-				return err
-			}
-			if err := f(filepath.Join(dir, e.Name()), digest.Digest(alg.String()+":"+e.Name()), e); err != nil {
-				return err
-			}
+		if err == nil {
+			err = c.file(e)
+		}
+		if err != nil {
+			return err
 		}
 	}
 	return nil
 }
 
-// files compares each file with its name, for want of metadata.
-func (c *checker) files() error {
-	return c.walk(func(path string, d digest.Digest, _ fs.DirEntry) error {
-		if _, err := digest.Parse(string(d)); err != nil {
-			c.foundStray(path)
-			return nil
-		}
-		f, err := openRegular(path)
-		if errors.Is(err, errNotRegular) {
-			c.foundStray(path)
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		defer f.Close()
-		c.sum.Blobs++
-		recorder := digest.NewRecorder(d.Algorithm())
-		err = record(c.ctx, recorder, f, nil)
-		c.sum.Bytes += recorder.Size()
-		if cause := context.Cause(c.ctx); cause != nil {
-			return cause
-		}
-		detail := ""
-		if err != nil {
-			detail = fmt.Sprintf("it can't be read: %v", err)
-		} else if t, err := recorder.Table(); err != nil {
-			return err
-		} else if t.Digest != d {
-			detail = fmt.Sprintf("its content is %s", t.Digest)
-		}
-		if detail != "" {
-			c.found(Problem{Kind: KindCorrupt, Digest: d, Piece: -1, Path: path, Detail: detail})
-		}
+func (c *checker) file(e backend.Entry) error {
+	if _, err := digest.Parse(string(e.Digest)); err != nil {
+		c.foundStray(e.Path)
 		return nil
-	})
+	}
+	f, err := c.s.bytes.Open(e.Digest)
+	if errors.Is(err, backend.ErrNotRegular) {
+		c.foundStray(e.Path)
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	c.sum.Blobs++
+	recorder := digest.NewRecorder(e.Digest.Algorithm())
+	err = record(c.ctx, recorder, f, nil)
+	c.sum.Bytes += recorder.Size()
+	if cause := context.Cause(c.ctx); cause != nil {
+		return cause
+	}
+	detail := ""
+	if err != nil {
+		detail = fmt.Sprintf("it can't be read: %v", err)
+	} else if t, err := recorder.Table(); err != nil {
+		return err
+	} else if t.Digest != e.Digest {
+		detail = fmt.Sprintf("its content is %s", t.Digest)
+	}
+	if detail != "" {
+		c.found(Problem{Kind: KindCorrupt, Digest: e.Digest, Piece: -1, Path: e.Path, Detail: detail})
+	}
+	return nil
 }

@@ -221,7 +221,7 @@ func TestNotAFile(t *testing.T) {
 			t.Run(name, func(t *testing.T) {
 				s := newStore(t)
 				task := enginetest.Import(t, s, "t", []byte(data))
-				path := s.blobPath(task.Digest)
+				path := s.bytes.Path(task.Digest)
 				spoil := func() {
 					t.Helper()
 					if err := errors.Join(os.Remove(path), replace(path)); err != nil {

@@ -126,7 +126,7 @@ func (b *Blob) met(err error) {
 		return
 	}
 	mine, err1 := b.f.Stat()
-	now, err2 := os.Stat(b.s.blobPath(b.Table().Digest))
+	now, err2 := b.s.bytes.Stat(b.Table().Digest)
 	if err1 == nil && err2 == nil && os.SameFile(mine, now) {
 		b.s.met(err)
 	}

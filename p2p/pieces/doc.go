@@ -1,5 +1,6 @@
-// Package pieces is the engine that keeps blobs in a directory of this
-// machine: bytes in files, names and piece tables in one bbolt file.
+// Package pieces is the engine that keeps blobs on this machine: names and piece
+// tables in one bbolt file, bytes in files, where its package backend puts them.
+// Unless [Options] says otherwise, that is the same directory.
 //
 //	DIR/lock                   held by the process that has the store open
 //	DIR/meta.db                tags, names, references, piece tables, last use

@@ -21,6 +21,7 @@ import (
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/enginetest"
+	"github.com/dfcache/dfcache/p2p/pieces/backend"
 )
 
 // requireClean fails the test unless the closed store in dir has nothing in
@@ -48,7 +49,7 @@ func requireClean(t *testing.T, dir string) {
 // faults is a file system that counts what it is asked, and fails the
 // operation of a given number; where it is dead, every one from there on.
 type faults struct {
-	disk
+	backend.Disk
 	mu    sync.Mutex
 	ops   []string
 	at    int // the number of the operation that fails, from 0; -1 for none
@@ -73,7 +74,7 @@ func (f *faults) Create(name string) (*os.File, error) {
 	if err := f.op("create"); err != nil {
 		return nil, err
 	}
-	return f.disk.Create(name)
+	return f.Disk.Create(name)
 }
 
 func (f *faults) Mark(name, marker string) error {
@@ -81,37 +82,37 @@ func (f *faults) Mark(name, marker string) error {
 		return err
 	}
 	if f.noLinks {
-		return emptyMarker(marker)
+		return backend.EmptyMarker(marker)
 	}
-	return f.disk.Mark(name, marker)
+	return f.Disk.Mark(name, marker)
 }
 
 func (f *faults) Sync(file *os.File) error {
 	if err := f.op("sync"); err != nil {
 		return err
 	}
-	return f.disk.Sync(file)
+	return f.Disk.Sync(file)
 }
 
 func (f *faults) SyncDir(name string) error {
 	if err := f.op("syncdir"); err != nil {
 		return err
 	}
-	return f.disk.SyncDir(name)
+	return f.Disk.SyncDir(name)
 }
 
 func (f *faults) Rename(from, to string) error {
 	if err := f.op("rename"); err != nil {
 		return err
 	}
-	return f.disk.Rename(from, to)
+	return f.Disk.Rename(from, to)
 }
 
 func (f *faults) Remove(name string) error {
 	if err := f.op("remove"); err != nil {
 		return err
 	}
-	return f.disk.Remove(name)
+	return f.Disk.Remove(name)
 }
 
 func openWith(t *testing.T, dir string, f *faults) *Store {
@@ -396,7 +397,7 @@ func TestDeletedFilesGo(t *testing.T) {
 		if err := work(t, s); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := os.Lstat(s.blobPath(digest.SHA256.FromString("old"))); !isMissing(err) {
+		if _, err := os.Lstat(s.bytes.Path(digest.SHA256.FromString("old"))); !backend.IsMissing(err) {
 			t.Errorf("%s: its file is still there (%v)", name, err)
 		}
 	}
@@ -489,7 +490,7 @@ func TestDamage(t *testing.T) {
 			s := newStore(t)
 			data := enginetest.Content(size, 1)
 			task := enginetest.Import(t, s, "t", data)
-			damage(t, s.blobPath(task.Digest), c.damage)
+			damage(t, s.bytes.Path(task.Digest), c.damage)
 			// To see that, nobody has to read it, but for what its size does not tell.
 			if err := asked(t, s, task); errors.Is(err, digest.ErrCorrupt) == (name == "flipped bit") {
 				t.Errorf("stat before it was read: %v", err)
@@ -529,7 +530,7 @@ func TestDamage(t *testing.T) {
 					t.Errorf("stat, when it has come again: %v", err)
 				}
 				enginetest.RequireContent(t, s, task, data)
-				damage(t, s.blobPath(task.Digest), c.damage)
+				damage(t, s.bytes.Path(task.Digest), c.damage)
 			}
 			enginetest.Import(t, s, "t", data)
 			s.Close()
@@ -545,7 +546,7 @@ func TestDamageThatGoesBy(t *testing.T) {
 	data := enginetest.Content(3*digest.MinPieceLength, 1)
 	layer := pushed(t, s, string(data))
 	manifest := pushed(t, s, "manifest", layer)
-	path := s.blobPath(layer.Digest)
+	path := s.bytes.Path(layer.Digest)
 	flip := func() {
 		t.Helper()
 		if err := os.Chmod(path, 0o600); err != nil {
@@ -718,7 +719,7 @@ func TestImportOfHeldBlobCopiesNothing(t *testing.T) {
 func TestStray(t *testing.T) {
 	s := newStore(t)
 	enginetest.Import(t, s, "t", []byte("data"))
-	stray := s.blobPath(digest.SHA256.FromString("never imported"))
+	stray := s.bytes.Path(digest.SHA256.FromString("never imported"))
 	if err := os.WriteFile(stray, []byte("never imported"), 0o444); err != nil {
 		t.Fatal(err)
 	}
@@ -793,7 +794,7 @@ func TestLostMetadata(t *testing.T) {
 		if _, err := Open(s.dir, Options{}); !errors.Is(err, digest.ErrCorrupt) || !strings.Contains(err.Error(), meta) {
 			t.Errorf("%s: error is %v; want one about the metadata", name, err)
 		}
-		if _, err := os.Stat(s.blobPath(task.Digest)); err != nil {
+		if _, err := os.Stat(s.bytes.Path(task.Digest)); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -965,7 +966,7 @@ func TestModes(t *testing.T) {
 	}
 	defer s.Close()
 	task := enginetest.Import(t, s, "t", []byte("data"))
-	info, err := os.Stat(s.blobPath(task.Digest))
+	info, err := os.Stat(s.bytes.Path(task.Digest))
 	if err != nil || info.Mode() != 0o444 {
 		t.Errorf("the blob's mode is %v (%v), want 0444", info.Mode(), err)
 	}
@@ -1074,7 +1075,7 @@ func (c *cut) Rename(from, to string) error {
 		return c.faults.Rename(from, to)
 	}
 	kept := filepath.Join(c.t.TempDir(), filepath.Base(from))
-	if err := os.Link(from, kept); err != nil && !isMissing(err) {
+	if err := os.Link(from, kept); err != nil && !backend.IsMissing(err) {
 		c.t.Error(err)
 	}
 	err := c.faults.Rename(from, to)

@@ -278,7 +278,7 @@ func noticed(t *testing.T, dir string, bad []byte, content map[p2p.Task][]byte, 
 	requireAll(t, s, content, names)
 	enginetest.RequireContent(t, s, later, []byte("later"))
 	s.Close()
-	if err := os.Remove(s.blobPath(later.Digest)); err != nil {
+	if err := os.Remove(s.bytes.Path(later.Digest)); err != nil {
 		t.Fatal(err)
 	}
 	return false

@@ -24,6 +24,7 @@ import (
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/enginetest"
+	"github.com/dfcache/dfcache/p2p/pieces/backend"
 )
 
 // currentStore is a store of today's format that an earlier program has made. Where the format
@@ -184,7 +185,7 @@ func makeFullStore(t *testing.T, dir string) {
 
 	commit(fullDamaged, p2p.NewTask{})
 	manifest("damaged", fullDamaged)
-	damage(t, s.blobPath(fullTask(fullDamaged).Digest), func(b []byte) []byte { b[0] ^= 1; return b })
+	damage(t, s.bytes.Path(fullTask(fullDamaged).Digest), func(b []byte) []byte { b[0] ^= 1; return b })
 	if err := s.Recheck(t.Context(), fullTask(fullDamaged).Digest); !errors.Is(err, digest.ErrCorrupt) {
 		t.Fatal(err)
 	}
@@ -242,7 +243,7 @@ func requireFull(t *testing.T, s *Store) {
 		}
 	}
 	for _, data := range [][]byte{fullManifest(fullSpared), fullForced, fullGone, []byte("not committed")} {
-		if _, err := os.Stat(s.blobPath(fullTask(data).Digest)); !isMissing(err) {
+		if _, err := os.Stat(s.bytes.Path(fullTask(data).Digest)); !backend.IsMissing(err) {
 			t.Errorf("%q is still there (%v)", data, err)
 		}
 		if _, err := s.Stat(t.Context(), "r", digest.FromDigest(fullTask(data).Digest), p2p.StatOptions{}); !errors.Is(err, p2p.ErrNotFound) {

@@ -2,14 +2,12 @@ package pieces
 
 import (
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
 	"maps"
 	"os"
 	"slices"
-	"strings"
 	"sync"
 
 	"go.etcd.io/bbolt"
@@ -30,15 +28,12 @@ type ingest struct {
 
 // addition is content whose digest is known. The blob is held.
 type addition struct {
-	table  *digest.Table
-	f      *os.File // the copy in ingest/; nil where the blob is in the store
-	size   int64    // of f in bytes, as counted in incoming; 0 once it is counted in stored
-	name   string   // of f; "" once it is in blobs/
-	marker string   // the marker in ingest/ that says that the copy is moving into blobs/, or ""
+	table *digest.Table
+	f     *os.File // the copy that has come in; nil where the blob is in the store
+	size  int64    // of f in bytes, as counted in incoming; 0 once it is counted in stored
+	name  string   // of f; "" once it is among the blobs
+	claim string   // what says that the copy may be among the blobs, and no record of it; or ""
 }
-
-// newName returns a name in ingest/ that nothing else has.
-func newName() string { return strings.ToLower(rand.Text()) }
 
 // Ingest implements [p2p.Engine].
 func (s *Store) Ingest(ctx context.Context) (p2p.Ingest, error) {
@@ -193,7 +188,7 @@ func (in *ingest) compare(ctx context.Context, file *source.File, opts p2p.AddOp
 // recognizes reports whether the store has a blob, intact, and no room for another copy: what comes
 // is compared with it then, and not written. The blob is held.
 func (in *ingest) recognizes(ctx context.Context, d digest.Digest) (bool, error) {
-	info, err := os.Lstat(in.s.blobPath(d)) // most of what comes is not here, or has room
+	info, err := in.s.bytes.Stat(d) // most of what comes is not here, or has room
 	if err != nil || in.s.Room(info.Size()) == nil {
 		return false, nil
 	}
@@ -274,7 +269,7 @@ func (s *Store) account(a *addition, size int64) error {
 	a.size = size
 	for s.hasUnopened() {
 		// What nobody fetches any more makes room, before there is none for the next chunk.
-		free, known := s.diskFree()
+		free, known := s.bytes.Free()
 		if s.underLimit(0) == nil && (!known || free >= 2*chunk) || !s.dropOldestPartial() {
 			break
 		}
@@ -360,7 +355,7 @@ func (in *ingest) register(a *addition) *addition {
 func (a *addition) discard(s *Store) error {
 	s.incoming.Add(-a.size)
 	a.size = 0
-	return errors.Join(a.f.Close(), s.files.Remove(a.name))
+	return errors.Join(a.f.Close(), s.bytes.Discard(a.name))
 }
 
 // Commit implements [p2p.Ingest].
@@ -402,10 +397,10 @@ func (in *ingest) Commit(c p2p.Commit) error {
 	for _, a := range fresh {
 		in.s.incoming.Add(-a.size)
 		a.size = 0
-		if err := in.s.files.Remove(a.marker); err != nil {
-			in.s.log.Warn("could not remove a marker; the next start will", "error", err)
+		if err := in.s.bytes.Discard(a.claim); err != nil {
+			in.s.log.Warn("could not give up a claim; the next start will", "error", err)
 		}
-		a.marker = ""
+		a.claim = ""
 	}
 	if removed.loose > 0 {
 		in.s.dropLoose()
@@ -433,7 +428,7 @@ func (s *Store) weigh(c p2p.Commit) int {
 // publish puts the copies of additions where blobs are, durably.
 func (in *ingest) publish(fresh []*addition) error {
 	for _, a := range fresh {
-		if err := in.s.files.Sync(a.f); err != nil {
+		if err := in.s.bytes.Sync(a.f); err != nil {
 			return fmt.Errorf("write to disk: %w", err)
 		}
 		if err := context.Cause(in.ctx); err != nil {
@@ -444,15 +439,8 @@ func (in *ingest) publish(fresh []*addition) error {
 	for _, a := range fresh {
 		d := a.table.Digest
 		algorithms[d.Algorithm()] = true
-		marker := fmt.Sprintf("%s.%s.%s", a.name, d.Algorithm(), d.Encoded())
-		if err := in.s.files.Mark(a.name, marker); err != nil {
-			return err
-		}
-		a.marker = marker
-		if err := in.s.makeWay(d); err != nil {
-			return err
-		}
-		if err := in.s.files.Rename(a.name, in.s.blobPath(d)); err != nil {
+		var err error
+		if a.claim, err = in.s.bytes.Put(a.name, d); err != nil {
 			return err
 		}
 		a.name = ""
@@ -465,29 +453,13 @@ func (in *ingest) publish(fresh []*addition) error {
 	return nil
 }
 
-// makeWay moves a directory that somebody has put where the file of a blob
-// belongs to a name of its own, which a check reports: what is in it is not ours.
-func (s *Store) makeWay(d digest.Digest) error {
-	path := s.blobPath(d)
-	info, err := os.Lstat(path)
-	if isMissing(err) || err == nil && !info.IsDir() {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	aside := path + ".displaced-" + newName()
-	s.log.Warn("a directory was where the file of a blob belongs; it was moved", "directory", path, "to", aside)
-	return os.Rename(path, aside)
-}
-
-// syncBlobs makes durable which names are in blobs/, for all who want it now.
+// syncBlobs makes durable which blobs are there, for all who want it now.
 func (s *Store) syncBlobs(alg digest.Algorithm) error {
-	return s.dirSyncs[alg].do(struct{}{}, 1, func(jobs []*job[struct{}]) {
+	return s.flushes[alg].do(struct{}{}, 1, func(jobs []*job[struct{}]) {
 		s.mu.Lock()
 		moved := slices.DeleteFunc(slices.Collect(maps.Keys(s.moved)), func(d digest.Digest) bool { return d.Algorithm() != alg })
 		s.mu.Unlock()
-		err := s.files.SyncDir(s.path("blobs", alg.String()))
+		err := s.bytes.Flush(alg)
 		if err == nil {
 			s.mu.Lock()
 			for _, d := range moved {
@@ -656,19 +628,19 @@ func (in *ingest) Close() error {
 			errs = append(errs, a.f.Close())
 			in.s.incoming.Add(-a.size)
 			if a.name != "" {
-				errs = append(errs, in.s.files.Remove(a.name))
+				errs = append(errs, in.s.bytes.Discard(a.name))
 			}
 		}
 		if !open {
 			continue // opening the store again does the rest
 		}
-		err := in.s.letGo(d, a.marker != "")
-		if err == nil && a.marker != "" {
-			// Without its marker nobody would know of a file that comes back.
+		err := in.s.letGo(d, a.claim != "")
+		if err == nil && a.claim != "" {
+			// Without its claim nobody would know of a file that comes back.
 			err = in.s.syncMoved()
 		}
-		if err == nil && a.marker != "" {
-			err = in.s.files.Remove(a.marker)
+		if err == nil && a.claim != "" {
+			err = in.s.bytes.Discard(a.claim)
 		}
 		errs = append(errs, err)
 	}

@@ -172,7 +172,7 @@ func TestLeaseEnds(t *testing.T) {
 		s.takeBack(layer)
 		s.takeBack(other)
 	}
-	if _, err := os.Stat(s.blobPath(layer.Digest)); !errors.Is(err, os.ErrNotExist) {
+	if _, err := os.Stat(s.bytes.Path(layer.Digest)); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("its file: %v, want none", err)
 	}
 
@@ -333,7 +333,7 @@ func TestLeaseOfWhatGoes(t *testing.T) {
 
 	// Nobody has a lease who is told that it is damaged.
 	damaged := pushed(t, s, "damaged")
-	if err := os.Remove(s.blobPath(damaged.Digest)); err != nil {
+	if err := os.Remove(s.bytes.Path(damaged.Digest)); err != nil {
 		t.Fatal(err)
 	}
 	if err := asked(t, s, damaged); !errors.Is(err, digest.ErrCorrupt) || s.lentNow(damaged) {

@@ -6,11 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"runtime/debug"
 	"slices"
 	"strings"
-	"syscall"
 	"time"
 
 	"go.etcd.io/bbolt"
@@ -583,9 +581,4 @@ func (r *removal) remove(tx *bbolt.Tx, t p2p.Task, why Reason) error {
 		}
 	}
 	return nil
-}
-
-// isMissing reports whether err says that a file is not there.
-func isMissing(err error) bool {
-	return errors.Is(err, os.ErrNotExist) || errors.Is(err, syscall.ENOTDIR)
 }

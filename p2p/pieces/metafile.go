@@ -18,6 +18,7 @@ import (
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/pieces/backend"
 )
 
 // openMeta opens the metadata, makes it where there is none, and brings it to
@@ -26,7 +27,7 @@ import (
 func (s *Store) openMeta() error {
 	path := s.path("meta.db")
 	fresh := path + ".new" // what becomes meta.db when it is whole
-	if err := os.Remove(fresh); err != nil && !isMissing(err) {
+	if err := os.Remove(fresh); err != nil && !backend.IsMissing(err) {
 		return err
 	}
 	version, err := checkMetaFile(path)
@@ -48,13 +49,14 @@ func (s *Store) openMeta() error {
 			err = s.files.SyncDir(s.dir)
 		}
 		if err != nil {
-			return errors.Join(fmt.Errorf("metadata %s: %w", path, DiskError(err)), ignoreMissing(os.Remove(fresh)))
+			_ = os.Remove(fresh) // as the next opening does
+			return fmt.Errorf("metadata %s: %w", path, DiskError(err))
 		}
 	}
 	if s.db, err = openBolt(path, false); err != nil {
 		return err
 	}
-	if s.guard.file, err = openRegular(path); err == nil {
+	if s.guard.file, err = backend.OpenRegular(path); err == nil {
 		var newest *metaPage
 		if newest, err = s.metaPages(); err == nil {
 			s.guard.last.Store(newest)
@@ -73,13 +75,6 @@ func (s *Store) syncFile(path string) error {
 		return err
 	}
 	return errors.Join(s.files.Sync(f), f.Close())
-}
-
-func ignoreMissing(err error) error {
-	if isMissing(err) {
-		return nil
-	}
-	return err
 }
 
 // openBolt opens a file that was checked.
@@ -137,7 +132,7 @@ func errDamagedMeta(path string, err error) error {
 // [digest.ErrCorrupt]; where this program does not know the format,
 // [p2p.ErrUnavailable]. It does not need memory in proportion to what it reads.
 func checkMetaFile(path string) (version uint32, err error) {
-	if info, err := os.Stat(path); isMissing(err) || err == nil && info.Mode().IsRegular() && info.Size() == 0 {
+	if info, err := os.Stat(path); backend.IsMissing(err) || err == nil && info.Mode().IsRegular() && info.Size() == 0 {
 		return 0, nil
 	}
 	c := newMetaCheck(context.Background())

@@ -8,6 +8,8 @@ import (
 	"math/bits"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/dfcache/dfcache/p2p/pieces/backend"
 )
 
 // bbolt has no checksum over its pages, follows whatever offset it finds in one
@@ -71,7 +73,7 @@ type metaPage struct {
 // checkPages reads all pages of the bbolt file at path, and calls v with what is in them.
 // It fails at the first thing that is not as bbolt writes it.
 func checkPages(path string, v visitor) error {
-	f, err := openRegular(path)
+	f, err := backend.OpenRegular(path)
 	if err != nil {
 		return err
 	}

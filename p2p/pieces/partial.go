@@ -10,7 +10,6 @@ import (
 	"maps"
 	"os"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -18,6 +17,7 @@ import (
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/pieces/backend"
 	"github.com/dfcache/dfcache/p2p/source"
 )
 
@@ -28,7 +28,6 @@ import (
 type Partial struct {
 	s    *Store
 	d    digest.Digest
-	name string   // of the file; its piece table is in name + tableSuffix
 	f    *os.File // nil when it is committed or closed
 	read *os.File // the same, for reading, whatever it is called by now; until Close
 
@@ -49,19 +48,8 @@ type leftover struct {
 	tags []string // whose it is
 }
 
-// What ends the names of the files beside a partial: its piece table, and the tags under which
-// it was wanted, as JSON.
-const (
-	tableSuffix = ".table"
-	tagsSuffix  = ".tags"
-)
-
 // ErrStale says that a piece was verified with a hash chain that is not used any more.
 var ErrStale = errors.New("the hash chain has been replaced")
-
-func (s *Store) partialPath(d digest.Digest) string {
-	return s.path("partial", d.Algorithm().String()+"."+d.Encoded())
-}
 
 // Partial opens what there is of a blob that is not in the store yet, or begins
 // with nothing. A blob can have one Partial open at a time. The caller closes
@@ -74,17 +62,17 @@ func (s *Store) Partial(ctx context.Context, d digest.Digest) (*Partial, error) 
 		return nil, err
 	}
 	defer s.end()
-	p := &Partial{s: s, d: d, name: s.partialPath(d)}
+	p := &Partial{s: s, d: d}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.partials[d] != nil {
 		return nil, fmt.Errorf("partial blob %s: it is open already", d)
 	}
-	f, err := os.OpenFile(p.name, os.O_RDWR|os.O_CREATE, 0o600)
+	f, err := s.bytes.OpenPartial(d)
 	if err != nil {
 		return nil, DiskError(err)
 	}
-	if p.read, err = os.Open(p.name); err != nil {
+	if p.read, err = reopen(f); err != nil {
 		f.Close()
 		return nil, DiskError(err)
 	}
@@ -104,24 +92,15 @@ func (p *Partial) Want(tags []string) error {
 	if p.f == nil {
 		return nil
 	}
-	return DiskError(writeTags(p.name, p.tags))
+	return DiskError(p.s.noteTags(p.d, p.tags))
 }
 
-func writeTags(name string, tags []string) error {
+func (s *Store) noteTags(d digest.Digest, tags []string) error {
 	b, err := json.Marshal(tags)
 	if err != nil {
 		return err
 	}
-	return writeBeside(name, tagsSuffix, b)
-}
-
-// writeBeside writes a file beside a partial, all of it or nothing.
-func writeBeside(name, suffix string, content []byte) error {
-	temporary := name + ".new"
-	if err := os.WriteFile(temporary, content, 0o600); err != nil {
-		return errors.Join(err, ignoreMissing(os.Remove(temporary)))
-	}
-	return os.Rename(temporary, name+suffix)
+	return s.bytes.SetNote(d, backend.NoteTags, b)
 }
 
 // seed takes what the store has of the blob, where that is damaged and nothing
@@ -130,9 +109,9 @@ func (p *Partial) seed(ctx context.Context) error {
 	if info, err := p.f.Stat(); err != nil || info.Size() > 0 {
 		return err
 	}
-	in, err := openRegular(p.s.blobPath(p.d))
+	in, err := p.s.bytes.Open(p.d)
 	if err != nil {
-		if isMissing(err) {
+		if backend.IsMissing(err) {
 			return nil
 		}
 		return err
@@ -148,14 +127,21 @@ func (p *Partial) seed(ctx context.Context) error {
 // Saved returns the piece table that was used last, or the one that the store
 // has, or nil. It is a hint, as one from a peer is.
 func (p *Partial) Saved() *digest.Table {
-	b, err := os.ReadFile(p.name + tableSuffix)
-	if err == nil {
-		if t, err := digest.DecodeTable(p.d, b); err == nil {
-			return t
-		}
+	if t := p.s.notedTable(p.d); t != nil {
+		return t
 	}
 	if t, err := p.s.table(p.d); err == nil && t.PieceLength == digest.PieceLength(t.Size) {
 		return t
+	}
+	return nil
+}
+
+// notedTable returns the piece table that is noted of a partial blob, or nil.
+func (s *Store) notedTable(d digest.Digest) *digest.Table {
+	if b, err := s.bytes.Note(d, backend.NoteTable); err == nil {
+		if t, err := digest.DecodeTable(d, b); err == nil {
+			return t
+		}
 	}
 	return nil
 }
@@ -200,7 +186,7 @@ func (p *Partial) Use(ctx context.Context, size int64, chain []byte) error {
 	if err != nil {
 		return err
 	}
-	return DiskError(writeBeside(p.name, tableSuffix, b))
+	return DiskError(p.s.bytes.SetNote(p.d, backend.NoteTable, b))
 }
 
 // promise sets aside room for what is missing of a blob of size bytes.
@@ -389,14 +375,20 @@ func (p *Partial) Complete() bool {
 // File opens the blob's file for reading, as far as it is there, until the
 // Partial is closed: then it fails with [os.ErrClosed]. The caller closes it.
 func (p *Partial) File() (f *os.File, err error) {
-	raw, err := p.read.SyscallConn()
+	f, err = reopen(p.read)
+	return f, DiskError(err)
+}
+
+// reopen opens a file once more, for reading.
+func reopen(f *os.File) (again *os.File, err error) {
+	raw, err := f.SyscallConn()
 	if err != nil {
 		return nil, err
 	}
-	if controlErr := raw.Control(func(fd uintptr) { f, err = os.Open(fmt.Sprintf("/proc/self/fd/%d", fd)) }); controlErr != nil {
+	if controlErr := raw.Control(func(fd uintptr) { again, err = os.Open(fmt.Sprintf("/proc/self/fd/%d", fd)) }); controlErr != nil {
 		return nil, os.ErrClosed
 	}
-	return f, DiskError(err)
+	return again, err
 }
 
 // Commit makes a complete blob one of the store, durably, with the tasks of c.
@@ -415,16 +407,15 @@ func (p *Partial) Commit(ctx context.Context, c p2p.Commit) (err error) {
 	in := &ingest{ctx: ctx, s: p.s, added: map[digest.Digest]*addition{}}
 	defer func() { err = errors.Join(err, in.Close()) }()
 	a := p.a
-	a.table, a.name = p.Table(), p.s.path("ingest", newName())
+	a.table = p.Table()
 	err = p.f.Chmod(0o444)
 	if err == nil {
-		err = p.s.files.Rename(p.name, a.name)
+		a.name, err = p.s.bytes.TakePartial(p.d)
 	}
 	if err != nil {
 		return errors.Join(DiskError(err), p.Close())
 	}
-	_ = removeBeside(p.name) // of no use any more; what stays is removed as a partial
-	p.f = nil                // it is the ingest's
+	p.f = nil // it is the ingest's
 	p.forget(0)
 	defer func(size int64) {
 		if err != nil {
@@ -458,7 +449,7 @@ func (p *Partial) Remove() error {
 	if p.f == nil {
 		return nil
 	}
-	err := errors.Join(p.f.Close(), removePartial(p.name))
+	err := errors.Join(p.f.Close(), p.s.bytes.RemovePartial(p.d))
 	p.f = nil
 	p.s.incoming.Add(-p.a.size)
 	p.forget(0)
@@ -480,55 +471,18 @@ func (p *Partial) forget(size int64) {
 	}
 }
 
-func removePartial(name string) error {
-	return errors.Join(os.Remove(name), removeBeside(name))
-}
-
-// removeBeside removes the files beside a partial.
-func removeBeside(name string) error {
-	return errors.Join(ignoreMissing(os.Remove(name+tableSuffix)), ignoreMissing(os.Remove(name+tagsSuffix)))
-}
-
 // findPartials counts what earlier processes have left of partial blobs.
 func (s *Store) findPartials() error {
-	entries, err := os.ReadDir(s.path("partial"))
-	if err != nil {
-		return err
-	}
-	for _, e := range entries {
-		if e.IsDir() {
-			s.log.Warn("somebody has made a directory where content arrives; it is left as it is", "directory", s.path("partial", e.Name()))
-			continue
-		}
-		alg, hex, _ := strings.Cut(e.Name(), ".")
-		d, err := digest.Parse(alg + ":" + hex)
-		if err != nil || !e.Type().IsRegular() {
-			base, beside := strings.CutSuffix(e.Name(), tableSuffix)
-			if !beside {
-				base, beside = strings.CutSuffix(e.Name(), tagsSuffix)
-			}
-			if beside {
-				if _, err := os.Stat(s.path("partial", base)); err == nil {
-					continue
-				}
-			}
-			if err := os.Remove(s.path("partial", e.Name())); err != nil && !isMissing(err) {
-				return err
-			}
-			continue
-		}
-		var stat unix.Stat_t
-		if err := unix.Stat(s.partialPath(d), &stat); err != nil {
-			return err
-		}
-		left := leftover{size: stat.Blocks * 512}
-		if b, err := os.ReadFile(s.partialPath(d) + tagsSuffix); err == nil {
+	all, err := s.bytes.Partials()
+	for _, p := range all {
+		left := leftover{size: p.Bytes}
+		if b, err := s.bytes.Note(p.Digest, backend.NoteTags); err == nil {
 			_ = json.Unmarshal(b, &left.tags) // what can't be read is nobody's
 		}
-		s.unopened[d] = left
-		s.incoming.Add(stat.Blocks * 512)
+		s.unopened[p.Digest] = left
+		s.incoming.Add(p.Bytes)
 	}
-	return nil
+	return err
 }
 
 // DropPartials removes what has arrived of blobs that nobody has open and of
@@ -538,8 +492,8 @@ func (s *Store) DropPartials(since time.Time) error {
 	defer s.mu.Unlock()
 	var errs []error
 	for d := range s.unopened {
-		info, err := os.Stat(s.partialPath(d))
-		if err == nil && !info.ModTime().Before(since) {
+		info, err := s.bytes.StatPartial(d)
+		if err == nil && !info.Changed.Before(since) {
 			continue
 		}
 		errs = append(errs, s.dropPartial(d, ReasonExpired))
@@ -549,7 +503,7 @@ func (s *Store) DropPartials(since time.Time) error {
 
 // dropPartial removes what has arrived of a blob that nobody fetches. s.mu is held.
 func (s *Store) dropPartial(d digest.Digest, why Reason) error {
-	if err := removePartial(s.partialPath(d)); err != nil && !isMissing(err) {
+	if err := s.bytes.RemovePartial(d); err != nil && !backend.IsMissing(err) {
 		return err
 	}
 	size := s.unopened[d].size
@@ -579,7 +533,7 @@ func (s *Store) ReleasePartial(t p2p.Task) error {
 		return s.dropPartial(t.Digest, ReasonDeleted)
 	}
 	s.unopened[t.Digest] = left
-	return DiskError(writeTags(s.partialPath(t.Digest), left.tags))
+	return DiskError(s.noteTags(t.Digest, left.tags))
 }
 
 // Arriving is a blob of which a part has arrived.
@@ -604,10 +558,8 @@ func (s *Store) Arriving() (all []Arriving) {
 	}
 	for d, left := range unopened {
 		a := Arriving{Bytes: left.size}
-		if b, err := os.ReadFile(s.partialPath(d) + tableSuffix); err == nil {
-			if t, err := digest.DecodeTable(d, b); err == nil {
-				a.Size = t.Size
-			}
+		if t := s.notedTable(d); t != nil {
+			a.Size = t.Size
 		}
 		add(d, left.tags, a)
 	}

@@ -445,7 +445,7 @@ func TestPartialRoom(t *testing.T) {
 
 	// On the disk there has to be room for all that is to arrive together.
 	s.maxSize = 0
-	free, _ := s.diskFree()
+	free, _ := s.bytes.Free()
 	if err := s.promise(free / 10 * 7); err != nil {
 		t.Fatal(err)
 	}
@@ -565,7 +565,7 @@ func TestOlderTable(t *testing.T) {
 	if err := s.update(func(tx *bbolt.Tx) error { return putValue(tx, bucketTables, key(task.Digest), b) }); err != nil {
 		t.Fatal(err)
 	}
-	damage(t, s.blobPath(task.Digest), func(p []byte) []byte { p[7] ^= 1; return p })
+	damage(t, s.bytes.Path(task.Digest), func(p []byte) []byte { p[7] ^= 1; return p })
 	if blob, err := s.OpenForPeers(t.Context(), task); !errors.Is(err, digest.ErrCorrupt) {
 		t.Errorf("what is damaged, and has an older table: %v", err)
 		if err == nil {

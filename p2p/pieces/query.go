@@ -8,15 +8,14 @@ import (
 	"fmt"
 	"io"
 	"iter"
-	"os"
 	"strings"
-	"syscall"
 	"time"
 
 	"go.etcd.io/bbolt"
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/pieces/backend"
 )
 
 func resolve(tx *bbolt.Tx, tag string, cid digest.CID) (p2p.Task, error) {
@@ -152,14 +151,14 @@ func (s *Store) checkBlob(ctx context.Context, info p2p.Info, damage error, opts
 func (s *Store) checkFile(info p2p.Info) (err error) {
 	d := info.Task.Digest
 	defer func() { s.met(err) }()
-	file, err := os.Stat(s.blobPath(d))
-	if err == nil && !file.Mode().IsRegular() || errors.Is(err, syscall.ELOOP) {
+	file, err := s.bytes.Stat(d)
+	if errors.Is(err, backend.ErrNotRegular) {
 		return errNoRegularFile(d)
 	}
 	if err == nil {
 		return checkSize(&digest.Table{Digest: d, Size: info.Size, PieceLength: info.PieceLength}, file.Size())
 	}
-	if !isMissing(err) {
+	if !backend.IsMissing(err) {
 		return err
 	}
 	if _, err := s.table(d); err != nil {

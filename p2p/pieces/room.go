@@ -11,6 +11,7 @@ import (
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/pieces/backend"
 )
 
 const (
@@ -55,7 +56,7 @@ func (s *Store) hasRoom(n int64) error {
 	if err := s.underLimit(n); err != nil {
 		return err
 	}
-	free, known := s.diskFree()
+	free, known := s.bytes.Free()
 	promised := s.promised.Load()
 	if left := free - diskMargin - promised; known && n > -promised && n > left {
 		return fmt.Errorf("%w: the disk of %s has %d bytes free, of which there are %d for this, not %d: free some space on it, or delete something", p2p.ErrNoSpace, s.dir, free, max(left, 0), n)
@@ -70,15 +71,6 @@ func (s *Store) underLimit(n int64) error {
 		return fmt.Errorf("%w: the store may have %d bytes, and has %d with what is under way: there is no room for %d: delete something, or raise the limit", p2p.ErrNoSpace, s.maxSize, total, n)
 	}
 	return nil
-}
-
-// diskFree returns how many bytes are free on the disk, where that is known.
-func (s *Store) diskFree() (n int64, known bool) {
-	var fs unix.Statfs_t
-	if err := unix.Statfs(s.dir, &fs); err != nil || fs.Blocks == 0 {
-		return 0, false
-	}
-	return int64(fs.Bavail) * fs.Bsize, true
 }
 
 // promise sets room aside for n bytes that are to arrive, or takes back what was set aside
@@ -103,12 +95,9 @@ func (s *Store) dropOldestPartial() bool {
 	var oldest digest.Digest
 	var when time.Time
 	for d := range s.unopened {
-		var at time.Time
-		if info, err := os.Stat(s.partialPath(d)); err == nil {
-			at = info.ModTime()
-		}
-		if oldest == "" || at.Before(when) {
-			oldest, when = d, at
+		at, _ := s.bytes.StatPartial(d)
+		if oldest == "" || at.Changed.Before(when) {
+			oldest, when = d, at.Changed
 		}
 	}
 	if oldest == "" {
@@ -151,7 +140,7 @@ func (s *Store) keepReserve() {
 
 // plenty reports whether there is enough room to reserve some.
 func (s *Store) plenty() bool {
-	free, known := s.diskFree()
+	free, known := backend.FreeOn(s.dir)
 	return known && free >= 2*reserveSize
 }
 

@@ -5,14 +5,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"log/slog"
 	"maps"
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -22,6 +20,7 @@ import (
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/dirs"
+	"github.com/dfcache/dfcache/p2p/pieces/backend"
 )
 
 // Options says how to open a store.
@@ -40,18 +39,22 @@ type Options struct {
 	// Lease is how long a client has to build on what it was told is here: as long
 	// as an upload may take. The default is [DefaultLease].
 	Lease time.Duration
+	// Backend has the bytes of blobs. The default is the directory itself, which has the metadata
+	// in any case.
+	Backend backend.Backend
 	// Now tells the time; the default is time.Now.
 	Now func() time.Time
 
 	recheck time.Duration // for tests: in place of recheckInterval
 }
 
-// Store is a store in a directory of this machine. It implements [p2p.Engine]
+// Store is a store of which the metadata is in a directory of this machine. It implements [p2p.Engine]
 // and is safe for concurrent use.
 type Store struct {
 	dir   string
 	log   *slog.Logger
-	files files
+	bytes backend.Backend // blobs, and what becomes one
+	files backend.Files   // for the metadata
 	db    *bbolt.DB
 	guard guard
 
@@ -65,7 +68,7 @@ type Store struct {
 	updates    batch[*update]
 	changing   []Change     // what the function of an update that runs has changed so far
 	failCommit func() error // for tests: a commit that fails
-	dirSyncs   map[digest.Algorithm]*batch[struct{}]
+	flushes    map[digest.Algorithm]*batch[struct{}]
 
 	clock    func() time.Time
 	opened   time.Time                        // by clock
@@ -114,15 +117,16 @@ const usedInterval = time.Minute
 // another process has the store open, or its format is not known, the error matches
 // [p2p.ErrUnavailable]. The caller closes the store.
 func Open(dir string, opts Options) (*Store, error) {
-	return open(dir, opts, disk{})
+	return open(dir, opts, backend.Disk{})
 }
 
-func open(dir string, opts Options, files files) (_ *Store, err error) {
+func open(dir string, opts Options, files backend.Files) (_ *Store, err error) {
 	if dir, err = filepath.Abs(dir); err != nil {
 		return nil, fmt.Errorf("open store: %w", err)
 	}
 	s := &Store{
 		dir:      dir,
+		bytes:    opts.Backend,
 		log:      opts.Log,
 		files:    files,
 		maxSize:  opts.MaxSize,
@@ -130,7 +134,7 @@ func open(dir string, opts Options, files files) (_ *Store, err error) {
 		updates:  batch[*update]{limit: updateLimit},
 		clock:    opts.Now,
 		lease:    cmp.Or(opts.Lease, DefaultLease),
-		dirSyncs: map[digest.Algorithm]*batch[struct{}]{},
+		flushes:  map[digest.Algorithm]*batch[struct{}]{},
 		holds:    map[digest.Digest]*hold{},
 		used:     map[p2p.Task]time.Time{},
 		saved:    time.Now(),
@@ -151,15 +155,23 @@ func open(dir string, opts Options, files files) (_ *Store, err error) {
 	if err := digest.SelfTest(); err != nil {
 		return nil, fmt.Errorf("open store: this build's SHA-2 can't make hash chains: %w: build it with Go's own", err)
 	}
-	if opts.Existing {
-		if _, err := os.Stat(s.path("ingest")); err != nil {
-			if !isMissing(err) {
-				return nil, fmt.Errorf("open store: %w", err)
-			}
-			return nil, fmt.Errorf("open store: there is none in %s: %w", dir, fs.ErrNotExist)
-		}
+	if s.bytes == nil {
+		s.bytes = backend.NewDir(dir, files, s.log)
 	}
-	if err := s.makeDirs(); err != nil {
+	for _, alg := range backend.Algorithms {
+		s.flushes[alg] = new(batch[struct{}])
+	}
+	if !opts.Existing {
+		// For owner and group only: a blob may be less public than the machine is.
+		err = dirs.Make(dir, 0o750)
+	}
+	if err == nil {
+		err = s.bytes.Prepare(opts.Existing)
+	}
+	if opts.Existing && errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("open store: there is none in %s: %w", dir, err)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("open store %s: %w", dir, DiskError(err))
 	}
 	if err := s.takeLock(opts.Address); err != nil {
@@ -198,51 +210,18 @@ func open(dir string, opts Options, files files) (_ *Store, err error) {
 	return s, nil
 }
 
-// makeDirs makes the directories, for owner and group only: a blob may be
-// less public than the machine is.
-func (s *Store) makeDirs() error {
-	if err := dirs.Make(s.dir, 0o750); err != nil {
-		return err
-	}
-	parts := []string{s.path("ingest"), s.path("partial"), s.path("blobs")}
-	for _, alg := range []digest.Algorithm{digest.SHA256, digest.SHA384, digest.SHA512} {
-		s.dirSyncs[alg] = new(batch[struct{}])
-		parts = append(parts, s.path("blobs", alg.String()))
-	}
-	made := false
-	for _, dir := range parts {
-		err := os.Mkdir(dir, 0o750)
-		if err != nil && !errors.Is(err, fs.ErrExist) {
-			return err
-		}
-		made = made || err == nil
-	}
-	if !made {
-		return nil
-	}
-	return errors.Join(s.files.SyncDir(s.path("blobs")), s.files.SyncDir(s.dir))
-}
-
 // checkMeta makes sure that a new metadata file is not made beside blobs that
 // belonged to one that was lost: they would all be there and none be found.
 func (s *Store) checkMeta() error {
-	if info, err := os.Stat(s.path("meta.db")); err == nil && info.Size() > 0 || err != nil && !isMissing(err) {
+	if info, err := os.Stat(s.path("meta.db")); err == nil && info.Size() > 0 || err != nil && !backend.IsMissing(err) {
 		return err
 	}
-	for alg := range s.dirSyncs {
-		dir, err := os.Open(s.path("blobs", alg.String()))
+	for _, err := range s.bytes.Blobs() {
 		if err != nil {
 			return err
 		}
-		names, err := dir.Readdirnames(1)
-		dir.Close()
-		if len(names) > 0 {
-			return fmt.Errorf("%w: %s is missing or empty, but there are blobs: put it back from a copy; or move %s away, start with an empty store, and import from there, each file is named by its digest",
-				digest.ErrCorrupt, s.path("meta.db"), s.path("blobs"))
-		}
-		if err != nil && !errors.Is(err, io.EOF) {
-			return err
-		}
+		return fmt.Errorf("%w: %s is missing or empty, but there are blobs: put it back from a copy; or move %s away, start with an empty store, and import from there, each file is named by its digest",
+			digest.ErrCorrupt, s.path("meta.db"), s.path("blobs"))
 	}
 	return nil
 }
@@ -254,27 +233,13 @@ func (s *Store) leftovers() ([]digest.Digest, error) {
 	if err != nil {
 		return nil, err
 	}
-	// A marker, NAME.ALGORITHM.HEX, says that a blob's file may be in place without the records for it.
-	entries, err := os.ReadDir(s.path("ingest"))
-	if err != nil && !isMissing(err) {
-		return nil, err
-	}
-	for _, e := range entries {
-		if parts := strings.Split(e.Name(), "."); len(parts) == 3 {
-			if d, err := digest.Parse(parts[1] + ":" + parts[2]); err == nil {
-				loose = append(loose, d)
-			}
-		}
-	}
-	return loose, nil
+	// What is claimed may be in place without the records for it.
+	claimed, err := s.bytes.Claims()
+	return append(loose, claimed...), err
 }
 
 // recover makes up for whatever was interrupted when the store was last open.
 func (s *Store) recover() error {
-	entries, err := os.ReadDir(s.path("ingest"))
-	if err != nil {
-		return err
-	}
 	loose, err := s.leftovers()
 	if err != nil {
 		return err
@@ -288,20 +253,12 @@ func (s *Store) recover() error {
 		}
 		s.log.Info("removed what was not committed, or was being deleted", "blobs", len(loose))
 	}
-	// The markers go only now that nothing depends on them.
-	for _, e := range entries {
-		if e.IsDir() {
-			s.log.Warn("somebody has made a directory where content arrives; it is left as it is", "directory", s.path("ingest", e.Name()))
-			continue
-		}
-		if err := s.files.Remove(s.path("ingest", e.Name())); err != nil && !isMissing(err) {
-			return err
-		}
+	// The claims go only now that nothing depends on them.
+	n, err := s.bytes.Clean()
+	if n > 0 {
+		s.log.Info("removed what an interrupted import left", "files", n)
 	}
-	if len(entries) > 0 {
-		s.log.Info("removed what an interrupted import left", "files", len(entries))
-	}
-	return s.makeLayout()
+	return err
 }
 
 // syncMoved makes durable that the files of blobs were moved away.
@@ -320,37 +277,6 @@ func (s *Store) syncMoved() error {
 	return nil
 }
 
-// makeLayout makes the two files that make the directory an OCI image layout,
-// which other programs can read. What names stand for is in meta.db: the index
-// has none.
-func (s *Store) makeLayout() error {
-	made := false
-	for name, content := range map[string]string{
-		"oci-layout": `{"imageLayoutVersion":"1.0.0"}`,
-		"index.json": `{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[]}`,
-	} {
-		if _, err := os.Stat(s.path(name)); !isMissing(err) {
-			continue
-		}
-		f, err := s.files.Create(s.path("ingest", name))
-		if err != nil {
-			return err
-		}
-		_, err = f.WriteString(content + "\n")
-		if err = errors.Join(err, f.Close()); err != nil {
-			return err
-		}
-		if err := s.files.Rename(s.path("ingest", name), s.path(name)); err != nil {
-			return err
-		}
-		made = true
-	}
-	if !made {
-		return nil
-	}
-	return s.files.SyncDir(s.dir)
-}
-
 // now returns the time by the clock of this host.
 func (s *Store) now() time.Time { return s.clock().UTC() }
 
@@ -359,14 +285,10 @@ func (s *Store) Dir() string { return s.dir }
 
 // Scratch returns a directory on the same disk for what is short-lived. What is left in it
 // goes when the store is opened again.
-func (s *Store) Scratch() string { return s.path("ingest") }
+func (s *Store) Scratch() string { return s.bytes.Scratch() }
 
 func (s *Store) path(elem ...string) string {
 	return filepath.Join(append([]string{s.dir}, elem...)...)
-}
-
-func (s *Store) blobPath(d digest.Digest) string {
-	return s.path("blobs", d.Algorithm().String(), d.Encoded())
 }
 
 // begin announces a call. Where it returns nil, the caller calls end.
@@ -508,7 +430,7 @@ func (s *Store) drop(blobs []digest.Digest) error {
 	trash, err := s.unlink(blobs)
 	for _, name := range trash {
 		// Freeing the blocks of a large file takes time: it is done outside of the lock.
-		err = errors.Join(err, s.files.Remove(name))
+		err = errors.Join(err, s.bytes.Discard(name))
 	}
 	if len(trash) > 0 {
 		s.keepReserve()
@@ -556,15 +478,11 @@ func (s *Store) unlink(blobs []digest.Digest) (trash []string, err error) {
 		return nil, err
 	}
 	for _, d := range gone {
-		if e := s.makeWay(d); e != nil {
-			err = errors.Join(err, e)
-			continue
-		}
-		name := s.path("ingest", newName())
-		switch e := s.files.Rename(s.blobPath(d), name); {
+		name, e := s.bytes.Take(d)
+		switch {
 		case e == nil:
 			trash = append(trash, name)
-		case !isMissing(e):
+		case !backend.IsMissing(e):
 			err = errors.Join(err, e)
 			continue
 		}

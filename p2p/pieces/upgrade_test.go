@@ -19,6 +19,7 @@ import (
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/enginetest"
+	"github.com/dfcache/dfcache/p2p/pieces/backend"
 )
 
 // The stores below testdata/stores were made by programs of this repository's history,
@@ -242,7 +243,7 @@ func TestUpgradeInterrupted(t *testing.T) {
 		requireUpgraded(t, s, true)
 		s.Close()
 		requireClean(t, dir)
-		if _, err := os.Stat(filepath.Join(dir, "meta.db.new")); !isMissing(err) {
+		if _, err := os.Stat(filepath.Join(dir, "meta.db.new")); !backend.IsMissing(err) {
 			t.Errorf("the file of the upgrade that was interrupted is still there: %v", err)
 		}
 	}

@@ -203,7 +203,7 @@ func TestWatch(t *testing.T) {
 	told("removed task one: expired", "removed blob one: unreferenced")
 
 	// Damage goes by, or is mended.
-	path := s.blobPath(two.Digest)
+	path := s.bytes.Path(two.Digest)
 	write := func(content string) {
 		t.Helper()
 		damage(t, path, func([]byte) []byte { return []byte(content) })

@@ -59,12 +59,10 @@ func (in *ingest) create(ctx context.Context, cancel context.CancelCauseFunc, op
 			return w, err
 		}
 	}
-	name := in.s.path("ingest", newName())
-	f, err := in.s.files.Create(name)
-	if err != nil {
+	var err error
+	if w.a.name, w.a.f, err = in.s.bytes.Create(); err != nil {
 		return nil, err
 	}
-	w.a.f, w.a.name = f, name
 	return w, nil
 }
 
