@@ -27,6 +27,7 @@ import (
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/memory"
 	"github.com/dfcache/dfcache/p2p/pieces"
+	"github.com/dfcache/dfcache/p2p/pieces/backend"
 )
 
 // What a Repository is to oras-go.
@@ -53,6 +54,14 @@ func TestStorage(t *testing.T) {
 		s := blobstore.New(memory.New(memory.Options{Lease: time.Nanosecond}))
 		t.Cleanup(func() { s.Close() })
 		return s
+	}
+	stores["Bytes in memory"] = func(t *testing.T) *blobstore.Store {
+		engine, err := pieces.Open(t.TempDir(), pieces.Options{Lease: time.Nanosecond, Backend: backend.NewMemory()})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { engine.Close() })
+		return blobstore.New(engine)
 	}
 	for name, open := range stores {
 		for tag, other := range map[string]string{"": "other", "library/models": ""} {
