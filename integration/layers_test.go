@@ -18,6 +18,7 @@ var layers = [][]string{
 	{"blobstore/registry", "blobstore/dragonfly", "blobstore/client"},
 	{"blobstore", "p2p/swarm", "p2p/swarm/discovery", "p2p/dragonfly", "p2p/dragonfly/cluster", "p2p/dragonfly/persistent"}, // none of these knows another
 	{"p2p/rpc", "p2p/dragonfly/whole"},
+	{"p2p/front"},
 	{"p2p/rpc/pb", "p2p/pieces", "p2p/memory", "p2p/dragonfly/wire", "p2p/throttle", "p2p/connpool"},
 	{"p2p/source", "p2p/manifest"},
 	{"p2p", "p2p/grpclimit", "p2p/jsonlimit", "p2p/secret", "p2p/pieces/backend"},
@@ -38,6 +39,7 @@ var notLinked = map[string][]string{
 	"p2p/dragonfly/cluster":    {"github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk", "d7y.io/dragonfly"},
 	"p2p/dragonfly/persistent": {"github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk", "d7y.io/dragonfly"},
 	"p2p/swarm/schedule":       {"github.com/libp2p/", "google.golang.org/", "golang.org/x/", "github.com/spf13/"},
+	"p2p/front":                {"google.golang.org/grpc", "github.com/spf13/", "github.com/libp2p/"},
 	"p2p/pieces":               {"google.golang.org/grpc", "github.com/spf13/", "github.com/libp2p/"},
 	"p2p/pieces/backend":       {"google.golang.org/", "go.etcd.io/", "github.com/"},
 	"p2p/memory":               {"google.golang.org/grpc", "go.etcd.io/", "github.com/spf13/", "github.com/libp2p/"},

@@ -28,7 +28,7 @@ func Replicate(ctx context.Context, e Engine, tag string, cid digest.CID, n int)
 	if _, err := e.Stat(ctx, tag, cid, StatOptions{Scope: Local}); err != nil || n <= 0 {
 		return nil, err
 	}
-	return nil, fmt.Errorf("replicate %s: %w: this store has no peers that it could ask: export it on the hosts that are to have it", Describe(tag, cid), ErrUnreachable)
+	return nil, fmt.Errorf("replicate %s: %w: this store is not part of a swarm", Describe(tag, cid), ErrUnreachable)
 }
 
 // Peers describes the peers of an engine, as [Peering] has it: one without peers has none.

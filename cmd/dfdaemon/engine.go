@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -17,12 +18,13 @@ import (
 	"github.com/dfcache/dfcache/p2p/dragonfly"
 	"github.com/dfcache/dfcache/p2p/dragonfly/cluster"
 	"github.com/dfcache/dfcache/p2p/dragonfly/persistent"
+	"github.com/dfcache/dfcache/p2p/front"
 	"github.com/dfcache/dfcache/p2p/pieces"
 	"github.com/dfcache/dfcache/p2p/swarm"
 	"github.com/dfcache/dfcache/p2p/swarm/discovery"
 )
 
-// Values of --engine.
+// What --engine can list.
 const (
 	engineOwn       = "own"
 	engineDragonfly = "dragonfly"
@@ -32,7 +34,10 @@ const (
 
 // engineOptions are the values of the flags that say what the network is.
 type engineOptions struct {
-	kind    string
+	sources string // with commas between them
+	own     bool   // whether the swarm is one of them
+	other   string // the Dragonfly that is one of them, or ""
+	first   bool   // whether the swarm comes before that
 	socket  string
 	timeout time.Duration
 
@@ -42,8 +47,34 @@ type engineOptions struct {
 	uploadListen string
 }
 
+// parse reads which sources there are.
+func (o *engineOptions) parse() error {
+	o.own, o.other, o.first = false, "", false
+	for _, name := range split(o.sources) {
+		switch name {
+		case engineOwn:
+			if o.own {
+				return fmt.Errorf("--engine %q: own is there twice", o.sources)
+			}
+			o.own, o.first = true, o.other == ""
+		case engineDragonfly, engineCluster, engineV2:
+			if o.other != "" {
+				return fmt.Errorf("--engine %q: %s and %s are both Dragonflies: a daemon has one at most", o.sources, o.other, name)
+			}
+			o.other = name
+		default:
+			return fmt.Errorf("--engine %q: use %s, %s, %s or %s, or %s and one of the others with a comma between them",
+				name, engineOwn, engineDragonfly, engineCluster, engineV2, engineOwn)
+		}
+	}
+	if !o.own && o.other == "" {
+		return errors.New("--engine: name a source, such as own")
+	}
+	return nil
+}
+
 func (o *engineOptions) flags(flags *pflag.FlagSet) {
-	flags.StringVar(&o.kind, "engine", engineOwn, "`where` to get what is not here: own is the swarm of dfdaemons, dragonfly a Dragonfly whose dfdaemon runs on this host, dragonfly-cluster the Dragonfly cluster of which this daemon is a peer itself, dragonfly-v2 a Dragonfly of the API v2, whose dfdaemon in Rust runs on this host")
+	flags.StringVar(&o.sources, "engine", engineOwn, "`where` to get what is not here; own and one of the others, with a comma between them, are asked in that order: own is the swarm of dfdaemons, dragonfly a Dragonfly whose dfdaemon runs on this host, dragonfly-cluster the Dragonfly cluster of which this daemon is a peer itself, dragonfly-v2 a Dragonfly of the API v2, whose dfdaemon in Rust runs on this host")
 	flags.StringVar(&o.socket, "dragonfly-daemon", "", "unix `socket` of Dragonfly's dfdaemon, with --engine dragonfly and dragonfly-v2 (default "+dragonfly.DefaultSocket+"; "+persistent.DefaultSocket+" with dragonfly-v2)")
 	flags.DurationVar(&o.timeout, "dragonfly-timeout", dragonfly.DefaultTimeout, "how long Dragonfly may take to import or export a file, and with --engine dragonfly-cluster how long it may take to fetch one")
 	flags.StringVar(&o.schedulers, "dragonfly-schedulers", "", "`addresses` of all schedulers of the Dragonfly cluster, HOST:PORT with commas between them, as Dragonfly's daemons have them, with --engine dragonfly-cluster; with dragonfly-v2 one is enough")
@@ -58,25 +89,24 @@ const dragonflyData = "/var/lib/dragonfly"
 // checkEngine finds what is wrong with the flags of the engine, and with others
 // beside them.
 func (o *options) checkEngine(cmd *cobra.Command) error {
-	switch e := &o.engine; {
-	case e.kind == engineOwn:
+	e := &o.engine
+	if err := e.parse(); err != nil {
+		return exit.FlagError(cmd, err)
+	}
+	switch {
+	case e.other == "":
 		return nil
-	case e.kind != engineDragonfly && e.kind != engineCluster && e.kind != engineV2:
-		return exit.FlagError(cmd, fmt.Errorf("--engine %q: use %s, %s, %s or %s", e.kind, engineOwn, engineDragonfly, engineCluster, engineV2))
-	case e.kind != engineDragonfly && len(split(e.schedulers)) == 0:
-		return exit.FlagError(cmd, fmt.Errorf("--engine %s: name the schedulers with --dragonfly-schedulers", e.kind))
+	case e.other != engineDragonfly && len(split(e.schedulers)) == 0:
+		return exit.FlagError(cmd, fmt.Errorf("--engine %s: name the schedulers with --dragonfly-schedulers", e.other))
 	case e.timeout <= 0:
 		return exit.FlagError(cmd, fmt.Errorf("--dragonfly-timeout %s: want a duration above zero, such as 10m", e.timeout))
 	}
-	for _, name := range []string{"swarm-key", "bootstrap", "peers-file"} {
-		if f := cmd.Flags().Lookup(name); f.Changed && f.Value.String() != "off" {
-			return exit.FlagError(cmd, fmt.Errorf("--%s: with --engine %s there is no swarm: leave one of them out", name, o.engine.kind))
+	if !e.own {
+		if err := o.checkNoSwarm(cmd); err != nil {
+			return err
 		}
 	}
-	if o.engine.kind == engineCluster {
-		if o.swarm.mode != string(swarm.Full) {
-			return exit.FlagError(cmd, fmt.Errorf("--swarm-mode %s: with --engine %s this daemon fetches and serves: leave one of them out", o.swarm.mode, engineCluster))
-		}
+	if e.other == engineCluster {
 		for name, address := range map[string]string{"dragonfly-peer-listen": o.engine.peerListen, "dragonfly-upload-listen": o.engine.uploadListen} {
 			if !isAddress(address, false) {
 				return exit.FlagError(cmd, fmt.Errorf("--%s %q: want HOST:PORT, or :PORT for all addresses of this host", name, address))
@@ -87,22 +117,35 @@ func (o *options) checkEngine(cmd *cobra.Command) error {
 	if rel, err := filepath.Rel(dragonflyData, o.dataDir); err == nil && filepath.IsLocal(rel) {
 		return exit.FlagError(cmd, fmt.Errorf("--data-dir %s: Dragonfly's dfdaemon keeps its cache in %s, and removes there what it does not know when it starts: choose another directory", o.dataDir, dragonflyData))
 	}
-	if o.engine.socket == "" {
-		o.engine.socket = dragonfly.DefaultSocket
-		if o.engine.kind == engineV2 {
-			o.engine.socket = persistent.DefaultSocket
+	if e.socket == "" {
+		e.socket = dragonfly.DefaultSocket
+		if e.other == engineV2 {
+			e.socket = persistent.DefaultSocket
 		}
 	}
-	socket, err := filepath.Abs(o.engine.socket)
+	socket, err := filepath.Abs(e.socket)
 	if err != nil {
 		return err
 	}
-	o.engine.socket = socket
+	e.socket = socket
 	if samePath(o.dragonflySocket, socket) {
 		return exit.FlagError(cmd, fmt.Errorf("--dragonfly-sock and --dragonfly-daemon are both %s: the one is where this daemon stands in for Dragonfly's, the other where that one listens", socket))
 	}
 	if samePath(o.socket, socket) {
 		return exit.FlagError(cmd, fmt.Errorf("--daemon-sock and --dragonfly-daemon are both %s: give this daemon, and dfcache, another one", socket))
+	}
+	return nil
+}
+
+// checkNoSwarm finds flags of a swarm where there is none.
+func (o *options) checkNoSwarm(cmd *cobra.Command) error {
+	for _, name := range []string{"swarm-key", "bootstrap", "peers-file"} {
+		if f := cmd.Flags().Lookup(name); f.Changed && f.Value.String() != "off" {
+			return exit.FlagError(cmd, fmt.Errorf("--%s: with --engine %s there is no swarm: leave one of them out", name, o.engine.other))
+		}
+	}
+	if o.engine.other == engineCluster && o.swarm.mode != string(swarm.Full) {
+		return exit.FlagError(cmd, fmt.Errorf("--swarm-mode %s: with --engine %s this daemon fetches and serves: leave one of them out", o.swarm.mode, engineCluster))
 	}
 	return nil
 }
@@ -123,26 +166,66 @@ func samePath(a, b string) bool {
 	return resolve(a) == resolve(b)
 }
 
-// openEngine gives the store its network, as the flags say. It takes over the store,
-// also where it fails. at is who the daemon is there.
-func (d *daemon) openEngine(ctx context.Context, store *pieces.Store, key discovery.Key, inSwarm bool, warn func(string)) (engine p2p.Engine, at string, err error) {
-	var e interface {
-		p2p.Engine
-		Health(context.Context) error
+// openEngine puts an engine in front of the store, with the sources that the flags name. It
+// takes over the store, also where it fails. at is who the daemon is there.
+func (d *daemon) openEngine(ctx context.Context, store *pieces.Store, key discovery.Key, inSwarm bool, warn func(string)) (_ p2p.Engine, at string, err error) {
+	f := front.New(store, d.log)
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, f.Close())
+		}
+	}()
+	var are []string
+	join := func() error {
+		if !inSwarm {
+			return nil
+		}
+		joined, err := d.joinSwarm(f, key)
+		if err == nil {
+			are = append(are, joined.ID())
+		}
+		return err
 	}
-	who := "Dragonfly"
-	switch d.engine.kind {
+	if d.engine.first {
+		if err := join(); err != nil {
+			return nil, "", err
+		}
+	}
+	if d.engine.other != "" {
+		where, err := d.addDragonfly(f)
+		if err != nil {
+			return nil, "", err
+		}
+		are = append(are, where)
+	}
+	if !d.engine.first {
+		if err := join(); err != nil {
+			return nil, "", err
+		}
+	}
+	if err := f.Health(ctx); err != nil {
+		who := "Dragonfly"
+		if d.engine.other == engineCluster {
+			who = "a scheduler of Dragonfly"
+		}
+		warn(fmt.Sprintf("going on alone until %s answers: %v", who, err))
+	}
+	return f, cmp.Or(strings.Join(are, " and "), "none"), nil
+}
+
+// addDragonfly adds the Dragonfly that the flags name to the sources of an engine. at is who the
+// daemon is there.
+func (d *daemon) addDragonfly(f *front.Engine) (at string, err error) {
+	switch d.engine.other {
 	case engineDragonfly:
-		at = "Dragonfly at " + d.engine.socket
-		e, err = dragonfly.New(store, dragonfly.Options{
+		_, err = dragonfly.New(f, dragonfly.Options{
 			Socket:        d.engine.socket,
 			LookupTimeout: d.swarm.lookup,
 			Timeout:       d.engine.timeout,
 			Log:           d.log,
 		})
 	case engineV2:
-		at = "Dragonfly at " + d.engine.socket
-		e, err = persistent.New(store, persistent.Options{
+		_, err = persistent.New(f, persistent.Options{
 			Socket:        d.engine.socket,
 			Schedulers:    split(d.engine.schedulers),
 			LookupTimeout: d.swarm.lookup,
@@ -151,9 +234,7 @@ func (d *daemon) openEngine(ctx context.Context, store *pieces.Store, key discov
 			Log:           d.log,
 		})
 	case engineCluster:
-		who = "a scheduler of Dragonfly"
-		var c *cluster.Engine
-		c, err = cluster.New(store, cluster.Options{
+		c, err := cluster.New(f, cluster.Options{
 			Schedulers:    split(d.engine.schedulers),
 			Advertise:     d.engine.advertise,
 			PeerListen:    d.engine.peerListen,
@@ -167,25 +248,10 @@ func (d *daemon) openEngine(ctx context.Context, store *pieces.Store, key discov
 			MaxUploads:    d.swarm.uploads,
 			Log:           d.log,
 		})
-		if err == nil {
-			at = "in Dragonfly at " + c.Address()
-		}
-		e = c
-	default:
-		if !inSwarm {
-			return store, "none", nil
-		}
-		joined, err := d.joinSwarm(store, key)
 		if err != nil {
-			return nil, "", errors.Join(err, store.Close())
+			return "", err
 		}
-		return joined, joined.ID(), nil
+		return "in Dragonfly at " + c.Address(), nil
 	}
-	if err != nil {
-		return nil, "", errors.Join(err, store.Close())
-	}
-	if err := e.Health(ctx); err != nil {
-		warn(fmt.Sprintf("going on alone until %s answers: %v", who, err))
-	}
-	return e, at, nil
+	return "Dragonfly at " + d.engine.socket, err
 }

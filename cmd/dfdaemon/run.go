@@ -141,7 +141,7 @@ func (o *options) start(cmd *cobra.Command) (_ *daemon, err error) {
 
 	var key discovery.Key
 	inSwarm := false
-	if o.engine.kind == engineOwn {
+	if o.engine.own {
 		if key, inSwarm, err = o.readKey(cmd, warn); err != nil {
 			return nil, err
 		}

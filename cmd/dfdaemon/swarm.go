@@ -34,7 +34,7 @@ import (
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/connpool"
 	"github.com/dfcache/dfcache/p2p/dirs"
-	"github.com/dfcache/dfcache/p2p/pieces"
+	"github.com/dfcache/dfcache/p2p/front"
 	"github.com/dfcache/dfcache/p2p/swarm"
 	"github.com/dfcache/dfcache/p2p/swarm/discovery"
 	"github.com/dfcache/dfcache/p2p/swarm/schedule"
@@ -184,8 +184,8 @@ func (o *options) readKey(cmd *cobra.Command, warn func(string)) (key discovery.
 	return key, false, nil
 }
 
-// joinSwarm makes the store part of the swarm, and logs where peers find it.
-func (d *daemon) joinSwarm(store *pieces.Store, key discovery.Key) (*swarm.Swarm, error) {
+// joinSwarm adds the swarm to the sources of an engine, and logs where peers find it.
+func (d *daemon) joinSwarm(f *front.Engine, key discovery.Key) (*swarm.Swarm, error) {
 	o := &d.swarm
 	logLibraries(d.log.Handler())
 	if err := dirs.Make(d.workHome, 0o750); err != nil {
@@ -220,7 +220,7 @@ func (d *daemon) joinSwarm(store *pieces.Store, key discovery.Key) (*swarm.Swarm
 	if err != nil { // the addresses of this host have passed check
 		return nil, exit.Usage(fmt.Errorf("--bootstrap and --peers-file: %w", err))
 	}
-	s, err := swarm.New(store, network, swarm.Options{
+	s, err := swarm.New(f, network, swarm.Options{
 		Identity:        identity,
 		Secret:          key.Secret(),
 		Listen:          split(o.pieces),

@@ -117,8 +117,8 @@ func (a *Arriving) whole(ctx context.Context) error {
 	return a.until(ctx, func() bool { return a.d.proven })
 }
 
-// stored waits until the blob is one of the store.
-func (a *Arriving) stored(ctx context.Context) error {
+// Stored implements [front.Arriving].
+func (a *Arriving) Stored(ctx context.Context) error {
 	if err := a.whole(ctx); err != nil {
 		return err
 	}

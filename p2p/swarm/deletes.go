@@ -17,6 +17,7 @@ import (
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/front"
 	"github.com/dfcache/dfcache/p2p/pieces"
 	"github.com/dfcache/dfcache/p2p/throttle"
 )
@@ -37,55 +38,19 @@ const (
 	tellTimeout = 2 * deleteTimeout
 )
 
-// Delete implements [p2p.Engine]. It covers what this daemon and its peers have
-// when it is called, as they say, and what is older than that.
-func (s *Swarm) Delete(ctx context.Context, tag string, cid digest.CID, opts p2p.DeleteOptions) (p2p.Deleted, error) {
-	if err := s.begin(ctx); err != nil {
-		return p2p.Deleted{}, err
+// Forget implements [front.Source].
+func (s *Swarm) Forget(ctx context.Context, d front.Deletion) []front.Told {
+	if len(d.Deletes) == 0 {
+		return nil
 	}
-	defer s.calls.Done()
-	seen, answered, silent, err := s.see(ctx, tag, cid, opts.Force)
-	if err != nil {
-		return p2p.Deleted{}, err
-	}
-	var all p2p.Deleted
-	var told telling
-	found := false
-	// Who was not asked, or has imported it since, says so, and is told once more.
-	for range 2 {
-		result, deletes, err := s.store.DeleteForAll(ctx, tag, cid, opts, seen...)
-		if err != nil {
-			return p2p.Deleted{}, err
-		}
-		all.Tasks, all.Freed, found = all.Tasks+result.Tasks, all.Freed+result.Freed, found || result.Found
-		if len(deletes) == 0 {
-			break
-		}
-		s.forget(deletes)
-		newer := told.tellOthers(ctx, s, deletes)
-		if len(newer) == 0 {
-			break
-		}
-		seen = append(seen, newer...)
-	}
-	found = told.result(&all, s) || found
-	if !found {
-		err := fmt.Errorf("%s: %w here or on %d peers", p2p.Describe(tag, cid), p2p.ErrNotFound, max(answered, all.Reached))
-		if silent > 0 {
-			err = fmt.Errorf("%w; %d more did not answer", err, silent)
-		}
-		return all, cmp.Or(context.Cause(ctx), err)
-	}
-	return all, nil
+	s.forget(d.Deletes)
+	return s.tellOthers(ctx, d.Deletes)
 }
 
-// see asks peers what they have of what is to be deleted, and returns how many of
-// them have answered, and have not, too. It refuses what another task refers to on some peer, before it is
-// deleted on others, unless that is forced.
-func (s *Swarm) see(ctx context.Context, tag string, cid digest.CID, force bool) (seen []pieces.Version, answered, silent int, err error) {
-	if err := p2p.ValidateRef(tag, cid); err != nil {
-		return nil, 0, 0, err
-	}
+// See implements [front.Source]: it asks peers what they have of what is to be deleted. It
+// refuses what another task refers to on some peer, before it is deleted on others, unless that
+// is forced.
+func (s *Swarm) See(ctx context.Context, tag string, cid digest.CID, opts p2p.DeleteOptions, _ bool) (seen front.Seen, err error) {
 	task := p2p.Task{Tag: tag, Digest: cid.Digest()}
 	req, key := &findRequest{Tasks: []taskRef{taskRef(task)}}, taskKey(task)
 	if name := cid.CacheID(); name != "" {
@@ -96,10 +61,10 @@ func (s *Swarm) see(ctx context.Context, tag string, cid digest.CID, force bool)
 	l := s.lookup(lookupCtx, req, key, true)
 	defer l.end()
 	for a := range l.answers {
-		answered++
+		seen.Answered++
 		if cid.CacheID() != "" {
 			if n := a.reply.Names[0]; n != nil && n.Digest != "" {
-				seen = append(seen, n.version())
+				seen.Versions = append(seen.Versions, n.version())
 			}
 			continue
 		}
@@ -107,13 +72,13 @@ func (s *Swarm) see(ctx context.Context, tag string, cid digest.CID, force bool)
 		if state == nil {
 			continue
 		}
-		if state.Referred && !force {
-			return nil, 0, 0, fmt.Errorf("%s: %w: by other content on peer %s (%s): delete that first, or force it", task, p2p.ErrReferenced, a.peer, s.peers.get(a.peer).lastAddress())
+		if state.Referred && !opts.Force {
+			return seen, fmt.Errorf("%s: %w: by other content on peer %s (%s): delete that first, or force it", task, p2p.ErrReferenced, a.peer, s.peers.get(a.peer).lastAddress())
 		}
-		seen = append(seen, pieces.Version{At: state.Origin, After: state.After})
+		seen.Versions = append(seen.Versions, pieces.Version{At: state.Origin, After: state.After})
 	}
-	_, silent = l.end()
-	return seen, answered, silent, context.Cause(ctx)
+	_, seen.Silent = l.end()
+	return seen, context.Cause(ctx)
 }
 
 // forget ends what is under way with what has been deleted here.
@@ -196,23 +161,11 @@ func (d *download) deleted(task p2p.Task, by pieces.Delete) {
 	}
 }
 
-// telling is what peers have done with a delete that was made here.
-type telling map[peer.ID]*told
-
-type told struct {
-	found, removed bool
-	failed         string // why it was not done, or ""
-}
-
-// tellOthers tells peers of deletes. It returns what they have that the first of
-// these does not cover. It takes tellTimeout at most; who is known to be silent is not
-// waited for, and told when it answers.
-func (t *telling) tellOthers(ctx context.Context, s *Swarm, deletes []pieces.Delete) (newer []pieces.Version) {
+// tellOthers tells peers of deletes, and returns what they have done. It takes tellTimeout at
+// most; a peer that is known to be silent is not waited for, and told when it answers.
+func (s *Swarm) tellOthers(ctx context.Context, deletes []pieces.Delete) (all []front.Told) {
 	ctx, cancel := context.WithTimeoutCause(ctx, tellTimeout, errNoAnswer)
 	defer cancel()
-	if *t == nil {
-		*t = telling{}
-	}
 	var mu sync.Mutex
 	var telling sync.WaitGroup
 	slots := make(chan struct{}, maxTelling)
@@ -232,30 +185,23 @@ func (t *telling) tellOthers(ctx context.Context, s *Swarm, deletes []pieces.Del
 			case <-ctx.Done():
 				err = context.Cause(ctx)
 			}
+			one := front.Told{Peer: p.ID.String(), Address: s.peers.get(p.ID).lastAddress()}
+			switch {
+			case err != nil:
+				one.Failed = err.Error()
+			case results[0].Refused != "":
+				one.Failed = results[0].Refused
+			default:
+				one.Newer = pieces.Version{At: results[0].Newer, After: results[0].NewerAfter}
+				if !one.Newer.At.IsZero() {
+					one.Failed = "it has been imported or moved there again, at " + one.Newer.At.Format(time.RFC3339)
+				}
+				one.Found = results[0].Found
+				one.Removed = slices.ContainsFunc(results, func(r deleteResult) bool { return r.Removed > 0 })
+			}
 			mu.Lock()
 			defer mu.Unlock()
-			one := (*t)[p.ID]
-			if one == nil {
-				one = &told{}
-				(*t)[p.ID] = one
-			}
-			one.failed = ""
-			if err != nil {
-				one.failed = err.Error()
-				return
-			}
-			if results[0].Refused != "" {
-				one.failed = results[0].Refused
-				return
-			}
-			if v := (pieces.Version{At: results[0].Newer, After: results[0].NewerAfter}); !v.At.IsZero() {
-				one.failed = "it has been imported or moved there again, at " + v.At.Format(time.RFC3339)
-				newer = append(newer, v)
-			}
-			one.found = one.found || results[0].Found
-			for _, r := range results {
-				one.removed = one.removed || r.Removed > 0
-			}
+			all = append(all, one)
 		})
 	}
 	connected := s.network.Connected()
@@ -276,25 +222,7 @@ func (t *telling) tellOthers(ctx context.Context, s *Swarm, deletes []pieces.Del
 		}
 	}
 	telling.Wait()
-	return newer
-}
-
-// result adds to a result what peers have done, and reports whether one of them had
-// what was deleted.
-func (t telling) result(result *p2p.Deleted, s *Swarm) (found bool) {
-	for p, one := range t {
-		found = found || one.found
-		if one.removed {
-			result.Removed++
-		}
-		if one.failed != "" {
-			result.Missed = append(result.Missed, p2p.Missed{Peer: p.String(), Address: s.peers.get(p).lastAddress(), Reason: one.failed})
-		} else {
-			result.Reached++
-		}
-	}
-	slices.SortFunc(result.Missed, func(a, b p2p.Missed) int { return cmp.Compare(a.Peer, b.Peer) })
-	return found
+	return all
 }
 
 // tellOne tells one peer of deletes, as tellNow does; one that is silent when it answers

@@ -3,7 +3,6 @@ package swarm
 import (
 	"context"
 	"errors"
-	"io"
 	"maps"
 	"os"
 	"slices"
@@ -72,48 +71,6 @@ type download struct {
 	storeErr error
 
 	held atomic.Int32 // transfers that wait for this host: its memory, its limits
-}
-
-// fetch returns a reader of a blob that is not here, or is damaged, and has it
-// fetched; or nil, where its bytes were here and only the task was not, or where
-// it has been mended meanwhile.
-func (s *Swarm) fetch(ctx context.Context, task p2p.Task, damaged bool) (*Arriving, error) {
-	if err := task.Validate(); err != nil {
-		return nil, err
-	}
-	for {
-		if held, err := s.store.Holds(ctx, task.Digest); err != nil {
-			return nil, err
-		} else if held && !damaged {
-			info, _, err := s.statTask(ctx, task, p2p.StatOptions{})
-			if err != nil {
-				return nil, err
-			}
-			// A blob that is damaged here is fetched as if it were not.
-			if err := s.adopt(ctx, info); !errors.Is(err, digest.ErrCorrupt) {
-				return nil, err
-			}
-		}
-		d, err := s.download(ctx, task)
-		if err != nil {
-			return nil, err
-		}
-		if d == nil && damaged {
-			return nil, nil
-		}
-		if d == nil {
-			continue // one has just ended, maybe well
-		}
-		a, err := s.openTask(ctx, d, task)
-		if !errors.Is(err, errSealed) {
-			return a, err
-		}
-		select {
-		case <-d.ended:
-		case <-ctx.Done():
-			return nil, context.Cause(ctx)
-		}
-	}
 }
 
 var errSealed = errors.New("the download is over")
@@ -416,7 +373,7 @@ func (d *download) finish(err error, started time.Time) {
 	d.mu.Unlock()
 	if err == nil {
 		// The readers have all of it by now, and need not wait for the disk.
-		err = d.commit()
+		err = d.store()
 		d.storeErr = err
 		if err != nil {
 			s.log.Error("a blob was fetched and could not be stored", "digest", d.digest, "error", err)
@@ -455,48 +412,13 @@ func (d *download) finish(err error, started time.Time) {
 	close(d.ended)
 }
 
-// commit makes the blob one of the store.
-func (d *download) commit() error {
+// store makes the blob one of the store.
+func (d *download) store() error {
 	d.mu.Lock()
 	d.sealed = true
 	infos := slices.Collect(maps.Values(d.tasks))
 	d.mu.Unlock()
-	var c p2p.Commit
-	for _, info := range infos {
-		var refs *p2p.NewManifest
-		if info.IsManifest {
-			content := make([]byte, min(d.table.Size, p2p.MaxManifest))
-			if err := d.readAll(content); err == nil {
-				refs = d.s.describe(&info, content)
-			}
-		}
-		n := newTask(info)
-		n.Manifest = refs
-		c.Tasks = append(c.Tasks, n)
-	}
-	return d.partial.Commit(context.WithoutCancel(d.ctx), c)
-}
-
-func (d *download) readAll(p []byte) error {
-	f, err := d.partial.File()
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	_, err = io.ReadFull(f, p)
-	return err
-}
-
-// newTask is how a task is kept that peers have described.
-func newTask(info p2p.Info) p2p.NewTask {
-	n := p2p.NewTask{Task: info.Task, MediaType: info.MediaType, Keep: p2p.KeepLoose, Origin: info.Origin, After: info.After}
-	if info.Keep == p2p.KeepPinned {
-		n.Keep = p2p.KeepPinned
-	}
-	if n.Origin.IsZero() {
-		n.Origin = time.Unix(0, 1).UTC() // never now: that is for what is imported here
-	}
-	return n
+	return d.s.front.Complete(context.WithoutCancel(d.ctx), d.partial, d.table.Size, infos)
 }
 
 // resume begins with what an earlier download has left, or is known of a blob

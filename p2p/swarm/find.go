@@ -486,10 +486,10 @@ func (r *recent) lead(name p2p.NewName) {
 	r.led[p2p.Task{Tag: name.Tag, Digest: name.Digest}] = leads{name, time.Now()}
 }
 
-// ledTo returns the name that has led to a task, and forgets it; nil where there is none, or
+// LedTo implements [front.Names]. It returns the name that has led to a task, and forgets it; nil where there is none, or
 // it has been deleted since. It is the name as it was: it is to be held with the task, for
 // which nobody need be asked once more, and says nothing of what the name stands for now.
-func (s *Swarm) ledTo(ctx context.Context, task p2p.Task) *p2p.NewName {
+func (s *Swarm) LedTo(ctx context.Context, task p2p.Task) *p2p.NewName {
 	s.recent.mu.Lock()
 	l, found := s.recent.led[task]
 	delete(s.recent.led, task)
@@ -533,17 +533,6 @@ func infoOf(task p2p.Task, state *taskState) p2p.Info {
 		info.Lacks = []digest.Digest{task.Digest} // of which part of it, nothing is said
 	}
 	return info
-}
-
-// lacking returns what is lost of a manifest here and that no peer has.
-func (s *Swarm) lacking(ctx context.Context, info p2p.Info) []digest.Digest {
-	for _, d := range info.Lacks {
-		remote, from, err := s.statTask(ctx, p2p.Task{Tag: info.Task.Tag, Digest: d}, p2p.StatOptions{})
-		if err != nil || from == "" || len(remote.Lacks) > 0 {
-			return info.Lacks
-		}
-	}
-	return nil
 }
 
 // taskState says what this daemon has of a task, or nil.
@@ -596,7 +585,7 @@ func (s *Swarm) follow(ctx context.Context, all []followed, task p2p.Task, asker
 	if !state.Manifest || state.Size > maxFollowedSize {
 		return all, nil
 	}
-	info, err := s.statLocal(ctx, task.Tag, digest.FromDigest(task.Digest), p2p.StatOptions{Scope: p2p.Local, Manifest: true})
+	info, err := s.store.Stat(ctx, task.Tag, digest.FromDigest(task.Digest), p2p.StatOptions{Scope: p2p.Local, Manifest: true})
 	if err != nil || info.Manifest == nil {
 		return all, nil // it has gone just now
 	}
@@ -755,34 +744,4 @@ func (s *Swarm) referrers(ctx context.Context, task p2p.Task) ([]digest.Digest, 
 		}
 	}
 	return all, nil
-}
-
-// bringReferrers brings the manifests here that peers have and that refer to a task.
-func (s *Swarm) bringReferrers(ctx context.Context, task p2p.Task) error {
-	lookupCtx, cancel := s.within(ctx)
-	defer cancel()
-	l := s.lookup(lookupCtx, &findRequest{Referrers: []taskRef{taskRef(task)}}, taskKey(task), true)
-	who := map[digest.Digest]peer.ID{}
-	for a := range l.answers {
-		for _, d := range a.reply.Referrers[0] {
-			if len(who) < maxReferrers {
-				who[d] = a.peer
-			}
-		}
-	}
-	l.end()
-	for d, from := range who {
-		t := p2p.Task{Tag: task.Tag, Digest: d}
-		if _, err := s.store.Stat(ctx, t.Tag, digest.FromDigest(d), p2p.StatOptions{Scope: p2p.Local}); !errors.Is(err, p2p.ErrNotFound) {
-			continue
-		}
-		err := s.bring(ctx, t, from)
-		if err != nil {
-			if ctx.Err() != nil {
-				return context.Cause(ctx)
-			}
-			s.log.Warn("a manifest that refers to another one could not be fetched", "task", t.String(), "peer", from.String(), "error", err)
-		}
-	}
-	return nil
 }

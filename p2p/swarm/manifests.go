@@ -1,7 +1,6 @@
 package swarm
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -14,7 +13,6 @@ import (
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
-	"github.com/dfcache/dfcache/p2p/manifest"
 	"github.com/dfcache/dfcache/p2p/throttle"
 )
 
@@ -141,144 +139,6 @@ func (s *Swarm) wholeHolder(ctx context.Context, task p2p.Task, not map[peer.ID]
 		}
 	}
 	return ""
-}
-
-// describe puts right what peers have told of a task with what its content, which is proven, says
-// of itself. It returns what that refers to, or nil where it is no manifest.
-func (s *Swarm) describe(info *p2p.Info, content []byte) (refs *p2p.NewManifest) {
-	told, toldManifest := info.MediaType, info.IsManifest
-	if toldManifest {
-		info.MediaType, refs = manifest.Describe(told, content)
-	} else if detected, found := manifest.Detect(content); found != nil {
-		info.MediaType, refs = detected, found
-	}
-	info.IsManifest = refs != nil
-	table := digest.Table{Size: int64(len(content)), PieceLength: digest.PieceLength(int64(len(content)))}
-	info.Size, info.PieceLength, info.Pieces = table.Size, table.PieceLength, table.Pieces()
-	if info.MediaType != told || info.IsManifest != toldManifest {
-		s.log.Warn("content is not what a peer says it is", "task", info.Task.String(), "told", told, "is", info.MediaType, "manifest", info.IsManifest)
-	}
-	return refs
-}
-
-// keep stores a manifest that was fetched, with what it refers to, and the name that led to it.
-func (s *Swarm) keep(ctx context.Context, info p2p.Info, content []byte, refs *p2p.NewManifest, name *p2p.NewName) error {
-	in, err := s.store.Ingest(ctx)
-	if err != nil {
-		return err
-	}
-	defer in.Close()
-	if _, err := in.Add(bytes.NewReader(content), p2p.AddOptions{Want: info.Task.Digest}); err != nil {
-		return err
-	}
-	n := newTask(info)
-	n.Manifest = refs
-	c := p2p.Commit{Tasks: []p2p.NewTask{n}}
-	if name != nil {
-		c.Names = []p2p.NewName{*name}
-	}
-	return in.Commit(c)
-}
-
-// bring fetches a manifest from a peer and keeps it.
-func (s *Swarm) bring(ctx context.Context, task p2p.Task, from peer.ID) error {
-	reply, err := s.find(ctx, from, &findRequest{Tasks: []taskRef{taskRef(task)}})
-	if err != nil {
-		return err
-	}
-	state := reply.Tasks[0]
-	if !s.accept(ctx, from, task, state) {
-		return fmt.Errorf("%s: %w", task, p2p.ErrNotFound)
-	}
-	content, err := s.fetchManifest(ctx, task, from)
-	if err != nil {
-		return err
-	}
-	info := infoOf(task, state)
-	refs := s.describe(&info, content)
-	return s.keep(ctx, info, content, refs, nil)
-}
-
-// adopt makes a task of a blob that is here under another tag.
-func (s *Swarm) adopt(ctx context.Context, info p2p.Info) error {
-	var refs *p2p.NewManifest
-	if info.IsManifest {
-		content, err := s.readBlob(ctx, info.Task.Digest)
-		if err != nil {
-			return err
-		}
-		refs = s.describe(&info, content)
-	}
-	n := newTask(info)
-	n.Manifest = refs
-	return s.commit(ctx, p2p.Commit{Tasks: []p2p.NewTask{n}})
-}
-
-// readBlob reads a manifest that is here under some tag.
-func (s *Swarm) readBlob(ctx context.Context, d digest.Digest) ([]byte, error) {
-	for e, err := range s.store.List(ctx, p2p.Query{Kind: p2p.KindTags, Holds: d}) {
-		if err != nil {
-			return nil, err
-		}
-		blob, err := s.store.OpenForPeers(ctx, p2p.Task{Tag: e.Task.Tag, Digest: d})
-		if err != nil {
-			return nil, err
-		}
-		defer blob.Close()
-		content := make([]byte, min(blob.Size(), p2p.MaxManifest))
-		_, err = blob.ReadAt(content, 0)
-		return content, err
-	}
-	return nil, fmt.Errorf("blob %s: %w", d, p2p.ErrNotFound)
-}
-
-// Hold implements [p2p.Holder].
-func (s *Swarm) Hold(ctx context.Context, tag string, cid digest.CID) error {
-	if err := s.begin(ctx); err != nil {
-		return err
-	}
-	defer s.calls.Done()
-	return s.holdAll(ctx, tag, cid, map[digest.Digest]bool{})
-}
-
-func (s *Swarm) holdAll(ctx context.Context, tag string, cid digest.CID, seen map[digest.Digest]bool) error {
-	var info p2p.Info
-	var err error
-	opts := p2p.StatOptions{Manifest: true}
-	if cid.CacheID() != "" {
-		info, err = s.statName(ctx, tag, cid, opts, true)
-	} else {
-		info, err = s.statDigest(ctx, p2p.Task{Tag: tag, Digest: cid.Digest()}, opts, nil, true)
-	}
-	if err != nil || seen[info.Task.Digest] {
-		return err
-	}
-	seen[info.Task.Digest] = true
-	if info.Manifest == nil {
-		return s.holdTask(ctx, info.Task)
-	}
-	if _, m := manifest.Describe(info.MediaType, info.Manifest.Content); m != nil {
-		for _, d := range m.Refs {
-			// What a manifest refers to may never have been there: layers that
-			// are not distributed.
-			if err := s.holdAll(ctx, tag, digest.FromDigest(d), seen); err != nil && !errors.Is(err, p2p.ErrNotFound) {
-				return err
-			}
-		}
-	}
-	return nil
-}
-
-func (s *Swarm) holdTask(ctx context.Context, task p2p.Task) error {
-	if _, err := s.store.Stat(ctx, task.Tag, digest.FromDigest(task.Digest), p2p.StatOptions{Scope: p2p.Local}); err == nil || !errors.Is(err, p2p.ErrNotFound) {
-		return err
-	}
-	a, err := s.fetch(ctx, task, false)
-	if err != nil || a == nil {
-		return err
-	}
-	defer a.Close()
-	return a.stored(ctx)
 }
 
 // Replicate implements [p2p.Peering].

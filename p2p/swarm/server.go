@@ -327,7 +327,7 @@ func (s *Swarm) serveReplicate(w http.ResponseWriter, r *http.Request, from peer
 	if s.opts.Mode != Full {
 		return &statusError{http.StatusForbidden, "this daemon is " + string(s.opts.Mode)}
 	}
-	if err := s.Hold(r.Context(), q.Get("tag"), cid); err != nil {
+	if err := s.front.Hold(r.Context(), q.Get("tag"), cid); err != nil {
 		return err
 	}
 	s.log.Info("holds what a peer has asked to", "what", p2p.Describe(q.Get("tag"), cid), "peer", from.String())

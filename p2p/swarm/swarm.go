@@ -2,9 +2,7 @@ package swarm
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"iter"
 	"log/slog"
 	"net"
 	"net/http"
@@ -21,7 +19,7 @@ import (
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/connpool"
-	"github.com/dfcache/dfcache/p2p/manifest"
+	"github.com/dfcache/dfcache/p2p/front"
 	"github.com/dfcache/dfcache/p2p/pieces"
 	"github.com/dfcache/dfcache/p2p/swarm/schedule"
 	"github.com/dfcache/dfcache/p2p/throttle"
@@ -113,10 +111,11 @@ var (
 	errSeedOnly   = fmt.Errorf("%w: this daemon is seed-only, and fetches nothing", p2p.ErrNotFound)
 )
 
-// Swarm is a store that asks its peers for what it does not have, and gives
-// them what it has. It implements [p2p.Engine] and is safe for concurrent use.
+// Swarm is a source of content: peers, that are asked for what is not here, and get what is.
+// It is safe for concurrent use.
 type Swarm struct {
 	opts      Options
+	front     *front.Engine
 	store     *pieces.Store
 	network   Network
 	security  *security
@@ -162,11 +161,10 @@ type Swarm struct {
 	releasing map[string]bool // tags of which it is looked for what is left to nobody
 }
 
-var _ p2p.Engine = (*Swarm)(nil)
-
-// New makes a store part of a swarm. The Swarm takes over store and network: it
-// closes them. What the store holds is announced.
-func New(store *pieces.Store, network Network, opts Options) (_ *Swarm, err error) {
+// New makes the store of an engine part of a swarm, which becomes one of the engine's sources,
+// and announces what the store holds. Where it returns nil as its error, the Swarm takes over
+// network: it closes it.
+func New(f *front.Engine, network Network, opts Options) (_ *Swarm, err error) {
 	opts.setDefaults()
 	security, err := newSecurity(opts.Identity, opts.Secret, opts.Plain)
 	if err != nil {
@@ -174,7 +172,8 @@ func New(store *pieces.Store, network Network, opts Options) (_ *Swarm, err erro
 	}
 	s := &Swarm{
 		opts:     opts,
-		store:    store,
+		front:    f,
+		store:    f.Store(),
 		network:  network,
 		security: security,
 		peers:    newPeerTable(),
@@ -200,7 +199,7 @@ func New(store *pieces.Store, network Network, opts Options) (_ *Swarm, err erro
 		applied:       applied{results: map[string]pieces.DeleteResult{}},
 		releasing:     map[string]bool{},
 		recalled:      make(chan struct{}),
-		announcements: announcements{network: network, store: store, gone: map[Key]bool{}},
+		announcements: announcements{network: network, store: f.Store(), gone: map[Key]bool{}},
 		unwatch:       func() {},
 	}
 	s.metrics = newMetrics(opts.Metrics, s)
@@ -208,7 +207,7 @@ func New(store *pieces.Store, network Network, opts Options) (_ *Swarm, err erro
 	s.instance.mu.Lock()
 	s.instance.log = opts.Log
 	s.instance.mu.Unlock()
-	store.Believe(s.now)
+	s.store.Believe(s.now)
 	s.ctx, s.cancel = context.WithCancelCause(context.Background())
 
 	conns := newConns(opts.MaxConns)
@@ -237,7 +236,7 @@ func New(store *pieces.Store, network Network, opts Options) (_ *Swarm, err erro
 		ErrorLog:          slog.NewLogLogger(opts.Log.Handler(), slog.LevelDebug),
 	}
 	if opts.Mode != NeverServe {
-		s.unwatch = store.Watch(s.announcements.changed)
+		s.unwatch = s.store.Watch(s.announcements.changed)
 		s.background.Go(s.announceAll)
 	}
 	for _, l := range listeners {
@@ -254,6 +253,7 @@ func New(store *pieces.Store, network Network, opts Options) (_ *Swarm, err erro
 		s.background.Go(func() { s.greet(p) })
 		s.calls.Done()
 	})
+	f.Add(s)
 	return s, nil
 }
 
@@ -277,17 +277,17 @@ func (s *Swarm) begin(ctx context.Context) error {
 	return nil
 }
 
-// Close leaves the swarm and closes the store. Downloads end; what has arrived
-// of them is kept.
-func (s *Swarm) Close() error {
+// Stop implements [front.Source]: downloads end; what has arrived of them is kept.
+func (s *Swarm) Stop() {
 	s.callMu.Lock()
-	closed := s.closed
 	s.closed = true
 	s.callMu.Unlock()
-	if closed {
-		return nil
-	}
 	s.cancel(fmt.Errorf("swarm: %w", p2p.ErrClosed))
+}
+
+// Close implements [front.Source]: it leaves the swarm.
+func (s *Swarm) Close() error {
+	s.Stop()
 	s.calls.Wait()
 	s.server.Close()
 	s.client.close()
@@ -297,7 +297,7 @@ func (s *Swarm) Close() error {
 	s.client.late.wait()
 	s.uploads.sweep(true)
 	s.unwatch()
-	return errors.Join(err, s.store.Close())
+	return err
 }
 
 // tend does what is to be done now and then.
@@ -332,291 +332,6 @@ func (s *Swarm) tend() {
 	}
 }
 
-// Stat implements [p2p.Engine].
-func (s *Swarm) Stat(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions) (p2p.Info, error) {
-	return s.stat(ctx, tag, cid, opts, false)
-}
-
-// HoldManifest implements [p2p.Holder].
-func (s *Swarm) HoldManifest(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions) (p2p.Info, error) {
-	opts.Manifest, opts.Scope = true, p2p.Network
-	return s.stat(ctx, tag, cid, opts, true)
-}
-
-// stat describes what cid names, and keeps the name and its manifest where hold is set.
-func (s *Swarm) stat(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions, hold bool) (info p2p.Info, err error) {
-	if err := s.begin(ctx); err != nil {
-		return p2p.Info{}, err
-	}
-	defer s.calls.Done()
-	if err := opts.Validate(tag, cid); err != nil {
-		return p2p.Info{}, err
-	}
-	if opts.Scope == p2p.Local || s.opts.Mode == SeedOnly {
-		return s.statLocal(ctx, tag, cid, opts)
-	}
-	if cid.CacheID() != "" {
-		info, err = s.statName(ctx, tag, cid, opts, hold)
-	} else {
-		task := p2p.Task{Tag: tag, Digest: cid.Digest()}
-		var name *p2p.NewName
-		if hold {
-			name = s.ledTo(ctx, task)
-		}
-		info, err = s.statDigest(ctx, task, opts, name, hold)
-	}
-	if err == nil && opts.Lease && len(info.Lacks) > 0 && !info.Remote {
-		info.Lacks = s.lacking(ctx, info)
-	}
-	return info, err
-}
-
-// statLocal describes what is here, or has begun to arrive.
-func (s *Swarm) statLocal(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions) (p2p.Info, error) {
-	info, err := s.store.Stat(ctx, tag, cid, opts)
-	if errors.Is(err, p2p.ErrNotFound) && cid.Digest() != "" {
-		task := p2p.Task{Tag: tag, Digest: cid.Digest()}
-		if d := s.downloadOf(task); d != nil {
-			if info, ok := d.info(task); ok {
-				return info, nil
-			}
-		}
-	}
-	return info, err
-}
-
-// localOnly returns the same options for what is here alone.
-func localOnly(opts p2p.StatOptions) p2p.StatOptions {
-	return p2p.StatOptions{Scope: p2p.Local, Manifest: opts.Manifest, ContentOnly: opts.ContentOnly, MaxContent: opts.MaxContent, Lease: opts.Lease}
-}
-
-// statName describes what a name stands for.
-func (s *Swarm) statName(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions, hold bool) (p2p.Info, error) {
-	name, err := s.resolve(ctx, tag, cid.CacheID())
-	if err != nil {
-		return p2p.Info{}, err
-	}
-	if name.from == "" {
-		// It may be moved right now: the store has the last word on what is here.
-		info, err := s.store.Stat(ctx, tag, cid, localOnly(opts))
-		if err != nil || !opts.Holders {
-			return s.withRefs(ctx, info, opts, ""), err
-		}
-		return s.statDigest(ctx, info.Task, opts, nil, hold)
-	}
-	n := &p2p.NewName{
-		Tag: tag, Name: cid.CacheID(), Digest: name.digest, Updated: name.version.At, After: name.version.After, KeepOld: !name.letGo,
-	}
-	if !hold {
-		s.recent.lead(*n)
-	}
-	return s.statDigest(ctx, p2p.Task{Tag: tag, Digest: name.digest}, opts, n, hold)
-}
-
-// statDigest describes a task. name is what led to it where that is not here.
-func (s *Swarm) statDigest(ctx context.Context, task p2p.Task, opts p2p.StatOptions, name *p2p.NewName, hold bool) (p2p.Info, error) {
-	info, err := s.statLocal(ctx, task.Tag, digest.FromDigest(task.Digest), localOnly(opts))
-	here, damage := err == nil, err
-	// What is damaged here may be whole elsewhere.
-	if !here && !errors.Is(err, p2p.ErrNotFound) && !errors.Is(err, digest.ErrCorrupt) {
-		return info, err
-	}
-	var from peer.ID
-	if !here || opts.Holders {
-		var remote p2p.Info
-		ask := s.statTask
-		if name != nil {
-			ask = s.statNamed
-		}
-		remote, from, err = ask(ctx, task, opts)
-		switch {
-		case err == nil && here:
-			info.Holders = remote.Holders
-		case err == nil:
-			info = remote
-		case !here && errors.Is(damage, digest.ErrCorrupt) && (errors.Is(err, p2p.ErrNotFound) || errors.Is(err, p2p.ErrUnreachable)):
-			return info, damage // it is here, and nobody has it whole
-		case !here:
-			return info, err
-		case errors.Is(err, p2p.ErrNotFound), errors.Is(err, p2p.ErrUnreachable):
-			info.Holders = remote.Holders
-		default:
-			return info, err
-		}
-	}
-	// Whether it is a manifest is for its content to say, not for whoever answered first.
-	mayBe := info.IsManifest || !here && from != "" && (name != nil || info.Size <= p2p.MaxManifest)
-	if !opts.Manifest || !mayBe {
-		return info, nil
-	}
-	if info.Manifest == nil {
-		content, err := s.fetchManifest(ctx, task, from)
-		if err != nil && ctx.Err() == nil && !info.IsManifest && info.Size > p2p.MaxManifest {
-			return info, nil // nobody says otherwise
-		}
-		if err != nil {
-			return info, err
-		}
-		refs := s.describe(&info, content)
-		if hold {
-			if err := s.keep(ctx, info, content, refs, name); err != nil {
-				return info, err
-			}
-			info.Remote, info.Held = false, info.Pieces
-		}
-		if refs == nil {
-			return info, nil
-		}
-		info.Manifest = &p2p.Manifest{Content: content}
-	} else if hold && name != nil {
-		if err := s.commit(ctx, p2p.Commit{Names: []p2p.NewName{*name}}); err != nil {
-			return info, err
-		}
-	}
-	return s.withRefs(ctx, info, opts, from), nil
-}
-
-// withRefs completes what is known of what a manifest refers to with what peers
-// know, where one of them has told of it or all are asked.
-func (s *Swarm) withRefs(ctx context.Context, info p2p.Info, opts p2p.StatOptions, from peer.ID) p2p.Info {
-	if info.Manifest == nil || opts.ContentOnly || from == "" && !opts.Holders {
-		return info
-	}
-	_, parsed := manifest.Describe(info.MediaType, info.Manifest.Content)
-	if parsed == nil {
-		return info
-	}
-	known := map[digest.Digest]p2p.Info{}
-	for _, ref := range info.Manifest.Refs {
-		known[ref.Task.Digest] = ref
-	}
-	var refs []p2p.Info
-	var missing []taskRef
-	for _, d := range parsed.Refs[:min(len(parsed.Refs), p2p.MaxRefs)] {
-		task := p2p.Task{Tag: info.Task.Tag, Digest: d}
-		ref, found := known[d]
-		if !found {
-			var err error
-			ref, err = s.statLocal(ctx, task.Tag, digest.FromDigest(d), p2p.StatOptions{Scope: p2p.Local})
-			found = err == nil
-		}
-		if found {
-			known[d] = ref
-		} else {
-			missing = append(missing, taskRef(task))
-		}
-		if opts.Holders {
-			if remote, _, err := s.statTask(ctx, task, p2p.StatOptions{Holders: true}); err == nil || found {
-				if !found {
-					ref = remote
-				}
-				ref.Holders = remote.Holders
-				known[d] = ref
-			}
-		}
-	}
-	if len(missing) > 0 && from != "" && !opts.Holders {
-		for i, state := range s.statesOf(ctx, from, missing) {
-			if task := p2p.Task(missing[i]); state != nil {
-				known[task.Digest] = infoOf(task, state)
-			}
-		}
-	}
-	for _, d := range parsed.Refs[:min(len(parsed.Refs), p2p.MaxRefs)] {
-		if ref, found := known[d]; found {
-			refs = append(refs, ref)
-		}
-	}
-	info.Manifest.Refs = refs
-	return info
-}
-
-// Open implements [p2p.Engine]. A blob that is here is a [*pieces.Blob], one
-// that is not a [*Arriving].
-func (s *Swarm) Open(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.Blob, error) {
-	if err := s.begin(ctx); err != nil {
-		return nil, err
-	}
-	defer s.calls.Done()
-	blob, err := s.store.Open(ctx, task, p2p.Local)
-	if err == nil || scope == p2p.Local || !errors.Is(err, p2p.ErrNotFound) && !errors.Is(err, digest.ErrCorrupt) {
-		return blob, err
-	}
-	if s.opts.Mode == SeedOnly {
-		return nil, fmt.Errorf("%s: %w", task, errSeedOnly)
-	}
-	arriving, err := s.fetch(ctx, task, false)
-	if err != nil {
-		return nil, err
-	}
-	if arriving == nil { // its bytes were here, under another tag
-		return s.store.Open(ctx, task, p2p.Local)
-	}
-	return arriving, nil
-}
-
-// Verify implements [p2p.Holder].
-func (s *Swarm) Verify(ctx context.Context, task p2p.Task) error { return s.store.Verify(ctx, task) }
-
-// Mend implements [p2p.Holder].
-func (s *Swarm) Mend(ctx context.Context, task p2p.Task) error {
-	if err := s.begin(ctx); err != nil {
-		return err
-	}
-	defer s.calls.Done()
-	return s.mend(ctx, task)
-}
-
-// mend makes a blob whole that is damaged here, and returns when it is stored. Its
-// good pieces are not fetched.
-func (s *Swarm) mend(ctx context.Context, task p2p.Task) error {
-	if _, err := s.store.Stat(ctx, task.Tag, digest.FromDigest(task.Digest), p2p.StatOptions{Scope: p2p.Local}); err != nil && !errors.Is(err, digest.ErrCorrupt) {
-		return err
-	}
-	// Whoever has met the damage may have read in another process.
-	if err := s.store.Recheck(ctx, task.Digest); !errors.Is(err, digest.ErrCorrupt) {
-		return err
-	}
-	if s.opts.Mode == SeedOnly {
-		return fmt.Errorf("mend %s: %w", task, errSeedOnly)
-	}
-	arriving, err := s.fetch(ctx, task, true)
-	if arriving != nil {
-		err = errors.Join(arriving.stored(ctx), arriving.Close())
-	}
-	if err != nil {
-		return fmt.Errorf("mend %s: %w", task, err)
-	}
-	s.log.Info("a damaged blob was mended", "task", task.String())
-	return nil
-}
-
-// mendLater has a blob mended that nobody here waits for.
-func (s *Swarm) mendLater(task p2p.Task) {
-	if s.begin(s.ctx) != nil {
-		return
-	}
-	defer s.calls.Done()
-	s.background.Go(func() {
-		if err := s.mend(s.ctx, task); err != nil && s.ctx.Err() == nil {
-			s.log.Error("a blob is damaged, and no peer could mend it: import the file again, or delete it", "task", task.String(), "error", err)
-		}
-	})
-}
-
-// Ingest implements [p2p.Engine].
-func (s *Swarm) Ingest(ctx context.Context) (p2p.Ingest, error) {
-	if err := s.begin(ctx); err != nil {
-		return nil, err
-	}
-	defer s.calls.Done()
-	in, err := s.store.Ingest(ctx)
-	if err != nil {
-		return nil, err
-	}
-	return &ingest{in, ctx, s}, nil
-}
-
 // ingest dates the names that are committed.
 type ingest struct {
 	p2p.Ingest
@@ -624,33 +339,10 @@ type ingest struct {
 	s   *Swarm
 }
 
-func (in *ingest) Commit(c p2p.Commit) error {
-	for _, n := range c.Tasks {
-		if n.Manifest != nil {
-			for _, d := range n.Manifest.Needs {
-				if err := in.s.awaitStored(in.ctx, p2p.Task{Tag: n.Task.Tag, Digest: d}); err != nil {
-					return err
-				}
-			}
-		}
-	}
-	c.Names = in.s.afterAll(in.ctx, c.Names)
-	if err := in.Ingest.Commit(c); err != nil {
-		return err
-	}
-	if in.s.begin(context.Background()) == nil {
-		for _, n := range c.Names {
-			in.s.moves.add(nameRef{n.Tag, n.Name})
-		}
-		in.s.calls.Done()
-	}
-	return nil
-}
-
-// afterAll returns names that are moved here, with what peers know of them: whoever
+// After implements [front.Names]: with what peers know of the names, whoever
 // moves a name does it after all that can be seen of it, whatever the clocks say.
 // A peer that does not answer in time does not keep a name from being moved.
-func (s *Swarm) afterAll(ctx context.Context, names []p2p.NewName) []p2p.NewName {
+func (s *Swarm) After(ctx context.Context, names []p2p.NewName) []p2p.NewName {
 	names = slices.Clone(names)
 	ctx, cancel := s.within(ctx)
 	defer cancel()
@@ -676,54 +368,6 @@ func (s *Swarm) afterAll(ctx context.Context, names []p2p.NewName) []p2p.NewName
 		l.end()
 	}
 	return names
-}
-
-// awaitStored waits until a blob of which all has arrived is in the store: who
-// has read it may build on it.
-func (s *Swarm) awaitStored(ctx context.Context, task p2p.Task) error {
-	d := s.downloadOf(task)
-	if d == nil {
-		return nil
-	}
-	d.mu.Lock()
-	proven := d.proven
-	d.mu.Unlock()
-	if !proven {
-		return nil
-	}
-	select {
-	case <-d.ended:
-		return nil
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
-}
-
-// commit commits what needs no new content.
-func (s *Swarm) commit(ctx context.Context, c p2p.Commit) error {
-	in, err := s.store.Ingest(ctx)
-	if err != nil {
-		return err
-	}
-	defer in.Close()
-	return in.Commit(c)
-}
-
-// List implements [p2p.Engine].
-func (s *Swarm) List(ctx context.Context, q p2p.Query) iter.Seq2[p2p.Entry, error] {
-	return s.store.List(ctx, q)
-}
-
-// HoldReferrers implements [p2p.Holder].
-func (s *Swarm) HoldReferrers(ctx context.Context, task p2p.Task) error {
-	if err := s.begin(ctx); err != nil {
-		return err
-	}
-	defer s.calls.Done()
-	if err := task.Validate(); err != nil || s.opts.Mode == SeedOnly {
-		return err
-	}
-	return s.bringReferrers(ctx, task)
 }
 
 // caught notes that a peer lied about a blob.

@@ -23,6 +23,7 @@ import (
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/front"
 	"github.com/dfcache/dfcache/p2p/pieces"
 )
 
@@ -281,6 +282,7 @@ func (n *fakeNetwork) Close() error {
 
 // testPeer is a daemon without its doors.
 type testPeer struct {
+	*front.Engine
 	*Swarm
 	dir  string
 	id   peer.ID
@@ -333,15 +335,35 @@ func (p *testPeer) restart(t testing.TB, h *hub) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if p.Swarm, err = New(store, h.join(p.id), p.opts); err != nil {
+	e := front.New(store, p.opts.Log)
+	if p.Swarm, err = New(e, h.join(p.id), p.opts); err != nil {
 		t.Fatal(err)
 	}
-	s := p.Swarm
+	p.Engine = e
 	t.Cleanup(func() {
-		if err := s.Close(); err != nil {
+		if err := e.Close(); err != nil {
 			t.Error(err)
 		}
 	})
+}
+
+// commit commits to the store, as what comes from peers is.
+func (p *testPeer) commit(ctx context.Context, c p2p.Commit) error {
+	in, err := p.store.Ingest(ctx)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	return in.Commit(c)
+}
+
+// Close, Peers and Replicate are those of the engine in front.
+func (p *testPeer) Close() error { return p.Engine.Close() }
+
+func (p *testPeer) Peers(ctx context.Context) ([]p2p.Peer, error) { return p.Engine.Peers(ctx) }
+
+func (p *testPeer) Replicate(ctx context.Context, tag string, cid digest.CID, n int) ([]string, error) {
+	return p.Engine.Replicate(ctx, tag, cid, n)
 }
 
 // content returns n bytes that depend on the seed.

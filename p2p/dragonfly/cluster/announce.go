@@ -64,13 +64,13 @@ func newHost(opts Options, listeners [2]net.Listener) (*schedulerv1.PeerHost, er
 }
 
 // newPeerID returns an ID that no peer has had: schedulers do not take back one that has left.
-func (e *Engine) newPeerID() string {
+func (e *Source) newPeerID() string {
 	return fmt.Sprintf("%s-%d-%s", e.host.Ip, os.Getpid(), strings.ToLower(rand.Text()))
 }
 
 // hold notes that a task is here, and returns its ID. peerID is who has fetched it,
 // or "" for whoever held it before, or somebody new.
-func (e *Engine) hold(task p2p.Task, peerID string) (id string) {
+func (e *Source) hold(task p2p.Task, peerID string) (id string) {
 	id = taskID(task)
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -84,18 +84,18 @@ func (e *Engine) hold(task p2p.Task, peerID string) (id string) {
 }
 
 // holding returns what is held under an ID, or nil.
-func (e *Engine) holding(id string) *holding {
+func (e *Source) holding(id string) *holding {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	return e.held[id]
 }
 
-func (e *Engine) isHeld(id string) bool { return e.holding(id) != nil }
+func (e *Source) isHeld(id string) bool { return e.holding(id) != nil }
 
 // announceAll announces the host and what it holds until the engine is closed. What
 // an earlier process on this host has announced, and could not take back, is taken back
 // before: schedulers would go on to send peers to it, for a day.
-func (e *Engine) announceAll() {
+func (e *Source) announceAll() {
 	_ = e.leaveHost(e.ctx) // where schedulers know of none, that is an error
 	close(e.fresh)
 	e.background.Go(e.announceTasks)
@@ -103,7 +103,7 @@ func (e *Engine) announceAll() {
 }
 
 // announceHost announces the host again and again, until the engine is closed.
-func (e *Engine) announceHost() {
+func (e *Source) announceHost() {
 	tick := time.NewTicker(e.opts.AnnounceInterval)
 	defer tick.Stop()
 	for {
@@ -119,7 +119,7 @@ func (e *Engine) announceHost() {
 }
 
 // announceHostOnce announces the host to every scheduler. It fails where none answers.
-func (e *Engine) announceHostOnce(ctx context.Context) error {
+func (e *Source) announceHostOnce(ctx context.Context) error {
 	req := &schedulerv1.AnnounceHostRequest{
 		Id: e.host.Id, Type: "normal", Hostname: e.host.Hostname, Ip: e.host.Ip, Port: e.host.RpcPort, DownloadPort: e.host.DownPort,
 		Os: runtime.GOOS, Platform: runtime.GOOS,
@@ -141,7 +141,7 @@ func (e *Engine) announceHostOnce(ctx context.Context) error {
 }
 
 // eachScheduler calls all schedulers at once, and fails where none succeeds.
-func (e *Engine) eachScheduler(do func(*scheduler) error) error {
+func (e *Source) eachScheduler(do func(*scheduler) error) error {
 	errs := make([]error, len(e.schedulers.all))
 	var all sync.WaitGroup
 	for i, s := range e.schedulers.all {
@@ -158,7 +158,7 @@ func (e *Engine) eachScheduler(do func(*scheduler) error) error {
 
 // noteAnswer notes whether a scheduler has answered. When that changes, tasks get
 // other schedulers, and are announced to those.
-func (e *Engine) noteAnswer(s *scheduler, err error) {
+func (e *Source) noteAnswer(s *scheduler, err error) {
 	down := errors.Is(err, errDown)
 	if errors.Is(err, wire.ErrAway) && !down || !e.schedulers.mark(s, down) {
 		return
@@ -175,7 +175,7 @@ func (e *Engine) noteAnswer(s *scheduler, err error) {
 }
 
 // leaveHost takes the host from all schedulers.
-func (e *Engine) leaveHost(ctx context.Context) error {
+func (e *Source) leaveHost(ctx context.Context) error {
 	return e.eachScheduler(func(s *scheduler) error {
 		return s.call(ctx, "leave", e.opts.LookupTimeout, func(ctx context.Context) error {
 			_, err := s.rpc.LeaveHost(ctx, &schedulerv1.LeaveHostRequest{Id: e.host.Id})
@@ -186,7 +186,7 @@ func (e *Engine) leaveHost(ctx context.Context) error {
 
 // announceTasks announces what the store holds again and again, until the engine is
 // closed: schedulers forget, and are started anew.
-func (e *Engine) announceTasks() {
+func (e *Source) announceTasks() {
 	tick := time.NewTicker(e.opts.SweepInterval)
 	defer tick.Stop()
 	for {
@@ -203,7 +203,7 @@ func (e *Engine) announceTasks() {
 }
 
 // sweep announces every task of the store, at a bounded rate.
-func (e *Engine) sweep() error {
+func (e *Source) sweep() error {
 	var ids []string
 	for entry, err := range e.store.List(e.ctx, p2p.Query{}) {
 		if err != nil {
@@ -234,7 +234,7 @@ func (e *Engine) sweep() error {
 // announceAgain tells a task's schedulers that it is here, as peers that schedulers have
 // not forgotten. Where a scheduler knows the task, it has to know no more: the sums of its
 // pieces need not be computed.
-func (e *Engine) announceAgain(ctx context.Context, id string) error {
+func (e *Source) announceAgain(ctx context.Context, id string) error {
 	h := e.holding(id)
 	if h == nil {
 		return nil // deleted
@@ -258,7 +258,7 @@ func (e *Engine) announceAgain(ctx context.Context, id string) error {
 }
 
 // announce tells a task's schedulers that it is here, with its pieces.
-func (e *Engine) announce(ctx context.Context, id string) error {
+func (e *Source) announce(ctx context.Context, id string) error {
 	var errs []error
 	for _, s := range e.schedulers.of(id) {
 		errs = append(errs, e.announceAt(ctx, s, id, true))
@@ -268,7 +268,7 @@ func (e *Engine) announce(ctx context.Context, id string) error {
 
 // announceAt tells a scheduler that a task is here; with its pieces, where the scheduler
 // does not know the task.
-func (e *Engine) announceAt(ctx context.Context, s *scheduler, id string, full bool) error {
+func (e *Source) announceAt(ctx context.Context, s *scheduler, id string, full bool) error {
 	h := e.holding(id)
 	if h == nil {
 		return nil
@@ -298,7 +298,7 @@ func (e *Engine) announceAt(ctx context.Context, s *scheduler, id string, full b
 }
 
 // ask calls a scheduler about a task.
-func (e *Engine) ask(ctx context.Context, s *scheduler, what string, do func(context.Context) error) error {
+func (e *Source) ask(ctx context.Context, s *scheduler, what string, do func(context.Context) error) error {
 	select {
 	case <-e.fresh:
 	case <-ctx.Done():
@@ -313,7 +313,7 @@ func (e *Engine) ask(ctx context.Context, s *scheduler, what string, do func(con
 
 // statTask asks a scheduler about a task. The error matches [p2p.ErrNotFound] where no
 // peer that it knows of has it.
-func (e *Engine) statTask(ctx context.Context, s *scheduler, task p2p.Task) (found *schedulerv1.Task, err error) {
+func (e *Source) statTask(ctx context.Context, s *scheduler, task p2p.Task) (found *schedulerv1.Task, err error) {
 	what := "stat " + task.String()
 	err = e.ask(ctx, s, what, func(ctx context.Context) error {
 		found, err = s.rpc.StatTask(ctx, &schedulerv1.StatTaskRequest{TaskId: taskID(task)})
@@ -327,7 +327,7 @@ func (e *Engine) statTask(ctx context.Context, s *scheduler, task p2p.Task) (fou
 
 // lookup asks a task's schedulers about it, until one knows it. The error matches
 // [p2p.ErrNotFound] where all say that no peer has it.
-func (e *Engine) lookup(ctx context.Context, task p2p.Task) (found *schedulerv1.Task, at *scheduler, err error) {
+func (e *Source) lookup(ctx context.Context, task p2p.Task) (found *schedulerv1.Task, at *scheduler, err error) {
 	for _, s := range e.schedulers.of(taskID(task)) {
 		found, failed := e.statTask(ctx, s, task)
 		if failed == nil {
@@ -341,7 +341,7 @@ func (e *Engine) lookup(ctx context.Context, task p2p.Task) (found *schedulerv1.
 }
 
 // leave tells a task's schedulers that it is not here any more.
-func (e *Engine) leave(ctx context.Context, id string) error {
+func (e *Source) leave(ctx context.Context, id string) error {
 	e.mu.Lock()
 	h := e.held[id]
 	delete(e.held, id)
@@ -354,7 +354,7 @@ func (e *Engine) leave(ctx context.Context, id string) error {
 
 // leaveAs tells a task's schedulers that a peer does not hold it any more. One that does
 // not know it is content.
-func (e *Engine) leaveAs(ctx context.Context, id string, h *holding) error {
+func (e *Source) leaveAs(ctx context.Context, id string, h *holding) error {
 	var errs []error
 	for _, s := range e.schedulers.of(id) {
 		err := e.ask(ctx, s, "leave "+h.task.String(), func(ctx context.Context) error {

@@ -49,7 +49,7 @@ var errReregister = errors.New("the scheduler wants to be asked again")
 
 // download is one attempt to get a task from the peers that its scheduler names.
 type download struct {
-	e         *Engine
+	e         *Source
 	task      p2p.Task
 	id        string
 	peerID    string // of this host in this download
@@ -93,7 +93,7 @@ type source struct {
 }
 
 // newDownload begins a download with a scheduler. The caller closes it.
-func (e *Engine) newDownload(task p2p.Task, at *scheduler, length int64) (_ *download, err error) {
+func (e *Source) newDownload(task p2p.Task, at *scheduler, length int64) (_ *download, err error) {
 	d := &download{e: e, task: task, id: taskID(task), peerID: e.newPeerID(), scheduler: at, length: length, began: time.Now(), have: map[span]string{}, claims: map[span]*claim{}, users: map[*attempt]bool{}}
 	if length <= 0 {
 		d.length = -1 // it does not know
@@ -184,7 +184,7 @@ func (d *download) direct(ctx context.Context, content []byte) error {
 	if _, err := d.file.WriteAt(content, 0); err != nil {
 		return pieces.DiskError(err)
 	}
-	if err := d.e.Take(ctx, d.task, d.file); err != nil {
+	if err := d.e.front.Take(ctx, d.task, d.file); err != nil {
 		if errors.Is(err, digest.ErrMismatch) {
 			err = fmt.Errorf("scheduler %s sent something else: %w", d.scheduler.addr, err)
 			err = errors.Join(err, d.file.Truncate(0))

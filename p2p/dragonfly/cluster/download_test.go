@@ -13,7 +13,7 @@ import (
 	commonv1 "d7y.io/api/v2/pkg/apis/common/v1"
 
 	"github.com/dfcache/dfcache/p2p"
-	"github.com/dfcache/dfcache/p2p/dragonfly/whole"
+	"github.com/dfcache/dfcache/p2p/front"
 	"github.com/dfcache/dfcache/p2p/pieces"
 )
 
@@ -117,7 +117,7 @@ func TestConflicts(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	d := &download{claims: map[span]*claim{}, e: &Engine{Engine: whole.New(store, nil, whole.Options{})}, file: f, have: map[span]string{}, users: map[*attempt]bool{}}
+	d := &download{claims: map[span]*claim{}, e: &Source{front: front.New(store, nil)}, file: f, have: map[span]string{}, users: map[*attempt]bool{}}
 	one, other := new(attempt), new(attempt)
 	use := func(a *attempt, size int64, want error) {
 		t.Helper()

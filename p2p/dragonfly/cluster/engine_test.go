@@ -31,6 +31,7 @@ import (
 	"github.com/dfcache/dfcache/p2p/dragonfly/cluster"
 	"github.com/dfcache/dfcache/p2p/dragonfly/cluster/clustertest"
 	"github.com/dfcache/dfcache/p2p/enginetest"
+	"github.com/dfcache/dfcache/p2p/front"
 	"github.com/dfcache/dfcache/p2p/pieces"
 )
 
@@ -38,7 +39,8 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // host is a host with an engine on it.
 type host struct {
-	*cluster.Engine
+	*front.Engine
+	source  *cluster.Source
 	t       *testing.T
 	dir     string // of the store
 	maxSize int64  // of the store; 0 is no limit
@@ -69,8 +71,9 @@ func (h *host) open(opts cluster.Options, schedulers ...*clustertest.Scheduler) 
 	}
 	opts.PeerListen = cmp.Or(opts.PeerListen, "127.0.0.1:0")
 	opts.UploadListen, opts.Advertise = "127.0.0.1:0", "127.0.0.1"
-	if h.Engine, err = cluster.New(store, opts); err != nil {
-		h.t.Fatal(errors.Join(err, store.Close()))
+	h.Engine = front.New(store, opts.Log)
+	if h.source, err = cluster.New(h.Engine, opts); err != nil {
+		h.t.Fatal(errors.Join(err, h.Engine.Close()))
 	}
 }
 
@@ -528,7 +531,7 @@ func TestEarlierProcess(t *testing.T) {
 	h.open(cluster.Options{LookupTimeout: 200 * time.Millisecond, SweepInterval: 20 * time.Millisecond}, s)
 	task := enginetest.Import(t, h, "t", []byte("data"))
 	await(t, s, task, 1)
-	opts := cluster.Options{PeerListen: h.Address()}
+	opts := cluster.Options{PeerListen: h.source.Address()}
 	s.Hang("LeaveHost")
 	if err := h.Close(); err != nil {
 		t.Fatal(err)
@@ -892,7 +895,7 @@ func TestSyncPieceTasks(t *testing.T) {
 	s := clustertest.StartScheduler(t)
 	h := newHost(t, cluster.Options{}, s)
 	task := enginetest.Import(t, h, "t", enginetest.Content(9<<20, 1))
-	conn, err := grpc.NewClient("passthrough:///"+h.Address(), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	conn, err := grpc.NewClient("passthrough:///"+h.source.Address(), grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -953,7 +956,7 @@ func TestUploadHeader(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
 	for range 3 {
-		req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+h.UploadAddress()+"/download/"+id[:3]+"/"+id+"?peerId=x", nil)
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+h.source.UploadAddress()+"/download/"+id[:3]+"/"+id+"?peerId=x", nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -979,7 +982,7 @@ func TestUploadStalls(t *testing.T) {
 	id := idOf(enginetest.Import(t, h, "t", enginetest.Content(24<<20, 1))) // more than the system keeps
 	ask := func(last int) net.Conn {
 		t.Helper()
-		conn, err := net.Dial("tcp", h.UploadAddress())
+		conn, err := net.Dial("tcp", h.source.UploadAddress())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -1005,7 +1008,7 @@ func TestUploadStalls(t *testing.T) {
 func TestManyConnections(t *testing.T) {
 	s := clustertest.StartScheduler(t)
 	h := newHost(t, cluster.Options{StallTimeout: time.Hour}, s)
-	for door, address := range map[string]string{"peers": h.Address(), "uploads": h.UploadAddress()} {
+	for door, address := range map[string]string{"peers": h.source.Address(), "uploads": h.source.UploadAddress()} {
 		var first net.Conn
 		for i := range 513 {
 			conn, err := net.Dial("tcp", address)
@@ -1061,7 +1064,7 @@ func TestUploadRefuses(t *testing.T) {
 	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
 	get := func(path string, ranges ...string) (int, string) {
 		t.Helper()
-		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+h.UploadAddress()+path, nil)
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+h.source.UploadAddress()+path, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -1125,7 +1128,7 @@ func TestOptions(t *testing.T) {
 			opts.PeerListen = "127.0.0.1:0"
 		}
 		opts.UploadListen = "127.0.0.1:0"
-		if _, err := cluster.New(store, opts); err == nil || !strings.Contains(err.Error(), says) {
+		if _, err := cluster.New(front.New(store, nil), opts); err == nil || !strings.Contains(err.Error(), says) {
 			t.Errorf("%+v: %v; want an error that says %q", opts, err, says)
 		}
 		if err := store.Close(); err != nil {

@@ -123,7 +123,7 @@ func (d *download) fromParents(ctx context.Context, queue []parent, problem erro
 			limit.Reset(d.e.opts.StallTimeout)
 			err := a.err
 			if err == nil {
-				if err = d.e.Take(ctx, d.task, d.file); err == nil {
+				if err = d.e.front.Take(ctx, d.task, d.file); err == nil {
 					return nil
 				}
 				if errors.Is(err, digest.ErrMismatch) {
@@ -182,7 +182,7 @@ func (d *download) use(a *attempt, l layout) error {
 		if len(d.users) > 0 {
 			return errConflict
 		}
-		if err := d.e.Room(d.task, l.length); err != nil { // the scheduler may not have known
+		if err := d.e.front.Room(d.task, l.length); err != nil { // the scheduler may not have known
 			return err
 		}
 		clear(d.have)

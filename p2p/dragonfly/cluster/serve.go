@@ -38,7 +38,7 @@ const maxConns = 512
 const defaultPieces = 16
 
 // listen listens for peers and for uploads.
-func (e *Engine) listen() (l [2]net.Listener, err error) {
+func (e *Source) listen() (l [2]net.Listener, err error) {
 	if l[0], err = net.Listen("tcp", e.opts.PeerListen); err != nil {
 		return l, fmt.Errorf("listen for Dragonfly's peers: %w: choose another address", err)
 	}
@@ -52,7 +52,7 @@ func (e *Engine) listen() (l [2]net.Listener, err error) {
 }
 
 // serve answers peers until the engine is closed.
-func (e *Engine) serve(l [2]net.Listener) {
+func (e *Source) serve(l [2]net.Listener) {
 	e.peers = wire.NewServer(grpc.WaitForHandlers(true),
 		grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionIdle: 5 * time.Minute, Time: 2 * time.Minute}))
 	dfdaemonv1.RegisterDaemonServer(e.peers, &daemon{e: e})
@@ -77,7 +77,7 @@ func (e *Engine) serve(l [2]net.Listener) {
 
 // packet describes a task to peers, with up to limit of its pieces from the one with
 // the number start on.
-func (e *Engine) packet(ctx context.Context, id string, h *holding, start, limit int) (*commonv1.PiecePacket, error) {
+func (e *Source) packet(ctx context.Context, id string, h *holding, start, limit int) (*commonv1.PiecePacket, error) {
 	blob, err := e.store.OpenForPeers(ctx, h.task)
 	if err != nil {
 		return nil, err
@@ -105,7 +105,7 @@ func (e *Engine) packet(ctx context.Context, id string, h *holding, start, limit
 // daemon implements what Dragonfly's daemons ask of each other.
 type daemon struct {
 	dfdaemonv1.UnimplementedDaemonServer
-	e *Engine
+	e *Source
 }
 
 // CheckHealth says that the daemon is there.
@@ -177,16 +177,16 @@ func (d *daemon) SyncPieceTasks(stream dfdaemonv1.Daemon_SyncPieceTasksServer) e
 // upload sends one range of a task: /download/<id[:3]>/<id>. As Dragonfly's daemons do,
 // it answers 200, not 206. Every byte is verified before it is sent; where one turns
 // out to be damaged on the way, the answer ends early.
-func (e *Engine) upload(w http.ResponseWriter, r *http.Request) {
+func (e *Source) upload(w http.ResponseWriter, r *http.Request) {
 	refuse := func(code int, format string, args ...any) {
 		w.Header().Set("Connection", "close")
 		http.Error(w, fmt.Sprintf(format, args...), code)
 	}
-	if err := e.Begin(r.Context()); err != nil {
+	if err := e.front.Begin(r.Context()); err != nil {
 		refuse(http.StatusServiceUnavailable, "%v", err)
 		return
 	}
-	defer e.End()
+	defer e.front.End()
 	id := r.PathValue("id")
 	h := e.holding(id)
 	if h == nil || r.PathValue("prefix") != id[:3] { // an ID that is held is long enough

@@ -27,6 +27,7 @@ import (
 	"github.com/dfcache/dfcache/p2p/dragonfly/persistent/persistenttest"
 	"github.com/dfcache/dfcache/p2p/dragonfly/wire"
 	"github.com/dfcache/dfcache/p2p/enginetest"
+	"github.com/dfcache/dfcache/p2p/front"
 	"github.com/dfcache/dfcache/p2p/pieces"
 )
 
@@ -34,7 +35,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // host is a host with a Dragonfly and an engine on it.
 type host struct {
-	*persistent.Engine
+	*front.Engine
 	t        *testing.T
 	upstream *persistenttest.Daemon
 	cluster  *persistenttest.Cluster
@@ -66,7 +67,8 @@ func (h *host) open(opts persistent.Options) {
 		h.t.Fatal(err)
 	}
 	opts.Socket, opts.Schedulers = h.upstream.Socket, []string{h.cluster.Addr}
-	if h.Engine, err = persistent.New(store, opts); err != nil {
+	h.Engine = front.New(store, opts.Log)
+	if _, err = persistent.New(h.Engine, opts); err != nil {
 		h.t.Fatal(err)
 	}
 }

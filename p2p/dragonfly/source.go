@@ -1,8 +1,7 @@
-// Package dragonfly is the engine that has Dragonfly for its network: a store of
-// this host, and the dfdaemon of an upstream Dragonfly beside it, over the v1 API
-// of d7y.io/api/v2 on its unix socket.
+// Package dragonfly is the source that is a Dragonfly beside this daemon: its dfdaemon on this
+// host, over the v1 API of d7y.io/api/v2 on its unix socket.
 //
-// Package whole has what this engine shares with the one of package cluster. Dragonfly gets the blobs of the store
+// Package whole has what this source shares with that of package cluster. Dragonfly gets the blobs of the store
 // that are committed, and gives those that are missing here. It moves them as files,
 // which both daemons have to reach under the same path, and verifies nothing. So a
 // blob is verified before Dragonfly gets it, and what Dragonfly gives is copied,
@@ -24,6 +23,7 @@ import (
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/dragonfly/whole"
+	"github.com/dfcache/dfcache/p2p/front"
 	"github.com/dfcache/dfcache/p2p/pieces"
 )
 
@@ -53,8 +53,8 @@ const (
 	deleteTimeout = 10 * time.Second
 )
 
-// Engine is a store that has a Dragonfly for its network. It implements [p2p.Engine],
-// and is safe for concurrent use.
+// Source is a Dragonfly, as its dfdaemon on this host gives and takes. It implements
+// [front.Source], and is safe for concurrent use.
 //
 // Dragonfly tells of a task only whether it has it: Stat fetches what is not here. Of
 // Info.Holders, the one that is asked is Dragonfly's dfdaemon: it holds a task where it,
@@ -69,8 +69,9 @@ const (
 // hour, the rest once a day and after a start.
 //
 // Every task that is deleted here is deleted by Dragonfly's dfdaemon of this host, too.
-type Engine struct {
-	*whole.Engine
+type Source struct {
+	front    *front.Engine
+	store    *pieces.Store
 	opts     Options
 	dir      string // for what comes from Dragonfly and is not verified yet
 	upstream *client
@@ -81,14 +82,13 @@ type Engine struct {
 	sweeping sync.WaitGroup
 }
 
-var _ p2p.Engine = (*Engine)(nil)
+var _ front.Source = (*Source)(nil)
 
-// New gives a store a Dragonfly for its network. The Engine takes over the store:
-// it closes it. What an earlier one has left in the directory "dragonfly" of the
-// store is removed. Dragonfly's dfdaemon has to reach the store's directory under the
+// New makes a Dragonfly one of an engine's sources. What an earlier one has left in the directory
+// "dragonfly" of the store is removed. Dragonfly's dfdaemon has to reach the store's directory under the
 // same path, and to read and write there, which root can. It need not run yet;
-// [Engine.Health] says whether it does.
-func New(store *pieces.Store, opts Options) (*Engine, error) {
+// [Source.Health] says whether it does.
+func New(f *front.Engine, opts Options) (*Source, error) {
 	if opts.Socket == "" {
 		opts.Socket = DefaultSocket
 	}
@@ -104,7 +104,7 @@ func New(store *pieces.Store, opts Options) (*Engine, error) {
 	if opts.Log == nil {
 		opts.Log = slog.New(slog.DiscardHandler)
 	}
-	dir, err := whole.Dir(store)
+	dir, err := whole.Dir(f.Store())
 	if err != nil {
 		return nil, err
 	}
@@ -112,16 +112,16 @@ func New(store *pieces.Store, opts Options) (*Engine, error) {
 	if err != nil {
 		return nil, err
 	}
-	e := &Engine{opts: opts, dir: dir, upstream: upstream, log: opts.Log}
+	e := &Source{front: f, store: f.Store(), opts: opts, dir: dir, upstream: upstream, log: opts.Log}
 	e.ctx, e.cancel = context.WithCancel(context.Background())
-	e.Engine = whole.New(store, network{e}, whole.Options{Log: opts.Log})
-	e.sweeping.Go(func() { e.SweepEvery(e.ctx, opts.SweepInterval, e.sweep) })
+	e.sweeping.Go(func() { whole.SweepEvery(e.ctx, e.store, opts.Log, opts.SweepInterval, e.sweep) })
+	f.Add(e)
 	return e, nil
 }
 
 // sweep hands in a task of the store once more; one that Dragonfly's dfdaemon does not
 // have any more once a day.
-func (e *Engine) sweep(ctx context.Context, task p2p.Task, n int) error {
+func (e *Source) sweep(ctx context.Context, task p2p.Task, n int) error {
 	if n%sweepsADay != 0 {
 		if err := e.upstream.stat(ctx, task, true, e.opts.LookupTimeout); err != nil {
 			if errors.Is(err, p2p.ErrNotFound) {
@@ -133,58 +133,61 @@ func (e *Engine) sweep(ctx context.Context, task p2p.Task, n int) error {
 	return e.handInBlob(ctx, task)
 }
 
-// network is what [whole.Engine] sees of Dragonfly.
-type network struct{ *Engine }
-
-// Health implements [whole.Network].
-func (n network) Health(ctx context.Context) error {
-	return n.upstream.health(ctx, n.opts.LookupTimeout)
+// Health asks whether Dragonfly answers. The error matches [p2p.ErrUnavailable] where it does not.
+func (e *Source) Health(ctx context.Context) error {
+	return e.upstream.health(ctx, e.opts.LookupTimeout)
 }
 
-// Size implements [whole.Network]: Dragonfly tells no sizes.
-func (n network) Size(context.Context, p2p.Task) (int64, error) { return -1, nil }
+// Name implements [front.Source].
+func (e *Source) Name() string { return whole.Name }
 
-// Stop ends handing in.
-func (n network) Stop() { n.cancel() }
-
-// Close leaves Dragonfly's dfdaemon as it is.
-func (n network) Close() error {
-	n.sweeping.Wait()
-	return n.upstream.close()
+// Find implements [front.Source]: Dragonfly tells no sizes.
+func (e *Source) Find(ctx context.Context, task p2p.Task, opts front.FindOptions) (front.Found, error) {
+	return whole.Found(ctx, e.log, task, -1, e.upstream.stat(ctx, task, false, e.opts.LookupTimeout), opts)
 }
 
-// Deletable implements [whole.Network]: Dragonfly may have what was never here, or the
-// rest of a delete that failed.
-func (n network) Deletable(ctx context.Context, task p2p.Task) error {
-	return n.upstream.stat(ctx, task, true, n.opts.LookupTimeout)
+// See implements [front.Source].
+func (e *Source) See(ctx context.Context, tag string, cid digest.CID, _ p2p.DeleteOptions, held bool) (front.Seen, error) {
+	return whole.See(ctx, tag, cid, held, func(ctx context.Context, task p2p.Task) error {
+		return e.upstream.stat(ctx, task, true, e.opts.LookupTimeout)
+	}), nil
 }
 
-// Holders implements [whole.Network].
-func (n network) Holders(ctx context.Context, task p2p.Task) (*p2p.Holders, error) {
-	return n.HoldersOf(ctx, task, n.upstream.stat(ctx, task, false, n.opts.LookupTimeout))
+// Stop implements [front.Source]: it ends handing in.
+func (e *Source) Stop() { e.cancel() }
+
+// Close implements [front.Source]: it leaves Dragonfly's dfdaemon as it is.
+func (e *Source) Close() error {
+	e.sweeping.Wait()
+	return e.upstream.close()
 }
 
-// Bring implements [whole.Network]: it has Dragonfly export a task's blob, and stores it.
-func (n network) Bring(ctx context.Context, task p2p.Task) error {
-	if err := n.upstream.stat(ctx, task, false, n.opts.LookupTimeout); err != nil {
+// Fetch implements [front.Source]. The blob is stored when it returns.
+func (e *Source) Fetch(ctx context.Context, task p2p.Task, _ bool) (p2p.Blob, error) {
+	return nil, e.front.Once(ctx, task, func(ctx context.Context) error { return e.bring(ctx, task) })
+}
+
+// bring has Dragonfly export a task's blob, and stores it.
+func (e *Source) bring(ctx context.Context, task p2p.Task) error {
+	if err := e.upstream.stat(ctx, task, false, e.opts.LookupTimeout); err != nil {
 		return err
 	}
 	// Should Dragonfly go on to write when we have given up, there is no directory any more.
-	dir, err := os.MkdirTemp(n.dir, "")
+	dir, err := os.MkdirTemp(e.dir, "")
 	if err != nil {
 		return fmt.Errorf("fetch %s: %w", task, err)
 	}
 	defer func() {
 		if err := os.RemoveAll(dir); err != nil {
-			n.log.Warn("what came from Dragonfly could not be removed; the next start will", "error", err)
+			e.log.Warn("what came from Dragonfly could not be removed; the next start will", "error", err)
 		}
 	}()
 	output := filepath.Join(dir, "content")
-	if err := n.upstream.export(ctx, task, output, n.opts.Timeout); err != nil {
+	if err := e.upstream.export(ctx, task, output, e.opts.Timeout); err != nil {
 		return err
 	}
-	err = n.take(ctx, task, output)
-	n.giveBack(ctx, task, dir, err == nil)
+	err = e.take(ctx, task, output)
+	e.giveBack(ctx, task, dir, err == nil)
 	if err != nil {
 		return fmt.Errorf("fetch %s from Dragonfly: %w", task, err)
 	}
@@ -195,7 +198,7 @@ func (n network) Bring(ctx context.Context, task p2p.Task) error {
 // removed that it has exported a task to. With its storage strategy "advance", the file
 // of its cache is in there, and goes, too: it has to have another one, or know that it
 // has none.
-func (e *Engine) giveBack(ctx context.Context, task p2p.Task, dir string, taken bool) {
+func (e *Source) giveBack(ctx context.Context, task p2p.Task, dir string, taken bool) {
 	if entries, err := os.ReadDir(dir); err == nil && len(entries) <= 1 {
 		return
 	}
@@ -210,7 +213,7 @@ func (e *Engine) giveBack(ctx context.Context, task p2p.Task, dir string, taken 
 
 // take copies a file that Dragonfly has exported to the store. It is never moved or
 // linked there: it can be the file in Dragonfly's own cache, by another name.
-func (e *Engine) take(ctx context.Context, task p2p.Task, name string) error {
+func (e *Source) take(ctx context.Context, task p2p.Task, name string) error {
 	f, err := os.Open(name)
 	if errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("%w: Dragonfly's dfdaemon says that it has written %s, and there is nothing: it has to see that directory under the same path", p2p.ErrUnavailable, name)
@@ -219,21 +222,21 @@ func (e *Engine) take(ctx context.Context, task p2p.Task, name string) error {
 		return err
 	}
 	defer f.Close()
-	err = e.Take(ctx, task, f)
+	err = e.front.Take(ctx, task, f)
 	if errors.Is(err, digest.ErrMismatch) {
 		err = fmt.Errorf("%w: what Dragonfly has under this digest is something else: delete it there, and import the file again", err)
 	}
 	return err
 }
 
-// Offer implements [whole.Network].
-func (n network) Offer(ctx context.Context, tasks []p2p.Task) error {
-	return n.HandIn(ctx, tasks, n.handInBlob)
+// Offer implements [front.Source].
+func (e *Source) Offer(ctx context.Context, c p2p.Commit) error {
+	return whole.HandIn(ctx, e.store, whole.Tasks(c), e.handInBlob)
 }
 
 // handInBlob has Dragonfly import a blob, which is verified before where Dragonfly's
 // dfdaemon does not have it yet. Where it has, it tells its scheduler once more.
-func (e *Engine) handInBlob(ctx context.Context, task p2p.Task) error {
+func (e *Source) handInBlob(ctx context.Context, task p2p.Task) error {
 	hand := func(blob *pieces.Blob) error {
 		err := e.upstream.stat(ctx, task, true, e.opts.LookupTimeout)
 		if errors.Is(err, p2p.ErrNotFound) {
@@ -244,25 +247,25 @@ func (e *Engine) handInBlob(ctx context.Context, task p2p.Task) error {
 		}
 		return e.upstream.importFile(ctx, task, blob.File().Name(), e.opts.Timeout)
 	}
-	return e.HandInBlob(ctx, task, hand, func() error { return e.upstream.delete(ctx, task) })
+	return whole.HandInBlob(ctx, e.store, task, hand, func() error { return e.upstream.delete(ctx, task) })
 }
 
-// Forget implements [whole.Network]: it has Dragonfly's dfdaemon delete tasks, and asks
+// Forget implements [front.Source]: it has Dragonfly's dfdaemon delete tasks, and asks
 // whether that was all.
-func (n network) Forget(ctx context.Context, tasks []p2p.Task, _ bool) (missed []p2p.Missed) {
+func (e *Source) Forget(ctx context.Context, d front.Deletion) (missed []front.Told) {
 	miss := func(reason string) {
-		missed = append(missed, p2p.Missed{Peer: "Dragonfly", Address: n.opts.Socket, Reason: reason})
+		missed = append(missed, front.Told{Peer: whole.Name, Address: e.opts.Socket, Failed: reason})
 	}
-	limited, cancel := context.WithTimeoutCause(ctx, deleteTimeout, fmt.Errorf("the dfdaemon of Dragonfly at %s has not done it within %s", n.opts.Socket, deleteTimeout))
+	limited, cancel := context.WithTimeoutCause(ctx, deleteTimeout, fmt.Errorf("the dfdaemon of Dragonfly at %s has not done it within %s", e.opts.Socket, deleteTimeout))
 	defer cancel()
-	for _, task := range tasks {
-		err := n.upstream.delete(limited, task)
+	for _, task := range d.Tasks {
+		err := e.upstream.delete(limited, task)
 		// Imports and fetches at the same time each leave a copy, of which one is deleted.
 		for range 3 {
-			if err != nil || n.upstream.stat(limited, task, true, n.opts.LookupTimeout) != nil {
+			if err != nil || e.upstream.stat(limited, task, true, e.opts.LookupTimeout) != nil {
 				break
 			}
-			err = n.upstream.delete(limited, task)
+			err = e.upstream.delete(limited, task)
 		}
 		if err != nil {
 			miss(fmt.Sprintf("%s: %v: delete it again by this digest", task, err))
@@ -271,8 +274,8 @@ func (n network) Forget(ctx context.Context, tasks []p2p.Task, _ bool) (missed [
 	if len(missed) > 0 {
 		return missed
 	}
-	for _, task := range tasks {
-		err := n.upstream.stat(ctx, task, false, n.opts.LookupTimeout)
+	for _, task := range d.Tasks {
+		err := e.upstream.stat(ctx, task, false, e.opts.LookupTimeout)
 		if errors.Is(err, p2p.ErrNotFound) {
 			continue
 		}

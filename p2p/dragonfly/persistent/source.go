@@ -1,8 +1,7 @@
-// Package persistent is the engine that has a Dragonfly of the API v2 for its network,
-// whose dfdaemon is the one in Rust: a store of this host, and the persistent cache
-// tasks of d7y.io/api/v2, over the unix socket of the dfdaemon beside it.
+// Package persistent is the source that is a Dragonfly of the API v2, whose dfdaemon is the
+// one in Rust: its persistent cache tasks, over the unix socket of the dfdaemon on this host.
 //
-// Package whole has what this engine shares with the others on Dragonfly. A blob is
+// Package whole has what this source shares with the others that are a Dragonfly. A blob is
 // verified while it is copied for Dragonfly, which keeps a hard link of what it gets, so
 // that no file of the store is ever handed out. What comes back comes as pieces over the
 // socket, and is stored only where it has the digest that was asked for.
@@ -23,6 +22,7 @@ import (
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/dragonfly/whole"
 	"github.com/dfcache/dfcache/p2p/dragonfly/wire"
+	"github.com/dfcache/dfcache/p2p/front"
 	"github.com/dfcache/dfcache/p2p/pieces"
 )
 
@@ -66,8 +66,8 @@ const (
 	stateFailed    = "Failed"
 )
 
-// Engine is a store that has a Dragonfly of the API v2 for its network. It implements
-// [p2p.Engine], and is safe for concurrent use.
+// Source is a Dragonfly of the API v2. It implements [front.Source], and is safe for concurrent
+// use.
 //
 // Dragonfly tells the size of a task: Stat fetches only what could be a manifest. Of
 // Info.Holders, the one that is asked is Dragonfly's scheduler: it holds a task where it
@@ -82,8 +82,9 @@ const (
 //
 // Every task that is deleted here is deleted by Dragonfly on all hosts that it reaches;
 // stores like this one on other hosts keep theirs.
-type Engine struct {
-	*whole.Engine
+type Source struct {
+	front    *front.Engine
+	store    *pieces.Store
 	opts     Options
 	dir      string // for what is on its way from and to Dragonfly
 	upstream *client
@@ -93,14 +94,13 @@ type Engine struct {
 	background sync.WaitGroup // sweeps, and what is taken back
 }
 
-var _ p2p.Engine = (*Engine)(nil)
+var _ front.Source = (*Source)(nil)
 
-// New gives a store a Dragonfly for its network. The Engine takes over the store:
-// it closes it. What an earlier one has left in the directory "dragonfly" of the
-// store is removed. Dragonfly's dfdaemon has to reach that directory under the same
-// path, and to read there, which root can. It need not run yet; [Engine.Health] says
+// New makes a Dragonfly one of an engine's sources. What an earlier one has left in the directory
+// "dragonfly" of the store is removed. Dragonfly's dfdaemon has to reach that directory under the same
+// path, and to read there, which root can. It need not run yet; [Source.Health] says
 // whether it does.
-func New(store *pieces.Store, opts Options) (*Engine, error) {
+func New(f *front.Engine, opts Options) (*Source, error) {
 	if opts.Socket == "" {
 		opts.Socket = DefaultSocket
 	}
@@ -117,7 +117,7 @@ func New(store *pieces.Store, opts Options) (*Engine, error) {
 	if len(opts.Schedulers) == 0 {
 		return nil, errors.New("no scheduler of Dragonfly is named: nothing could be deleted there")
 	}
-	dir, err := whole.Dir(store)
+	dir, err := whole.Dir(f.Store())
 	if err != nil {
 		return nil, err
 	}
@@ -125,51 +125,44 @@ func New(store *pieces.Store, opts Options) (*Engine, error) {
 	if err != nil {
 		return nil, err
 	}
-	e := &Engine{opts: opts, dir: dir, upstream: upstream}
+	e := &Source{front: f, store: f.Store(), opts: opts, dir: dir, upstream: upstream}
 	e.ctx, e.cancel = context.WithCancel(context.Background())
-	e.Engine = whole.New(store, network{e}, whole.Options{Log: opts.Log})
 	e.background.Go(func() {
-		e.SweepEvery(e.ctx, opts.SweepInterval, func(ctx context.Context, task p2p.Task, _ int) error { return e.handInBlob(ctx, task) })
+		whole.SweepEvery(e.ctx, e.store, opts.Log, opts.SweepInterval, func(ctx context.Context, task p2p.Task, _ int) error { return e.handInBlob(ctx, task) })
 	})
+	f.Add(e)
 	return e, nil
 }
 
-// network is what [whole.Engine] sees of Dragonfly.
-type network struct{ *Engine }
-
-// Health implements [whole.Network].
-func (n network) Health(ctx context.Context) error {
-	return n.upstream.health(ctx, n.opts.LookupTimeout)
+// Health asks whether Dragonfly answers. The error matches [p2p.ErrUnavailable] where it does not.
+func (e *Source) Health(ctx context.Context) error {
+	return e.upstream.health(ctx, e.opts.LookupTimeout)
 }
 
-// Stop ends handing in.
-func (n network) Stop() { n.cancel() }
+// Stop implements [front.Source]: it ends handing in.
+func (e *Source) Stop() { e.cancel() }
 
-// Close leaves Dragonfly as it is.
-func (n network) Close() error {
-	n.background.Wait()
-	return n.upstream.close()
+// Close implements [front.Source]: it leaves Dragonfly as it is.
+func (e *Source) Close() error {
+	e.background.Wait()
+	return e.upstream.close()
 }
 
-// Size implements [whole.Network].
-func (n network) Size(ctx context.Context, task p2p.Task) (int64, error) {
-	got, err := n.find(ctx, task)
-	if err != nil {
-		return 0, err
-	}
-	return int64(got.GetContentLength()), nil
+// Name implements [front.Source].
+func (e *Source) Name() string { return whole.Name }
+
+// Find implements [front.Source].
+func (e *Source) Find(ctx context.Context, task p2p.Task, opts front.FindOptions) (front.Found, error) {
+	got, err := e.find(ctx, task)
+	return whole.Found(ctx, e.opts.Log, task, int64(got.GetContentLength()), err, opts)
 }
 
-// Holders implements [whole.Network].
-func (n network) Holders(ctx context.Context, task p2p.Task) (*p2p.Holders, error) {
-	_, err := n.find(ctx, task)
-	return n.HoldersOf(ctx, task, err)
-}
-
-// Deletable implements [whole.Network]: Dragonfly may have what was never here.
-func (n network) Deletable(ctx context.Context, task p2p.Task) error {
-	_, err := n.upstream.stat(ctx, task, p2p.ErrUnavailable, n.opts.LookupTimeout)
-	return err
+// See implements [front.Source].
+func (e *Source) See(ctx context.Context, tag string, cid digest.CID, _ p2p.DeleteOptions, held bool) (front.Seen, error) {
+	return whole.See(ctx, tag, cid, held, func(ctx context.Context, task p2p.Task) error {
+		_, err := e.upstream.stat(ctx, task, p2p.ErrUnavailable, e.opts.LookupTimeout)
+		return err
+	}), nil
 }
 
 // replicas is how many hosts Dragonfly has a task on.
@@ -179,7 +172,7 @@ func replicas(task *commonv2.PersistentCacheTask) uint64 {
 
 // find returns a task that Dragonfly can give. The error matches [p2p.ErrNotFound] where
 // there is none.
-func (e *Engine) find(ctx context.Context, task p2p.Task) (*commonv2.PersistentCacheTask, error) {
+func (e *Source) find(ctx context.Context, task p2p.Task) (*commonv2.PersistentCacheTask, error) {
 	got, err := e.upstream.stat(ctx, task, wire.ErrAway, e.opts.LookupTimeout)
 	if err != nil {
 		return nil, err
@@ -190,25 +183,29 @@ func (e *Engine) find(ctx context.Context, task p2p.Task) (*commonv2.PersistentC
 	return got, nil
 }
 
-// Bring implements [whole.Network].
-func (n network) Bring(ctx context.Context, task p2p.Task) error {
-	found, err := n.find(ctx, task)
+// Fetch implements [front.Source]. The blob is stored when it returns.
+func (e *Source) Fetch(ctx context.Context, task p2p.Task, _ bool) (p2p.Blob, error) {
+	return nil, e.front.Once(ctx, task, func(ctx context.Context) error { return e.bring(ctx, task) })
+}
+
+func (e *Source) bring(ctx context.Context, task p2p.Task) error {
+	found, err := e.find(ctx, task)
 	if err == nil {
-		err = n.Room(task, int64(found.GetContentLength()))
+		err = e.front.Room(task, int64(found.GetContentLength()))
 	}
 	if err != nil {
 		return err
 	}
-	f, err := os.CreateTemp(n.dir, "")
+	f, err := os.CreateTemp(e.dir, "")
 	if err != nil {
 		return fmt.Errorf("fetch %s: %w", task, pieces.DiskError(err))
 	}
 	defer os.Remove(f.Name())
 	defer f.Close()
-	if err := n.upstream.download(ctx, task, f, int64(found.GetContentLength()), n.opts.Timeout, n.opts.StallTimeout, n.opts.LookupTimeout); err != nil {
+	if err := e.upstream.download(ctx, task, f, int64(found.GetContentLength()), e.opts.Timeout, e.opts.StallTimeout, e.opts.LookupTimeout); err != nil {
 		return err
 	}
-	err = n.Take(ctx, task, f)
+	err = e.front.Take(ctx, task, f)
 	if errors.Is(err, digest.ErrMismatch) {
 		err = fmt.Errorf("%w: what Dragonfly has under this digest is something else: delete it, and import the file again", err)
 	}
@@ -218,14 +215,14 @@ func (n network) Bring(ctx context.Context, task p2p.Task) error {
 	return nil
 }
 
-// Offer implements [whole.Network].
-func (n network) Offer(ctx context.Context, tasks []p2p.Task) error {
-	return n.HandIn(ctx, tasks, n.handInBlob)
+// Offer implements [front.Source].
+func (e *Source) Offer(ctx context.Context, c p2p.Commit) error {
+	return whole.HandIn(ctx, e.store, whole.Tasks(c), e.handInBlob)
 }
 
 // handInBlob has Dragonfly import a blob where it does not have it. Where another host
 // does so just now, that is enough.
-func (e *Engine) handInBlob(ctx context.Context, task p2p.Task) error {
+func (e *Source) handInBlob(ctx context.Context, task p2p.Task) error {
 	hand := func(blob *pieces.Blob) error {
 		got, err := e.upstream.stat(ctx, task, p2p.ErrUnavailable, e.opts.LookupTimeout)
 		switch state := got.GetState(); {
@@ -244,11 +241,11 @@ func (e *Engine) handInBlob(ctx context.Context, task p2p.Task) error {
 		}
 		return e.copyIn(ctx, task, blob)
 	}
-	return e.HandInBlob(ctx, task, hand, func() error { return e.upstream.delete(ctx, task) })
+	return whole.HandInBlob(ctx, e.store, task, hand, func() error { return e.upstream.delete(ctx, task) })
 }
 
 // copyIn has Dragonfly import a copy of a blob.
-func (e *Engine) copyIn(ctx context.Context, task p2p.Task, blob *pieces.Blob) error {
+func (e *Source) copyIn(ctx context.Context, task p2p.Task, blob *pieces.Blob) error {
 	f, err := os.CreateTemp(e.dir, "")
 	if err != nil {
 		return fmt.Errorf("import %s: %w", task, pieces.DiskError(err))
@@ -278,21 +275,21 @@ func (e *Engine) copyIn(ctx context.Context, task p2p.Task, blob *pieces.Blob) e
 	return err
 }
 
-// Forget implements [whole.Network]: it has Dragonfly delete tasks on all hosts.
-func (n network) Forget(ctx context.Context, tasks []p2p.Task, held bool) (missed []p2p.Missed) {
+// Forget implements [front.Source]: it has Dragonfly delete tasks on all hosts.
+func (e *Source) Forget(ctx context.Context, d front.Deletion) (missed []front.Told) {
 	miss := func(reason string) {
-		missed = append(missed, p2p.Missed{Peer: "Dragonfly", Address: n.opts.Socket, Reason: reason})
+		missed = append(missed, front.Told{Peer: whole.Name, Address: e.opts.Socket, Failed: reason})
 	}
 	own := uint64(0)
-	if held {
+	if d.Held {
 		own = 1
 	}
 	others := false
-	for _, task := range tasks {
-		if got, err := n.upstream.stat(ctx, task, p2p.ErrUnavailable, n.opts.LookupTimeout); err == nil && replicas(got) > own {
+	for _, task := range d.Tasks {
+		if got, err := e.upstream.stat(ctx, task, p2p.ErrUnavailable, e.opts.LookupTimeout); err == nil && replicas(got) > own {
 			others = true
 		}
-		if err := n.upstream.delete(ctx, task); err != nil {
+		if err := e.upstream.delete(ctx, task); err != nil {
 			miss(fmt.Sprintf("%v: delete it again by this digest", err))
 			return missed // the others are as this one
 		}

@@ -1,9 +1,8 @@
-// Package cluster is the engine that is a peer in a Dragonfly cluster: a store of this
-// host whose blobs Dragonfly's schedulers know of and Dragonfly's daemons fetch, and
-// which fetches theirs, over the v1 API of d7y.io/api/v2. There is no daemon of
+// Package cluster is the source that is a Dragonfly cluster, of which this daemon is a peer: its
+// blobs Dragonfly's schedulers know of and Dragonfly's daemons fetch, and it fetches theirs, over the v1 API of d7y.io/api/v2. There is no daemon of
 // Dragonfly on this host; package dragonfly is for where there is one.
 //
-// Package whole has what both engines share. Dragonfly's own MD5s, which a peer makes up as it likes,
+// Package whole has what both sources share. Dragonfly's own MD5s, which a peer makes up as it likes,
 // prove nothing here: what peers give is stored only where it has the digest that
 // was asked for. What goes out is verified before.
 //
@@ -25,9 +24,11 @@ import (
 	"golang.org/x/time/rate"
 	"google.golang.org/grpc"
 
+	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/dragonfly/whole"
 	"github.com/dfcache/dfcache/p2p/dragonfly/wire"
+	"github.com/dfcache/dfcache/p2p/front"
 	"github.com/dfcache/dfcache/p2p/pieces"
 	"github.com/dfcache/dfcache/p2p/throttle"
 )
@@ -100,8 +101,8 @@ func (o *Options) setDefaults() {
 	}
 }
 
-// Engine is a store that is a peer in a Dragonfly cluster. It implements [p2p.Engine],
-// and is safe for concurrent use.
+// Source is a Dragonfly cluster, as a peer sees it. It implements [front.Source], and is safe for
+// concurrent use.
 //
 // Of what is not here, schedulers know the size and no more: Stat fetches what could be
 // a manifest. Of Info.Holders, the one that is asked is the task's scheduler: others hold
@@ -112,8 +113,8 @@ func (o *Options) setDefaults() {
 //
 // For every task that is deleted here, this peer leaves it at its scheduler. Close leaves
 // the cluster: schedulers that do not answer hold it up for LookupTimeout.
-type Engine struct {
-	*whole.Engine
+type Source struct {
+	front      *front.Engine
 	opts       Options
 	dir        string // for what comes from peers and is not verified yet
 	store      *pieces.Store
@@ -138,20 +139,20 @@ type Engine struct {
 	held map[string]*holding // by task ID
 }
 
-var _ p2p.Engine = (*Engine)(nil)
+var _ front.Source = (*Source)(nil)
 
-// New makes a store a peer in a Dragonfly cluster, and announces what it holds. The
-// Engine takes over the store: it closes it. What an earlier one has left in the
-// directory "dragonfly" of the store is removed. No scheduler need run yet;
-// [Engine.Health] says whether one does.
-func New(store *pieces.Store, opts Options) (*Engine, error) {
+// New makes the store of an engine a peer in a Dragonfly cluster, which becomes one of the engine's
+// sources, and announces what the store holds. What an earlier one has left in the directory
+// "dragonfly" of the store is removed. No scheduler need run yet;
+// [Source.Health] says whether one does.
+func New(f *front.Engine, opts Options) (*Source, error) {
 	opts.setDefaults()
-	dir, err := whole.Dir(store)
+	dir, err := whole.Dir(f.Store())
 	if err != nil {
 		return nil, err
 	}
-	e := &Engine{
-		opts: opts, dir: dir, store: store, log: opts.Log,
+	e := &Source{
+		front: f, opts: opts, dir: dir, store: f.Store(), log: opts.Log,
 		sums: newSums(), up: throttle.New(opts.UploadRate), down: throttle.New(opts.DownloadRate),
 		client: newHTTPClient(opts), uploading: make(chan struct{}, opts.MaxUploads), sweepNow: make(chan struct{}, 1),
 		waiting: make(chan struct{}, opts.MaxUploads+maxWaiting), fresh: make(chan struct{}), held: map[string]*holding{},
@@ -167,89 +168,82 @@ func New(store *pieces.Store, opts Options) (*Engine, error) {
 		return nil, errors.Join(err, listeners[0].Close(), listeners[1].Close(), e.schedulers.close())
 	}
 	e.ctx, e.cancel = context.WithCancel(context.Background())
-	e.Engine = whole.New(store, network{e}, whole.Options{Log: opts.Log})
 	e.serve(listeners)
 	e.background.Go(e.announceAll)
+	f.Add(e)
 	return e, nil
 }
 
 // Address returns where other peers reach this one.
-func (e *Engine) Address() string { return net.JoinHostPort(e.host.Ip, fmt.Sprint(e.host.RpcPort)) }
+func (e *Source) Address() string { return net.JoinHostPort(e.host.Ip, fmt.Sprint(e.host.RpcPort)) }
 
 // UploadAddress returns where other peers fetch pieces from this one.
-func (e *Engine) UploadAddress() string {
+func (e *Source) UploadAddress() string {
 	return net.JoinHostPort(e.host.Ip, fmt.Sprint(e.host.DownPort))
 }
 
-// network is what [whole.Engine] sees of the cluster.
-type network struct{ *Engine }
-
 // Health announces the host, and asks with that whether a scheduler answers.
-func (n network) Health(ctx context.Context) error { return n.announceHostOnce(ctx) }
+func (e *Source) Health(ctx context.Context) error { return e.announceHostOnce(ctx) }
 
-// Stop ends uploads and announcements.
-func (n network) Stop() {
-	n.cancel()
-	n.uploads.Close() // its listener is closed; there is nothing else to report
-	n.peers.Stop()
+// Stop implements [front.Source]: it ends uploads and announcements.
+func (e *Source) Stop() {
+	e.cancel()
+	e.uploads.Close() // its listener is closed; there is nothing else to report
+	e.peers.Stop()
 }
 
-// Close leaves the cluster.
-func (n network) Close() error {
-	n.background.Wait()
-	if err := n.leaveHost(context.Background()); err != nil {
-		n.log.Warn("no scheduler of Dragonfly was told that this host leaves: they find out by themselves", "error", err)
+// Close implements [front.Source]: it leaves the cluster.
+func (e *Source) Close() error {
+	e.background.Wait()
+	if err := e.leaveHost(context.Background()); err != nil {
+		e.log.Warn("no scheduler of Dragonfly was told that this host leaves: they find out by themselves", "error", err)
 	}
-	n.client.CloseIdleConnections()
-	return n.schedulers.close()
+	e.client.CloseIdleConnections()
+	return e.schedulers.close()
 }
 
-// Size implements [whole.Network].
-func (n network) Size(ctx context.Context, task p2p.Task) (int64, error) {
-	found, _, err := n.lookup(ctx, task)
-	return found.GetContentLength(), err
-}
+// Name implements [front.Source].
+func (e *Source) Name() string { return whole.Name }
 
-// Deletable implements [whole.Network]: others may have what is not here.
-func (n network) Deletable(ctx context.Context, task p2p.Task) error {
-	_, _, err := n.lookup(ctx, task)
-	return err
-}
-
-// Holders implements [whole.Network].
-func (n network) Holders(ctx context.Context, task p2p.Task) (*p2p.Holders, error) {
-	found, _, err := n.lookup(ctx, task)
-	switch {
-	case err == nil:
-		others := int(found.GetPeerCount())
-		if n.isHeld(taskID(task)) {
-			others-- // this one
-		}
-		if others > 0 {
-			return &p2p.Holders{Asked: 1, Some: 1, Whole: 1}, nil
-		}
-		return &p2p.Holders{Asked: 1}, nil
-	case errors.Is(err, p2p.ErrNotFound):
-		return &p2p.Holders{Asked: 1}, nil
-	case errors.Is(err, p2p.ErrUnreachable):
-		return &p2p.Holders{Asked: 1, Silent: 1}, nil
+// Find implements [front.Source]: schedulers know the size, and no more.
+func (e *Source) Find(ctx context.Context, task p2p.Task, opts front.FindOptions) (front.Found, error) {
+	known, _, err := e.lookup(ctx, task)
+	found, failed := whole.Found(ctx, e.log, task, known.GetContentLength(), err, opts)
+	others := int(known.GetPeerCount())
+	if e.isHeld(taskID(task)) {
+		others-- // this host
 	}
-	return nil, err
+	if h := found.Info.Holders; h != nil && others <= 0 {
+		h.Some, h.Whole = 0, 0
+	}
+	return found, failed
 }
 
-// Bring implements [whole.Network].
-func (n network) Bring(ctx context.Context, task p2p.Task) error {
-	found, at, err := n.lookup(ctx, task)
+// See implements [front.Source].
+func (e *Source) See(ctx context.Context, tag string, cid digest.CID, _ p2p.DeleteOptions, held bool) (front.Seen, error) {
+	return whole.See(ctx, tag, cid, held, func(ctx context.Context, task p2p.Task) error {
+		_, _, err := e.lookup(ctx, task)
+		return err
+	}), nil
+}
+
+// Fetch implements [front.Source]. The blob is stored when it returns.
+func (e *Source) Fetch(ctx context.Context, task p2p.Task, _ bool) (p2p.Blob, error) {
+	return nil, e.front.Once(ctx, task, func(ctx context.Context) error { return e.bring(ctx, task) })
+}
+
+func (e *Source) bring(ctx context.Context, task p2p.Task) error {
+	found, at, err := e.lookup(ctx, task)
 	if err == nil {
-		err = n.Room(task, found.GetContentLength())
+		err = e.front.Room(task, found.GetContentLength())
 	}
 	if err != nil {
 		return err
 	}
-	limited, cancel := context.WithTimeoutCause(ctx, n.opts.Timeout, fmt.Errorf("%w: it took longer than %s", wire.ErrAway, n.opts.Timeout))
+	limited, cancel := context.WithTimeoutCause(ctx, e.opts.Timeout, fmt.Errorf("%w: it took longer than %s", wire.ErrAway, e.opts.Timeout))
 	defer cancel()
 	for range maxRegistrations {
-		if err = n.bringOnce(limited, task, at, found.GetContentLength()); !errors.Is(err, errReregister) {
+		if err = e.bringOnce(limited, task, at, found.GetContentLength()); !errors.Is(err, errReregister) {
 			break
 		}
 	}
@@ -263,7 +257,7 @@ func (n network) Bring(ctx context.Context, task p2p.Task) error {
 }
 
 // bringOnce is one attempt to fetch a task, as a new peer.
-func (e *Engine) bringOnce(ctx context.Context, task p2p.Task, at *scheduler, length int64) error {
+func (e *Source) bringOnce(ctx context.Context, task p2p.Task, at *scheduler, length int64) error {
 	d, err := e.newDownload(task, at, length)
 	if err != nil {
 		return err
@@ -279,15 +273,15 @@ func (e *Engine) bringOnce(ctx context.Context, task p2p.Task, at *scheduler, le
 	return err
 }
 
-// Offer implements [whole.Network].
-func (n network) Offer(ctx context.Context, tasks []p2p.Task) error {
-	for _, task := range tasks {
-		id := n.hold(task, "")
-		if !n.schedulers.up() {
+// Offer implements [front.Source].
+func (e *Source) Offer(ctx context.Context, c p2p.Commit) error {
+	for _, task := range whole.Tasks(c) {
+		id := e.hold(task, "")
+		if !e.schedulers.up() {
 			continue // they are told when one is up again
 		}
-		if err := n.announce(ctx, id); err != nil {
-			n.log.Warn("a task is stored, and not announced yet: it will be", "task", task.String(), "error", err)
+		if err := e.announce(ctx, id); err != nil {
+			e.log.Warn("a task is stored, and not announced yet: it will be", "task", task.String(), "error", err)
 			if errors.Is(err, wire.ErrAway) {
 				break // nor are the others: no caller waits for each of them
 			}
@@ -296,18 +290,18 @@ func (n network) Offer(ctx context.Context, tasks []p2p.Task) error {
 	return nil
 }
 
-// Forget implements [whole.Network]: it tells schedulers that tasks are not here any
+// Forget implements [front.Source]: it tells schedulers that tasks are not here any
 // more, and asks whether others have them.
-func (n network) Forget(ctx context.Context, tasks []p2p.Task, _ bool) (missed []p2p.Missed) {
+func (e *Source) Forget(ctx context.Context, d front.Deletion) (missed []front.Told) {
 	miss := func(task p2p.Task, reason string) {
-		missed = append(missed, p2p.Missed{Peer: "Dragonfly", Address: n.schedulers.of(taskID(task))[0].addr, Reason: reason})
+		missed = append(missed, front.Told{Peer: whole.Name, Address: e.schedulers.of(taskID(task))[0].addr, Failed: reason})
 	}
-	for _, task := range tasks {
-		if err := n.leave(ctx, taskID(task)); err != nil {
+	for _, task := range d.Tasks {
+		if err := e.leave(ctx, taskID(task)); err != nil {
 			miss(task, err.Error()+": peers may ask this host for it until the scheduler forgets it")
 			continue
 		}
-		_, _, err := n.lookup(ctx, task)
+		_, _, err := e.lookup(ctx, task)
 		if err == nil {
 			miss(task, task.String()+": other hosts of Dragonfly have it still, and keep it: its delete is of one host only, so delete it on each of them")
 		} else if !errors.Is(err, p2p.ErrNotFound) {
