@@ -37,10 +37,11 @@ type Subject string
 
 // Subjects.
 const (
-	SubjectName    Subject = "name"
-	SubjectTask    Subject = "task"
-	SubjectBlob    Subject = "blob"    // its bytes, however many tasks they are of
-	SubjectPartial Subject = "partial" // what has arrived of a blob; it is told of only when that is removed, and not stored
+	SubjectName Subject = "name"
+	SubjectTask Subject = "task"
+	SubjectBlob Subject = "blob" // its bytes, however many tasks they are of
+	// what has arrived of a blob; it is told of only when that is removed, and not stored
+	SubjectPartial Subject = "partial"
 )
 
 // Reason says why something has changed.

@@ -160,7 +160,8 @@ func TestWatch(t *testing.T) {
 	told("added task two: fetched")
 	_, err = s.Delete(t.Context(), "t", cacheID(t, "v1"), p2p.DeleteOptions{})
 	do(err)
-	told("removed name v1->manifest-two: deleted", "removed task manifest-two: deleted", "removed task two: unreferenced",
+	told("removed name v1->manifest-two: deleted", "removed task manifest-two: deleted",
+		"removed task two: unreferenced",
 		"removed blob manifest-two: unreferenced")
 
 	// A digest goes with the names that point to it.
@@ -169,7 +170,8 @@ func TestWatch(t *testing.T) {
 	m.told = nil
 	manifest := p2p.Task{Tag: "t", Digest: digest.SHA512.FromString("manifest of " + string(one.Digest))}
 	deleteTask(t, s, manifest)
-	told("removed name v1->manifest-one: deleted", "removed name v2->manifest-one: deleted", "removed task manifest-one: deleted",
+	told("removed name v1->manifest-one: deleted", "removed name v2->manifest-one: deleted",
+		"removed task manifest-one: deleted",
 		"removed task one: unreferenced", "removed blob manifest-one: unreferenced", "removed blob one: unreferenced")
 
 	// A manifest is replaced, and what it refers to is deleted by force.
@@ -187,9 +189,11 @@ func TestWatch(t *testing.T) {
 	told("removed task one: deleted", "removed blob one: unreferenced")
 
 	// A delete by a peer, of which part was told before.
-	_, err = s.ApplyDelete(t.Context(), Delete{Tag: "t", CID: cacheID(t, "v1"), At: time.Now().Add(time.Minute), Made: time.Now()})
+	_, err = s.ApplyDelete(t.Context(), Delete{
+		Tag: "t", CID: cacheID(t, "v1"), At: time.Now().Add(time.Minute), Made: time.Now()})
 	do(err)
-	told("removed name v1->manifest-one: deleted", "removed task manifest-one: deleted", "removed blob manifest-one: unreferenced")
+	told("removed name v1->manifest-one: deleted", "removed task manifest-one: deleted",
+		"removed blob manifest-one: unreferenced")
 
 	// What a client has asked for, and does not come back for.
 	artifact("v1", "one")
@@ -197,7 +201,8 @@ func TestWatch(t *testing.T) {
 	do(asked(t, s, one))
 	_, err = s.Delete(t.Context(), "t", cacheID(t, "v1"), p2p.DeleteOptions{})
 	do(err)
-	told("removed name v1->manifest-one: deleted", "removed task manifest-one: deleted", "removed blob manifest-one: unreferenced")
+	told("removed name v1->manifest-one: deleted", "removed task manifest-one: deleted",
+		"removed blob manifest-one: unreferenced")
 	s.endAll(one)
 	do(s.releaseSpared())
 	told("removed task one: expired", "removed blob one: unreferenced")
@@ -253,11 +258,15 @@ func TestWatch(t *testing.T) {
 		want string
 	}{
 		{func(p *Partial) { do(p.Remove()) }, "removed partial three: dropped"},
-		{func(p *Partial) { do(p.Close()); do(s.DropPartials(time.Now().Add(time.Hour))) }, "removed partial three: expired"},
-		{func(p *Partial) { do(p.Want([]string{"t"})); do(p.Close()); do(s.ReleasePartial(three)) }, "removed partial three: deleted"},
+		{func(p *Partial) { do(p.Close()); do(s.DropPartials(time.Now().Add(time.Hour))) },
+			"removed partial three: expired"},
+		{func(p *Partial) { do(p.Want([]string{"t"})); do(p.Close()); do(s.ReleasePartial(three)) },
+			"removed partial three: deleted"},
 		{func(p *Partial) { do(p.Close()); s.dropOldestPartial() }, "removed partial three: room"},
 		{func(p *Partial) {
-			if err := p.Commit(t.Context(), p2p.Commit{Names: []p2p.NewName{{Tag: "t", Name: "v3", Digest: one.Digest}}}); !errors.Is(err, p2p.ErrNotFound) {
+			if err := p.Commit(t.Context(),
+				p2p.Commit{Names: []p2p.NewName{{Tag: "t", Name: "v3", Digest: one.Digest}}}); !errors.Is(
+				err, p2p.ErrNotFound) {
 				t.Error(err)
 			}
 			do(p.Close())
@@ -291,7 +300,8 @@ func TestWatchMany(t *testing.T) {
 			for range 25 {
 				name := fmt.Sprint("v", random.IntN(3))
 				if random.IntN(3) == 0 {
-					if _, err := s.Delete(t.Context(), "t", cacheID(t, name), p2p.DeleteOptions{}); err != nil && !errors.Is(err, p2p.ErrNotFound) {
+					if _, err := s.Delete(t.Context(), "t", cacheID(t, name), p2p.DeleteOptions{}); err != nil &&
+						!errors.Is(err, p2p.ErrNotFound) {
 						t.Error(err)
 					}
 				} else if _, err := importArtifact(t.Context(), s, name, fmt.Append(nil, random.IntN(4))); err != nil {

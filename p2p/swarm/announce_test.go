@@ -43,7 +43,8 @@ func (p *testPeer) wantAnnounced(t *testing.T, h *hub, n int) {
 			return
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("there are %d entries, want %d; %d more keys are announced, and %v is not", entries, n, len(surplus), missing)
+			t.Fatalf("there are %d entries, want %d; %d more keys are announced, and %v is not", entries, n,
+				len(surplus), missing)
 		}
 		<-time.After(time.Millisecond)
 	}

@@ -135,7 +135,8 @@ func testBackend(t *testing.T, b backend.Backend) {
 	p, err := b.OpenPartial(one)
 	do(err)
 	_, err = p.WriteAt([]byte("e"), 1<<20)
-	do(errors.Join(err, p.Close(), b.SetNote(one, backend.NoteTags, []byte("[]")), b.SetNote(one, backend.NoteTags, []byte(`["t"]`))))
+	do(errors.Join(err, p.Close(), b.SetNote(one, backend.NoteTags, []byte("[]")),
+		b.SetNote(one, backend.NoteTags, []byte(`["t"]`))))
 	if note, err := b.Note(one, backend.NoteTags); err != nil || !bytes.Equal(note, []byte(`["t"]`)) {
 		t.Errorf("noted is %q, %v", note, err)
 	}
@@ -143,7 +144,8 @@ func testBackend(t *testing.T, b backend.Backend) {
 		t.Errorf("what was not noted: %v", err)
 	}
 	all, err := b.Partials()
-	if err != nil || len(all) != 1 || all[0].Digest != one || all[0].Bytes == 0 || all[0].Bytes > 1<<20 || all[0].Changed.IsZero() {
+	if err != nil || len(all) != 1 || all[0].Digest != one || all[0].Bytes == 0 || all[0].Bytes > 1<<20 ||
+		all[0].Changed.IsZero() {
 		t.Errorf("partial blobs: %+v, %v", all, err)
 	}
 	p, err = b.OpenPartial(one)

@@ -138,7 +138,8 @@ func (b *Dir) Clean() (n int, err error) {
 	}
 	for _, e := range entries {
 		if e.IsDir() {
-			b.log.Warn("somebody has made a directory where content arrives; it is left as it is", "directory", b.path("ingest", e.Name()))
+			b.log.Warn("somebody has made a directory where content arrives; it is left as it is",
+				"directory", b.path("ingest", e.Name()))
 			continue
 		}
 		if err := ignoreMissing(b.files.Remove(b.path("ingest", e.Name()))); err != nil {
@@ -286,7 +287,8 @@ func (b *Dir) RemovePartial(d digest.Digest) error {
 }
 
 func (b *Dir) removeNotes(d digest.Digest) error {
-	return errors.Join(ignoreMissing(os.Remove(b.notePath(d, NoteTable))), ignoreMissing(os.Remove(b.notePath(d, NoteTags))))
+	return errors.Join(ignoreMissing(os.Remove(b.notePath(d, NoteTable))),
+		ignoreMissing(os.Remove(b.notePath(d, NoteTags))))
 }
 
 // Partials implements [Partials]. It removes what belongs to none.

@@ -107,7 +107,8 @@ func (b *Memory) Put(name string, d digest.Digest) (claim string, err error) {
 	if err != nil {
 		return "", err
 	}
-	if _, err := unix.FcntlInt(f.Fd(), unix.F_ADD_SEALS, unix.F_SEAL_WRITE|unix.F_SEAL_GROW|unix.F_SEAL_SHRINK|unix.F_SEAL_SEAL); err != nil {
+	if _, err := unix.FcntlInt(f.Fd(), unix.F_ADD_SEALS,
+		unix.F_SEAL_WRITE|unix.F_SEAL_GROW|unix.F_SEAL_SHRINK|unix.F_SEAL_SEAL); err != nil {
 		b.incoming[name] = f
 		return "", os.NewSyscallError("fcntl", err)
 	}
