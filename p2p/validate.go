@@ -8,9 +8,10 @@ import (
 	"github.com/dfcache/dfcache/digest"
 )
 
-// What callers pass to an engine is checked by these, by every engine and at the
-// socket, so that the same is refused with the same words. Errors wrap
-// [digest.ErrInvalid].
+// What callers pass to an engine is checked by these where it comes in, once at each door: in an engine's
+// methods, in those of a client, which is one, and where a daemon takes a request from the socket, as
+// it can be of any client. Below the doors nothing is parsed again. So the same is refused with the same words.
+// Errors wrap [digest.ErrInvalid].
 
 const (
 	// MaxMediaType is the longest media type in bytes.
@@ -23,6 +24,9 @@ const (
 func ValidateRef(tag string, cid digest.CID) error {
 	if err := ValidateTag(tag); err != nil {
 		return err
+	}
+	if cid.CacheID() != "" {
+		return nil // only digest.ParseCID makes one
 	}
 	_, err := digest.ParseCID(cid.String())
 	return err

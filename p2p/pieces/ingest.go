@@ -408,20 +408,29 @@ func (in *ingest) Commit(c p2p.Commit) error {
 	return nil
 }
 
-// weigh says how much work a commit is for the transaction.
+// weigh says how much work a commit is for the transaction: a manifest refers to others, and one
+// that a name is taken from lets go of all that it refers to.
 func (s *Store) weigh(c p2p.Commit) int {
-	n := len(c.Tasks)
-	for _, name := range c.Names {
-		cid, err := digest.ParseCID(name.Name)
-		if err == nil { // validate has seen it
-			n += s.weighDelete(name.Tag, cid)
-		}
-	}
+	n := len(c.Tasks) + len(c.Names)
 	for _, t := range c.Tasks {
 		if t.Manifest != nil {
 			n += len(t.Manifest.Refs)
 		}
 	}
+	_ = s.view(func(tx *bbolt.Tx) error { // what fails here fails there, too
+		for _, name := range c.Names {
+			old, _, err := get[nameRecord](tx, bucketNames, key(name.Tag, name.Name))
+			if err != nil {
+				return err
+			}
+			task, _, err := get[taskRecord](tx, bucketTasks, taskKey(p2p.Task{Tag: name.Tag, Digest: old.Digest}))
+			if err != nil {
+				return err
+			}
+			n += len(task.Refs)
+		}
+		return nil
+	})
 	return n
 }
 

@@ -261,8 +261,8 @@ func (s *Store) DeleteTasks(ctx context.Context, tag string, cid digest.CID, opt
 	return removed.deleted(), removed.tasks, nil
 }
 
-// weighDelete says how much work it is for the transaction to delete what cid names, or to move a name
-// elsewhere: a manifest lets go of all that it refers to.
+// weighDelete says how much work it is for the transaction to delete what cid names: a manifest lets
+// go of all that it refers to.
 func (s *Store) weighDelete(tag string, cid digest.CID) int {
 	records := 1
 	_ = s.view(func(tx *bbolt.Tx) error { // what fails here fails there, too

@@ -322,12 +322,12 @@ func (c *Client) Stat(ctx context.Context, tag string, cid digest.CID, opts p2p.
 }
 
 func (c *Client) stat(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions, call func(pb.DaemonClient, context.Context, *pb.StatRequest, ...grpc.CallOption) (*pb.StatReply, error)) (p2p.Info, error) {
+	if err := opts.Validate(tag, cid); err != nil {
+		return p2p.Info{}, err
+	}
 	req := &pb.StatRequest{
 		Tag: tag, Cid: cid.String(), Scope: scopes.message(opts.Scope),
 		Manifest: opts.Manifest, Holders: opts.Holders, Lease: opts.Lease,
-	}
-	if _, _, err := parseStat(req); err != nil {
-		return p2p.Info{}, err
 	}
 	s, end, err := c.begin(ctx)
 	if err != nil {
@@ -343,10 +343,10 @@ func (c *Client) stat(ctx context.Context, tag string, cid digest.CID, opts p2p.
 
 // Delete implements [p2p.Engine].
 func (c *Client) Delete(ctx context.Context, tag string, cid digest.CID, opts p2p.DeleteOptions) (p2p.Deleted, error) {
-	req := &pb.DeleteRequest{Tag: tag, Cid: cid.String(), Force: opts.Force, NameOnly: opts.NameOnly}
-	if _, _, err := parseDelete(req); err != nil {
+	if err := opts.Validate(tag, cid); err != nil {
 		return p2p.Deleted{}, err
 	}
+	req := &pb.DeleteRequest{Tag: tag, Cid: cid.String(), Force: opts.Force, NameOnly: opts.NameOnly}
 	s, end, err := c.begin(ctx)
 	if err != nil {
 		return p2p.Deleted{}, err
@@ -361,10 +361,10 @@ func (c *Client) Delete(ctx context.Context, tag string, cid digest.CID, opts p2
 
 // Replicate implements [p2p.Peering]. It takes as long as ctx allows.
 func (c *Client) Replicate(ctx context.Context, tag string, cid digest.CID, n int) ([]string, error) {
-	req := &pb.ReplicateRequest{Tag: tag, Cid: cid.String(), N: int64(n)}
-	if _, _, err := parseReplicate(req); err != nil {
+	if err := p2p.ValidateRef(tag, cid); err != nil {
 		return nil, err
 	}
+	req := &pb.ReplicateRequest{Tag: tag, Cid: cid.String(), N: int64(n)}
 	s, end, err := c.begin(ctx)
 	if err != nil {
 		return nil, err
@@ -402,8 +402,7 @@ func (c *Client) Peers(ctx context.Context) (peers []p2p.Peer, err error) {
 // waits for its end.
 func (c *Client) List(ctx context.Context, q p2p.Query) iter.Seq2[p2p.Entry, error] {
 	return func(yield func(p2p.Entry, error) bool) {
-		req := queryMessage(q)
-		if _, err := parseList(req); err != nil {
+		if err := q.Validate(); err != nil {
 			yield(p2p.Entry{}, err)
 			return
 		}
@@ -415,7 +414,7 @@ func (c *Client) List(ctx context.Context, q p2p.Query) iter.Seq2[p2p.Entry, err
 		defer end()
 		call, cancel := context.WithCancel(ctx)
 		defer cancel()
-		stream, err := s.daemon.List(call, req)
+		stream, err := s.daemon.List(call, queryMessage(q))
 		for err == nil {
 			var reply *pb.ListReply
 			if reply, err = stream.Recv(); err != nil {
@@ -445,10 +444,10 @@ func (c *Client) List(ctx context.Context, q p2p.Query) iter.Seq2[p2p.Entry, err
 // until it is whole: its pieces are announced by a call that goes on until then,
 // or until ctx ends, the blob is closed, or the client is.
 func (c *Client) Open(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.Blob, error) {
-	req := &pb.OpenRequest{Task: taskMessage(task), Scope: scopes.message(scope), Notices: p2p.NoticeOf(ctx) != nil}
-	if _, _, err := parseOpen(req); err != nil {
+	if err := task.Validate(); err != nil {
 		return nil, err
 	}
+	req := &pb.OpenRequest{Task: taskMessage(task), Scope: scopes.message(scope), Notices: p2p.NoticeOf(ctx) != nil}
 	s, end, err := c.begin(ctx)
 	if err != nil {
 		return nil, err

@@ -88,10 +88,10 @@ func holdTask(req *pb.TaskRequest, stream grpc.ServerStreamingServer[pb.Notice],
 
 // Hold implements [p2p.Holder].
 func (c *Client) Hold(ctx context.Context, tag string, cid digest.CID) error {
-	req := &pb.HoldRequest{Tag: tag, Cid: cid.String()}
-	if _, err := parseName(req.GetTag(), req.GetCid()); err != nil {
+	if err := p2p.ValidateRef(tag, cid); err != nil {
 		return err
 	}
+	req := &pb.HoldRequest{Tag: tag, Cid: cid.String()}
 	return c.await(ctx, func(ctx context.Context, d pb.DaemonClient) (grpc.ServerStreamingClient[pb.Notice], error) {
 		return d.Hold(ctx, req)
 	})

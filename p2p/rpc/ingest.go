@@ -104,14 +104,14 @@ func (i *ingest) Add(src io.Reader, opts p2p.AddOptions) (p2p.Added, error) {
 	defer end()
 	// Close is not to wait for a reader that gives nothing.
 	defer context.AfterFunc(i.client.closing, i.cancel)()
-	req := &pb.IngestRequest_Add{Want: string(opts.Want), Algorithm: string(opts.Algorithm)}
-	if _, err = parseAdd(req); err == nil {
+	if err = opts.Validate(); err == nil {
 		err = source.Check(src)
 	}
 	if err != nil {
 		i.fail(err)
 		return p2p.Added{}, err
 	}
+	req := addMessage(opts)
 	var added p2p.Added
 	file, err := source.New(src)
 	switch {
@@ -254,9 +254,8 @@ func (i *ingest) Create(opts p2p.AddOptions) (p2p.Writer, error) {
 		return nil, err
 	}
 	defer end()
-	req := &pb.IngestRequest_Add{Want: string(opts.Want), Algorithm: string(opts.Algorithm)}
-	if _, err = parseAdd(req); err == nil {
-		i.open, err = i.create(req, opts.Progress)
+	if err = opts.Validate(); err == nil {
+		i.open, err = i.create(addMessage(opts), opts.Progress)
 	}
 	if err != nil {
 		i.fail(err)
@@ -439,14 +438,10 @@ func (i *ingest) Commit(commit p2p.Commit) error {
 }
 
 func (i *ingest) commit(commit p2p.Commit) error {
-	parts := commitParts(commit, commitPart)
-	var check commitParser
-	for _, part := range parts {
-		if err := check.add(part); err != nil {
-			return err
-		}
+	if err := commit.Validate(); err != nil {
+		return err
 	}
-	for _, part := range parts {
+	for _, part := range commitParts(commit, commitPart) {
 		if err := i.send(&pb.IngestRequest{Request: &pb.IngestRequest_Commit_{Commit: part}}); err != nil {
 			return err
 		}

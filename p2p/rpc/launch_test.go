@@ -52,10 +52,12 @@ func testDaemon(mode string) int {
 	wd, _ := os.Getwd()
 	fmt.Printf("dir %s, session of its own %t\n", wd, sessionOfItsOwn())
 	s := NewServer(newStore(os.TempDir()), slog.New(slog.NewTextHandler(io.Discard, nil)))
-	go s.Serve(l)
+	served := make(chan error)
+	go func() { served <- s.Serve(l) }()
 	Ready(fd, &Launched{Door: "registry nowhere", Warnings: []string{"it is a test"}}, nil)
 	<-stop
 	s.Shutdown(context.Background())
+	<-served // with the socket's file, even where it had not begun
 	return 0
 }
 

@@ -340,6 +340,10 @@ func addedMessage(a p2p.Added) *pb.IngestReply {
 	}}}
 }
 
+func addMessage(o p2p.AddOptions) *pb.IngestRequest_Add {
+	return &pb.IngestRequest_Add{Want: string(o.Want), Algorithm: string(o.Algorithm)}
+}
+
 func queryMessage(q p2p.Query) *pb.ListRequest {
 	return &pb.ListRequest{
 		Tag: q.Tag, Kind: listKinds.message(q.Kind), After: []byte(q.After),
