@@ -426,37 +426,18 @@ func moveFiles(path, from string, names []string, opts ExportOptions) (err error
 			}
 		}
 	}()
-	modes := make([]fs.FileMode, len(names))
-	for i, name := range names { // before anything is replaced
-		if err := dirs.MakeIn(root, filepath.Dir(name), 0o777); err != nil {
-			return err
-		}
-		switch info, err := root.Lstat(name); {
-		case errors.Is(err, fs.ErrNotExist):
-		case err != nil:
-			return err
-		case info.IsDir():
-			return fmt.Errorf("%s: %w: it is a directory", filepath.Join(path, name), fs.ErrExist)
-		case info.Mode().IsRegular():
-			modes[i] = info.Mode().Perm()
-		}
+	modes, err := makePlaces(root, path, names)
+	if err != nil {
+		return err
 	}
 	for i, name := range names {
 		source := filepath.Join(from, name)
-		if !opts.Overwrite {
-			// A link never replaces what is there.
-			if err := root.Link(source, name); err != nil {
-				return err
-			}
+		if opts.Overwrite {
+			err = replace(root, source, name, modes[i])
+		} else if err = root.Link(source, name); err == nil { // it never replaces what is there
 			moved = append(moved, name)
-			continue
 		}
-		if modes[i] != 0 {
-			if err := root.Chmod(source, modes[i]); err != nil {
-				return err
-			}
-		}
-		if err := root.Rename(source, name); err != nil {
+		if err != nil {
 			return err
 		}
 	}
@@ -465,4 +446,35 @@ func moveFiles(path, from string, names []string, opts ExportOptions) (err error
 		return err
 	}
 	return syncRoot(root, names)
+}
+
+// makePlaces makes the directories of files, before anything is replaced, and returns the modes of
+// those that are there: 0 where none is.
+func makePlaces(root *os.Root, path string, names []string) ([]fs.FileMode, error) {
+	modes := make([]fs.FileMode, len(names))
+	for i, name := range names {
+		if err := dirs.MakeIn(root, filepath.Dir(name), 0o777); err != nil {
+			return nil, err
+		}
+		switch info, err := root.Lstat(name); {
+		case errors.Is(err, fs.ErrNotExist):
+		case err != nil:
+			return nil, err
+		case info.IsDir():
+			return nil, fmt.Errorf("%s: %w: it is a directory", filepath.Join(path, name), fs.ErrExist)
+		case info.Mode().IsRegular():
+			modes[i] = info.Mode().Perm()
+		}
+	}
+	return modes, nil
+}
+
+// replace moves a file to name, where it gets the mode of the one that it replaces, unless that is 0.
+func replace(root *os.Root, from, name string, mode fs.FileMode) error {
+	if mode != 0 {
+		if err := root.Chmod(from, mode); err != nil {
+			return err
+		}
+	}
+	return root.Rename(from, name)
 }

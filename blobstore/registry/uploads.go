@@ -559,9 +559,7 @@ func (h *Handler) takeChunk(r *request, u *session, alg digest.Algorithm) error 
 			return err
 		}
 	}
-	stop := context.AfterFunc(u.ctx, r.body.interrupt)
-	taken, err := in.Append(src)
-	stop() // what ends the session from here on must not break off the answer
+	taken, err := in.Append(src) // which ends with the session
 	switch {
 	case err != nil && r.body.err == nil:
 		h.dropAfter(u, err) // the store has failed: what came is lost
