@@ -91,6 +91,8 @@ func descriptorOf(info p2p.Info) ocispec.Descriptor {
 //
 // What Exists has said is there stays for as long as an upload may take, for the
 // manifest that is to refer to it, whoever deletes others that do.
+//
+// It asks this host, and the swarm for what is not here.
 func (r *Repository) Exists(ctx context.Context, target ocispec.Descriptor) (bool, error) {
 	if err := checkTarget(target); err != nil {
 		return false, err
@@ -120,6 +122,8 @@ func (r *Repository) has(ctx context.Context, target ocispec.Descriptor, scope p
 // Blob describes content to a client that need not push it then. It fails with
 // [ErrNotFound] where [Repository.Exists] would say that it is not there, and keeps
 // it as that does.
+//
+// It asks this host, and the swarm for what is not here.
 func (r *Repository) Blob(ctx context.Context, d digest.Digest) (ocispec.Descriptor, error) {
 	info, err := r.engine.Stat(ctx, r.tag, digest.FromDigest(d), p2p.StatOptions{Lease: true})
 	if err != nil {
@@ -139,6 +143,8 @@ func notWhole(err error) error {
 // Fetch implements [content.Fetcher]. What it returns is a [*Reader], which
 // seeks, reads anywhere, and verifies what it hands out. The error matches
 // [errdef.ErrNotFound] where the content is not there.
+//
+// What only the swarm has is fetched, and kept on this host.
 func (r *Repository) Fetch(ctx context.Context, target ocispec.Descriptor) (io.ReadCloser, error) {
 	blob, err := r.OpenBlob(ctx, target.Digest)
 	if err != nil {
@@ -149,6 +155,8 @@ func (r *Repository) Fetch(ctx context.Context, target ocispec.Descriptor) (io.R
 
 // OpenBlob opens content for reading, by its digest. The error matches
 // [errdef.ErrNotFound] where it is not there. The caller closes the Reader.
+//
+// What only the swarm has is fetched, and kept on this host.
 func (r *Repository) OpenBlob(ctx context.Context, d digest.Digest) (*Reader, error) {
 	if err := checkTarget(ocispec.Descriptor{Digest: d}); err != nil {
 		return nil, err
@@ -161,6 +169,8 @@ func (r *Repository) OpenBlob(ctx context.Context, d digest.Digest) (*Reader, er
 }
 
 // FetchReference implements [oras.land/oras-go/v2/registry.ReferenceFetcher].
+//
+// What only the swarm has is fetched, and kept on this host.
 func (r *Repository) FetchReference(ctx context.Context, reference string) (ocispec.Descriptor, io.ReadCloser, error) {
 	for attempt := 1; ; attempt++ {
 		target, err := r.Resolve(ctx, reference)
@@ -178,6 +188,8 @@ func (r *Repository) FetchReference(ctx context.Context, reference string) (ocis
 
 // Resolve implements [content.Resolver]: reference is a tag or a digest, of a
 // manifest or any other content.
+//
+// It asks this host, and the swarm for what is not here.
 func (r *Repository) Resolve(ctx context.Context, reference string) (ocispec.Descriptor, error) {
 	cid, err := parseReference(reference)
 	if err != nil {
@@ -205,6 +217,8 @@ func (r *Repository) Resolve(ctx context.Context, reference string) (ocispec.Des
 // Content with the media type of a manifest is one: it holds what it refers to,
 // which may come later. Other content is kept until a manifest refers to it,
 // and then for as long as one does.
+//
+// It stores on this host alone, where the swarm finds it.
 func (r *Repository) Push(ctx context.Context, expected ocispec.Descriptor, src io.Reader) error {
 	if err := checkTarget(expected); err != nil {
 		return err
@@ -223,6 +237,8 @@ func (r *Repository) Push(ctx context.Context, expected ocispec.Descriptor, src 
 
 // PushBlob stores what src has as Push does, but takes it in also where it is there
 // already, and so makes good what is damaged.
+//
+// It stores on this host alone, where the swarm finds it.
 func (r *Repository) PushBlob(ctx context.Context, d digest.Digest, size int64, src io.Reader) error {
 	expected := ocispec.Descriptor{MediaType: blobMediaType, Digest: d, Size: size}
 	if err := checkTarget(expected); err != nil {
@@ -237,6 +253,8 @@ func (r *Repository) PushBlob(ctx context.Context, d digest.Digest, size int64, 
 // PushReference implements [oras.land/oras-go/v2/registry.ReferencePusher]: it
 // stores a manifest and tags it, in one step. A manifest that is there already
 // is only tagged. With its own digest as reference it gets no tag.
+//
+// It stores on this host alone, where the swarm finds it.
 func (r *Repository) PushReference(ctx context.Context, expected ocispec.Descriptor, src io.Reader, reference string) error {
 	if err := checkTarget(expected); err != nil {
 		return err
@@ -433,6 +451,8 @@ func (r *sizedReader) Read(p []byte) (int, error) {
 // is there, or on a peer, which is then kept here; else it fails with
 // [errdef.ErrNotFound]. What the tag pointed to before
 // stays. Content has its own digest for a tag without that.
+//
+// It moves the tag on this host, where the swarm finds it; what only the swarm has is fetched.
 func (r *Repository) Tag(ctx context.Context, desc ocispec.Descriptor, reference string) error {
 	if err := checkTarget(desc); err != nil {
 		return err
@@ -481,6 +501,8 @@ func (r *Repository) point(ctx context.Context, d digest.Digest, names []p2p.New
 
 // Untag implements [content.Untagger]: it removes the tag. What it pointed to
 // stays.
+//
+// It acts on the whole swarm.
 func (r *Repository) Untag(ctx context.Context, reference string) error {
 	if _, err := r.names("", reference); err != nil {
 		return err
@@ -498,6 +520,8 @@ func (r *Repository) Untag(ctx context.Context, reference string) error {
 // Delete implements [content.Deleter]: it removes content, the tags that point
 // to it, and what only it held, its referrers too. Where a manifest refers to
 // it, the error matches [ErrReferenced].
+//
+// It acts on the whole swarm.
 func (r *Repository) Delete(ctx context.Context, target ocispec.Descriptor) error {
 	if err := checkTarget(target); err != nil {
 		return err
@@ -511,6 +535,8 @@ func (r *Repository) Delete(ctx context.Context, target ocispec.Descriptor) erro
 // Predecessors implements [content.PredecessorFinder]: it returns the manifests
 // that refer to node, or have it as their subject, in no particular order. Those
 // that peers have are brought here first.
+//
+// It asks the whole swarm.
 func (r *Repository) Predecessors(ctx context.Context, node ocispec.Descriptor) ([]ocispec.Descriptor, error) {
 	if checkTarget(node) != nil {
 		return nil, nil // nothing can refer to it
@@ -537,6 +563,8 @@ const referrersPage = 1 << 20
 // fn with the manifests whose subject is desc, with their artifact type and
 // annotations, in order of digest, of one artifact type where that is not "".
 // The subject need not be there.
+//
+// It asks the whole swarm.
 func (r *Repository) Referrers(ctx context.Context, desc ocispec.Descriptor, artifactType string, fn func(referrers []ocispec.Descriptor) error) error {
 	if err := checkTarget(desc); err != nil {
 		return err
@@ -578,6 +606,8 @@ const tagsPage = 1000
 
 // Tags implements [oras.land/oras-go/v2/registry.TagLister]: it calls fn with
 // the repository's tags that sort after last, in order. An error of fn ends it.
+//
+// It lists this host alone.
 func (r *Repository) Tags(ctx context.Context, last string, fn func(tags []string) error) error {
 	return pages(r.engine.List(ctx, p2p.Query{Tag: &r.tag, Kind: p2p.KindNames, After: last}),
 		func(e p2p.Entry) string { return e.Name }, fn)
@@ -616,6 +646,8 @@ func pages(entries func(func(p2p.Entry, error) bool), text func(p2p.Entry) strin
 // it, what getContent returns is pushed, or, without getContent, the error
 // matches [errdef.ErrNotFound]. fromRepo is named as a registry does:
 // [p2p.DefaultRepository] is that of the empty tag, "" is any that holds it.
+//
+// It acts on this host alone.
 func (r *Repository) Mount(ctx context.Context, desc ocispec.Descriptor, fromRepo string, getContent func() (io.ReadCloser, error)) error {
 	if err := checkTarget(desc); err != nil {
 		return err
@@ -749,6 +781,8 @@ type Manifest struct {
 
 // Manifest returns the manifest that reference, a tag or a digest, names. Other
 // content is none: the error matches [ErrNotFound].
+//
+// It asks this host, and the swarm for what is not here.
 func (r *Repository) Manifest(ctx context.Context, reference string) (Manifest, error) {
 	m, err := r.ManifestContent(ctx, reference, false, 0)
 	if err != nil {
@@ -767,6 +801,8 @@ func (r *Repository) Manifest(ctx context.Context, reference string) (Manifest, 
 // type, annotations and subject is not set. With keep, for whoever means to fetch what it
 // is made of: where peers have it, the manifest is kept on this host, with the tag. One of
 // more than limit bytes, where that is not 0, may come without its content, for Fetch to read.
+//
+// It asks this host, and the swarm for what is not here.
 func (r *Repository) ManifestContent(ctx context.Context, reference string, keep bool, limit int64) (Manifest, error) {
 	cid, err := parseReference(reference)
 	if err != nil {
@@ -803,6 +839,8 @@ const maxLooked = 32 << 10
 // ManifestExists describes a manifest to a client that need not push it then, nor what
 // it refers to. It fails with [ErrNotFound] where [Repository.Exists] would say that it is
 // not there, and keeps what is named by its digest as that does.
+//
+// It asks this host, and the swarm for what is not here.
 func (r *Repository) ManifestExists(ctx context.Context, reference string) (ocispec.Descriptor, error) {
 	cid, err := parseReference(reference)
 	if err != nil {
@@ -833,6 +871,8 @@ type ManifestOptions struct {
 // matches [ErrInvalid] where content is not a manifest, also
 // [errdef.ErrSizeExceedsLimit] where it is larger than [MaxManifest], and
 // [ErrMismatch] where it is another one than wanted.
+//
+// It stores on this host alone, where the swarm finds it.
 func (r *Repository) PushManifest(ctx context.Context, content []byte, opts ManifestOptions) (Manifest, error) {
 	names, err := r.names("", opts.Tags...)
 	if err != nil {

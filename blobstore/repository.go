@@ -141,6 +141,8 @@ type ImportOptions struct {
 // the kernel; where somebody writes to it meanwhile, nothing is stored, as it may be a mix
 // that never was the file's content, and the error matches [ErrChanged]. A Read of src that blocks does not keep Import from returning when
 // ctx ends.
+//
+// It stores on this host alone, where the swarm finds it.
 func (r *Repository) Import(ctx context.Context, cid string, src io.Reader, opts ImportOptions) (File, error) {
 	var id digest.CID
 	if cid != "" {
@@ -213,6 +215,8 @@ func (r *Repository) task(d digest.Digest) p2p.Task { return p2p.Task{Tag: r.tag
 
 // Stat says what is known of the file that cid names, or fails with [ErrNotFound],
 // or with [ErrUnreachable] where it is not on this host and no peer could be asked.
+//
+// It asks this host, and, unless l.Local is set, the swarm.
 func (r *Repository) Stat(ctx context.Context, cid string, l Lookup) (File, error) {
 	f, err := r.find(ctx, cid, l, func(*found) error { return nil })
 	if errors.Is(err, ErrNotFound) || errors.Is(err, ErrUnreachable) {
@@ -463,6 +467,8 @@ func (r *Repository) keepEmpty(ctx context.Context) error {
 //
 // A file that peers have is read while it comes from them, and kept on this host.
 // ctx bounds that as far as only this Reader waits for it.
+//
+// Unless l.Local is set, what only the swarm has is fetched, and kept on this host.
 func (r *Repository) Open(ctx context.Context, cid string, l Lookup) (*Reader, error) {
 	var blob p2p.Blob
 	f, err := r.find(ctx, cid, l, func(f *found) (err error) {
@@ -546,6 +552,8 @@ type ExportOptions struct {
 // Export writes the file that cid names to w. Every piece is verified before
 // it is written, but when Export fails w may have got some of them; [Repository.ExportFile]
 // leaves nothing behind.
+//
+// Unless opts.Local is set, what only the swarm has is fetched, and kept on this host.
 func (r *Repository) Export(ctx context.Context, cid string, w io.Writer, opts ExportOptions) (File, error) {
 	if w == nil {
 		return File{}, fmt.Errorf("export %s: %w: there is no writer to export to", cid, ErrInvalid)
@@ -573,6 +581,8 @@ func (r *Repository) Export(ctx context.Context, cid string, w io.Writer, opts E
 // opts.Overwrite, into any, the files are moved one by one when all are complete
 // and verified; other files in it stay. A file whose name would lead out of the
 // directory is refused, with [ErrInvalid].
+//
+// Unless opts.Local is set, what only the swarm has is fetched, and kept on this host.
 func (r *Repository) ExportFile(ctx context.Context, cid, path string, opts ExportOptions) (File, error) {
 	f, err := r.find(ctx, cid, opts.Lookup, func(f *found) error {
 		if len(f.Files) == 0 {
@@ -673,6 +683,8 @@ type Deleted = p2p.Deleted
 // them any more; who has them open can read on. Peers do the same; the result
 // names those that were not reached: of a swarm, they learn of it when they return.
 // It fails with [ErrNotFound] where there is nothing to remove.
+//
+// It acts on the whole swarm.
 func (r *Repository) Remove(ctx context.Context, cid string, opts DeleteOptions) (Deleted, error) {
 	id, err := digest.ParseCID(cid)
 	if err != nil {
@@ -688,6 +700,8 @@ func (r *Repository) Remove(ctx context.Context, cid string, opts DeleteOptions)
 // Replicate makes n other peers hold what cid names whole, with all that belongs
 // to it, and returns their IDs when they do. It fails with [ErrUnreachable] where
 // there are not so many peers that can, and says how many did; ctx bounds it.
+//
+// It acts on the swarm.
 func (r *Repository) Replicate(ctx context.Context, cid string, n int) ([]string, error) {
 	id, err := digest.ParseCID(cid)
 	if err != nil {
@@ -702,11 +716,15 @@ func (r *Repository) Replicate(ctx context.Context, cid string, n int) ([]string
 
 // List yields what the repository holds on this host: names, then blobs, each
 // in order. It ends after the first error.
+//
+// It lists this host alone.
 func (r *Repository) List(ctx context.Context) iter.Seq2[Entry, error] {
 	return r.engine.List(ctx, p2p.Query{Tag: &r.tag})
 }
 
 // Partials is [Store.Partials] of the repository.
+//
+// It lists this host alone.
 func (r *Repository) Partials(ctx context.Context) iter.Seq2[Entry, error] {
 	return r.engine.List(ctx, p2p.Query{Tag: &r.tag, Kind: p2p.KindPartials})
 }

@@ -38,6 +38,8 @@ var errUploadOver = errors.New("the upload is over")
 // digest that is expected at its end, sha256 where it is ""; another one costs
 // a second pass over the bytes then. The caller closes the upload; it is over when
 // the store is closed.
+//
+// It stores on this host alone, where the swarm finds it.
 func (r *Repository) NewUpload(ctx context.Context, alg digest.Algorithm) (*Upload, error) {
 	if alg != "" {
 		if _, err := digest.ParseAlgorithm(alg.String()); err != nil {

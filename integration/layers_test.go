@@ -1,6 +1,9 @@
 package integration
 
 import (
+	"go/parser"
+	"go/token"
+	"os"
 	"os/exec"
 	"slices"
 	"strings"
@@ -83,6 +86,34 @@ func TestLayers(t *testing.T) {
 			if to := layerOf(imported); to <= from {
 				t.Errorf("%s imports %s, which is not below it", pkg, imported)
 			}
+		}
+	}
+}
+
+// TestPromises: each package says whether its API is kept compatible; docs/api.txt has those whose is.
+func TestPromises(t *testing.T) {
+	api, err := os.ReadFile("../docs/api.txt")
+	if err != nil {
+		t.Fatal(err)
+	}
+	const format = `{{if ne .Name "main"}}{{.ImportPath}}{{range .GoFiles}} {{$.Dir}}/{{.}}{{end}}{{end}}`
+	for _, line := range goList(t, "-f", format, "./blobstore/...", "./p2p/...", "./digest/...") {
+		fields := strings.Fields(line)
+		pkg := strings.TrimPrefix(fields[0], module)
+		says := "It promises no compatibility."
+		if strings.Contains("\n"+string(api), "\npackage "+pkg+"\n") {
+			says = "Its API is kept compatible from release to release: docs/api.txt lists it."
+		}
+		var comment strings.Builder
+		for _, name := range fields[1:] {
+			file, err := parser.ParseFile(token.NewFileSet(), name, nil, parser.PackageClauseOnly|parser.ParseComments)
+			if err != nil {
+				t.Fatal(err)
+			}
+			comment.WriteString(file.Doc.Text())
+		}
+		if !strings.Contains(strings.ReplaceAll(comment.String(), "\n", " "), says) {
+			t.Errorf("the comment of package %s does not say: %s", pkg, says)
 		}
 	}
 }

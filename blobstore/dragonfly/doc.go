@@ -10,4 +10,6 @@
 // A cid is a digest or a cache ID, and a tag the name of an OCI repository, as
 // everywhere in a store; Dragonfly takes any text, and such as these rules forbid
 // is refused here. What is imported under a digest is compared with it.
+//
+// It promises no compatibility.
 package dragonfly

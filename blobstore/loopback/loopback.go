@@ -5,6 +5,8 @@
 // connect to it. But the kernel knows whose sockets the two ends of a connection
 // are, when both are on this host, and tells it in /proc/net/tcp. So a server can have the
 // rule of a unix socket at a port that every HTTP client can use.
+//
+// It promises no compatibility.
 package loopback
 
 import (

@@ -1,6 +1,8 @@
 // Package peertest has an engine with a peer that a test has in its hand: what is
 // only there comes piece by piece, when and as the test wants it. It stands in
 // for a swarm where the subject is what is built on top of one.
+//
+// It promises no compatibility.
 package peertest
 
 import (

@@ -1,5 +1,7 @@
 // Package connpool bounds how many connections there are, by whom they are from: who has many
 // takes nothing from who has few.
+//
+// It promises no compatibility.
 package connpool
 
 import (

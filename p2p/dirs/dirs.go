@@ -1,4 +1,6 @@
 // Package dirs makes directories.
+//
+// It promises no compatibility.
 package dirs
 
 import (

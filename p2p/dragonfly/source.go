@@ -6,6 +6,8 @@
 // which both daemons have to reach under the same path, and verifies nothing. So a
 // blob is verified before Dragonfly gets it, and what Dragonfly gives is copied,
 // and stored only where it has the digest that was asked for.
+//
+// It promises no compatibility.
 package dragonfly
 
 import (

@@ -1,6 +1,8 @@
 // Package grpclimit reads protobuf messages that come from outside by gRPC. What one holds is
 // counted before anything is made of it: two bytes, an empty message in a list, can become
 // hundreds in memory.
+//
+// It promises no compatibility.
 package grpclimit
 
 import (

@@ -1,5 +1,7 @@
 // Package jsonlimit reads JSON that comes from outside. What it holds is counted before
 // anything is made of it: three bytes of a message, `{},`, can become hundreds in memory.
+//
+// It promises no compatibility.
 package jsonlimit
 
 import (

@@ -2,6 +2,8 @@
 // example of an engine: all of the contract of [p2p.Engine], in the simplest way
 // that keeps it. One lock guards everything. It has no peers, and what it holds
 // ends with it.
+//
+// It promises no compatibility.
 package memory
 
 import (

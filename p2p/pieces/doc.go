@@ -34,4 +34,6 @@
 //
 // From the moment its digest is known until the ingest is closed, an ingest
 // holds its blobs: a blob that is held is not dropped, whoever deletes it.
+//
+// It promises no compatibility.
 package pieces

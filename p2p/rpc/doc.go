@@ -10,4 +10,6 @@
 // [Listen] and [Dial] see to who may talk to whom: the socket is in a directory
 // that only the daemon's user and group can enter, and a client refuses a
 // daemon of another user. [Launch] starts a daemon where none runs.
+//
+// It promises no compatibility.
 package rpc

@@ -1,5 +1,7 @@
 // Package secret reads files that are secrets: keys and passwords. All of them have one rule. It
 // reads what goes with them, such as certificates, in the same way.
+//
+// It promises no compatibility.
 package secret
 
 import (

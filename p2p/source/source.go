@@ -1,5 +1,7 @@
 // Package source knows what can be different about a file that is added from one moment, or one
 // reader, to the next.
+//
+// It promises no compatibility.
 package source
 
 import (

@@ -1,5 +1,7 @@
 // Package throttle bounds how many bytes move in a second, for all who move them: from above,
 // by a limiter, and from below, by a [Progress].
+//
+// It promises no compatibility.
 package throttle
 
 import (

@@ -8,6 +8,8 @@
 //
 // Each task belongs to the scheduler that the hash ring of Dragonfly's daemons gives it.
 // Schedulers forget: so all tasks are announced again and again.
+//
+// It promises no compatibility.
 package cluster
 
 import (

@@ -4,6 +4,8 @@
 // separator, for what a task is called; keeps the first content of a task; verifies
 // nothing; exports a hard link to its own cache file; deletes on its own host only; and
 // lets callers wait where it has no scheduler.
+//
+// It promises no compatibility.
 package dragonflytest
 
 import (

@@ -5,6 +5,8 @@
 // verified while it is copied for Dragonfly, which keeps a hard link of what it gets, so
 // that no file of the store is ever handed out. What comes back comes as pieces over the
 // socket, and is stored only where it has the digest that was asked for.
+//
+// It promises no compatibility.
 package persistent
 
 import (

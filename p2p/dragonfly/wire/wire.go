@@ -1,5 +1,7 @@
 // Package wire is how Dragonfly's v1 API names tasks and tells of errors, for all who
 // call it and answer it.
+//
+// It promises no compatibility.
 package wire
 
 import (

@@ -1,6 +1,8 @@
 // Package backend has the bytes of a store: blobs, what comes in, and parts of what
 // is to come. What they are called, and by whom they are kept, is package pieces'.
 // [Dir] has them in a directory, [Memory] in memory.
+//
+// It promises no compatibility.
 package backend
 
 import (

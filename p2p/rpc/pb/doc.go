@@ -6,4 +6,6 @@
 //		--go_out=. --go_opt=paths=source_relative \
 //		--go-grpc_out=. --go-grpc_opt=paths=source_relative \
 //		p2p/rpc/pb/daemon.proto
+//
+// It promises no compatibility.
 package pb

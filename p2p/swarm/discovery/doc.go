@@ -38,4 +38,6 @@
 //
 // Records are kept in memory, some 130 bytes each, and bounded in number; the
 // oldest go first.
+//
+// It promises no compatibility.
 package discovery

@@ -22,6 +22,8 @@
 // last few pieces a second one is asked for, of another source, and of what is slow to come.
 //
 // The numbers here were chosen by simulation and in real swarms: see docs/swarm.md.
+//
+// It promises no compatibility.
 package schedule
 
 const (

@@ -4,6 +4,8 @@
 // where that matters: a scheduler forgets, fetches tiny content itself when it is announced,
 // and names peers other than those that have failed; a peer cuts files into
 // pieces of 4 MiB, believes MD5s, and takes an answer for good only with status 200.
+//
+// It promises no compatibility.
 package clustertest
 
 import (

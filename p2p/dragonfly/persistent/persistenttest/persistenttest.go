@@ -5,6 +5,8 @@
 // a piece fails, the stream ends as if that were all; nearly every error is "internal",
 // and says in words what it is; an upload that is broken off is under way for ever; what
 // is there can't be uploaded again, and is gone when its TTL is over.
+//
+// It promises no compatibility.
 package persistenttest
 
 import (
