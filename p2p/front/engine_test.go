@@ -42,7 +42,7 @@ func open(t *testing.T) *front.Engine {
 func TestEngine(t *testing.T) {
 	enginetest.Run(t, func(t *testing.T) p2p.Engine {
 		e := open(t)
-		fronttest.Add(e, t.TempDir())
+		e.Add(fronttest.New(e, t.TempDir()))
 		return e
 	})
 }
@@ -60,7 +60,7 @@ func put(t *testing.T, dir string, d digest.Digest, data []byte) {
 // what it is.
 func TestDirectory(t *testing.T) {
 	e, dir := open(t), t.TempDir()
-	fronttest.Add(e, dir)
+	e.Add(fronttest.New(e, dir))
 	layer := enginetest.Content(5<<20, 1)
 	d := digest.SHA256.FromBytes(layer)
 	manifest := []byte(`{"schemaVersion":2,"mediaType":"` + ocispec.MediaTypeImageManifest + `",` +
@@ -105,8 +105,9 @@ func descriptor(mediaType string, data []byte) string {
 // A source that lies is passed over for the next one, and what it gives is nowhere kept.
 func TestNextSource(t *testing.T) {
 	e, lies, has := open(t), t.TempDir(), t.TempDir()
-	fronttest.Add(e, lies)
-	fronttest.Add(e, has)
+	e.Add(fronttest.New(e, lies))
+	honest := &late{fronttest.New(e, has), make(chan struct{})}
+	e.Add(honest)
 	data := enginetest.Content(100_000, 1)
 	task := p2p.Task{Tag: "t", Digest: digest.SHA256.FromBytes(data)}
 	put(t, lies, task.Digest, enginetest.Content(100_000, 2))
@@ -125,6 +126,7 @@ func TestNextSource(t *testing.T) {
 		})
 	}
 	all.Wait()
+	close(honest.wait)
 	info, err := e.Stat(t.Context(), "t", digest.FromDigest(task.Digest), p2p.StatOptions{Holders: true})
 	if err != nil || *info.Holders != (p2p.Holders{Asked: 2, Some: 2, Whole: 2}) {
 		t.Errorf("stat: %+v, %v", info.Holders, err)
@@ -136,7 +138,7 @@ func TestOrder(t *testing.T) {
 	e, dir := open(t), t.TempDir()
 	asked := &empty{}
 	e.Add(asked)
-	fronttest.Add(e, dir)
+	e.Add(fronttest.New(e, dir))
 	put(t, dir, digest.SHA256.FromString("data"), []byte("data"))
 	if _, err := enginetest.Fetch(t.Context(), e, p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("data")}); err != nil || asked.fetches > 0 {
 		t.Errorf("a source that has nothing was asked %d times for content, %v", asked.fetches, err)
@@ -148,13 +150,34 @@ func TestOrder(t *testing.T) {
 	}
 }
 
+// late is a source that says what it has when it may.
+type late struct {
+	*fronttest.Directory
+	wait chan struct{}
+}
+
+func (s *late) Find(ctx context.Context, task p2p.Task, opts front.FindOptions) (front.Found, error) {
+	select {
+	case <-s.wait:
+		return s.Directory.Find(ctx, task, opts)
+	case <-ctx.Done():
+		return front.Found{}, context.Cause(ctx)
+	}
+}
+
 // empty is a source that has nothing.
 type empty struct {
-	fronttest.Directory
+	*fronttest.Directory
 	fetches int
 }
 
 func (*empty) Name() string { return "nothing" }
+
+func (*empty) Stop() {}
+
+func (*empty) Close() error { return nil }
+
+func (*empty) Offer(context.Context, p2p.Commit) error { return nil }
 
 func (*empty) Find(context.Context, p2p.Task, front.FindOptions) (front.Found, error) {
 	return front.Found{}, p2p.ErrNotFound
@@ -174,7 +197,7 @@ func TestMend(t *testing.T) {
 	}
 	e, has := front.New(store, nil), t.TempDir()
 	defer e.Close()
-	fronttest.Add(e, has)
+	e.Add(fronttest.New(e, has))
 	data := enginetest.Content(200_000, 1)
 	task := enginetest.Import(t, e, "t", data)
 	path := filepath.Join(dir, "blobs", task.Digest.Algorithm().String(), task.Digest.Encoded())
@@ -188,6 +211,11 @@ func TestMend(t *testing.T) {
 	if _, err := enginetest.Fetch(t.Context(), e, task); !errors.Is(err, digest.ErrCorrupt) {
 		t.Errorf("read what nobody has whole: %v", err)
 	}
+	if err := os.Truncate(path, 3); err != nil {
+		t.Fatal(err)
+	}
+	_, err = e.Open(t.Context(), task, p2p.Network)
+	enginetest.RequireError(t, "open what nobody has whole", err, digest.ErrCorrupt)
 	put(t, has, task.Digest, data)
 	if err := e.Mend(t.Context(), task); err != nil {
 		t.Fatal(err)

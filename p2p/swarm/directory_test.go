@@ -17,7 +17,7 @@ func TestDirectoryBeside(t *testing.T) {
 	h := newHub()
 	a, b := h.start(t), h.start(t)
 	dir := t.TempDir()
-	fronttest.Add(b.Engine, dir)
+	b.Add(fronttest.New(b.Engine, dir))
 	put := func(d digest.Digest, data []byte) {
 		t.Helper()
 		path := filepath.Join(dir, d.Algorithm().String(), d.Encoded())

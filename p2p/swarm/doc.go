@@ -1,5 +1,5 @@
-// Package swarm is the engine of a dfdaemon among others: a store that asks its
-// peers for what it does not have, and gives them what it has.
+// Package swarm is a source of content that is other dfdaemons: it asks them for what
+// the store in front of it does not have, and gives them what that has.
 //
 // It finds peers by a [Network], which package discovery implements, and asks
 // them over HTTP/1.1 on connections that both sides have proven the swarm's key
@@ -10,7 +10,8 @@
 //
 // # Where things are
 //
-//	swarm.go                       the engine's calls, Close, what is done now and then
+//	source.go                      what package front, the engine before it, sees of the swarm
+//	swarm.go                       New, Close, what is done now and then
 //	find.go, manifests.go          what a name stands for, and who has it
 //	deletes.go, conflicts.go       deletes everywhere, those that were missed, moves that crossed
 //	download.go                    a fetch; sources.go, chains.go, transfer.go and progress.go are its parts
@@ -49,7 +50,7 @@
 // # Goroutines and locks
 //
 // background counts the goroutines that belong to no call: listeners, tend,
-// tellAll, downloads. calls counts calls of the engine's methods. late counts
+// tellAll, downloads. calls counts what peers ask for. late counts
 // questions to peers: a call waits for their answer, as long as it has time, and not
 // for their goroutine. Close ends the context, and waits for all of these.
 //

@@ -27,12 +27,8 @@ type Directory struct {
 
 var _ front.Source = (*Directory)(nil)
 
-// Add makes a directory one of an engine's sources.
-func Add(f *front.Engine, dir string) *Directory {
-	d := &Directory{front: f, dir: dir}
-	f.Add(d)
-	return d
-}
+// New returns a directory as a source of an engine, for [front.Engine.Add].
+func New(f *front.Engine, dir string) *Directory { return &Directory{front: f, dir: dir} }
 
 func (d *Directory) path(digest digest.Digest) string {
 	return filepath.Join(d.dir, digest.Algorithm().String(), digest.Encoded())
