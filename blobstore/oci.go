@@ -342,7 +342,7 @@ func (r *Repository) blobCommit(d digest.Digest, mediaType string, names []p2p.N
 		mediaType = blobMediaType
 	}
 	return p2p.Commit{
-		Tasks: []p2p.NewTask{{Task: r.task(d), MediaType: mediaType, Keep: p2p.KeepLoose}},
+		Tasks: []p2p.NewTask{{Task: r.task(d), MediaType: mediaType, Keep: p2p.KeepUntilReferred}},
 		Names: pointing(names, d),
 	}
 }
@@ -674,7 +674,7 @@ func (r *Repository) mount(ctx context.Context, d digest.Digest, fromRepo string
 		return err
 	}
 	m := mounting{from: &Repository{engine: r.engine, tag: tag}, to: r, seen: map[digest.Digest]bool{}}
-	if err := m.add(ctx, d, p2p.KeepLoose); err != nil {
+	if err := m.add(ctx, d, p2p.KeepUntilReferred); err != nil {
 		return notWhole(err)
 	}
 	in, err := r.engine.Ingest(ctx)
@@ -716,7 +716,7 @@ func (m *mounting) add(ctx context.Context, d digest.Digest, keep p2p.Keep) erro
 		}
 		n.Manifest = parsed.References(true)
 		for _, child := range n.Manifest.Needs {
-			if err := m.add(ctx, child, p2p.KeepHeld); err != nil {
+			if err := m.add(ctx, child, p2p.KeepReferred); err != nil {
 				return err
 			}
 		}
@@ -934,7 +934,7 @@ func (r *Repository) pushManifest(ctx context.Context, data []byte, push manifes
 		}
 	}
 	commit := p2p.Commit{
-		Tasks: []p2p.NewTask{{Task: r.task(added.Digest), MediaType: mediaType, Keep: p2p.KeepLoose, Manifest: refs}},
+		Tasks: []p2p.NewTask{{Task: r.task(added.Digest), MediaType: mediaType, Keep: p2p.KeepUntilReferred, Manifest: refs}},
 		Names: pointing(push.names, added.Digest),
 	}
 	err = in.Commit(commit)

@@ -457,7 +457,7 @@ func (r *Repository) keepEmpty(ctx context.Context) error {
 		return err
 	}
 	return in.Commit(p2p.Commit{Tasks: []p2p.NewTask{{
-		Task: r.task(config.Digest), MediaType: config.MediaType, Keep: p2p.KeepLoose, Origin: time.Unix(0, 1).UTC(),
+		Task: r.task(config.Digest), MediaType: config.MediaType, Keep: p2p.KeepUntilReferred, Origin: time.Unix(0, 1).UTC(),
 	}}})
 }
 

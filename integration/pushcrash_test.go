@@ -85,7 +85,7 @@ func TestPushCrash(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if e.Name != "" || e.Keep != p2p.KeepLoose || e.IsManifest {
+		if e.Name != "" || e.Keep != p2p.KeepUntilReferred || e.IsManifest {
 			t.Errorf("there is still %+v", e)
 			continue
 		}

@@ -195,12 +195,12 @@ const (
 type Keep int
 
 const (
-	// KeepHeld is kept by the names that point to it, the tasks that refer to it, and
+	// KeepReferred is kept by the names that point to it, the tasks that refer to it, and
 	// its subject. It goes with the last of them.
-	KeepHeld Keep = iota
-	// KeepLoose is held by nothing yet. It is kept until something does, and
-	// then as KeepHeld: content that arrives before what refers to it.
-	KeepLoose
+	KeepReferred Keep = iota
+	// KeepUntilReferred is kept until something refers to it, and then as KeepReferred:
+	// content that arrives before what refers to it.
+	KeepUntilReferred
 	// KeepPinned is kept for its own sake, until it is deleted.
 	KeepPinned
 )
@@ -220,7 +220,7 @@ type NewName struct {
 	// After is the latest move or delete of the name that was known to whoever
 	// points it there; zero where that is not known, or none was.
 	After time.Time
-	// KeepOld keeps what the name pointed to before, as KeepLoose where
+	// KeepOld keeps what the name pointed to before, as KeepUntilReferred where
 	// nothing else holds it. Hosts that learn of the move do so, too.
 	KeepOld bool
 }
@@ -229,7 +229,7 @@ type NewName struct {
 type DeleteOptions struct {
 	// Force deletes a task that another one refers to.
 	Force bool
-	// NameOnly deletes a name and keeps what it pointed to, as KeepLoose where
+	// NameOnly deletes a name and keeps what it pointed to, as KeepUntilReferred where
 	// nothing else holds it.
 	NameOnly bool
 }

@@ -136,7 +136,7 @@ func (n NewTask) Validate() error {
 	if err := validateMediaType(n.MediaType); err != nil {
 		return fmt.Errorf("task %s: %w", n.Task, err)
 	}
-	if n.Keep < KeepHeld || n.Keep > KeepPinned {
+	if n.Keep < KeepReferred || n.Keep > KeepPinned {
 		return fmt.Errorf("task %s: %w: nothing is kept as %d", n.Task, digest.ErrInvalid, n.Keep)
 	}
 	if err := validateTime("origin", n.Origin); err != nil {

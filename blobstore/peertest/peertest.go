@@ -204,7 +204,7 @@ func remote(info *p2p.Info) {
 
 // keep stores what the peer has.
 func (e *Engine) keep(ctx context.Context, info p2p.Info, content []byte, names ...p2p.NewName) error {
-	task := p2p.NewTask{Task: info.Task, MediaType: info.MediaType, Keep: p2p.KeepLoose, Origin: info.Origin}
+	task := p2p.NewTask{Task: info.Task, MediaType: info.MediaType, Keep: p2p.KeepUntilReferred, Origin: info.Origin}
 	if info.IsManifest {
 		var err error
 		if task.Manifest, err = manifest.Parse(info.MediaType, content); err != nil {
@@ -316,7 +316,7 @@ func (e *Engine) Mend(ctx context.Context, task p2p.Task) error {
 	if _, err := in.Add(io.NewSectionReader(src, 0, src.Size()), p2p.AddOptions{Want: task.Digest}); err != nil {
 		return err
 	}
-	return in.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: task, Keep: p2p.KeepLoose}}})
+	return in.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: task, Keep: p2p.KeepUntilReferred}}})
 }
 
 // blob is one that comes from the peer.

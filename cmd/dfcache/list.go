@@ -46,9 +46,9 @@ func newListed(e blobstore.Entry) listed {
 		l.Type, l.Size = "partial", e.Total
 	case e.Name != "":
 		l.Type, l.CID, l.Digest, l.Manifest, l.Size = "name", e.Name, "", e.Task.Digest, e.Total
-	case e.Keep != p2p.KeepHeld && e.IsManifest:
+	case e.Keep != p2p.KeepReferred && e.IsManifest:
 		l.Type = "manifest"
-	case e.Keep != p2p.KeepHeld:
+	case e.Keep != p2p.KeepReferred:
 		l.Type = "blob"
 	}
 	return l

@@ -194,7 +194,7 @@ func TestPartials(t *testing.T) {
 	n.set(func() {
 		for _, d := range []digest.Digest{f.Digest, lost} {
 			n.partials = append(n.partials, p2p.Entry{
-				Info:  p2p.Info{Task: p2p.Task{Tag: "t", Digest: d}, Size: f.Size, PieceLength: 65536, Pieces: 4, Held: 3, Keep: p2p.KeepLoose},
+				Info:  p2p.Info{Task: p2p.Task{Tag: "t", Digest: d}, Size: f.Size, PieceLength: 65536, Pieces: 4, Held: 3, Keep: p2p.KeepUntilReferred},
 				Total: 200_000,
 			})
 		}

@@ -881,7 +881,7 @@ func tryPush(ctx context.Context, e p2p.Engine, data []byte, m *p2p.NewManifest,
 	for i := range names {
 		names[i].Tag, names[i].Digest = task.Tag, task.Digest
 	}
-	return task, in.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: task, Keep: p2p.KeepLoose, Manifest: m}}, Names: names})
+	return task, in.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: task, Keep: p2p.KeepUntilReferred, Manifest: m}}, Names: names})
 }
 
 func refs(tasks ...p2p.Task) *p2p.NewManifest {
@@ -901,10 +901,10 @@ func requireKeep(t *testing.T, e p2p.Engine, task p2p.Task, want p2p.Keep) {
 
 func testLooseTask(t *testing.T, e p2p.Engine) {
 	layer := push(t, e, Content(1000, 1), nil)
-	requireKeep(t, e, layer, p2p.KeepLoose)
+	requireKeep(t, e, layer, p2p.KeepUntilReferred)
 	// Committed again it stays so; pinned it stays pinned.
 	push(t, e, Content(1000, 1), nil)
-	requireKeep(t, e, layer, p2p.KeepLoose)
+	requireKeep(t, e, layer, p2p.KeepUntilReferred)
 	Import(t, e, "t", Content(1000, 1))
 	push(t, e, Content(1000, 1), nil)
 	requireKeep(t, e, layer, p2p.KeepPinned)
@@ -919,10 +919,10 @@ func testLooseTaskIsAdopted(t *testing.T, e p2p.Engine) {
 	pinned := Import(t, e, "t", Content(1000, 3))
 	one := push(t, e, []byte(`{"one":1}`), refs(shared, layer, pinned))
 	two := push(t, e, []byte(`{"two":2}`), refs(shared))
-	requireKeep(t, e, layer, p2p.KeepHeld)
-	requireKeep(t, e, one, p2p.KeepLoose)
+	requireKeep(t, e, layer, p2p.KeepReferred)
+	requireKeep(t, e, one, p2p.KeepUntilReferred)
 	index := push(t, e, []byte(`{"index":1}`), refs(one))
-	requireKeep(t, e, one, p2p.KeepHeld)
+	requireKeep(t, e, one, p2p.KeepReferred)
 	_, err := e.Delete(t.Context(), "t", digest.FromDigest(one.Digest), p2p.DeleteOptions{})
 	requireError(t, "delete a manifest that an index refers to", err, p2p.ErrReferenced)
 	if deleted, err := e.Delete(t.Context(), "t", digest.FromDigest(index.Digest), p2p.DeleteOptions{}); err != nil || deleted.Tasks != 3 {
@@ -940,7 +940,7 @@ func testLooseTaskIsAdopted(t *testing.T, e p2p.Engine) {
 	}
 	late := Content(1000, 4)
 	push(t, e, []byte(`{"three":3}`), refs(digestOf(late)))
-	requireKeep(t, e, push(t, e, late, nil), p2p.KeepHeld)
+	requireKeep(t, e, push(t, e, late, nil), p2p.KeepReferred)
 }
 
 func testNameOnly(t *testing.T, e p2p.Engine) {
@@ -953,7 +953,7 @@ func testNameOnly(t *testing.T, e p2p.Engine) {
 		}
 		_, err = resolve(t.Context(), e, "t", cid(t, name))
 		requireError(t, "resolve the deleted name", err, p2p.ErrNotFound)
-		requireKeep(t, e, manifest, []p2p.Keep{p2p.KeepHeld, p2p.KeepLoose}[i])
+		requireKeep(t, e, manifest, []p2p.Keep{p2p.KeepReferred, p2p.KeepUntilReferred}[i])
 	}
 	RequireContent(t, e, parts[0], Content(1000, 1))
 	_, err := e.Delete(t.Context(), "t", cid(t, "v1"), p2p.DeleteOptions{NameOnly: true})
@@ -974,12 +974,12 @@ func testNameKeepsOld(t *testing.T, e p2p.Engine) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		requireKeep(t, e, task, p2p.KeepHeld)
+		requireKeep(t, e, task, p2p.KeepReferred)
 		return task
 	}
 	first := tag(`{"one":1}`)
 	second := tag(`{"two":2}`)
-	requireKeep(t, e, first, p2p.KeepLoose)
+	requireKeep(t, e, first, p2p.KeepUntilReferred)
 	if got, err := resolve(t.Context(), e, "t", cid(t, "v1")); err != nil || got != second {
 		t.Errorf("resolve: %v, %v; want %v", got, err, second)
 	}
@@ -987,7 +987,7 @@ func testNameKeepsOld(t *testing.T, e p2p.Engine) {
 	if again := tag(`{"two":2}`); again != second {
 		t.Errorf("the task is %v, was %v", again, second)
 	}
-	requireKeep(t, e, second, p2p.KeepHeld)
+	requireKeep(t, e, second, p2p.KeepReferred)
 }
 
 func testNeeds(t *testing.T, e p2p.Engine) {
@@ -1002,7 +1002,7 @@ func testNeeds(t *testing.T, e p2p.Engine) {
 		t.Errorf("error %q does not name what is missing", err)
 	}
 	requireMissing(t, e, task)
-	requireKeep(t, e, here, p2p.KeepLoose)
+	requireKeep(t, e, here, p2p.KeepUntilReferred)
 	m.Needs = m.Refs[:1]
 	if _, err := tryPush(t.Context(), e, []byte(`{"one":1}`), m); err != nil {
 		t.Errorf("commit a manifest that refers to what is absent, and need not be there: %v", err)
@@ -1024,13 +1024,13 @@ func testLease(t *testing.T, e p2p.Engine) {
 		push(t, e, data, nil)
 	}
 	remove(one)
-	requireKeep(t, e, layer, p2p.KeepLoose)
+	requireKeep(t, e, layer, p2p.KeepUntilReferred)
 	for _, manifest := range []string{`{"two":2}`, `{"three":3}`} {
 		RequireContent(t, e, layer, data)
 		m := refs(layer)
 		m.Needs = m.Refs
 		task := push(t, e, []byte(manifest), m)
-		requireKeep(t, e, layer, p2p.KeepHeld)
+		requireKeep(t, e, layer, p2p.KeepReferred)
 		remove(task)
 	}
 	requireMissing(t, e, layer)
@@ -1051,7 +1051,7 @@ func testLeaseByStat(t *testing.T, e p2p.Engine) {
 	importArtifact(t, e, "t", "v1", []byte(`{"two":2}`), Content(1000, 3))
 	requireMissing(t, e, manifest)
 	requireMissing(t, e, layers[1])
-	requireKeep(t, e, layers[0], p2p.KeepLoose)
+	requireKeep(t, e, layers[0], p2p.KeepUntilReferred)
 	if err := ask(layers[0]); err != nil {
 		t.Fatal(err)
 	}
@@ -1068,8 +1068,8 @@ func testLeaseByStat(t *testing.T, e p2p.Engine) {
 	if _, err := e.Delete(t.Context(), "t", cid(t, "v2"), p2p.DeleteOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	requireKeep(t, e, manifest, p2p.KeepLoose)
-	requireKeep(t, e, layers[0], p2p.KeepHeld)
+	requireKeep(t, e, manifest, p2p.KeepUntilReferred)
+	requireKeep(t, e, layers[0], p2p.KeepReferred)
 	// Whoever was told has come back: it goes with its name.
 	importArtifact(t, e, "t", "v2", []byte(`{"one":1}`), Content(1000, 1))
 	if _, err := e.Delete(t.Context(), "t", cid(t, "v2"), p2p.DeleteOptions{}); err != nil {
@@ -1141,7 +1141,7 @@ func testManifestReplacesRefs(t *testing.T, e p2p.Engine) {
 	if info, err := stat(t.Context(), e, manifest); err != nil || !info.IsManifest || info.Keep != p2p.KeepPinned {
 		t.Errorf("stat: %+v, %v; want a pinned manifest", info, err)
 	}
-	requireKeep(t, e, layer, p2p.KeepHeld)
+	requireKeep(t, e, layer, p2p.KeepReferred)
 	// As a blob once more, it still is.
 	push(t, e, []byte(`{"one":1}`), nil)
 	if info, err := stat(t.Context(), e, manifest); err != nil || !info.IsManifest {
@@ -1199,7 +1199,7 @@ func testReferrers(t *testing.T, e p2p.Engine) {
 	subject := push(t, e, []byte(`{"subject":1}`), refs(layer))
 	part := push(t, e, Content(1000, 2), nil)
 	signature := push(t, e, []byte(`{"signature":1}`), about(subject, part))
-	requireKeep(t, e, signature, p2p.KeepHeld)
+	requireKeep(t, e, signature, p2p.KeepReferred)
 	if got := referring(t, e, layer); !slices.Equal(got, []p2p.Task{subject}) {
 		t.Errorf("to the layer refer %v, want the subject", got)
 	}
@@ -1236,7 +1236,7 @@ func testReferrers(t *testing.T, e p2p.Engine) {
 	if deleted, err := e.Delete(t.Context(), "t", digest.FromDigest(subject.Digest), p2p.DeleteOptions{}); err != nil || deleted.Tasks != 1 {
 		t.Errorf("delete the subject: %+v, %v; want only that to go", deleted, err)
 	}
-	requireKeep(t, e, named, p2p.KeepHeld)
+	requireKeep(t, e, named, p2p.KeepReferred)
 	if got := referring(t, e, subject); !slices.Equal(got, []p2p.Task{named}) {
 		t.Errorf("to the absent subject refer %v, want %v", got, named)
 	}
@@ -1246,12 +1246,12 @@ func testReferrerBeforeSubject(t *testing.T, e p2p.Engine) {
 	content := []byte(`{"subject":1}`)
 	subject := p2p.Task{Tag: "t", Digest: digest.SHA256.FromBytes(content)}
 	signature := push(t, e, []byte(`{"signature":1}`), about(subject))
-	requireKeep(t, e, signature, p2p.KeepLoose)
+	requireKeep(t, e, signature, p2p.KeepUntilReferred)
 	if got := referring(t, e, subject); !slices.Equal(got, []p2p.Task{signature}) {
 		t.Errorf("to the absent subject refer %v, want %v", got, signature)
 	}
 	push(t, e, content, refs())
-	requireKeep(t, e, signature, p2p.KeepHeld)
+	requireKeep(t, e, signature, p2p.KeepReferred)
 	if deleted, err := e.Delete(t.Context(), "t", digest.FromDigest(signature.Digest), p2p.DeleteOptions{}); err != nil || deleted.Tasks != 1 {
 		t.Errorf("delete the referrer: %+v, %v", deleted, err)
 	}
@@ -1472,7 +1472,7 @@ func testTaskKeepsItsImport(t *testing.T, e p2p.Engine) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := importReader(t.Context(), e, "t", strings.NewReader("data"), p2p.AddOptions{}, p2p.KeepHeld); err != nil {
+	if _, err := importReader(t.Context(), e, "t", strings.NewReader("data"), p2p.AddOptions{}, p2p.KeepReferred); err != nil {
 		t.Fatal(err)
 	}
 	second, err := stat(t.Context(), e, task)

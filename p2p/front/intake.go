@@ -19,7 +19,7 @@ import (
 
 // newTask is how a task is kept that a source has described.
 func newTask(info p2p.Info) p2p.NewTask {
-	n := p2p.NewTask{Task: info.Task, MediaType: info.MediaType, Keep: p2p.KeepLoose, Origin: info.Origin, After: info.After}
+	n := p2p.NewTask{Task: info.Task, MediaType: info.MediaType, Keep: p2p.KeepUntilReferred, Origin: info.Origin, After: info.After}
 	if info.Keep == p2p.KeepPinned {
 		n.Keep = p2p.KeepPinned
 	}
@@ -179,7 +179,7 @@ func (e *Engine) Take(ctx context.Context, task p2p.Task, f *os.File) error {
 	if _, err := f.Seek(0, io.SeekStart); err != nil {
 		return err
 	}
-	n := p2p.NewTask{Task: task, Keep: p2p.KeepLoose, Origin: time.Now()} // nobody knows when it was imported
+	n := p2p.NewTask{Task: task, Keep: p2p.KeepUntilReferred, Origin: time.Now()} // nobody knows when it was imported
 	var src io.Reader = f
 	if info.Size() <= p2p.MaxManifest {
 		// What is looked at is what is verified, whoever changes the file meanwhile.

@@ -299,7 +299,7 @@ func (s *Store) put(n p2p.NewTask, added *blob) {
 	delete(t.lost, d)
 	k, now := t.tasks[d], time.Now()
 	if k == nil {
-		k = &task{blob: s.blobs[d], imported: now, origin: n.Origin, after: n.After, loose: n.Keep == p2p.KeepLoose}
+		k = &task{blob: s.blobs[d], imported: now, origin: n.Origin, after: n.After, loose: n.Keep == p2p.KeepUntilReferred}
 		if k.origin.IsZero() {
 			k.origin = now
 		}
@@ -308,7 +308,7 @@ func (s *Store) put(n p2p.NewTask, added *blob) {
 	if n.MediaType != "" {
 		k.mediaType = n.MediaType
 	}
-	if n.Keep == p2p.KeepLoose {
+	if n.Keep == p2p.KeepUntilReferred {
 		k.leases = append(k.live(), now.Add(s.lease))
 	}
 	if n.Keep == p2p.KeepPinned {

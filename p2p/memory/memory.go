@@ -213,7 +213,7 @@ func (s *Store) info(tagName string, d digest.Digest) p2p.Info {
 	case k.pinned:
 		info.Keep = p2p.KeepPinned
 	case k.loose:
-		info.Keep = p2p.KeepLoose
+		info.Keep = p2p.KeepUntilReferred
 	}
 	t.lacks(d, map[digest.Digest]bool{}, &info.Lacks)
 	return info

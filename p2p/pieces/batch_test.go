@@ -170,7 +170,7 @@ func TestWeightOfDeletes(t *testing.T) {
 		added, err := in.Add(strings.NewReader(content), p2p.AddOptions{})
 		if err == nil {
 			err = in.Commit(p2p.Commit{
-				Tasks: []p2p.NewTask{{Task: p2p.Task{Tag: "t", Digest: added.Digest}, Manifest: m, Keep: p2p.KeepHeld}},
+				Tasks: []p2p.NewTask{{Task: p2p.Task{Tag: "t", Digest: added.Digest}, Manifest: m, Keep: p2p.KeepReferred}},
 				Names: []p2p.NewName{{Tag: "t", Name: name, Digest: added.Digest}},
 			})
 		}

@@ -16,7 +16,7 @@ func fetched(t *testing.T, s *Store, task p2p.Task, data []byte, origin time.Tim
 	if err != nil {
 		t.Fatal(err)
 	}
-	return p.Commit(t.Context(), p2p.Commit{Tasks: []p2p.NewTask{{Task: task, Keep: p2p.KeepLoose, Origin: origin}}})
+	return p.Commit(t.Context(), p2p.Commit{Tasks: []p2p.NewTask{{Task: task, Keep: p2p.KeepUntilReferred, Origin: origin}}})
 }
 
 func holds(t *testing.T, s *Store, tag string, cid digest.CID) bool {

@@ -201,7 +201,7 @@ var works = map[string]func(t *testing.T, s *Store) error{
 			return err
 		}
 		task := p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("new")}
-		if err := p.Commit(t.Context(), p2p.Commit{Tasks: []p2p.NewTask{{Task: task, Keep: p2p.KeepLoose, Origin: time.Now()}}}); err != nil {
+		if err := p.Commit(t.Context(), p2p.Commit{Tasks: []p2p.NewTask{{Task: task, Keep: p2p.KeepUntilReferred, Origin: time.Now()}}}); err != nil {
 			return err
 		}
 		_, err = importArtifact(t.Context(), s, "v1", []byte("new"))

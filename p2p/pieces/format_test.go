@@ -158,7 +158,7 @@ func makeFullStore(t *testing.T, dir string) {
 	_, err = s.Delete(t.Context(), "t", cacheID(t, "v2"), p2p.DeleteOptions{})
 	must(err)
 
-	loose := p2p.NewTask{Keep: p2p.KeepLoose}
+	loose := p2p.NewTask{Keep: p2p.KeepUntilReferred}
 	commit(fullPushed, loose)
 	commit(fullPushed, loose) // by another client
 	manifest("pushed", fullPushed)
@@ -169,7 +169,7 @@ func makeFullStore(t *testing.T, dir string) {
 	must(err)
 	_, _, err = s.DeleteForAll(t.Context(), "r", cacheID(t, "spared"), p2p.DeleteOptions{})
 	must(err)
-	commit(fullFetched, p2p.NewTask{Keep: p2p.KeepLoose, Origin: fullOrigin.At, After: fullOrigin.After},
+	commit(fullFetched, p2p.NewTask{Keep: p2p.KeepUntilReferred, Origin: fullOrigin.At, After: fullOrigin.After},
 		p2p.NewName{Tag: "r", Name: "fetched", Digest: fullTask(fullFetched).Digest, Updated: fullOrigin.At, After: fullOrigin.After})
 	commit(fullSubject, p2p.NewTask{Keep: p2p.KeepPinned})
 	commit(fullReferrer, p2p.NewTask{MediaType: "application/y", Manifest: &p2p.NewManifest{Subject: fullTask(fullSubject).Digest}},
@@ -224,13 +224,13 @@ func requireFull(t *testing.T, s *Store) {
 		keep    p2p.Keep
 		pointed []string // names
 	}{
-		{fullPushed, p2p.KeepHeld, nil}, {fullManifest(fullPushed), p2p.KeepHeld, []string{"pushed"}},
-		{fullLoose, p2p.KeepLoose, nil}, {fullSpared, p2p.KeepLoose, nil},
-		{fullFetched, p2p.KeepHeld, []string{"fetched"}},
-		{fullSubject, p2p.KeepPinned, nil}, {fullReferrer, p2p.KeepHeld, []string{"kept"}},
-		{fullLarge, p2p.KeepPinned, nil}, {fullManifest(fullForced), p2p.KeepHeld, []string{"forced"}},
-		{fullManifest(fullDamaged), p2p.KeepHeld, []string{"damaged"}},
-		{[]byte("short-lived"), p2p.KeepLoose, nil},
+		{fullPushed, p2p.KeepReferred, nil}, {fullManifest(fullPushed), p2p.KeepReferred, []string{"pushed"}},
+		{fullLoose, p2p.KeepUntilReferred, nil}, {fullSpared, p2p.KeepUntilReferred, nil},
+		{fullFetched, p2p.KeepReferred, []string{"fetched"}},
+		{fullSubject, p2p.KeepPinned, nil}, {fullReferrer, p2p.KeepReferred, []string{"kept"}},
+		{fullLarge, p2p.KeepPinned, nil}, {fullManifest(fullForced), p2p.KeepReferred, []string{"forced"}},
+		{fullManifest(fullDamaged), p2p.KeepReferred, []string{"damaged"}},
+		{[]byte("short-lived"), p2p.KeepUntilReferred, nil},
 	} {
 		enginetest.RequireContent(t, s, fullTask(c.data), c.data)
 		if info := stat(c.data); info.Keep != c.keep {

@@ -19,7 +19,7 @@ import (
 // and each manifest that comes, or name, ends one of every task that it takes over.
 // Only a delete of the very digest ends them all.
 //
-// What was stored for a client ([p2p.KeepLoose]) has its lease in the task's record:
+// What was stored for a client ([p2p.KeepUntilReferred]) has its lease in the task's record:
 // it holds also when the store is opened again, and what it has saved stays loose, as
 // if it had been pushed just then. Who only asked has a lease in memory, and what that
 // has saved is released again when it ends: nobody has pushed it.

@@ -28,7 +28,7 @@ func pushed(t *testing.T, s *Store, data string, refs ...p2p.Task) p2p.Task {
 	if err != nil {
 		t.Fatal(err)
 	}
-	n := p2p.NewTask{Task: p2p.Task{Tag: "t", Digest: added.Digest}, Keep: p2p.KeepLoose}
+	n := p2p.NewTask{Task: p2p.Task{Tag: "t", Digest: added.Digest}, Keep: p2p.KeepUntilReferred}
 	for _, ref := range refs {
 		if n.Manifest == nil {
 			n.Manifest = &p2p.NewManifest{}
@@ -527,15 +527,15 @@ func TestLeaseOutlivesWhatOthersBring(t *testing.T) {
 		commit p2p.Commit
 		delete digest.CID
 	}{
-		"a manifest from a peer":   {"layer", p2p.Commit{Tasks: []p2p.NewTask{{Task: manifest, Manifest: refs, Keep: p2p.KeepHeld, Origin: now}}}, digest.FromDigest(manifest.Digest)},
-		"a manifest with the same": {"layer", p2p.Commit{Tasks: []p2p.NewTask{{Task: layer, Keep: p2p.KeepHeld}, {Task: manifest, Manifest: refs, Keep: p2p.KeepHeld}}}, digest.FromDigest(manifest.Digest)},
+		"a manifest from a peer":   {"layer", p2p.Commit{Tasks: []p2p.NewTask{{Task: manifest, Manifest: refs, Keep: p2p.KeepReferred, Origin: now}}}, digest.FromDigest(manifest.Digest)},
+		"a manifest with the same": {"layer", p2p.Commit{Tasks: []p2p.NewTask{{Task: layer, Keep: p2p.KeepReferred}, {Task: manifest, Manifest: refs, Keep: p2p.KeepReferred}}}, digest.FromDigest(manifest.Digest)},
 		"a name from a peer":       {"manifest", p2p.Commit{Names: []p2p.NewName{{Tag: "t", Name: "v1", Digest: manifest.Digest, Updated: now}}}, cacheID(t, "v1")},
-		"a subject from a peer":    {"referrer", p2p.Commit{Tasks: []p2p.NewTask{{Task: manifest, Keep: p2p.KeepHeld, Origin: now}}}, digest.FromDigest(manifest.Digest)},
+		"a subject from a peer":    {"referrer", p2p.Commit{Tasks: []p2p.NewTask{{Task: manifest, Keep: p2p.KeepReferred, Origin: now}}}, digest.FromDigest(manifest.Digest)},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := newStore(t)
 			told := p2p.Task{Tag: "t", Digest: digest.SHA256.FromString(c.told)}
-			pushedNow := p2p.NewTask{Task: told, Keep: p2p.KeepLoose}
+			pushedNow := p2p.NewTask{Task: told, Keep: p2p.KeepUntilReferred}
 			if c.told == "referrer" {
 				pushedNow.Manifest = about
 			}
@@ -558,7 +558,7 @@ func TestWhatIsHeldHasNoLease(t *testing.T) {
 	manifest := p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("manifest")}
 	pushed(t, s, "manifest") // by its digest first, as some clients do
 	bring(t, s, p2p.Commit{
-		Tasks: []p2p.NewTask{{Task: manifest, Manifest: &p2p.NewManifest{}, Keep: p2p.KeepLoose}},
+		Tasks: []p2p.NewTask{{Task: manifest, Manifest: &p2p.NewManifest{}, Keep: p2p.KeepUntilReferred}},
 		Names: []p2p.NewName{{Tag: "t", Name: "v1", Digest: manifest.Digest}},
 	}, "manifest")
 	if _, err := s.Delete(t.Context(), "t", cacheID(t, "v1"), p2p.DeleteOptions{}); err != nil {
@@ -568,7 +568,7 @@ func TestWhatIsHeldHasNoLease(t *testing.T) {
 		t.Error("the manifest is still here, whose name was deleted")
 	}
 	subject := pushed(t, s, "subject")
-	bring(t, s, p2p.Commit{Tasks: []p2p.NewTask{{Task: manifest, Manifest: &p2p.NewManifest{Subject: subject.Digest}, Keep: p2p.KeepLoose}}}, "manifest")
+	bring(t, s, p2p.Commit{Tasks: []p2p.NewTask{{Task: manifest, Manifest: &p2p.NewManifest{Subject: subject.Digest}, Keep: p2p.KeepUntilReferred}}}, "manifest")
 	deleteTask(t, s, subject)
 	if isHere(t, s, manifest) {
 		t.Error("the manifest is still here, and what it is about was deleted")

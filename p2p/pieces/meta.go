@@ -293,7 +293,7 @@ func (r *removal) addTask(tx *bbolt.Tx, n p2p.NewTask, c *commit) (released []di
 		before = record.version()
 	} else {
 		record.Imported = r.now
-		record.Loose = n.Keep == p2p.KeepLoose
+		record.Loose = n.Keep == p2p.KeepUntilReferred
 		record.Fetched = !n.Origin.IsZero()
 		r.s.note(Change{Event: Added, Subject: SubjectTask, Reason: r.came, Task: n.Task})
 	}
@@ -331,7 +331,7 @@ func (r *removal) addTask(tx *bbolt.Tx, n p2p.NewTask, c *commit) (released []di
 		}
 	}
 	record.Loose = record.Loose && !record.held(tx, n.Task)
-	if n.Keep == p2p.KeepLoose && n.Origin.IsZero() && !c.named[n.Task] && !record.attached(tx, n.Task) {
+	if n.Keep == p2p.KeepUntilReferred && n.Origin.IsZero() && !c.named[n.Task] && !record.attached(tx, n.Task) {
 		r.lease(&record)
 		if err := removeKeys(tx, bucketSpared, k); err != nil { // it was pushed now
 			return nil, err
@@ -374,9 +374,9 @@ func (r *taskRecord) keep() p2p.Keep {
 	case r.Pinned:
 		return p2p.KeepPinned
 	case r.Loose:
-		return p2p.KeepLoose
+		return p2p.KeepUntilReferred
 	}
-	return p2p.KeepHeld
+	return p2p.KeepReferred
 }
 
 // link enters what the manifest t refers to in the indexes.
@@ -515,7 +515,7 @@ func (r *removal) deleted() p2p.Deleted { return p2p.Deleted{Tasks: len(r.tasks)
 // loose instead (lease.go).
 func (r *removal) release(tx *bbolt.Tx, t p2p.Task, why Reason) error {
 	record, found, err := get[taskRecord](tx, bucketTasks, taskKey(t))
-	if err != nil || !found || record.keep() != p2p.KeepHeld || record.held(tx, t) {
+	if err != nil || !found || record.keep() != p2p.KeepReferred || record.held(tx, t) {
 		return err
 	}
 	if r.copiesOnly && !record.Fetched {

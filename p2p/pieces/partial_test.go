@@ -146,7 +146,7 @@ func TestPartial(t *testing.T) {
 		}
 	}
 	task := p2p.Task{Tag: "t", Digest: table.Digest}
-	if err := p.Commit(t.Context(), p2p.Commit{Tasks: []p2p.NewTask{{Task: task, Keep: p2p.KeepLoose, Origin: time.Now()}}}); err != nil {
+	if err := p.Commit(t.Context(), p2p.Commit{Tasks: []p2p.NewTask{{Task: task, Keep: p2p.KeepUntilReferred, Origin: time.Now()}}}); err != nil {
 		t.Fatal(err)
 	}
 	enginetest.RequireContent(t, s, task, data)

@@ -385,7 +385,7 @@ func (l *lister) partials(yield func(p2p.Entry, error) bool) {
 		}
 		size := max(a.Size, a.Bytes)
 		table := digest.Table{Size: size, PieceLength: digest.PieceLength(size)}
-		info := p2p.Info{Task: a.Task, Size: size, PieceLength: table.PieceLength, Pieces: table.Pieces(), Keep: p2p.KeepLoose}
+		info := p2p.Info{Task: a.Task, Size: size, PieceLength: table.PieceLength, Pieces: table.Pieces(), Keep: p2p.KeepUntilReferred}
 		info.Held = min(int(a.Bytes/table.PieceLength), info.Pieces-1)
 		if !yield(p2p.Entry{Info: info, Total: a.Bytes}, context.Cause(l.ctx)) {
 			return

@@ -449,8 +449,8 @@ func TestCommitAndLookUp(t *testing.T) {
 				Subject: digest.SHA512.FromString("subject"),
 			},
 		},
-		{Task: p2p.Task{Tag: "models", Digest: digests[1]}, Keep: p2p.KeepHeld},
-		{Task: p2p.Task{Tag: "", Digest: digests[1]}, Keep: p2p.KeepLoose, Manifest: &p2p.NewManifest{}},
+		{Task: p2p.Task{Tag: "models", Digest: digests[1]}, Keep: p2p.KeepReferred},
+		{Task: p2p.Task{Tag: "", Digest: digests[1]}, Keep: p2p.KeepUntilReferred, Manifest: &p2p.NewManifest{}},
 	}
 	names := []p2p.NewName{
 		{Tag: "models", Name: "v1", Digest: digests[0]},
@@ -663,7 +663,7 @@ func TestDeleteOptions(t *testing.T) {
 func TestQuery(t *testing.T) {
 	h := &hooked{Engine: newStore(t.TempDir())}
 	var got p2p.Query
-	task := p2p.Entry{Info: p2p.Info{Task: someTask, Keep: p2p.KeepLoose}, Total: 5}
+	task := p2p.Entry{Info: p2p.Info{Task: someTask, Keep: p2p.KeepUntilReferred}, Total: 5}
 	name := p2p.Entry{Info: p2p.Info{Task: someTask}, Name: "v1"}
 	tags := []p2p.Entry{{}, {Info: p2p.Info{Task: p2p.Task{Tag: "models"}}}}
 	var entries []p2p.Entry

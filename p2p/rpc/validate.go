@@ -43,8 +43,8 @@ var (
 		pb.Scope_SCOPE_LOCAL:   p2p.Local,
 	}
 	keeps = enum[pb.Keep, p2p.Keep]{
-		pb.Keep_KEEP_HELD:   p2p.KeepHeld,
-		pb.Keep_KEEP_LOOSE:  p2p.KeepLoose,
+		pb.Keep_KEEP_HELD:   p2p.KeepReferred,
+		pb.Keep_KEEP_LOOSE:  p2p.KeepUntilReferred,
 		pb.Keep_KEEP_PINNED: p2p.KeepPinned,
 	}
 	listKinds = enum[pb.Kind, p2p.Kind]{

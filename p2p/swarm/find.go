@@ -524,7 +524,7 @@ func infoOf(task p2p.Task, state *taskState) p2p.Info {
 	table := digest.Table{Size: state.Size, PieceLength: digest.PieceLength(state.Size)}
 	info := p2p.Info{
 		Task: task, Size: state.Size, PieceLength: table.PieceLength, Pieces: table.Pieces(), Remote: true,
-		MediaType: state.MediaType, IsManifest: state.Manifest, Origin: state.Origin, After: state.After, Keep: p2p.KeepLoose,
+		MediaType: state.MediaType, IsManifest: state.Manifest, Origin: state.Origin, After: state.After, Keep: p2p.KeepUntilReferred,
 	}
 	if state.Pinned {
 		info.Keep = p2p.KeepPinned

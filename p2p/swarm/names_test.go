@@ -117,7 +117,7 @@ func TestNames(t *testing.T) {
 	}
 	layer := p2p.Task{Tag: "models", Digest: digest.SHA256.FromBytes([]byte("one"))}
 	b.want(t, layer, []byte("one"))
-	if info := b.wantStored(t, layer); info.Keep != p2p.KeepHeld {
+	if info := b.wantStored(t, layer); info.Keep != p2p.KeepReferred {
 		t.Errorf("the layer is kept by %v, want by its manifest", info.Keep)
 	}
 	a.Close()
@@ -174,7 +174,7 @@ func TestReadTakesNothingAway(t *testing.T) {
 				t.Errorf("the name that was read is %+v, %v", info, err)
 			}
 		}
-		if info := b.wantStored(t, first); info.Keep != p2p.KeepLoose {
+		if info := b.wantStored(t, first); info.Keep != p2p.KeepUntilReferred {
 			t.Errorf("keepOld %t: what was put in here is kept by %v, want as loose", keepOld, info.Keep)
 		}
 		b.wantStored(t, layer)
@@ -212,7 +212,7 @@ func TestReadSparesWhatACopyHolds(t *testing.T) {
 	if _, err := in.Add(bytes.NewReader(shared), p2p.AddOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	if err := in.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: task, Keep: p2p.KeepLoose}}}); err != nil {
+	if err := in.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: task, Keep: p2p.KeepUntilReferred}}}); err != nil {
 		t.Fatal(err)
 	}
 	read := func() {

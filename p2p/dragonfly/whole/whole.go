@@ -44,7 +44,7 @@ func Dir(store *pieces.Store) (string, error) {
 func Found(ctx context.Context, log *slog.Logger, task p2p.Task, size int64, err error, opts front.FindOptions) (front.Found, error) {
 	table := digest.Table{Size: max(size, 0), PieceLength: digest.PieceLength(max(size, 0))}
 	found := front.Found{
-		Info:  p2p.Info{Task: task, Size: table.Size, PieceLength: table.PieceLength, Pieces: table.Pieces(), Remote: true, Keep: p2p.KeepLoose},
+		Info:  p2p.Info{Task: task, Size: table.Size, PieceLength: table.PieceLength, Pieces: table.Pieces(), Remote: true, Keep: p2p.KeepUntilReferred},
 		Whole: true, Opaque: size <= p2p.MaxManifest,
 	}
 	if opts.Providers {

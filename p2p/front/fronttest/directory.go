@@ -48,7 +48,7 @@ func (d *Directory) Find(_ context.Context, task p2p.Task, opts front.FindOption
 		return found, d.failed(task, err)
 	}
 	table := digest.Table{Size: info.Size(), PieceLength: digest.PieceLength(info.Size())}
-	found.Info.Task, found.Info.Remote, found.Info.Keep = task, true, p2p.KeepLoose
+	found.Info.Task, found.Info.Remote, found.Info.Keep = task, true, p2p.KeepUntilReferred
 	found.Info.Size, found.Info.PieceLength, found.Info.Pieces = table.Size, table.PieceLength, table.Pieces()
 	found.Opaque = table.Size <= p2p.MaxManifest
 	if opts.Providers {
