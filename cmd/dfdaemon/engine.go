@@ -114,6 +114,12 @@ func (o *options) checkEngine(cmd *cobra.Command) error {
 		}
 		return nil
 	}
+	return o.checkBeside(cmd)
+}
+
+// checkBeside finds flags that do not go with a Dragonfly's dfdaemon on this host.
+func (o *options) checkBeside(cmd *cobra.Command) error {
+	e := &o.engine
 	if rel, err := filepath.Rel(dragonflyData, o.dataDir); err == nil && filepath.IsLocal(rel) {
 		return exit.FlagError(cmd, fmt.Errorf("--data-dir %s: Dragonfly's dfdaemon keeps its cache in %s, and removes there what it does not know when it starts: choose another directory", o.dataDir, dragonflyData))
 	}

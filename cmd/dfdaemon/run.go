@@ -54,6 +54,7 @@ func (o *options) run(cmd *cobra.Command) error {
 type daemon struct {
 	*options
 	log      *slog.Logger
+	stderr   io.Writer
 	listener net.Listener
 	server   *rpc.Server
 	registry *registryServer // nil where there is none
@@ -84,101 +85,124 @@ func (o *options) start(cmd *cobra.Command) (_ *daemon, err error) {
 	if err != nil {
 		return nil, err
 	}
-	d := &daemon{options: o, metrics: prometheus.NewRegistry()}
+	d := &daemon{options: o, metrics: prometheus.NewRegistry(), stderr: cmd.ErrOrStderr()}
 	defer func() {
 		if err != nil {
 			d.close()
 		}
 	}()
 
-	log, err := o.openLog(cmd.OutOrStdout(), d.onClose)
-	if err != nil {
+	if d.log, err = o.openLog(cmd.OutOrStdout(), d.onClose); err != nil {
 		return nil, err
 	}
-	d.log = log
-	if limit := memory.Limit(); limit > 0 {
-		d.log.Info("memory is limited by the control group", "limit", limit)
-	}
-	d.onClose(memory.GiveBack())
 	defer func() {
 		if err != nil {
 			d.log.Error("not started", "error", err.Error())
 		}
 	}()
-	stderr := cmd.ErrOrStderr()
-	warn := func(text string) {
-		d.warnings = append(d.warnings, text)
-		d.log.Warn(text)
-		fmt.Fprintf(stderr, "dfdaemon: warning: %s\n", text)
+	if limit := memory.Limit(); limit > 0 {
+		d.log.Info("memory is limited by the control group", "limit", limit)
 	}
+	d.onClose(memory.GiveBack())
 
 	if oci != nil {
 		if err := oci.readFiles(d.log); err != nil {
 			return nil, err
 		}
 	}
+	trace, err := d.startTracing(cmd)
+	if err != nil {
+		return nil, err
+	}
+	engine, peer, err := d.openStore(cmd)
+	if err != nil {
+		return nil, err
+	}
+	if err := d.openDoors(engine, trace, oci); err != nil {
+		return nil, err
+	}
 
+	version := build.Get().Version
+	d.log.Info("start", "version", version, "data", o.dataDir, "socket", o.socket, "registry", d.registry.url(), "peer", peer, "pid", os.Getpid())
+	fmt.Fprintf(d.stderr, "dfdaemon %s: data %s, socket %s, registry %s, peer %s, pid %d\n", version, o.dataDir, o.socket, d.registry.url(), peer, os.Getpid())
+	return d, nil
+}
+
+// warn tells of what is no reason not to start.
+func (d *daemon) warn(text string) {
+	d.warnings = append(d.warnings, text)
+	d.log.Warn(text)
+	fmt.Fprintf(d.stderr, "dfdaemon: warning: %s\n", text)
+}
+
+// startTracing starts what shows how the daemon works: traces, and profiles.
+func (d *daemon) startTracing(cmd *cobra.Command) (*tracing.Tracing, error) {
 	trace, err := tracing.Start(cmd.Context(), tracing.Options{
-		Endpoint:       o.jaeger,
-		ServiceName:    o.serviceName,
+		Endpoint:       d.jaeger,
+		ServiceName:    d.serviceName,
 		ServiceNameSet: cmd.Flags().Changed("service-name"),
 		Version:        build.Get().Version,
-		Warn:           warn,
+		Warn:           d.warn,
 	})
 	if err != nil {
 		return nil, err
 	}
 	d.onClose(trace.Close)
-
-	stop, err := profiling.Start(o.pprofPort, func(text string) {
+	stop, err := profiling.Start(d.pprofPort, func(text string) {
 		d.log.Info(text)
-		fmt.Fprintln(stderr, text)
+		fmt.Fprintln(d.stderr, text)
 	})
 	if err != nil {
 		return nil, err
 	}
 	d.onClose(stop)
+	return trace, nil
+}
 
+// openStore opens the store, and what is behind it, as one engine. peer says what this daemon is to others.
+func (d *daemon) openStore(cmd *cobra.Command) (engine p2p.Engine, peer string, err error) {
 	var key discovery.Key
 	inSwarm := false
-	if o.engine.own {
-		if key, inSwarm, err = o.readKey(cmd, warn); err != nil {
-			return nil, err
+	if d.engine.own {
+		if key, inSwarm, err = d.readKey(cmd, d.warn); err != nil {
+			return nil, "", err
 		}
 	}
 	if err := d.serveMetrics(); err != nil {
-		return nil, err
+		return nil, "", err
 	}
-	local, err := pieces.Open(o.dataDir, pieces.Options{Log: d.log, Address: o.socket, MaxSize: int64(o.maxSize), Lease: o.registry.uploadTimeout, Now: now})
+	d.local, err = pieces.Open(d.dataDir, pieces.Options{Log: d.log, Address: d.socket, MaxSize: int64(d.maxSize), Lease: d.options.registry.uploadTimeout, Now: now})
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
-	d.local = local
-	engine, peer, err := d.openEngine(cmd.Context(), local, key, inSwarm, warn)
-	if err != nil {
-		return nil, err
+	if engine, peer, err = d.openEngine(cmd.Context(), d.local, key, inSwarm, d.warn); err != nil {
+		return nil, "", err
 	}
-	store := blobstore.New(engine)
 	d.onClose(func() {
-		if err := store.Close(); err != nil { // closes the engine, too
-			warn(err.Error())
+		if err := engine.Close(); err != nil {
+			d.warn(err.Error())
 		}
 	})
+	return engine, peer, nil
+}
 
-	if d.listener, err = rpc.Listen(o.socket); errors.Is(err, fs.ErrExist) {
+// openDoors listens at the socket, and for the registry and Dragonfly's dfcache where these are wanted.
+func (d *daemon) openDoors(engine p2p.Engine, trace *tracing.Tracing, oci *registryServer) (err error) {
+	if d.listener, err = rpc.Listen(d.socket); errors.Is(err, fs.ErrExist) {
 		// Not to be taken for an output that exists.
-		return nil, fmt.Errorf("%w: %v", p2p.ErrUnavailable, err)
+		return fmt.Errorf("%w: %v", p2p.ErrUnavailable, err)
 	} else if err != nil {
-		return nil, err
+		return err
 	}
 	d.onClose(func() { d.listener.Close() }) // already done where the server ran
 	d.server = rpc.NewServer(engine, d.log, serverOptions(trace.ServerStatsHandler())...)
 
+	store := blobstore.New(engine)
 	if oci != nil {
-		oci.scratch = local.Scratch()
-		listens, err := oci.listen(store, d.log, warn)
+		oci.scratch = d.local.Scratch()
+		listens, err := oci.listen(store, d.log, d.warn)
 		if err != nil {
-			return nil, err
+			return err
 		}
 		if listens {
 			d.registry = oci
@@ -186,18 +210,13 @@ func (o *options) start(cmd *cobra.Command) (_ *daemon, err error) {
 			d.onClose(oci.close)
 		}
 	}
-
-	if d.upstream, err = o.listenUpstream(store, d.log); err != nil {
-		return nil, err
+	if d.upstream, err = d.listenUpstream(store, d.log); err != nil {
+		return err
 	}
 	if d.upstream != nil {
 		d.onClose(func() { d.upstream.listener.Close() })
 	}
-
-	version := build.Get().Version
-	d.log.Info("start", "version", version, "data", o.dataDir, "socket", o.socket, "registry", d.registry.url(), "peer", peer, "pid", os.Getpid())
-	fmt.Fprintf(stderr, "dfdaemon %s: data %s, socket %s, registry %s, peer %s, pid %d\n", version, o.dataDir, o.socket, d.registry.url(), peer, os.Getpid())
-	return d, nil
+	return nil
 }
 
 // serverOptions leaves out a stats handler that is not there.
