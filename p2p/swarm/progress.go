@@ -43,20 +43,7 @@ func (d *download) tick() error {
 	d.ticked = now
 	d.measure(now)
 	d.label()
-	usable, ended, asking := 0, 0, false
-	for _, src := range d.sources {
-		if src.resting && now.After(src.away) {
-			src.resting = false
-			d.offer(src)
-		}
-		switch {
-		case src.ended():
-			ended++
-		case !src.resting && (d.sched == nil || !src.stated || src.chain == d.active):
-			usable++
-		}
-		asking = asking || src.asking
-	}
+	d.wake(now)
 	for id, r := range d.requests {
 		select {
 		case <-r.pace.Slow():
@@ -64,35 +51,85 @@ func (d *download) tick() error {
 		default:
 		}
 	}
+	usable := d.usable()
 	if !d.searching && (now.After(d.nextSearch) || usable == 0 && now.Sub(d.searched) > searchPause) {
 		d.search()
+	}
+	if err := d.hopeless(usable); err != nil {
+		return err
+	}
+	d.doubt(now)
+	return d.wait(now)
+}
+
+// wake has sources asked again that have rested.
+func (d *download) wake(now time.Time) {
+	for _, src := range d.sources {
+		if src.resting && now.After(src.away) {
+			src.resting = false
+			d.offer(src)
+		}
+	}
+}
+
+// usable returns how many sources can be asked for something.
+func (d *download) usable() (n int) {
+	for _, src := range d.sources {
+		if !src.ended() && !src.resting && (d.sched == nil || !src.stated || src.chain == d.active) {
+			n++
+		}
+	}
+	return n
+}
+
+// hopeless returns why nothing more is to be had, as far as searches have shown; nil where
+// something may be. usable is how many sources can be asked.
+func (d *download) hopeless(usable int) error {
+	ended, asking := 0, false
+	for _, src := range d.sources {
+		asking = asking || src.asking
+		if src.ended() {
+			ended++
+		}
+	}
+	if d.searching || asking {
+		return nil
 	}
 	// The chain of one piece is known from its size: what has only that has begun no more than
 	// what has none.
 	begun := d.sched != nil && (d.sched.Held().Len() > 1 || d.sched.Held().Count() > 0)
-	if !d.searching && d.searches > 0 && !begun {
-		switch {
-		case d.missed != nil && usable == 0 && !asking && len(d.requests) == 0 && !d.connected():
-			return d.missed // nobody has it, or who had it a moment ago is gone
-		case d.sched == nil && d.noRoom != nil && !asking:
-			return d.noRoom
-		}
-	}
-	// Where there is nothing to be had any more of those who had it, one search shows
-	// whether there are others.
-	if ended > 0 && ended == len(d.sources) && !asking && len(d.requests) == 0 && !d.searching && d.searched.After(d.lastEnd) {
+	idle := len(d.requests) == 0
+	switch {
+	case !begun && d.missed != nil && usable == 0 && idle && !d.connected():
+		return d.missed // nobody has it, or who had it a moment ago is gone
+	case d.sched == nil && d.searches > 0 && d.noRoom != nil:
+		return d.noRoom
+	case ended > 0 && ended == len(d.sources) && idle && d.searched.After(d.lastEnd):
+		// Where there is nothing to be had any more of those who had it, one search shows
+		// whether there are others.
 		return d.over()
 	}
+	return nil
+}
+
+// doubt tries another hash chain where the one in use has brought nothing for a while.
+func (d *download) doubt(now time.Time) {
 	quiet := 3 * d.s.opts.StallTimeout
 	if len(d.requests) == 0 {
 		quiet = min(quietFor, d.s.opts.StallTimeout)
 	}
-	if d.sched != nil && now.Sub(d.lastPiece) > quiet {
-		if other, ok := d.otherChain(); ok {
-			d.s.log.Warn("the peers that have one hash chain of a blob do not give all of it: trying another chain", "digest", d.digest)
-			d.activate(other)
-		}
+	if d.sched == nil || now.Sub(d.lastPiece) <= quiet {
+		return
 	}
+	if other, ok := d.otherChain(); ok {
+		d.s.log.Warn("the peers that have one hash chain of a blob do not give all of it: trying another chain", "digest", d.digest)
+		d.activate(other)
+	}
+}
+
+// wait ends a download that has made no progress for too long, and tells those who wait
+// why one makes none.
+func (d *download) wait(now time.Time) error {
 	still := now.Sub(d.progress)
 	if still > d.patience() {
 		err := fmt.Errorf("fetch %s: %w that gives it: %s: try again", d.digest, p2p.ErrUnreachable, d.standing(still))

@@ -333,18 +333,28 @@ func spanOf(piece *commonv1.PieceInfo) span {
 // returns when it has for all.
 func (d *download) eachPiece(ctx context.Context, a *attempt, do func(from source, piece *commonv1.PieceInfo)) error {
 	check := checker{layout: layout{length: d.length}, seen: map[int32]bool{}}
-	if a.only != nil {
-		if err := check.packet(&commonv1.PiecePacket{TotalPiece: 1, ContentLength: int64(a.only.GetRangeSize())}); err != nil {
-			return err
+	// take calls do for those of a packet that were not told before.
+	take := func(packet *commonv1.PiecePacket, from source) error {
+		for _, piece := range packet.GetPieceInfos() {
+			if check.seen[piece.GetPieceNum()] {
+				continue
+			}
+			if err := check.piece(piece); err != nil {
+				return err
+			}
+			if err := d.use(a, check.layout); err != nil {
+				return err
+			}
+			do(from, piece)
 		}
-		if err := check.piece(a.only); err != nil {
-			return err
-		}
-		if err := d.use(a, check.layout); err != nil {
-			return err
-		}
-		do(source{a.addr, a.id}, a.only)
 		return nil
+	}
+	if a.only != nil {
+		packet := &commonv1.PiecePacket{TotalPiece: 1, ContentLength: int64(a.only.GetRangeSize()), PieceInfos: []*commonv1.PieceInfo{a.only}}
+		if err := check.packet(packet); err != nil {
+			return err
+		}
+		return take(packet, source{a.addr, a.id})
 	}
 	conn, err := dial(a.addr.String())
 	if err != nil {
@@ -380,18 +390,8 @@ func (d *download) eachPiece(ctx context.Context, a *attempt, do func(from sourc
 		if err != nil || from.Addr() != a.addr.Addr() || len(packet.GetDstPid()) > maxID {
 			return fault("it says that its pieces are at %.64q, of peer %.64q: want an address of this peer", packet.GetDstAddr(), packet.GetDstPid())
 		}
-		at := source{from, cmp.Or(packet.GetDstPid(), a.id)}
-		for _, piece := range packet.GetPieceInfos() {
-			if check.seen[piece.GetPieceNum()] {
-				continue
-			}
-			if err := check.piece(piece); err != nil {
-				return err
-			}
-			if err := d.use(a, check.layout); err != nil {
-				return err
-			}
-			do(at, piece)
+		if err := take(packet, source{from, cmp.Or(packet.GetDstPid(), a.id)}); err != nil {
+			return err
 		}
 		if len(check.seen) > before {
 			a.watch.kick() // a packet that tells nothing new is no progress

@@ -30,75 +30,41 @@ var errConflict = errors.New("other peers tell of something else")
 // errTaken is the cause for which a request ends whose piece is fetched from another peer.
 var errTaken = errors.New("another peer gives this piece")
 
+// round is a fetch from the peers that a scheduler names.
+type round struct {
+	*download
+	ctx     context.Context
+	running []*attempt // in the order in which they began; all but the last are slow
+	ended   chan *attempt
+	begun   int
+	known   map[parent]bool
+	queue   []parent
+	later   []parent // that made way for another
+	problem error    // what is wrong so far
+	over    error    // why the scheduler names no more
+}
+
 // fromParents fetches from the peers of the queue, and then from those that the scheduler
 // names, until what has come is what was asked for: from one peer, and where that is slow from another
 // beside it. problem is what is wrong so far.
 func (d *download) fromParents(ctx context.Context, queue []parent, problem error) error {
-	var (
-		running []*attempt // in the order in which they began; all but the last are slow
-		ended   = make(chan *attempt)
-		begun   int
-		known   = map[parent]bool{}
-		later   []parent // that made way for another
-		packets = d.packets
-		over    error // why the scheduler names no more
-		limit   = time.NewTimer(d.e.opts.StallTimeout)
-	)
+	r := &round{download: d, ctx: ctx, ended: make(chan *attempt), known: map[parent]bool{}, problem: problem}
+	defer r.stop()
+	r.add(queue)
+	packets := d.packets
+	limit := time.NewTimer(d.e.opts.StallTimeout)
 	defer limit.Stop()
-	begin := func(p parent) {
-		a := &attempt{parent: p, watch: newWatchdog(ctx, d.e.opts.StallTimeout)}
-		running = append(running, a)
-		begun++
-		go func() {
-			a.err = d.from(a)
-			ended <- a
-		}()
-	}
-	for _, p := range queue {
-		known[p] = true
-	}
-	stop := func() { // all of them, for another one
-		for _, a := range running {
-			a.watch.stop()
-			later = append(later, a.parent)
-		}
-		for range running {
-			d.leave(<-ended)
-		}
-		running = nil
-	}
-	defer stop()
 	for {
-		next := len(running) == 0 || running[len(running)-1].watch.isSlow()
-		if next && begun < maxParents {
-			if len(queue) == 0 && len(running) == 0 {
-				queue, later = later, nil
-			}
-			if len(queue) > 0 {
-				begin(queue[0])
-				queue = queue[1:]
-				continue
-			}
-			for _, a := range running {
-				d.giveUp(a) // has the scheduler name others
-			}
-		}
-		if len(running) == 0 {
-			switch {
-			case begun >= maxParents:
-				return fmt.Errorf("%w (as %d others)", problem, maxParents-1)
-			case over != nil && problem == nil:
-				return over
-			case over != nil:
-				return fmt.Errorf("%w (and there is no other peer)", problem)
-			}
-		}
+		r.next()
 		var slow <-chan struct{}
 		var waited <-chan time.Time
-		if len(running) == 0 {
+		if n := len(r.running); n == 0 {
+			if err := r.exhausted(); err != nil {
+				return err
+			}
 			waited = limit.C
-		} else if !next {
-			slow = running[len(running)-1].watch.slow
+		} else if last := r.running[n-1].watch; !last.isSlow() {
+			slow = last.slow
 		}
 		select {
 		case <-ctx.Done():
@@ -108,49 +74,113 @@ func (d *download) fromParents(ctx context.Context, queue []parent, problem erro
 			return fmt.Errorf("scheduler %s: %w: it named no peer within %s", d.scheduler.addr, wire.ErrAway, d.e.opts.StallTimeout)
 		case packet, more := <-packets:
 			var named []parent
-			if named, over = d.parents(packet, more); over != nil {
+			if named, r.over = d.parents(packet, more); r.over != nil {
 				packets = nil
 			}
-			for _, p := range named {
-				if !known[p] && len(known) < maxParents {
-					queue = append(queue, p)
-					known[p] = true
-				}
-			}
-		case a := <-ended:
-			a.watch.stop()
-			running = slices.DeleteFunc(running, func(other *attempt) bool { return other == a })
+			r.add(named)
+		case a := <-r.ended:
 			limit.Reset(d.e.opts.StallTimeout)
-			err := a.err
-			if err == nil {
-				if err = d.e.front.Take(ctx, d.task, d.file); err == nil {
-					return nil
-				}
-				if errors.Is(err, digest.ErrMismatch) {
-					err = fault("peer %s at %s gave something else: %w", a.id, a.addr, err)
-					stop()
-					d.forget()
-				}
-			}
-			d.leave(a)
-			if errors.Is(err, errConflict) {
-				problem = cmp.Or(problem, err)
-				if len(running) > 0 && a.watch.isSlow() {
-					later = append(later, a.parent)
-				} else { // the others are slow: it is this one's turn
-					stop()
-					queue = slices.Insert(queue, 0, a.parent)
-				}
-				continue
-			}
-			if context.Cause(ctx) != nil || !isPeersFault(err) {
+			if done, err := r.end(a); done {
 				return err
 			}
-			problem = err
-			d.e.log.Warn("a peer of Dragonfly was given up", "task", d.task.String(), "peer", a.id, "address", a.addr.String(), "error", err)
-			d.giveUp(a)
 		}
 	}
+}
+
+// add takes in peers that are named for the first time.
+func (r *round) add(named []parent) {
+	for _, p := range named {
+		if !r.known[p] && len(r.known) < maxParents {
+			r.queue = append(r.queue, p)
+			r.known[p] = true
+		}
+	}
+}
+
+// next fetches from one more peer, where all that are fetched from are slow.
+func (r *round) next() {
+	n := len(r.running)
+	if n > 0 && !r.running[n-1].watch.isSlow() || r.begun >= maxParents {
+		return
+	}
+	if len(r.queue) == 0 && n == 0 {
+		r.queue, r.later = r.later, nil
+	}
+	if len(r.queue) == 0 {
+		for _, a := range r.running {
+			r.giveUp(a) // has the scheduler name others
+		}
+		return
+	}
+	a := &attempt{parent: r.queue[0], watch: newWatchdog(r.ctx, r.e.opts.StallTimeout)}
+	r.queue = r.queue[1:]
+	r.running = append(r.running, a)
+	r.begun++
+	go func() {
+		a.err = r.from(a)
+		r.ended <- a
+	}()
+}
+
+// exhausted returns why there is no peer to fetch from any more; nil where one may be named.
+func (r *round) exhausted() error {
+	switch {
+	case r.begun >= maxParents:
+		return fmt.Errorf("%w (as %d others)", r.problem, maxParents-1)
+	case r.over != nil && r.problem == nil:
+		return r.over
+	case r.over != nil:
+		return fmt.Errorf("%w (and there is no other peer)", r.problem)
+	}
+	return nil
+}
+
+// stop stops all that are fetched from, for another one.
+func (r *round) stop() {
+	for _, a := range r.running {
+		a.watch.stop()
+		r.later = append(r.later, a.parent)
+	}
+	for range r.running {
+		r.leave(<-r.ended)
+	}
+	r.running = nil
+}
+
+// end takes in that a peer is not fetched from any more. It reports whether the round is done:
+// all of it has come, or err is why it can't.
+func (r *round) end(a *attempt) (done bool, err error) {
+	a.watch.stop()
+	r.running = slices.DeleteFunc(r.running, func(other *attempt) bool { return other == a })
+	err = a.err
+	if err == nil {
+		if err = r.e.front.Take(r.ctx, r.task, r.file); err == nil {
+			return true, nil
+		}
+		if errors.Is(err, digest.ErrMismatch) {
+			err = fault("peer %s at %s gave something else: %w", a.id, a.addr, err)
+			r.stop()
+			r.forget()
+		}
+	}
+	r.leave(a)
+	switch {
+	case errors.Is(err, errConflict):
+		r.problem = cmp.Or(r.problem, err)
+		if len(r.running) > 0 && a.watch.isSlow() {
+			r.later = append(r.later, a.parent)
+		} else { // the others are slow: it is this one's turn
+			r.stop()
+			r.queue = slices.Insert(r.queue, 0, a.parent)
+		}
+	case context.Cause(r.ctx) != nil || !isPeersFault(err):
+		return true, err
+	default:
+		r.problem = err
+		r.e.log.Warn("a peer of Dragonfly was given up", "task", r.task.String(), "peer", a.id, "address", a.addr.String(), "error", err)
+		r.giveUp(a)
+	}
+	return false, nil
 }
 
 // giveUp tells the scheduler that a peer is of no use: it names others.

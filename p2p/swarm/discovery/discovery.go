@@ -137,31 +137,39 @@ type Network struct {
 	mdnsFailed bool
 }
 
+// complete sets defaults, and fails for what can't be right.
+func (o *Options) complete() error {
+	if o.Identity == nil || o.Key == (Key{}) {
+		return errors.New("a swarm needs an identity and a swarm key; make one with: dfdaemon swarm key new")
+	}
+	if o.MaxPeers == 0 {
+		o.MaxPeers = 256
+	}
+	if o.Validity == 0 {
+		o.Validity = 20 * time.Minute
+	}
+	if o.MaxRecords == 0 {
+		o.MaxRecords = 1_000_000
+	}
+	if o.tick == 0 {
+		o.tick = time.Second
+	}
+	if o.MaxPeers < 0 || o.Validity < 0 || o.MaxRecords < 0 {
+		return errors.New("the largest number of peers, that of records, and their validity must not be negative")
+	}
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	return nil
+}
+
 // New joins the swarm, or begins one: it listens, and goes on looking for peers
 // until Close. It fails for options that cannot be right, as a bootstrap entry
 // that is none, and if it cannot listen (syscall.EADDRINUSE), but not for lack of
 // peers.
 func New(opts Options) (_ *Network, err error) {
-	if opts.Identity == nil || opts.Key == (Key{}) {
-		return nil, errors.New("a swarm needs an identity and a swarm key; make one with: dfdaemon swarm key new")
-	}
-	if opts.MaxPeers == 0 {
-		opts.MaxPeers = 256
-	}
-	if opts.Validity == 0 {
-		opts.Validity = 20 * time.Minute
-	}
-	if opts.MaxRecords == 0 {
-		opts.MaxRecords = 1_000_000
-	}
-	if opts.tick == 0 {
-		opts.tick = time.Second
-	}
-	if opts.MaxPeers < 0 || opts.Validity < 0 || opts.MaxRecords < 0 {
-		return nil, errors.New("the largest number of peers, that of records, and their validity must not be negative")
-	}
-	if opts.Log == nil {
-		opts.Log = slog.New(slog.DiscardHandler)
+	if err := opts.complete(); err != nil {
+		return nil, err
 	}
 	n := &Network{
 		opts: opts, log: opts.Log, keys: &keySet{},
@@ -191,18 +199,7 @@ func New(opts Options) (_ *Network, err error) {
 		return nil, fmt.Errorf("start relaying: %w", err)
 	}
 	n.records = newRecords(n.Self(), n.keys, opts.MaxRecords, opts.Validity, time.Now)
-	n.table, err = dht.New(tableHost{n.host},
-		dht.ProtocolPrefix(tablePrefix),
-		dht.Mode(dht.ModeServer),
-		dht.DisableValues(),
-		dht.ProviderDatastore(n.records),
-		dht.ProviderManagerOpts(
-			kadrecords.Cache(noCache{}),
-			kadrecords.CleanupInterval(0), // records clean up themselves
-			kadrecords.ProvideValidity(opts.Validity),
-			kadrecords.ProviderAddrTTL(opts.Validity),
-		))
-	if err != nil {
+	if n.table, err = n.newTable(); err != nil {
 		return nil, fmt.Errorf("start the table of keys: %w", err)
 	}
 	if n.announcer, err = newAnnouncer(n.Self(), n.keys, n.table, opts.Validity); err != nil {
@@ -214,9 +211,17 @@ func New(opts Options) (_ *Network, err error) {
 	}
 	n.listener = listener{l}
 	n.host.SetStreamHandler(peersProtocol, n.tellPeers)
+	if err := n.start(); err != nil {
+		return nil, err
+	}
+	return n, nil
+}
+
+// start starts what goes on until Close.
+func (n *Network) start() error {
 	sub, err := subscribe(n.host.EventBus())
 	if err != nil {
-		return nil, err
+		return err
 	}
 	n.wg.Go(func() { n.watch(n.ctx, sub) })
 	n.wg.Go(func() { n.announcer.run(n.ctx) })
@@ -226,7 +231,22 @@ func New(opts Options) (_ *Network, err error) {
 	n.wg.Go(func() { n.maintain(n.ctx) })
 	n.wg.Go(func() { n.bootstrapper.run(n.ctx) })
 	poke(n.wake)
-	return n, nil
+	return nil
+}
+
+// newTable makes the table in which peers announce keys.
+func (n *Network) newTable() (*dht.IpfsDHT, error) {
+	return dht.New(tableHost{n.host},
+		dht.ProtocolPrefix(tablePrefix),
+		dht.Mode(dht.ModeServer),
+		dht.DisableValues(),
+		dht.ProviderDatastore(n.records),
+		dht.ProviderManagerOpts(
+			kadrecords.Cache(noCache{}),
+			kadrecords.CleanupInterval(0), // records clean up themselves
+			kadrecords.ProvideValidity(n.opts.Validity),
+			kadrecords.ProviderAddrTTL(n.opts.Validity),
+		))
 }
 
 func (n *Network) newHost() (host.Host, error) {
