@@ -40,7 +40,8 @@ type download struct {
 	sources    map[peer.ID]*source
 	prefer     *schedule.Set // what readers wait for
 	requests   map[int]*request
-	hinted     map[peer.ID]bool
+	hinted     map[peer.ID]bool      // are asked because a source has named them
+	nothing    map[peer.ID]time.Time // when they have said that they have nothing
 	searching  bool
 	nextSearch time.Time
 	searched   time.Time // when the last search for sources began
@@ -130,6 +131,7 @@ func (s *Swarm) startDownload(task p2p.Task) (*download, error) {
 		sources:  map[peer.ID]*source{},
 		requests: map[int]*request{},
 		hinted:   map[peer.ID]bool{},
+		nothing:  map[peer.ID]time.Time{},
 		tasks:    map[p2p.Task]p2p.Info{task: {Task: task}},
 		readers:  map[*Arriving]struct{}{},
 		waiting:  1,

@@ -100,8 +100,39 @@ func (s *Swarm) lookup(ctx context.Context, req *findRequest, key Key, quick boo
 }
 
 func (l *lookup) run(req *findRequest, key Key, quick bool) {
-	s := l.s
-	peers := s.network.Connected()
+	small := l.askConnected(req)
+	var announced <-chan peer.AddrInfo
+	var grace <-chan time.Time
+	if len(l.waiting) > 0 && !(small && quick) {
+		announced = l.s.announced(l.ctx, key)
+	}
+	for providers := 0; len(l.waiting) > 0 || announced != nil; {
+		if small && announced != nil && grace == nil && !l.waitsForConnected() {
+			grace = time.After(announcedGrace)
+		}
+		select {
+		case a := <-l.replies:
+			l.take(a)
+		case p, more := <-announced:
+			if more && !l.skip(p.ID) && l.s.peers.get(p.ID).silence() == 0 {
+				l.ask(p, req)
+				providers++
+			}
+			if !more || providers == maxProviders {
+				announced = nil
+			}
+		case <-grace:
+			announced = nil
+		case <-l.ctx.Done():
+			l.giveUp()
+			return
+		}
+	}
+}
+
+// askConnected asks connected peers. It reports whether all of them are asked.
+func (l *lookup) askConnected(req *findRequest) (all bool) {
+	peers := l.s.network.Connected()
 	rand.Shuffle(len(peers), func(i, j int) { peers[i], peers[j] = peers[j], peers[i] })
 	for _, p := range peers {
 		if len(l.seen) > maxAsked {
@@ -110,54 +141,29 @@ func (l *lookup) run(req *findRequest, key Key, quick bool) {
 		if l.skip(p) {
 			continue
 		}
-		if silence := s.peers.get(p).silence(); silence > 0 {
+		if silence := l.s.peers.get(p).silence(); silence > 0 {
 			l.note(fmt.Errorf("peer %s: %w: it has been silent for %s", p, errNoAnswer, silence.Round(time.Millisecond)))
 			continue
 		}
 		l.ask(peer.AddrInfo{ID: p}, req)
 	}
-	small := len(peers) <= maxAsked
-	var announced <-chan peer.AddrInfo
-	var grace <-chan time.Time
-	if len(l.waiting) > 0 && !(small && quick) {
-		announced = s.announced(l.ctx, key)
+	return len(peers) <= maxAsked
+}
+
+// take passes an answer on.
+func (l *lookup) take(a answer) {
+	delete(l.waiting, a.peer)
+	if a.gone {
+		return // an announcement that has outlived its peer
 	}
-	for providers := 0; len(l.waiting) > 0 || announced != nil; {
-		if small && announced != nil && grace == nil && !l.waitsForConnected() {
-			grace = time.After(announcedGrace)
-		}
-		select {
-		case a := <-l.replies:
-			delete(l.waiting, a.peer)
-			if a.gone {
-				continue // an announcement that has outlived its peer
-			}
-			l.note(a.err)
-			if a.err != nil {
-				s.log.Debug("a peer did not answer", "peer", a.peer.String(), "error", a.err)
-				continue
-			}
-			select {
-			case l.answers <- a:
-			case <-l.ctx.Done():
-			}
-		case p, more := <-announced:
-			switch {
-			case !more:
-				announced = nil
-			case l.skip(p.ID) || s.peers.get(p.ID).silence() > 0:
-			default:
-				l.ask(p, req)
-				if providers++; providers == maxProviders {
-					announced = nil
-				}
-			}
-		case <-grace:
-			announced = nil
-		case <-l.ctx.Done():
-			l.giveUp()
-			return
-		}
+	l.note(a.err)
+	if a.err != nil {
+		l.s.log.Debug("a peer did not answer", "peer", a.peer.String(), "error", a.err)
+		return
+	}
+	select {
+	case l.answers <- a:
+	case <-l.ctx.Done():
 	}
 }
 
@@ -423,10 +429,10 @@ func newRecent() *recent {
 	return &recent{tasks: map[p2p.Task][]holder{}, led: map[p2p.Task]leads{}}
 }
 
-// leads is a name that has led to a task.
+// leads is a name that has led to a task, and a peer that has all of that, where it is known.
 type leads struct {
 	name p2p.NewName
-	at   time.Time
+	holder
 }
 
 // holder is a peer that has said what it has of a task.
@@ -483,12 +489,23 @@ func (r *recent) lead(name p2p.NewName) {
 	if len(r.led) >= maxRecent {
 		clear(r.led)
 	}
-	r.led[p2p.Task{Tag: name.Tag, Digest: name.Digest}] = leads{name, time.Now()}
+	task := p2p.Task{Tag: name.Tag, Digest: name.Digest}
+	l := leads{name, holder{at: time.Now()}}
+	for _, h := range r.tasks[task] {
+		if h.state.whole() {
+			state := *h.state
+			state.Hints = nil
+			l.peer, l.state = h.peer, &state
+			break
+		}
+	}
+	r.led[task] = l
 }
 
-// LedTo implements [front.Names]. It returns the name that has led to a task, and forgets it; nil where there is none, or
-// it has been deleted since. It is the name as it was: it is to be held with the task, for
-// which nobody need be asked once more, and says nothing of what the name stands for now.
+// LedTo implements [front.Names]. It returns the name that has led to a task, and forgets it;
+// nil where there is none, or one of the two has been deleted since. It is the name as it was:
+// it is to be held with the task, for which nobody need be asked once more, and says nothing of
+// what the name stands for now.
 func (s *Swarm) LedTo(ctx context.Context, task p2p.Task) *p2p.NewName {
 	s.recent.mu.Lock()
 	l, found := s.recent.led[task]
@@ -500,6 +517,12 @@ func (s *Swarm) LedTo(ctx context.Context, task p2p.Task) *p2p.NewName {
 	gone, err := s.nameState(ctx, task.Tag, l.name.Name)
 	if err != nil || gone != nil && s.store.Covers(gone.gone(s.store.Limit()), l.name.Updated) {
 		return nil
+	}
+	if l.state != nil {
+		if !s.accept(ctx, l.peer, task, l.state) {
+			return nil
+		}
+		s.recent.put(task, l.peer, l.state)
 	}
 	return &l.name
 }
@@ -678,8 +701,12 @@ func (s *Swarm) resolve(ctx context.Context, tag, name string) (resolved, error)
 	lookupCtx, cancel := context.WithTimeoutCause(ctx, timeout, errNoAnswer)
 	defer cancel()
 	l := s.lookup(lookupCtx, &findRequest{Names: []nameRef{{tag, name}}, Follow: !here}, nameKey(tag, name), here)
+	var answers []answer
 	for a := range l.answers {
 		add(a.reply.Names[0], a.peer)
+		answers = append(answers, a)
+	}
+	for _, a := range answers { // only now: one that did not answer may have taken long
 		for _, f := range a.reply.Followed {
 			if task := p2p.Task(f.taskRef); task.Tag == tag && s.accept(ctx, a.peer, task, &f.State) {
 				s.recent.put(task, a.peer, &f.State)

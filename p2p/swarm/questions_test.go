@@ -10,7 +10,6 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
-	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -104,48 +103,51 @@ func (p *testPeer) importAs(t *testing.T, tag, name string, data []byte) {
 // An export by name asks each peer once what the name stands for, and has of what that leads
 // to; and then those that have not told of the file, where that is large, once for it.
 func TestQuestionsOfAnExport(t *testing.T) {
-	const peers = 20
-	for _, test := range []struct {
-		size, have, want int
-	}{
-		{1000, 1, 1},
-		{1000, peers, 1},
-		{3 << 20, 1, 2},
-		{3 << 20, peers, 1},
-	} {
-		t.Run(fmt.Sprintf("%d bytes on %d of %d", test.size, test.have, peers), func(t *testing.T) {
-			h := newHub()
-			var q questions
-			var all []*testPeer
-			for range peers {
-				all = append(all, h.start(t, q.count))
-			}
-			data := content(test.size, 1)
-			all[0].importAs(t, "models", "v1", data)
-			for _, p := range all[1:test.have] {
-				p.export(t, "models", "v1", data)
-			}
+	onClock(t, func(t *testing.T, h *hub) {
+		var q questions
+		all := make([]*testPeer, 20)
+		for i := range all {
+			all[i] = h.start(t, q.count)
+		}
+		small, large := content(1000, 1), content(smallBlob+1, 2)
+		for name, data := range map[string][]byte{"small": small, "everywhere": large} {
+			all[0].importAs(t, "models", name, data)
+		}
+		for _, p := range all[1:] {
+			p.export(t, "models", "everywhere", large)
+		}
+		all[0].importAs(t, "other", "large", large)
+		for _, test := range []struct {
+			tag, name string
+			data      []byte
+			want      int // questions of each peer
+		}{
+			{"models", "small", small, 1},
+			{"other", "large", large, 2},
+			{"models", "everywhere", large, 1},
+		} {
 			b := h.start(t)
 			q.of(b.id)
-			b.export(t, "models", "v1", data)
-			q.mu.Lock()
-			defer q.mu.Unlock()
+			b.export(t, test.tag, test.name, test.data)
+			if len(q.asked) != len(all) {
+				t.Errorf("%s: %d peers were asked, want %d", test.name, len(q.asked), len(all))
+			}
 			sum := 0
 			for p, asked := range q.asked {
 				if len(asked) > test.want {
-					t.Errorf("peer %s was asked %d different questions, want at most %d: %v", p, len(asked), test.want, asked)
+					t.Errorf("%s: peer %s was asked %d questions, want at most %d: %v", test.name, p, len(asked), test.want, asked)
 				}
 				for question, n := range asked {
-					// A file that takes its time is looked for again.
-					if n > 1 && strings.Contains(question, "names") {
-						t.Errorf("peer %s was asked %d times: %s", p, n, question)
+					if n > 1 {
+						t.Errorf("%s: peer %s was asked %d times: %s", test.name, p, n, question)
 					}
 					sum += n
 				}
 			}
-			t.Logf("%d questions", sum)
-		})
-	}
+			t.Logf("%s: %d questions", test.name, sum)
+			b.Close()
+		}
+	})
 }
 
 // A peer that does not tell what a name leads to is asked.

@@ -4,6 +4,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"os"
 	"slices"
@@ -75,6 +76,8 @@ func (d *download) search() {
 				if state := a.reply.Tasks[0]; d.s.accept(ctx, a.peer, t, state) {
 					found = true
 					d.post(func() { d.addSource(a.peer, t, state) })
+				} else {
+					d.post(func() { d.hasNothing(a.peer) })
 				}
 			}
 			if found {
@@ -157,11 +160,21 @@ func (d *download) recall(t p2p.Task) {
 	}
 }
 
-// follow asks a peer that another one has named, unless a search asks it.
+// hasNothing notes that a peer has just said so.
+func (d *download) hasNothing(p peer.ID) {
+	maps.DeleteFunc(d.nothing, func(_ peer.ID, said time.Time) bool { return time.Since(said) > searchPause })
+	d.nothing[p] = time.Now()
+}
+
+// follow asks a peer that another one has named, unless a search asks it, or it has just
+// said that it has nothing.
 func (d *download) follow(h hint) {
 	info, err := h.addrInfo()
 	if err != nil || info.ID == d.s.network.Self() || d.hinted[info.ID] || d.sources[info.ID] != nil ||
 		len(d.sources)+len(d.hinted) >= 2*maxSources || d.s.peers.get(info.ID).isShunned() {
+		return
+	}
+	if time.Since(d.nothing[info.ID]) <= searchPause {
 		return
 	}
 	if connected := d.s.network.Connected(); (d.searching || time.Now().After(d.nextSearch)) && len(connected) <= maxAsked && slices.Contains(connected, info.ID) {
@@ -172,15 +185,21 @@ func (d *download) follow(h hint) {
 	d.calls.Go(func() {
 		ctx, cancel := d.s.within(d.ctx)
 		defer cancel()
+		var state *taskState
 		if err := d.s.network.Connect(ctx, info); err == nil {
 			if reply, err := d.s.client.find(ctx, info.ID, &findRequest{Tasks: []taskRef{taskRef(t)}}); err == nil {
-				if state := reply.Tasks[0]; d.s.accept(ctx, info.ID, t, state) {
-					d.post(func() { d.addSource(info.ID, t, state) })
-					return
-				}
+				state = reply.Tasks[0]
 			}
 		}
-		d.post(func() { delete(d.hinted, info.ID) })
+		has := d.s.accept(ctx, info.ID, t, state)
+		d.post(func() {
+			delete(d.hinted, info.ID)
+			if has {
+				d.addSource(info.ID, t, state)
+			} else {
+				d.hasNothing(info.ID)
+			}
+		})
 	})
 }
 
