@@ -326,7 +326,7 @@ func (r *Repository) push(ctx context.Context, expected ocispec.Descriptor, src 
 	defer in.Close()
 	if err := in.Room(expected.Size); err != nil {
 		// What is here already, maybe under another tag, needs none.
-		if _, missing := r.holder(ctx, expected.Digest, ""); missing != nil {
+		if _, missing := r.tagWith(ctx, expected.Digest, ""); missing != nil {
 			return err
 		}
 	}
@@ -669,7 +669,7 @@ func (r *Repository) Mount(ctx context.Context, desc ocispec.Descriptor, fromRep
 }
 
 func (r *Repository) mount(ctx context.Context, d digest.Digest, fromRepo string) error {
-	tag, err := r.holder(ctx, d, fromRepo)
+	tag, err := r.tagWith(ctx, d, fromRepo)
 	if err != nil {
 		return err
 	}
@@ -736,9 +736,9 @@ func (r *Repository) intact(ctx context.Context, d digest.Digest) error {
 	return blob.CopyRange(ctx, io.Discard, 0, blob.Size(), nil)
 }
 
-// holder returns the tag of the repository fromRepo, or, where that is "", of one
+// tagWith returns the tag of the repository fromRepo, or, where that is "", of one
 // that holds d.
-func (r *Repository) holder(ctx context.Context, d digest.Digest, fromRepo string) (string, error) {
+func (r *Repository) tagWith(ctx context.Context, d digest.Digest, fromRepo string) (string, error) {
 	if fromRepo != "" {
 		return TagOf(fromRepo)
 	}

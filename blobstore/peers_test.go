@@ -93,7 +93,7 @@ func TestStatOfPeers(t *testing.T) {
 		for _, cid := range []string{"v1", imported.Digest.String()} {
 			f, err := r.Stat(t.Context(), cid, blobstore.Lookup{})
 			if err != nil || f.Digest != imported.Digest || f.Size != imported.Size || f.Pieces != imported.Pieces ||
-				f.Held != 0 || f.Local || !f.Imported.IsZero() || !f.LastUsed.IsZero() || f.Holders != nil {
+				f.Held != 0 || f.Local || !f.Imported.IsZero() || !f.LastUsed.IsZero() || f.Providers != nil {
 				t.Errorf("stat %s: %+v, %v", cid, f, err)
 			}
 			document, err := json.Marshal(f)
@@ -106,9 +106,9 @@ func TestStatOfPeers(t *testing.T) {
 				}
 			}
 			// A count is of those that have the file, not of those that know its name.
-			f, err = r.Stat(t.Context(), cid, blobstore.Lookup{Holders: true})
-			if want := (blobstore.Holders{Some: 2, Whole: 1, Asked: 3, Silent: 1}); err != nil || f.Holders == nil || *f.Holders != want {
-				t.Errorf("stat %s: %+v, %v", cid, f.Holders, err)
+			f, err = r.Stat(t.Context(), cid, blobstore.Lookup{Providers: true})
+			if want := (blobstore.Providers{Some: 2, Whole: 1, Asked: 3, Silent: 1}); err != nil || f.Providers == nil || *f.Providers != want {
+				t.Errorf("stat %s: %+v, %v", cid, f.Providers, err)
 			}
 			document, err = json.Marshal(f)
 			if want := `"holders":{"some":2,"whole":1,"asked":3,"silent":1}`; err != nil || !strings.Contains(string(document), want) {
@@ -118,7 +118,7 @@ func TestStatOfPeers(t *testing.T) {
 				t.Errorf("stat %s of this host: %v", cid, err)
 			}
 		}
-		if _, err := r.Stat(t.Context(), "v1", blobstore.Lookup{Local: true, Holders: true}); !errors.Is(err, blobstore.ErrInvalid) {
+		if _, err := r.Stat(t.Context(), "v1", blobstore.Lookup{Local: true, Providers: true}); !errors.Is(err, blobstore.ErrInvalid) {
 			t.Errorf("count peers without asking them: %v", err)
 		}
 		// Nothing of this has been kept.
@@ -134,8 +134,8 @@ func TestStatOfPeers(t *testing.T) {
 		}
 		// What is here needs no peer.
 		mustImport(t, r, "v3", data, "")
-		f, err := r.Stat(t.Context(), "v3", blobstore.Lookup{Holders: true})
-		if err != nil || !f.Local || f.Holders == nil || *f.Holders != (blobstore.Holders{}) {
+		f, err := r.Stat(t.Context(), "v3", blobstore.Lookup{Providers: true})
+		if err != nil || !f.Local || f.Providers == nil || *f.Providers != (blobstore.Providers{}) {
 			t.Errorf("stat of what is here: %+v, %v", f, err)
 		}
 	})
@@ -147,9 +147,9 @@ func TestHoldersOfArtifact(t *testing.T) {
 		pushBlobs(t, r, "one", "two", "{}")
 		m := ocispec.Manifest{Config: blob("{}"), Layers: []ocispec.Descriptor{fileOf("one", "a"), fileOf("two", "b")}}
 		mustPushManifest(t, r, image(m), "v1")
-		f, err := r.Stat(t.Context(), "v1", blobstore.Lookup{Holders: true})
-		if err != nil || len(f.Files) != 2 || f.Files[0].Holders.Whole != 1 || f.Files[1].Holders.Whole != 0 || f.Holders.Whole != 0 {
-			t.Errorf("got %+v, %v; want the holders of the rarest file", f, err)
+		f, err := r.Stat(t.Context(), "v1", blobstore.Lookup{Providers: true})
+		if err != nil || len(f.Files) != 2 || f.Files[0].Providers.Whole != 1 || f.Files[1].Providers.Whole != 0 || f.Providers.Whole != 0 {
+			t.Errorf("got %+v, %v; want the providers of the rarest file", f, err)
 		}
 	})
 }

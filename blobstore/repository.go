@@ -44,21 +44,21 @@ type File struct {
 	Imported    time.Time     // when it came to this host; zero where it is not here, or that was not asked for
 	LastUsed    time.Time     // when it was last read on this host; zero where never
 
-	// Holders counts the peers that hold the file. It is nil unless
-	// Lookup.Holders asked for it.
-	Holders *Holders
+	// Providers counts the peers that hold the file. It is nil unless
+	// Lookup.Providers asked for it.
+	Providers *Providers
 	// Sources are the peers that an export got the file from; none where it was
 	// on this host. What is said of pieces is how it was before.
 	Sources []Source
 
 	// Files are those of an artifact that has several. Digest is that of its
-	// manifest then; Size, Pieces and Held are sums; PieceLength is 0. Holders
+	// manifest then; Size, Pieces and Held are sums; PieceLength is 0. Providers
 	// are those of the file that the fewest peers hold whole.
 	Files []File
 }
 
 // MarshalJSON makes an object that always has all fields, with null for a time
-// that is not known, and for Holders that were not asked for.
+// that is not known, and for Providers that were not asked for.
 func (f File) MarshalJSON() ([]byte, error) {
 	known := func(t time.Time) *time.Time {
 		if t.IsZero() {
@@ -66,7 +66,7 @@ func (f File) MarshalJSON() ([]byte, error) {
 		}
 		return &t
 	}
-	type holders struct {
+	type counts struct {
 		Some   int `json:"some"`
 		Whole  int `json:"whole"`
 		Asked  int `json:"asked"`
@@ -94,12 +94,12 @@ func (f File) MarshalJSON() ([]byte, error) {
 		Local       bool          `json:"local"`
 		Imported    *time.Time    `json:"imported"`
 		LastUsed    *time.Time    `json:"lastUsed"`
-		Holders     *holders      `json:"holders"`
+		Providers   *counts       `json:"holders"`
 		Sources     []source      `json:"sources"`
 		Files       []File        `json:"files"`
 	}{
 		f.CID, f.Tag, f.Digest, f.Size, f.Title, f.Manifest, f.Pieces, f.PieceLength, f.Held, f.Local,
-		known(f.Imported), known(f.LastUsed), (*holders)(f.Holders), sources, append([]File{}, f.Files...),
+		known(f.Imported), known(f.LastUsed), (*counts)(f.Providers), sources, append([]File{}, f.Files...),
 	})
 }
 
@@ -107,9 +107,9 @@ func (f File) MarshalJSON() ([]byte, error) {
 type Lookup struct {
 	// Local keeps the lookup on this host. Without it peers are asked too.
 	Local bool
-	// Holders has a Stat ask every peer who holds the file. It goes without
+	// Providers has a Stat ask every peer who holds the file. It goes without
 	// Local.
-	Holders bool
+	Providers bool
 }
 
 func (l Lookup) scope() p2p.Scope {
@@ -285,13 +285,13 @@ func (r *Repository) find(ctx context.Context, cid string, l Lookup, use func(*f
 	if err != nil {
 		return nil, err
 	}
-	if l.Local && l.Holders {
+	if l.Local && l.Providers {
 		return nil, fmt.Errorf("%s: %w: peers are to be counted, and not to be asked", p2p.Describe(r.tag, id), ErrInvalid)
 	}
 	named := id.CacheID() != ""
 	var before digest.Digest
 	for attempt, same := 1, 0; ; attempt++ {
-		info, err := r.engine.Stat(ctx, r.tag, id, p2p.StatOptions{Scope: l.scope(), Manifest: named, Holders: l.Holders && !named})
+		info, err := r.engine.Stat(ctx, r.tag, id, p2p.StatOptions{Scope: l.scope(), Manifest: named, Providers: l.Providers && !named})
 		if err != nil {
 			return nil, err
 		}
@@ -301,8 +301,8 @@ func (r *Repository) find(ctx context.Context, cid string, l Lookup, use func(*f
 		same++
 		f := &found{File: File{CID: cid, Tag: r.tag, Digest: info.Task.Digest}, here: !info.Remote}
 		if info.Manifest == nil {
-			if named && l.Holders {
-				info.Holders, err = r.holders(ctx, info.Task.Digest)
+			if named && l.Providers {
+				info.Providers, err = r.providers(ctx, info.Task.Digest)
 			}
 			f.fill(info)
 			f.here = f.Local
@@ -320,10 +320,10 @@ func (r *Repository) find(ctx context.Context, cid string, l Lookup, use func(*f
 	}
 }
 
-// holders counts the peers that hold d.
-func (r *Repository) holders(ctx context.Context, d digest.Digest) (*Holders, error) {
-	info, err := r.engine.Stat(ctx, r.tag, digest.FromDigest(d), p2p.StatOptions{Holders: true})
-	return info.Holders, err
+// providers counts the peers that have d, or a part of it.
+func (r *Repository) providers(ctx context.Context, d digest.Digest) (*Providers, error) {
+	info, err := r.engine.Stat(ctx, r.tag, digest.FromDigest(d), p2p.StatOptions{Providers: true})
+	return info.Providers, err
 }
 
 // fill fills in what the engine knows of a file.
@@ -331,7 +331,7 @@ func (f *File) fill(info p2p.Info) {
 	f.Size, f.Pieces, f.PieceLength = info.Size, info.Pieces, info.PieceLength
 	f.Held, f.Local = info.Held, info.Local()
 	f.Imported, f.LastUsed = info.Imported, info.LastUsed
-	f.Holders = info.Holders
+	f.Providers = info.Providers
 }
 
 // followManifest fills in what a cache ID leads to.
@@ -353,9 +353,9 @@ func (r *Repository) followManifest(ctx context.Context, file *found, m *p2p.Man
 	for _, layer := range layers {
 		isFile[layer.Digest] = true
 		info, found := known[layer.Digest]
-		if !found || l.Holders {
+		if !found || l.Providers {
 			// It was too far down the list, or it is damaged or missing, which this tells.
-			if info, err = r.engine.Stat(ctx, r.tag, digest.FromDigest(layer.Digest), p2p.StatOptions{Scope: l.scope(), Holders: l.Holders}); err != nil {
+			if info, err = r.engine.Stat(ctx, r.tag, digest.FromDigest(layer.Digest), p2p.StatOptions{Scope: l.scope(), Providers: l.Providers}); err != nil {
 				return fmt.Errorf("leads to: %w", err)
 			}
 			known[layer.Digest] = info
@@ -384,8 +384,8 @@ func (r *Repository) followManifest(ctx context.Context, file *found, m *p2p.Man
 		if file.LastUsed.Before(f.LastUsed) {
 			file.LastUsed = f.LastUsed
 		}
-		if file.Holders == nil || f.Holders != nil && f.Holders.Whole < file.Holders.Whole {
-			file.Holders = f.Holders
+		if file.Providers == nil || f.Providers != nil && f.Providers.Whole < file.Providers.Whole {
+			file.Providers = f.Providers
 		}
 	}
 	return nil

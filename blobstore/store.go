@@ -102,8 +102,8 @@ type (
 	Peer = p2p.Peer
 	// PeerState is how it stands with a peer.
 	PeerState = p2p.PeerState
-	// Holders is how many peers have a file.
-	Holders = p2p.Holders
+	// Providers is how many peers have a file.
+	Providers = p2p.Providers
 	// Source is a peer that gave bytes of a file.
 	Source = p2p.Source
 	// Missed is a peer that a Remove was not done on.

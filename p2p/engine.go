@@ -127,9 +127,9 @@ type StatOptions struct {
 	// MaxContent leaves it to Open to read a manifest of more bytes: an engine may
 	// then leave Info.Manifest.Content nil. 0 is no limit.
 	MaxContent int64
-	// Holders asks for Info.Holders, for which every peer is asked. It needs
+	// Providers asks for Info.Providers, for which every peer is asked. It needs
 	// Network.
-	Holders bool
+	Providers bool
 	// Lease says that a client is told of a digest's task so that it need not send
 	// it: for as long as an upload may take the task is kept until what refers to it
 	// comes, and goes only where it is deleted itself. Of a name it says nothing.
@@ -158,12 +158,12 @@ type Info struct {
 	Lacks []digest.Digest
 	// Manifest is nil unless it was asked for, and the task is a manifest.
 	Manifest *Manifest
-	// Holders is nil unless it was asked for.
-	Holders *Holders
+	// Providers is nil unless it was asked for.
+	Providers *Providers
 }
 
-// Holders counts the other peers that have answered for a task.
-type Holders struct {
+// Providers counts the other peers that have answered for a task.
+type Providers struct {
 	Some   int // hold it, or a part of it
 	Whole  int // of these, hold all of it
 	Asked  int // were asked
@@ -178,7 +178,7 @@ type Manifest struct {
 	Content []byte // verified, at most MaxManifest bytes
 	// Refs are what is held of the first MaxRefs tasks that it refers to, in its order.
 	// What is known to be damaged is left out. Where peers have told of the manifest,
-	// or all were asked ([StatOptions].Holders), what they hold is told, too: it is Remote.
+	// or all were asked ([StatOptions].Providers), what they hold is told, too: it is Remote.
 	Refs []Info
 }
 

@@ -40,7 +40,7 @@ func (o StatOptions) Validate(tag string, cid digest.CID) error {
 	switch {
 	case o.Scope < Network || o.Scope > Local:
 		return fmt.Errorf("stat %s: %w: there is no scope %d", cid, digest.ErrInvalid, o.Scope)
-	case o.Holders && o.Scope != Network:
+	case o.Providers && o.Scope != Network:
 		return fmt.Errorf("stat %s with who holds it: %w: it goes with the network as the scope", cid, digest.ErrInvalid)
 	}
 	return nil

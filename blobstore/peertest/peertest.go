@@ -143,19 +143,19 @@ func (e *Engine) HoldManifest(ctx context.Context, tag string, cid digest.CID, o
 
 func (e *Engine) stat(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions, hold bool) (info p2p.Info, err error) {
 	local := opts
-	local.Holders = false
+	local.Providers = false
 	info, err = e.Store.Stat(ctx, tag, cid, local)
 	if opts.Scope == p2p.Local {
 		return info, err
 	}
-	if opts.Holders {
-		holders := &p2p.Holders{Asked: 3, Silent: 1}
+	if opts.Providers {
+		providers := &p2p.Providers{Asked: 3, Silent: 1}
 		if e.ask("stat", p2p.Describe(tag, cid)) != nil {
-			holders = &p2p.Holders{}
+			providers = &p2p.Providers{}
 		} else if _, err := e.Peer.Stat(ctx, tag, cid, local); err == nil {
-			holders.Some, holders.Whole = 2, 1
+			providers.Some, providers.Whole = 2, 1
 		}
-		defer func() { info.Holders = holders }()
+		defer func() { info.Providers = providers }()
 	}
 	if !errors.Is(err, p2p.ErrNotFound) && !errors.Is(err, digest.ErrCorrupt) {
 		return info, err

@@ -169,8 +169,8 @@ func (s *session) notReplicated(ctx context.Context, repo *blobstore.Repository,
 		// The engine had no time to say it.
 		counting, cancel := context.WithTimeout(context.WithoutCancel(ctx), holdersWithin)
 		defer cancel()
-		if f, statErr := repo.Stat(counting, file.CID, blobstore.Lookup{Holders: true}); statErr == nil && f.Holders != nil {
-			why += ", and " + count(f.Holders.Whole, "peer holds it", "peers hold it") + " whole by now"
+		if f, statErr := repo.Stat(counting, file.CID, blobstore.Lookup{Providers: true}); statErr == nil && f.Providers != nil {
+			why += ", and " + count(f.Providers.Whole, "peer holds it", "peers hold it") + " whole by now"
 		}
 	}
 	if code == exit.Unreachable && isOfSwarm(err) {

@@ -60,7 +60,7 @@ func (s *session) stat(ctx context.Context, lookup blobstore.Lookup) error {
 		return err
 	}
 	defer done()
-	lookup.Holders = !lookup.Local
+	lookup.Providers = !lookup.Local
 	file, err := repo.Stat(ctx, s.cid, lookup)
 	if err != nil {
 		return err
@@ -83,8 +83,8 @@ func (s *session) stat(ctx context.Context, lookup blobstore.Lookup) error {
 	default:
 		text.add("local", "no")
 	}
-	if h := file.Holders; h != nil {
-		text.add("peers", "%s", holders(*h))
+	if h := file.Providers; h != nil {
+		text.add("peers", "%s", providers(*h))
 	}
 	if !file.Imported.IsZero() {
 		text.add("imported", "%s", moment(file.Imported))
@@ -94,8 +94,8 @@ func (s *session) stat(ctx context.Context, lookup blobstore.Lookup) error {
 	return s.result.print(s.stdout, file, text.String())
 }
 
-// holders says how many peers hold a file.
-func holders(h blobstore.Holders) string {
+// providers says how many peers hold a file.
+func providers(h blobstore.Providers) string {
 	if h.Asked == 0 {
 		return "none to ask"
 	}

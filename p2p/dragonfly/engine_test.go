@@ -284,9 +284,9 @@ func TestHang(t *testing.T) {
 
 	// What needs no scheduler works.
 	other := enginetest.Import(t, b, "t", []byte("other"))
-	info, err := b.stat(other, p2p.StatOptions{Holders: true})
-	if err != nil || *info.Holders != (p2p.Holders{Asked: 1, Some: 1, Whole: 1}) {
-		t.Errorf("stat: %+v, %v", info.Holders, err)
+	info, err := b.stat(other, p2p.StatOptions{Providers: true})
+	if err != nil || *info.Providers != (p2p.Providers{Asked: 1, Some: 1, Whole: 1}) {
+		t.Errorf("stat: %+v, %v", info.Providers, err)
 	}
 	if deleted, err := b.delete(other); err != nil || deleted.Tasks != 1 || len(deleted.Missed) != 1 || !strings.Contains(deleted.Missed[0].Reason, "is not known") {
 		t.Errorf("delete: %+v, %v", deleted, err)
@@ -379,9 +379,9 @@ func TestOtherErrors(t *testing.T) {
 	h := newHost(t, new(dragonflytest.Cluster), dragonfly.Options{})
 	task := enginetest.Import(t, h, "t", []byte("data"))
 	h.upstream.OnCall(func(context.Context, string) error { return status.Error(codes.Unknown, "[5000]scheduler error") })
-	info, err := h.stat(task, p2p.StatOptions{Holders: true})
-	if err != nil || *info.Holders != (p2p.Holders{Asked: 1, Silent: 1}) {
-		t.Errorf("stat: %+v, %v", info.Holders, err)
+	info, err := h.stat(task, p2p.StatOptions{Providers: true})
+	if err != nil || *info.Providers != (p2p.Providers{Asked: 1, Silent: 1}) {
+		t.Errorf("stat: %+v, %v", info.Providers, err)
 	}
 	_, err = h.fetch(t.Context(), p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("absent")})
 	if err == nil || errors.Is(err, p2p.ErrNotFound) || !errors.Is(err, p2p.ErrUnreachable) || !strings.Contains(err.Error(), "[5000]scheduler error") {
@@ -636,9 +636,9 @@ func TestNoDragonfly(t *testing.T) {
 	err := tryImport(t.Context(), a, task, data)
 	enginetest.RequireError(t, "import", err, p2p.ErrUnavailable, a.upstream.Socket, "it is stored on this host", "import it again")
 	enginetest.RequireContent(t, a, task, data)
-	info, err := a.stat(task, p2p.StatOptions{Holders: true})
-	if err != nil || *info.Holders != (p2p.Holders{Asked: 1, Silent: 1}) {
-		t.Errorf("stat: %+v, %v", info.Holders, err)
+	info, err := a.stat(task, p2p.StatOptions{Providers: true})
+	if err != nil || *info.Providers != (p2p.Providers{Asked: 1, Silent: 1}) {
+		t.Errorf("stat: %+v, %v", info.Providers, err)
 	}
 	absent := p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("absent")}
 	_, err = a.Open(t.Context(), absent, p2p.Network)

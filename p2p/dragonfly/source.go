@@ -59,7 +59,7 @@ const (
 // [front.Source], and is safe for concurrent use.
 //
 // Dragonfly tells of a task only whether it has it: Stat fetches what is not here. Of
-// Info.Holders, the one that is asked is Dragonfly's dfdaemon: it holds a task where it,
+// Info.Providers, the one that is asked is Dragonfly's dfdaemon: it holds a task where it,
 // or a Dragonfly peer that it knows of, does.
 //
 // What is committed is handed to Dragonfly, with what it refers to, before Commit

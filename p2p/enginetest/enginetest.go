@@ -566,7 +566,7 @@ func testInvalidOptions(t *testing.T, e p2p.Engine) {
 	for what, opts := range map[string]p2p.StatOptions{
 		"no scope":          {Scope: -1},
 		"too far a scope":   {Scope: p2p.Local + 1},
-		"who holds locally": {Scope: p2p.Local, Holders: true},
+		"who holds locally": {Scope: p2p.Local, Providers: true},
 	} {
 		_, err := e.Stat(ctx, "t", cid(t, "v1"), opts)
 		requireError(t, "a stat that "+what, err, digest.ErrInvalid)
@@ -1955,7 +1955,7 @@ func testNoPeers(t *testing.T, e p2p.Engine) {
 	// What is here is found at any distance.
 	for _, id := range []digest.CID{digest.FromDigest(task.Digest), cid(t, "v1")} {
 		info, err := e.HoldManifest(ctx, "t", id, p2p.StatOptions{})
-		if err != nil || info.Remote || !info.Local() || info.Holders != nil || (info.Manifest != nil) != (info.Task == manifest) {
+		if err != nil || info.Remote || !info.Local() || info.Providers != nil || (info.Manifest != nil) != (info.Task == manifest) {
 			t.Errorf("hold the manifest of %s: %+v, %v", id, info, err)
 		}
 		if err := e.Hold(ctx, "t", id); err != nil {

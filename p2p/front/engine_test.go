@@ -70,8 +70,8 @@ func TestDirectory(t *testing.T) {
 	put(t, dir, m, manifest)
 	put(t, dir, digest.SHA256.FromString("{}"), []byte("{}"))
 
-	info, err := e.Stat(t.Context(), "t", digest.FromDigest(d), p2p.StatOptions{Holders: true})
-	if err != nil || !info.Remote || info.Size != int64(len(layer)) || *info.Holders != (p2p.Holders{Asked: 1, Some: 1, Whole: 1}) {
+	info, err := e.Stat(t.Context(), "t", digest.FromDigest(d), p2p.StatOptions{Providers: true})
+	if err != nil || !info.Remote || info.Size != int64(len(layer)) || *info.Providers != (p2p.Providers{Asked: 1, Some: 1, Whole: 1}) {
 		t.Errorf("stat of a layer: %+v, %v", info, err)
 	}
 	info, err = e.Stat(t.Context(), "t", digest.FromDigest(m), p2p.StatOptions{Manifest: true})
@@ -127,9 +127,9 @@ func TestNextSource(t *testing.T) {
 	}
 	all.Wait()
 	close(honest.wait)
-	info, err := e.Stat(t.Context(), "t", digest.FromDigest(task.Digest), p2p.StatOptions{Holders: true})
-	if err != nil || *info.Holders != (p2p.Holders{Asked: 2, Some: 2, Whole: 2}) {
-		t.Errorf("stat: %+v, %v", info.Holders, err)
+	info, err := e.Stat(t.Context(), "t", digest.FromDigest(task.Digest), p2p.StatOptions{Providers: true})
+	if err != nil || *info.Providers != (p2p.Providers{Asked: 2, Some: 2, Whole: 2}) {
+		t.Errorf("stat: %+v, %v", info.Providers, err)
 	}
 }
 

@@ -143,11 +143,11 @@ func (e *Engine) Replicate(ctx context.Context, tag string, cid digest.CID, n in
 			return s.Replicate(ctx, tag, cid, n)
 		}
 	}
-	holders, err := p2p.Replicate(ctx, e.store, tag, cid, n)
+	providers, err := p2p.Replicate(ctx, e.store, tag, cid, n)
 	if len(e.sources) > 0 && errors.Is(err, p2p.ErrUnreachable) {
 		err = fmt.Errorf("replicate %s: %w: %w by %s: export it on the hosts that are to have it", p2p.Describe(tag, cid), p2p.ErrUnreachable, errors.ErrUnsupported, e.called())
 	}
-	return holders, err
+	return providers, err
 }
 
 // Peers implements [p2p.Peering].

@@ -20,7 +20,7 @@ type Source interface {
 
 	// Find describes a task that the source has. The error matches [p2p.ErrNotFound]
 	// where it has it not, and [p2p.ErrUnreachable] or [p2p.ErrUnavailable] where it
-	// can't say. With Providers, Found.Info.Holders is set beside these errors, too.
+	// can't say. With Providers, Found.Info.Providers is set beside these errors, too.
 	Find(ctx context.Context, task p2p.Task, opts FindOptions) (Found, error)
 
 	// Fetch begins to bring a task's blob here, or what is damaged of the one that is
@@ -51,7 +51,7 @@ type FindOptions struct {
 	Content   bool // of what can be a manifest its content, verified, without keeping it
 	Named     bool // a name led to the task: it is a manifest, whatever peers say
 	Refs      bool // with Content, also of what the manifest refers to
-	Providers bool // Info.Holders, for which all are asked
+	Providers bool // Info.Providers, for which all are asked
 	Lease     bool // as [p2p.StatOptions] has it, of those that are asked
 }
 

@@ -53,7 +53,7 @@ func (e *Engine) stat(ctx context.Context, tag string, cid digest.CID, opts p2p.
 
 // localOnly returns the same options for what is here alone.
 func localOnly(opts p2p.StatOptions) p2p.StatOptions {
-	opts.Scope, opts.Holders = p2p.Local, false
+	opts.Scope, opts.Providers = p2p.Local, false
 	return opts
 }
 
@@ -89,7 +89,7 @@ func (e *Engine) statName(ctx context.Context, tag string, cid digest.CID, opts 
 		info.Task = p2p.Task{Tag: tag, Digest: damage.Digest}
 	} else if errors.Is(err, p2p.ErrNotFound) && e.names() == nil {
 		return info, fmt.Errorf("%w on this host, and %s knows no names: ask for the digest", err, e.called())
-	} else if err != nil || !opts.Holders {
+	} else if err != nil || !opts.Providers {
 		return info, err
 	}
 	return e.statDigest(ctx, info.Task, opts, nil, hold)
@@ -104,18 +104,18 @@ func (e *Engine) statDigest(ctx context.Context, task p2p.Task, opts p2p.StatOpt
 	if !here && !isMissing(missing) {
 		return info, missing
 	}
-	if !here || opts.Holders {
+	if !here || opts.Providers {
 		found, err := e.find(ctx, task, FindOptions{
-			Content: !here && opts.Manifest, Named: name != nil, Refs: !opts.ContentOnly, Providers: opts.Holders, Lease: opts.Lease,
+			Content: !here && opts.Manifest, Named: name != nil, Refs: !opts.ContentOnly, Providers: opts.Providers, Lease: opts.Lease,
 		})
 		switch {
 		case err == nil && here, here && isAway(err):
-			info.Holders = found.Info.Holders
+			info.Providers = found.Info.Providers
 		case err == nil && found.Opaque:
 			if info, err = e.statFetched(ctx, task, opts); err != nil {
 				return info, instead(missing, err)
 			}
-			info.Holders = found.Info.Holders
+			info.Providers = found.Info.Providers
 		case err == nil:
 			info = found.Info
 		default:
@@ -142,7 +142,7 @@ func (e *Engine) statDigest(ctx context.Context, task p2p.Task, opts p2p.StatOpt
 			return info, err
 		}
 	}
-	if !opts.ContentOnly && (!here || opts.Holders) {
+	if !opts.ContentOnly && (!here || opts.Providers) {
 		e.describeRefs(ctx, &info, opts)
 	}
 	return info, nil
@@ -189,12 +189,12 @@ func (e *Engine) describeRefs(ctx context.Context, info *p2p.Info, opts p2p.Stat
 		if !known {
 			ref, known = told[d]
 		}
-		if opts.Holders {
+		if opts.Providers {
 			if found, err := e.find(ctx, task, FindOptions{Providers: true}); err == nil || known {
 				if !known {
 					ref = found.Info
 				}
-				ref.Holders, known = found.Info.Holders, true
+				ref.Providers, known = found.Info.Providers, true
 			}
 		}
 		if known {
@@ -234,12 +234,12 @@ func (e *Engine) find(ctx context.Context, task p2p.Task, opts FindOptions) (Fou
 		})
 	}
 	var best Found
-	var holders *p2p.Holders
+	var providers *p2p.Providers
 	var failed []error
 	known := false
 	for range e.sources {
 		a := <-answers
-		holders = addHolders(holders, a.found.Info.Holders)
+		providers = addProviders(providers, a.found.Info.Providers)
 		if a.err != nil {
 			failed = append(failed, a.err)
 			continue
@@ -251,16 +251,16 @@ func (e *Engine) find(ctx context.Context, task p2p.Task, opts FindOptions) (Fou
 			break
 		}
 	}
-	best.Info.Holders = holders
+	best.Info.Providers = providers
 	if !known {
 		return best, errors.Join(failed...)
 	}
 	return best, nil
 }
 
-func addHolders(a, b *p2p.Holders) *p2p.Holders {
+func addProviders(a, b *p2p.Providers) *p2p.Providers {
 	if a == nil || b == nil {
 		return cmp.Or(a, b)
 	}
-	return &p2p.Holders{Some: a.Some + b.Some, Whole: a.Whole + b.Whole, Asked: a.Asked + b.Asked, Silent: a.Silent + b.Silent}
+	return &p2p.Providers{Some: a.Some + b.Some, Whole: a.Whole + b.Whole, Asked: a.Asked + b.Asked, Silent: a.Silent + b.Silent}
 }

@@ -272,7 +272,7 @@ func (in *ingest) check(c p2p.Commit) error {
 			var lacks []digest.Digest
 			t.lacks(need, map[digest.Digest]bool{}, &lacks)
 			if t.tasks[need] == nil && !committed[p2p.Task{Tag: n.Task.Tag, Digest: need}] || len(lacks) > 0 {
-				if t.tasks[need] == nil && len(t.holders(need)) > 0 {
+				if t.tasks[need] == nil && len(t.referring(need)) > 0 {
 					t.lost[need] = true
 				}
 				return &p2p.MissingRefError{Manifest: n.Task.Digest, Missing: need}

@@ -262,21 +262,21 @@ func (s *Store) Open(ctx context.Context, task p2p.Task, _ p2p.Scope) (p2p.Blob,
 	return newReader(k.blob), nil
 }
 
-// holders returns the tasks that refer to d.
-func (t *tag) holders(d digest.Digest) (holders []digest.Digest) {
+// referring returns the tasks that refer to d.
+func (t *tag) referring(d digest.Digest) (referring []digest.Digest) {
 	for h, k := range t.tasks {
 		if k.manifest != nil && slices.Contains(k.manifest.Refs, d) {
-			holders = append(holders, h)
+			referring = append(referring, h)
 		}
 	}
-	slices.Sort(holders)
-	return holders
+	slices.Sort(referring)
+	return referring
 }
 
 // isHeld reports whether a name, another task or its subject keeps a task.
 func (t *tag) isHeld(d digest.Digest) bool {
 	k := t.tasks[d]
-	return len(t.namesOf(d)) > 0 || len(t.holders(d)) > 0 ||
+	return len(t.namesOf(d)) > 0 || len(t.referring(d)) > 0 ||
 		k.manifest != nil && k.manifest.Subject != "" && t.tasks[k.manifest.Subject] != nil
 }
 
@@ -315,13 +315,13 @@ func (s *Store) Delete(ctx context.Context, tagName string, cid digest.CID, opts
 		s.tidy(tagName)
 		return gone, nil
 	}
-	if holders := t.holders(d); len(holders) > 0 && !opts.Force {
-		return gone, fmt.Errorf("delete %s: %w by %s (%v)", p2p.Describe(tagName, cid), p2p.ErrReferenced, holders[0], t.namesOf(holders[0]))
+	if referring := t.referring(d); len(referring) > 0 && !opts.Force {
+		return gone, fmt.Errorf("delete %s: %w by %s (%v)", p2p.Describe(tagName, cid), p2p.ErrReferenced, referring[0], t.namesOf(referring[0]))
 	}
 	for _, id := range t.namesOf(d) {
 		delete(t.names, id)
 	}
-	if len(t.holders(d)) > 0 {
+	if len(t.referring(d)) > 0 {
 		t.lost[d] = true
 	}
 	s.remove(t, &gone, d)
@@ -381,7 +381,7 @@ func (s *Store) tidy(tagName string) {
 	if t == nil {
 		return
 	}
-	maps.DeleteFunc(t.lost, func(d digest.Digest, _ bool) bool { return len(t.holders(d)) == 0 })
+	maps.DeleteFunc(t.lost, func(d digest.Digest, _ bool) bool { return len(t.referring(d)) == 0 })
 	if len(t.tasks) == 0 {
 		delete(s.tags, tagName)
 	}

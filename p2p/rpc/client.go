@@ -327,7 +327,7 @@ func (c *Client) stat(ctx context.Context, tag string, cid digest.CID, opts p2p.
 	}
 	req := &pb.StatRequest{
 		Tag: tag, Cid: cid.String(), Scope: scopes.message(opts.Scope),
-		Manifest: opts.Manifest, Holders: opts.Holders, Lease: opts.Lease,
+		Manifest: opts.Manifest, Holders: opts.Providers, Lease: opts.Lease,
 	}
 	s, end, err := c.begin(ctx)
 	if err != nil {

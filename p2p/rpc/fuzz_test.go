@@ -71,7 +71,7 @@ func FuzzRequests(f *testing.F) {
 		if proto.Unmarshal(b, &stat) == nil {
 			cid, opts, err := parseStat(&stat)
 			check(err, func() error {
-				if opts.Scope != p2p.Network && opts.Holders {
+				if opts.Scope != p2p.Network && opts.Providers {
 					return fmt.Errorf("%+v", opts)
 				}
 				_, err := digest.ParseCID(cid.String())

@@ -564,7 +564,7 @@ func TestLargestManifest(t *testing.T) {
 	long.PieceLength, long.Pieces, long.Held = long.Size, int(long.Size), int(long.Size)
 	info := long
 	info.Manifest = &p2p.Manifest{Content: random(p2p.MaxManifest), Refs: slices.Repeat([]p2p.Info{long}, p2p.MaxRefs)}
-	info.Holders = &p2p.Holders{Some: 1 << 60, Whole: 1 << 60, Asked: 1 << 60, Silent: 1 << 60}
+	info.Providers = &p2p.Providers{Some: 1 << 60, Whole: 1 << 60, Asked: 1 << 60, Silent: 1 << 60}
 	h.stat = func(context.Context, p2p.StatOptions) (p2p.Info, error) { return info, nil }
 	got, err := c.Stat(t.Context(), "", digest.FromDigest(someTask.Digest), p2p.StatOptions{Manifest: true})
 	if err != nil {
@@ -708,12 +708,12 @@ func TestStatOptions(t *testing.T) {
 	var got p2p.StatOptions
 	remote := p2p.Info{
 		Task: someTask, Remote: true, Size: 5, Origin: time.Unix(0, 7),
-		Holders: &p2p.Holders{Some: 3, Whole: 2, Asked: 5, Silent: 1},
+		Providers: &p2p.Providers{Some: 3, Whole: 2, Asked: 5, Silent: 1},
 	}
 	h.stat = func(_ context.Context, opts p2p.StatOptions) (p2p.Info, error) { got = opts; return remote, nil }
 	c := pair(t, h)
 	for _, want := range []p2p.StatOptions{
-		{}, {Scope: p2p.Local}, {Scope: p2p.Local, Manifest: true}, {Manifest: true}, {Holders: true}, {Manifest: true, Holders: true},
+		{}, {Scope: p2p.Local}, {Scope: p2p.Local, Manifest: true}, {Manifest: true}, {Providers: true}, {Manifest: true, Providers: true},
 	} {
 		info, err := c.Stat(t.Context(), "", digest.FromDigest(someTask.Digest), want)
 		if err != nil || got != want || !reflect.DeepEqual(info, remote) {
@@ -1676,8 +1676,8 @@ func TestHold(t *testing.T) {
 	}
 	var what string
 	h.hold = func(_ context.Context, got string, _ p2p.Task) error { what = got; return nil }
-	info, err := c.HoldManifest(t.Context(), someTask.Tag, id, p2p.StatOptions{Holders: true})
-	if want := fmt.Sprintf("hold the manifest %+v", p2p.StatOptions{Manifest: true, Holders: true}); err != nil || info.Task != someTask || what != want {
+	info, err := c.HoldManifest(t.Context(), someTask.Tag, id, p2p.StatOptions{Providers: true})
+	if want := fmt.Sprintf("hold the manifest %+v", p2p.StatOptions{Manifest: true, Providers: true}); err != nil || info.Task != someTask || what != want {
 		t.Errorf("the engine was told to %s, want %s; got %+v, %v", what, want, info, err)
 	}
 }

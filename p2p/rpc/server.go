@@ -243,7 +243,7 @@ func (s *service) Stat(ctx context.Context, req *pb.StatRequest) (*pb.StatReply,
 }
 
 func statMessage(info p2p.Info) *pb.StatReply {
-	return &pb.StatReply{Info: infoMessage(info), Manifest: manifestMessage(info.Manifest), Holders: holdersMessage(info.Holders)}
+	return &pb.StatReply{Info: infoMessage(info), Manifest: manifestMessage(info.Manifest), Holders: holdersMessage(info.Providers)}
 }
 
 func (s *service) Delete(ctx context.Context, req *pb.DeleteRequest) (*pb.DeleteReply, error) {

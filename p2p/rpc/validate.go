@@ -98,7 +98,7 @@ func parseName(tag, cid string) (digest.CID, error) {
 }
 
 func parseStat(r *pb.StatRequest) (cid digest.CID, opts p2p.StatOptions, err error) {
-	opts = p2p.StatOptions{Manifest: r.GetManifest(), Holders: r.GetHolders(), Lease: r.GetLease()}
+	opts = p2p.StatOptions{Manifest: r.GetManifest(), Providers: r.GetHolders(), Lease: r.GetLease()}
 	if cid, err = digest.ParseCID(r.GetCid()); err != nil {
 		return cid, opts, err
 	}
@@ -287,7 +287,7 @@ func manifestMessage(m *p2p.Manifest) *pb.StatReply_Manifest {
 	return message
 }
 
-func holdersMessage(h *p2p.Holders) *pb.Holders {
+func holdersMessage(h *p2p.Providers) *pb.Holders {
 	if h == nil {
 		return nil
 	}
@@ -456,7 +456,7 @@ func statOf(r *pb.StatReply) (p2p.Info, error) {
 		if h.GetWhole() < 0 || h.GetSome() < h.GetWhole() || h.GetSilent() < 0 || h.GetAsked() < h.GetSilent() {
 			return p2p.Info{}, fmt.Errorf("the daemon's answer: %d peers hold it, %d of them whole; %d were asked, %d of them did not answer", h.GetSome(), h.GetWhole(), h.GetAsked(), h.GetSilent())
 		}
-		info.Holders = &p2p.Holders{Some: int(h.GetSome()), Whole: int(h.GetWhole()), Asked: int(h.GetAsked()), Silent: int(h.GetSilent())}
+		info.Providers = &p2p.Providers{Some: int(h.GetSome()), Whole: int(h.GetWhole()), Asked: int(h.GetAsked()), Silent: int(h.GetSilent())}
 	}
 	if r.GetManifest() == nil {
 		return info, nil

@@ -43,10 +43,10 @@ func TestDirectoryBeside(t *testing.T) {
 	put(lie.Digest, content(500_000, 4))
 	b.want(t, lie, more)
 
-	// Holders are those of both.
-	info, err := b.Stat(t.Context(), "t", digest.FromDigest(other.Digest), p2p.StatOptions{Holders: true})
-	if err != nil || *info.Holders != (p2p.Holders{Asked: 2, Some: 2, Whole: 2}) {
-		t.Errorf("stat: %+v, %v", info.Holders, err)
+	// Providers are those of both.
+	info, err := b.Stat(t.Context(), "t", digest.FromDigest(other.Digest), p2p.StatOptions{Providers: true})
+	if err != nil || *info.Providers != (p2p.Providers{Asked: 2, Some: 2, Whole: 2}) {
+		t.Errorf("stat: %+v, %v", info.Providers, err)
 	}
 	// A delete is for the swarm. The directory has it still, which is no other peer.
 	deleted, err := b.Delete(t.Context(), "t", digest.FromDigest(other.Digest), p2p.DeleteOptions{})

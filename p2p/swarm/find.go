@@ -34,12 +34,12 @@ const (
 	announcedGrace = 500 * time.Millisecond
 )
 
-// taskKey is what a holder of a task announces.
+// taskKey is what a provider of a task announces.
 func taskKey(t p2p.Task) Key {
 	return sha256.Sum256([]byte("dfcache announce task\x00" + t.Tag + "\x00" + string(t.Digest)))
 }
 
-// nameKey is what a holder of a name announces.
+// nameKey is what a provider of a name announces.
 func nameKey(tag, name string) Key {
 	return sha256.Sum256([]byte("dfcache announce name\x00" + tag + "\x00" + name))
 }
@@ -334,7 +334,7 @@ func (s *Swarm) statTask(ctx context.Context, task p2p.Task, opts p2p.StatOption
 	lookupCtx, cancel := s.within(ctx)
 	defer cancel()
 	l := s.lookup(lookupCtx, &findRequest{Tasks: []taskRef{taskRef(task)}, Lease: opts.Lease}, taskKey(task), false)
-	counted := &p2p.Holders{}
+	counted := &p2p.Providers{}
 	found := false
 	for a := range l.answers {
 		state := a.reply.Tasks[0]
@@ -353,7 +353,7 @@ func (s *Swarm) statTask(ctx context.Context, task p2p.Task, opts p2p.StatOption
 			}
 		}
 		found = true
-		if !opts.Holders && from != "" {
+		if !opts.Providers && from != "" {
 			break
 		}
 	}
@@ -364,11 +364,11 @@ func (s *Swarm) statTask(ctx context.Context, task p2p.Task, opts p2p.StatOption
 		}
 		missed := l.missed(task.String())
 		counted.Asked, counted.Silent = l.end()
-		return p2p.Info{Holders: counted}, "", missed
+		return p2p.Info{Providers: counted}, "", missed
 	}
 	counted.Asked, counted.Silent = l.end()
-	if opts.Holders {
-		info.Holders = counted
+	if opts.Providers {
+		info.Providers = counted
 	}
 	return info, from, nil
 }
@@ -376,7 +376,7 @@ func (s *Swarm) statTask(ctx context.Context, task p2p.Task, opts p2p.StatOption
 // statNamed is statTask for what a name has just led to: whoever has told of the name is not
 // asked once more where one of them has all of it.
 func (s *Swarm) statNamed(ctx context.Context, task p2p.Task, opts p2p.StatOptions) (info p2p.Info, from peer.ID, err error) {
-	if !opts.Holders {
+	if !opts.Providers {
 		for _, h := range s.recent.of(task) {
 			if h.state.whole() {
 				return infoOf(task, h.state), h.peer, nil
@@ -420,23 +420,23 @@ func (s *Swarm) statesOf(ctx context.Context, p peer.ID, tasks []taskRef) []*tas
 // the moment after.
 type recent struct {
 	mu    sync.Mutex
-	tasks map[p2p.Task][]holder
+	tasks map[p2p.Task][]provider
 	bytes int                // of all states
 	led   map[p2p.Task]leads // which names have led to tasks that were not held
 }
 
 func newRecent() *recent {
-	return &recent{tasks: map[p2p.Task][]holder{}, led: map[p2p.Task]leads{}}
+	return &recent{tasks: map[p2p.Task][]provider{}, led: map[p2p.Task]leads{}}
 }
 
 // leads is a name that has led to a task, and a peer that has all of that, where it is known.
 type leads struct {
 	name p2p.NewName
-	holder
+	provider
 }
 
-// holder is a peer that has said what it has of a task.
-type holder struct {
+// provider is a peer that has said what it has of a task.
+type provider struct {
 	peer  peer.ID
 	state *taskState
 	at    time.Time
@@ -454,31 +454,31 @@ const (
 func (r *recent) put(t p2p.Task, p peer.ID, state *taskState) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.remove(t, func(h holder) bool { return h.peer == p })
+	r.remove(t, func(h provider) bool { return h.peer == p })
 	if len(r.tasks) >= maxRecent || r.bytes+state.bytes() > maxRecentBytes {
 		clear(r.tasks)
 		r.bytes = 0
 	}
 	if all := r.tasks[t]; len(all) < maxSources {
-		r.tasks[t] = append(all, holder{p, state, time.Now()})
+		r.tasks[t] = append(all, provider{p, state, time.Now()})
 		r.bytes += state.bytes()
 	}
 }
 
 // of returns what is remembered of a task.
-func (r *recent) of(t p2p.Task) []holder {
+func (r *recent) of(t p2p.Task) []provider {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.remove(t, func(h holder) bool { return time.Since(h.at) > recentFor })
+	r.remove(t, func(h provider) bool { return time.Since(h.at) > recentFor })
 	return slices.Clone(r.tasks[t])
 }
 
 // take returns what is remembered of a task, and forgets it.
-func (r *recent) take(t p2p.Task) []holder {
+func (r *recent) take(t p2p.Task) []provider {
 	all := r.of(t)
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.remove(t, func(holder) bool { return true })
+	r.remove(t, func(provider) bool { return true })
 	return all
 }
 
@@ -490,7 +490,7 @@ func (r *recent) lead(name p2p.NewName) {
 		clear(r.led)
 	}
 	task := p2p.Task{Tag: name.Tag, Digest: name.Digest}
-	l := leads{name, holder{at: time.Now()}}
+	l := leads{name, provider{at: time.Now()}}
 	for _, h := range r.tasks[task] {
 		if h.state.whole() {
 			state := *h.state
@@ -527,9 +527,9 @@ func (s *Swarm) LedTo(ctx context.Context, task p2p.Task) *p2p.NewName {
 	return &l.name
 }
 
-// remove forgets holders of a task. r.mu is held.
-func (r *recent) remove(t p2p.Task, which func(holder) bool) {
-	var left []holder
+// remove forgets providers of a task. r.mu is held.
+func (r *recent) remove(t p2p.Task, which func(provider) bool) {
+	var left []provider
 	for _, h := range r.tasks[t] {
 		if which(h) {
 			r.bytes -= h.state.bytes()

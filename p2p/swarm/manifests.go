@@ -100,7 +100,7 @@ func (s *Swarm) fetchManifest(ctx context.Context, task p2p.Task, from peer.ID) 
 	next := func() {
 		patience.Reset(s.opts.StallTimeout)
 		slow = nil
-		if other := s.wholeHolder(ctx, task, asked); other != "" {
+		if other := s.wholeProvider(ctx, task, asked); other != "" {
 			asked[other] = true
 			slow = ask(other)
 		}
@@ -127,8 +127,8 @@ func (s *Swarm) fetchManifest(ctx context.Context, task p2p.Task, from peer.ID) 
 	}
 }
 
-// wholeHolder returns a peer that has all of a task, but for some; "" where there is none.
-func (s *Swarm) wholeHolder(ctx context.Context, task p2p.Task, not map[peer.ID]bool) peer.ID {
+// wholeProvider returns a peer that has all of a task, but for some; "" where there is none.
+func (s *Swarm) wholeProvider(ctx context.Context, task p2p.Task, not map[peer.ID]bool) peer.ID {
 	lookupCtx, cancel := s.within(ctx)
 	defer cancel()
 	l := s.lookup(lookupCtx, &findRequest{Tasks: []taskRef{taskRef(task)}}, taskKey(task), false)

@@ -261,25 +261,25 @@ func TestReferrersFollow(t *testing.T) {
 	}
 }
 
-func TestStatHolders(t *testing.T) {
+func TestStatProviders(t *testing.T) {
 	h := newHub()
 	a, b, c := h.start(t), h.start(t), h.start(t)
 	data := content(100_000, 3)
 	task := a.add(t, "", data)
 	cid := digest.FromDigest(task.Digest)
-	holders := func(p *testPeer, want p2p.Holders) {
+	providers := func(p *testPeer, want p2p.Providers) {
 		t.Helper()
-		info, err := p.Stat(t.Context(), "", cid, p2p.StatOptions{Holders: true})
-		if err != nil || info.Holders == nil || *info.Holders != want {
-			t.Errorf("holders are %+v, %v; want %+v", info.Holders, err, want)
+		info, err := p.Stat(t.Context(), "", cid, p2p.StatOptions{Providers: true})
+		if err != nil || info.Providers == nil || *info.Providers != want {
+			t.Errorf("holders are %+v, %v; want %+v", info.Providers, err, want)
 		}
 	}
-	holders(a, p2p.Holders{Asked: 2})
-	holders(b, p2p.Holders{Some: 1, Whole: 1, Asked: 2})
+	providers(a, p2p.Providers{Asked: 2})
+	providers(b, p2p.Providers{Some: 1, Whole: 1, Asked: 2})
 	b.want(t, task, data)
 	b.wantStored(t, task)
-	holders(a, p2p.Holders{Some: 1, Whole: 1, Asked: 2})
-	holders(c, p2p.Holders{Some: 2, Whole: 2, Asked: 2})
+	providers(a, p2p.Providers{Some: 1, Whole: 1, Asked: 2})
+	providers(c, p2p.Providers{Some: 2, Whole: 2, Asked: 2})
 }
 
 // deleted runs a delete.

@@ -35,7 +35,7 @@ func (s *Swarm) Find(ctx context.Context, task p2p.Task, opts front.FindOptions)
 	if opts.Named {
 		ask = s.statNamed
 	}
-	info, from, err := ask(ctx, task, p2p.StatOptions{Holders: opts.Providers, Lease: opts.Lease})
+	info, from, err := ask(ctx, task, p2p.StatOptions{Providers: opts.Providers, Lease: opts.Lease})
 	found := front.Found{Info: info, Whole: from != ""}
 	// Whether it is a manifest is for its content to say, not for the peer that answered first.
 	mayBe := info.IsManifest || from != "" && (opts.Named || info.Size <= p2p.MaxManifest)

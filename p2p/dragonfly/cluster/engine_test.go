@@ -210,8 +210,8 @@ func TestTwoHosts(t *testing.T) {
 		if _, err := b.Open(t.Context(), task, p2p.Local); !errors.Is(err, p2p.ErrNotFound) {
 			t.Fatalf("before: %v", err)
 		}
-		info, err := b.stat(task, p2p.StatOptions{Holders: true})
-		if err != nil || info.Size != int64(size) || info.Remote != (size > p2p.MaxManifest) || *info.Holders != (p2p.Holders{Asked: 1, Some: 1, Whole: 1}) {
+		info, err := b.stat(task, p2p.StatOptions{Providers: true})
+		if err != nil || info.Size != int64(size) || info.Remote != (size > p2p.MaxManifest) || *info.Providers != (p2p.Providers{Asked: 1, Some: 1, Whole: 1}) {
 			t.Errorf("stat: %+v, %v", info, err)
 		}
 		b.requireFetched(task, data)

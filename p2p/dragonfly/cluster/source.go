@@ -107,7 +107,7 @@ func (o *Options) setDefaults() {
 // concurrent use.
 //
 // Of what is not here, schedulers know the size and no more: Stat fetches what could be
-// a manifest. Of Info.Holders, the one that is asked is the task's scheduler: others hold
+// a manifest. Of Info.Providers, the one that is asked is the task's scheduler: others hold
 // the task where it knows of peers besides this one.
 //
 // What is committed is announced before Commit returns. A scheduler that does not answer
@@ -215,7 +215,7 @@ func (e *Source) Find(ctx context.Context, task p2p.Task, opts front.FindOptions
 	if e.isHeld(taskID(task)) {
 		others-- // this host
 	}
-	if h := found.Info.Holders; h != nil && others <= 0 {
+	if h := found.Info.Providers; h != nil && others <= 0 {
 		h.Some, h.Whole = 0, 0
 	}
 	return found, failed

@@ -157,8 +157,8 @@ func TestTwoHosts(t *testing.T) {
 				t.Fatalf("before: %v", err)
 			}
 			if size > p2p.MaxManifest {
-				info, err := b.stat(task, p2p.StatOptions{Holders: true})
-				if err != nil || info.Size != int64(size) || !info.Remote || *info.Holders != (p2p.Holders{Asked: 1, Some: 1, Whole: 1}) {
+				info, err := b.stat(task, p2p.StatOptions{Providers: true})
+				if err != nil || info.Size != int64(size) || !info.Remote || *info.Providers != (p2p.Providers{Asked: 1, Some: 1, Whole: 1}) {
 					t.Errorf("stat: %+v, %v", info, err)
 				}
 			}
@@ -528,9 +528,9 @@ func TestAway(t *testing.T) {
 	_, err = h.stat(task, p2p.StatOptions{})
 	enginetest.RequireError(t, "stat without a scheduler", err, p2p.ErrUnreachable, "available schedulers not found")
 	enginetest.RequireError(t, "import without a scheduler", tryImport(h, task, []byte("data")), p2p.ErrUnavailable, "stored on this host")
-	info, err := h.stat(task, p2p.StatOptions{Holders: true})
-	if err != nil || *info.Holders != (p2p.Holders{Asked: 1, Silent: 1}) {
-		t.Errorf("stat of what is here: %+v, %v", info.Holders, err)
+	info, err := h.stat(task, p2p.StatOptions{Providers: true})
+	if err != nil || *info.Providers != (p2p.Providers{Asked: 1, Silent: 1}) {
+		t.Errorf("stat of what is here: %+v, %v", info.Providers, err)
 	}
 	h.upstream.OnCall(func(ctx context.Context, _ string) error {
 		<-ctx.Done()

@@ -72,7 +72,7 @@ const (
 // use.
 //
 // Dragonfly tells the size of a task: Stat fetches only what could be a manifest. Of
-// Info.Holders, the one that is asked is Dragonfly's scheduler: it holds a task where it
+// Info.Providers, the one that is asked is Dragonfly's scheduler: it holds a task where it
 // knows of a host that has it, which may be this one.
 //
 // What is committed is handed to Dragonfly, with what it refers to, before Commit

@@ -118,17 +118,17 @@ func sweep(ctx context.Context, store *pieces.Store, log *slog.Logger, hand func
 	return nil
 }
 
-// Holders says who has a task, of one that was asked: the network as a whole. err is
+// Providers says who has a task, of one that was asked: the network as a whole. err is
 // what it has answered, nil where it has the task.
-func Holders(ctx context.Context, log *slog.Logger, task p2p.Task, err error) (*p2p.Holders, error) {
+func Providers(ctx context.Context, log *slog.Logger, task p2p.Task, err error) (*p2p.Providers, error) {
 	switch {
 	case err == nil:
-		return &p2p.Holders{Asked: 1, Some: 1, Whole: 1}, nil
+		return &p2p.Providers{Asked: 1, Some: 1, Whole: 1}, nil
 	case errors.Is(err, p2p.ErrNotFound):
-		return &p2p.Holders{Asked: 1}, nil
+		return &p2p.Providers{Asked: 1}, nil
 	case context.Cause(ctx) != nil:
 		return nil, err
 	}
 	log.Warn("Dragonfly does not say who has a task", "task", task.String(), "error", err)
-	return &p2p.Holders{Asked: 1, Silent: 1}, nil
+	return &p2p.Providers{Asked: 1, Silent: 1}, nil
 }

@@ -48,11 +48,11 @@ func Found(ctx context.Context, log *slog.Logger, task p2p.Task, size int64, err
 		Whole: true, Opaque: size <= p2p.MaxManifest,
 	}
 	if opts.Providers {
-		holders, failed := Holders(ctx, log, task, err)
+		providers, failed := Providers(ctx, log, task, err)
 		if failed != nil {
 			return found, failed
 		}
-		found.Info.Holders = holders
+		found.Info.Providers = providers
 	}
 	return found, err
 }

@@ -41,7 +41,7 @@ func (d *Directory) Name() string { return "directory " + d.dir }
 func (d *Directory) Find(_ context.Context, task p2p.Task, opts front.FindOptions) (front.Found, error) {
 	found := front.Found{Whole: true, Opaque: true}
 	if opts.Providers {
-		found.Info.Holders = &p2p.Holders{Asked: 1}
+		found.Info.Providers = &p2p.Providers{Asked: 1}
 	}
 	info, err := os.Stat(d.path(task.Digest))
 	if err != nil {
@@ -52,7 +52,7 @@ func (d *Directory) Find(_ context.Context, task p2p.Task, opts front.FindOption
 	found.Info.Size, found.Info.PieceLength, found.Info.Pieces = table.Size, table.PieceLength, table.Pieces()
 	found.Opaque = table.Size <= p2p.MaxManifest
 	if opts.Providers {
-		found.Info.Holders.Some, found.Info.Holders.Whole = 1, 1
+		found.Info.Providers.Some, found.Info.Providers.Whole = 1, 1
 	}
 	return found, nil
 }

@@ -18,7 +18,7 @@ import (
 	"github.com/multiformats/go-multihash"
 )
 
-// maxAnswer is how many holders of a key one peer names to another. They are
+// maxAnswer is how many providers of a key one peer names to another. They are
 // picked at random, and 20 peers are asked.
 const maxAnswer = 64
 
@@ -120,7 +120,7 @@ func (r *records) Batch(context.Context) (datastore.Batch, error) {
 func (r *records) Query(_ context.Context, q query.Query) (query.Results, error) {
 	var entries []query.Entry
 	if k, _, ok := parsePath(q.Prefix); ok {
-		for p, at := range r.holders(k) {
+		for p, at := range r.providers(k) {
 			entries = append(entries, query.Entry{
 				Key:   q.Prefix + "/" + base32.RawStdEncoding.EncodeToString([]byte(p)),
 				Value: binary.AppendVarint(nil, at),
@@ -167,9 +167,9 @@ func (r *records) add(k [32]byte, p peer.ID, at int64) {
 	r.chain(i)
 }
 
-// holders returns up to maxAnswer peers that announced k, and when, in
+// providers returns up to maxAnswer peers that announced k, and when, in
 // nanoseconds since 1970; this peer among them if it announces k now.
-func (r *records) holders(k [32]byte) map[peer.ID]int64 {
+func (r *records) providers(k [32]byte) map[peer.ID]int64 {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.expire()

@@ -23,7 +23,7 @@ type clock struct{ time.Time }
 func (c *clock) now() time.Time          { return c.Time }
 func (c *clock) advance(d time.Duration) { c.Time = c.Add(d) }
 
-func holdersOf(r *records, k [32]byte) []peer.ID { return slices.Sorted(maps.Keys(r.holders(k))) }
+func providersOf(r *records, k [32]byte) []peer.ID { return slices.Sorted(maps.Keys(r.providers(k))) }
 
 func TestRecordsExpire(t *testing.T) {
 	c := &clock{time.Unix(1000, 0)}
@@ -32,16 +32,16 @@ func TestRecordsExpire(t *testing.T) {
 	c.advance(10 * time.Minute)
 	r.add(key(1), "b", c.UnixNano())
 	r.add(key(2), "b", c.UnixNano())
-	if got := holdersOf(r, key(1)); !slices.Equal(got, []peer.ID{"a", "b"}) {
+	if got := providersOf(r, key(1)); !slices.Equal(got, []peer.ID{"a", "b"}) {
 		t.Errorf("holders %q", got)
 	}
 	c.advance(10*time.Minute + 1)
-	if got := holdersOf(r, key(1)); !slices.Equal(got, []peer.ID{"b"}) {
+	if got := providersOf(r, key(1)); !slices.Equal(got, []peer.ID{"b"}) {
 		t.Errorf("holders %q, want what has not expired", got)
 	}
 	r.add(key(1), "b", c.UnixNano()) // again: lives on
 	c.advance(10 * time.Minute)
-	if got := holdersOf(r, key(1)); !slices.Equal(got, []peer.ID{"b"}) || r.len() != 1 {
+	if got := providersOf(r, key(1)); !slices.Equal(got, []peer.ID{"b"}) || r.len() != 1 {
 		t.Errorf("holders %q, %d records, want the one that was announced again", got, r.len())
 	}
 	c.advance(20 * time.Minute)
@@ -64,8 +64,8 @@ func TestRecordsAreBounded(t *testing.T) {
 		t.Errorf("%d records in %d slots, want 10", r.len(), len(r.slots))
 	}
 	for i := range 15 {
-		if got, want := len(r.holders(key(i))), i == 2 || i >= 6; (got == 1) != want {
-			t.Errorf("key %d has %d holders; want one: %v", i, got, want)
+		if got, want := len(r.providers(key(i))), i == 2 || i >= 6; (got == 1) != want {
+			t.Errorf("key %d has %d providers; want one: %v", i, got, want)
 		}
 	}
 }
@@ -74,11 +74,11 @@ func TestRecordsKnowTheirOwn(t *testing.T) {
 	own := &keySet{}
 	r := newRecords("self", own, 10, time.Hour, time.Now)
 	own.add(key(1))
-	if got := holdersOf(r, key(1)); !slices.Equal(got, []peer.ID{"self"}) {
+	if got := providersOf(r, key(1)); !slices.Equal(got, []peer.ID{"self"}) {
 		t.Errorf("holders %q, want self", got)
 	}
 	own.remove(key(1))
-	if got := holdersOf(r, key(1)); len(got) != 0 {
+	if got := providersOf(r, key(1)); len(got) != 0 {
 		t.Errorf("holders %q of what is withdrawn", got)
 	}
 }
@@ -90,9 +90,9 @@ func TestAnswersAreBounded(t *testing.T) {
 	for i := range 500 {
 		r.add(key(1), peer.ID(fmt.Sprint(i)), time.Now().UnixNano())
 	}
-	first, second := r.holders(key(1)), r.holders(key(1))
+	first, second := r.providers(key(1)), r.providers(key(1))
 	if len(first) != maxAnswer+1 || maps.Equal(first, second) {
-		t.Errorf("%d holders, the same each time: %v", len(first), maps.Equal(first, second))
+		t.Errorf("%d providers, the same each time: %v", len(first), maps.Equal(first, second))
 	}
 	if _, ok := first["self"]; !ok {
 		t.Error("self is not among the holders")
@@ -108,20 +108,20 @@ func TestRecordsModel(t *testing.T) {
 	c := &clock{time.Unix(1000, 0)}
 	const limit, validity = 50, 100 * time.Second
 	r := newRecords("self", &keySet{}, limit, validity, c.now)
-	type holder struct {
+	type provider struct {
 		key  [32]byte
 		peer peer.ID
 	}
 	type stamped struct {
-		holder
+		provider
 		at time.Time
 	}
 	var model []stamped // oldest first
 	for range 20_000 {
 		c.advance(time.Duration(rng.IntN(4)) * time.Second)
 		model = slices.DeleteFunc(model, func(s stamped) bool { return c.Sub(s.at) > validity })
-		h := holder{key(rng.IntN(20)), peer.ID(fmt.Sprint(rng.IntN(10)))}
-		model = slices.DeleteFunc(model, func(s stamped) bool { return s.holder == h })
+		h := provider{key(rng.IntN(20)), peer.ID(fmt.Sprint(rng.IntN(10)))}
+		model = slices.DeleteFunc(model, func(s stamped) bool { return s.provider == h })
 		model = append(model, stamped{h, c.Time})
 		if len(model) > limit {
 			model = model[1:]
@@ -135,7 +135,7 @@ func TestRecordsModel(t *testing.T) {
 				want[s.peer] = s.at.UnixNano()
 			}
 		}
-		if got := r.holders(k); !maps.Equal(got, want) {
+		if got := r.providers(k); !maps.Equal(got, want) {
 			t.Fatalf("holders %v, want %v", got, want)
 		}
 		if r.len() != len(model) {
@@ -177,7 +177,7 @@ func TestRecordsBelowProviderManager(t *testing.T) {
 	for i, want := range map[int]int{0: 1, 1: 2, 2: 1, 999: 1, 1000: 0} {
 		infos, err := m.GetProviders(t.Context(), multihashOf(key(i)))
 		if err != nil || len(infos) != want {
-			t.Errorf("key %d: %d holders, %v; want %d", i, len(infos), err, want)
+			t.Errorf("key %d: %d providers, %v; want %d", i, len(infos), err, want)
 		}
 	}
 	if err := m.Close(); err != nil {

@@ -246,18 +246,18 @@ func (c *Cluster) find(id string) (*commonv2.PersistentCacheTask, []*Daemon, err
 	if t == nil {
 		return nil, nil, internal("persistent cache task %s not found", id)
 	}
-	var holders []*Daemon
+	var providers []*Daemon
 	for _, d := range c.daemons {
 		if _, found := d.has(id); found {
-			holders = append(holders, d)
+			providers = append(providers, d)
 		}
 	}
-	n := uint64(len(holders))
+	n := uint64(len(providers))
 	return &commonv2.PersistentCacheTask{
 		Id: id, PersistentReplicaCount: 1, CurrentPersistentReplicaCount: n, CurrentReplicaCount: n,
 		PieceLength: PieceLength, ContentLength: t.size, PieceCount: uint32((t.size + PieceLength - 1) / PieceLength), State: t.state,
 		Ttl: durationpb.New(t.ttl), CreatedAt: timestamppb.New(t.created), UpdatedAt: timestamppb.New(t.updated),
-	}, holders, nil
+	}, providers, nil
 }
 
 // StatPersistentCacheTask implements the API.
@@ -320,16 +320,16 @@ func (d *Daemon) UploadPersistentCacheTask(ctx context.Context, req *dfdaemonv2.
 // DownloadPersistentCacheTask implements the API.
 func (d *Daemon) DownloadPersistentCacheTask(req *dfdaemonv2.DownloadPersistentCacheTaskRequest, stream dfdaemonv2.DfdaemonDownload_DownloadPersistentCacheTaskServer) error {
 	id := req.GetTaskId()
-	t, holders, err := d.cluster.find(id)
+	t, providers, err := d.cluster.find(id)
 	if err != nil {
 		return err
 	}
 	name, found := d.has(id)
 	if !found {
-		if len(holders) == 0 {
+		if len(providers) == 0 {
 			return internal("not all persistent cache pieces are downloaded with scheduler")
 		}
-		from, _ := holders[0].has(id)
+		from, _ := providers[0].has(id)
 		if name, err = d.keep(id, from); err != nil {
 			return internal("%v", err)
 		}
