@@ -18,7 +18,7 @@ var layers = [][]string{
 	{"cmd/dfcache", "cmd/dfdaemon"},
 	{"cmd/internal/logs", "cmd/internal/manual", "cmd/internal/memory", "cmd/internal/profiling", "cmd/internal/settings", "cmd/internal/tracing"},
 	{"cmd/internal/build", "cmd/internal/exit", "cmd/internal/paths", "cmd/internal/stdio", "docs"},
-	{"blobstore/registry", "blobstore/dragonfly", "blobstore/client"},
+	{"blobstore/registry", "blobstore/dragonflyapi", "blobstore/client"},
 	{"blobstore", "p2p/swarm", "p2p/swarm/discovery", "p2p/dragonfly", "p2p/dragonfly/cluster", "p2p/dragonfly/persistent"}, // none of these knows another
 	{"p2p/rpc", "p2p/dragonfly/whole"},
 	{"p2p/front"},
@@ -34,7 +34,7 @@ var notLinked = map[string][]string{
 	"cmd/dfcache":              {"github.com/libp2p/", "github.com/russross/blackfriday", "github.com/cpuguy83/go-md2man"},
 	"cmd/dfdaemon":             {"github.com/russross/blackfriday", "github.com/cpuguy83/go-md2man"},
 	"blobstore/registry":       {"github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk"},
-	"blobstore/dragonfly":      {"github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk", "d7y.io/dragonfly"},
+	"blobstore/dragonflyapi":   {"github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk", "d7y.io/dragonfly"},
 	"blobstore":                {"oras.land/oras-go/v2/registry", "google.golang.org/grpc", "github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk", "go.opentelemetry.io/otel/exporters"},
 	"p2p/rpc":                  {"github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk"},
 	"p2p/swarm":                {"github.com/libp2p/go-libp2p-kad-dht", "google.golang.org/grpc", "github.com/spf13/"},

@@ -8,7 +8,7 @@ import (
 	"net"
 
 	"github.com/dfcache/dfcache/blobstore"
-	"github.com/dfcache/dfcache/blobstore/dragonfly"
+	"github.com/dfcache/dfcache/blobstore/dragonflyapi"
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/rpc"
 )
@@ -16,7 +16,7 @@ import (
 // upstreamServer answers Dragonfly's own dfcache.
 type upstreamServer struct {
 	listener net.Listener
-	server   *dragonfly.Server
+	server   *dragonflyapi.Server
 }
 
 // listenUpstream listens for Dragonfly's dfcache. It returns nil where that is off.
@@ -32,7 +32,7 @@ func (o *options) listenUpstream(store *blobstore.Store, log *slog.Logger) (*ups
 	if err != nil {
 		return nil, err
 	}
-	return &upstreamServer{l, dragonfly.NewServer(store, log)}, nil
+	return &upstreamServer{l, dragonflyapi.NewServer(store, log)}, nil
 }
 
 func (s *upstreamServer) serve() error { return s.server.Serve(s.listener) }

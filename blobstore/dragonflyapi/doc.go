@@ -1,4 +1,4 @@
-// Package dragonfly lets Dragonfly's own dfcache, unmodified, use a store: it
+// Package dragonflyapi lets Dragonfly's own dfcache, unmodified, use a store: it
 // serves the part of the API of Dragonfly's dfdaemon, v1, that this client calls:
 // CheckHealth, StatTask, ImportTask, ExportTask and DeleteTask. The words are those
 // of d7y.io/api/v2. Every other call is answered with "unimplemented".
@@ -12,4 +12,4 @@
 // is refused here. What is imported under a digest is compared with it.
 //
 // It promises no compatibility.
-package dragonfly
+package dragonflyapi

@@ -1,4 +1,4 @@
-package dragonfly
+package dragonflyapi
 
 import (
 	"bytes"
