@@ -63,7 +63,7 @@ func announce(stream openServer, blob p2p.ArrivingBlob, notices <-chan string) e
 	defer a.late.Stop()
 	wants := receiveWants(stream, n)
 	arrived, stop := watch(stream.Context(), blob)
-	defer stop()
+	defer func() { _ = stop() }()
 	for {
 		select {
 		case w := <-wants:

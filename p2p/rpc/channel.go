@@ -306,13 +306,13 @@ func (c *channel) write(ctx context.Context, id uint64, oob []byte) error {
 func interruptible(ctx context.Context, setDeadline func(time.Time) error, do func() error) error {
 	interrupted := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
-		setDeadline(time.Unix(1, 0))
+		_ = setDeadline(time.Unix(1, 0))
 		close(interrupted)
 	})
 	err := do()
 	if !stop() {
 		<-interrupted
-		setDeadline(time.Time{})
+		_ = setDeadline(time.Time{})
 		if err != nil {
 			return context.Cause(ctx)
 		}

@@ -427,7 +427,7 @@ func (c *Client) List(ctx context.Context, q p2p.Query) iter.Seq2[p2p.Entry, err
 				}
 			}
 		}
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return
 		}
 		err = c.callError(ctx, err)
@@ -462,7 +462,7 @@ func (c *Client) Open(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.
 	if err != nil {
 		return nil, c.callError(ctx, err)
 	}
-	if _, err := stream.Recv(); err != io.EOF { // the call's end, which is on its way
+	if _, err := stream.Recv(); !errors.Is(err, io.EOF) { // the call's end, which is on its way
 		file.Close()
 		if err == nil {
 			return nil, errors.New("the daemon's answer does not end")
@@ -486,13 +486,13 @@ func (c *Client) open(ctx context.Context, s *session, req *pb.OpenRequest) (ope
 	if err != nil {
 		return nil, nil, nil, err
 	}
-	if err := stream.Send(req); err != nil && err != io.EOF { // of which Recv has the cause
+	if err := stream.Send(req); err != nil && !errors.Is(err, io.EOF) { // of which Recv has the cause
 		return nil, nil, nil, err
 	}
 	var parser tableParser
 	for sent := false; !sent; {
 		reply, err := stream.Recv()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			err = errors.New("the daemon's answer ends too early")
 		}
 		if err == nil {

@@ -79,7 +79,7 @@ func (c *Client) follow(ctx context.Context, d *download, stream openStream, can
 func (d *download) receive() {
 	for {
 		reply, err := d.stream.Recv()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			err = errors.New("the daemon's answer ends before the blob is whole")
 		}
 		whole := false
@@ -93,7 +93,7 @@ func (d *download) receive() {
 		}
 		if whole {
 			d.finish(nil)
-			d.stream.Recv() // the call's end, which is on its way
+			_, _ = d.stream.Recv() // the call's end, which is on its way
 			return
 		}
 	}

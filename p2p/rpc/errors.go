@@ -32,11 +32,11 @@ var kinds = []struct {
 	code   codes.Code
 	err    error
 }{
-	{"DIGEST_MISMATCH", codes.InvalidArgument, digest.ErrMismatch},
-	{"CORRUPT", codes.DataLoss, digest.ErrCorrupt},
+	{reasonMismatch, codes.InvalidArgument, digest.ErrMismatch},
+	{reasonCorrupt, codes.DataLoss, digest.ErrCorrupt},
 	{"NOT_FOUND", codes.NotFound, p2p.ErrNotFound},
 	{"REFERENCED", codes.FailedPrecondition, p2p.ErrReferenced},
-	{"MISSING_REF", codes.FailedPrecondition, p2p.ErrMissingRef},
+	{reasonMissingRef, codes.FailedPrecondition, p2p.ErrMissingRef},
 	{"NO_SPACE", codes.ResourceExhausted, p2p.ErrNoSpace},
 	{"CHANGED", codes.Aborted, p2p.ErrChanged},
 	{"INVALID", codes.InvalidArgument, digest.ErrInvalid},
@@ -50,8 +50,14 @@ var kinds = []struct {
 	{"CANCELED", codes.Canceled, context.Canceled},
 }
 
-// reasonInternal is the reason of an error of no kind.
-const reasonInternal = "INTERNAL"
+const (
+	// Of these there is more to tell than the message.
+	reasonMismatch   = "DIGEST_MISMATCH"
+	reasonCorrupt    = "CORRUPT"
+	reasonMissingRef = "MISSING_REF"
+
+	reasonInternal = "INTERNAL" // of an error of no kind
+)
 
 // toStatus makes a gRPC status of what an engine returned. Each kind that the
 // error is of becomes a detail.
@@ -69,12 +75,12 @@ func toStatus(err error) error {
 			continue
 		}
 		info := &errdetails.ErrorInfo{Reason: k.reason, Domain: errorDomain}
-		switch k.err {
-		case digest.ErrMismatch:
+		switch k.reason {
+		case reasonMismatch:
 			if e, ok := errors.AsType[*digest.MismatchError](err); ok {
 				info.Metadata = map[string]string{"want": valid(string(e.Want)), "got": valid(string(e.Got))}
 			}
-		case digest.ErrCorrupt:
+		case reasonCorrupt:
 			if e, ok := errors.AsType[*digest.CorruptError](err); ok {
 				info.Metadata = map[string]string{
 					"digest": valid(string(e.Digest)),
@@ -82,7 +88,7 @@ func toStatus(err error) error {
 					"reason": valid(e.Reason),
 				}
 			}
-		case p2p.ErrMissingRef:
+		case reasonMissingRef:
 			if e, ok := errors.AsType[*p2p.MissingRefError](err); ok {
 				info.Metadata = map[string]string{"manifest": valid(string(e.Manifest)), "missing": valid(string(e.Missing))}
 			}
@@ -126,27 +132,33 @@ func fromStatus(st *status.Status) error {
 			if k.reason != info.GetReason() {
 				continue
 			}
-			is, data := k.err, info.GetMetadata()
-			switch {
-			case len(data) == 0:
-			case k.err == digest.ErrMismatch:
-				is = &digest.MismatchError{Want: digest.Digest(data["want"]), Got: digest.Digest(data["got"])}
-			case k.err == digest.ErrCorrupt:
-				piece, err := strconv.Atoi(data["piece"])
-				if err != nil {
-					piece = -1
-				}
-				is = &digest.CorruptError{Digest: digest.Digest(data["digest"]), Piece: piece, Reason: data["reason"]}
-			case k.err == p2p.ErrMissingRef:
-				is = &p2p.MissingRefError{Manifest: digest.Digest(data["manifest"]), Missing: digest.Digest(data["missing"])}
-			}
-			e.is = append(e.is, is)
+			e.is = append(e.is, withData(k.err, k.reason, info.GetMetadata()))
 		}
 	}
 	if !ours {
 		return nil
 	}
 	return e
+}
+
+// withData returns an error of a kind, with what the daemon has told of it.
+func withData(kind error, reason string, data map[string]string) error {
+	if len(data) == 0 {
+		return kind
+	}
+	switch reason {
+	case reasonMismatch:
+		return &digest.MismatchError{Want: digest.Digest(data["want"]), Got: digest.Digest(data["got"])}
+	case reasonCorrupt:
+		piece, err := strconv.Atoi(data["piece"])
+		if err != nil {
+			piece = -1
+		}
+		return &digest.CorruptError{Digest: digest.Digest(data["digest"]), Piece: piece, Reason: data["reason"]}
+	case reasonMissingRef:
+		return &p2p.MissingRefError{Manifest: digest.Digest(data["manifest"]), Missing: digest.Digest(data["missing"])}
+	}
+	return kind
 }
 
 // callError turns the error of a call into what the engine interface promises.

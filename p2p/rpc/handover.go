@@ -17,7 +17,7 @@ import (
 // Open hands a blob over.
 func (s *service) Open(stream openServer) error {
 	req, err := stream.Recv()
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		return fmt.Errorf("open: %w: the call ends before it says what", digest.ErrInvalid)
 	}
 	if err != nil {

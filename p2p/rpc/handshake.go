@@ -288,7 +288,7 @@ func (c *conn) serverHandshake() error {
 	var version *versionError
 	if errors.As(err, &version) {
 		// The answer has no descriptor: it is there to be compared.
-		c.Write(preface)
+		_, _ = c.Write(preface) // whatever it reads, it is refused
 		return fmt.Errorf("this client speaks protocol %q, this daemon %q: install the same version on both", version.theirs, bytes.TrimSpace(preface))
 	}
 	if err != nil {

@@ -2,6 +2,7 @@ package rpc
 
 import (
 	"context"
+	"errors"
 	"io"
 
 	"google.golang.org/grpc"
@@ -144,7 +145,7 @@ func (c *Client) await(ctx context.Context, call func(context.Context, pb.Daemon
 			notice(m.GetText())
 		}
 	}
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		return nil
 	}
 	return c.callError(ctx, err)

@@ -272,7 +272,7 @@ func (i *ingest) create(req *pb.IngestRequest_Add, progress func(int64)) (*write
 	}
 	if raw, err := pipe.SyscallConn(); err == nil {
 		// Where the user has too many large pipes, this one stays small.
-		raw.Control(func(fd uintptr) { unix.FcntlInt(fd, unix.F_SETPIPE_SZ, pipeSize) })
+		_ = raw.Control(func(fd uintptr) { _, _ = unix.FcntlInt(fd, unix.F_SETPIPE_SZ, pipeSize) })
 	}
 	err = i.handOver(req, r)
 	r.Close()
@@ -365,7 +365,7 @@ func (w *writer) abandon() {
 // send sends a request. Where the daemon has ended the stream, it returns why.
 func (i *ingest) send(req *pb.IngestRequest) error {
 	err := i.stream.Send(req)
-	for err == io.EOF {
+	for errors.Is(err, io.EOF) {
 		if _, recvErr := i.receive(); recvErr != nil {
 			return recvErr
 		}
@@ -375,7 +375,7 @@ func (i *ingest) send(req *pb.IngestRequest) error {
 
 func (i *ingest) receive() (*pb.IngestReply, error) {
 	reply, err := i.stream.Recv()
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		return nil, errors.New("the daemon ended the ingest without a word")
 	}
 	return reply, i.client.callError(i.ctx, err)
@@ -432,7 +432,7 @@ func (i *ingest) Commit(commit p2p.Commit) error {
 		i.fail(err)
 		return err
 	}
-	i.stream.Recv() // the call's end, which is on its way
+	_, _ = i.stream.Recv() // the call's end, which is on its way
 	i.fail(errCommitted)
 	return nil
 }
@@ -465,7 +465,7 @@ func (i *ingest) Close() error {
 		return nil
 	}
 	i.over = p2p.ErrClosed
-	i.stream.CloseSend()
+	_ = i.stream.CloseSend() // where that fails, so does Recv
 	for {
 		if _, err := i.stream.Recv(); err != nil {
 			return nil // with the connection gone too the daemon drops everything

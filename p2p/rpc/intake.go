@@ -1,6 +1,7 @@
 package rpc
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -32,7 +33,7 @@ func (s *service) Ingest(stream grpc.BidiStreamingServer[pb.IngestRequest, pb.In
 	}()
 	for {
 		req, err := stream.Recv()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return nil // the client gave up
 		}
 		if err != nil {
@@ -76,7 +77,7 @@ func (s *service) add(stream grpc.BidiStreamingServer[pb.IngestRequest, pb.Inges
 		if now := time.Now(); now.Sub(last) >= progressInterval {
 			last = now
 			// Where the stream is over, so is ctx, and with it the ingest.
-			stream.Send(&pb.IngestReply{Reply: &pb.IngestReply_Progress_{Progress: &pb.IngestReply_Progress{Bytes: taken}}})
+			_ = stream.Send(&pb.IngestReply{Reply: &pb.IngestReply_Progress_{Progress: &pb.IngestReply_Progress{Bytes: taken}}})
 		}
 	}
 	added, err := ingest.Add(src, opts)
@@ -170,7 +171,7 @@ func (s *service) commit(stream grpc.BidiStreamingServer[pb.IngestRequest, pb.In
 			break
 		}
 		req, err := stream.Recv()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return nil
 		}
 		if err != nil {

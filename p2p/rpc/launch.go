@@ -142,7 +142,7 @@ func start(ctx context.Context, opts LaunchOptions) (Launched, error) {
 	})
 	switch {
 	case err != nil:
-		cmd.Process.Signal(syscall.SIGTERM)
+		_ = cmd.Process.Signal(syscall.SIGTERM)
 		return Launched{}, fmt.Errorf("wait until it is ready: %w", err)
 	case strings.HasPrefix(string(said), readyLine):
 		launched := Launched{PID: cmd.Process.Pid}
@@ -156,7 +156,7 @@ func start(ctx context.Context, opts LaunchOptions) (Launched, error) {
 	select {
 	case err = <-ended:
 	case <-ctx.Done():
-		cmd.Process.Signal(syscall.SIGTERM)
+		_ = cmd.Process.Signal(syscall.SIGTERM)
 		err = context.Cause(ctx)
 	}
 	if err == nil {
@@ -198,5 +198,5 @@ func Ready(fd int, says *Launched, err error) {
 			word = append(word, text...)
 		}
 	}
-	f.Write(word) // whoever waited may be gone
+	_, _ = f.Write(word) // whoever waited may be gone
 }

@@ -153,7 +153,7 @@ func (s *Server) admit(socket *net.UnixConn) (*conn, error) {
 	c.inflow = inflow{shares: s.shares, uid: c.who.uid}
 	var ok bool
 	if c.leave, ok = s.shares.conns.Offer(c.who.key(), c.hangUp); !ok {
-		socket.Write(busy) // there is room for it
+		_, _ = socket.Write(busy) // there is room for it
 		socket.Close()
 		return c, errCrowded
 	}
