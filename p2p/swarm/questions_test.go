@@ -167,6 +167,33 @@ func TestQuestionsToEarlierPeers(t *testing.T) {
 	h.start(t).export(t, "models", "v1", data)
 }
 
+// A peer that has just said that it has nothing is not asked again whenever a source names it.
+func TestNamedAgain(t *testing.T) {
+	onClock(t, func(t *testing.T, h *hub) {
+		var q questions
+		g := newGate(10)
+		a, b, c := h.start(t, g.through), h.start(t), h.start(t, q.count)
+		q.of(b.id)
+		data := content(gateSize, 34)
+		blob := b.open(t, t.Context(), a.add(t, "", data))
+		defer blob.Close()
+		for range 10 {
+			time.Sleep(time.Millisecond) // by then the search has ended, or the question
+			blob.d.post(func() { blob.d.follow(hintOf(c.network.Addresses(c.id))) })
+		}
+		time.Sleep(time.Millisecond)
+		q.mu.Lock()
+		for question, n := range q.asked[c.id] {
+			if n > 1 {
+				t.Errorf("it was asked %d times: %s", n, question)
+			}
+		}
+		q.mu.Unlock()
+		g.open()
+		requireRest(t, blob, data)
+	})
+}
+
 // What was deleted, and a peer that has missed that leads to, is not taken from it: it is told.
 func TestDeletedIsNotFollowed(t *testing.T) {
 	h := newHub()
