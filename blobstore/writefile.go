@@ -13,6 +13,16 @@ import (
 	"github.com/dfcache/dfcache/p2p/dirs"
 )
 
+// ErrNoOverwrite says that an output is there, and would be replaced with Overwrite. It matches
+// [fs.ErrExist].
+var ErrNoOverwrite error = noOverwrite{}
+
+type noOverwrite struct{}
+
+func (noOverwrite) Error() string { return fs.ErrExist.Error() }
+
+func (noOverwrite) Unwrap() error { return fs.ErrExist }
+
 // writeFile makes the file at path with what write writes to it, or nothing at
 // all. The file has no name until it is complete, so that not even kill -9
 // leaves a part of it; a file system that has no unnamed files gets a hidden
@@ -36,7 +46,7 @@ func writeFile(path string, opts ExportOptions, write func(*os.File) error) erro
 	case !info.Mode().IsRegular():
 		return fmt.Errorf("output %s: %w: it is not a regular file: write to \"-\" and redirect it there", path, fs.ErrExist)
 	case !opts.Overwrite:
-		return fmt.Errorf("output %s: %w: pass --overwrite to replace it", path, fs.ErrExist)
+		return fmt.Errorf("output %s: %w", path, ErrNoOverwrite)
 	default:
 		// Through a link the file is replaced, not the link.
 		if path, err = filepath.EvalSymlinks(path); err != nil {
@@ -268,7 +278,7 @@ func writeDir(path string, opts ExportOptions, files []File, write func(File, *o
 			return fmt.Errorf("output: %w", err)
 		}
 		if len(entries) > 0 {
-			return fmt.Errorf("output %s: %w: the directory is not empty: pass --overwrite to put %d files there", path, fs.ErrExist, len(files))
+			return fmt.Errorf("output %s: %w: the directory is not empty", path, ErrNoOverwrite)
 		}
 	}
 	// A new directory takes its place by a rename. One that is there stays, with

@@ -236,7 +236,7 @@ func (a *Access) check(r *http.Request) *problem {
 		}
 		if !loopback.IsOwner(r) {
 			a.log.Info("denied", "remote", r.RemoteAddr, "method", r.Method, "path", r.URL.Path)
-			return newProblem(http.StatusForbidden, codeDenied, "this registry is for the user who runs it, and for root on the same host; others need a user and a password (dfdaemon --registry-htpasswd), or that anyone may (--registry-read, --registry-write)")
+			return newProblem(http.StatusForbidden, codeDenied, "this registry is for the user who runs it, and for root on the same host; others need a user and a password, or that it lets anyone in")
 		}
 		return nil
 	}

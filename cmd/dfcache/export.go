@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 
 	"github.com/spf13/cobra"
@@ -110,7 +111,13 @@ func (s *session) exportFile(ctx context.Context, output string, opts blobstore.
 		file, err = repo.ExportFile(ctx, s.cid, output, opts)
 	}
 	end()
-	if err != nil {
+	switch {
+	case errors.Is(err, blobstore.ErrNoOverwrite):
+		if info, statErr := os.Stat(output); statErr == nil && info.IsDir() {
+			return fmt.Errorf("%w: pass --overwrite to put the files there", err)
+		}
+		return fmt.Errorf("%w: pass --overwrite to replace it", err)
+	case err != nil:
 		return err
 	}
 	var text facts
