@@ -71,7 +71,9 @@ func duplicateOf(t *testing.T, f *os.File) *os.File {
 		t.Fatal(err)
 	}
 	fd := -1
-	if controlErr := raw.Control(func(from uintptr) { fd, err = unix.FcntlInt(from, unix.F_DUPFD_CLOEXEC, 0) }); controlErr != nil || err != nil {
+	if controlErr := raw.Control(func(from uintptr) {
+		fd, err = unix.FcntlInt(from, unix.F_DUPFD_CLOEXEC, 0)
+	}); controlErr != nil || err != nil {
 		t.Fatal(controlErr, err)
 	}
 	duplicate := os.NewFile(uintptr(fd), "duplicate")

@@ -137,7 +137,9 @@ func Import(t *testing.T, e p2p.Engine, tag string, data []byte) p2p.Task {
 	return task
 }
 
-func importReader(ctx context.Context, e p2p.Engine, tag string, src io.Reader, opts p2p.AddOptions, keep p2p.Keep) (p2p.Task, error) {
+func importReader(
+	ctx context.Context, e p2p.Engine, tag string, src io.Reader, opts p2p.AddOptions, keep p2p.Keep,
+) (p2p.Task, error) {
 	in, err := e.Ingest(ctx)
 	if err != nil {
 		return p2p.Task{}, err
@@ -148,11 +150,14 @@ func importReader(ctx context.Context, e p2p.Engine, tag string, src io.Reader, 
 		return p2p.Task{}, err
 	}
 	task := p2p.Task{Tag: tag, Digest: added.Digest}
-	return task, in.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: task, MediaType: "application/octet-stream", Keep: keep}}})
+	return task, in.Commit(
+		p2p.Commit{Tasks: []p2p.NewTask{{Task: task, MediaType: "application/octet-stream", Keep: keep}}})
 }
 
 // importArtifact stores an artifact: a manifest that refers to its layers, and a name for it.
-func importArtifact(t *testing.T, e p2p.Engine, tag, name string, manifest []byte, layers ...[]byte) (p2p.Task, []p2p.Task) {
+func importArtifact(
+	t *testing.T, e p2p.Engine, tag, name string, manifest []byte, layers ...[]byte,
+) (p2p.Task, []p2p.Task) {
 	t.Helper()
 	in, err := e.Ingest(t.Context())
 	if err != nil {
@@ -175,7 +180,8 @@ func importArtifact(t *testing.T, e p2p.Engine, tag, name string, manifest []byt
 		c.Tasks = append(c.Tasks, p2p.NewTask{Task: task})
 	}
 	top := add(manifest)
-	c.Tasks = append(c.Tasks, p2p.NewTask{Task: top, MediaType: "application/vnd.oci.image.manifest.v1+json", Manifest: &p2p.NewManifest{Refs: refs}})
+	c.Tasks = append(c.Tasks, p2p.NewTask{
+		Task: top, MediaType: "application/vnd.oci.image.manifest.v1+json", Manifest: &p2p.NewManifest{Refs: refs}})
 	c.Names = []p2p.NewName{{Tag: tag, Name: name, Digest: top.Digest}}
 	if err := in.Commit(c); err != nil {
 		t.Fatalf("commit artifact %s: %v", name, err)
@@ -266,7 +272,8 @@ func requireBlob(t *testing.T, blob p2p.Blob, want []byte) {
 	if len(want) > 0 {
 		off := len(want) / 3
 		part := make([]byte, min(len(want)-off, digest.MinPieceLength+5))
-		if _, err := blob.ReadAt(part, int64(off)); err != nil && !errors.Is(err, io.EOF) || !bytes.Equal(part, want[off:off+len(part)]) {
+		if _, err := blob.ReadAt(part, int64(off)); err != nil && !errors.Is(err, io.EOF) ||
+			!bytes.Equal(part, want[off:off+len(part)]) {
 			t.Fatalf("the part at %d is not the content stored (%v)", off, err)
 		}
 	}
@@ -317,8 +324,10 @@ func testRoundTrip(t *testing.T, e p2p.Engine) {
 			t.Fatal(err)
 		}
 		table := digest.Table{Size: int64(size), PieceLength: digest.PieceLength(int64(size))}
-		if info.Task != task || info.Size != table.Size || info.PieceLength != table.PieceLength || info.Pieces != table.Pieces() ||
-			!info.Local() || info.Keep != p2p.KeepPinned || info.MediaType != "application/octet-stream" || info.Imported.Before(before) || !info.LastUsed.IsZero() {
+		if info.Task != task || info.Size != table.Size || info.PieceLength != table.PieceLength ||
+			info.Pieces != table.Pieces() ||
+			!info.Local() || info.Keep != p2p.KeepPinned || info.MediaType != "application/octet-stream" ||
+			info.Imported.Before(before) || !info.LastUsed.IsZero() {
 			t.Errorf("%d bytes: info is %+v", size, info)
 		}
 		RequireContent(t, e, task, data)
@@ -380,7 +389,8 @@ func testRoundTripPipe(t *testing.T, e p2p.Engine) {
 		defer w.Close()
 		w.Write(data)
 	})
-	task, err := importReader(t.Context(), e, "t", r, p2p.AddOptions{Want: digest.SHA256.FromBytes(data)}, p2p.KeepPinned)
+	task, err := importReader(t.Context(), e, "t", r, p2p.AddOptions{Want: digest.SHA256.FromBytes(data)},
+		p2p.KeepPinned)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -439,7 +449,8 @@ var errSource = errors.New("the source broke")
 
 func testSourceError(t *testing.T, e p2p.Engine) {
 	data := Content(300_000, 1)
-	_, err := importReader(t.Context(), e, "t", io.MultiReader(bytes.NewReader(data), failingReader{}), p2p.AddOptions{}, p2p.KeepPinned)
+	_, err := importReader(t.Context(), e, "t", io.MultiReader(bytes.NewReader(data), failingReader{}),
+		p2p.AddOptions{}, p2p.KeepPinned)
 	requireError(t, "import", err, errSource)
 	requireMissing(t, e, p2p.Task{Tag: "t", Digest: digest.SHA256.FromBytes(data)})
 }
@@ -454,7 +465,8 @@ func testSourceChanges(t *testing.T, e p2p.Engine) {
 	// So long that the clock of the file system goes on meanwhile.
 	data := Content(4*digest.MaxPieceLength, 1)
 	held := digest.SHA256.FromBytes(data)
-	if _, err := importReader(t.Context(), e, "held", bytes.NewReader(data), p2p.AddOptions{}, p2p.KeepPinned); err != nil {
+	if _, err := importReader(t.Context(), e, "held", bytes.NewReader(data), p2p.AddOptions{},
+		p2p.KeepPinned); err != nil {
 		t.Fatal(err)
 	}
 	name := filepath.Join(t.TempDir(), "file")
@@ -523,7 +535,8 @@ func testSourceChanges(t *testing.T, e p2p.Engine) {
 
 func testInvalidInput(t *testing.T, e p2p.Engine) {
 	ctx, good := t.Context(), Import(t, e, "t", []byte("good"))
-	for _, task := range []p2p.Task{{Tag: "UPPER", Digest: good.Digest}, {Tag: "t", Digest: "sha256:xx"}, {Tag: "t"}, {Tag: "a\x00b", Digest: good.Digest}, {Tag: "../x", Digest: good.Digest}} {
+	for _, task := range []p2p.Task{{Tag: "UPPER", Digest: good.Digest}, {Tag: "t", Digest: "sha256:xx"}, {Tag: "t"},
+		{Tag: "a\x00b", Digest: good.Digest}, {Tag: "../x", Digest: good.Digest}} {
 		_, err := stat(ctx, e, task)
 		requireError(t, fmt.Sprintf("stat %q", task), err, digest.ErrInvalid)
 		_, err = e.Open(ctx, task, p2p.Local)
@@ -536,7 +549,8 @@ func testInvalidInput(t *testing.T, e p2p.Engine) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		requireError(t, fmt.Sprintf("commit %q", task), in.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: task}}}), digest.ErrInvalid)
+		requireError(t, fmt.Sprintf("commit %q", task), in.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: task}}}),
+			digest.ErrInvalid)
 		in.Close()
 	}
 	for _, name := range []string{"", "a b", ".x", "a/b", strings.Repeat("a", 129), string(good.Digest)} {
@@ -548,7 +562,8 @@ func testInvalidInput(t *testing.T, e p2p.Engine) {
 		requireError(t, fmt.Sprintf("name %q", name), err, digest.ErrInvalid)
 		in.Close()
 	}
-	for _, opts := range []p2p.AddOptions{{Want: "sha256:xx"}, {Want: "md5:d41d8cd98f00b204e9800998ecf8427e"}, {Algorithm: "md5"}} {
+	for _, opts := range []p2p.AddOptions{
+		{Want: "sha256:xx"}, {Want: "md5:d41d8cd98f00b204e9800998ecf8427e"}, {Algorithm: "md5"}} {
 		_, err := importReader(ctx, e, "t", strings.NewReader("x"), opts, p2p.KeepPinned)
 		requireError(t, fmt.Sprintf("add %+v", opts), err, digest.ErrInvalid)
 	}
@@ -830,7 +845,8 @@ func testDeleteReferenced(t *testing.T, e p2p.Engine) {
 	if _, err := e.Delete(t.Context(), "t", digest.FromDigest(nameless.Digest), p2p.DeleteOptions{}); err != nil {
 		t.Error(err)
 	}
-	if deleted, err := e.Delete(t.Context(), "t", id, p2p.DeleteOptions{Force: true}); err != nil || deleted.Tasks != 1 {
+	if deleted, err := e.Delete(t.Context(), "t", id, p2p.DeleteOptions{Force: true}); err != nil ||
+		deleted.Tasks != 1 {
 		t.Errorf("delete by force: %+v, %v", deleted, err)
 	}
 	requireMissing(t, e, parts[0])
@@ -843,10 +859,12 @@ func testDeleteReferenced(t *testing.T, e p2p.Engine) {
 func testDeleteRemovesNames(t *testing.T, e p2p.Engine) {
 	manifest, parts := importArtifact(t, e, "t", "v1", []byte(`{"one":1}`), Content(1000, 1))
 	importArtifact(t, e, "t", "latest", []byte(`{"one":1}`), Content(1000, 1))
-	if deleted, err := e.Delete(t.Context(), "t", cid(t, "latest"), p2p.DeleteOptions{}); err != nil || deleted.Tasks != 0 {
+	if deleted, err := e.Delete(t.Context(), "t", cid(t, "latest"), p2p.DeleteOptions{}); err != nil ||
+		deleted.Tasks != 0 {
 		t.Errorf("delete one of two names: %+v, %v; want no task removed", deleted, err)
 	}
-	if deleted, err := e.Delete(t.Context(), "t", digest.FromDigest(manifest.Digest), p2p.DeleteOptions{}); err != nil || deleted.Tasks != 2 {
+	if deleted, err := e.Delete(t.Context(), "t", digest.FromDigest(manifest.Digest),
+		p2p.DeleteOptions{}); err != nil || deleted.Tasks != 2 {
 		t.Errorf("delete the manifest: %+v, %v; want manifest and layer", deleted, err)
 	}
 	requireMissing(t, e, parts[0])
@@ -867,7 +885,9 @@ func push(t *testing.T, e p2p.Engine, data []byte, m *p2p.NewManifest) p2p.Task 
 	return task
 }
 
-func tryPush(ctx context.Context, e p2p.Engine, data []byte, m *p2p.NewManifest, names ...p2p.NewName) (p2p.Task, error) {
+func tryPush(
+	ctx context.Context, e p2p.Engine, data []byte, m *p2p.NewManifest, names ...p2p.NewName,
+) (p2p.Task, error) {
 	in, err := e.Ingest(ctx)
 	if err != nil {
 		return p2p.Task{}, err
@@ -881,7 +901,8 @@ func tryPush(ctx context.Context, e p2p.Engine, data []byte, m *p2p.NewManifest,
 	for i := range names {
 		names[i].Tag, names[i].Digest = task.Tag, task.Digest
 	}
-	return task, in.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: task, Keep: p2p.KeepUntilReferred, Manifest: m}}, Names: names})
+	return task, in.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: task, Keep: p2p.KeepUntilReferred, Manifest: m}},
+		Names: names})
 }
 
 func refs(tasks ...p2p.Task) *p2p.NewManifest {
@@ -908,7 +929,8 @@ func testLooseTask(t *testing.T, e p2p.Engine) {
 	Import(t, e, "t", Content(1000, 1))
 	push(t, e, Content(1000, 1), nil)
 	requireKeep(t, e, layer, p2p.KeepPinned)
-	if deleted, err := e.Delete(t.Context(), "t", digest.FromDigest(layer.Digest), p2p.DeleteOptions{}); err != nil || deleted.Tasks != 1 {
+	if deleted, err := e.Delete(t.Context(), "t", digest.FromDigest(layer.Digest), p2p.DeleteOptions{}); err != nil ||
+		deleted.Tasks != 1 {
 		t.Errorf("delete: %+v, %v", deleted, err)
 	}
 	requireMissing(t, e, layer)
@@ -925,7 +947,8 @@ func testLooseTaskIsAdopted(t *testing.T, e p2p.Engine) {
 	requireKeep(t, e, one, p2p.KeepReferred)
 	_, err := e.Delete(t.Context(), "t", digest.FromDigest(one.Digest), p2p.DeleteOptions{})
 	requireError(t, "delete a manifest that an index refers to", err, p2p.ErrReferenced)
-	if deleted, err := e.Delete(t.Context(), "t", digest.FromDigest(index.Digest), p2p.DeleteOptions{}); err != nil || deleted.Tasks != 3 {
+	if deleted, err := e.Delete(t.Context(), "t", digest.FromDigest(index.Digest), p2p.DeleteOptions{}); err != nil ||
+		deleted.Tasks != 3 {
 		t.Errorf("delete the index: %+v, %v; want index, manifest and layer", deleted, err)
 	}
 	requireMissing(t, e, one)
@@ -998,7 +1021,8 @@ func testNeeds(t *testing.T, e p2p.Engine) {
 	m.Needs = m.Refs
 	task, err := tryPush(t.Context(), e, []byte(`{"one":1}`), m, p2p.NewName{Name: "v1"})
 	requireError(t, "commit a manifest that refers to what is absent", err, p2p.ErrMissingRef)
-	if missing, ok := errors.AsType[*p2p.MissingRefError](err); !ok || missing.Missing != absent.Digest || missing.Manifest != task.Digest {
+	if missing, ok := errors.AsType[*p2p.MissingRefError](err); !ok || missing.Missing != absent.Digest ||
+		missing.Manifest != task.Digest {
 		t.Errorf("error %q does not name what is missing", err)
 	}
 	requireMissing(t, e, task)
@@ -1040,11 +1064,13 @@ func testLease(t *testing.T, e p2p.Engine) {
 func testLeaseByStat(t *testing.T, e p2p.Engine) {
 	ask := func(task p2p.Task) error {
 		t.Helper()
-		_, err := e.Stat(t.Context(), task.Tag, digest.FromDigest(task.Digest), p2p.StatOptions{Scope: p2p.Local, Lease: true})
+		_, err := e.Stat(t.Context(), task.Tag, digest.FromDigest(task.Digest),
+			p2p.StatOptions{Scope: p2p.Local, Lease: true})
 		return err
 	}
 	manifest, layers := importArtifact(t, e, "t", "v1", []byte(`{"one":1}`), Content(1000, 1), Content(1000, 2))
-	requireError(t, "ask for what is absent", ask(p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("absent")}), p2p.ErrNotFound)
+	requireError(t, "ask for what is absent", ask(p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("absent")}),
+		p2p.ErrNotFound)
 	if err := ask(layers[0]); err != nil {
 		t.Fatal(err)
 	}
@@ -1125,7 +1151,8 @@ func testLacks(t *testing.T, e p2p.Engine) {
 	if _, err := e.Delete(t.Context(), "t", digest.FromDigest(image.Digest), force); err != nil {
 		t.Fatal(err)
 	}
-	if info, err := stat(t.Context(), e, index); err != nil || !slices.Equal(info.Lacks, []digest.Digest{image.Digest}) {
+	if info, err := stat(t.Context(), e, index); err != nil ||
+		!slices.Equal(info.Lacks, []digest.Digest{image.Digest}) {
 		t.Errorf("the index lacks %v, %v; want %s", info.Lacks, err, image.Digest)
 	}
 }
@@ -1233,7 +1260,8 @@ func testReferrers(t *testing.T, e p2p.Engine) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if deleted, err := e.Delete(t.Context(), "t", digest.FromDigest(subject.Digest), p2p.DeleteOptions{}); err != nil || deleted.Tasks != 1 {
+	if deleted, err := e.Delete(t.Context(), "t", digest.FromDigest(subject.Digest), p2p.DeleteOptions{}); err != nil ||
+		deleted.Tasks != 1 {
 		t.Errorf("delete the subject: %+v, %v; want only that to go", deleted, err)
 	}
 	requireKeep(t, e, named, p2p.KeepReferred)
@@ -1252,7 +1280,8 @@ func testReferrerBeforeSubject(t *testing.T, e p2p.Engine) {
 	}
 	push(t, e, content, refs())
 	requireKeep(t, e, signature, p2p.KeepReferred)
-	if deleted, err := e.Delete(t.Context(), "t", digest.FromDigest(signature.Digest), p2p.DeleteOptions{}); err != nil || deleted.Tasks != 1 {
+	if deleted, err := e.Delete(t.Context(), "t", digest.FromDigest(signature.Digest),
+		p2p.DeleteOptions{}); err != nil || deleted.Tasks != 1 {
 		t.Errorf("delete the referrer: %+v, %v", deleted, err)
 	}
 	if got := referring(t, e, subject); len(got) > 0 {
@@ -1280,15 +1309,18 @@ func testStatManifest(t *testing.T, e p2p.Engine) {
 		if !info.LastUsed.IsZero() {
 			t.Errorf("stat %s counts as a use", id)
 		}
-		info, err = e.Stat(t.Context(), "t", cid(t, id), p2p.StatOptions{Scope: p2p.Local, Manifest: true, ContentOnly: true})
+		info, err = e.Stat(t.Context(), "t", cid(t, id),
+			p2p.StatOptions{Scope: p2p.Local, Manifest: true, ContentOnly: true})
 		if err != nil || info.Manifest == nil || !bytes.Equal(info.Manifest.Content, content) {
 			t.Errorf("stat %s, content only: %+v, %v", id, info, err)
 		}
-		if info, err = e.Stat(t.Context(), "t", cid(t, id), p2p.StatOptions{Scope: p2p.Local}); err != nil || info.Manifest != nil {
+		if info, err = e.Stat(t.Context(), "t", cid(t, id), p2p.StatOptions{Scope: p2p.Local}); err != nil ||
+			info.Manifest != nil {
 			t.Errorf("stat %s without the manifest: %+v, %v", id, info, err)
 		}
 	}
-	info, err := e.Stat(t.Context(), "t", digest.FromDigest(parts[0].Digest), p2p.StatOptions{Scope: p2p.Local, Manifest: true})
+	info, err := e.Stat(t.Context(), "t", digest.FromDigest(parts[0].Digest),
+		p2p.StatOptions{Scope: p2p.Local, Manifest: true})
 	if err != nil || info.Manifest != nil {
 		t.Errorf("stat of a blob, with its manifest: %+v, %v; want none", info, err)
 	}
@@ -1308,7 +1340,8 @@ func testStatManifest(t *testing.T, e p2p.Engine) {
 	many.Refs[2] = elsewhere.Digest
 	largest := Content(p2p.MaxManifest, 3)
 	task := push(t, e, largest, many)
-	info, err = e.Stat(t.Context(), "t", digest.FromDigest(task.Digest), p2p.StatOptions{Scope: p2p.Local, Manifest: true})
+	info, err = e.Stat(t.Context(), "t", digest.FromDigest(task.Digest),
+		p2p.StatOptions{Scope: p2p.Local, Manifest: true})
 	if err != nil || info.Manifest == nil || !bytes.Equal(info.Manifest.Content, largest) {
 		t.Fatalf("stat of the largest manifest: %v", err)
 	}
@@ -1401,7 +1434,8 @@ func testCopyRange(t *testing.T, e p2p.Engine) {
 	}
 	defer blob.Close()
 	size := int64(len(data))
-	for _, r := range []struct{ off, n int64 }{{0, size}, {0, 0}, {size, 0}, {0, 1}, {size - 1, 1}, {piece - 1, 2}, {piece, piece}, {1, size - 2}, {3 * piece, 17}} {
+	for _, r := range []struct{ off, n int64 }{{0, size}, {0, 0}, {size, 0}, {0, 1}, {size - 1, 1}, {piece - 1, 2},
+		{piece, piece}, {1, size - 2}, {3 * piece, 17}} {
 		// A connection takes its bytes in another way than anything else does.
 		conn, peer := connect(t)
 		received := make(chan []byte, 1)
@@ -1412,7 +1446,8 @@ func testCopyRange(t *testing.T, e p2p.Engine) {
 		var buf bytes.Buffer
 		for _, w := range []io.Writer{&buf, conn} {
 			last := int64(0)
-			if err := blob.CopyRange(t.Context(), w, r.off, r.n, func(n int64) { last = n }); err != nil || last != r.n {
+			if err := blob.CopyRange(t.Context(), w, r.off, r.n, func(n int64) { last = n }); err != nil ||
+				last != r.n {
 				t.Errorf("%d bytes from %d on to a %T: %v, the last progress was %d", r.n, r.off, w, err, last)
 			}
 		}
@@ -1472,7 +1507,8 @@ func testTaskKeepsItsImport(t *testing.T, e p2p.Engine) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := importReader(t.Context(), e, "t", strings.NewReader("data"), p2p.AddOptions{}, p2p.KeepReferred); err != nil {
+	if _, err := importReader(t.Context(), e, "t", strings.NewReader("data"), p2p.AddOptions{},
+		p2p.KeepReferred); err != nil {
 		t.Fatal(err)
 	}
 	second, err := stat(t.Context(), e, task)
@@ -1703,14 +1739,16 @@ func testProgress(t *testing.T, e p2p.Engine) {
 		t.Fatal(err)
 	}
 	// A wanted digest that is not held must not make the file be read twice.
-	for _, opts := range []p2p.AddOptions{{Want: digest.SHA512.FromBytes(data), Progress: progress}, {Progress: progress}} {
+	for _, opts := range []p2p.AddOptions{
+		{Want: digest.SHA512.FromBytes(data), Progress: progress}, {Progress: progress}} {
 		f, err := os.Open(name)
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer f.Close()
 		last = 0
-		if _, err := importReader(t.Context(), e, "t", f, opts, p2p.KeepPinned); err != nil || last != int64(len(data)) {
+		if _, err := importReader(t.Context(), e, "t", f, opts, p2p.KeepPinned); err != nil ||
+			last != int64(len(data)) {
 			t.Fatalf("progress of the import ends at %d of %d (%v)", last, len(data), err)
 		}
 	}
@@ -1721,7 +1759,8 @@ func testProgress(t *testing.T, e p2p.Engine) {
 	}
 	defer blob.Close()
 	last = 0
-	if err := blob.CopyRange(t.Context(), io.Discard, 0, blob.Size(), progress); err != nil || last != int64(len(data)) {
+	if err := blob.CopyRange(t.Context(), io.Discard, 0, blob.Size(), progress); err != nil ||
+		last != int64(len(data)) {
 		t.Errorf("progress of the copy ends at %d of %d (%v)", last, len(data), err)
 	}
 }
@@ -1739,7 +1778,8 @@ func testCopyRangeFails(t *testing.T, e p2p.Engine) {
 		t.Fatal(err)
 	}
 	defer blob.Close()
-	requireError(t, "copy to a sink that breaks", blob.CopyRange(t.Context(), failingWriter{}, 0, blob.Size(), nil), errSink)
+	requireError(t, "copy to a sink that breaks", blob.CopyRange(t.Context(), failingWriter{}, 0, blob.Size(), nil),
+		errSink)
 	ctx, cancel := context.WithCancel(t.Context())
 	err = blob.CopyRange(ctx, io.Discard, 0, blob.Size(), func(int64) { cancel() })
 	requireError(t, "copy with a context that ends", err, context.Canceled)
@@ -1859,7 +1899,8 @@ func testConcurrentSameContent(t *testing.T, e p2p.Engine) {
 			if i%2 == 0 {
 				opts.Want = digest.SHA256.FromBytes(data)
 			}
-			if _, err := importReader(t.Context(), e, fmt.Sprintf("t%d", i%4), bytes.NewReader(data), opts, p2p.KeepPinned); err != nil {
+			if _, err := importReader(t.Context(), e, fmt.Sprintf("t%d", i%4), bytes.NewReader(data), opts,
+				p2p.KeepPinned); err != nil {
 				t.Errorf("import %d: %v", i, err)
 			}
 		})
@@ -1890,11 +1931,13 @@ func testConcurrentImportAndDelete(t *testing.T, e p2p.Engine) {
 					return
 				}
 				var buf bytes.Buffer
-				if err := blob.CopyRange(t.Context(), &buf, 0, blob.Size(), nil); err != nil || !bytes.Equal(buf.Bytes(), data) {
+				if err := blob.CopyRange(t.Context(), &buf, 0, blob.Size(), nil); err != nil ||
+					!bytes.Equal(buf.Bytes(), data) {
 					t.Errorf("content is not what was imported (%v)", err)
 				}
 				blob.Close()
-				if _, err := e.Delete(t.Context(), tag, digest.FromDigest(task.Digest), p2p.DeleteOptions{}); err != nil {
+				if _, err := e.Delete(t.Context(), tag, digest.FromDigest(task.Digest),
+					p2p.DeleteOptions{}); err != nil {
 					t.Errorf("delete: %v", err)
 					return
 				}
@@ -1955,7 +1998,8 @@ func testNoPeers(t *testing.T, e p2p.Engine) {
 	// What is here is found at any distance.
 	for _, id := range []digest.CID{digest.FromDigest(task.Digest), cid(t, "v1")} {
 		info, err := e.HoldManifest(ctx, "t", id, p2p.StatOptions{})
-		if err != nil || info.Remote || !info.Local() || info.Providers != nil || (info.Manifest != nil) != (info.Task == manifest) {
+		if err != nil || info.Remote || !info.Local() || info.Providers != nil ||
+			(info.Manifest != nil) != (info.Task == manifest) {
 			t.Errorf("hold the manifest of %s: %+v, %v", id, info, err)
 		}
 		if err := e.Hold(ctx, "t", id); err != nil {
@@ -1977,7 +2021,8 @@ func testNoPeers(t *testing.T, e p2p.Engine) {
 	}
 	absent := p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("absent")}
 	for what, err := range map[string]error{
-		"hold": e.Hold(ctx, "t", digest.FromDigest(absent.Digest)), "verify": e.Verify(ctx, absent), "mend": e.Mend(ctx, absent),
+		"hold": e.Hold(ctx, "t", digest.FromDigest(absent.Digest)), "verify": e.Verify(ctx, absent),
+		"mend": e.Mend(ctx, absent),
 	} {
 		if !errors.Is(err, p2p.ErrNotFound) && !errors.Is(err, p2p.ErrUnreachable) {
 			t.Errorf("%s what is nowhere: %v", what, err)
@@ -1988,7 +2033,8 @@ func testNoPeers(t *testing.T, e p2p.Engine) {
 	}
 	bad := p2p.Task{Tag: "UPPER", Digest: absent.Digest}
 	for what, err := range map[string]error{
-		"hold": e.Hold(ctx, "UPPER", cid(t, "v1")), "hold the referrers": e.HoldReferrers(ctx, bad), "verify": e.Verify(ctx, bad), "mend": e.Mend(ctx, bad),
+		"hold": e.Hold(ctx, "UPPER", cid(t, "v1")), "hold the referrers": e.HoldReferrers(ctx, bad),
+		"verify": e.Verify(ctx, bad), "mend": e.Mend(ctx, bad),
 	} {
 		requireError(t, what+" under a bad tag", err, digest.ErrInvalid)
 	}

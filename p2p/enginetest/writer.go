@@ -119,7 +119,8 @@ func testCreateMismatch(t *testing.T, e p2p.Engine) {
 		write(t, w, []byte("data"))
 		_, err := w.Finish()
 		got := digest.SHA256.FromString("data")
-		if mismatch, ok := errors.AsType[*digest.MismatchError](err); !ok || mismatch.Want != want || mismatch.Got != got {
+		if mismatch, ok := errors.AsType[*digest.MismatchError](err); !ok || mismatch.Want != want ||
+			mismatch.Got != got {
 			t.Errorf("finish: %v; want a mismatch of %s", err, want)
 		}
 		if err := in.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: p2p.Task{Tag: "t", Digest: got}}}}); err == nil {
@@ -143,7 +144,10 @@ func testCreateUnfinished(t *testing.T, e p2p.Engine) {
 	data := Content(digest.MinPieceLength+1, 1)
 	task := p2p.Task{Tag: "t", Digest: digest.SHA256.FromBytes(data)}
 	for what, do := range map[string]func(p2p.Ingest) error{
-		"an add":    func(in p2p.Ingest) error { _, err := in.Add(bytes.NewReader(data), p2p.AddOptions{}); return err },
+		"an add": func(in p2p.Ingest) error {
+			_, err := in.Add(bytes.NewReader(data), p2p.AddOptions{})
+			return err
+		},
 		"a create":  func(in p2p.Ingest) error { _, err := in.Create(p2p.AddOptions{}); return err },
 		"a rehash":  func(in p2p.Ingest) error { _, err := in.Rehash(task.Digest, task.Digest); return err },
 		"a commit":  func(in p2p.Ingest) error { return in.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: task}}}) },

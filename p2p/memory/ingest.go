@@ -260,7 +260,8 @@ func (in *ingest) check(c p2p.Commit) error {
 			return fmt.Errorf("commit %s: %w: it was not added, and is not here", n.Task, p2p.ErrNotFound)
 		}
 		if n.Manifest != nil && b.table.Size > p2p.MaxManifest {
-			return fmt.Errorf("manifest %s: %w: it has %d bytes, at most %d are allowed", n.Task, digest.ErrInvalid, b.table.Size, p2p.MaxManifest)
+			return fmt.Errorf("manifest %s: %w: it has %d bytes, at most %d are allowed", n.Task, digest.ErrInvalid,
+				b.table.Size, p2p.MaxManifest)
 		}
 	}
 	for _, n := range c.Tasks {
@@ -299,7 +300,8 @@ func (s *Store) put(n p2p.NewTask, added *blob) {
 	delete(t.lost, d)
 	k, now := t.tasks[d], time.Now()
 	if k == nil {
-		k = &task{blob: s.blobs[d], imported: now, origin: n.Origin, after: n.After, loose: n.Keep == p2p.KeepUntilReferred}
+		k = &task{blob: s.blobs[d], imported: now, origin: n.Origin, after: n.After,
+			loose: n.Keep == p2p.KeepUntilReferred}
 		if k.origin.IsZero() {
 			k.origin = now
 		}

@@ -207,7 +207,8 @@ func (s *Store) info(tagName string, d digest.Digest) p2p.Info {
 	info := p2p.Info{
 		Task: p2p.Task{Tag: tagName, Digest: d}, Size: k.blob.table.Size, PieceLength: k.blob.table.PieceLength,
 		Pieces: k.blob.table.Pieces(), Held: k.blob.table.Pieces(),
-		MediaType: k.mediaType, IsManifest: k.manifest != nil, Origin: k.origin, After: k.after, Imported: k.imported, LastUsed: k.blob.used,
+		MediaType: k.mediaType, IsManifest: k.manifest != nil, Origin: k.origin, After: k.after, Imported: k.imported,
+		LastUsed: k.blob.used,
 	}
 	switch {
 	case k.pinned:
@@ -291,7 +292,9 @@ func (t *tag) namesOf(d digest.Digest) (names []string) {
 }
 
 // Delete implements [p2p.Engine].
-func (s *Store) Delete(ctx context.Context, tagName string, cid digest.CID, opts p2p.DeleteOptions) (p2p.Deleted, error) {
+func (s *Store) Delete(
+	ctx context.Context, tagName string, cid digest.CID, opts p2p.DeleteOptions,
+) (p2p.Deleted, error) {
 	if err := s.begin(ctx); err != nil {
 		return p2p.Deleted{}, err
 	}
@@ -316,7 +319,8 @@ func (s *Store) Delete(ctx context.Context, tagName string, cid digest.CID, opts
 		return gone, nil
 	}
 	if referring := t.referring(d); len(referring) > 0 && !opts.Force {
-		return gone, fmt.Errorf("delete %s: %w by %s (%v)", p2p.Describe(tagName, cid), p2p.ErrReferenced, referring[0], t.namesOf(referring[0]))
+		return gone, fmt.Errorf("delete %s: %w by %s (%v)", p2p.Describe(tagName, cid), p2p.ErrReferenced, referring[0],
+			t.namesOf(referring[0]))
 	}
 	for _, id := range t.namesOf(d) {
 		delete(t.names, id)

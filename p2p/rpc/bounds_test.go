@@ -79,7 +79,8 @@ func TestLongRequests(t *testing.T) {
 // TestCommitsUnderWay: the parts of all commits have so much room together, and give it back.
 func TestCommitsUnderWay(t *testing.T) {
 	room := semaphore.NewWeighted(100)
-	part := &pb.IngestRequest_Commit{Names: []*pb.NewName{{Tag: "t", Name: "v1", Digest: string(someTask.Digest)}}, More: true}
+	part := &pb.IngestRequest_Commit{Names: []*pb.NewName{{Tag: "t", Name: "v1", Digest: string(someTask.Digest)}},
+		More: true}
 	one, other := commitParser{room: room}, commitParser{room: room}
 	if err := one.add(part); err != nil {
 		t.Fatal(err)

@@ -124,7 +124,8 @@ func Dial(ctx context.Context, socket string, opts ...DialOption) (*Client, erro
 }
 
 func socketPathError(path string) error {
-	return fmt.Errorf("socket path %s: %w: it has %d bytes, at most %d are possible: choose a shorter one", path, digest.ErrInvalid, len(path), maxSocketPath)
+	return fmt.Errorf("socket path %s: %w: it has %d bytes, at most %d are possible: choose a shorter one", path,
+		digest.ErrInvalid, len(path), maxSocketPath)
 }
 
 // connect makes a new session.
@@ -183,7 +184,8 @@ func (c *Client) connect(ctx context.Context) (*session, error) {
 		// idle then as it was before, and stays so.
 		if state == connectivity.TransientFailure || state == connectivity.Shutdown || s.conn.isClosed() {
 			s.close()
-			return nil, fmt.Errorf("dfdaemon at %s: %w: it closed the connection after the handshake: see its log", c.socket, p2p.ErrUnavailable)
+			return nil, fmt.Errorf("dfdaemon at %s: %w: it closed the connection after the handshake: see its log",
+				c.socket, p2p.ErrUnavailable)
 		}
 		s.cc.WaitForStateChange(gone, state)
 		if ctx.Err() != nil {
@@ -217,11 +219,14 @@ func (c *Client) dialError(err error) error {
 	}
 	switch {
 	case errors.Is(err, syscall.ENOENT), errors.Is(err, syscall.ECONNREFUSED):
-		return fmt.Errorf("dfdaemon at %s is %w (%w): start dfdaemon, or pass --daemon-sock", c.socket, ErrNoDaemon, err)
+		return fmt.Errorf("dfdaemon at %s is %w (%w): start dfdaemon, or pass --daemon-sock", c.socket, ErrNoDaemon,
+			err)
 	case errors.Is(err, syscall.EACCES), errors.Is(err, syscall.EPERM):
-		return fmt.Errorf("dfdaemon at %s is %w (%w): only the daemon's user and group may call it: join the group, or start a dfdaemon of your own and pass --daemon-sock", c.socket, p2p.ErrUnavailable, err)
+		return fmt.Errorf("dfdaemon at %s is %w (%w): only the daemon's user and group may call it: join the group, "+
+			"or start a dfdaemon of your own and pass --daemon-sock", c.socket, p2p.ErrUnavailable, err)
 	}
-	return fmt.Errorf("dfdaemon at %s is %w (%w): see its log, or pass --daemon-sock", c.socket, p2p.ErrUnavailable, err)
+	return fmt.Errorf("dfdaemon at %s is %w (%w): see its log, or pass --daemon-sock", c.socket, p2p.ErrUnavailable,
+		err)
 }
 
 // begin begins a call. It returns a session that is connected, as far as can be
@@ -321,7 +326,10 @@ func (c *Client) Stat(ctx context.Context, tag string, cid digest.CID, opts p2p.
 	return c.stat(ctx, tag, cid, opts, pb.DaemonClient.Stat)
 }
 
-func (c *Client) stat(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions, call func(pb.DaemonClient, context.Context, *pb.StatRequest, ...grpc.CallOption) (*pb.StatReply, error)) (p2p.Info, error) {
+func (c *Client) stat(
+	ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions,
+	call func(pb.DaemonClient, context.Context, *pb.StatRequest, ...grpc.CallOption) (*pb.StatReply, error),
+) (p2p.Info, error) {
 	if err := opts.Validate(tag, cid); err != nil {
 		return p2p.Info{}, err
 	}
@@ -476,7 +484,9 @@ func (c *Client) Open(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.
 type openStream = grpc.BidiStreamingClient[pb.OpenRequest, pb.OpenReply]
 
 // open makes an Open call, and returns what has come when the descriptor has.
-func (c *Client) open(ctx context.Context, s *session, req *pb.OpenRequest) (openStream, *os.File, *tableParser, error) {
+func (c *Client) open(
+	ctx context.Context, s *session, req *pb.OpenRequest,
+) (openStream, *os.File, *tableParser, error) {
 	req.DescriptorId = s.lastID.Add(1)
 	if err := s.conn.channel.expect(req.DescriptorId); err != nil {
 		return nil, nil, nil, c.lostError(err)

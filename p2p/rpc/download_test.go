@@ -72,7 +72,8 @@ func arrivalOf(t testing.TB, full *digest.Table, content []byte) (*arrival, *hoo
 	table.CRC, table.Chain = make([]uint32, len(full.CRC)), nil
 	a := &arrival{
 		t: t, content: content, full: full, table: &table, in: in, out: out,
-		pieces: make(chan int, len(full.CRC)), over: make(chan error, 1), wants: make(chan wanted, 100), closed: make(chan struct{}),
+		pieces: make(chan int, len(full.CRC)), over: make(chan error, 1), wants: make(chan wanted, 100),
+		closed: make(chan struct{}),
 	}
 	h := &hooked{Engine: newStore(t.TempDir())}
 	h.open = func(_ context.Context, task p2p.Task) (p2p.Blob, error) {
@@ -391,12 +392,15 @@ func TestDownloadEnds(t *testing.T) {
 		end  func(t *testing.T, a *arrival, s *Server, c *Client, b p2p.Blob, cancel func())
 		want error
 	}{
-		"fetch fails": {func(_ *testing.T, a *arrival, _ *Server, _ *Client, _ p2p.Blob, _ func()) { a.end(lost) }, p2p.ErrUnreachable},
+		"fetch fails": {func(_ *testing.T, a *arrival, _ *Server, _ *Client, _ p2p.Blob, _ func()) { a.end(lost) },
+			p2p.ErrUnreachable},
 		"proof fails": {func(_ *testing.T, a *arrival, _ *Server, _ *Client, _ p2p.Blob, _ func()) {
 			a.end(&digest.MismatchError{})
 		}, digest.ErrMismatch},
-		"pieces lack":  {func(_ *testing.T, a *arrival, _ *Server, _ *Client, _ p2p.Blob, _ func()) { a.end(nil) }, nil},
-		"context ends": {func(_ *testing.T, _ *arrival, _ *Server, _ *Client, _ p2p.Blob, cancel func()) { cancel() }, context.Canceled},
+		"pieces lack": {func(_ *testing.T, a *arrival, _ *Server, _ *Client, _ p2p.Blob, _ func()) { a.end(nil) },
+			nil},
+		"context ends": {func(_ *testing.T, _ *arrival, _ *Server, _ *Client, _ p2p.Blob, cancel func()) { cancel() },
+			context.Canceled},
 		"daemon goes": {func(t *testing.T, _ *arrival, s *Server, _ *Client, _ p2p.Blob, _ func()) {
 			ctx, cancel := context.WithCancel(t.Context())
 			cancel()
@@ -526,7 +530,8 @@ func TestNothingLeaksOfDownloads(t *testing.T) {
 // sparse returns the table of a blob of pieces of zeros.
 func sparse(pieces int) *digest.Table {
 	size := int64(pieces) * digest.MaxPieceLength
-	table := &digest.Table{Digest: digest.SHA256.FromString("sparse"), Size: size, PieceLength: digest.PieceLength(size)}
+	table := &digest.Table{Digest: digest.SHA256.FromString("sparse"), Size: size,
+		PieceLength: digest.PieceLength(size)}
 	zero := digest.CRC32C(make([]byte, table.PieceLength))
 	for range table.Pieces() {
 		table.CRC = append(table.CRC, zero)
@@ -555,7 +560,8 @@ func TestDownloadOfManyPieces(t *testing.T) {
 	// What is there when the blob is opened comes in few messages.
 	a.put(order...)
 	a.end(nil)
-	raw := stream(t, c, &pb.OpenRequest{Task: taskMessage(a.task()), Scope: pb.Scope_SCOPE_NETWORK, DescriptorId: c.current.lastID.Add(1)})
+	raw := stream(t, c, &pb.OpenRequest{
+		Task: taskMessage(a.task()), Scope: pb.Scope_SCOPE_NETWORK, DescriptorId: c.current.lastID.Add(1)})
 	messages, got := 0, []int{}
 	for {
 		reply, err := raw.Recv()
@@ -664,7 +670,8 @@ func TestDownloadOfSlowReader(t *testing.T) {
 	var yielded atomic.Int64
 	h.open = func(context.Context, p2p.Task) (p2p.Blob, error) { return &flood{a, &yielded}, nil }
 	c := pair(t, h)
-	raw := stream(t, c, &pb.OpenRequest{Task: taskMessage(a.task()), Scope: pb.Scope_SCOPE_NETWORK, DescriptorId: c.current.lastID.Add(1)})
+	raw := stream(t, c, &pb.OpenRequest{
+		Task: taskMessage(a.task()), Scope: pb.Scope_SCOPE_NETWORK, DescriptorId: c.current.lastID.Add(1)})
 	// Until it stands still for a while. Where it never did, all would be there.
 	for before := int64(-1); before != yielded.Load() || before == 0; {
 		before = yielded.Load()
@@ -721,7 +728,8 @@ func TestBadWants(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			a, h := arriving(t, random(2*pieceLength))
 			c := pair(t, h)
-			raw := stream(t, c, &pb.OpenRequest{Task: taskMessage(a.task()), Scope: pb.Scope_SCOPE_NETWORK, DescriptorId: c.current.lastID.Add(1)})
+			raw := stream(t, c, &pb.OpenRequest{
+				Task: taskMessage(a.task()), Scope: pb.Scope_SCOPE_NETWORK, DescriptorId: c.current.lastID.Add(1)})
 			if reply, err := raw.Recv(); err != nil || !reply.GetSent() || !reply.GetHeader().GetArriving() {
 				t.Fatalf("got %v, %v", reply, err)
 			}
@@ -750,7 +758,8 @@ func TestOpenWithoutWants(t *testing.T) {
 	s := newStore(t.TempDir())
 	c := pair(t, s)
 	task := add(t, c, "", strings.NewReader("content"))
-	raw := stream(t, c, &pb.OpenRequest{Task: taskMessage(task), Scope: pb.Scope_SCOPE_LOCAL, DescriptorId: c.current.lastID.Add(1)})
+	raw := stream(t, c, &pb.OpenRequest{
+		Task: taskMessage(task), Scope: pb.Scope_SCOPE_LOCAL, DescriptorId: c.current.lastID.Add(1)})
 	raw.CloseSend()
 	if reply, err := raw.Recv(); err != nil || !reply.GetSent() || len(reply.GetCrc32C()) != 1 {
 		t.Errorf("got %v, %v", reply, err)

@@ -90,7 +90,8 @@ func toStatus(err error) error {
 			}
 		case reasonMissingRef:
 			if e, ok := errors.AsType[*p2p.MissingRefError](err); ok {
-				info.Metadata = map[string]string{"manifest": valid(string(e.Manifest)), "missing": valid(string(e.Missing))}
+				info.Metadata = map[string]string{
+					"manifest": valid(string(e.Manifest)), "missing": valid(string(e.Missing))}
 			}
 		}
 		if len(details) == 0 {
@@ -194,12 +195,14 @@ func (c *Client) callError(ctx context.Context, err error) error {
 
 // unknownCall says that the daemon is of another release.
 func (c *Client) unknownCall() error {
-	return fmt.Errorf("dfdaemon at %s does not know this call: install the same version of dfcache and dfdaemon: %w", c.socket, errors.ErrUnsupported)
+	return fmt.Errorf("dfdaemon at %s does not know this call: install the same version of dfcache and dfdaemon: %w",
+		c.socket, errors.ErrUnsupported)
 }
 
 // lostError says that the daemon went away in the middle.
 func (c *Client) lostError(cause error) error {
-	return fmt.Errorf("dfdaemon at %s went away: %w: %w: see its log, and start it again", c.socket, p2p.ErrUnavailable, cause)
+	return fmt.Errorf("dfdaemon at %s went away: %w: %w: see its log, and start it again", c.socket, p2p.ErrUnavailable,
+		cause)
 }
 
 func (c *Client) closedError() error {

@@ -26,29 +26,35 @@ func TestErrorsCrossTheSocket(t *testing.T) {
 		code codes.Code
 		is   []error // besides what is listed, none of the kinds
 	}{
-		"not found":   {fmt.Errorf("%s: %w", someTask, p2p.ErrNotFound), codes.NotFound, []error{p2p.ErrNotFound}},
-		"referenced":  {fmt.Errorf("%s: %w by x", someTask, p2p.ErrReferenced), codes.FailedPrecondition, []error{p2p.ErrReferenced}},
-		"missing ref": {fmt.Errorf("%s: %w: x", someTask, p2p.ErrMissingRef), codes.FailedPrecondition, []error{p2p.ErrMissingRef}},
+		"not found": {fmt.Errorf("%s: %w", someTask, p2p.ErrNotFound), codes.NotFound, []error{p2p.ErrNotFound}},
+		"referenced": {fmt.Errorf("%s: %w by x", someTask, p2p.ErrReferenced), codes.FailedPrecondition,
+			[]error{p2p.ErrReferenced}},
+		"missing ref": {fmt.Errorf("%s: %w: x", someTask, p2p.ErrMissingRef), codes.FailedPrecondition,
+			[]error{p2p.ErrMissingRef}},
 		"no space":    {fmt.Errorf("write: %w", p2p.ErrNoSpace), codes.ResourceExhausted, []error{p2p.ErrNoSpace}},
 		"unavailable": {fmt.Errorf("store: %w", p2p.ErrUnavailable), codes.Unavailable, []error{p2p.ErrUnavailable}},
-		"unreachable": {fmt.Errorf("stat: %w: all 3 bootstrap peers are away", p2p.ErrUnreachable), codes.Unavailable, []error{p2p.ErrUnreachable}},
-		"closed":      {fmt.Errorf("store: %w", p2p.ErrClosed), codes.Unavailable, []error{p2p.ErrClosed}},
-		"invalid":     {invalid, codes.InvalidArgument, []error{digest.ErrInvalid}},
-		"permission":  {fmt.Errorf("open: %w", syscall.EACCES), codes.PermissionDenied, []error{fs.ErrPermission}},
-		"unsupported": {fmt.Errorf("x: %w", errors.ErrUnsupported), codes.Unimplemented, []error{errors.ErrUnsupported}},
-		"mismatch":    {fmt.Errorf("add: %w", mismatch), codes.InvalidArgument, []error{digest.ErrMismatch}},
+		"unreachable": {fmt.Errorf("stat: %w: all 3 bootstrap peers are away", p2p.ErrUnreachable), codes.Unavailable,
+			[]error{p2p.ErrUnreachable}},
+		"closed":     {fmt.Errorf("store: %w", p2p.ErrClosed), codes.Unavailable, []error{p2p.ErrClosed}},
+		"invalid":    {invalid, codes.InvalidArgument, []error{digest.ErrInvalid}},
+		"permission": {fmt.Errorf("open: %w", syscall.EACCES), codes.PermissionDenied, []error{fs.ErrPermission}},
+		"unsupported": {fmt.Errorf("x: %w", errors.ErrUnsupported), codes.Unimplemented,
+			[]error{errors.ErrUnsupported}},
+		"mismatch": {fmt.Errorf("add: %w", mismatch), codes.InvalidArgument, []error{digest.ErrMismatch}},
 		"bare mismatch": {
 			fmt.Errorf("piece 3: %w", digest.ErrMismatch), codes.InvalidArgument, []error{digest.ErrMismatch},
 		},
-		"corrupt":  {fmt.Errorf("open: %w", corrupt), codes.DataLoss, []error{digest.ErrCorrupt}},
-		"timeout":  {fmt.Errorf("peers: %w", context.DeadlineExceeded), codes.DeadlineExceeded, []error{context.DeadlineExceeded}},
+		"corrupt": {fmt.Errorf("open: %w", corrupt), codes.DataLoss, []error{digest.ErrCorrupt}},
+		"timeout": {fmt.Errorf("peers: %w", context.DeadlineExceeded), codes.DeadlineExceeded,
+			[]error{context.DeadlineExceeded}},
 		"canceled": {fmt.Errorf("peers: %w", context.Canceled), codes.Canceled, []error{context.Canceled}},
 		"two kinds": {
 			fmt.Errorf("%w: %w", p2p.ErrUnavailable, fs.ErrPermission), codes.PermissionDenied,
 			[]error{p2p.ErrUnavailable, fs.ErrPermission},
 		},
-		"none":      {errors.New("bbolt: page 7 is odd"), codes.Internal, nil},
-		"not UTF-8": {fmt.Errorf("open \xff.db: %w", p2p.ErrUnavailable), codes.Unavailable, []error{p2p.ErrUnavailable}},
+		"none": {errors.New("bbolt: page 7 is odd"), codes.Internal, nil},
+		"not UTF-8": {fmt.Errorf("open \xff.db: %w", p2p.ErrUnavailable), codes.Unavailable,
+			[]error{p2p.ErrUnavailable}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			if code := status.Code(toStatus(test.err)); code != test.code {
@@ -74,11 +80,13 @@ func TestErrorsCrossTheSocket(t *testing.T) {
 				}
 			}
 			var gotMismatch *digest.MismatchError
-			if errors.As(test.err, new(*digest.MismatchError)) && (!errors.As(got, &gotMismatch) || *gotMismatch != *mismatch) {
+			if errors.As(test.err, new(*digest.MismatchError)) &&
+				(!errors.As(got, &gotMismatch) || *gotMismatch != *mismatch) {
 				t.Errorf("mismatch %v", gotMismatch)
 			}
 			var gotCorrupt *digest.CorruptError
-			if errors.As(test.err, new(*digest.CorruptError)) && (!errors.As(got, &gotCorrupt) || *gotCorrupt != *corrupt) {
+			if errors.As(test.err, new(*digest.CorruptError)) &&
+				(!errors.As(got, &gotCorrupt) || *gotCorrupt != *corrupt) {
 				t.Errorf("corrupt %v", gotCorrupt)
 			}
 		})
@@ -108,7 +116,8 @@ func TestStrangeDetails(t *testing.T) {
 			t.Errorf("%s: %v", code, err)
 		}
 	}
-	if err := c.callError(t.Context(), status.Error(codes.ResourceExhausted, "too large")); err == nil || err.Error() != "dfdaemon at /run/d.sock: too large" {
+	if err := c.callError(t.Context(), status.Error(codes.ResourceExhausted, "too large")); err == nil ||
+		err.Error() != "dfdaemon at /run/d.sock: too large" {
 		t.Errorf("got %v", err)
 	}
 }

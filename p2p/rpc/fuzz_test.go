@@ -27,25 +27,32 @@ func FuzzRequests(f *testing.F) {
 		&pb.StatRequest{Cid: "v1", Scope: pb.Scope_SCOPE_NETWORK, Manifest: true, Holders: true},
 		&pb.OpenRequest{Task: task, Scope: pb.Scope_SCOPE_NETWORK, DescriptorId: 7},
 		&pb.OpenRequest{Want: &pb.OpenRequest_Want{First: 1, Last: 3}},
-		&pb.OpenReply{Header: &pb.OpenReply_Header{Size: 100, PieceLength: digest.MinPieceLength, Arriving: true}, Sent: true},
-		&pb.OpenReply{Pieces: []*pb.OpenReply_Piece{{Index: 1, Crc32C: 7}}, Done: &pb.OpenReply_Done{Sources: []*pb.Source{{Peer: "p", Address: "a", Bytes: 7}}}},
+		&pb.OpenReply{Header: &pb.OpenReply_Header{Size: 100, PieceLength: digest.MinPieceLength, Arriving: true},
+			Sent: true},
+		&pb.OpenReply{Pieces: []*pb.OpenReply_Piece{{Index: 1, Crc32C: 7}},
+			Done: &pb.OpenReply_Done{Sources: []*pb.Source{{Peer: "p", Address: "a", Bytes: 7}}}},
 		&pb.ReplicateRequest{Tag: "models", Cid: "v1", N: 2},
-		&pb.PeersReply{Peers: []*pb.Peer{{Id: "p", Addresses: []string{"a"}, State: pb.PeerState_PEER_STATE_AWAY, LatencyNano: 7}}},
-		&pb.DeleteReply{Tasks: 1, Reached: 2, Removed: 1, Missed: []*pb.DeleteReply_Missed{{Peer: "p", Reason: "away"}}},
+		&pb.PeersReply{Peers: []*pb.Peer{
+			{Id: "p", Addresses: []string{"a"}, State: pb.PeerState_PEER_STATE_AWAY, LatencyNano: 7}}},
+		&pb.DeleteReply{Tasks: 1, Reached: 2, Removed: 1,
+			Missed: []*pb.DeleteReply_Missed{{Peer: "p", Reason: "away"}}},
 		&pb.DeleteRequest{Cid: task.Digest, Force: true},
 		&pb.DeleteRequest{Tag: "models", Cid: "v1", NameOnly: true},
 		&pb.ListRequest{Tag: new(string), Kind: pb.Kind_KIND_ALL, RefersTo: task.Digest},
 		&pb.ListRequest{Kind: pb.Kind_KIND_TAGS, After: []byte("models")},
 		addRequest(1, 5),
-		&pb.IngestRequest{Request: &pb.IngestRequest_Rehash_{Rehash: &pb.IngestRequest_Rehash{Digest: task.Digest, Want: task.Digest}}},
+		&pb.IngestRequest{Request: &pb.IngestRequest_Rehash_{
+			Rehash: &pb.IngestRequest_Rehash{Digest: task.Digest, Want: task.Digest}}},
 		&pb.IngestRequest{Request: &pb.IngestRequest_Commit_{Commit: &pb.IngestRequest_Commit{
 			Tasks: []*pb.NewTask{{
 				Task: task, MediaType: "text/plain", Keep: pb.Keep_KEEP_PINNED, OriginUnixNano: 7,
-				Manifest: &pb.NewTask_Manifest{Refs: []string{task.Digest}, Needs: []string{task.Digest}, Subject: task.Digest},
+				Manifest: &pb.NewTask_Manifest{
+					Refs: []string{task.Digest}, Needs: []string{task.Digest}, Subject: task.Digest},
 			}},
 			Names: []*pb.NewName{{Tag: "models", Name: "v1", Digest: task.Digest, KeepOld: true, UpdatedUnixNano: 7}},
 		}}},
-		&pb.StatReply{Info: info, Holders: &pb.Holders{Some: 1, Asked: 2}, Manifest: &pb.StatReply_Manifest{Content: []byte("{}"), Refs: []*pb.Info{info}}},
+		&pb.StatReply{Info: info, Holders: &pb.Holders{Some: 1, Asked: 2},
+			Manifest: &pb.StatReply_Manifest{Content: []byte("{}"), Refs: []*pb.Info{info}}},
 		&pb.Entry{Info: info, Name: "v1", Total: 7},
 	} {
 		b, err := proto.Marshal(m)
@@ -125,7 +132,8 @@ func FuzzRequests(f *testing.F) {
 				if q.Holds != "" {
 					err = errors.Join(err, validDigest(q.Holds))
 				}
-				if len(q.After) > p2p.MaxTag || q.RefersTo != "" && (q.Tag == nil || q.Kind != p2p.KindAll) || q.Holds != "" && q.Kind != p2p.KindTags {
+				if len(q.After) > p2p.MaxTag || q.RefersTo != "" && (q.Tag == nil || q.Kind != p2p.KindAll) ||
+					q.Holds != "" && q.Kind != p2p.KindTags {
 					err = fmt.Errorf("%+v", q)
 				}
 				return err
@@ -163,10 +171,12 @@ func FuzzRequests(f *testing.F) {
 		var reply pb.OpenReply
 		if proto.Unmarshal(b, &reply) == nil {
 			var parser tableParser
-			if parser.add(someTask.Digest, &reply) == nil && reply.Sent && len(parser.table.CRC) != parser.table.Pieces() {
+			if parser.add(someTask.Digest, &reply) == nil && reply.Sent &&
+				len(parser.table.CRC) != parser.table.Pieces() {
 				t.Error("a table that is not whole passed")
 			}
-			d := newDownload(&digest.Table{Size: 4 * digest.MinPieceLength, PieceLength: digest.MinPieceLength, CRC: make([]uint32, 4)}, nil)
+			d := newDownload(&digest.Table{
+				Size: 4 * digest.MinPieceLength, PieceLength: digest.MinPieceLength, CRC: make([]uint32, 4)}, nil)
 			if whole, err := d.add(&reply); err == nil && whole != (reply.Done != nil) || whole && d.missing != 0 {
 				t.Errorf("whole is %t, %d pieces are missing", whole, d.missing)
 			}
@@ -206,7 +216,8 @@ func FuzzRequests(f *testing.F) {
 // FuzzPreface reads bytes as what the other side sends first: it takes exactly
 // our preface, and never a byte of what follows it.
 func FuzzPreface(f *testing.F) {
-	for _, s := range []string{"", "dfcache/1\n", "dfcache/1\nPRI * HTTP/2.0", "dfcache/2\n", "dfcache/1234567\nrest", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "dfcache/" + strings.Repeat("9", 100)} {
+	for _, s := range []string{"", "dfcache/1\n", "dfcache/1\nPRI * HTTP/2.0", "dfcache/2\n", "dfcache/1234567\nrest",
+		"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "dfcache/" + strings.Repeat("9", 100)} {
 		f.Add([]byte(s), 3)
 	}
 	f.Fuzz(func(t *testing.T, b []byte, chunk int) {
@@ -242,7 +253,8 @@ func FuzzChannelMessage(f *testing.F) {
 	f.Add([]byte{}, []byte{1, 2, 3}, 0)
 	f.Fuzz(func(t *testing.T, b, oob []byte, flags int) {
 		got, err := parseID(b)
-		if (err == nil) != (len(b) == idSize) || err == nil && !bytes.Equal(binary.BigEndian.AppendUint64(nil, got), b) {
+		if (err == nil) != (len(b) == idSize) ||
+			err == nil && !bytes.Equal(binary.BigEndian.AppendUint64(nil, got), b) {
 			t.Errorf("%x: %d, %v", b, got, err)
 		}
 		fds, err := parseRights(oob, flags)
@@ -295,18 +307,21 @@ func TestValidate(t *testing.T) {
 		err  error
 		text string // "" where it is valid
 	}{
-		"scope missing":         {stat(&pb.StatRequest{Cid: d}), "scope 0"},
-		"scope unknown":         {stat(&pb.StatRequest{Cid: d, Scope: 9}), "scope 9"},
-		"cid missing":           {stat(&pb.StatRequest{Scope: local}), "cid"},
-		"tag of a stat":         {stat(&pb.StatRequest{Tag: "X", Cid: d, Scope: local}), "tag"},
-		"stat":                  {stat(&pb.StatRequest{Cid: d, Scope: local}), ""},
-		"holders":               {stat(&pb.StatRequest{Cid: d, Scope: network, Holders: true}), ""},
-		"holders, local":        {stat(&pb.StatRequest{Cid: d, Scope: local, Holders: true}), "network"},
-		"want pieces":           {want(&pb.OpenRequest{Want: &pb.OpenRequest_Want{First: 1, Last: 3}}), ""},
-		"want of one":           {want(&pb.OpenRequest{Want: &pb.OpenRequest_Want{First: 3, Last: 3}}), ""},
-		"want past the end":     {want(&pb.OpenRequest{Want: &pb.OpenRequest_Want{First: 3, Last: 4}}), "the blob has 4"},
-		"want backwards":        {want(&pb.OpenRequest{Want: &pb.OpenRequest_Want{First: 2, Last: 1}}), "pieces 2 to 1"},
-		"want at first":         {open(&pb.OpenRequest{Task: task, Scope: local, Want: &pb.OpenRequest_Want{}}), "when it is open"},
+		"scope missing":  {stat(&pb.StatRequest{Cid: d}), "scope 0"},
+		"scope unknown":  {stat(&pb.StatRequest{Cid: d, Scope: 9}), "scope 9"},
+		"cid missing":    {stat(&pb.StatRequest{Scope: local}), "cid"},
+		"tag of a stat":  {stat(&pb.StatRequest{Tag: "X", Cid: d, Scope: local}), "tag"},
+		"stat":           {stat(&pb.StatRequest{Cid: d, Scope: local}), ""},
+		"holders":        {stat(&pb.StatRequest{Cid: d, Scope: network, Holders: true}), ""},
+		"holders, local": {stat(&pb.StatRequest{Cid: d, Scope: local, Holders: true}), "network"},
+		"want pieces":    {want(&pb.OpenRequest{Want: &pb.OpenRequest_Want{First: 1, Last: 3}}), ""},
+		"want of one":    {want(&pb.OpenRequest{Want: &pb.OpenRequest_Want{First: 3, Last: 3}}), ""},
+		"want past the end": {want(&pb.OpenRequest{Want: &pb.OpenRequest_Want{First: 3, Last: 4}}),
+			"the blob has 4"},
+		"want backwards": {want(&pb.OpenRequest{Want: &pb.OpenRequest_Want{First: 2, Last: 1}}),
+			"pieces 2 to 1"},
+		"want at first": {open(&pb.OpenRequest{Task: task, Scope: local, Want: &pb.OpenRequest_Want{}}),
+			"when it is open"},
 		"open again":            {want(&pb.OpenRequest{Task: task, Want: &pb.OpenRequest_Want{}}), "first request"},
 		"want nothing":          {want(&pb.OpenRequest{}), "first request"},
 		"replicate":             {replicate(&pb.ReplicateRequest{Cid: "v1", N: 3}), ""},
@@ -350,20 +365,26 @@ func TestValidate(t *testing.T) {
 		"media type with é":     {typed("é"), "printable"},
 		"keep missing":          {newTask(&pb.NewTask{}), "keep 0"},
 		"keep unknown":          {newTask(&pb.NewTask{Keep: 4}), "keep 4"},
-		"refs":                  {manifest(&pb.NewTask_Manifest{Refs: slices.Repeat([]string{ref}, p2p.MaxManifestRefs)}), ""},
-		"many refs":             {manifest(&pb.NewTask_Manifest{Refs: slices.Repeat([]string{ref}, p2p.MaxManifestRefs+1)}), "10001"},
-		"ref":                   {manifest(&pb.NewTask_Manifest{Refs: []string{"v1"}}), "digest"},
-		"refers to itself":      {manifest(&pb.NewTask_Manifest{Refs: []string{d}}), "itself"},
-		"needs":                 {manifest(&pb.NewTask_Manifest{Refs: []string{ref, other}, Needs: []string{other}}), ""},
-		"many needs":            {manifest(&pb.NewTask_Manifest{Refs: []string{ref}, Needs: slices.Repeat([]string{ref}, p2p.MaxManifestRefs+1)}), "10001"},
-		"needs what it lacks":   {manifest(&pb.NewTask_Manifest{Refs: []string{ref}, Needs: []string{other}}), "does not refer"},
-		"subject":               {manifest(&pb.NewTask_Manifest{Subject: other}), ""},
-		"subject is a name":     {manifest(&pb.NewTask_Manifest{Subject: "v1"}), "digest"},
-		"name":                  {newName(&pb.NewName{Name: "v1", Digest: d}), ""},
-		"name without digest":   {newName(&pb.NewName{Name: "v1"}), "digest"},
-		"name is a digest":      {newName(&pb.NewName{Name: d, Digest: d}), "can't be the name"},
-		"name is not one":       {newName(&pb.NewName{Name: "-", Digest: d}), "cache ID"},
-		"tag of a name":         {newName(&pb.NewName{Tag: "X", Name: "v1", Digest: d}), "tag"},
+		"refs": {manifest(
+			&pb.NewTask_Manifest{Refs: slices.Repeat([]string{ref}, p2p.MaxManifestRefs)}), ""},
+		"many refs": {manifest(
+			&pb.NewTask_Manifest{Refs: slices.Repeat([]string{ref}, p2p.MaxManifestRefs+1)}), "10001"},
+		"ref":              {manifest(&pb.NewTask_Manifest{Refs: []string{"v1"}}), "digest"},
+		"refers to itself": {manifest(&pb.NewTask_Manifest{Refs: []string{d}}), "itself"},
+		"needs": {manifest(&pb.NewTask_Manifest{Refs: []string{ref, other}, Needs: []string{other}}),
+			""},
+		"many needs": {manifest(
+			&pb.NewTask_Manifest{Refs: []string{ref}, Needs: slices.Repeat([]string{ref}, p2p.MaxManifestRefs+1)}),
+			"10001"},
+		"needs what it lacks": {manifest(&pb.NewTask_Manifest{Refs: []string{ref}, Needs: []string{other}}),
+			"does not refer"},
+		"subject":             {manifest(&pb.NewTask_Manifest{Subject: other}), ""},
+		"subject is a name":   {manifest(&pb.NewTask_Manifest{Subject: "v1"}), "digest"},
+		"name":                {newName(&pb.NewName{Name: "v1", Digest: d}), ""},
+		"name without digest": {newName(&pb.NewName{Name: "v1"}), "digest"},
+		"name is a digest":    {newName(&pb.NewName{Name: d, Digest: d}), "can't be the name"},
+		"name is not one":     {newName(&pb.NewName{Name: "-", Digest: d}), "cache ID"},
+		"tag of a name":       {newName(&pb.NewName{Tag: "X", Name: "v1", Digest: d}), "tag"},
 	} {
 		if test.text == "" {
 			if test.err != nil {
@@ -376,7 +397,8 @@ func TestValidate(t *testing.T) {
 
 	// All parts of a commit together.
 	part := &pb.IngestRequest_Commit{Tasks: []*pb.NewTask{{
-		Task: task, Keep: pb.Keep_KEEP_HELD, Manifest: &pb.NewTask_Manifest{Refs: slices.Repeat([]string{ref}, p2p.MaxManifestRefs)},
+		Task: task, Keep: pb.Keep_KEEP_HELD,
+		Manifest: &pb.NewTask_Manifest{Refs: slices.Repeat([]string{ref}, p2p.MaxManifestRefs)},
 	}}}
 	var parser commitParser
 	var err error
@@ -416,10 +438,11 @@ func TestBadAnswers(t *testing.T) {
 		"nothing":         stat(&pb.StatReply{}),
 		"tag":             stat(&pb.StatReply{Info: bad}),
 		"keep":            stat(&pb.StatReply{Info: kept}),
-		"ref":             stat(&pb.StatReply{Info: good, Manifest: &pb.StatReply_Manifest{Refs: []*pb.Info{good, bad}}}),
-		"entry":           entry(&pb.Entry{Info: bad}, p2p.KindAll),
-		"name":            entry(&pb.Entry{Info: &pb.Info{Task: &pb.Task{Tag: "x"}}}, p2p.KindNames),
-		"tags":            entry(&pb.Entry{Info: bad}, p2p.KindTags),
+		"ref": stat(&pb.StatReply{
+			Info: good, Manifest: &pb.StatReply_Manifest{Refs: []*pb.Info{good, bad}}}),
+		"entry": entry(&pb.Entry{Info: bad}, p2p.KindAll),
+		"name":  entry(&pb.Entry{Info: &pb.Info{Task: &pb.Task{Tag: "x"}}}, p2p.KindNames),
+		"tags":  entry(&pb.Entry{Info: bad}, p2p.KindTags),
 	} {
 		if err == nil || errors.Is(err, digest.ErrInvalid) || !strings.Contains(err.Error(), "daemon's answer") {
 			t.Errorf("%s: %v", name, err)
@@ -458,7 +481,8 @@ func TestTableMessages(t *testing.T) {
 				t.Errorf("message %d of %d: sent is %t", i, len(messages), got.Sent)
 			}
 		}
-		if parser.table.Size != table.Size || parser.table.PieceLength != table.PieceLength || !slices.Equal(parser.table.CRC, table.CRC) {
+		if parser.table.Size != table.Size || parser.table.PieceLength != table.PieceLength ||
+			!slices.Equal(parser.table.CRC, table.CRC) {
 			t.Errorf("%d pieces: the table differs", pieces)
 		}
 	}
@@ -476,9 +500,14 @@ func TestBadTableMessages(t *testing.T) {
 		"too many checksums": {{Header: header, Crc32C: []uint32{1, 2}}},
 		"pieces of a whole":  {{Header: header, Crc32C: []uint32{1}, Pieces: []*pb.OpenReply_Piece{{}}}},
 		"done first":         {{Done: &pb.OpenReply_Done{}}},
-		"arriving checksums": {{Header: &pb.OpenReply_Header{Size: 100, PieceLength: digest.MinPieceLength, Arriving: true}, Crc32C: []uint32{1}}},
-		"arriving forever":   {{Header: &pb.OpenReply_Header{Size: 1<<63 - 1, PieceLength: digest.MaxPieceLength, Arriving: true}}},
-		"arriving and huge":  {{Header: &pb.OpenReply_Header{Size: maxPieces*digest.MaxPieceLength + 1, PieceLength: digest.MaxPieceLength, Arriving: true}}},
+		"arriving checksums": {
+			{Header: &pb.OpenReply_Header{Size: 100, PieceLength: digest.MinPieceLength, Arriving: true},
+				Crc32C: []uint32{1}}},
+		"arriving forever": {
+			{Header: &pb.OpenReply_Header{Size: 1<<63 - 1, PieceLength: digest.MaxPieceLength, Arriving: true}}},
+		"arriving and huge": {
+			{Header: &pb.OpenReply_Header{
+				Size: maxPieces*digest.MaxPieceLength + 1, PieceLength: digest.MaxPieceLength, Arriving: true}}},
 	} {
 		var parser tableParser
 		var err error

@@ -82,7 +82,9 @@ func checkReadOnly(f *os.File) error {
 		return err
 	}
 	var flags int
-	if controlErr := raw.Control(func(fd uintptr) { flags, err = unix.FcntlInt(fd, unix.F_GETFL, 0) }); controlErr != nil {
+	if controlErr := raw.Control(func(fd uintptr) {
+		flags, err = unix.FcntlInt(fd, unix.F_GETFL, 0)
+	}); controlErr != nil {
 		return controlErr
 	}
 	if err != nil {
@@ -126,7 +128,8 @@ func copyToMemory(ctx context.Context, blob p2p.Blob, d digest.Digest) (_ *copie
 	if c.table, err = recorder.Table(); err != nil {
 		return nil, err
 	}
-	if _, err := unix.FcntlInt(f.Fd(), unix.F_ADD_SEALS, unix.F_SEAL_WRITE|unix.F_SEAL_GROW|unix.F_SEAL_SHRINK|unix.F_SEAL_SEAL); err != nil {
+	if _, err := unix.FcntlInt(f.Fd(), unix.F_ADD_SEALS,
+		unix.F_SEAL_WRITE|unix.F_SEAL_GROW|unix.F_SEAL_SHRINK|unix.F_SEAL_SEAL); err != nil {
 		return nil, fmt.Errorf("seal the copy in memory: %w", err)
 	}
 	// Who gets the descriptor may only read.

@@ -208,7 +208,9 @@ func (c *conn) clientHandshake(ctx context.Context, allowed func(uid uint32) boo
 		return err
 	}
 	if !allowed(daemon.uid) {
-		return fmt.Errorf("%w: %w: the process that listens there runs as uid %d, neither root nor your own: it may have taken the daemon's place: %s, or name that user with --daemon-user where it is to be trusted", p2p.ErrUnavailable, fs.ErrPermission, daemon.uid, passAnother)
+		return fmt.Errorf("%w: %w: the process that listens there runs as uid %d, neither root nor your own: it may "+
+			"have taken the daemon's place: %s, or name that user with --daemon-user where it is to be trusted",
+			p2p.ErrUnavailable, fs.ErrPermission, daemon.uid, passAnother)
 	}
 	if err := c.SetDeadline(time.Now().Add(handshakeTimeout)); err != nil {
 		return err
@@ -227,11 +229,14 @@ func (c *conn) clientHandshake(ctx context.Context, allowed func(uid uint32) boo
 	case errors.As(err, &version) && version.theirs == string(bytes.TrimSpace(busy)):
 		err = fmt.Errorf("%w: the daemon has no room for another connection of this user: try again", p2p.ErrBusy)
 	case errors.As(err, &version):
-		err = fmt.Errorf("this daemon speaks protocol %q, this client %q: install the same version on both", version.theirs, bytes.TrimSpace(preface))
-	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, unix.ECONNRESET), errors.Is(err, unix.EPIPE):
+		err = fmt.Errorf("this daemon speaks protocol %q, this client %q: install the same version on both",
+			version.theirs, bytes.TrimSpace(preface))
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, unix.ECONNRESET),
+		errors.Is(err, unix.EPIPE):
 		err = fmt.Errorf("%w: it closed the connection in the handshake: see its log", p2p.ErrUnavailable)
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		err = fmt.Errorf("%w: no answer to the handshake in %s: it hangs, or is not a dfdaemon", p2p.ErrUnavailable, handshakeTimeout)
+		err = fmt.Errorf("%w: no answer to the handshake in %s: it hangs, or is not a dfdaemon", p2p.ErrUnavailable,
+			handshakeTimeout)
 	case err != nil:
 		err = noDaemon(err)
 	case len(fds) != 1:
@@ -289,7 +294,8 @@ func (c *conn) serverHandshake() error {
 	if errors.As(err, &version) {
 		// The answer has no descriptor: it is there to be compared.
 		_, _ = c.Write(preface) // whatever it reads, it is refused
-		return fmt.Errorf("this client speaks protocol %q, this daemon %q: install the same version on both", version.theirs, bytes.TrimSpace(preface))
+		return fmt.Errorf("this client speaks protocol %q, this daemon %q: install the same version on both",
+			version.theirs, bytes.TrimSpace(preface))
 	}
 	if err != nil {
 		return err

@@ -85,10 +85,11 @@ func TestHostileHandshakes(t *testing.T) {
 		half bool   // whether the client goes on to listen
 		log  string // in the server's log
 	}{
-		"says nothing":          {send: "", log: "EOF"},
-		"stops in the preface":  {send: "dfcache", log: "unexpected EOF"},
-		"plain gRPC":            {send: http2, half: true, log: "does not speak the dfcache protocol"},
-		"garbage":               {send: "\x00\xff\x00\xff\x00\xff\x00\xff\x00\xff\x00\xff", half: true, log: "does not speak"},
+		"says nothing":         {send: "", log: "EOF"},
+		"stops in the preface": {send: "dfcache", log: "unexpected EOF"},
+		"plain gRPC":           {send: http2, half: true, log: "does not speak the dfcache protocol"},
+		"garbage": {send: "\x00\xff\x00\xff\x00\xff\x00\xff\x00\xff\x00\xff", half: true,
+			log: "does not speak"},
 		"newer":                 {send: "dfcache/2\n", half: true, log: `speaks protocol \"dfcache/2\"`},
 		"much newer":            {send: "dfcache/4711\nand so on", half: true, log: `speaks protocol \"dfcache/4711\"`},
 		"endless version":       {send: "dfcache/" + strings.Repeat("1", 100), half: true, log: "speaks protocol"},
@@ -175,14 +176,16 @@ func TestHostileDaemons(t *testing.T) {
 		is     error
 		text   string
 	}{
-		"closes":           {func(*net.UnixConn) {}, p2p.ErrUnavailable, "closed the connection in the handshake"},
-		"newer":            {sendWith("dfcache/2\n"), nil, `this daemon speaks protocol "dfcache/2", this client "dfcache/1": install the same version on both`},
-		"not ours":         {sendWith("HTTP/1.1 400 Bad Request\r\n"), errNotOurs, "does not speak"},
-		"no descriptor":    {sendWith("dfcache/1\n"), errNotOurs, "0 descriptors"},
-		"two descriptors":  {sendWith("dfcache/1\n", file, file), errNotOurs, "2 descriptors"},
-		"many descriptors": {sendWith("dfcache/1\n", file, file, file, file, file), p2p.ErrUnavailable, "more descriptors than expected"},
-		"not a socket":     {sendWith("dfcache/1\n", file), p2p.ErrUnavailable, "descriptor channel"},
-		"a stream socket":  {sendWith("dfcache/1\n", stream[0]), p2p.ErrUnavailable, "SOCK_SEQPACKET"},
+		"closes": {func(*net.UnixConn) {}, p2p.ErrUnavailable, "closed the connection in the handshake"},
+		"newer": {sendWith("dfcache/2\n"), nil,
+			`this daemon speaks protocol "dfcache/2", this client "dfcache/1": install the same version on both`},
+		"not ours":        {sendWith("HTTP/1.1 400 Bad Request\r\n"), errNotOurs, "does not speak"},
+		"no descriptor":   {sendWith("dfcache/1\n"), errNotOurs, "0 descriptors"},
+		"two descriptors": {sendWith("dfcache/1\n", file, file), errNotOurs, "2 descriptors"},
+		"many descriptors": {sendWith("dfcache/1\n", file, file, file, file, file), p2p.ErrUnavailable,
+			"more descriptors than expected"},
+		"not a socket":    {sendWith("dfcache/1\n", file), p2p.ErrUnavailable, "descriptor channel"},
+		"a stream socket": {sendWith("dfcache/1\n", stream[0]), p2p.ErrUnavailable, "SOCK_SEQPACKET"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			socket := fakeDaemon(t, test.answer)
@@ -194,7 +197,8 @@ func TestHostileDaemons(t *testing.T) {
 			if test.is != nil && !errors.Is(err, test.is) {
 				t.Errorf("%v is not %v", err, test.is)
 			}
-			if test.is == errNotOurs && (!errors.Is(err, p2p.ErrUnavailable) || !strings.Contains(err.Error(), passAnother)) {
+			if test.is == errNotOurs && (!errors.Is(err, p2p.ErrUnavailable) ||
+				!strings.Contains(err.Error(), passAnother)) {
 				t.Errorf("%v is not %v, or has no advice", err, p2p.ErrUnavailable)
 			}
 			eventually(t, "all descriptors are closed", func() bool { return fdCount(t) <= before })
@@ -334,7 +338,8 @@ func TestSocketIsClosedToOthers(t *testing.T) {
 			return
 		}
 		err = (&Client{socket: socket}).dialError(err)
-		if !errors.Is(err, p2p.ErrUnavailable) || !errors.Is(err, fs.ErrPermission) || errors.Is(err, ErrNoDaemon) || !strings.Contains(err.Error(), "join the group") {
+		if !errors.Is(err, p2p.ErrUnavailable) || !errors.Is(err, fs.ErrPermission) || errors.Is(err, ErrNoDaemon) ||
+			!strings.Contains(err.Error(), "join the group") {
 			t.Errorf("got %v", err)
 		}
 	})
@@ -384,7 +389,8 @@ func rawIngest(t *testing.T, c *Client) grpc.BidiStreamingClient[pb.IngestReques
 }
 
 func addRequest(id uint64, offset int64) *pb.IngestRequest {
-	return &pb.IngestRequest{Request: &pb.IngestRequest_Add_{Add: &pb.IngestRequest_Add{DescriptorId: id, Offset: offset}}}
+	return &pb.IngestRequest{Request: &pb.IngestRequest_Add_{
+		Add: &pb.IngestRequest_Add{DescriptorId: id, Offset: offset}}}
 }
 
 func TestHostileDescriptors(t *testing.T) {
@@ -417,10 +423,11 @@ func TestHostileDescriptors(t *testing.T) {
 		offset int64
 		text   string
 	}{
-		"directory":             {open(t.TempDir(), os.O_RDONLY), 0, "it is a directory"},
-		"device":                {open(os.DevNull, os.O_RDONLY), 0, "it is a device"},
-		"file in /proc":         {open("/proc/self/status", os.O_RDONLY), 0, "through a pipe"},
-		"file in /sys":          {open("/sys/kernel/mm/transparent_hugepage/enabled", os.O_RDONLY), 0, "through a pipe"},
+		"directory":     {open(t.TempDir(), os.O_RDONLY), 0, "it is a directory"},
+		"device":        {open(os.DevNull, os.O_RDONLY), 0, "it is a device"},
+		"file in /proc": {open("/proc/self/status", os.O_RDONLY), 0, "through a pipe"},
+		"file in /sys": {open("/sys/kernel/mm/transparent_hugepage/enabled", os.O_RDONLY), 0,
+			"through a pipe"},
 		"write-only":            {open(path, os.O_WRONLY), 0, "not open for reading"},
 		"O_PATH":                {open(path, unix.O_PATH), 0, "not open for reading"},
 		"writing end":           {pipe(1), 0, "not open for reading"},
@@ -511,7 +518,8 @@ func TestHostileChannels(t *testing.T) {
 			return err
 		},
 		"ten descriptors": func(c *net.UnixConn) error {
-			_, _, err := c.WriteMsgUnix(message(1), unix.UnixRights(file, file, file, file, file, file, file, file, file, file), nil)
+			_, _, err := c.WriteMsgUnix(
+				message(1), unix.UnixRights(file, file, file, file, file, file, file, file, file, file), nil)
 			return err
 		},
 		"one id twice": func(c *net.UnixConn) error {
@@ -538,7 +546,8 @@ func TestHostileChannels(t *testing.T) {
 				t.Fatalf("got %v", err)
 			}
 			s.waitIdle(t)
-			eventually(t, "all descriptors are closed", func() bool { return fdCount(t) < before }) // those of the connection too
+			// those of the connection too
+			eventually(t, "all descriptors are closed", func() bool { return fdCount(t) < before })
 			// The client notices, and connects again.
 			add(t, c, "", strings.NewReader("x"))
 		})
@@ -598,7 +607,8 @@ func newChannels(t *testing.T) (server, client *channel) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		channels[i] = newChannel(c.(*net.UnixConn), []func() (func(), bool){func() (func(), bool) { return func() {}, true }, nil}[i], func() {})
+		channels[i] = newChannel(c.(*net.UnixConn),
+			[]func() (func(), bool){func() (func(), bool) { return func() {}, true }, nil}[i], func() {})
 		t.Cleanup(channels[i].close)
 	}
 	return channels[0], channels[1]

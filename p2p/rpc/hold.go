@@ -44,7 +44,8 @@ func noticing(notices <-chan string, do func() error, send func(text string) err
 
 func holdNoticing(stream grpc.ServerStreamingServer[pb.Notice], do func(ctx context.Context) error) error {
 	ctx, notices := withNotices(stream.Context())
-	return noticing(notices, func() error { return do(ctx) }, func(text string) error { return stream.Send(&pb.Notice{Text: text}) })
+	return noticing(notices, func() error { return do(ctx) },
+		func(text string) error { return stream.Send(&pb.Notice{Text: text}) })
 }
 
 func (s *service) Hold(req *pb.HoldRequest, stream grpc.ServerStreamingServer[pb.Notice]) error {
@@ -79,7 +80,9 @@ func (s *service) Mend(req *pb.TaskRequest, stream grpc.ServerStreamingServer[pb
 	return holdTask(req, stream, s.engine.Mend)
 }
 
-func holdTask(req *pb.TaskRequest, stream grpc.ServerStreamingServer[pb.Notice], do func(context.Context, p2p.Task) error) error {
+func holdTask(
+	req *pb.TaskRequest, stream grpc.ServerStreamingServer[pb.Notice], do func(context.Context, p2p.Task) error,
+) error {
 	task, err := parseTask(req.GetTask())
 	if err != nil {
 		return err
@@ -119,7 +122,10 @@ func (c *Client) Mend(ctx context.Context, task p2p.Task) error {
 	return c.awaitTask(ctx, task, pb.DaemonClient.Mend)
 }
 
-func (c *Client) awaitTask(ctx context.Context, task p2p.Task, call func(pb.DaemonClient, context.Context, *pb.TaskRequest, ...grpc.CallOption) (grpc.ServerStreamingClient[pb.Notice], error)) error {
+func (c *Client) awaitTask(
+	ctx context.Context, task p2p.Task, call func(pb.DaemonClient, context.Context, *pb.TaskRequest,
+		...grpc.CallOption) (grpc.ServerStreamingClient[pb.Notice], error),
+) error {
 	if err := task.Validate(); err != nil {
 		return err
 	}
@@ -129,7 +135,9 @@ func (c *Client) awaitTask(ctx context.Context, task p2p.Task, call func(pb.Daem
 }
 
 // await makes a call, and passes its notices on until it ends.
-func (c *Client) await(ctx context.Context, call func(context.Context, pb.DaemonClient) (grpc.ServerStreamingClient[pb.Notice], error)) error {
+func (c *Client) await(
+	ctx context.Context, call func(context.Context, pb.DaemonClient) (grpc.ServerStreamingClient[pb.Notice], error),
+) error {
 	s, end, err := c.begin(ctx)
 	if err != nil {
 		return err

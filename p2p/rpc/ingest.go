@@ -43,10 +43,10 @@ var errCommitted = errors.New("the ingest is committed already")
 // Ingest implements [p2p.Engine]. It does not wait for the daemon: where the
 // daemon can't begin an ingest, the first Add or Commit says so.
 //
-// An Add of a reader that is not a regular *os.File copies it to the daemon
-// through a pipe; so does one of a file whose content may depend on who reads it, as in /proc. Where ctx ends or the daemon fails while a Read of src blocks,
-// Add returns at once, and the goroutine that copies ends when that Read
-// returns. It does not close src.
+// An Add of a reader that is not a regular *os.File copies it to the daemon through a pipe; so does
+// one of a file whose content may depend on who reads it, as in /proc. Where ctx ends or the daemon
+// fails while a Read of src blocks, Add returns at once, and the goroutine that copies ends when
+// that Read returns. It does not close src.
 func (c *Client) Ingest(ctx context.Context) (p2p.Ingest, error) {
 	s, end, err := c.begin(ctx)
 	if err != nil {

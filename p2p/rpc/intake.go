@@ -51,13 +51,16 @@ func (s *service) Ingest(stream grpc.BidiStreamingServer[pb.IngestRequest, pb.In
 		case *pb.IngestRequest_Commit_:
 			return s.commit(stream, ingest, r.Commit)
 		default:
-			return fmt.Errorf("ingest: %w: neither an add nor a rehash nor a commit: the client is newer than the daemon", digest.ErrInvalid)
+			return fmt.Errorf("ingest: %w: neither an add nor a rehash nor a commit: the client is newer than the "+
+				"daemon", digest.ErrInvalid)
 		}
 	}
 }
 
 // add answers one Add of an ingest.
-func (s *service) add(stream grpc.BidiStreamingServer[pb.IngestRequest, pb.IngestReply], ingest p2p.Ingest, req *pb.IngestRequest_Add) error {
+func (s *service) add(
+	stream grpc.BidiStreamingServer[pb.IngestRequest, pb.IngestReply], ingest p2p.Ingest, req *pb.IngestRequest_Add,
+) error {
 	ctx := stream.Context()
 	opts, err := parseAdd(req)
 	if err != nil {
@@ -77,7 +80,8 @@ func (s *service) add(stream grpc.BidiStreamingServer[pb.IngestRequest, pb.Inges
 		if now := time.Now(); now.Sub(last) >= progressInterval {
 			last = now
 			// Where the stream is over, so is ctx, and with it the ingest.
-			_ = stream.Send(&pb.IngestReply{Reply: &pb.IngestReply_Progress_{Progress: &pb.IngestReply_Progress{Bytes: taken}}})
+			_ = stream.Send(&pb.IngestReply{
+				Reply: &pb.IngestReply_Progress_{Progress: &pb.IngestReply_Progress{Bytes: taken}}})
 		}
 	}
 	added, err := ingest.Add(src, opts)
@@ -88,7 +92,9 @@ func (s *service) add(stream grpc.BidiStreamingServer[pb.IngestRequest, pb.Inges
 }
 
 // rehash answers one Rehash of an ingest.
-func (s *service) rehash(stream grpc.BidiStreamingServer[pb.IngestRequest, pb.IngestReply], ingest p2p.Ingest, req *pb.IngestRequest_Rehash) error {
+func (s *service) rehash(
+	stream grpc.BidiStreamingServer[pb.IngestRequest, pb.IngestReply], ingest p2p.Ingest, req *pb.IngestRequest_Rehash,
+) error {
 	d, want, err := parseRehash(req)
 	if err != nil {
 		return err
@@ -137,7 +143,8 @@ func openSource(fd int, offset int64) (f *os.File, err error) {
 		case err != nil:
 			return nil, fmt.Errorf("what is to be added: %w", err)
 		case !plain:
-			return refuse("its file system may show it otherwise to the daemon than to its reader, as /proc does: send what it has through a pipe")
+			return refuse("its file system may show it otherwise to the daemon than to its reader, as /proc does: " +
+				"send what it has through a pipe")
 		}
 		if _, err := unix.Seek(fd, offset, io.SeekStart); err != nil {
 			return nil, fmt.Errorf("what is to be added: seek to %d: %w", offset, err)
@@ -160,7 +167,9 @@ func openSource(fd int, offset int64) (f *os.File, err error) {
 }
 
 // commit answers the Commit of an ingest, of which part is the first part.
-func (s *service) commit(stream grpc.BidiStreamingServer[pb.IngestRequest, pb.IngestReply], ingest p2p.Ingest, part *pb.IngestRequest_Commit) error {
+func (s *service) commit(
+	stream grpc.BidiStreamingServer[pb.IngestRequest, pb.IngestReply], ingest p2p.Ingest, part *pb.IngestRequest_Commit,
+) error {
 	parser := commitParser{room: s.commits}
 	defer parser.end()
 	for {
@@ -178,13 +187,15 @@ func (s *service) commit(stream grpc.BidiStreamingServer[pb.IngestRequest, pb.In
 			return err
 		}
 		if part = req.GetCommit(); part == nil {
-			return fmt.Errorf("ingest: %w: a commit that has more to come is followed by something else", digest.ErrInvalid)
+			return fmt.Errorf("ingest: %w: a commit that has more to come is followed by something else",
+				digest.ErrInvalid)
 		}
 	}
 	if err := ingest.Commit(parser.commit); err != nil {
 		return err
 	}
 	ctx := stream.Context()
-	s.log.InfoContext(ctx, "committed", "uid", authOf(ctx).caller.uid, "tasks", len(parser.commit.Tasks), "names", len(parser.commit.Names))
+	s.log.InfoContext(ctx, "committed", "uid", authOf(ctx).caller.uid, "tasks", len(parser.commit.Tasks),
+		"names", len(parser.commit.Names))
 	return stream.Send(&pb.IngestReply{Reply: &pb.IngestReply_Committed_{Committed: &pb.IngestReply_Committed{}}})
 }

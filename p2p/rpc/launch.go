@@ -113,7 +113,8 @@ func start(ctx context.Context, opts LaunchOptions) (Launched, error) {
 	}
 	defer r.Close()
 	defer w.Close()
-	cmd := exec.Command(program, append(append([]string(nil), opts.Args...), "--ready-fd", fmt.Sprint(readyFD), "--launched")...)
+	cmd := exec.Command(program, append(
+		append([]string(nil), opts.Args...), "--ready-fd", fmt.Sprint(readyFD), "--launched")...)
 	cmd.Dir = "/"
 	cmd.ExtraFiles = []*os.File{w} // becomes readyFD
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}

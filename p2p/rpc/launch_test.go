@@ -104,7 +104,8 @@ func TestLaunchStartsOne(t *testing.T) {
 			if err != nil {
 				t.Error(err)
 			}
-			if launched.PID != 0 && (launched.Door != "registry nowhere" || !slices.Equal(launched.Warnings, []string{"it is a test"})) {
+			if launched.PID != 0 && (launched.Door != "registry nowhere" ||
+				!slices.Equal(launched.Warnings, []string{"it is a test"})) {
 				t.Errorf("the daemon says %+v", launched)
 			}
 			// Whoever started it, it answers now.
@@ -171,7 +172,8 @@ func TestLaunchFails(t *testing.T) {
 	}
 	opts = launchOptions(t, "dies")
 	_, err = Launch(t.Context(), opts)
-	if !errors.Is(err, p2p.ErrUnavailable) || !strings.Contains(err.Error(), "exit status 2") || !strings.Contains(err.Error(), "see "+opts.LogPath+", and whether "+opts.Path+" is of the same version") {
+	if !errors.Is(err, p2p.ErrUnavailable) || !strings.Contains(err.Error(), "exit status 2") ||
+		!strings.Contains(err.Error(), "see "+opts.LogPath+", and whether "+opts.Path+" is of the same version") {
 		t.Errorf("got %v", err)
 	}
 	if log, err := os.ReadFile(opts.LogPath); err != nil || !strings.Contains(string(log), "panic: at the disco") {

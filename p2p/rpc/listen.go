@@ -126,14 +126,17 @@ func checkSocketDir(dir *os.File, forbidden fs.FileMode) error {
 		return fmt.Errorf("directory of the socket: %w", err)
 	}
 	if owner := info.Sys().(*syscall.Stat_t).Uid; owner != 0 && int(owner) != os.Geteuid() {
-		return fmt.Errorf("directory of the socket: %s belongs to uid %d, neither root nor the daemon's user: %w: choose another directory, or chown it", dir.Name(), owner, fs.ErrPermission)
+		return fmt.Errorf("directory of the socket: %s belongs to uid %d, neither root nor the daemon's user: %w: "+
+			"choose another directory, or chown it", dir.Name(), owner, fs.ErrPermission)
 	}
 	if mode := info.Mode().Perm(); mode&forbidden != 0 {
-		advice := "choose a directory of its own, for example " + filepath.Join(dir.Name(), "dragonfly", "dfdaemon.sock")
+		advice := "choose a directory of its own, for example " +
+			filepath.Join(dir.Name(), "dragonfly", "dfdaemon.sock")
 		if info.Mode()&fs.ModeSticky == 0 { // else it is for all, as /tmp is
 			advice = fmt.Sprintf("chmod 0750 %s where nothing else needs it, or %s", dir.Name(), advice)
 		}
-		return fmt.Errorf("directory of the socket: %s has mode %04o, so that others could reach or replace the socket: %w: %s", dir.Name(), mode, fs.ErrPermission, advice)
+		return fmt.Errorf("directory of the socket: %s has mode %04o, so that others could reach or replace the "+
+			"socket: %w: %s", dir.Name(), mode, fs.ErrPermission, advice)
 	}
 	return nil
 }
@@ -155,7 +158,8 @@ func removeStale(path string) error {
 		return fmt.Errorf("socket %s: %w: %w: remove it if no daemon uses it", path, fs.ErrExist, err)
 	}
 	if alive {
-		return fmt.Errorf("socket %s: %w: a dfdaemon listens on it: stop that one, or choose another socket", path, fs.ErrExist)
+		return fmt.Errorf("socket %s: %w: a dfdaemon listens on it: stop that one, or choose another socket", path,
+			fs.ErrExist)
 	}
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err

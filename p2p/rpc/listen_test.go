@@ -111,7 +111,8 @@ func TestListenRefusesSharedDirectory(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, err := Listen(filepath.Join(dir, "d.sock"))
-	if !errors.Is(err, fs.ErrPermission) || strings.Contains(err.Error(), "chmod") || !strings.Contains(err.Error(), "for example "+dir+"/dragonfly/dfdaemon.sock") {
+	if !errors.Is(err, fs.ErrPermission) || strings.Contains(err.Error(), "chmod") ||
+		!strings.Contains(err.Error(), "for example "+dir+"/dragonfly/dfdaemon.sock") {
 		t.Errorf("got %v", err)
 	}
 }
@@ -125,7 +126,8 @@ func TestListenRefusesForeignDirectory(t *testing.T) {
 	if err := os.Chown(dir, 65534, 65534); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Listen(filepath.Join(dir, "d.sock")); !errors.Is(err, fs.ErrPermission) || !strings.Contains(err.Error(), "uid 65534") {
+	if _, err := Listen(filepath.Join(dir, "d.sock")); !errors.Is(err, fs.ErrPermission) ||
+		!strings.Contains(err.Error(), "uid 65534") {
 		t.Errorf("got %v", err)
 	}
 }
@@ -157,7 +159,8 @@ func TestListenOnUsedPath(t *testing.T) {
 	if err != nil {
 		t.Fatalf("on a stale socket: %v", err)
 	}
-	if _, err := Listen(path); !errors.Is(err, fs.ErrExist) || !strings.Contains(err.Error(), "a dfdaemon listens on it") {
+	if _, err := Listen(path); !errors.Is(err, fs.ErrExist) ||
+		!strings.Contains(err.Error(), "a dfdaemon listens on it") {
 		t.Errorf("on a living socket: %v", err)
 	}
 	living.Close()

@@ -208,8 +208,9 @@ func TestAddAndOpen(t *testing.T) {
 				return f
 			},
 		},
-		"reader":       {src: func(*testing.T) io.Reader { return bytes.NewReader(content) }, want: content},
-		"plain reader": {src: func(*testing.T) io.Reader { return io.MultiReader(bytes.NewReader(content)) }, want: content},
+		"reader": {src: func(*testing.T) io.Reader { return bytes.NewReader(content) }, want: content},
+		"plain reader": {src: func(*testing.T) io.Reader { return io.MultiReader(bytes.NewReader(content)) },
+			want: content},
 		"empty reader": {src: func(*testing.T) io.Reader { return strings.NewReader("") }},
 		"device": {src: func(t *testing.T) io.Reader {
 			f, err := os.Open(os.DevNull)
@@ -381,7 +382,8 @@ func TestOpenRefusesBlob(t *testing.T) {
 		f := tempFile(t, nil) // open for writing too
 		return &storeBlob{digest.NewVerified(f, table), f}, nil
 	}
-	if _, err := c.Open(t.Context(), someTask, p2p.Local); err == nil || !strings.Contains(err.Error(), "open for writing") {
+	if _, err := c.Open(t.Context(), someTask, p2p.Local); err == nil ||
+		!strings.Contains(err.Error(), "open for writing") {
 		t.Errorf("writable file: %v", err)
 	}
 }
@@ -583,7 +585,8 @@ func TestLargestManifest(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	task := p2p.NewTask{Task: p2p.Task{Tag: long.Task.Tag, Digest: added.Digest}, MediaType: long.MediaType, Origin: long.Origin}
+	task := p2p.NewTask{Task: p2p.Task{Tag: long.Task.Tag, Digest: added.Digest}, MediaType: long.MediaType,
+		Origin: long.Origin}
 	refs := slices.Repeat([]digest.Digest{long.Task.Digest}, p2p.MaxManifestRefs)
 	task.Manifest = &p2p.NewManifest{Refs: refs, Needs: refs, Subject: long.Task.Digest}
 	if err := ingest.Commit(p2p.Commit{Tasks: []p2p.NewTask{task}}); err != nil {
@@ -654,7 +657,8 @@ func TestDeleteOptions(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, want := range []p2p.DeleteOptions{{}, {Force: true}, {NameOnly: true}} {
-		if d, err := c.Delete(t.Context(), "t", cid, want); err != nil || !reflect.DeepEqual(d, deleted) || got != want {
+		if d, err := c.Delete(t.Context(), "t", cid, want); err != nil || !reflect.DeepEqual(d, deleted) ||
+			got != want {
 			t.Errorf("the engine got %+v, want %+v; the client %v, %v", got, want, d, err)
 		}
 	}
@@ -713,7 +717,8 @@ func TestStatOptions(t *testing.T) {
 	h.stat = func(_ context.Context, opts p2p.StatOptions) (p2p.Info, error) { got = opts; return remote, nil }
 	c := pair(t, h)
 	for _, want := range []p2p.StatOptions{
-		{}, {Scope: p2p.Local}, {Scope: p2p.Local, Manifest: true}, {Manifest: true}, {Providers: true}, {Manifest: true, Providers: true},
+		{}, {Scope: p2p.Local}, {Scope: p2p.Local, Manifest: true}, {Manifest: true}, {Providers: true},
+		{Manifest: true, Providers: true},
 	} {
 		info, err := c.Stat(t.Context(), "", digest.FromDigest(someTask.Digest), want)
 		if err != nil || got != want || !reflect.DeepEqual(info, remote) {
@@ -758,8 +763,10 @@ func TestReplicateAndPeers(t *testing.T) {
 	}
 	want := []p2p.Peer{
 		{
-			ID: "12D3KooWA", Addresses: []string{"10.0.0.7:4001", "[fd00::7]:4001"}, State: p2p.PeerConnected, Mode: "seed-only",
-			Gave: 1 << 40, Took: 7, Latency: 3 * time.Millisecond, LastSeen: time.Unix(0, 5), Faults: 2, Reason: "a wrong piece",
+			ID: "12D3KooWA", Addresses: []string{"10.0.0.7:4001", "[fd00::7]:4001"}, State: p2p.PeerConnected,
+			Mode: "seed-only",
+			Gave: 1 << 40, Took: 7, Latency: 3 * time.Millisecond, LastSeen: time.Unix(0, 5), Faults: 2,
+			Reason: "a wrong piece",
 		},
 		{ID: "12D3KooWB", State: p2p.PeerAway},
 		{ID: "12D3KooWC", State: p2p.PeerShunned, Reason: "\uFFFD"},
@@ -962,7 +969,8 @@ func TestMismatchEndsIngest(t *testing.T) {
 		}
 		_, err = ingest.Add(src, p2p.AddOptions{Want: someTask.Digest})
 		var mismatch *digest.MismatchError
-		if !errors.As(err, &mismatch) || mismatch.Want != someTask.Digest || mismatch.Got != digest.SHA256.FromString("other") {
+		if !errors.As(err, &mismatch) || mismatch.Want != someTask.Digest ||
+			mismatch.Got != digest.SHA256.FromString("other") {
 			t.Errorf("got %v", err)
 		}
 		if err := ingest.Commit(p2p.Commit{}); !errors.Is(err, digest.ErrMismatch) {
@@ -1098,7 +1106,8 @@ func TestDaemonReadsTooLittle(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer ingest.Close()
-	if _, err = ingest.Add(endless{}, p2p.AddOptions{}); err == nil || !strings.Contains(err.Error(), "did not take in everything") {
+	if _, err = ingest.Add(endless{}, p2p.AddOptions{}); err == nil ||
+		!strings.Contains(err.Error(), "did not take in everything") {
 		t.Errorf("got %v", err)
 	}
 	written, err := c.Ingest(t.Context())
@@ -1435,7 +1444,8 @@ func TestDaemonComesBack(t *testing.T) {
 	if err := first.Shutdown(hard); !errors.Is(err, context.Canceled) {
 		t.Errorf("Shutdown: %v", err)
 	}
-	if err := <-lost; !errors.Is(err, p2p.ErrUnavailable) || !strings.Contains(err.Error(), socket) || strings.Contains(err.Error(), "rpc error") {
+	if err := <-lost; !errors.Is(err, p2p.ErrUnavailable) || !strings.Contains(err.Error(), socket) ||
+		strings.Contains(err.Error(), "rpc error") {
 		t.Errorf("the call under way: %v", err)
 	}
 	if _, err := stat(t.Context(), c, task); !errors.Is(err, p2p.ErrUnavailable) {
@@ -1568,7 +1578,8 @@ func TestProgressIsNotEverything(t *testing.T) {
 	}
 	defer ingest.Close()
 	n, last := 0, int64(0)
-	if _, err := ingest.Add(strings.NewReader(""), p2p.AddOptions{Progress: func(taken int64) { n++; last = taken }}); err != nil {
+	if _, err := ingest.Add(strings.NewReader(""),
+		p2p.AddOptions{Progress: func(taken int64) { n++; last = taken }}); err != nil {
 		t.Fatal(err)
 	}
 	if n > progressReports/100 || last != progressReports {
@@ -1658,7 +1669,8 @@ func TestHold(t *testing.T) {
 			}
 			return failed
 		}
-		if err := call(p2p.WithNotice(t.Context(), func(text string) { heard <- text })); !errors.Is(err, p2p.ErrUnreachable) {
+		if err := call(p2p.WithNotice(t.Context(), func(text string) { heard <- text })); !errors.Is(err,
+			p2p.ErrUnreachable) {
 			t.Errorf("%s fails with %v", want, err)
 		}
 		ctx, cancel := context.WithCancelCause(t.Context())
@@ -1677,7 +1689,8 @@ func TestHold(t *testing.T) {
 	var what string
 	h.hold = func(_ context.Context, got string, _ p2p.Task) error { what = got; return nil }
 	info, err := c.HoldManifest(t.Context(), someTask.Tag, id, p2p.StatOptions{Providers: true})
-	if want := fmt.Sprintf("hold the manifest %+v", p2p.StatOptions{Manifest: true, Providers: true}); err != nil || info.Task != someTask || what != want {
+	if want := fmt.Sprintf("hold the manifest %+v", p2p.StatOptions{Manifest: true, Providers: true}); err != nil ||
+		info.Task != someTask || what != want {
 		t.Errorf("the engine was told to %s, want %s; got %+v, %v", what, want, info, err)
 	}
 }

@@ -179,13 +179,17 @@ func authOf(ctx context.Context) authInfo {
 	return authInfo{} // can't be: the credentials put it there
 }
 
-func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+func (s *Server) unary(
+	ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler,
+) (any, error) {
 	start := time.Now()
 	reply, err := handler(ctx, req)
 	return reply, s.ended(ctx, info.FullMethod, start, err)
 }
 
-func (s *Server) stream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+func (s *Server) stream(
+	srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler,
+) error {
 	start := time.Now()
 	err := handler(srv, stream)
 	return s.ended(stream.Context(), info.FullMethod, start, err)
@@ -243,7 +247,8 @@ func (s *service) Stat(ctx context.Context, req *pb.StatRequest) (*pb.StatReply,
 }
 
 func statMessage(info p2p.Info) *pb.StatReply {
-	return &pb.StatReply{Info: infoMessage(info), Manifest: manifestMessage(info.Manifest), Holders: holdersMessage(info.Providers)}
+	return &pb.StatReply{Info: infoMessage(info), Manifest: manifestMessage(info.Manifest),
+		Holders: holdersMessage(info.Providers)}
 }
 
 func (s *service) Delete(ctx context.Context, req *pb.DeleteRequest) (*pb.DeleteReply, error) {
@@ -255,7 +260,8 @@ func (s *service) Delete(ctx context.Context, req *pb.DeleteRequest) (*pb.Delete
 	if err != nil {
 		return nil, err
 	}
-	s.log.InfoContext(ctx, "deleted", "what", p2p.Describe(req.GetTag(), cid), "uid", authOf(ctx).caller.uid, "tasks", deleted.Tasks, "freed", deleted.Freed,
+	s.log.InfoContext(ctx, "deleted", "what", p2p.Describe(req.GetTag(), cid), "uid", authOf(ctx).caller.uid,
+		"tasks", deleted.Tasks, "freed", deleted.Freed,
 		"reached", deleted.Reached, "missed", len(deleted.Missed))
 	return deletedMessage(deleted), nil
 }

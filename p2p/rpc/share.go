@@ -47,7 +47,8 @@ func newShares() *shares {
 func (c caller) key() string { return fmt.Sprint(c.uid) }
 
 // errCrowded says that this user has as much as anybody may have.
-var errCrowded = fmt.Errorf("%w: this user has as many connections or calls as there may be, or as others have left", p2p.ErrBusy)
+var errCrowded = fmt.Errorf("%w: this user has as many connections or calls as there may be, or as others have left",
+	p2p.ErrBusy)
 
 // begin is a gRPC tap: it counts a call from its headers to its end.
 func (s *shares) begin(ctx context.Context, _ *tap.Info) (context.Context, error) {

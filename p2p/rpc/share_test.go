@@ -244,7 +244,8 @@ func TestUnreadMessages(t *testing.T) {
 		t.Fatal(err)
 	}
 	var rest empties
-	rawCall(t, rawClient(t, c), io.MultiReader(bytes.NewReader(binary.BigEndian.AppendUint32([]byte{0}, uint32(len(add)))), bytes.NewReader(add), &rest))
+	rawCall(t, rawClient(t, c), io.MultiReader(
+		bytes.NewReader(binary.BigEndian.AppendUint32([]byte{0}, uint32(len(add)))), bytes.NewReader(add), &rest))
 	eventually(t, "the window is full", func() bool { return rest.sent.Load() >= callWindow/2 })
 	for end := time.Now().Add(200 * time.Millisecond); time.Now().Before(end); time.Sleep(time.Millisecond) {
 		if n := rest.sent.Load(); n > 2*callWindow {
@@ -276,14 +277,17 @@ func TestInflow(t *testing.T) {
 		"in two frames":   {frame(frameData, 0, 1, begun) + frame(frameData, 0, 1, "defghij"), 0, nil},
 		"the next":        {frame(frameData, 0, 1, begun+"defghij\x00\x00\x00\x00\x07"), 7, nil},
 		"empty, the next": {frame(frameData, 0, 1, "\x00\x00\x00\x00\x00\x00\x00\x00\x00\x07"), 7, nil},
-		"two calls":       {frame(frameData, 0, 1, begun) + frame(frameData, 0, 3, begun) + frame(frameData, 0, 1, "defghij"), 10, nil},
-		"reset":           {frame(frameData, 0, 1, begun) + frame(frameReset, 0, 1, "\x00\x00\x00\x08"), 0, nil},
-		"call ended":      {frame(frameData, flagEnded, 1, begun), 0, nil},
-		"ended later":     {frame(frameData, 0, 1, begun) + frame(frameData, flagEnded, 1, ""), 0, nil},
-		"half a header":   {frame(frameData, 0, 1, "\x00\x00"), 0, nil},
-		"too long":        {frame(frameData, 0, 1, "\x00\x7f\x00\x00\x00"), 0, nil},
-		"padded":          {frame(frameData, flagIsPadded, 1, "\x00"), 0, errPadded},
-		"too much":        {strings.Repeat(frame(frameData, 0, 1, begun+"defghij")+frame(frameData, 0, 5, "\x00\x00\x40\x00\x00")+frame(frameData, 0, 7, "\x00\x00\x40\x00\x00"), 1), 4 << 20, errUnfinished},
+		"two calls": {frame(frameData, 0, 1, begun) + frame(frameData, 0, 3, begun) +
+			frame(frameData, 0, 1, "defghij"), 10, nil},
+		"reset":         {frame(frameData, 0, 1, begun) + frame(frameReset, 0, 1, "\x00\x00\x00\x08"), 0, nil},
+		"call ended":    {frame(frameData, flagEnded, 1, begun), 0, nil},
+		"ended later":   {frame(frameData, 0, 1, begun) + frame(frameData, flagEnded, 1, ""), 0, nil},
+		"half a header": {frame(frameData, 0, 1, "\x00\x00"), 0, nil},
+		"too long":      {frame(frameData, 0, 1, "\x00\x7f\x00\x00\x00"), 0, nil},
+		"padded":        {frame(frameData, flagIsPadded, 1, "\x00"), 0, errPadded},
+		"too much": {strings.Repeat(
+			frame(frameData, 0, 1, begun+"defghij")+frame(frameData, 0, 5, "\x00\x00\x40\x00\x00")+
+				frame(frameData, 0, 7, "\x00\x00\x40\x00\x00"), 1), 4 << 20, errUnfinished},
 		"too many": {func() (all string) {
 			for i := range uint32(2*maxStreams + 1) {
 				all += frame(frameData, 0, 2*i+1, "\x00")
@@ -328,7 +332,8 @@ func TestRoomIsAsked(t *testing.T) {
 	if _, err := in.Add(strings.NewReader("x"), p2p.AddOptions{}); err != nil {
 		t.Errorf("what has room: %v", err)
 	}
-	if _, err := c.current.daemon.Room(t.Context(), &pb.RoomRequest{Bytes: -1}); status.Code(err) != codes.InvalidArgument {
+	if _, err := c.current.daemon.Room(t.Context(),
+		&pb.RoomRequest{Bytes: -1}); status.Code(err) != codes.InvalidArgument {
 		t.Errorf("room for less than nothing: %v", err)
 	}
 }

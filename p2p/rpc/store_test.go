@@ -144,7 +144,8 @@ func (s *store) List(ctx context.Context, q p2p.Query) iter.Seq2[p2p.Entry, erro
 		}
 		s.mu.Unlock()
 		slices.SortFunc(entries, func(a, b p2p.Entry) int {
-			return cmp.Or(cmp.Compare(a.Task.Tag, b.Task.Tag), cmp.Compare(b.Name, a.Name), cmp.Compare(a.Task.Digest, b.Task.Digest))
+			return cmp.Or(cmp.Compare(a.Task.Tag, b.Task.Tag), cmp.Compare(b.Name, a.Name),
+				cmp.Compare(a.Task.Digest, b.Task.Digest))
 		})
 		for _, e := range entries {
 			if !yield(e, nil) {
@@ -178,7 +179,8 @@ type storeIngest struct {
 
 func (s *store) Ingest(ctx context.Context) (p2p.Ingest, error) {
 	s.ingests.Add(1)
-	return &storeIngest{s: s, ctx: ctx, added: make(map[digest.Digest]string), tables: make(map[digest.Digest]*digest.Table)}, nil
+	return &storeIngest{s: s, ctx: ctx, added: make(map[digest.Digest]string),
+		tables: make(map[digest.Digest]*digest.Table)}, nil
 }
 
 func (i *storeIngest) Add(src io.Reader, opts p2p.AddOptions) (p2p.Added, error) {
@@ -331,7 +333,8 @@ func (h *hooked) Hold(ctx context.Context, tag string, cid digest.CID) error {
 }
 
 func (h *hooked) HoldManifest(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions) (p2p.Info, error) {
-	return p2p.Info{Task: p2p.Task{Tag: tag, Digest: cid.Digest()}}, h.hold(ctx, fmt.Sprintf("hold the manifest %+v", opts), p2p.Task{Tag: tag, Digest: cid.Digest()})
+	return p2p.Info{Task: p2p.Task{Tag: tag, Digest: cid.Digest()}}, h.hold(
+		ctx, fmt.Sprintf("hold the manifest %+v", opts), p2p.Task{Tag: tag, Digest: cid.Digest()})
 }
 
 func (h *hooked) HoldReferrers(ctx context.Context, task p2p.Task) error {

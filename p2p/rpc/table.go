@@ -74,7 +74,8 @@ func (p *tableParser) begin(d digest.Digest, h *pb.OpenReply_Header) error {
 		return errors.New("the daemon's answer has two headers")
 	}
 	if h.GetSize() < 0 || h.GetPieceLength() != digest.PieceLength(h.GetSize()) {
-		return fmt.Errorf("the daemon's answer: pieces of %d bytes do not fit a blob of %d bytes", h.GetPieceLength(), h.GetSize())
+		return fmt.Errorf("the daemon's answer: pieces of %d bytes do not fit a blob of %d bytes", h.GetPieceLength(),
+			h.GetSize())
 	}
 	p.table = &digest.Table{Digest: d, Size: h.GetSize(), PieceLength: h.GetPieceLength()}
 	if p.arriving = h.GetArriving(); p.arriving {

@@ -125,7 +125,8 @@ func parseWant(r *pb.OpenRequest, pieces int) (first, last int, err error) {
 	first, last = int(want.GetFirst()), int(want.GetLast())
 	switch {
 	case want == nil || r.GetTask() != nil:
-		err = fmt.Errorf("open: %w: the first request says what to open, and those after it want pieces", digest.ErrInvalid)
+		err = fmt.Errorf("open: %w: the first request says what to open, and those after it want pieces",
+			digest.ErrInvalid)
 	case first > last || last >= pieces:
 		err = fmt.Errorf("pieces %d to %d: %w: the blob has %d", first, last, digest.ErrInvalid, pieces)
 	}
@@ -137,7 +138,8 @@ func parseReplicate(r *pb.ReplicateRequest) (cid digest.CID, n int, err error) {
 		return cid, 0, err
 	}
 	if r.GetN() < 0 || r.GetN() > maxReplicas {
-		return cid, 0, fmt.Errorf("replicate %s to %d peers: %w: want a number up to %d", cid, r.GetN(), digest.ErrInvalid, maxReplicas)
+		return cid, 0, fmt.Errorf("replicate %s to %d peers: %w: want a number up to %d", cid, r.GetN(),
+			digest.ErrInvalid, maxReplicas)
 	}
 	return cid, int(r.GetN()), nil
 }
@@ -200,7 +202,8 @@ func (p *commitParser) add(part *pb.IngestRequest_Commit) error {
 	if p.room != nil {
 		// Who waited here would keep the room of its first parts from others who wait.
 		if !p.room.TryAcquire(int64(size)) {
-			return fmt.Errorf("commit: %w: other commits that are under way have %d bytes together: try again", p2p.ErrBusy, maxCommits)
+			return fmt.Errorf("commit: %w: other commits that are under way have %d bytes together: try again",
+				p2p.ErrBusy, maxCommits)
 		}
 		p.taken += size
 	}
@@ -232,7 +235,8 @@ func parseNewTask(t *pb.NewTask) (p2p.NewTask, error) {
 		return n, fmt.Errorf("task %s: %w", n.Task, err)
 	}
 	if m := t.GetManifest(); m != nil {
-		n.Manifest = &p2p.NewManifest{Refs: digestsOf(m.GetRefs()), Needs: digestsOf(m.GetNeeds()), Subject: digest.Digest(m.GetSubject())}
+		n.Manifest = &p2p.NewManifest{Refs: digestsOf(m.GetRefs()), Needs: digestsOf(m.GetNeeds()),
+			Subject: digest.Digest(m.GetSubject())}
 	}
 	return n, n.Validate()
 }
@@ -295,9 +299,11 @@ func holdersMessage(h *p2p.Providers) *pb.Holders {
 }
 
 func deletedMessage(d p2p.Deleted) *pb.DeleteReply {
-	message := &pb.DeleteReply{Tasks: int64(d.Tasks), Freed: d.Freed, Reached: int64(d.Reached), Removed: int64(d.Removed)}
+	message := &pb.DeleteReply{Tasks: int64(d.Tasks), Freed: d.Freed, Reached: int64(d.Reached),
+		Removed: int64(d.Removed)}
 	for _, m := range d.Missed {
-		message.Missed = append(message.Missed, &pb.DeleteReply_Missed{Peer: valid(m.Peer), Address: valid(m.Address), Reason: valid(m.Reason)})
+		message.Missed = append(message.Missed,
+			&pb.DeleteReply_Missed{Peer: valid(m.Peer), Address: valid(m.Address), Reason: valid(m.Reason)})
 	}
 	return message
 }
@@ -380,7 +386,8 @@ func commitParts(c p2p.Commit, part int) []*pb.IngestRequest_Commit {
 		size += n
 	}
 	for _, t := range c.Tasks {
-		m := &pb.NewTask{Task: taskMessage(t.Task), MediaType: t.MediaType, Keep: keeps.message(t.Keep), OriginUnixNano: nanoseconds(t.Origin)}
+		m := &pb.NewTask{Task: taskMessage(t.Task), MediaType: t.MediaType, Keep: keeps.message(t.Keep),
+			OriginUnixNano: nanoseconds(t.Origin)}
 		if t.Manifest != nil {
 			m.Manifest = &pb.NewTask_Manifest{
 				Refs:    stringsOf(t.Manifest.Refs),
@@ -392,7 +399,8 @@ func commitParts(c p2p.Commit, part int) []*pb.IngestRequest_Commit {
 		now.Tasks = append(now.Tasks, m)
 	}
 	for _, n := range c.Names {
-		m := &pb.NewName{Tag: n.Tag, Name: n.Name, Digest: string(n.Digest), KeepOld: n.KeepOld, UpdatedUnixNano: nanoseconds(n.Updated)}
+		m := &pb.NewName{Tag: n.Tag, Name: n.Name, Digest: string(n.Digest), KeepOld: n.KeepOld,
+			UpdatedUnixNano: nanoseconds(n.Updated)}
 		grow(m)
 		now.Names = append(now.Names, m)
 	}
@@ -424,7 +432,8 @@ func infoOf(i *pb.Info) (p2p.Info, error) {
 		return p2p.Info{}, answerError(err)
 	}
 	if i.GetSize() < 0 || i.GetPieces() < 0 || i.GetHeld() < 0 {
-		return p2p.Info{}, fmt.Errorf("the daemon's answer: %s has %d bytes, and %d of %d pieces", task, i.GetSize(), i.GetHeld(), i.GetPieces())
+		return p2p.Info{}, fmt.Errorf("the daemon's answer: %s has %d bytes, and %d of %d pieces", task, i.GetSize(),
+			i.GetHeld(), i.GetPieces())
 	}
 	var lacks []digest.Digest
 	for _, d := range i.GetLacks() {
@@ -454,9 +463,11 @@ func statOf(r *pb.StatReply) (p2p.Info, error) {
 	}
 	if h := r.GetHolders(); h != nil {
 		if h.GetWhole() < 0 || h.GetSome() < h.GetWhole() || h.GetSilent() < 0 || h.GetAsked() < h.GetSilent() {
-			return p2p.Info{}, fmt.Errorf("the daemon's answer: %d peers hold it, %d of them whole; %d were asked, %d of them did not answer", h.GetSome(), h.GetWhole(), h.GetAsked(), h.GetSilent())
+			return p2p.Info{}, fmt.Errorf("the daemon's answer: %d peers hold it, %d of them whole; %d were asked, "+
+				"%d of them did not answer", h.GetSome(), h.GetWhole(), h.GetAsked(), h.GetSilent())
 		}
-		info.Providers = &p2p.Providers{Some: int(h.GetSome()), Whole: int(h.GetWhole()), Asked: int(h.GetAsked()), Silent: int(h.GetSilent())}
+		info.Providers = &p2p.Providers{
+			Some: int(h.GetSome()), Whole: int(h.GetWhole()), Asked: int(h.GetAsked()), Silent: int(h.GetSilent())}
 	}
 	if r.GetManifest() == nil {
 		return info, nil
@@ -488,9 +499,11 @@ func entryOf(e *pb.Entry, kind p2p.Kind) (p2p.Entry, error) {
 }
 
 func deletedOf(r *pb.DeleteReply) (p2p.Deleted, error) {
-	d := p2p.Deleted{Tasks: int(r.GetTasks()), Freed: r.GetFreed(), Reached: int(r.GetReached()), Removed: int(r.GetRemoved())}
+	d := p2p.Deleted{Tasks: int(r.GetTasks()), Freed: r.GetFreed(), Reached: int(r.GetReached()),
+		Removed: int(r.GetRemoved())}
 	if d.Tasks < 0 || d.Freed < 0 || d.Removed < 0 || d.Reached < d.Removed {
-		return p2p.Deleted{}, fmt.Errorf("the daemon's answer: %d tasks and %d bytes were deleted, on %d of %d peers", d.Tasks, d.Freed, d.Removed, d.Reached)
+		return p2p.Deleted{}, fmt.Errorf("the daemon's answer: %d tasks and %d bytes were deleted, on %d of %d peers",
+			d.Tasks, d.Freed, d.Removed, d.Reached)
 	}
 	for _, m := range r.GetMissed() {
 		d.Missed = append(d.Missed, p2p.Missed{Peer: m.GetPeer(), Address: m.GetAddress(), Reason: m.GetReason()})

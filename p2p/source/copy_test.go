@@ -32,7 +32,8 @@ func TestCopy(t *testing.T) {
 	if want := int64(100 + 4<<10 + 64<<10 + 2<<20 + 7); err != nil || n != want {
 		t.Errorf("%d bytes, %v; want %d", n, err, want)
 	}
-	if want := []int{4 << 10, 4 << 10, 64 << 10, 1 << 20, 1 << 20, 1 << 20, 4 << 10, 4 << 10}; !slices.Equal(src.rooms, want) {
+	if want := []int{4 << 10, 4 << 10, 64 << 10, 1 << 20, 1 << 20, 1 << 20, 4 << 10, 4 << 10}; !slices.Equal(src.rooms,
+		want) {
 		t.Errorf("room for %v, want %v", src.rooms, want)
 	}
 	broken := errors.New("it broke")

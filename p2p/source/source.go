@@ -127,9 +127,12 @@ func (s *File) Unchanged(ctx context.Context, d digest.Digest, size int64) error
 	case same && s.before.Size == now.Size && sameContent(now, later):
 		return nil
 	case same && later.Size > s.before.Size:
-		return fmt.Errorf("%w: it was only appended to, and has %d bytes where it had %d; nothing was stored: %s, or what it has now with 'head -c %d FILE | dfcache import -'", p2p.ErrChanged, later.Size, s.before.Size, advice, later.Size)
+		return fmt.Errorf("%w: it was only appended to, and has %d bytes where it had %d; nothing was stored: %s, or "+
+			"what it has now with 'head -c %d FILE | dfcache import -'", p2p.ErrChanged, later.Size, s.before.Size,
+			advice, later.Size)
 	case later.Size < s.before.Size:
-		return fmt.Errorf("%w: it was cut from %d bytes to %d; nothing was stored: %s", p2p.ErrChanged, s.before.Size, later.Size, advice)
+		return fmt.Errorf("%w: it was cut from %d bytes to %d; nothing was stored: %s", p2p.ErrChanged, s.before.Size,
+			later.Size, advice)
 	}
 	return fmt.Errorf("%w: it was written to; nothing was stored: %s", p2p.ErrChanged, advice)
 }

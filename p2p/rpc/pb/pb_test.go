@@ -20,7 +20,8 @@ func TestGenerated(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want, got := protodesc.ToFileDescriptorProto(files[0]), protodesc.ToFileDescriptorProto(File_p2p_rpc_pb_daemon_proto)
+	want, got := protodesc.ToFileDescriptorProto(files[0]), protodesc.ToFileDescriptorProto(
+		File_p2p_rpc_pb_daemon_proto)
 	for _, f := range []*descriptorpb.FileDescriptorProto{want, got} {
 		f.SourceCodeInfo = nil
 		for _, m := range f.MessageType {
@@ -28,7 +29,8 @@ func TestGenerated(t *testing.T) {
 		}
 	}
 	if !proto.Equal(want, got) {
-		t.Errorf("daemon.pb.go is not made of daemon.proto: run make generate\nfrom %s:\n%v\nin Go:\n%v", path, want, got)
+		t.Errorf("daemon.pb.go is not made of daemon.proto: run make generate\nfrom %s:\n%v\nin Go:\n%v", path, want,
+			got)
 	}
 
 	service := want.Service[0]
