@@ -97,6 +97,8 @@ func (e *Engine) statName(ctx context.Context, tag string, cid digest.CID, opts 
 
 // statDigest describes a task, and keeps its manifest where hold is set. name is what led to
 // it where that is not here.
+//
+//nolint:cyclop // what is here and what is elsewhere are set against each other case by case
 func (e *Engine) statDigest(ctx context.Context, task p2p.Task, opts p2p.StatOptions, name *p2p.NewName, hold bool) (p2p.Info, error) {
 	info, missing := e.statLocal(ctx, task.Tag, digest.FromDigest(task.Digest), localOnly(opts))
 	here := missing == nil

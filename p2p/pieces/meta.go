@@ -282,6 +282,8 @@ func (s *Store) transaction(f func(tx *bbolt.Tx) error) (err error) {
 
 // addTask makes or completes a task of the commit c. It returns the children it
 // referred to and does not any more.
+//
+//nolint:cyclop // the steps of one transaction, in their order
 func (r *removal) addTask(tx *bbolt.Tx, n p2p.NewTask, c *commit) (released []digest.Digest, err error) {
 	k := taskKey(n.Task)
 	record, found, err := get[taskRecord](tx, bucketTasks, k)

@@ -40,6 +40,8 @@ const statAttempts = 10
 // Stat implements [p2p.Engine]. Where the blob's file is missing or has another
 // size, the error is a [digest.CorruptError]; its bytes are not read, but for a
 // manifest that is asked for, and where damage is known.
+//
+//nolint:cyclop // one transaction answers all that was asked
 func (s *Store) Stat(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions) (_ p2p.Info, err error) {
 	if err := s.begin(ctx); err != nil {
 		return p2p.Info{}, err

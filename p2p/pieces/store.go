@@ -120,6 +120,7 @@ func Open(dir string, opts Options) (*Store, error) {
 	return open(dir, opts, backend.Disk{})
 }
 
+//nolint:funlen // the steps of opening, in their order, with what each undoes
 func open(dir string, opts Options, files backend.Files) (_ *Store, err error) {
 	if dir, err = filepath.Abs(dir); err != nil {
 		return nil, fmt.Errorf("open store: %w", err)

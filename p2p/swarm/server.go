@@ -204,7 +204,8 @@ func (s *Swarm) answerName(ctx context.Context, name nameRef, version int) (*nam
 		return nil, err
 	}
 	if s.opts.Mode == NeverServe {
-		*state = nameState{Deleted: state.Deleted, DeletedAfter: state.DeletedAfter, DeletedAge: state.DeletedAge} // what it stands for could not be had here
+		// What it stands for could not be had here.
+		*state = nameState{Deleted: state.Deleted, DeletedAfter: state.DeletedAfter, DeletedAge: state.DeletedAge}
 	}
 	if version == 1 {
 		// It would refuse the whole answer for a date that is far ahead.

@@ -164,6 +164,8 @@ type Swarm struct {
 // New makes the store of an engine part of a swarm, which becomes one of the engine's sources,
 // and announces what the store holds. Where it returns nil as its error, the Swarm takes over
 // network: it closes it.
+//
+//nolint:funlen // the parts are put together in one place
 func New(f *front.Engine, network Network, opts Options) (_ *Swarm, err error) {
 	opts.setDefaults()
 	security, err := newSecurity(opts.Identity, opts.Secret, opts.Plain)

@@ -312,7 +312,8 @@ func (c *inbound) handshake() error {
 		c.Conn.SetDeadline(time.Now().Add(handshakeTimeout))
 		defer func() {
 			c.Conn.SetDeadline(time.Time{})
-			c.Conn.SetReadDeadline(time.Now().Add(handshakeTimeout)) // for the first request; the server sets its own then
+			// For the first request; the server sets its own then.
+			c.Conn.SetReadDeadline(time.Now().Add(handshakeTimeout))
 		}()
 		var first [1]byte
 		if _, c.err = io.ReadFull(c.Conn, first[:]); c.err != nil {

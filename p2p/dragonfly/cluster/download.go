@@ -331,6 +331,8 @@ func spanOf(piece *commonv1.PieceInfo) span {
 
 // eachPiece asks a peer which pieces there are, and calls do for each of them. It
 // returns when it has for all.
+//
+//nolint:cyclop // what each answer of a parent means stands in one place
 func (d *download) eachPiece(ctx context.Context, a *attempt, do func(from source, piece *commonv1.PieceInfo)) error {
 	check := checker{layout: layout{length: d.length}, seen: map[int32]bool{}}
 	// take calls do for those of a packet that were not told before.
