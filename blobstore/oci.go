@@ -90,7 +90,7 @@ func descriptorOf(info p2p.Info) ocispec.Descriptor {
 // pushing has to work on a host that is on its own.
 //
 // What Exists has said is there stays for as long as an upload may take, for the
-// manifest that is to refer to it, whoever deletes others that do.
+// manifest that is to refer to it, also when others that do are deleted.
 //
 // It asks this host, and the swarm for what is not here.
 func (r *Repository) Exists(ctx context.Context, target ocispec.Descriptor) (bool, error) {
@@ -132,7 +132,7 @@ func (r *Repository) Blob(ctx context.Context, d digest.Digest) (ocispec.Descrip
 	return descriptorOf(info), nil
 }
 
-// notWhole says of what is damaged that it is not there: whoever asks is to send it.
+// notWhole says of what is damaged that it is not there: the client is to send it.
 func notWhole(err error) error {
 	if errors.Is(err, ErrCorrupt) {
 		return fmt.Errorf("%w: %v", ErrNotFound, err)
@@ -725,8 +725,8 @@ func (m *mounting) add(ctx context.Context, d digest.Digest, keep p2p.Keep) erro
 	return nil
 }
 
-// intact reads a blob of this host to its end: whoever is told that it is mounted does not
-// send it any more.
+// intact reads a blob of this host to its end: a client that is told that it is mounted
+// does not send it any more.
 func (r *Repository) intact(ctx context.Context, d digest.Digest) error {
 	blob, err := r.open(ctx, d, p2p.Local)
 	if err != nil {
@@ -797,8 +797,8 @@ func (r *Repository) Manifest(ctx context.Context, reference string) (Manifest, 
 	return m, nil
 }
 
-// ManifestContent is Manifest for whoever reads the content: what that says of artifact
-// type, annotations and subject is not set. With keep, for whoever means to fetch what it
+// ManifestContent is Manifest for callers that read the content: what that says of artifact
+// type, annotations and subject is not set. With keep, for callers that mean to fetch what it
 // is made of: where peers have it, the manifest is kept on this host, with the tag. One of
 // more than limit bytes, where that is not 0, may come without its content, for Fetch to read.
 //

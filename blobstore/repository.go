@@ -107,7 +107,7 @@ func (f File) MarshalJSON() ([]byte, error) {
 type Lookup struct {
 	// Local keeps the lookup on this host. Without it peers are asked too.
 	Local bool
-	// Providers has a Stat ask every peer who holds the file. It goes without
+	// Providers has a Stat ask every peer whether it has the file. It goes without
 	// Local.
 	Providers bool
 }
@@ -277,8 +277,8 @@ type found struct {
 }
 
 // find finds the file that cid names and calls use with it: a digest is the
-// file's own, a cache ID leads to it through a manifest. Whoever imports another
-// file under the same cache ID meanwhile takes all of that away; it is then
+// file's own, a cache ID leads to it through a manifest. An import of another
+// file under the same cache ID takes all of that away meanwhile; it is then
 // looked up anew, so that either the one file is found or the other.
 func (r *Repository) find(ctx context.Context, cid string, l Lookup, use func(*found) error) (*found, error) {
 	id, err := digest.ParseCID(cid)
@@ -395,14 +395,14 @@ func (r *Repository) followManifest(ctx context.Context, file *found, m *p2p.Man
 // config, that is fetched to be kept with it.
 const maxKept = MaxManifest
 
-// keepTimeout is how long whoever has the files waits for what is to be kept with them.
+// keepTimeout is how long a caller that has the files waits for what is to be kept with them.
 var keepTimeout = 3 * time.Second
 
 // keep keeps the artifact that id names, and that was not all here, so that this
 // host can serve it when those that it came from are gone: its name, its manifest,
 // and what else it is made of besides its files, which have been fetched already.
 // What of that fails is no failure of whoever wanted the files, and has nowhere to
-// be reported: the next one who fetches the artifact tries again.
+// be reported: the next fetch of the artifact tries again.
 func (r *Repository) keep(ctx context.Context, f *found, l Lookup) {
 	id, err := digest.ParseCID(f.CID)
 	if err != nil || id.CacheID() == "" || f.here || l.Local {
@@ -680,7 +680,7 @@ type Deleted = p2p.Deleted
 // Remove removes what cid names. A cache ID goes with everything that only it
 // held. A digest that a manifest refers to is an error that matches
 // [ErrReferenced], unless opts.Force is set. Bytes are freed when no tag holds
-// them any more; who has them open can read on. Peers do the same; the result
+// them any more; readers that have them open read on. Peers do the same; the result
 // names those that were not reached: of a swarm, they learn of it when they return.
 // It fails with [ErrNotFound] where there is nothing to remove.
 //

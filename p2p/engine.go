@@ -62,7 +62,7 @@ type Engine interface {
 	// fails with ErrReferenced unless it is forced. The message says which task, by
 	// the names that point to it, or by its digest where none does; of many it says some,
 	// and of one that only a peer has, which peer. Bytes are freed when no
-	// tag holds the blob any more. Peers do the same; who is away learns of it
+	// tag holds the blob any more. Peers do the same; those that are away do it
 	// later. It fails with ErrNotFound where there is nothing of that name,
 	// here or on any peer that was reached.
 	Delete(ctx context.Context, tag string, cid digest.CID, opts DeleteOptions) (Deleted, error)
@@ -97,7 +97,7 @@ type Holder interface {
 	HoldReferrers(ctx context.Context, task Task) error
 
 	// Verify reads a task's blob whole, which some reader has found damaged. Damage
-	// is the error, and is remembered: who asks for the blob hears that it is not here.
+	// is the error, and is remembered: the blob counts as not here.
 	Verify(ctx context.Context, task Task) error
 
 	// Mend makes a task's blob whole that is damaged here, from what others have of
@@ -148,7 +148,7 @@ type Info struct {
 	IsManifest  bool      // committed as a manifest, with what it refers to
 	Keep        Keep      // what keeps it
 	Origin      time.Time // when it was imported or pushed, on whatever host that was
-	After       time.Time // the latest import or delete of it that was known to who did; zero where that is not known
+	After       time.Time // the latest import or delete of it that was known where it was done; zero where that is not known
 	Imported    time.Time // when the task was committed here; zero where it is not here
 	LastUsed    time.Time // when the blob was last opened here; zero where never
 

@@ -3,7 +3,7 @@
 // CheckHealth, StatTask, ImportTask, ExportTask and DeleteTask. The words are those
 // of d7y.io/api/v2. Every other call is answered with "unimplemented".
 //
-// The client sends paths, which the daemon opens, so that whoever may call can read
+// The client sends paths, which the daemon opens, so that any caller can read
 // and write whatever the daemon can. The server answers only root and the user that
 // it runs as, whom the kernel names, and refuses all others.
 //

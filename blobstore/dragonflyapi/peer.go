@@ -19,7 +19,7 @@ import (
 // exchange nothing with the client, which believes to speak without any.
 type localCredentials struct{}
 
-// caller is who has connected.
+// caller is the user at the other end of a connection.
 type caller struct {
 	credentials.CommonAuthInfo
 	uid uint32

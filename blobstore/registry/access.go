@@ -283,7 +283,7 @@ func (a *Access) right(r *http.Request) Who {
 
 func isRead(r *http.Request) bool { return r.Method == http.MethodGet || r.Method == http.MethodHead }
 
-// needsLogin reports whether the request is refused to who has not logged in.
+// needsLogin reports whether the request is refused to a client that has not logged in.
 func (a *Access) needsLogin(r *http.Request) bool {
 	if isRead(r) && r.URL.Path != "/v2/" && r.URL.Path != "/v2" {
 		return !a.read.anyone

@@ -38,7 +38,7 @@ func (a address) String() string  { return string(a) }
 
 // Connections bounds how many connections of a server are idle, so that they do not use up the
 // descriptors of the process. One that waits for its first request, or for the next, can be closed at any
-// time: where there are too many, the oldest of who has most of them is. How many
+// time: where there are too many, the oldest of the client that has most of them is. How many
 // requests there are is bounded by the [Handler]. It is safe for concurrent use.
 type Connections struct {
 	idle *connpool.Pool
@@ -123,8 +123,8 @@ func (c *connection) work() {
 }
 
 // begin takes a request in, or refuses it where there are too many. The caller calls end
-// with its answer. Where there are too many, who has fewer than another is let in, and the oldest request of who has
-// most is broken off: one client that asks and reads nothing does not keep out the others.
+// with its answer. Where there are too many, a client that has fewer than another is let in, and the oldest request
+// of the one that has most is broken off: one client that asks and reads nothing does not keep out the others.
 func (h *Handler) begin(w *response, r *request) (end func(), err error) {
 	if c, ok := r.Context().Value(connectionKey{}).(*connection); ok && c != nil {
 		c.work()

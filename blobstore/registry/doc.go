@@ -67,7 +67,7 @@
 //
 // # Limits
 //
-// Who stalls is cut off ([Options.StallTimeout]); who is slow is not. The server
+// A client that stalls is cut off ([Options.StallTimeout]); a slow one is not. The server
 // in front should limit the reading of headers ([http.Server.ReadHeaderTimeout]),
 // but not of whole requests or the writing of answers. A disk or quota that is
 // full is answered with 507 and DENIED: clients give up then. Requests that a

@@ -13,7 +13,7 @@ import (
 )
 
 // headManifest says whether there is a manifest, and all that it refers to, as far as
-// it was not lost: whoever is told so does not push that.
+// it was not lost: a client that is told so does not push that.
 func (h *Handler) headManifest(w *response, r *request) error {
 	if _, err := manifestReference(r); err != nil {
 		return err

@@ -36,7 +36,7 @@ type Options struct {
 	// client for whom there is none is told to come back later.
 	MaxUploads int
 	// MaxRequests is the number of requests at once, by default 512. Where there are
-	// more, the oldest of the client that has most is broken off for one of who has
+	// more, the oldest of the client that has most is broken off for one of a client that has
 	// fewer, and others are told to come back later.
 	MaxRequests int
 	// StallTimeout is how long a client can take to send a byte, or to receive
@@ -157,7 +157,7 @@ func (h *Handler) ServeHTTP(hw http.ResponseWriter, hr *http.Request) {
 		h.logRequest(w, r, start, failure)
 	}()
 	header := w.Header()
-	// Whoever pushes has a say in types and content: no browser is to act on it.
+	// A client that pushes has a say in types and content: no browser is to act on it.
 	header.Set("X-Content-Type-Options", "nosniff")
 	header.Set("Content-Security-Policy", "default-src 'none'; sandbox")
 	end, failure := h.begin(w, r)

@@ -32,7 +32,7 @@ type session struct {
 	used time.Time        // when a request last ended
 	over bool             // it has been committed, cancelled or given up
 
-	in atomic.Pointer[blobstore.Upload] // nil until bytes come; who has no turn may look how many
+	in atomic.Pointer[blobstore.Upload] // nil until bytes come; a request without a turn may look how many
 }
 
 // Why the context of a session ended.
@@ -102,7 +102,7 @@ func (h *Handler) addUpload(u *session) (spare *session, err error) {
 
 // spareUpload returns, with its turn, the session of the client that has most which nobody
 // has used for longest. One without a byte comes first; one with some has to have been idle for
-// a while, or to be another client's, who has more than who asks. It returns nil where there is
+// a while, or to be another client's, which has more than the one that asks. It returns nil where there is
 // none. The caller has h.mu.
 func (h *Handler) spareUpload(who string) (spare *session) {
 	count, most := map[string]int{}, 0
@@ -275,7 +275,7 @@ func (h *Handler) sweep() {
 		case <-tick.C:
 		case <-h.ctx.Done():
 			for _, u := range h.allUploads() {
-				u.turn <- struct{}{} // whoever has it is interrupted by the context
+				u.turn <- struct{}{} // the request that has it is interrupted by the context
 				h.drop(u)
 				<-u.turn
 			}
@@ -307,8 +307,8 @@ func (h *Handler) postUpload(w *response, r *request) error {
 		if err != nil {
 			return err
 		}
-		// Without a source any that has it will do: whoever may push may read all
-		// of them. A source that can't be one holds nothing.
+		// Without a source any that has it will do: a client that may push may read
+		// all of them. A source that can't be one holds nothing.
 		from := query.Get("from")
 		if _, err := blobstore.TagOf(from); err != nil && from != "" {
 			from = r.name
@@ -517,7 +517,7 @@ func (h *Handler) finishChunks(r *request, u *session, d digest.Digest) error {
 }
 
 // dropAfter ends a session that has been committed or has failed. One that was
-// broken off is ended by who did that.
+// broken off is ended by the request that did that.
 func (h *Handler) dropAfter(u *session, err error) {
 	if err == nil || u.ctx.Err() == nil {
 		h.drop(u)

@@ -151,7 +151,7 @@ func (i imported) MarshalJSON() ([]byte, error) {
 	return append(append(file, replicas...), '}'), nil
 }
 
-// holdersWithin bounds how long peers are asked who holds a file, when the time
+// holdersWithin bounds how long peers are asked whether they have a file, when the time
 // for the command is over.
 const holdersWithin = stuckAfter / 2
 

@@ -32,7 +32,7 @@ func (e *Engine) Delete(ctx context.Context, tag string, cid digest.CID, opts p2
 	var all p2p.Deleted
 	told := map[string][]Told{} // by peer
 	found := seen.Found
-	// Whoever was not asked, or has imported it since, says so, and is told once more.
+	// A peer that was not asked, or has imported it since, says so, and is told once more.
 	for range 2 {
 		d := Deletion{Tag: tag, CID: cid}
 		deleted, err := e.deleteHere(ctx, opts, seen.Versions, &d)

@@ -239,7 +239,7 @@ func (e *Engine) Mend(ctx context.Context, task p2p.Task) error {
 	if len(e.sources) == 0 {
 		return e.store.Mend(ctx, task)
 	}
-	// Whoever has met the damage may have read in another process.
+	// The reader that has met the damage may be another process.
 	if err := e.store.Verify(ctx, task); !errors.Is(err, digest.ErrCorrupt) {
 		return err
 	}

@@ -324,8 +324,8 @@ func (in *ingest) Commit(c p2p.Commit) error {
 	return errors.Join(errs...)
 }
 
-// awaitNeeds waits for what a manifest needs, and has all arrived, to be stored: whoever has
-// read it may build on it.
+// awaitNeeds waits for what a manifest needs, and has all arrived, to be stored: a client that
+// has read it may build on it.
 func awaitNeeds(ctx context.Context, s Source, c p2p.Commit) error {
 	a, ok := s.(Arrivals)
 	if !ok {

@@ -330,7 +330,7 @@ func (s *Store) put(n p2p.NewTask, added *blob) {
 	s.letGo(t, new(p2p.Deleted), before...)
 }
 
-// adopt says that something holds a task now: whoever was told of it has come.
+// adopt says that something holds a task now: the client that was told of it has come.
 func (t *tag) adopt(d digest.Digest) {
 	if k := t.tasks[d]; k != nil {
 		k.loose = false

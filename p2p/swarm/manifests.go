@@ -17,7 +17,7 @@ import (
 )
 
 // manifestCache has the manifests that were fetched last and not kept, so that
-// who looks at one and then keeps it does not fetch it twice.
+// one that is looked at and then kept is not fetched twice.
 type manifestCache struct {
 	mu    sync.Mutex
 	order []digest.Digest // the oldest first
