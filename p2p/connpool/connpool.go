@@ -1,5 +1,5 @@
-// Package connpool bounds how many connections there are, by whom they are from: who has many
-// takes nothing from who has few.
+// Package connpool bounds how many connections there are, by whom they are from: a host, or a user,
+// that has many takes nothing from one that has few.
 //
 // It promises no compatibility.
 package connpool

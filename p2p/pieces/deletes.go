@@ -35,7 +35,7 @@ var LastStamp = time.Date(9000, 1, 1, 0, 0, 0, 0, time.UTC)
 // beginning is the After of a version before which nothing was known.
 var beginning = time.Unix(0, 0).UTC()
 
-// Unseen reports whether a later version of something else was made by who did not know of v.
+// Unseen reports whether a later version of something else was made by a host that did not know of v.
 func (v Version) Unseen(later Version) bool {
 	return !later.After.IsZero() && later.After.Before(v.At)
 }

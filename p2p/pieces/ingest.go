@@ -491,7 +491,7 @@ type commit struct {
 
 // commit writes the records of a commit.
 //
-//nolint:cyclop // the steps of one transaction, in their order
+//nolint:cyclop,funlen // the steps of one transaction, in their order
 func (r *removal) commit(tx *bbolt.Tx, c p2p.Commit, fresh []*addition) error {
 	all := commit{tasks: map[p2p.Task]bool{}, named: map[p2p.Task]bool{}}
 	r.came = ReasonFetched

@@ -50,7 +50,7 @@ type lease struct {
 	end  time.Time
 }
 
-// lend gives a lease to whoever is about to be told that a task is here. It
+// lend gives a lease to a client that is about to be told that a task is here. It
 // reports false where the task is being removed. Where the task turns out not to be
 // here, the caller takes the lease back.
 func (s *Store) lend(t p2p.Task) bool {
@@ -244,7 +244,7 @@ func (s *Store) live(leases []int64) (all []int64) {
 	return all
 }
 
-// lease gives a lease to whoever has just stored what record is of.
+// lease gives a lease to the client that has just stored what record is of.
 func (r *removal) lease(record *taskRecord) {
 	record.Leases = r.s.live(record.Leases)
 	if len(record.Leases) == maxLeases {

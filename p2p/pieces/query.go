@@ -139,7 +139,7 @@ func (s *Store) lookUp(tag string, cid digest.CID, withRefs bool) (info p2p.Info
 
 // checkBlob looks whether a blob is as it should be, as far as that can be known without
 // reading it. One of which damage is known is read again: it may be whole by now, or be
-// damaged elsewhere. Only whoever asks in order to push it is not kept waiting for that.
+// damaged elsewhere. Only a client that asks in order to push it is not kept waiting for that.
 func (s *Store) checkBlob(ctx context.Context, info p2p.Info, damage error, opts p2p.StatOptions) error {
 	err := s.checkFile(info)
 	if err != nil || damage == nil || opts.Lease {

@@ -521,7 +521,7 @@ func (c *Client) open(
 	return stream, os.NewFile(uintptr(fd), "blob "+req.GetTask().GetDigest()), &parser, nil
 }
 
-// notice tells whoever wants to know what the daemon waits for.
+// notice tells a caller that wants to know what the daemon waits for.
 func notice(ctx context.Context, reply *pb.OpenReply) {
 	if tell := p2p.NoticeOf(ctx); tell != nil && reply.GetNotice() != "" {
 		tell(reply.GetNotice())

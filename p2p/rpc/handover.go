@@ -132,7 +132,7 @@ func copyToMemory(ctx context.Context, blob p2p.Blob, d digest.Digest) (_ *copie
 		unix.F_SEAL_WRITE|unix.F_SEAL_GROW|unix.F_SEAL_SHRINK|unix.F_SEAL_SEAL); err != nil {
 		return nil, fmt.Errorf("seal the copy in memory: %w", err)
 	}
-	// Who gets the descriptor may only read.
+	// The process that gets the descriptor may only read.
 	if c.file, err = os.Open(fmt.Sprintf("/proc/self/fd/%d", f.Fd())); err != nil {
 		return nil, fmt.Errorf("copy in memory: %w", err)
 	}

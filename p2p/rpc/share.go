@@ -22,8 +22,8 @@ const (
 	maxUnfinished = 128 << 20 // bytes of messages of which the end has not come
 )
 
-// shares are what clients have of a server. No user keeps out another: where there is no more, who has
-// most loses the oldest connection to who has fewer, and else it is refused.
+// shares are what clients have of a server. No user keeps out another: where there is no more, the one that has
+// most loses the oldest connection to one that has fewer, and else it is refused.
 type shares struct {
 	conns *connpool.Pool
 	calls *connpool.Pool

@@ -281,7 +281,7 @@ func (s *Swarm) upload(ctx context.Context, task p2p.Task) (*upload, func(), err
 	if s.opts.Mode == NeverServe {
 		return nil, nil, errNeverServe
 	}
-	// Whoever asks has to name a tag that the blob is under here.
+	// A peer that asks has to name a tag that the blob is under here.
 	_, err := s.store.Stat(ctx, task.Tag, digest.FromDigest(task.Digest), p2p.StatOptions{Scope: p2p.Local})
 	d := s.downloadOf(task)
 	if err != nil && d == nil {

@@ -15,7 +15,7 @@ import (
 )
 
 // A name that two hosts move, neither knowing of the other, stands for what was moved
-// later by the dates of both. Whoever looks it up notices that, and so do the two hosts
+// later by the dates of both. A host that looks it up notices that, and so do the two hosts
 // when they meet: each asks who it meets for the names that it has moved since it
 // last did. Where a host has lost, its log and Peers say so.
 
@@ -117,7 +117,7 @@ func (e *peerEntry) compared(upTo int) {
 	e.moves = upTo
 }
 
-// conflicts remembers of which moves of names, made by who did not know of each
+// conflicts remembers of which moves of names, made by hosts that did not know of each
 // other, has been told.
 type conflicts struct {
 	mu   sync.Mutex

@@ -24,7 +24,7 @@ import (
 
 // A delete is told to every peer that is connected or has announced what is
 // deleted; each tells those that it is connected with, and remembers it. Peers
-// that meet again compare what they remember, so that who was away learns of it.
+// that meet again compare what they remember, so that one that was away learns of it.
 
 const (
 	// deleteTimeout is how long a peer may take to do a delete.

@@ -6,7 +6,7 @@
 // on (transport.go; the messages and their bounds are in wire.go and
 // docs/swarm.md). Bytes are proven against their digest before they count. Names,
 // deletes and dates can't be proven: they are bounded, compared with what others
-// say (find.go, conflicts.go, meet.go), and believed of whoever has the key.
+// say (find.go, conflicts.go, meet.go), and believed of every peer that has the key.
 //
 // # Where things are
 //

@@ -206,7 +206,7 @@ func (l *lookup) ask(p peer.AddrInfo, req *findRequest) {
 	})
 }
 
-// giveUp ends a lookup that still waits. Who has not answered for a whole lookup timeout
+// giveUp ends a lookup that still waits. A peer that has not answered for a whole lookup timeout
 // is silent; and who might be is asked once more, by nobody who waits.
 func (l *lookup) giveUp() {
 	took := time.Since(l.began)
@@ -373,7 +373,7 @@ func (s *Swarm) statTask(ctx context.Context, task p2p.Task, opts p2p.StatOption
 	return info, from, nil
 }
 
-// statNamed is statTask for what a name has just led to: whoever has told of the name is not
+// statNamed is statTask for what a name has just led to: a peer that has told of the name is not
 // asked once more where one of them has all of it.
 func (s *Swarm) statNamed(ctx context.Context, task p2p.Task, opts p2p.StatOptions) (info p2p.Info, from peer.ID, err error) {
 	if !opts.Providers {
@@ -695,7 +695,7 @@ func (s *Swarm) resolve(ctx context.Context, tag, name string) (resolved, error)
 	add(mine, "")
 	here := len(all) > 0
 	if here {
-		// It is here: whoever is slow to say that it is older is not waited for.
+		// It is here: a peer that is slow to say that it is older is not waited for.
 		timeout = min(timeout, newerTimeout)
 	}
 	lookupCtx, cancel := context.WithTimeoutCause(ctx, timeout, errNoAnswer)
@@ -730,7 +730,7 @@ func (s *Swarm) resolve(ctx context.Context, tag, name string) (resolved, error)
 }
 
 // newest returns what of all that a name is said to stand for counts, unless all of it
-// is gone. It tells where that was moved by who did not know of another one.
+// is gone. It tells where that was moved by a host that did not know of another one.
 func (s *Swarm) newest(name nameRef, gone []pieces.Delete, all []resolved) (best resolved, found bool) {
 	all = slices.DeleteFunc(all, func(r resolved) bool {
 		return slices.ContainsFunc(gone, func(d pieces.Delete) bool { return s.store.Covers(d, r.version.At) })

@@ -34,7 +34,7 @@ const (
 	protocol       = 2
 	oldestProtocol = 1
 
-	headerProtocol = "Dfcache-Protocol" // of a request: protocol of who asks
+	headerProtocol = "Dfcache-Protocol" // of a request: protocol of the peer that asks
 	headerInstance = "Dfcache-Instance" // of a request: which run of it asks
 
 	// helloInterval is how often connected peers are asked again.

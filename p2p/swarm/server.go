@@ -17,7 +17,7 @@ import (
 	"github.com/dfcache/dfcache/p2p"
 )
 
-// handler serves the peer API. Who asks has been proven by then.
+// handler serves the peer API. The peer that asks has proven itself by then.
 func (s *Swarm) handler() http.Handler {
 	mux := http.NewServeMux()
 	handle := func(method, path string, h func(http.ResponseWriter, *http.Request, peer.ID) error) {

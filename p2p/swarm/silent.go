@@ -10,7 +10,7 @@ import (
 )
 
 // A peer that vanishes without a word, as a host does whose network or power goes, stays
-// connected until libp2p notices, and announced for longer. Who has not answered a
+// connected until libp2p notices, and announced for longer. A peer that has not answered a
 // question within the lookup timeout is silent: nobody waits for it any more, and it is
 // asked in the background until it answers, or is gone.
 

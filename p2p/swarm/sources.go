@@ -18,7 +18,7 @@ import (
 	"github.com/dfcache/dfcache/p2p/throttle"
 )
 
-// The sources of a download: who has something of the blob, and what becomes of who fails.
+// The sources of a download: the peers that have something of the blob, and what becomes of those that fail.
 // All of it belongs to the loop of the download.
 
 const (

@@ -147,7 +147,7 @@ type Swarm struct {
 	ctx        context.Context // ends with Close
 	cancel     context.CancelCauseFunc
 	background sync.WaitGroup // goroutines that are no call
-	late       late           // questions to peers, which may outlive who has asked them
+	late       late           // questions to peers, which may outlive the call that asked them
 	searches   chan struct{}  // holds a token for every search for announcements
 
 	callMu sync.Mutex

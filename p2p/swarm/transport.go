@@ -44,7 +44,7 @@ const (
 	// first request.
 	handshakeTimeout = 5 * time.Second
 	// maxUnproven is how many connections may be open that are not proven yet. They have a
-	// pool of their own: who has no key can't keep out who has.
+	// pool of their own: hosts without the key can't keep out those with it.
 	maxUnproven = 128
 	nonceSize   = 32
 	proofSize   = sha256.Size

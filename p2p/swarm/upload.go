@@ -36,7 +36,7 @@ const (
 	// processor when it is sent, and what slow peers hold up is a part, not a piece.
 	sendChunk = 256 << 10
 	// sendStep is how much is sent at a time, as a record of TLS, and sendTimeout how long that
-	// may take: who is asked has no more patience than who asks (throttle.MinRate).
+	// may take: the peer that is asked has no more patience than the one that asks (throttle.MinRate).
 	sendStep    = 16 << 10
 	sendTimeout = 20 * time.Second
 )
@@ -188,7 +188,7 @@ func (u *uploads) sweep(all bool) {
 	}
 }
 
-// askedBy notes who asks, and returns some others who do.
+// askedBy notes a peer that asks, and returns some others that do.
 func (up *upload) askedBy(p peer.ID) []peer.ID {
 	up.mu.Lock()
 	defer up.mu.Unlock()
@@ -474,7 +474,7 @@ func (s *Swarm) send(ctx context.Context, w http.ResponseWriter, b []byte, to *p
 	return nil
 }
 
-// buffers are what pieces pass through. Their sum is bounded: who wants one waits.
+// buffers are what pieces pass through. Their sum is bounded: an upload that wants one waits.
 type buffers struct {
 	room *semaphore.Weighted
 	pool sync.Pool
