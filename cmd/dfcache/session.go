@@ -218,6 +218,9 @@ func (s *session) dial(ctx context.Context) (*blobstore.Store, error) {
 		return store, nil
 	}
 	if !errors.Is(err, rpc.ErrNoDaemon) {
+		if errors.Is(err, p2p.ErrUnavailable) {
+			err = fmt.Errorf("%w (--daemon-sock names the socket, --daemon-user other users to trust)", err)
+		}
 		return nil, err
 	}
 	if s.socketGiven {

@@ -219,13 +219,13 @@ func (c *Client) dialError(err error) error {
 	}
 	switch {
 	case errors.Is(err, syscall.ENOENT), errors.Is(err, syscall.ECONNREFUSED):
-		return fmt.Errorf("dfdaemon at %s is %w (%w): start dfdaemon, or pass --daemon-sock", c.socket, ErrNoDaemon,
+		return fmt.Errorf("dfdaemon at %s is %w (%w): start dfdaemon, or name another socket", c.socket, ErrNoDaemon,
 			err)
 	case errors.Is(err, syscall.EACCES), errors.Is(err, syscall.EPERM):
 		return fmt.Errorf("dfdaemon at %s is %w (%w): only the daemon's user and group may call it: join the group, "+
-			"or start a dfdaemon of your own and pass --daemon-sock", c.socket, p2p.ErrUnavailable, err)
+			"or start a dfdaemon of your own at another socket", c.socket, p2p.ErrUnavailable, err)
 	}
-	return fmt.Errorf("dfdaemon at %s is %w (%w): see its log, or pass --daemon-sock", c.socket, p2p.ErrUnavailable,
+	return fmt.Errorf("dfdaemon at %s is %w (%w): see its log, or name another socket", c.socket, p2p.ErrUnavailable,
 		err)
 }
 

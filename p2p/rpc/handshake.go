@@ -35,7 +35,7 @@ const maxPreface = 32
 const handshakeTimeout = 5 * time.Second
 
 // passAnother is the advice where something else has the daemon's socket.
-const passAnother = "stop it, or pass another --daemon-sock"
+const passAnother = "stop it, or name another socket"
 
 // busy is the line that a client gets instead of the preface when it is refused for what its user has
 // already. To an earlier client it is another version.
@@ -209,7 +209,7 @@ func (c *conn) clientHandshake(ctx context.Context, allowed func(uid uint32) boo
 	}
 	if !allowed(daemon.uid) {
 		return fmt.Errorf("%w: %w: the process that listens there runs as uid %d, neither root nor your own: it may "+
-			"have taken the daemon's place: %s, or name that user with --daemon-user where it is to be trusted",
+			"have taken the daemon's place: %s, or say that this user is to be trusted",
 			p2p.ErrUnavailable, fs.ErrPermission, daemon.uid, passAnother)
 	}
 	if err := c.SetDeadline(time.Now().Add(handshakeTimeout)); err != nil {

@@ -1404,7 +1404,7 @@ func TestNoDaemon(t *testing.T) {
 		if !errors.Is(err, ErrNoDaemon) || !errors.Is(err, p2p.ErrUnavailable) {
 			t.Errorf("got %v", err)
 		}
-		if err == nil || !strings.Contains(err.Error(), socket) || !strings.Contains(err.Error(), "--daemon-sock") {
+		if err == nil || !strings.Contains(err.Error(), socket) || !strings.Contains(err.Error(), "another socket") {
 			t.Errorf("message %v", err)
 		}
 	}
