@@ -19,7 +19,7 @@ import (
 // [p2p.ArrivingBlob]. It is safe for concurrent use.
 type Arriving struct {
 	v    *digest.Verified
-	d    *download
+	d    *arrival
 	file *os.File
 	stop func() bool
 
@@ -36,7 +36,7 @@ type Arriving struct {
 var _ p2p.ArrivingBlob = (*Arriving)(nil)
 
 // newArriving returns a reader of what d fetches. d.mu is held.
-func newArriving(d *download) (*Arriving, error) {
+func newArriving(d *arrival) (*Arriving, error) {
 	file, err := d.partial.File()
 	if err != nil {
 		return nil, err
@@ -96,19 +96,6 @@ func (a *Arriving) until(ctx context.Context, ok func() bool) error {
 		if err := d.waitChange(ctx); err != nil {
 			return err
 		}
-	}
-}
-
-// waitChange waits until something has changed. d.mu is held, and let go of meanwhile.
-func (d *download) waitChange(ctx context.Context) error {
-	more := d.more
-	d.mu.Unlock()
-	defer d.mu.Lock()
-	select {
-	case <-more:
-		return nil
-	case <-ctx.Done():
-		return context.Cause(ctx)
 	}
 }
 
@@ -173,11 +160,7 @@ func (a *Arriving) Want(first, last int) {
 	if there || first < 0 || last < first || last >= table.Pieces() {
 		return
 	}
-	d.post(func() {
-		if d.sched != nil && d.sched.Held().Len() == table.Pieces() {
-			d.first(first, last)
-		}
-	})
+	d.first(table, first, last)
 }
 
 // File implements [p2p.FileBlob].
@@ -227,7 +210,7 @@ func (a *Arriving) Sources() []p2p.Source {
 	defer a.d.mu.Unlock()
 	var all []p2p.Source
 	for p, n := range a.d.taken {
-		all = append(all, p2p.Source{Peer: p.String(), Address: a.d.s.peers.get(p).lastAddress(), Bytes: n})
+		all = append(all, a.d.source(p, n))
 	}
 	slices.SortFunc(all, func(a, b p2p.Source) int { return strings.Compare(a.Peer, b.Peer) })
 	return all
@@ -255,7 +238,7 @@ func (a *Arriving) Close() error {
 
 // partialSource is a blob that is arriving, as the source of an upload.
 type partialSource struct {
-	d     *download
+	d     *arrival
 	file  *os.File
 	table *digest.Table
 }
@@ -308,6 +291,6 @@ func (s *Swarm) upload(ctx context.Context, task p2p.Task) (*upload, func(), err
 		if err != nil {
 			return nil, err
 		}
-		return &upload{links: d.links, table: d.table, src: &partialSource{d, file, d.table}}, nil
+		return &upload{links: d.links, table: d.table, src: &partialSource{d.arrival, file, d.table}}, nil
 	})
 }

@@ -716,7 +716,7 @@ func beginDownload(t *testing.T, data []byte) (from *testPeer, d *download, task
 	blob := b.open(t, t.Context(), task)
 	t.Cleanup(func() { blob.Close() })
 	arrive(t, blob, 1)
-	return from, blob.d, task
+	return from, b.downloadBy(blob), task
 }
 
 // inLoop has the loop of a download do something, and waits for it.
@@ -790,7 +790,7 @@ func TestReplacedChain(t *testing.T) {
 	if have, _ := up.there(); have.Count() != 10 {
 		t.Errorf("%d pieces are offered, want 10", have.Count())
 	}
-	d := blob.d
+	d := b.downloadBy(blob)
 	done := make(chan struct{})
 	d.post(func() {
 		defer close(done)

@@ -131,13 +131,7 @@ func (d *download) activate(h linksHash) {
 	d.progress, d.lastPiece = time.Now(), time.Now()
 	d.label()
 	d.dispute()
-	d.mu.Lock()
-	d.table, d.links, d.have = table, h, have.Clone()
-	for a := range d.readers {
-		a.check(table, have)
-	}
-	d.changed()
-	d.mu.Unlock()
+	d.work(table, h, have)
 	if first && d.s.opts.Mode == Full {
 		d.s.network.Announce(d.keys()...)
 	}

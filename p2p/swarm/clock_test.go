@@ -503,8 +503,8 @@ func TestStopped(t *testing.T) {
 		defer blob.Close()
 		arrive(t, blob, 10)
 		time.Sleep(time.Second) // that they have come counts as progress
-		blob.d.post(func() { time.Sleep(time.Hour) })
-		blob.d.post(func() {})
+		b.downloadBy(blob).post(func() { time.Sleep(time.Hour) })
+		b.downloadBy(blob).post(func() {})
 		time.Sleep(10 * time.Second)
 		g.open()
 		requireRest(t, blob, data)

@@ -369,8 +369,13 @@ func TestDeleteFromTheFutureLater(t *testing.T) {
 	for _, later := range []time.Duration{90 * time.Minute, 11 * time.Hour, 20 * 24 * time.Hour} {
 		time1.set(later)
 		time2.set(later)
-		a.meetAll()
-		b.meetAll()
+		// A clock may have been read while the other one was not set yet: by what that
+		// seems to say of time, deletes would be told with a wrong age.
+		eventually(t, "the clocks do not agree", func() bool {
+			a.meetAll()
+			b.meetAll()
+			return a.now().Sub(a.Swarm.opts.Now()).Abs()+b.now().Sub(b.Swarm.opts.Now()).Abs() < time.Minute
+		})
 		c := h.start(t, time2.with) // it learns of them now
 		eventually(t, "the deletes are not learned of", func() bool {
 			all, _, err := c.store.Deletes(t.Context(), 0, maxDeletes)

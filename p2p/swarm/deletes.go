@@ -147,17 +147,9 @@ const lostAfter = 2 * time.Second
 
 // deleted ends a download of what has been deleted meanwhile, as far as it was for that.
 func (d *download) deleted(task p2p.Task, by pieces.Delete) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	info, wanted := d.tasks[task]
-	switch {
-	case !wanted || d.sealed || d.proven || info.Origin.IsZero() || !d.s.store.Covers(by, info.Origin):
-	case len(d.tasks) > 1:
-		delete(d.tasks, task)
+	covers := func(info p2p.Info) bool { return d.s.store.Covers(by, info.Origin) }
+	if d.forget(task, covers, fmt.Errorf("%s: %w: it has been deleted", task, p2p.ErrNotFound)) {
 		d.s.announcements.ended(task)
-	default:
-		d.useless = true
-		d.cancel(fmt.Errorf("%s: %w: it has been deleted", task, p2p.ErrNotFound))
 	}
 }
 

@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"maps"
-	"os"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -14,7 +12,6 @@ import (
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
-	"github.com/dfcache/dfcache/p2p/pieces"
 	"github.com/dfcache/dfcache/p2p/swarm/schedule"
 )
 
@@ -22,16 +19,12 @@ import (
 const smallBlob = 1 << 20
 
 // download fetches one blob, for all who want it. Its loop, run, owns what
-// decides; what readers see is guarded by mu.
+// decides; what others see of it is its arrival.
 type download struct {
-	s       *Swarm
-	digest  digest.Digest
-	ctx     context.Context
-	cancel  context.CancelCauseFunc
-	partial *pieces.Partial
-	events  chan func()
-	calls   sync.WaitGroup // goroutines that send events
-	ended   chan struct{}  // closed when nothing of it is left
+	*arrival
+	s      *Swarm
+	events chan func()
+	calls  sync.WaitGroup // goroutines that send events
 
 	// These belong to run.
 	sched      *schedule.Download
@@ -55,26 +48,8 @@ type download struct {
 	labelled   int       // how many tasks were recorded with the partial blob
 	noticed    time.Time // when those who wait were told last
 
-	mu       sync.Mutex
-	tasks    map[p2p.Task]p2p.Info // who wants it, as peers describe it
-	readers  map[*Arriving]struct{}
-	waiting  int           // for the first chain
-	table    *digest.Table // nil until there is a chain
-	links    linksHash
-	have     *schedule.Set // replaced, never changed
-	more     chan struct{} // closed, and replaced, when anything here changes
-	proven   bool
-	sealed   bool // no task is added any more
-	err      error
-	taken    map[peer.ID]int64
-	notices  map[*int]func(string) // of those who want to know what is waited for
-	useless  bool                  // what has arrived is of no use to anybody later
-	storeErr error
-
 	held atomic.Int32 // transfers that wait for this host: its memory, its limits
 }
-
-var errSealed = errors.New("the download is over")
 
 // openTask opens a task's blob of a download that was joined for it. It fails
 // with errSealed where that is over, and the task is not of it.
@@ -124,21 +99,24 @@ func (s *Swarm) startDownload(task p2p.Task) (*download, error) {
 		return nil, err
 	}
 	d := &download{
-		s: s, digest: task.Digest, partial: partial,
+		arrival:  newArrival(task, partial),
+		s:        s,
 		events:   make(chan func()),
-		ended:    make(chan struct{}),
 		chains:   map[linksHash]*chain{},
 		sources:  map[peer.ID]*source{},
 		requests: map[int]*request{},
 		hinted:   map[peer.ID]bool{},
 		nothing:  map[peer.ID]time.Time{},
-		tasks:    map[p2p.Task]p2p.Info{task: {Task: task}},
-		readers:  map[*Arriving]struct{}{},
-		waiting:  1,
-		more:     make(chan struct{}),
-		taken:    map[peer.ID]int64{},
-		notices:  map[*int]func(string){},
-		storeErr: errors.New("it has not been stored"),
+	}
+	d.arrival.first = func(table *digest.Table, from, to int) {
+		d.post(func() {
+			if d.sched != nil && d.sched.Held().Len() == table.Pieces() {
+				d.first(from, to)
+			}
+		})
+	}
+	d.source = func(p peer.ID, bytes int64) p2p.Source {
+		return p2p.Source{Peer: p.String(), Address: s.peers.get(p).lastAddress(), Bytes: bytes}
 	}
 	d.ctx, d.cancel = context.WithCancelCause(s.ctx)
 	s.downloads[task.Digest] = d
@@ -160,65 +138,12 @@ func (s *Swarm) downloadOf(task p2p.Task) *download {
 	return d
 }
 
-// join counts one more who waits. It reports false where the download is over.
-func (d *download) join() bool {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.err != nil || d.ctx.Err() != nil {
-		return false
-	}
-	d.waiting++
-	return true
-}
-
-// leave takes back a join.
-func (d *download) leave() {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.waiting--
-	d.stopIfUnwanted()
-}
-
-// stopIfUnwanted ends a download that nobody waits for. d.mu is held.
-func (d *download) stopIfUnwanted() {
-	if d.waiting == 0 && len(d.readers) == 0 && !d.proven {
-		d.cancel(errUnwanted)
-	}
-}
-
-var errUnwanted = errors.New("nobody waits for it any more")
-
-func (d *download) wants(task p2p.Task) (known, sealed bool) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	_, known = d.tasks[task]
-	return known, d.sealed
-}
-
-// wanted returns the tasks that are fetched, of which there is always one.
-func (d *download) wanted() []p2p.Task {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return slices.Collect(maps.Keys(d.tasks))
-}
-
 // keys returns what is announced of them.
 func (d *download) keys() (keys []Key) {
 	for _, t := range d.wanted() {
 		keys = append(keys, taskKey(t))
 	}
 	return keys
-}
-
-// addTask has a further task committed when the blob is complete.
-func (d *download) addTask(info p2p.Info) error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.sealed {
-		return errSealed
-	}
-	d.describe(info)
-	return nil
 }
 
 // label records whose it is that arrives, where that has changed.
@@ -235,102 +160,6 @@ func (d *download) label() {
 	if err := d.partial.Want(tags); err != nil {
 		d.s.log.Warn("it could not be noted whose a partial blob is", "digest", d.digest, "error", err)
 	}
-}
-
-// describe notes what a peer says of a task. d.mu is held.
-func (d *download) describe(info p2p.Info) {
-	known := d.tasks[info.Task]
-	if known.Origin.Before(info.Origin) {
-		known.Origin, known.After = info.Origin, info.After
-	}
-	if known.MediaType == "" {
-		known.MediaType = info.MediaType
-	}
-	known.IsManifest = known.IsManifest || info.IsManifest
-	known.Keep = max(known.Keep, info.Keep)
-	known.Task = info.Task
-	d.tasks[info.Task] = known
-}
-
-// changed tells all who wait that there is something new. d.mu is held.
-func (d *download) changed() {
-	close(d.more)
-	d.more = make(chan struct{})
-}
-
-// open waits until the size of the blob is known and returns a reader. It
-// takes over one join.
-func (d *download) open(ctx context.Context) (*Arriving, error) {
-	key := new(int)
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if notice := p2p.NoticeOf(ctx); notice != nil {
-		d.notices[key] = notice
-	}
-	a, err := d.openNow(ctx)
-	if err != nil {
-		delete(d.notices, key)
-		return nil, err
-	}
-	a.notices = key
-	d.readers[a] = struct{}{}
-	a.stop = context.AfterFunc(ctx, func() { a.fail(context.Cause(ctx)) })
-	return a, nil
-}
-
-// openNow waits for the first chain and makes a reader. d.mu is held.
-func (d *download) openNow(ctx context.Context) (*Arriving, error) {
-	for d.table == nil && d.err == nil {
-		if err := d.waitChange(ctx); err != nil {
-			d.waiting--
-			d.stopIfUnwanted()
-			return nil, err
-		}
-	}
-	d.waiting--
-	if d.err != nil {
-		return nil, d.err
-	}
-	a, err := newArriving(d)
-	if errors.Is(err, os.ErrClosed) {
-		return nil, errSealed // it has been stored just now
-	}
-	if err != nil {
-		d.stopIfUnwanted()
-	}
-	return a, err
-}
-
-// info describes the task as far as it has arrived. It reports false where not even its size is known.
-func (d *download) info(task p2p.Task) (p2p.Info, bool) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.table == nil {
-		return p2p.Info{}, false
-	}
-	info := d.tasks[task]
-	info.Task, info.Remote = task, false
-	info.Size, info.PieceLength = d.table.Size, d.table.PieceLength
-	info.Pieces, info.Held = d.table.Pieces(), d.have.Count()
-	return info, true
-}
-
-// state is what this daemon tells peers of a task that is arriving.
-func (d *download) state(task p2p.Task) *taskState {
-	info, ok := d.info(task)
-	if !ok {
-		return nil
-	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	state := &taskState{
-		Size: info.Size, MediaType: info.MediaType, Manifest: info.IsManifest,
-		Pinned: info.Keep == p2p.KeepPinned, Origin: info.Origin, After: info.After,
-	}
-	if !d.have.Full() || d.have.Len() == 0 {
-		state.Held, _ = d.have.AppendBinary(nil)
-	}
-	return state
 }
 
 // run is the life of a download.
@@ -355,10 +184,7 @@ func (d *download) run() {
 	d.cancel(err)
 	if err != nil {
 		// Whoever waits for it is told now: what is asked of peers may take a while to end.
-		d.mu.Lock()
-		d.err = err
-		d.changed()
-		d.mu.Unlock()
+		d.end(err)
 	}
 	d.calls.Wait()
 	d.finish(err, started)
@@ -367,13 +193,8 @@ func (d *download) run() {
 // finish commits a blob that is complete, and lets go of everything.
 func (d *download) finish(err error, started time.Time) {
 	s := d.s
-	d.mu.Lock()
 	if err == nil {
-		d.proven = true
-		d.changed()
-	}
-	d.mu.Unlock()
-	if err == nil {
+		d.prove()
 		// The readers have all of it by now, and need not wait for the disk.
 		err = d.store()
 		d.storeErr = err
@@ -416,11 +237,7 @@ func (d *download) finish(err error, started time.Time) {
 
 // store makes the blob one of the store.
 func (d *download) store() error {
-	d.mu.Lock()
-	d.sealed = true
-	infos := slices.Collect(maps.Values(d.tasks))
-	d.mu.Unlock()
-	return d.s.front.Complete(context.WithoutCancel(d.ctx), d.partial, d.table.Size, infos)
+	return d.s.front.Complete(context.WithoutCancel(d.ctx), d.partial, d.table.Size, d.seal())
 }
 
 // resume begins with what an earlier download has left, or is known of a blob

@@ -177,8 +177,8 @@ func TestOneDownload(t *testing.T) {
 	one := b.open(t, first, task)
 	two := b.open(t, t.Context(), task)
 	arrive(t, one, 5)
-	d := one.d
-	if two.d != d {
+	d := b.downloadBy(one)
+	if two.d != d.arrival {
 		t.Fatal("it is fetched twice")
 	}
 	cancel()

@@ -191,9 +191,7 @@ func (d *download) over() error {
 		}
 	}
 	if gone == len(d.sources) && errors.Is(d.missed, p2p.ErrNotFound) {
-		d.mu.Lock()
-		d.useless = true
-		d.mu.Unlock()
+		d.spoil()
 		return fmt.Errorf("%w: it was deleted, or its name moved, while it was fetched", d.missed)
 	}
 	if why == nil {
@@ -233,12 +231,3 @@ func (d *download) standing(still time.Duration) string {
 
 // maxNamed is how many peers are named that are waited for.
 const maxNamed = 3
-
-// notify tells those who wait what they wait for.
-func (d *download) notify(text string) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	for _, notice := range d.notices {
-		notice(text)
-	}
-}

@@ -179,7 +179,7 @@ func TestNamedAgain(t *testing.T) {
 		defer blob.Close()
 		for range 10 {
 			time.Sleep(time.Millisecond) // by then the search has ended, or the question
-			blob.d.post(func() { blob.d.follow(hintOf(c.network.Addresses(c.id))) })
+			b.downloadBy(blob).post(func() { b.downloadBy(blob).follow(hintOf(c.network.Addresses(c.id))) })
 		}
 		time.Sleep(time.Millisecond)
 		q.mu.Lock()

@@ -71,7 +71,7 @@ func (d *download) search() {
 		for _, t := range tasks {
 			ctx, cancel := d.s.within(d.ctx)
 			l := d.s.lookup(ctx, &findRequest{Tasks: []taskRef{taskRef(t)}}, taskKey(t), false, known...)
-			found := len(known) > 0
+			found := false // that those known have it counts as long as they can be asked: see hopeless
 			for a := range l.answers {
 				if state := a.reply.Tasks[0]; d.s.accept(ctx, a.peer, t, state) {
 					found = true
@@ -100,11 +100,7 @@ func (d *download) addSource(p peer.ID, t p2p.Task, state *taskState) {
 	if err != nil {
 		return
 	}
-	d.mu.Lock()
-	if !d.sealed {
-		d.describe(infoOf(t, state))
-	}
-	d.mu.Unlock()
+	_ = d.addTask(infoOf(t, state)) // when it is over, that is known already
 	src := d.sources[p]
 	if src == nil {
 		if len(d.sources) >= maxSources && !d.makePlace() {

@@ -185,7 +185,7 @@ func TestReceiverSleeps(t *testing.T) {
 	blob := b.open(t, t.Context(), task)
 	defer blob.Close()
 	arrive(t, blob, 10)
-	blob.d.post(func() { time.Sleep(3 * time.Second) })
+	b.downloadBy(blob).post(func() { time.Sleep(3 * time.Second) })
 	g.open()
 	requireRest(t, blob, data)
 }
@@ -379,7 +379,7 @@ func TestPartialsGoWithTheirTask(t *testing.T) {
 		}
 		blob := b.open(t, t.Context(), task)
 		arrive(t, blob, 10)
-		d := blob.d
+		d := b.downloadBy(blob)
 		blob.Close()
 		<-d.ended
 		if left := b.store.Arriving(); len(left) != 1 || left[0].Task != task || left[0].Open || left[0].Size != gateSize {

@@ -519,3 +519,10 @@ func damage(t testing.TB, dir string, d digest.Digest, at int64) {
 		t.Fatal(err)
 	}
 }
+
+// downloadBy returns the download that a reader reads from.
+func (p *testPeer) downloadBy(a *Arriving) *download {
+	p.Swarm.mu.Lock()
+	defer p.Swarm.mu.Unlock()
+	return p.downloads[a.d.digest]
+}

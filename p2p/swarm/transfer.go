@@ -104,19 +104,6 @@ func (d *download) done(req schedule.Request, src *source, have *schedule.Set, p
 	}
 }
 
-// arrived tells the readers of a piece.
-func (d *download) arrived(from peer.ID, piece int, n int64) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if n > 0 {
-		d.taken[from] += n
-	}
-	have := d.have.Clone()
-	have.Add(piece)
-	d.have = have
-	d.changed()
-}
-
 // errLength says that an answer is not as long as it was said to be.
 var errLength = errors.New("the answer has another length than promised")
 
