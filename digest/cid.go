@@ -117,7 +117,8 @@ func checkCacheID(s string) error {
 	if s == "" {
 		return fmt.Errorf("cid: %w: it is empty: pass a digest (sha256:<64 hex digits>) or a cache ID", ErrInvalid)
 	}
-	const rule = "a cache ID is an OCI tag name: letters, digits, \"_\", and after the first character \".\" and \"-\", 128 at most"
+	const rule = "a cache ID is an OCI tag name: letters, digits, \"_\", and after the first character \".\" and " +
+		"\"-\", 128 at most"
 	if len(s) > MaxCacheID {
 		return fmt.Errorf("cache ID of %d characters starting %q: %w: %s", len(s), s[:16], ErrInvalid, rule)
 	}

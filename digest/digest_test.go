@@ -36,7 +36,8 @@ func TestParseCID(t *testing.T) {
 			t.Errorf("%s: %v", good, err)
 			continue
 		}
-		if c.String() != good || c.IsZero() || (c.Digest() != "") == (c.CacheID() != "") || (c.Digest() != "") != strings.Contains(good, ":") {
+		if c.String() != good || c.IsZero() || (c.Digest() != "") == (c.CacheID() != "") ||
+			(c.Digest() != "") != strings.Contains(good, ":") {
 			t.Errorf("%s: parsed as digest %q, cache ID %q", good, c.Digest(), c.CacheID())
 		}
 	}
@@ -113,8 +114,10 @@ func TestRecorder(t *testing.T) {
 		}
 		data := content(size, 1)
 		table := record(t, SHA256, data, 1<<20)
-		if table.Digest != SHA256.FromBytes(data) || table.Size != int64(size) || table.PieceLength != PieceLength(int64(size)) {
-			t.Errorf("%d bytes: table is for %s, %d bytes, pieces of %d", size, table.Digest, table.Size, table.PieceLength)
+		if table.Digest != SHA256.FromBytes(data) || table.Size != int64(size) ||
+			table.PieceLength != PieceLength(int64(size)) {
+			t.Errorf("%d bytes: table is for %s, %d bytes, pieces of %d", size, table.Digest, table.Size,
+				table.PieceLength)
 		}
 		for i := range table.Pieces() {
 			start, end := table.Bounds(i)
@@ -222,7 +225,8 @@ func TestCombineCRC(t *testing.T) {
 	r := rand.New(rand.NewPCG(1, 2))
 	for range 100 {
 		a, b := content(r.IntN(5000), 1), content(r.IntN(5000), 2)
-		if got, want := combineCRC(CRC32C(a), CRC32C(b), int64(len(b))), CRC32C(append(bytes.Clone(a), b...)); got != want {
+		if got, want := combineCRC(CRC32C(a), CRC32C(b),
+			int64(len(b))), CRC32C(append(bytes.Clone(a), b...)); got != want {
 			t.Fatalf("%d and %d bytes: %08x, want %08x", len(a), len(b), got, want)
 		}
 	}
@@ -286,7 +290,8 @@ func TestVerifiedFindsDamage(t *testing.T) {
 			}
 		}
 		p := bytes.Repeat([]byte{0xee}, MinPieceLength)
-		if n, err := v.ReadAt(p, 2*MinPieceLength); n != 0 || !errors.Is(err, ErrCorrupt) || bytes.Contains(p, data[2*MinPieceLength:2*MinPieceLength+4]) {
+		if n, err := v.ReadAt(p, 2*MinPieceLength); n != 0 || !errors.Is(err, ErrCorrupt) ||
+			bytes.Contains(p, data[2*MinPieceLength:2*MinPieceLength+4]) {
 			t.Errorf("%s: reading the damaged piece gives %d bytes, %v", name, n, err)
 		}
 	}
@@ -301,9 +306,11 @@ func TestVerifiedCopyWithoutMemory(t *testing.T) {
 	table := record(t, SHA256, data, 1<<20)
 	source := bytes.Clone(data)
 	v := NewVerified(bytes.NewReader(source), table)
-	for _, r := range [][2]int64{{0, v.Size()}, {1, 1}, {MinPieceLength - 1, 2}, {3*MinPieceLength + 5, 20 * MinPieceLength}, {v.Size() - 1, 1}} {
+	for _, r := range [][2]int64{{0, v.Size()}, {1, 1}, {MinPieceLength - 1, 2},
+		{3*MinPieceLength + 5, 20 * MinPieceLength}, {v.Size() - 1, 1}} {
 		var out bytes.Buffer
-		if err := v.CopyRange(t.Context(), &out, r[0], r[1], nil); err != nil || !bytes.Equal(out.Bytes(), data[r[0]:r[0]+r[1]]) {
+		if err := v.CopyRange(t.Context(), &out, r[0], r[1], nil); err != nil ||
+			!bytes.Equal(out.Bytes(), data[r[0]:r[0]+r[1]]) {
 			t.Errorf("copy of %d bytes from %d on: %d bytes, %v", r[1], r[0], out.Len(), err)
 		}
 	}
@@ -314,7 +321,8 @@ func TestVerifiedCopyWithoutMemory(t *testing.T) {
 		return out.Write(p)
 	})
 	err := v.CopyRange(t.Context(), changing, 0, v.Size(), nil)
-	if e, ok := errors.AsType[*CorruptError](err); !ok || e.Piece != 3 || !bytes.Equal(out.Bytes(), data[:3*MinPieceLength]) {
+	if e, ok := errors.AsType[*CorruptError](err); !ok || e.Piece != 3 ||
+		!bytes.Equal(out.Bytes(), data[:3*MinPieceLength]) {
 		t.Errorf("copy of what changes: %d bytes, %v; want a corrupt piece 3, and what is before it", out.Len(), err)
 	}
 	if n := kept.Load(); n != maxKept {
@@ -334,7 +342,8 @@ func (brokenReaderAt) ReadAt([]byte, int64) (int, error) { return 0, errBroken }
 
 func TestVerifiedReadError(t *testing.T) {
 	table := record(t, SHA256, content(100, 1), 100)
-	if _, err := NewVerified(brokenReaderAt{}, table).ReadAt(make([]byte, 1), 0); !errors.Is(err, errBroken) || errors.Is(err, ErrCorrupt) {
+	if _, err := NewVerified(brokenReaderAt{}, table).ReadAt(make([]byte, 1), 0); !errors.Is(err, errBroken) ||
+		errors.Is(err, ErrCorrupt) {
 		t.Errorf("error is %v; want that of the disk, and not one of corruption", err)
 	}
 }
@@ -387,7 +396,8 @@ func TestVerifiedCopyRangeStalledPipe(t *testing.T) {
 }
 
 func FuzzParseCID(f *testing.F) {
-	for _, s := range []string{"", "testid", "sha256:xxxxxx", "sha256:" + strings.Repeat("0a", 32), "sha512:" + strings.Repeat("A0", 64), "a:b:c", "é", "x\x00y", strings.Repeat("v", 200)} {
+	for _, s := range []string{"", "testid", "sha256:xxxxxx", "sha256:" + strings.Repeat("0a", 32),
+		"sha512:" + strings.Repeat("A0", 64), "a:b:c", "é", "x\x00y", strings.Repeat("v", 200)} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {

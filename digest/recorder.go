@@ -97,7 +97,8 @@ func (r *Recorder) Table() (*Table, error) {
 		Chain:       r.chain,
 	}
 	if t.PieceLength != PieceLength(t.Size) || len(t.CRC) != t.Pieces() {
-		return nil, fmt.Errorf("piece table of %s: %d pieces of %d bytes do not fit %d bytes", t.Digest, len(t.CRC), t.PieceLength, t.Size)
+		return nil, fmt.Errorf("piece table of %s: %d pieces of %d bytes do not fit %d bytes", t.Digest, len(t.CRC),
+			t.PieceLength, t.Size)
 	}
 	return t, nil
 }

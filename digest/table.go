@@ -143,7 +143,8 @@ func (v *Verifier) Verify() (crc uint32, err error) {
 	t, i := v.t, v.i
 	start, end := t.Bounds(i)
 	if v.size != end-start {
-		return 0, fmt.Errorf("piece %d of %s: %w: it has %d bytes, want %d", i, t.Digest, ErrMismatch, v.size, end-start)
+		return 0, fmt.Errorf("piece %d of %s: %w: it has %d bytes, want %d", i, t.Digest, ErrMismatch, v.size,
+			end-start)
 	}
 	alg := t.Digest.Algorithm()
 	n := stateSize(alg)

@@ -38,7 +38,8 @@ func TestUnreadableIsDamage(t *testing.T) {
 		t.Fatal(err)
 	}
 	for cause, damaged := range map[error]bool{syscall.EIO: true, syscall.EUCLEAN: true, syscall.ENOMEM: false} {
-		v := digest.NewVerified(unreadable{bytes.NewReader(data), 2 * digest.MinPieceLength, fmt.Errorf("sector 7: %w", cause)}, table)
+		v := digest.NewVerified(unreadable{
+			bytes.NewReader(data), 2 * digest.MinPieceLength, fmt.Errorf("sector 7: %w", cause)}, table)
 		_, readErr := v.ReadAt(make([]byte, 100), 2*digest.MinPieceLength)
 		for what, err := range map[string]error{
 			"ReadAt":    readErr,

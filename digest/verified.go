@@ -405,7 +405,9 @@ func (b *block) drop() {
 // CopyWhole is CopyRange of the whole blob, of which the last piece is written
 // only when proven returns nil: who counts bytes, as HTTP clients do, does not
 // take for whole what is not.
-func (v *Verified) CopyWhole(ctx context.Context, w io.Writer, proven func(context.Context) error, progress func(written int64)) error {
+func (v *Verified) CopyWhole(
+	ctx context.Context, w io.Writer, proven func(context.Context) error, progress func(written int64),
+) error {
 	last, _ := v.t.Bounds(max(0, v.t.Pieces()-1))
 	if err := v.CopyRange(ctx, w, 0, last, progress); err != nil {
 		return err
@@ -445,7 +447,8 @@ func kernelCopy(w io.Writer, r io.ReaderAt, off int64) (io.ReaderFrom, *os.File)
 		return nil, nil
 	}
 	var again *os.File
-	if err := raw.Control(func(fd uintptr) { again, err = os.Open(fmt.Sprintf("/proc/self/fd/%d", fd)) }); err != nil || again == nil {
+	if err := raw.Control(func(fd uintptr) { again, err = os.Open(fmt.Sprintf("/proc/self/fd/%d", fd)) }); err != nil ||
+		again == nil {
 		return nil, nil
 	}
 	if _, err := again.Seek(off, io.SeekStart); err != nil {
