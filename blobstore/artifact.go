@@ -68,7 +68,8 @@ func artifactFiles(m *manifest.Manifest) ([]ocispec.Descriptor, error) {
 	if len(files) > 0 {
 		return files, nil
 	}
-	what := fmt.Sprintf("an image of %d layers without file names: name a layer by its digest instead, or pull it with a registry client", len(layers))
+	what := fmt.Sprintf("an image of %d layers without file names: name a layer by its digest instead, or pull it "+
+		"with a registry client", len(layers))
 	switch {
 	case len(m.Manifests) > 0:
 		what = "an index of several manifests: name one of them by its tag, or a layer by its digest"
@@ -85,7 +86,8 @@ const maxTitle = 4095
 // that an artifact is exported to.
 func checkTitle(title string) error {
 	if len(title) > maxTitle {
-		return fmt.Errorf("file %.40q of the artifact: %w: its name has %d bytes, at most %d are possible", title, ErrInvalid, len(title), maxTitle)
+		return fmt.Errorf("file %.40q of the artifact: %w: its name has %d bytes, at most %d are possible", title,
+			ErrInvalid, len(title), maxTitle)
 	}
 	if !filepath.IsLocal(title) || path.Clean(title) == "." || strings.ContainsRune(title, 0) {
 		return fmt.Errorf("file %q of the artifact: %w: its name leads out of the directory", title, ErrInvalid)

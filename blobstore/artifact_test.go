@@ -30,7 +30,8 @@ func pushArtifact(t *testing.T, r *blobstore.Repository, tag string, files ...ti
 	for _, f := range files {
 		d := blob(f.text)
 		if !pushed[f.text] {
-			if err := r.Push(t.Context(), d, strings.NewReader(f.text)); err != nil && !strings.Contains(err.Error(), "already exists") {
+			if err := r.Push(t.Context(), d, strings.NewReader(f.text)); err != nil &&
+				!strings.Contains(err.Error(), "already exists") {
 				t.Fatal(err)
 			}
 		}
@@ -97,7 +98,8 @@ func TestArtifactStat(t *testing.T) {
 	eachStore(t, func(t *testing.T, s *blobstore.Store) {
 		r := repository(t, s, "t")
 		large := string(bytesOf(3<<20, 1))
-		m := pushArtifact(t, r, "v1", titled{"weights.bin", large}, titled{"dir/config.json", "{}"}, titled{"empty", ""}, titled{"copy.bin", large})
+		m := pushArtifact(t, r, "v1", titled{"weights.bin", large}, titled{"dir/config.json", "{}"},
+			titled{"empty", ""}, titled{"copy.bin", large})
 		got, err := r.Stat(t.Context(), "v1", blobstore.Lookup{})
 		if err != nil {
 			t.Fatal(err)
@@ -107,10 +109,12 @@ func TestArtifactStat(t *testing.T) {
 			t.Fatal(err)
 		}
 		want := []blobstore.File{
-			{Title: "weights.bin", Digest: one.Digest, Size: 3 << 20, Pieces: one.Pieces, PieceLength: one.PieceLength, Held: one.Pieces},
+			{Title: "weights.bin", Digest: one.Digest, Size: 3 << 20, Pieces: one.Pieces, PieceLength: one.PieceLength,
+				Held: one.Pieces},
 			{Title: "dir/config.json", Digest: digest.SHA256.FromString("{}"), Size: 2, Pieces: 1, Held: 1},
 			{Title: "empty", Digest: digest.SHA256.FromString("")},
-			{Title: "copy.bin", Digest: one.Digest, Size: 3 << 20, Pieces: one.Pieces, PieceLength: one.PieceLength, Held: one.Pieces},
+			{Title: "copy.bin", Digest: one.Digest, Size: 3 << 20, Pieces: one.Pieces, PieceLength: one.PieceLength,
+				Held: one.Pieces},
 		}
 		if len(got.Files) != len(want) {
 			t.Fatalf("stat has the files %+v", got.Files)
@@ -128,14 +132,16 @@ func TestArtifactStat(t *testing.T) {
 			}
 		}
 		sum := blobstore.File{
-			CID: "v1", Tag: "t", Digest: m.Digest, Manifest: m.Digest, Size: 6<<20 + 2, Pieces: 2*one.Pieces + 1, Held: 2*one.Pieces + 1,
+			CID: "v1", Tag: "t", Digest: m.Digest, Manifest: m.Digest, Size: 6<<20 + 2, Pieces: 2*one.Pieces + 1,
+			Held:  2*one.Pieces + 1,
 			Local: true, Imported: got.Imported, LastUsed: got.LastUsed, Files: got.Files,
 		}
 		if !reflect.DeepEqual(got, sum) || got.Imported.IsZero() {
 			t.Errorf("stat is %+v, want %+v", got, sum)
 		}
 		// By the digest of the manifest it is the manifest's own bytes.
-		if f, err := r.Stat(t.Context(), m.Digest.String(), blobstore.Lookup{}); err != nil || f.Size != m.Size || len(f.Files) != 0 {
+		if f, err := r.Stat(t.Context(), m.Digest.String(), blobstore.Lookup{}); err != nil || f.Size != m.Size ||
+			len(f.Files) != 0 {
 			t.Errorf("stat of the manifest: %+v, %v", f, err)
 		}
 		// There is no one content to open or to write to a stream.
@@ -143,7 +149,8 @@ func TestArtifactStat(t *testing.T) {
 			t.Errorf("open: %v, %v", reader, err)
 		}
 		var out strings.Builder
-		if _, err := r.Export(t.Context(), "v1", &out, blobstore.ExportOptions{}); !errors.Is(err, blobstore.ErrInvalid) || out.Len() != 0 {
+		if _, err := r.Export(t.Context(), "v1", &out, blobstore.ExportOptions{}); !errors.Is(err,
+			blobstore.ErrInvalid) || out.Len() != 0 {
 			t.Errorf("export: %v, with %d bytes", err, out.Len())
 		}
 	})
@@ -174,7 +181,8 @@ func TestArtifactFiles(t *testing.T) {
 		}{
 			{layers: []ocispec.Descriptor{layer("one", "")}, want: []string{""}, text: "one"},
 			{layers: []ocispec.Descriptor{layer("one", "1")}, want: []string{"1"}, text: "one"},
-			{layers: []ocispec.Descriptor{layer("one", "../1")}, want: []string{"../1"}, text: "one"}, // the caller names the output
+			// the caller names the output
+			{layers: []ocispec.Descriptor{layer("one", "../1")}, want: []string{"../1"}, text: "one"},
 			{layers: []ocispec.Descriptor{layer("one", ""), layer("two", "2")}, want: []string{"2"}, text: "two"},
 			{layers: []ocispec.Descriptor{layer("one", "1"), layer("two", "2")}, want: []string{"1", "2"}},
 			{layers: []ocispec.Descriptor{layer("one", ""), layer("two", "")}, err: blobstore.ErrInvalid},
@@ -198,17 +206,21 @@ func TestArtifactFiles(t *testing.T) {
 				continue
 			}
 			dir := t.TempDir()
-			if _, err := r.ExportFile(t.Context(), tag, filepath.Join(dir, "out"), blobstore.ExportOptions{}); err != nil {
+			if _, err := r.ExportFile(t.Context(), tag, filepath.Join(dir, "out"),
+				blobstore.ExportOptions{}); err != nil {
 				t.Error(err)
 			}
 			requireTree(t, dir, map[string]string{"./": "", "out": c.text})
 		}
 		index := mustPushManifest(t, r, []byte(`{"manifests":[{"digest":"`+blob("one").Digest.String()+`"}]}`), "index")
-		if f, err := r.Stat(t.Context(), "index", blobstore.Lookup{}); !errors.Is(err, blobstore.ErrInvalid) || !strings.Contains(err.Error(), "index") {
+		if f, err := r.Stat(t.Context(), "index", blobstore.Lookup{}); !errors.Is(err, blobstore.ErrInvalid) ||
+			!strings.Contains(err.Error(), "index") {
 			t.Errorf("stat of the index %s: %+v, %v", index.Digest, f, err)
 		}
 		// Of the artifact manifest of the release candidates.
-		mustPushManifest(t, r, []byte(`{"mediaType":"application/vnd.oci.artifact.manifest.v1+json","blobs":[{"digest":"`+blob("two").Digest.String()+`"}]}`), "rc")
+		mustPushManifest(
+			t, r, []byte(`{"mediaType":"application/vnd.oci.artifact.manifest.v1+json","blobs":[{"digest":"`+
+				blob("two").Digest.String()+`"}]}`), "rc")
 		if f, err := r.Stat(t.Context(), "rc", blobstore.Lookup{}); err != nil || f.Digest != blob("two").Digest {
 			t.Errorf("stat of an artifact manifest: %+v, %v", f, err)
 		}
@@ -216,7 +228,8 @@ func TestArtifactFiles(t *testing.T) {
 		if err := r.Tag(t.Context(), blob("one"), "blob"); err != nil {
 			t.Fatal(err)
 		}
-		if f, err := r.Stat(t.Context(), "blob", blobstore.Lookup{}); err != nil || f.Digest != blob("one").Digest || f.Manifest != "" {
+		if f, err := r.Stat(t.Context(), "blob", blobstore.Lookup{}); err != nil || f.Digest != blob("one").Digest ||
+			f.Manifest != "" {
 			t.Errorf("stat of a tagged blob: %+v, %v", f, err)
 		}
 		// More files than a stat gets at once.
@@ -225,7 +238,8 @@ func TestArtifactFiles(t *testing.T) {
 			many = append(many, titled{fmt.Sprintf("file-%d", i), fmt.Sprint(i)})
 		}
 		pushArtifact(t, r, "many", many...)
-		if f, err := r.Stat(t.Context(), "many", blobstore.Lookup{}); err != nil || len(f.Files) != len(many) || !f.Local || f.Size != 10+2*90+3*200 {
+		if f, err := r.Stat(t.Context(), "many", blobstore.Lookup{}); err != nil || len(f.Files) != len(many) ||
+			!f.Local || f.Size != 10+2*90+3*200 {
 			t.Errorf("stat of many files: %d, %d bytes, %v", len(f.Files), f.Size, err)
 		}
 	})
@@ -235,9 +249,12 @@ func TestExportDirectory(t *testing.T) {
 	eachStore(t, func(t *testing.T, s *blobstore.Store) {
 		r := repository(t, s, "t")
 		large := string(bytesOf(3<<20, 1))
-		m := pushArtifact(t, r, "v1", titled{"large", large}, titled{"sub/dir/file", "file"}, titled{"sub/./other/../b", "b"}, titled{"empty", ""})
-		want := map[string]string{"./": "", "large": large, "sub/": "", "sub/dir/": "", "sub/dir/file": "file", "sub/b": "b", "empty": ""}
-		for name, dir := range map[string]string{"new": "new", "with a slash": "new/", "empty": "empty", "linked": "link", "this": "."} {
+		m := pushArtifact(t, r, "v1", titled{"large", large}, titled{"sub/dir/file", "file"},
+			titled{"sub/./other/../b", "b"}, titled{"empty", ""})
+		want := map[string]string{"./": "", "large": large, "sub/": "", "sub/dir/": "", "sub/dir/file": "file",
+			"sub/b": "b", "empty": ""}
+		for name, dir := range map[string]string{
+			"new": "new", "with a slash": "new/", "empty": "empty", "linked": "link", "this": "."} {
 			t.Run(name, func(t *testing.T) {
 				base := t.TempDir()
 				fill(t, base, map[string]string{"empty/": "", "target/": "", "link": "-> target"})
@@ -259,16 +276,19 @@ func TestExportDirectory(t *testing.T) {
 				requireTree(t, out+"/.", want)
 				for path := range tree(t, base) {
 					_, was := before[path]
-					if !was && !strings.HasPrefix(path, strings.TrimSuffix(dir, "/")+"/") && name != "linked" && name != "this" {
+					if !was && !strings.HasPrefix(path, strings.TrimSuffix(dir, "/")+"/") && name != "linked" &&
+						name != "this" {
 						t.Errorf("%s has been left", path)
 					}
 				}
 				// Again it is in the way of itself.
-				if _, err := r.ExportFile(t.Context(), "v1", out, blobstore.ExportOptions{}); !errors.Is(err, fs.ErrExist) {
+				if _, err := r.ExportFile(t.Context(), "v1", out, blobstore.ExportOptions{}); !errors.Is(err,
+					fs.ErrExist) {
 					t.Errorf("export into a directory that is not empty: %v", err)
 				}
 				requireTree(t, out+"/.", want)
-				if _, err := r.ExportFile(t.Context(), "v1", out, blobstore.ExportOptions{Overwrite: true}); err != nil {
+				if _, err := r.ExportFile(t.Context(), "v1", out,
+					blobstore.ExportOptions{Overwrite: true}); err != nil {
 					t.Errorf("export with overwrite: %v", err)
 				}
 				requireTree(t, out+"/.", want)
@@ -300,21 +320,33 @@ func TestExportIntoDirectory(t *testing.T) {
 		err       error
 		after     map[string]string // nil where it is as before
 	}{
-		"empty":                           {before: map[string]string{}, after: map[string]string{"a": "new a", "dir/": "", "dir/b": "new b"}},
-		"empty, overwrite":                {before: map[string]string{}, overwrite: true, after: map[string]string{"a": "new a", "dir/": "", "dir/b": "new b"}},
-		"a file":                          {before: map[string]string{"c": "old"}, err: fs.ErrExist},
-		"a hidden file":                   {before: map[string]string{".c": "old"}, err: fs.ErrExist},
-		"an empty directory":              {before: map[string]string{"dir/": ""}, err: fs.ErrExist},
-		"merge":                           {before: map[string]string{"c": "old", "dir/": "", "dir/d": "old"}, overwrite: true, after: map[string]string{"c": "old", "dir/": "", "dir/d": "old", "a": "new a", "dir/b": "new b"}},
-		"replace":                         {before: map[string]string{"a": "old", "dir/": "", "dir/b": "old", "dir/d": "old"}, overwrite: true, after: map[string]string{"a": "new a", "dir/": "", "dir/b": "new b", "dir/d": "old"}},
-		"a link for a file":               {before: map[string]string{"a": "-> " + outside + "/file"}, overwrite: true, after: map[string]string{"a": "new a", "dir/": "", "dir/b": "new b"}},
-		"a link to nothing":               {before: map[string]string{"a": "-> nowhere"}, overwrite: true, after: map[string]string{"a": "new a", "dir/": "", "dir/b": "new b"}},
-		"a link out":                      {before: map[string]string{"dir": "-> " + outside}, overwrite: true, err: errAny},
-		"a relative link out":             {before: map[string]string{"dir": "-> ../.."}, overwrite: true, err: errAny},
-		"a link within":                   {before: map[string]string{"dir": "-> real", "real/": ""}, overwrite: true, after: map[string]string{"dir": "-> real", "real/": "", "a": "new a", "real/b": "new b"}},
-		"a file as directory":             {before: map[string]string{"dir": "old"}, overwrite: true, err: errAny},
-		"a directory as file":             {before: map[string]string{"dir/": "", "dir/b/": ""}, overwrite: true, err: fs.ErrExist},
-		"a directory, not empty, as file": {before: map[string]string{"a/": "", "a/x": "old", "dir/": ""}, overwrite: true, err: fs.ErrExist},
+		"empty": {
+			before: map[string]string{}, after: map[string]string{"a": "new a", "dir/": "", "dir/b": "new b"}},
+		"empty, overwrite": {before: map[string]string{}, overwrite: true,
+			after: map[string]string{"a": "new a", "dir/": "", "dir/b": "new b"}},
+		"a file":             {before: map[string]string{"c": "old"}, err: fs.ErrExist},
+		"a hidden file":      {before: map[string]string{".c": "old"}, err: fs.ErrExist},
+		"an empty directory": {before: map[string]string{"dir/": ""}, err: fs.ErrExist},
+		"merge": {
+			before: map[string]string{"c": "old", "dir/": "", "dir/d": "old"}, overwrite: true,
+			after: map[string]string{"c": "old", "dir/": "", "dir/d": "old", "a": "new a", "dir/b": "new b"}},
+		"replace": {
+			before: map[string]string{"a": "old", "dir/": "", "dir/b": "old", "dir/d": "old"}, overwrite: true,
+			after: map[string]string{"a": "new a", "dir/": "", "dir/b": "new b", "dir/d": "old"}},
+		"a link for a file": {before: map[string]string{"a": "-> " + outside + "/file"}, overwrite: true,
+			after: map[string]string{"a": "new a", "dir/": "", "dir/b": "new b"}},
+		"a link to nothing": {before: map[string]string{"a": "-> nowhere"}, overwrite: true,
+			after: map[string]string{"a": "new a", "dir/": "", "dir/b": "new b"}},
+		"a link out": {
+			before: map[string]string{"dir": "-> " + outside}, overwrite: true, err: errAny},
+		"a relative link out": {before: map[string]string{"dir": "-> ../.."}, overwrite: true, err: errAny},
+		"a link within": {before: map[string]string{"dir": "-> real", "real/": ""}, overwrite: true,
+			after: map[string]string{"dir": "-> real", "real/": "", "a": "new a", "real/b": "new b"}},
+		"a file as directory": {before: map[string]string{"dir": "old"}, overwrite: true, err: errAny},
+		"a directory as file": {
+			before: map[string]string{"dir/": "", "dir/b/": ""}, overwrite: true, err: fs.ErrExist},
+		"a directory, not empty, as file": {
+			before: map[string]string{"a/": "", "a/x": "old", "dir/": ""}, overwrite: true, err: fs.ErrExist},
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := exported(t)
@@ -341,9 +373,11 @@ func TestExportDirectoryOutputs(t *testing.T) {
 	r := exported(t)
 	base := t.TempDir()
 	fill(t, base, map[string]string{"file": "old", "dangling": "-> nowhere"})
-	for out, want := range map[string]error{"file": fs.ErrExist, "dangling": fs.ErrExist, "no/such/dir": fs.ErrNotExist, "file/x": errAny} {
+	for out, want := range map[string]error{
+		"file": fs.ErrExist, "dangling": fs.ErrExist, "no/such/dir": fs.ErrNotExist, "file/x": errAny} {
 		for _, overwrite := range []bool{false, true} {
-			_, err := r.ExportFile(t.Context(), "v1", filepath.Join(base, out), blobstore.ExportOptions{Overwrite: overwrite})
+			_, err := r.ExportFile(t.Context(), "v1", filepath.Join(base, out),
+				blobstore.ExportOptions{Overwrite: overwrite})
 			if want == errAny && err == nil || want != errAny && !errors.Is(err, want) {
 				t.Errorf("export to %s: %v; want %v", out, err, want)
 			}
@@ -371,7 +405,8 @@ func TestExportKeepsModes(t *testing.T) {
 	}
 	t.Cleanup(func() { os.Chmod(dir, 0o700) })
 	for _, overwrite := range []bool{false, true} {
-		if _, err := r.ExportFile(t.Context(), "v1", private, blobstore.ExportOptions{Overwrite: overwrite}); err != nil {
+		if _, err := r.ExportFile(t.Context(), "v1", private,
+			blobstore.ExportOptions{Overwrite: overwrite}); err != nil {
 			t.Fatal(err)
 		}
 		after, err := os.Stat(private)
@@ -402,7 +437,8 @@ func TestHostileTitles(t *testing.T) {
 	for i, titles := range [][]string{
 		{"../x"}, {"/abs"}, {"/tmp/x"}, {"a/../../x"}, {"."}, {"./"}, {".."}, {"a/.."}, {"/"}, {"x\x00y"}, {"\x00"},
 		{"good", "../x"}, {"same", "same"}, {"same", "./same"}, {"same", "a/../same"}, {"same", "same/"},
-		{"a", "a/b"}, {"a/b", "a"}, {"a/b/c", "a"}, {strings.Repeat("a/", 3000) + "x"}, {strings.Repeat("a/", 1<<20) + "x"},
+		{"a", "a/b"}, {"a/b", "a"}, {"a/b/c", "a"}, {strings.Repeat("a/", 3000) + "x"},
+		{strings.Repeat("a/", 1<<20) + "x"},
 	} {
 		files := []titled{{"first", "first"}}
 		for _, title := range titles {
@@ -418,7 +454,8 @@ func TestHostileTitles(t *testing.T) {
 			fill(t, base, map[string]string{"empty/": "", "full/": "", "full/old": "old"})
 			before := tree(t, base)
 			for _, out := range []string{"new", "empty", "full"} {
-				_, err := r.ExportFile(t.Context(), tag, filepath.Join(base, out), blobstore.ExportOptions{Overwrite: overwrite})
+				_, err := r.ExportFile(t.Context(), tag, filepath.Join(base, out),
+					blobstore.ExportOptions{Overwrite: overwrite})
 				if !errors.Is(err, blobstore.ErrInvalid) || len(err.Error()) > 1000 {
 					t.Errorf("export of %.40q to %s: %.1000v", titles, out, err)
 				}
@@ -427,7 +464,8 @@ func TestHostileTitles(t *testing.T) {
 		}
 	}
 	// Titles that are only odd.
-	for i, title := range []string{"...", "..x", " ", "a b", "-rf", "~", "$HOME", "a\nb", "\xff", "C:\\x", "..\\x", "a//b", strings.Repeat("x", 255)} {
+	for i, title := range []string{"...", "..x", " ", "a b",
+		"-rf", "~", "$HOME", "a\nb", "\xff", "C:\\x", "..\\x", "a//b", strings.Repeat("x", 255)} {
 		tag := fmt.Sprintf("odd-%d", i)
 		pushArtifact(t, r, tag, titled{"first", "first"}, titled{title, "odd"})
 		dir := filepath.Join(t.TempDir(), "out")
@@ -469,7 +507,8 @@ func TestExportDirectoryFails(t *testing.T) {
 	if err := errors.Join(os.Remove(path), os.WriteFile(path, data, 0o444)); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := r.Remove(t.Context(), blob("missing").Digest.String(), blobstore.DeleteOptions{Force: true}); err != nil {
+	if _, err := r.Remove(t.Context(), blob("missing").Digest.String(),
+		blobstore.DeleteOptions{Force: true}); err != nil {
 		t.Fatal(err)
 	}
 	base := t.TempDir()
@@ -484,7 +523,8 @@ func TestExportDirectoryFails(t *testing.T) {
 			requireTree(t, base, before)
 		}
 		ctx, cancel := context.WithCancel(t.Context())
-		_, err := r.ExportFile(ctx, "good", filepath.Join(base, out), blobstore.ExportOptions{Overwrite: true, Progress: func(n int64) { cancel() }})
+		_, err := r.ExportFile(ctx, "good", filepath.Join(base, out),
+			blobstore.ExportOptions{Overwrite: true, Progress: func(n int64) { cancel() }})
 		if !errors.Is(err, context.Canceled) {
 			t.Errorf("export to %s with a context that ends: %v", out, err)
 		}

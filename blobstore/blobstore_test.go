@@ -193,7 +193,8 @@ func TestImportAndExport(t *testing.T) {
 					t.Errorf("stat %s: %+v, %v; want %+v", cid, stat, err, f)
 				}
 				var out bytes.Buffer
-				if _, err := r.Export(t.Context(), cid, &out, blobstore.ExportOptions{}); err != nil || !bytes.Equal(out.Bytes(), data) {
+				if _, err := r.Export(t.Context(), cid, &out, blobstore.ExportOptions{}); err != nil ||
+					!bytes.Equal(out.Bytes(), data) {
 					t.Errorf("export %s: %d bytes, %v", cid, out.Len(), err)
 				}
 				path := filepath.Join(t.TempDir(), "out")
@@ -231,13 +232,16 @@ func TestManifest(t *testing.T) {
 		if err := json.Unmarshal(raw.Bytes(), &m); err != nil {
 			t.Fatal(err)
 		}
-		if m.SchemaVersion != 2 || m.MediaType != ocispec.MediaTypeImageManifest || m.ArtifactType != blobstore.ArtifactType ||
+		if m.SchemaVersion != 2 || m.MediaType != ocispec.MediaTypeImageManifest ||
+			m.ArtifactType != blobstore.ArtifactType ||
 			m.Config.MediaType != ocispec.MediaTypeEmptyJSON || m.Config.Size != 2 || len(m.Layers) != 1 ||
-			m.Layers[0].Digest != f.Digest || m.Layers[0].Size != 4 || m.Layers[0].Annotations[ocispec.AnnotationTitle] != "model.bin" {
+			m.Layers[0].Digest != f.Digest || m.Layers[0].Size != 4 ||
+			m.Layers[0].Annotations[ocispec.AnnotationTitle] != "model.bin" {
 			t.Errorf("manifest is %s", raw.String())
 		}
 		var config bytes.Buffer
-		if _, err := r.Export(t.Context(), string(m.Config.Digest), &config, blobstore.ExportOptions{}); err != nil || config.String() != "{}" {
+		if _, err := r.Export(t.Context(), string(m.Config.Digest), &config, blobstore.ExportOptions{}); err != nil ||
+			config.String() != "{}" {
 			t.Errorf("config is %q, %v", config.String(), err)
 		}
 		if again := mustImport(t, r, "v1", []byte("data"), "model.bin"); !reflect.DeepEqual(again, f) {
@@ -292,23 +296,38 @@ func TestErrors(t *testing.T) {
 			want error
 		}{
 			{"import other content", func() error {
-				_, err := r.Import(t.Context(), string(digest.SHA256.FromString("x")), strings.NewReader("y"), blobstore.ImportOptions{})
+				_, err := r.Import(t.Context(), string(digest.SHA256.FromString("x")), strings.NewReader("y"),
+					blobstore.ImportOptions{})
 				return err
 			}, blobstore.ErrMismatch},
 			{"import a bad cid", func() error {
 				_, err := r.Import(t.Context(), "a b", strings.NewReader("y"), blobstore.ImportOptions{})
 				return err
 			}, blobstore.ErrInvalid},
-			{"stat a bad cid", func() error { _, err := r.Stat(t.Context(), "sha256:x", blobstore.Lookup{}); return err }, blobstore.ErrInvalid},
-			{"stat an absent one", func() error { _, err := r.Stat(t.Context(), "v2", blobstore.Lookup{}); return err }, blobstore.ErrNotFound},
-			{"open an absent one", func() error { _, err := r.Open(t.Context(), "v2", blobstore.Lookup{}); return err }, blobstore.ErrNotFound},
+			{"stat a bad cid", func() error {
+				_, err := r.Stat(t.Context(), "sha256:x", blobstore.Lookup{})
+				return err
+			}, blobstore.ErrInvalid},
+			{"stat an absent one", func() error { _, err := r.Stat(t.Context(), "v2", blobstore.Lookup{}); return err },
+				blobstore.ErrNotFound},
+			{"open an absent one", func() error { _, err := r.Open(t.Context(), "v2", blobstore.Lookup{}); return err },
+				blobstore.ErrNotFound},
 			{"export an absent one", func() error {
 				_, err := r.ExportFile(t.Context(), "v2", filepath.Join(t.TempDir(), "x"), blobstore.ExportOptions{})
 				return err
 			}, blobstore.ErrNotFound},
-			{"delete an absent one", func() error { _, err := r.Remove(t.Context(), "v2", blobstore.DeleteOptions{}); return err }, blobstore.ErrNotFound},
-			{"delete no cid", func() error { _, err := r.Remove(t.Context(), "", blobstore.DeleteOptions{}); return err }, blobstore.ErrInvalid},
-			{"delete a layer", func() error { _, err := r.Remove(t.Context(), layer, blobstore.DeleteOptions{}); return err }, blobstore.ErrReferenced},
+			{"delete an absent one", func() error {
+				_, err := r.Remove(t.Context(), "v2", blobstore.DeleteOptions{})
+				return err
+			}, blobstore.ErrNotFound},
+			{"delete no cid", func() error {
+				_, err := r.Remove(t.Context(), "", blobstore.DeleteOptions{})
+				return err
+			}, blobstore.ErrInvalid},
+			{"delete a layer", func() error {
+				_, err := r.Remove(t.Context(), layer, blobstore.DeleteOptions{})
+				return err
+			}, blobstore.ErrReferenced},
 			{"a bad tag", func() error { _, err := s.Repository("Not/OK"); return err }, blobstore.ErrInvalid},
 		} {
 			if err := c.do(); !errors.Is(err, c.want) {
@@ -437,7 +456,8 @@ func TestExportLeavesNothing(t *testing.T) {
 	}
 	whole := mustImport(t, r, "v2", bytesOf(3<<20, 2), "")
 	ctx, cancel := context.WithCancel(t.Context())
-	_, err = r.ExportFile(ctx, whole.Digest.String(), filepath.Join(out, "new"), blobstore.ExportOptions{Progress: func(int64) { cancel() }})
+	_, err = r.ExportFile(ctx, whole.Digest.String(), filepath.Join(out, "new"),
+		blobstore.ExportOptions{Progress: func(int64) { cancel() }})
 	if !errors.Is(err, context.Canceled) {
 		t.Errorf("export with a context that ends: %v", err)
 	}
@@ -462,7 +482,8 @@ func TestMovingName(t *testing.T) {
 		for i := range contents {
 			writers.Go(func() {
 				for ctx.Err() == nil {
-					if _, err := r.Import(ctx, "v1", bytes.NewReader(contents[i]), blobstore.ImportOptions{}); err != nil && ctx.Err() == nil {
+					if _, err := r.Import(ctx, "v1", bytes.NewReader(contents[i]),
+						blobstore.ImportOptions{}); err != nil && ctx.Err() == nil {
 						t.Errorf("import: %v", err)
 						return
 					}
@@ -490,7 +511,8 @@ func TestDanglingName(t *testing.T) {
 		if _, err := r.Remove(t.Context(), string(f.Digest), blobstore.DeleteOptions{Force: true}); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := r.Stat(t.Context(), "v1", blobstore.Lookup{}); !errors.Is(err, blobstore.ErrNotFound) || !strings.Contains(err.Error(), "v1") || !strings.Contains(err.Error(), string(f.Digest)) {
+		if _, err := r.Stat(t.Context(), "v1", blobstore.Lookup{}); !errors.Is(err, blobstore.ErrNotFound) ||
+			!strings.Contains(err.Error(), "v1") || !strings.Contains(err.Error(), string(f.Digest)) {
 			t.Errorf("error is %v; want one that names both", err)
 		}
 	})
@@ -518,7 +540,8 @@ func (noQueries) Stat(context.Context, string, digest.CID, p2p.StatOptions) (p2p
 
 func TestFileJSON(t *testing.T) {
 	data, err := json.Marshal(blobstore.File{CID: "v1"})
-	want := `{"cid":"v1","tag":"","digest":"","size":0,"title":"","manifest":"","pieces":0,"pieceLength":0,"held":0,"local":false,"imported":null,"lastUsed":null,"holders":null,"sources":[],"files":[]}`
+	want :=
+		`{"cid":"v1","tag":"","digest":"","size":0,"title":"","manifest":"","pieces":0,"pieceLength":0,"held":0,"local":false,"imported":null,"lastUsed":null,"holders":null,"sources":[],"files":[]}`
 	if err != nil || string(data) != want {
 		t.Errorf("%s, %v; want %s", data, err, want)
 	}

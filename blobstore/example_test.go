@@ -38,7 +38,8 @@ func ExampleOpen() {
 	if err != nil {
 		log.Fatal(err)
 	}
-	file, err := models.Import(ctx, "v1", strings.NewReader("hello, world\n"), blobstore.ImportOptions{Title: "hello.txt"})
+	file, err := models.Import(ctx, "v1", strings.NewReader("hello, world\n"),
+		blobstore.ImportOptions{Title: "hello.txt"})
 	if err != nil {
 		log.Fatal(err)
 	}
@@ -172,9 +173,10 @@ func Example_copyIn() {
 		log.Fatal(err)
 	}
 	layer.Annotations = map[string]string{ocispec.AnnotationTitle: "hello.txt"}
-	manifest, err := oras.PackManifest(ctx, src, oras.PackManifestVersion1_1, "application/vnd.example.greeting", oras.PackManifestOptions{
-		Layers: []ocispec.Descriptor{layer},
-	})
+	manifest, err := oras.PackManifest(ctx, src, oras.PackManifestVersion1_1,
+		"application/vnd.example.greeting", oras.PackManifestOptions{
+			Layers: []ocispec.Descriptor{layer},
+		})
 	if err != nil {
 		log.Fatal(err)
 	}
@@ -228,7 +230,8 @@ func Example_copyOut() {
 	if err != nil {
 		log.Fatal(err)
 	}
-	if _, err := models.Import(ctx, "v1", strings.NewReader("weights"), blobstore.ImportOptions{Title: "model.bin"}); err != nil {
+	if _, err := models.Import(ctx, "v1", strings.NewReader("weights"),
+		blobstore.ImportOptions{Title: "model.bin"}); err != nil {
 		log.Fatal(err)
 	}
 

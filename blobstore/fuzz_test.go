@@ -21,13 +21,17 @@ func FuzzParseManifest(f *testing.F) {
 	const layer = `{"mediaType":"a/b","digest":"sha256:853ff93762a06ddbf722c4ebe9ddd66d8f63ddaea97f521c3ecc20da7c976020","size":13`
 	for _, text := range []string{
 		"", "{}", " {}\n", "[]", "null", `"text"`, "{}{}", `{"layers":null}`, `{"layers":{}}`, `{"config":[]}`,
-		`{"schemaVersion":2,"mediaType":"application/vnd.oci.image.manifest.v1+json","config":` + layer + `},"layers":[` + layer + `}]}`,
-		`{"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[` + layer + `},` + layer + `,"platform":{"os":"linux"}}]}`,
+		`{"schemaVersion":2,"mediaType":"application/vnd.oci.image.manifest.v1+json","config":` + layer +
+			`},"layers":[` + layer + `}]}`,
+		`{"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[` + layer + `},` + layer +
+			`,"platform":{"os":"linux"}}]}`,
 		`{"artifactType":"x","blobs":[` + layer + `}],"subject":` + layer + `},"annotations":{"a":"b"}}`,
-		`{"layers":[` + layer + `,"annotations":{"org.opencontainers.image.title":"a/../../b"}},` + layer + `,"annotations":{"org.opencontainers.image.title":"c"}}]}`,
+		`{"layers":[` + layer + `,"annotations":{"org.opencontainers.image.title":"a/../../b"}},` + layer +
+			`,"annotations":{"org.opencontainers.image.title":"c"}}]}`,
 		`{"layers":[` + layer + `,"urls":["https://example.org"]}]}`,
 		`{"subject":{"digest":"sha256:x"}}`, `{"layers":[{"digest":"md5:d41d8cd98f00b204e9800998ecf8427e"}]}`,
-		`{"mediaType":"a/b\r\nX: y"}`, `{"LAYERS":[` + layer + `}]}`, `{"layers":[` + layer + `,"size":-1}]}`, `{"config":null,"subject":null}`,
+		`{"mediaType":"a/b\r\nX: y"}`, `{"LAYERS":[` + layer + `}]}`, `{"layers":[` + layer + `,"size":-1}]}`,
+		`{"config":null,"subject":null}`,
 	} {
 		f.Add([]byte(text), "")
 		f.Add([]byte(text), "application/vnd.oci.image.manifest.v1+json; charset=utf-8")
@@ -64,7 +68,8 @@ func FuzzParseManifest(f *testing.F) {
 		}
 		if kind, err := m.TypeAs(mediaType); err == nil && manifest.CheckType(kind) == nil {
 			given, _, _ := strings.Cut(mediaType, ";")
-			if kind == "" || strings.ContainsAny(kind, "\r\n\x00") || strings.TrimSpace(given) != "" && kind != strings.TrimSpace(given) {
+			if kind == "" || strings.ContainsAny(kind, "\r\n\x00") ||
+				strings.TrimSpace(given) != "" && kind != strings.TrimSpace(given) {
 				t.Fatalf("pushed as %q its media type is %q", mediaType, kind)
 			}
 		} else if err != nil && !errors.Is(err, ErrInvalid) {
@@ -110,7 +115,8 @@ func requireNames(t *testing.T, files []File) {
 
 func FuzzTitles(f *testing.F) {
 	for _, titles := range [][2]string{
-		{"a", "b"}, {"a", "a/b"}, {"../x", ""}, {"/abs", "."}, {"a/../../x", ".."}, {"x\x00y", "a//b"}, {"a/./b", "a/b/"}, {"...", "..a"}, {"\xff", " "},
+		{"a", "b"}, {"a", "a/b"}, {"../x", ""}, {"/abs", "."}, {"a/../../x", ".."}, {"x\x00y", "a//b"},
+		{"a/./b", "a/b/"}, {"...", "..a"}, {"\xff", " "},
 	} {
 		f.Add(titles[0], titles[1])
 	}
@@ -122,7 +128,8 @@ func FuzzTitles(f *testing.F) {
 func FuzzReference(f *testing.F) {
 	for _, text := range []string{
 		"", "v1", "V1.0-rc_1", ".v1", "a/b", "a b", "sha256:x", "md5:d41d8cd98f00b204e9800998ecf8427e", "v1@sha256:x",
-		"sha256:853ff93762a06ddbf722c4ebe9ddd66d8f63ddaea97f521c3ecc20da7c976020", "dfcache/default", "library/models", "a//b", "A", "../x", strings.Repeat("a", 300),
+		"sha256:853ff93762a06ddbf722c4ebe9ddd66d8f63ddaea97f521c3ecc20da7c976020", "dfcache/default", "library/models",
+		"a//b", "A", "../x", strings.Repeat("a", 300),
 	} {
 		f.Add(text)
 	}
@@ -132,7 +139,8 @@ func FuzzReference(f *testing.F) {
 			if cid.String() != text || cid.IsZero() {
 				t.Fatalf("reference %q is read as %q", text, cid)
 			}
-		case !errors.Is(err, ErrInvalid) || !errors.Is(err, errdef.ErrInvalidReference) && !errors.Is(err, errdef.ErrMissingReference):
+		case !errors.Is(err, ErrInvalid) ||
+			!errors.Is(err, errdef.ErrInvalidReference) && !errors.Is(err, errdef.ErrMissingReference):
 			t.Fatalf("reference %q: %v", text, err)
 		}
 		switch tag, err := TagOf(text); {

@@ -47,7 +47,8 @@ func (k *keeper) manifest(name string, m ocispec.Manifest, tags ...string) ocisp
 
 func (k *keeper) index(name string, manifests []ocispec.Descriptor, tags ...string) ocispec.Descriptor {
 	k.t.Helper()
-	data, err := json.Marshal(ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Manifests: manifests, Annotations: map[string]string{"name": name}})
+	data, err := json.Marshal(ocispec.Index{
+		MediaType: ocispec.MediaTypeImageIndex, Manifests: manifests, Annotations: map[string]string{"name": name}})
 	if err != nil {
 		k.t.Fatal(err)
 	}
@@ -164,7 +165,8 @@ func TestKeep(t *testing.T) {
 			k.require()
 		},
 		"a blob that comes after the manifest goes with it too": func(k *keeper) {
-			k.manifest("image", ocispec.Manifest{Config: blob("config"), Layers: []ocispec.Descriptor{blob("layer")}}, "v1")
+			k.manifest("image", ocispec.Manifest{Config: blob("config"), Layers: []ocispec.Descriptor{blob("layer")}},
+				"v1")
 			k.blob("config")
 			k.require("v1=image", "image", "config")
 			k.remove("v1")
@@ -224,7 +226,8 @@ func TestKeep(t *testing.T) {
 		},
 		"an index holds its manifests": func(k *keeper) {
 			a := k.manifest("a", ocispec.Manifest{Config: k.blob("config")})
-			b := k.manifest("b", ocispec.Manifest{Config: blob("config"), Layers: []ocispec.Descriptor{k.blob("layer")}}, "b")
+			b := k.manifest("b", ocispec.Manifest{
+				Config: blob("config"), Layers: []ocispec.Descriptor{k.blob("layer")}}, "b")
 			k.index("index", []ocispec.Descriptor{a, b}, "v1")
 			k.untag("b")
 			k.index("outer", []ocispec.Descriptor{content.NewDescriptorFromBytes("", nil), a}, "outer")
@@ -242,7 +245,8 @@ func TestKeep(t *testing.T) {
 		},
 		"what is about a manifest goes with it": func(k *keeper) {
 			m := k.manifest("image", ocispec.Manifest{Config: k.blob("config")}, "v1")
-			sbom := k.manifest("sbom", ocispec.Manifest{Config: k.blob("{}"), Subject: &m, Layers: []ocispec.Descriptor{k.blob("text")}})
+			sbom := k.manifest("sbom", ocispec.Manifest{
+				Config: k.blob("{}"), Subject: &m, Layers: []ocispec.Descriptor{k.blob("text")}})
 			k.manifest("signature", ocispec.Manifest{Config: blob("{}"), Subject: &sbom})
 			k.manifest("tagged", ocispec.Manifest{Config: blob("{}"), Subject: &m}, "about")
 			k.require("v1=image", "about=tagged", "image", "sbom", "signature", "tagged", "config", "text", "{}")
@@ -274,10 +278,12 @@ func TestKeep(t *testing.T) {
 			k.require()
 		},
 		"what a manifest refers to is not deleted but by force": func(k *keeper) {
-			m := k.manifest("image", ocispec.Manifest{Config: k.blob("config"), Layers: []ocispec.Descriptor{k.blob("layer")}}, "v1")
+			m := k.manifest("image", ocispec.Manifest{
+				Config: k.blob("config"), Layers: []ocispec.Descriptor{k.blob("layer")}}, "v1")
 			k.index("index", []ocispec.Descriptor{m}, "outer")
 			for _, d := range []ocispec.Descriptor{blob("layer"), m} {
-				if _, err := k.Remove(k.t.Context(), d.Digest.String(), blobstore.DeleteOptions{}); !errors.Is(err, blobstore.ErrReferenced) {
+				if _, err := k.Remove(k.t.Context(), d.Digest.String(), blobstore.DeleteOptions{}); !errors.Is(err,
+					blobstore.ErrReferenced) {
 					k.t.Errorf("remove: %v", err)
 				}
 				if err := k.Delete(k.t.Context(), d); !errors.Is(err, blobstore.ErrReferenced) {
@@ -285,7 +291,8 @@ func TestKeep(t *testing.T) {
 				}
 			}
 			k.require("v1=image", "outer=index", "index", "image", "config", "layer")
-			if _, err := k.Remove(k.t.Context(), blob("layer").Digest.String(), blobstore.DeleteOptions{Force: true}); err != nil {
+			if _, err := k.Remove(k.t.Context(), blob("layer").Digest.String(),
+				blobstore.DeleteOptions{Force: true}); err != nil {
 				k.t.Error(err)
 			}
 			k.require("v1=image", "outer=index", "index", "image", "config")
@@ -367,7 +374,8 @@ func TestBothDoors(t *testing.T) {
 			t.Fatal(err)
 		}
 		layer.Annotations = map[string]string{ocispec.AnnotationTitle: "other.bin"}
-		m, err := oras.PackManifest(t.Context(), out, oras.PackManifestVersion1_1, "application/x-artifact", oras.PackManifestOptions{Layers: []ocispec.Descriptor{layer}})
+		m, err := oras.PackManifest(t.Context(), out, oras.PackManifestVersion1_1,
+			"application/x-artifact", oras.PackManifestOptions{Layers: []ocispec.Descriptor{layer}})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -379,11 +387,13 @@ func TestBothDoors(t *testing.T) {
 		}
 		for _, cid := range []string{"v2", layer.Digest.String()} {
 			got, err := r.Stat(t.Context(), cid, blobstore.Lookup{})
-			if err != nil || got.Digest != layer.Digest || cid == "v2" && (got.Title != "other.bin" || got.Manifest != m.Digest) {
+			if err != nil || got.Digest != layer.Digest ||
+				cid == "v2" && (got.Title != "other.bin" || got.Manifest != m.Digest) {
 				t.Errorf("stat %s: %+v, %v", cid, got, err)
 			}
 			var text strings.Builder
-			if _, err := r.Export(t.Context(), cid, &text, blobstore.ExportOptions{}); err != nil || text.String() != "pushed" {
+			if _, err := r.Export(t.Context(), cid, &text, blobstore.ExportOptions{}); err != nil ||
+				text.String() != "pushed" {
 				t.Errorf("export %s: %q, %v", cid, text.String(), err)
 			}
 		}

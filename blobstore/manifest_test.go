@@ -70,11 +70,14 @@ func TestPushManifest(t *testing.T) {
 		r := repository(t, s, "t")
 		subject := blob("not here")
 		// Spaces, unknown fields and the order of fields stay as they are.
-		data := fmt.Appendf(nil, " {\n\t\"unknown\": [1, 2], \"subject\": {\"digest\": %q, \"size\": 8, \"mediaType\": \"x/y\"},"+
-			"\"layers\": [], \"config\": {\"digest\": %q, \"size\": 6, \"mediaType\": \"application/x-config\"}, \"annotations\": {\"a\": \"b\"}} \n",
+		data := fmt.Appendf(
+			nil, " {\n\t\"unknown\": [1, 2], \"subject\": {\"digest\": %q, \"size\": 8, \"mediaType\": \"x/y\"},"+
+				"\"layers\": [], \"config\": {\"digest\": %q, \"size\": 6, \"mediaType\": \"application/x-config\"}, "+
+				"\"annotations\": {\"a\": \"b\"}} \n",
 			subject.Digest, blob("config").Digest)
 		for _, alg := range []digest.Algorithm{digest.SHA256, digest.SHA384, digest.SHA512} {
-			opts := blobstore.ManifestOptions{MediaType: "application/x-thing; charset=utf-8", Tags: []string{"v1", "v2"}}
+			opts := blobstore.ManifestOptions{
+				MediaType: "application/x-thing; charset=utf-8", Tags: []string{"v1", "v2"}}
 			if alg != digest.SHA256 {
 				opts.Digest = alg.FromBytes(data) // else the default
 			}
@@ -83,13 +86,16 @@ func TestPushManifest(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				if pushed.Digest != alg.FromBytes(data) || pushed.Size != int64(len(data)) || pushed.MediaType != "application/x-thing" ||
-					pushed.ArtifactType != "application/x-config" || pushed.Annotations["a"] != "b" || pushed.Subject != subject.Digest || !bytes.Equal(pushed.Content, data) {
+				if pushed.Digest != alg.FromBytes(data) || pushed.Size != int64(len(data)) ||
+					pushed.MediaType != "application/x-thing" ||
+					pushed.ArtifactType != "application/x-config" || pushed.Annotations["a"] != "b" ||
+					pushed.Subject != subject.Digest || !bytes.Equal(pushed.Content, data) {
 					t.Errorf("pushed: %+v", pushed)
 				}
 				for _, reference := range []string{"v1", "v2", pushed.Digest.String()} {
 					got, err := r.Manifest(t.Context(), reference)
-					if err != nil || !content.Equal(got.Descriptor, pushed.Descriptor) || !bytes.Equal(got.Content, data) || got.Subject != subject.Digest ||
+					if err != nil || !content.Equal(got.Descriptor, pushed.Descriptor) ||
+						!bytes.Equal(got.Content, data) || got.Subject != subject.Digest ||
 						got.ArtifactType != pushed.ArtifactType || got.Annotations["a"] != "b" {
 						t.Errorf("manifest %s: %+v, %v; want %+v", reference, got, err, pushed)
 					}
@@ -115,7 +121,8 @@ func TestManifestMediaType(t *testing.T) {
 			{docker + "; charset=utf-8", docker, "", docker},
 			{" " + docker + " ;x", docker, "", docker},
 			{"application/vnd.Example.Thing+json", "", "", "application/vnd.Example.Thing+json"},
-			{"application/vnd.Example.Thing+json", "application/vnd.Example.Thing+json", "", "application/vnd.Example.Thing+json"},
+			{"application/vnd.Example.Thing+json",
+				"application/vnd.Example.Thing+json", "", "application/vnd.Example.Thing+json"},
 			{"", strings.Repeat("x", 255), "", strings.Repeat("x", 255)},
 			{docker, ocispec.MediaTypeImageManifest, "", ""},
 			{"", "a/b\r\nSet-Cookie: x", "", ""},
@@ -128,7 +135,8 @@ func TestManifestMediaType(t *testing.T) {
 				t.Fatal(err)
 			}
 			data := fmt.Appendf(nil, `{"number":%d,"mediaType":%s%s}`, i, name, c.more)
-			m, err := r.PushManifest(t.Context(), data, blobstore.ManifestOptions{MediaType: c.given, Tags: []string{"tag"}})
+			m, err := r.PushManifest(t.Context(), data,
+				blobstore.ManifestOptions{MediaType: c.given, Tags: []string{"tag"}})
 			if c.want == "" {
 				if !errors.Is(err, blobstore.ErrInvalid) {
 					t.Errorf("pushed as %q, in it %q: %v", c.given, c.in, err)
@@ -140,7 +148,8 @@ func TestManifestMediaType(t *testing.T) {
 				t.Errorf("pushed as %q, in it %q: %q, %v; want %q", c.given, c.in, m.MediaType, err, c.want)
 			}
 			if got, err := r.Resolve(t.Context(), "tag"); err != nil || got.MediaType != c.want {
-				t.Errorf("pushed as %q, in it %q, and resolved: %q, %v; want %q", c.given, c.in, got.MediaType, err, c.want)
+				t.Errorf("pushed as %q, in it %q, and resolved: %q, %v; want %q", c.given, c.in, got.MediaType, err,
+					c.want)
 			}
 		}
 		// A blob's media type can't be anything either.
@@ -163,26 +172,42 @@ func TestPushManifestErrors(t *testing.T) {
 			opts blobstore.ManifestOptions
 			want []error
 		}{
-			"nothing":                 {nil, blobstore.ManifestOptions{}, []error{blobstore.ErrInvalid}},
-			"text":                    {[]byte("hello"), blobstore.ManifestOptions{}, []error{blobstore.ErrInvalid}},
-			"an array":                {[]byte("[]"), blobstore.ManifestOptions{}, []error{blobstore.ErrInvalid}},
-			"null":                    {[]byte("null"), blobstore.ManifestOptions{}, []error{blobstore.ErrInvalid}},
-			"half an object":          {good[:len(good)/2], blobstore.ManifestOptions{}, []error{blobstore.ErrInvalid}},
-			"two objects":             {append(bytes.Clone(good), good...), blobstore.ManifestOptions{}, []error{blobstore.ErrInvalid}},
-			"bad layers":              {[]byte(`{"layers":{}}`), blobstore.ManifestOptions{}, []error{blobstore.ErrInvalid}},
-			"no digest":               {[]byte(`{"layers":[{"mediaType":"a/b"}]}`), blobstore.ManifestOptions{}, []error{blobstore.ErrInvalid}},
-			"a bad digest":            {[]byte(`{"config":{"digest":"sha256:../../x"}}`), blobstore.ManifestOptions{}, []error{blobstore.ErrInvalid}},
-			"a bad index":             {[]byte(`{"manifests":[{"digest":"md5:x"}]}`), blobstore.ManifestOptions{}, []error{blobstore.ErrInvalid}},
-			"a bad subject":           {[]byte(`{"subject":{"digest":"x"}}`), blobstore.ManifestOptions{}, []error{blobstore.ErrInvalid}},
-			"a bad artifact":          {[]byte(`{"blobs":[{"digest":""}]}`), blobstore.ManifestOptions{}, []error{blobstore.ErrInvalid}},
-			"too large":               {large, blobstore.ManifestOptions{}, []error{blobstore.ErrInvalid, errdef.ErrSizeExceedsLimit}},
-			"another digest":          {good, blobstore.ManifestOptions{Digest: digest.SHA256.FromString("x")}, []error{blobstore.ErrMismatch, content.ErrMismatchedDigest}},
-			"another and no manifest": {[]byte("x"), blobstore.ManifestOptions{Digest: digest.SHA512.FromString("y")}, []error{blobstore.ErrMismatch}},
-			"an invalid digest":       {good, blobstore.ManifestOptions{Digest: "sha256:x"}, []error{blobstore.ErrInvalid, errdef.ErrInvalidDigest}},
-			"an invalid tag":          {good, blobstore.ManifestOptions{Tags: []string{"ok", "a/b"}}, []error{blobstore.ErrInvalid, errdef.ErrInvalidReference}},
-			"an empty tag":            {good, blobstore.ManifestOptions{Tags: []string{""}}, []error{blobstore.ErrInvalid, errdef.ErrMissingReference}},
-			"a digest for a tag":      {good, blobstore.ManifestOptions{Tags: []string{digest.SHA256.FromBytes(good).String()}}, []error{blobstore.ErrInvalid, errdef.ErrInvalidReference}},
-			"missing content":         {good, blobstore.ManifestOptions{CheckRefs: true}, []error{blobstore.ErrMissingRef}},
+			"nothing":        {nil, blobstore.ManifestOptions{}, []error{blobstore.ErrInvalid}},
+			"text":           {[]byte("hello"), blobstore.ManifestOptions{}, []error{blobstore.ErrInvalid}},
+			"an array":       {[]byte("[]"), blobstore.ManifestOptions{}, []error{blobstore.ErrInvalid}},
+			"null":           {[]byte("null"), blobstore.ManifestOptions{}, []error{blobstore.ErrInvalid}},
+			"half an object": {good[:len(good)/2], blobstore.ManifestOptions{}, []error{blobstore.ErrInvalid}},
+			"two objects": {
+				append(bytes.Clone(good), good...), blobstore.ManifestOptions{}, []error{blobstore.ErrInvalid}},
+			"bad layers": {
+				[]byte(`{"layers":{}}`), blobstore.ManifestOptions{}, []error{blobstore.ErrInvalid}},
+			"no digest": {
+				[]byte(`{"layers":[{"mediaType":"a/b"}]}`), blobstore.ManifestOptions{}, []error{blobstore.ErrInvalid}},
+			"a bad digest": {[]byte(`{"config":{"digest":"sha256:../../x"}}`), blobstore.ManifestOptions{},
+				[]error{blobstore.ErrInvalid}},
+			"a bad index": {[]byte(`{"manifests":[{"digest":"md5:x"}]}`), blobstore.ManifestOptions{},
+				[]error{blobstore.ErrInvalid}},
+			"a bad subject": {
+				[]byte(`{"subject":{"digest":"x"}}`), blobstore.ManifestOptions{}, []error{blobstore.ErrInvalid}},
+			"a bad artifact": {
+				[]byte(`{"blobs":[{"digest":""}]}`), blobstore.ManifestOptions{}, []error{blobstore.ErrInvalid}},
+			"too large": {
+				large, blobstore.ManifestOptions{}, []error{blobstore.ErrInvalid, errdef.ErrSizeExceedsLimit}},
+			"another digest": {good, blobstore.ManifestOptions{Digest: digest.SHA256.FromString("x")},
+				[]error{blobstore.ErrMismatch, content.ErrMismatchedDigest}},
+			"another and no manifest": {[]byte("x"), blobstore.ManifestOptions{Digest: digest.SHA512.FromString("y")},
+				[]error{blobstore.ErrMismatch}},
+			"an invalid digest": {good, blobstore.ManifestOptions{Digest: "sha256:x"},
+				[]error{blobstore.ErrInvalid, errdef.ErrInvalidDigest}},
+			"an invalid tag": {good, blobstore.ManifestOptions{Tags: []string{"ok", "a/b"}},
+				[]error{blobstore.ErrInvalid, errdef.ErrInvalidReference}},
+			"an empty tag": {good, blobstore.ManifestOptions{Tags: []string{""}},
+				[]error{blobstore.ErrInvalid, errdef.ErrMissingReference}},
+			"a digest for a tag": {
+				good, blobstore.ManifestOptions{Tags: []string{digest.SHA256.FromBytes(good).String()}},
+				[]error{blobstore.ErrInvalid, errdef.ErrInvalidReference}},
+			"missing content": {
+				good, blobstore.ManifestOptions{CheckRefs: true}, []error{blobstore.ErrMissingRef}},
 		} {
 			c.opts.Tags = append(c.opts.Tags, "tag")
 			m, err := r.PushManifest(t.Context(), c.data, c.opts)
@@ -232,7 +257,8 @@ func TestManifestReference(t *testing.T) {
 		}{
 			{d.Digest.String(), blobstore.ErrNotFound}, {d.Digest.String(), errdef.ErrNotFound},
 			{"absent", blobstore.ErrNotFound}, {blob("absent").Digest.String(), errdef.ErrNotFound},
-			{"", errdef.ErrMissingReference}, {"a b", errdef.ErrInvalidReference}, {"sha256:x", errdef.ErrInvalidReference}, {"a b", blobstore.ErrInvalid},
+			{"", errdef.ErrMissingReference}, {"a b", errdef.ErrInvalidReference},
+			{"sha256:x", errdef.ErrInvalidReference}, {"a b", blobstore.ErrInvalid},
 		} {
 			if m, err := r.Manifest(t.Context(), c.reference); !errors.Is(err, c.want) {
 				t.Errorf("manifest %q: %+v, %v; want %v", c.reference, m, err, c.want)
@@ -262,12 +288,14 @@ func TestCheckRefs(t *testing.T) {
 		r := repository(t, s, "t")
 		pushBlobs(t, repository(t, s, "other"), "layer") // under another tag it is not here
 		push := func(data []byte) error {
-			_, err := r.PushManifest(t.Context(), data, blobstore.ManifestOptions{CheckRefs: true, Tags: []string{"v1"}})
+			_, err := r.PushManifest(t.Context(), data,
+				blobstore.ManifestOptions{CheckRefs: true, Tags: []string{"v1"}})
 			return err
 		}
 		absent := content.NewDescriptorFromBytes(ocispec.MediaTypeImageManifest, []byte(`{"absent":true}`))
 		foreign, docker, urls := blob("foreign"), blob("docker"), blob("urls")
-		foreign.MediaType = ocispec.MediaTypeImageLayerNonDistributableGzip //nolint:staticcheck // images with such layers exist
+		foreign.MediaType =
+			ocispec.MediaTypeImageLayerNonDistributableGzip //nolint:staticcheck // images with such layers exist
 		docker.MediaType = "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip"
 		urls.URLs = []string{"https://example.org/layer"}
 		m := image(ocispec.Manifest{
@@ -276,10 +304,12 @@ func TestCheckRefs(t *testing.T) {
 		})
 		for _, missing := range []string{"config", "layer"} {
 			err := push(m)
-			if !errors.Is(err, blobstore.ErrMissingRef) || !strings.Contains(err.Error(), blob(missing).Digest.String()) {
+			if !errors.Is(err, blobstore.ErrMissingRef) ||
+				!strings.Contains(err.Error(), blob(missing).Digest.String()) {
 				t.Errorf("push: %v; want %v of %s", err, blobstore.ErrMissingRef, missing)
 			}
-			if e, ok := errors.AsType[*p2p.MissingRefError](err); !ok || e.Missing != blob(missing).Digest || e.Manifest != digest.SHA256.FromBytes(m) {
+			if e, ok := errors.AsType[*p2p.MissingRefError](err); !ok || e.Missing != blob(missing).Digest ||
+				e.Manifest != digest.SHA256.FromBytes(m) {
 				t.Errorf("push: %+v; want a MissingRefError of %s", e, missing)
 			}
 			requireGone(t, r, digest.SHA256.FromBytes(m))
@@ -295,11 +325,13 @@ func TestCheckRefs(t *testing.T) {
 			}
 			return data
 		}
-		if err := push(index(absent)); !errors.Is(err, blobstore.ErrMissingRef) || !strings.Contains(err.Error(), absent.Digest.String()) {
+		if err := push(index(absent)); !errors.Is(err, blobstore.ErrMissingRef) ||
+			!strings.Contains(err.Error(), absent.Digest.String()) {
 			t.Errorf("push of an index of an absent manifest: %v", err)
 		}
 		for _, data := range [][]byte{
-			index(content.NewDescriptorFromBytes(ocispec.MediaTypeImageManifest, m)), index(), []byte(`{}`), []byte(`{"manifests":[]}`), []byte(`{"layers":[]}`),
+			index(content.NewDescriptorFromBytes(ocispec.MediaTypeImageManifest, m)), index(), []byte(`{}`),
+			[]byte(`{"manifests":[]}`), []byte(`{"layers":[]}`),
 		} {
 			if err := push(data); err != nil {
 				t.Errorf("push of %s: %v", data, err)
@@ -323,7 +355,8 @@ func TestHostileManifest(t *testing.T) {
 	good := blob("config").Digest
 	for what, text := range map[string]string{
 		"descriptors without a digest": `{"layers":[{}` + strings.Repeat(",{}", blobstore.MaxManifest/3-10) + `]}`,
-		"descriptors that are null":    `{"manifests":[null` + strings.Repeat(",null", blobstore.MaxManifest/5-10) + `]}`,
+		"descriptors that are null": `{"manifests":[null` + strings.Repeat(",null", blobstore.MaxManifest/5-10) +
+			`]}`,
 		"a long digest":                `{"config":{"digest":"sha256:` + long + `"}}`,
 		"a long algorithm":             `{"config":{"digest":"` + long + `:x"}}`,
 		"a long media type":            `{"config":{"digest":"x","mediaType":"` + long + `"}}`,
@@ -331,7 +364,8 @@ func TestHostileManifest(t *testing.T) {
 		"a long number":                `{"schemaVersion":` + long + `}`,
 		"a long size":                  fmt.Sprintf(`{"config":{"digest":%q,"size":%s}}`, good, long),
 		"a long string for a number":   `{"schemaVersion":"` + long + `"}`,
-		"deep nesting":                 `{"x":` + strings.Repeat("[", blobstore.MaxManifest/2-10) + strings.Repeat("]", blobstore.MaxManifest/2-10) + `}`,
+		"deep nesting": `{"x":` + strings.Repeat("[", blobstore.MaxManifest/2-10) +
+			strings.Repeat("]", blobstore.MaxManifest/2-10) + `}`,
 	} {
 		var before, after runtime.MemStats
 		runtime.ReadMemStats(&before)

@@ -39,7 +39,8 @@ func TestMend(t *testing.T) {
 				return out.Bytes(), err
 			},
 			"Fetch": func() ([]byte, error) {
-				in, err := r.Fetch(t.Context(), ocispec.Descriptor{MediaType: "application/octet-stream", Digest: f.Digest, Size: f.Size})
+				in, err := r.Fetch(t.Context(),
+					ocispec.Descriptor{MediaType: "application/octet-stream", Digest: f.Digest, Size: f.Size})
 				if err != nil {
 					return nil, err
 				}

@@ -61,7 +61,8 @@ func checkTarget(d ocispec.Descriptor) error {
 // parseReference reads a reference: a tag, which is a cache ID, or a digest.
 func parseReference(reference string) (digest.CID, error) {
 	if reference == "" {
-		return digest.CID{}, fmt.Errorf("reference: %w: %w: pass a tag or a digest", errdef.ErrMissingReference, ErrInvalid)
+		return digest.CID{}, fmt.Errorf(
+			"reference: %w: %w: pass a tag or a digest", errdef.ErrMissingReference, ErrInvalid)
 	}
 	cid, err := digest.ParseCID(reference)
 	if err != nil {
@@ -255,7 +256,9 @@ func (r *Repository) PushBlob(ctx context.Context, d digest.Digest, size int64, 
 // is only tagged. With its own digest as reference it gets no tag.
 //
 // It stores on this host alone, where the swarm finds it.
-func (r *Repository) PushReference(ctx context.Context, expected ocispec.Descriptor, src io.Reader, reference string) error {
+func (r *Repository) PushReference(
+	ctx context.Context, expected ocispec.Descriptor, src io.Reader, reference string,
+) error {
 	if err := checkTarget(expected); err != nil {
 		return err
 	}
@@ -291,7 +294,8 @@ func (r *Repository) names(d digest.Digest, references ...string) ([]p2p.NewName
 		case cid.CacheID() != "":
 			names = append(names, p2p.NewName{Tag: r.tag, Name: reference, KeepOld: true})
 		case cid.Digest() != d:
-			return nil, fmt.Errorf("reference %s: %w: %w: it is a digest, want a tag", reference, errdef.ErrInvalidReference, ErrInvalid)
+			return nil, fmt.Errorf("reference %s: %w: %w: it is a digest, want a tag", reference,
+				errdef.ErrInvalidReference, ErrInvalid)
 		}
 	}
 	return names, nil
@@ -310,13 +314,15 @@ func (r *Repository) push(ctx context.Context, expected ocispec.Descriptor, src 
 	}
 	if manifest.IsType(expected.MediaType) {
 		if expected.Size > MaxManifest {
-			return fmt.Errorf("manifest %s: %w: %w: it has %d bytes, the limit is %d", expected.Digest, errdef.ErrSizeExceedsLimit, ErrInvalid, expected.Size, MaxManifest)
+			return fmt.Errorf("manifest %s: %w: %w: it has %d bytes, the limit is %d", expected.Digest,
+				errdef.ErrSizeExceedsLimit, ErrInvalid, expected.Size, MaxManifest)
 		}
 		data, err := readAll(ctx, sized(ctx, src, expected.Size), expected.Size)
 		if err != nil {
 			return err
 		}
-		_, err = r.pushManifest(ctx, data, manifestPush{mediaType: expected.MediaType, want: expected.Digest, names: names})
+		_, err = r.pushManifest(ctx, data,
+			manifestPush{mediaType: expected.MediaType, want: expected.Digest, names: names})
 		return err
 	}
 	in, err := r.engine.Ingest(ctx)
@@ -565,7 +571,9 @@ const referrersPage = 1 << 20
 // The subject need not be there.
 //
 // It asks the whole swarm.
-func (r *Repository) Referrers(ctx context.Context, desc ocispec.Descriptor, artifactType string, fn func(referrers []ocispec.Descriptor) error) error {
+func (r *Repository) Referrers(
+	ctx context.Context, desc ocispec.Descriptor, artifactType string, fn func(referrers []ocispec.Descriptor) error,
+) error {
 	if err := checkTarget(desc); err != nil {
 		return err
 	}
@@ -573,7 +581,9 @@ func (r *Repository) Referrers(ctx context.Context, desc ocispec.Descriptor, art
 	if err != nil {
 		return err
 	}
-	slices.SortFunc(candidates, func(a, b ocispec.Descriptor) int { return bytes.Compare([]byte(a.Digest), []byte(b.Digest)) })
+	slices.SortFunc(candidates, func(a, b ocispec.Descriptor) int {
+		return bytes.Compare([]byte(a.Digest), []byte(b.Digest))
+	})
 	var page []ocispec.Descriptor
 	var size int64
 	for _, d := range candidates {
@@ -648,7 +658,9 @@ func pages(entries func(func(p2p.Entry, error) bool), text func(p2p.Entry) strin
 // [p2p.DefaultRepository] is that of the empty tag, "" is any that holds it.
 //
 // It acts on this host alone.
-func (r *Repository) Mount(ctx context.Context, desc ocispec.Descriptor, fromRepo string, getContent func() (io.ReadCloser, error)) error {
+func (r *Repository) Mount(
+	ctx context.Context, desc ocispec.Descriptor, fromRepo string, getContent func() (io.ReadCloser, error),
+) error {
 	if err := checkTarget(desc); err != nil {
 		return err
 	}
@@ -698,7 +710,8 @@ func (m *mounting) add(ctx context.Context, d digest.Digest, keep p2p.Keep) erro
 		return nil
 	}
 	m.seen[d] = true
-	info, err := m.from.engine.Stat(ctx, m.from.tag, digest.FromDigest(d), p2p.StatOptions{Scope: p2p.Local, Manifest: true, ContentOnly: true})
+	info, err := m.from.engine.Stat(ctx, m.from.tag, digest.FromDigest(d),
+		p2p.StatOptions{Scope: p2p.Local, Manifest: true, ContentOnly: true})
 	if err == nil && !info.Local() {
 		err = fmt.Errorf("%s is still arriving: %w", m.from.task(d), ErrNotFound)
 	}
@@ -816,7 +829,10 @@ func (r *Repository) ManifestContent(ctx context.Context, reference string, keep
 }
 
 // manifest returns a manifest as look, a method of the engine, describes it.
-func (r *Repository) manifest(ctx context.Context, cid digest.CID, opts p2p.StatOptions, look func(context.Context, string, digest.CID, p2p.StatOptions) (p2p.Info, error)) (Manifest, error) {
+func (r *Repository) manifest(
+	ctx context.Context, cid digest.CID, opts p2p.StatOptions,
+	look func(context.Context, string, digest.CID, p2p.StatOptions) (p2p.Info, error),
+) (Manifest, error) {
 	opts.Manifest, opts.ContentOnly = true, true
 	info, err := look(ctx, r.tag, cid, opts)
 	switch {
@@ -883,7 +899,8 @@ func (r *Repository) PushManifest(ctx context.Context, content []byte, opts Mani
 			return Manifest{}, err
 		}
 	}
-	m, err := r.pushManifest(ctx, content, manifestPush{mediaType: opts.MediaType, want: opts.Digest, names: names, check: opts.CheckRefs})
+	m, err := r.pushManifest(ctx, content,
+		manifestPush{mediaType: opts.MediaType, want: opts.Digest, names: names, check: opts.CheckRefs})
 	if err != nil {
 		return Manifest{}, toOCI(fmt.Errorf("push: %w", err))
 	}
@@ -900,7 +917,8 @@ type manifestPush struct {
 
 func (r *Repository) pushManifest(ctx context.Context, data []byte, push manifestPush) (Manifest, error) {
 	if len(data) > MaxManifest {
-		return Manifest{}, fmt.Errorf("manifest: %w: %w: it has %d bytes, the limit is %d", errdef.ErrSizeExceedsLimit, ErrInvalid, len(data), MaxManifest)
+		return Manifest{}, fmt.Errorf("manifest: %w: %w: it has %d bytes, the limit is %d", errdef.ErrSizeExceedsLimit,
+			ErrInvalid, len(data), MaxManifest)
 	}
 	in, err := r.engine.Ingest(ctx)
 	if err != nil {
@@ -934,7 +952,8 @@ func (r *Repository) pushManifest(ctx context.Context, data []byte, push manifes
 		}
 	}
 	commit := p2p.Commit{
-		Tasks: []p2p.NewTask{{Task: r.task(added.Digest), MediaType: mediaType, Keep: p2p.KeepUntilReferred, Manifest: refs}},
+		Tasks: []p2p.NewTask{{Task: r.task(added.Digest), MediaType: mediaType, Keep: p2p.KeepUntilReferred,
+			Manifest: refs}},
 		Names: pointing(push.names, added.Digest),
 	}
 	err = in.Commit(commit)
@@ -964,7 +983,8 @@ func (r *Repository) checkSizes(ctx context.Context, descriptors []ocispec.Descr
 	for _, d := range descriptors {
 		info, err := r.engine.Stat(ctx, r.tag, digest.FromDigest(d.Digest), p2p.StatOptions{Scope: p2p.Local})
 		if err == nil && info.Local() && d.Size != 0 && d.Size != info.Size {
-			return fmt.Errorf("manifest: %w: it says that %s has %d bytes, it has %d", ErrInvalid, d.Digest, d.Size, info.Size)
+			return fmt.Errorf("manifest: %w: it says that %s has %d bytes, it has %d", ErrInvalid, d.Digest, d.Size,
+				info.Size)
 		}
 		if ctx.Err() != nil {
 			return context.Cause(ctx)

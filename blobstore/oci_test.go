@@ -100,34 +100,49 @@ func TestTwoNamesOfAnError(t *testing.T) {
 			err          error
 			ours, theirs error
 		}{
-			"fetch":                {err2(r.Fetch(t.Context(), absent)), blobstore.ErrNotFound, errdef.ErrNotFound},
-			"resolve":              {err2(r.Resolve(t.Context(), "absent")), blobstore.ErrNotFound, errdef.ErrNotFound},
-			"manifest":             {err2(r.Manifest(t.Context(), "absent")), blobstore.ErrNotFound, errdef.ErrNotFound},
-			"tag":                  {r.Tag(t.Context(), absent, "v2"), blobstore.ErrNotFound, errdef.ErrNotFound},
-			"tag by digest":        {r.Tag(t.Context(), absent, absent.Digest.String()), blobstore.ErrNotFound, errdef.ErrNotFound},
-			"untag":                {r.Untag(t.Context(), "absent"), blobstore.ErrNotFound, errdef.ErrNotFound},
-			"delete":               {r.Delete(t.Context(), absent), blobstore.ErrNotFound, errdef.ErrNotFound},
-			"mount":                {r.Mount(t.Context(), absent, "other", nil), blobstore.ErrNotFound, errdef.ErrNotFound},
-			"push of other bytes":  {r.Push(t.Context(), absent, strings.NewReader("ABSENT")), blobstore.ErrMismatch, content.ErrMismatchedDigest},
-			"fetch of a bad one":   {err2(r.Fetch(t.Context(), bad)), blobstore.ErrInvalid, errdef.ErrInvalidDigest},
-			"exists of a bad one":  {err2(r.Exists(t.Context(), bad)), blobstore.ErrInvalid, errdef.ErrInvalidDigest},
-			"push of a bad one":    {r.Push(t.Context(), bad, strings.NewReader("bad")), blobstore.ErrInvalid, errdef.ErrInvalidDigest},
-			"resolve a bad tag":    {err2(r.Resolve(t.Context(), "a b")), blobstore.ErrInvalid, errdef.ErrInvalidReference},
-			"resolve a bad digest": {err2(r.Resolve(t.Context(), "sha256:x")), blobstore.ErrInvalid, errdef.ErrInvalidReference},
-			"resolve nothing":      {err2(r.Resolve(t.Context(), "")), blobstore.ErrInvalid, errdef.ErrMissingReference},
-			"tag with a bad tag":   {r.Tag(t.Context(), m.Descriptor, "a/b"), blobstore.ErrInvalid, errdef.ErrInvalidReference},
-			"tag another's digest": {r.Tag(t.Context(), m.Descriptor, blob("config").Digest.String()), blobstore.ErrInvalid, errdef.ErrInvalidReference},
-			"untag a digest":       {r.Untag(t.Context(), m.Digest.String()), blobstore.ErrInvalid, errdef.ErrInvalidReference},
-			"mount from nowhere":   {r.Mount(t.Context(), absent, "Not/OK", nil), blobstore.ErrInvalid, blobstore.ErrInvalid},
-			"delete of a part":     {r.Delete(t.Context(), blob("config")), blobstore.ErrReferenced, blobstore.ErrReferenced},
-			"a negative size":      {r.Push(t.Context(), ocispec.Descriptor{Digest: absent.Digest, Size: -1}, strings.NewReader("")), blobstore.ErrInvalid, content.ErrInvalidDescriptorSize},
+			"fetch":   {err2(r.Fetch(t.Context(), absent)), blobstore.ErrNotFound, errdef.ErrNotFound},
+			"resolve": {err2(r.Resolve(t.Context(), "absent")), blobstore.ErrNotFound, errdef.ErrNotFound},
+			"manifest": {err2(r.Manifest(t.Context(), "absent")), blobstore.ErrNotFound,
+				errdef.ErrNotFound},
+			"tag": {r.Tag(t.Context(), absent, "v2"), blobstore.ErrNotFound, errdef.ErrNotFound},
+			"tag by digest": {r.Tag(t.Context(), absent, absent.Digest.String()), blobstore.ErrNotFound,
+				errdef.ErrNotFound},
+			"untag":  {r.Untag(t.Context(), "absent"), blobstore.ErrNotFound, errdef.ErrNotFound},
+			"delete": {r.Delete(t.Context(), absent), blobstore.ErrNotFound, errdef.ErrNotFound},
+			"mount": {r.Mount(t.Context(), absent, "other", nil), blobstore.ErrNotFound,
+				errdef.ErrNotFound},
+			"push of other bytes": {r.Push(t.Context(), absent, strings.NewReader("ABSENT")), blobstore.ErrMismatch,
+				content.ErrMismatchedDigest},
+			"fetch of a bad one":  {err2(r.Fetch(t.Context(), bad)), blobstore.ErrInvalid, errdef.ErrInvalidDigest},
+			"exists of a bad one": {err2(r.Exists(t.Context(), bad)), blobstore.ErrInvalid, errdef.ErrInvalidDigest},
+			"push of a bad one": {r.Push(t.Context(), bad, strings.NewReader("bad")), blobstore.ErrInvalid,
+				errdef.ErrInvalidDigest},
+			"resolve a bad tag": {err2(r.Resolve(t.Context(), "a b")), blobstore.ErrInvalid,
+				errdef.ErrInvalidReference},
+			"resolve a bad digest": {err2(r.Resolve(t.Context(), "sha256:x")), blobstore.ErrInvalid,
+				errdef.ErrInvalidReference},
+			"resolve nothing": {err2(r.Resolve(t.Context(), "")), blobstore.ErrInvalid,
+				errdef.ErrMissingReference},
+			"tag with a bad tag": {r.Tag(t.Context(), m.Descriptor, "a/b"), blobstore.ErrInvalid,
+				errdef.ErrInvalidReference},
+			"tag another's digest": {r.Tag(t.Context(), m.Descriptor, blob("config").Digest.String()),
+				blobstore.ErrInvalid, errdef.ErrInvalidReference},
+			"untag a digest": {r.Untag(t.Context(), m.Digest.String()), blobstore.ErrInvalid,
+				errdef.ErrInvalidReference},
+			"mount from nowhere": {r.Mount(t.Context(), absent, "Not/OK", nil), blobstore.ErrInvalid,
+				blobstore.ErrInvalid},
+			"delete of a part": {r.Delete(t.Context(), blob("config")), blobstore.ErrReferenced,
+				blobstore.ErrReferenced},
+			"a negative size": {r.Push(t.Context(), ocispec.Descriptor{Digest: absent.Digest, Size: -1},
+				strings.NewReader("")), blobstore.ErrInvalid, content.ErrInvalidDescriptorSize},
 		} {
 			if !errors.Is(c.err, c.ours) || !errors.Is(c.err, c.theirs) {
 				t.Errorf("%s: %v; want an error that is %v and %v", what, c.err, c.ours, c.theirs)
 			}
 		}
 		// A failure that is of one family only is not taken for one of the other.
-		if err := r.Delete(t.Context(), blob("config")); errors.Is(err, errdef.ErrNotFound) || errors.Is(err, content.ErrMismatchedDigest) {
+		if err := r.Delete(t.Context(), blob("config")); errors.Is(err, errdef.ErrNotFound) ||
+			errors.Is(err, content.ErrMismatchedDigest) {
 			t.Errorf("delete of a part: %v", err)
 		}
 	})
@@ -156,7 +171,8 @@ func TestClosedStore(t *testing.T) {
 			} else {
 				u.Close()
 			}
-			for _, err := range []error{exists, manifest, tags, upload, r.Push(t.Context(), blob("x"), strings.NewReader("x")), r.Tag(t.Context(), blob("x"), "v1")} {
+			for _, err := range []error{exists, manifest, tags, upload,
+				r.Push(t.Context(), blob("x"), strings.NewReader("x")), r.Tag(t.Context(), blob("x"), "v1")} {
 				if !errors.Is(err, blobstore.ErrClosed) {
 					t.Errorf("after Close: %v", err)
 				}
@@ -167,7 +183,8 @@ func TestClosedStore(t *testing.T) {
 
 func TestRepositoryNames(t *testing.T) {
 	for name, tag := range map[string]string{
-		p2p.DefaultRepository: "", "models": "models", "library/models": "library/models", "dfcache/default2": "dfcache/default2",
+		p2p.DefaultRepository: "", "models": "models", "library/models": "library/models",
+		"dfcache/default2": "dfcache/default2",
 	} {
 		if got, err := blobstore.TagOf(name); err != nil || got != tag {
 			t.Errorf("tag of %q is %q, %v; want %q", name, got, err, tag)
@@ -176,7 +193,8 @@ func TestRepositoryNames(t *testing.T) {
 			t.Errorf("name of %q is %q, want %q", tag, got, name)
 		}
 	}
-	for _, name := range []string{"", "/", "a/", "/a", "A", "a//b", "a..b", "../a", "a/../b", "a b", strings.Repeat("a", 256)} {
+	for _, name := range []string{"", "/", "a/", "/a", "A", "a//b", "a..b", "../a", "a/../b", "a b",
+		strings.Repeat("a", 256)} {
 		if tag, err := blobstore.TagOf(name); !errors.Is(err, blobstore.ErrInvalid) {
 			t.Errorf("tag of %q is %q, %v", name, tag, err)
 		}
@@ -284,7 +302,8 @@ func TestPages(t *testing.T) {
 				last = want[from-1]
 			}
 			if n, got := pages(last, tags); n != count || !slices.Equal(got, want[from:]) {
-				t.Errorf("after %q there are %d pages of %d tags, want %d of %d", last, n, len(got), count, len(want)-from)
+				t.Errorf("after %q there are %d pages of %d tags, want %d of %d", last, n, len(got), count,
+					len(want)-from)
 			}
 		}
 		stop := errors.New("stop")
@@ -312,16 +331,18 @@ func TestPages(t *testing.T) {
 		slices.Sort(digests)
 		referrers := func(artifactType string) func(string, func([]string) error) error {
 			return func(_ string, fn func([]string) error) error {
-				return r.Referrers(t.Context(), subject.Descriptor, artifactType, func(found []ocispec.Descriptor) error {
-					var page []string
-					for _, d := range found {
-						if d.Annotations["number"] == "" || d.MediaType != ocispec.MediaTypeImageManifest || artifactType != "" && d.ArtifactType != artifactType {
-							t.Errorf("a referrer is %+v", d)
+				return r.Referrers(t.Context(), subject.Descriptor, artifactType,
+					func(found []ocispec.Descriptor) error {
+						var page []string
+						for _, d := range found {
+							if d.Annotations["number"] == "" || d.MediaType != ocispec.MediaTypeImageManifest ||
+								artifactType != "" && d.ArtifactType != artifactType {
+								t.Errorf("a referrer is %+v", d)
+							}
+							page = append(page, d.Digest.String())
 						}
-						page = append(page, d.Digest.String())
-					}
-					return fn(page)
-				})
+						return fn(page)
+					})
 			}
 		}
 		if n, got := pages("", referrers("")); n < 2 || !slices.Equal(got, digests) {
@@ -340,21 +361,25 @@ func TestReferrersOfAnything(t *testing.T) {
 		r := repository(t, s, "t")
 		pushBlobs(t, r, "layer")
 		for _, subject := range []ocispec.Descriptor{blob("layer"), blob("absent")} {
-			m := mustPushManifest(t, r, image(ocispec.Manifest{Config: blob("config"), Subject: &subject, ArtifactType: "application/x-note"}))
+			m := mustPushManifest(t, r, image(
+				ocispec.Manifest{Config: blob("config"), Subject: &subject, ArtifactType: "application/x-note"}))
 			var got []ocispec.Descriptor
 			if err := r.Referrers(t.Context(), subject, "", func(page []ocispec.Descriptor) error {
 				got = append(got, page...)
 				return nil
-			}); err != nil || len(got) != 1 || got[0].Digest != m.Digest || got[0].ArtifactType != "application/x-note" {
+			}); err != nil || len(got) != 1 || got[0].Digest != m.Digest ||
+				got[0].ArtifactType != "application/x-note" {
 				t.Errorf("referrers: %+v, %v; want %s", got, err, m.Digest)
 			}
-			if found, err := repository(t, s, "other").Predecessors(t.Context(), subject); err != nil || len(found) != 0 {
+			if found, err := repository(t, s, "other").Predecessors(t.Context(), subject); err != nil ||
+				len(found) != 0 {
 				t.Errorf("under another tag it has the predecessors %v, %v", found, err)
 			}
 		}
 		bad := blob("x")
 		bad.Digest = "sha256:x"
-		if err := r.Referrers(t.Context(), bad, "", func([]ocispec.Descriptor) error { return nil }); !errors.Is(err, errdef.ErrInvalidDigest) {
+		if err := r.Referrers(t.Context(), bad, "", func([]ocispec.Descriptor) error { return nil }); !errors.Is(err,
+			errdef.ErrInvalidDigest) {
 			t.Errorf("referrers of a bad digest: %v", err)
 		}
 	})
@@ -370,7 +395,8 @@ func TestMountManifest(t *testing.T) {
 			if err := to.Mount(t.Context(), m.Descriptor, blobstore.RepositoryName(tag), nil); err != nil {
 				t.Fatalf("mount a manifest: %v", err)
 			}
-			if got, err := to.Manifest(t.Context(), m.Digest.String()); err != nil || !content.Equal(got.Descriptor, m.Descriptor) {
+			if got, err := to.Manifest(t.Context(), m.Digest.String()); err != nil ||
+				!content.Equal(got.Descriptor, m.Descriptor) {
 				t.Errorf("mounted: %+v, %v; want %+v", got.Descriptor, err, m.Descriptor)
 			}
 			if found, err := to.Predecessors(t.Context(), blob("config")); err != nil || len(found) != 1 {
@@ -383,7 +409,8 @@ func TestMountManifest(t *testing.T) {
 			if err := to.Mount(t.Context(), blob("config"), blobstore.RepositoryName(tag), nil); err != nil {
 				t.Fatalf("mount a blob: %v", err)
 			}
-			if got, err := to.Resolve(t.Context(), blob("config").Digest.String()); err != nil || !content.Equal(got, blob("config")) {
+			if got, err := to.Resolve(t.Context(), blob("config").Digest.String()); err != nil ||
+				!content.Equal(got, blob("config")) {
 				t.Errorf("mounted: %+v, %v", got, err)
 			}
 			deleted, err := from.Remove(t.Context(), "v1", blobstore.DeleteOptions{})
@@ -475,7 +502,8 @@ func TestPushHeals(t *testing.T) {
 			if err := damage(filepath.Join(dir, "blobs", "sha256", d.Digest.Encoded())); err != nil {
 				t.Fatal(err)
 			}
-			if fetched, err := r.Fetch(t.Context(), d); !errors.Is(err, blobstore.ErrCorrupt) || errors.Is(err, errdef.ErrNotFound) {
+			if fetched, err := r.Fetch(t.Context(), d); !errors.Is(err, blobstore.ErrCorrupt) ||
+				errors.Is(err, errdef.ErrNotFound) {
 				t.Errorf("fetch: %v, %v", fetched, err)
 			}
 			requireGone(t, r, d.Digest) // so that a client pushes it again
@@ -508,9 +536,11 @@ func TestFetchedReader(t *testing.T) {
 		if err := r.Delete(t.Context(), ocispec.Descriptor{Digest: f.Digest}); err != nil {
 			t.Fatal(err)
 		}
-		for _, c := range [][2]int64{{0, 0}, {0, 3 << 20}, {1, 1}, {1<<20 - 1, 2}, {3<<20 - 1, 1}, {3 << 20, 0}} { // deleted, but open
+		// deleted, but open
+		for _, c := range [][2]int64{{0, 0}, {0, 3 << 20}, {1, 1}, {1<<20 - 1, 2}, {3<<20 - 1, 1}, {3 << 20, 0}} {
 			var out bytes.Buffer
-			if err := reader.CopyRange(t.Context(), &out, c[0], c[1]); err != nil || !bytes.Equal(out.Bytes(), data[c[0]:c[0]+c[1]]) {
+			if err := reader.CopyRange(t.Context(), &out, c[0], c[1]); err != nil ||
+				!bytes.Equal(out.Bytes(), data[c[0]:c[0]+c[1]]) {
 				t.Errorf("range %v: %d bytes, %v", c, out.Len(), err)
 			}
 		}
@@ -616,7 +646,8 @@ func TestDeletedMeanwhile(t *testing.T) {
 		t.Errorf("mount: %v", err)
 	}
 	requireGone(t, calm, blob("layer").Digest)
-	if got, err := content.FetchAll(t.Context(), repository(t, s, "to"), blob("layer")); err != nil || string(got) != "layer" {
+	if got, err := content.FetchAll(t.Context(), repository(t, s, "to"), blob("layer")); err != nil ||
+		string(got) != "layer" {
 		t.Errorf("what was mounted is %q, %v", got, err)
 	}
 }

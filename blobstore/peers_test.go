@@ -100,36 +100,42 @@ func TestStatOfPeers(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			for _, want := range []string{`"imported":null`, `"lastUsed":null`, `"local":false`, `"holders":null`, `"sources":[]`} {
+			for _, want := range []string{
+				`"imported":null`, `"lastUsed":null`, `"local":false`, `"holders":null`, `"sources":[]`} {
 				if !strings.Contains(string(document), want) {
 					t.Errorf("%s is not in %s", want, document)
 				}
 			}
 			// A count is of those that have the file, not of those that know its name.
 			f, err = r.Stat(t.Context(), cid, blobstore.Lookup{Providers: true})
-			if want := (blobstore.Providers{Some: 2, Whole: 1, Asked: 3, Silent: 1}); err != nil || f.Providers == nil || *f.Providers != want {
+			if want := (blobstore.Providers{Some: 2, Whole: 1, Asked: 3, Silent: 1}); err != nil ||
+				f.Providers == nil || *f.Providers != want {
 				t.Errorf("stat %s: %+v, %v", cid, f.Providers, err)
 			}
 			document, err = json.Marshal(f)
-			if want := `"holders":{"some":2,"whole":1,"asked":3,"silent":1}`; err != nil || !strings.Contains(string(document), want) {
+			if want := `"holders":{"some":2,"whole":1,"asked":3,"silent":1}`; err != nil ||
+				!strings.Contains(string(document), want) {
 				t.Errorf("%s is not in %s, %v", want, document, err)
 			}
 			if _, err := r.Stat(t.Context(), cid, local); !errors.Is(err, blobstore.ErrNotFound) {
 				t.Errorf("stat %s of this host: %v", cid, err)
 			}
 		}
-		if _, err := r.Stat(t.Context(), "v1", blobstore.Lookup{Local: true, Providers: true}); !errors.Is(err, blobstore.ErrInvalid) {
+		if _, err := r.Stat(t.Context(), "v1", blobstore.Lookup{Local: true, Providers: true}); !errors.Is(err,
+			blobstore.ErrInvalid) {
 			t.Errorf("count peers without asking them: %v", err)
 		}
 		// Nothing of this has been kept.
 		for entry, err := range r.List(t.Context()) {
 			t.Errorf("stat keeps %v, %v", entry, err)
 		}
-		if _, err := r.Stat(t.Context(), "v2", blobstore.Lookup{}); !errors.Is(err, blobstore.ErrNotFound) || errors.Is(err, blobstore.ErrUnreachable) {
+		if _, err := r.Stat(t.Context(), "v2", blobstore.Lookup{}); !errors.Is(err, blobstore.ErrNotFound) ||
+			errors.Is(err, blobstore.ErrUnreachable) {
 			t.Errorf("a miss: %v", err)
 		}
 		e.Part()
-		if _, err := r.Stat(t.Context(), "v1", blobstore.Lookup{}); !errors.Is(err, blobstore.ErrUnreachable) || errors.Is(err, blobstore.ErrNotFound) {
+		if _, err := r.Stat(t.Context(), "v1", blobstore.Lookup{}); !errors.Is(err, blobstore.ErrUnreachable) ||
+			errors.Is(err, blobstore.ErrNotFound) {
 			t.Errorf("no peer: %v", err)
 		}
 		// What is here needs no peer.
@@ -148,7 +154,8 @@ func TestHoldersOfArtifact(t *testing.T) {
 		m := ocispec.Manifest{Config: blob("{}"), Layers: []ocispec.Descriptor{fileOf("one", "a"), fileOf("two", "b")}}
 		mustPushManifest(t, r, image(m), "v1")
 		f, err := r.Stat(t.Context(), "v1", blobstore.Lookup{Providers: true})
-		if err != nil || len(f.Files) != 2 || f.Files[0].Providers.Whole != 1 || f.Files[1].Providers.Whole != 0 || f.Providers.Whole != 0 {
+		if err != nil || len(f.Files) != 2 || f.Files[0].Providers.Whole != 1 || f.Files[1].Providers.Whole != 0 ||
+			f.Providers.Whole != 0 {
 			t.Errorf("got %+v, %v; want the providers of the rarest file", f, err)
 		}
 	})
@@ -204,7 +211,8 @@ func TestFetchKeepsTheArtifact(t *testing.T) {
 					t.Errorf("the manifest: %+v, %v", m.Descriptor, err)
 				}
 				to := memory.New()
-				if d, err := oras.Copy(t.Context(), r, "v1", to, "v1", oras.DefaultCopyOptions); err != nil || d.Digest != imported.Manifest {
+				if d, err := oras.Copy(t.Context(), r, "v1", to, "v1", oras.DefaultCopyOptions); err != nil ||
+					d.Digest != imported.Manifest {
 					t.Errorf("copy: %v, %v", d, err)
 				}
 				got, f, err = exportedTo(t, r, "v1", local)
@@ -245,7 +253,8 @@ func TestExportOfSeveralFiles(t *testing.T) {
 	eachPeer(t, func(t *testing.T, e *peertest.Engine, r, theirs *blobstore.Repository) {
 		pushBlobs(t, theirs, "one", "two", "three", "{}")
 		pushBlobs(t, r, "two")
-		m := ocispec.Manifest{Config: blob("{}"), Layers: []ocispec.Descriptor{fileOf("one", "a"), fileOf("two", "b"), fileOf("three", "c")}}
+		m := ocispec.Manifest{Config: blob("{}"),
+			Layers: []ocispec.Descriptor{fileOf("one", "a"), fileOf("two", "b"), fileOf("three", "c")}}
 		mustPushManifest(t, theirs, image(m), "v1")
 		dir := filepath.Join(t.TempDir(), "out")
 		f, err := r.ExportFile(t.Context(), "v1", dir, blobstore.ExportOptions{})
@@ -263,7 +272,8 @@ func TestExportOfSeveralFiles(t *testing.T) {
 		requireSources(t, f.Files[1].Sources, 0)
 		requireSources(t, f.Files[2].Sources, 5)
 		document, err := json.Marshal(f)
-		if want := `"sources":[{"peer":"12D3KooWPeer","address":"10.0.0.7:4001","bytes":8}]`; err != nil || !strings.Contains(string(document), want) {
+		if want := `"sources":[{"peer":"12D3KooWPeer","address":"10.0.0.7:4001","bytes":8}]`; err != nil ||
+			!strings.Contains(string(document), want) {
 			t.Errorf("%s is not in %s, %v", want, document, err)
 		}
 		e.Part()
@@ -297,7 +307,8 @@ func TestExportAfterLies(t *testing.T) {
 			// What can't be taken back is not written again.
 			var out bytes.Buffer
 			e.Lies[f.Digest] = 1
-			if _, err := r.Export(t.Context(), "v1", &out, blobstore.ExportOptions{}); !errors.Is(err, blobstore.ErrMismatch) || out.Len() >= len(data) {
+			if _, err := r.Export(t.Context(), "v1", &out, blobstore.ExportOptions{}); !errors.Is(err,
+				blobstore.ErrMismatch) || out.Len() >= len(data) {
 				t.Errorf("to a writer: %d bytes, %v", out.Len(), err)
 			}
 		})
@@ -382,7 +393,8 @@ func TestNameOfNothing(t *testing.T) {
 		if _, err := theirs.Remove(t.Context(), f.Digest.String(), blobstore.DeleteOptions{Force: true}); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := r.Stat(t.Context(), "v1", blobstore.Lookup{}); !errors.Is(err, blobstore.ErrNotFound) || !strings.Contains(err.Error(), f.Digest.String()) {
+		if _, err := r.Stat(t.Context(), "v1", blobstore.Lookup{}); !errors.Is(err, blobstore.ErrNotFound) ||
+			!strings.Contains(err.Error(), f.Digest.String()) {
 			t.Errorf("got %v", err)
 		}
 		if n := e.Calls("stat"); n > 6 {
@@ -397,7 +409,8 @@ func TestPushOfWhatPeersHave(t *testing.T) {
 		check := blobstore.ManifestOptions{Tags: []string{"v1"}, CheckRefs: true}
 		pushBlobs(t, theirs, "{}", "one", "two")
 		pushBlobs(t, r, "one")
-		data := image(ocispec.Manifest{Config: blob("{}"), Layers: []ocispec.Descriptor{blob("one"), blob("two"), blob("two")}})
+		data := image(ocispec.Manifest{Config: blob("{}"),
+			Layers: []ocispec.Descriptor{blob("one"), blob("two"), blob("two")}})
 		if ok, err := r.Exists(t.Context(), blob("two")); err != nil || !ok {
 			t.Errorf("exists: %t, %v", ok, err)
 		}
@@ -441,9 +454,11 @@ func TestPushOfWhatPeersHave(t *testing.T) {
 
 func TestReferrersOfPeers(t *testing.T) {
 	eachPeer(t, func(t *testing.T, e *peertest.Engine, r, theirs *blobstore.Repository) {
-		subject := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: digest.SHA256.FromString("subject"), Size: 7}
+		subject := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest,
+			Digest: digest.SHA256.FromString("subject"), Size: 7}
 		here := mustPushManifest(t, r, image(ocispec.Manifest{Config: blob("{}"), Subject: &subject}))
-		there := mustPushManifest(t, theirs, image(ocispec.Manifest{Config: blob("{}"), Subject: &subject, Annotations: map[string]string{"a": "b"}}))
+		there := mustPushManifest(t, theirs,
+			image(ocispec.Manifest{Config: blob("{}"), Subject: &subject, Annotations: map[string]string{"a": "b"}}))
 		digests := func(list []ocispec.Descriptor, err error) []digest.Digest {
 			t.Helper()
 			if err != nil {
@@ -457,7 +472,8 @@ func TestReferrersOfPeers(t *testing.T) {
 			return got
 		}
 		referrers := func() (all []ocispec.Descriptor, err error) {
-			err = r.Referrers(t.Context(), subject, "", func(page []ocispec.Descriptor) error { all = append(all, page...); return nil })
+			err = r.Referrers(t.Context(), subject,
+				"", func(page []ocispec.Descriptor) error { all = append(all, page...); return nil })
 			return all, err
 		}
 		want := []digest.Digest{here.Digest, there.Digest}
@@ -478,7 +494,8 @@ func TestPushWithoutPeers(t *testing.T) {
 	eachPeer(t, func(t *testing.T, e *peertest.Engine, r, _ *blobstore.Repository) {
 		e.Part()
 		src := memory.New()
-		d, err := oras.PackManifest(t.Context(), src, oras.PackManifestVersion1_1, "application/x", oras.PackManifestOptions{})
+		d, err := oras.PackManifest(t.Context(), src, oras.PackManifestVersion1_1,
+			"application/x", oras.PackManifestOptions{})
 		if err == nil {
 			err = src.Tag(t.Context(), d, "v1")
 		}
@@ -492,7 +509,8 @@ func TestPushWithoutPeers(t *testing.T) {
 			t.Errorf("copy: %v", err)
 		}
 		other := digest.SHA256.FromString("other")
-		if _, err := r.Fetch(t.Context(), ocispec.Descriptor{Digest: other}); !errors.Is(err, blobstore.ErrUnreachable) {
+		if _, err := r.Fetch(t.Context(), ocispec.Descriptor{Digest: other}); !errors.Is(err,
+			blobstore.ErrUnreachable) {
 			t.Errorf("fetch: %v", err)
 		}
 	})
@@ -556,7 +574,8 @@ func TestManifestContent(t *testing.T) {
 		}
 		for _, keep := range []bool{false, true} {
 			m, err := r.ManifestContent(t.Context(), "v1", keep, 0)
-			if err != nil || m.Digest != want.Digest || m.Size != want.Size || m.MediaType != want.MediaType || !bytes.Equal(m.Content, want.Content) {
+			if err != nil || m.Digest != want.Digest || m.Size != want.Size || m.MediaType != want.MediaType ||
+				!bytes.Equal(m.Content, want.Content) {
 				t.Errorf("got %+v, %v; want %+v", m, err, want)
 			}
 			if _, err := r.Stat(t.Context(), m.Digest.String(), local); (err == nil) != keep {
@@ -577,18 +596,22 @@ func TestReplicateAndPeers(t *testing.T) {
 			r := repository(t, s, "t")
 			f := mustImport(t, r, "v1", bytesOf(10, 1), "")
 			for _, cid := range []string{"v1", f.Digest.String()} {
-				if got, err := r.Replicate(t.Context(), cid, 1); err != nil || !slices.Equal(got, []string{peertest.PeerID}) {
+				if got, err := r.Replicate(t.Context(), cid, 1); err != nil ||
+					!slices.Equal(got, []string{peertest.PeerID}) {
 					t.Errorf("replicate %s: %v, %v", cid, got, err)
 				}
 			}
-			if _, err := r.Replicate(t.Context(), "v1", 2); !errors.Is(err, blobstore.ErrUnreachable) || !strings.Contains(err.Error(), "1 of 2") {
+			if _, err := r.Replicate(t.Context(), "v1", 2); !errors.Is(err, blobstore.ErrUnreachable) ||
+				!strings.Contains(err.Error(), "1 of 2") {
 				t.Errorf("got %v", err)
 			}
 			if _, err := r.Replicate(t.Context(), "a b", 1); !errors.Is(err, blobstore.ErrInvalid) {
 				t.Errorf("got %v", err)
 			}
 			peers, err := s.Peers(t.Context())
-			if want := []blobstore.Peer{{ID: peertest.PeerID, Addresses: []string{peertest.Address}, State: p2p.PeerConnected}}; err != nil || !reflect.DeepEqual(peers, want) {
+			if want := []blobstore.Peer{
+				{ID: peertest.PeerID, Addresses: []string{peertest.Address}, State: p2p.PeerConnected}}; err != nil ||
+				!reflect.DeepEqual(peers, want) {
 				t.Errorf("peers are %+v, %v", peers, err)
 			}
 		})
@@ -611,11 +634,13 @@ func TestTagOfPeers(t *testing.T) {
 			if got, err := r.Resolve(t.Context(), "stable"); err != nil || got.Digest != target.Digest {
 				t.Errorf("the tag of %s is %v, %v", reference, got, err)
 			}
-			if exported, _, err := exportedTo(t, r, "stable", blobstore.Lookup{}); err != nil || !bytes.Equal(exported, data) {
+			if exported, _, err := exportedTo(t, r, "stable", blobstore.Lookup{}); err != nil ||
+				!bytes.Equal(exported, data) {
 				t.Errorf("exported by the tag of %s: %d bytes, %v", reference, len(exported), err)
 			}
 		}
-		absent := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: digest.SHA256.FromString("absent"), Size: 6}
+		absent := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest,
+			Digest: digest.SHA256.FromString("absent"), Size: 6}
 		if err := r.Tag(t.Context(), absent, "stable"); !errors.Is(err, errdef.ErrNotFound) {
 			t.Errorf("tag what nobody has: %v", err)
 		}
@@ -641,7 +666,8 @@ func TestExportWaitsForNothingElse(t *testing.T) {
 	}
 	peer := peertest.New(t)
 	theirs := repository(t, blobstore.New(peer.Peer), "t")
-	if _, err := theirs.Import(t.Context(), "v1", strings.NewReader("content"), blobstore.ImportOptions{Title: "file"}); err != nil {
+	if _, err := theirs.Import(t.Context(), "v1", strings.NewReader("content"),
+		blobstore.ImportOptions{Title: "file"}); err != nil {
 		t.Fatal(err)
 	}
 	e := &hangingKeep{Engine: peer}

@@ -44,14 +44,16 @@ var entries = map[string]func(ctx context.Context, s *blobstore.Store, src io.Re
 	"Push": func(ctx context.Context, s *blobstore.Store, src io.Reader) error {
 		r, err := s.Repository("t")
 		if err == nil {
-			err = r.Push(ctx, ocispec.Descriptor{MediaType: "application/octet-stream", Digest: digest.SHA256.FromBytes([]byte("content")), Size: 7}, src)
+			err = r.Push(ctx, ocispec.Descriptor{MediaType: "application/octet-stream",
+				Digest: digest.SHA256.FromBytes([]byte("content")), Size: 7}, src)
 		}
 		return err
 	},
 	"PushReference of a manifest": func(ctx context.Context, s *blobstore.Store, src io.Reader) error {
 		r, err := s.Repository("t")
 		if err == nil {
-			err = r.PushReference(ctx, ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: digest.SHA256.FromBytes([]byte("content")), Size: 7}, src, "v1")
+			err = r.PushReference(ctx, ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest,
+				Digest: digest.SHA256.FromBytes([]byte("content")), Size: 7}, src, "v1")
 		}
 		return err
 	},
@@ -80,15 +82,19 @@ func TestBadReaders(t *testing.T) {
 			says string
 			is   error
 		}{
-			"nil":                       {nil, "no reader", blobstore.ErrInvalid},
-			"a nil pointer":             {(*bytes.Reader)(nil), "the reader panicked", nil},
-			"a nil file":                {(*os.File)(nil), "invalid argument", nil},
-			"panics":                    {panics, "the reader panicked: it broke", nil},
-			"panics, with a deadline":   {deadlined{panics}, "the reader panicked: it broke", nil},
-			"panics after some":         {io.MultiReader(strings.NewReader("con"), panics), "the reader panicked: it broke", nil},
-			"claims too much":           {readFunc(func(p []byte) (int, error) { return len(p) + 1, nil }), "the reader claims", nil},
-			"claims less than nothing":  {readFunc(func([]byte) (int, error) { return -1, nil }), "the reader claims", nil},
-			"lies, and has a deadline":  {deadlined{readFunc(func([]byte) (int, error) { return -1, nil })}, "the reader claims", nil},
+			"nil":                     {nil, "no reader", blobstore.ErrInvalid},
+			"a nil pointer":           {(*bytes.Reader)(nil), "the reader panicked", nil},
+			"a nil file":              {(*os.File)(nil), "invalid argument", nil},
+			"panics":                  {panics, "the reader panicked: it broke", nil},
+			"panics, with a deadline": {deadlined{panics}, "the reader panicked: it broke", nil},
+			"panics after some": {
+				io.MultiReader(strings.NewReader("con"), panics), "the reader panicked: it broke", nil},
+			"claims too much": {
+				readFunc(func(p []byte) (int, error) { return len(p) + 1, nil }), "the reader claims", nil},
+			"claims less than nothing": {
+				readFunc(func([]byte) (int, error) { return -1, nil }), "the reader claims", nil},
+			"lies, and has a deadline": {
+				deadlined{readFunc(func([]byte) (int, error) { return -1, nil })}, "the reader claims", nil},
 			"the writing end of a pipe": {writingEnd(t), "bad file descriptor", nil},
 		} {
 			for name, give := range entries {
@@ -103,7 +109,8 @@ func TestBadReaders(t *testing.T) {
 			t.Fatal(err)
 		}
 		if strings.HasSuffix(t.Name(), "Open") { // else it is Import itself that calls it
-			_, err := r.Import(t.Context(), "v1", strings.NewReader("content"), blobstore.ImportOptions{Progress: func(int64) { panic("it broke") }})
+			_, err := r.Import(t.Context(), "v1", strings.NewReader("content"),
+				blobstore.ImportOptions{Progress: func(int64) { panic("it broke") }})
 			if err == nil || !strings.Contains(err.Error(), "panicked: it broke") {
 				t.Errorf("progress that panics: %v", err)
 			}
@@ -114,7 +121,8 @@ func TestBadReaders(t *testing.T) {
 		if _, err := r.Import(t.Context(), "v1", strings.NewReader("content"), blobstore.ImportOptions{}); err != nil {
 			t.Errorf("a good one after all these: %v", err)
 		}
-		if _, err := r.Export(t.Context(), "v1", nil, blobstore.ExportOptions{}); !errors.Is(err, blobstore.ErrInvalid) {
+		if _, err := r.Export(t.Context(), "v1", nil, blobstore.ExportOptions{}); !errors.Is(err,
+			blobstore.ErrInvalid) {
 			t.Errorf("export to no writer: %v", err)
 		}
 	})

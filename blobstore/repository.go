@@ -133,14 +133,13 @@ type ImportOptions struct {
 // Import stores what src has, up to its end, under cid, and returns when it
 // is durable: it then survives kill -9 and a power cut.
 //
-// Where cid is a digest, the content has to match it, or nothing is stored and
-// the error matches [ErrMismatch]. Where cid is a cache ID, it becomes the name
-// of an OCI artifact of this one file, and if it was the name of another one,
-// that is let go. With an empty cid the content is stored under its digest,
-// which the result has; its times are zero. A regular [*os.File] is copied in
-// the kernel; where somebody writes to it meanwhile, nothing is stored, as it may be a mix
-// that never was the file's content, and the error matches [ErrChanged]. A Read of src that blocks does not keep Import from returning when
-// ctx ends.
+// Where cid is a digest, the content has to match it, or nothing is stored and the error matches
+// [ErrMismatch]. Where cid is a cache ID, it becomes the name of an OCI artifact of this one file,
+// and if it was the name of another one, that is let go. With an empty cid the content is stored
+// under its digest, which the result has; its times are zero. A regular [*os.File] is copied in the
+// kernel; where somebody writes to it meanwhile, nothing is stored, as it may be a mix that never
+// was the file's content, and the error matches [ErrChanged]. A Read of src that blocks does not
+// keep Import from returning when ctx ends.
 //
 // It stores on this host alone, where the swarm finds it.
 func (r *Repository) Import(ctx context.Context, cid string, src io.Reader, opts ImportOptions) (File, error) {
@@ -286,12 +285,14 @@ func (r *Repository) find(ctx context.Context, cid string, l Lookup, use func(*f
 		return nil, err
 	}
 	if l.Local && l.Providers {
-		return nil, fmt.Errorf("%s: %w: peers are to be counted, and not to be asked", p2p.Describe(r.tag, id), ErrInvalid)
+		return nil, fmt.Errorf("%s: %w: peers are to be counted, and not to be asked", p2p.Describe(r.tag, id),
+			ErrInvalid)
 	}
 	named := id.CacheID() != ""
 	var before digest.Digest
 	for attempt, same := 1, 0; ; attempt++ {
-		info, err := r.engine.Stat(ctx, r.tag, id, p2p.StatOptions{Scope: l.scope(), Manifest: named, Providers: l.Providers && !named})
+		info, err := r.engine.Stat(ctx, r.tag, id,
+			p2p.StatOptions{Scope: l.scope(), Manifest: named, Providers: l.Providers && !named})
 		if err != nil {
 			return nil, err
 		}
@@ -355,12 +356,14 @@ func (r *Repository) followManifest(ctx context.Context, file *found, m *p2p.Man
 		info, found := known[layer.Digest]
 		if !found || l.Providers {
 			// It was too far down the list, or it is damaged or missing, which this tells.
-			if info, err = r.engine.Stat(ctx, r.tag, digest.FromDigest(layer.Digest), p2p.StatOptions{Scope: l.scope(), Providers: l.Providers}); err != nil {
+			if info, err = r.engine.Stat(ctx, r.tag, digest.FromDigest(layer.Digest),
+				p2p.StatOptions{Scope: l.scope(), Providers: l.Providers}); err != nil {
 				return fmt.Errorf("leads to: %w", err)
 			}
 			known[layer.Digest] = info
 		}
-		f := File{CID: file.CID, Tag: r.tag, Digest: layer.Digest, Title: layer.Annotations[ocispec.AnnotationTitle], Manifest: file.Manifest}
+		f := File{CID: file.CID, Tag: r.tag, Digest: layer.Digest, Title: layer.Annotations[ocispec.AnnotationTitle],
+			Manifest: file.Manifest}
 		f.fill(info)
 		file.Files = append(file.Files, f)
 		file.here = file.here && f.Local
@@ -432,7 +435,8 @@ func (r *Repository) keep(ctx context.Context, f *found, l Lookup) {
 // that remembers the name holds it with the manifest, and asks nobody what it stands for.
 func (r *Repository) keepFound(ctx context.Context, f *found, name digest.CID) bool {
 	if f.Manifest != "" {
-		if _, err := r.engine.HoldManifest(ctx, r.tag, digest.FromDigest(f.Manifest), p2p.StatOptions{ContentOnly: true}); err != nil {
+		if _, err := r.engine.HoldManifest(ctx, r.tag, digest.FromDigest(f.Manifest),
+			p2p.StatOptions{ContentOnly: true}); err != nil {
 			return false
 		}
 		held, err := r.engine.Stat(ctx, r.tag, name, p2p.StatOptions{Scope: p2p.Local})
@@ -457,7 +461,8 @@ func (r *Repository) keepEmpty(ctx context.Context) error {
 		return err
 	}
 	return in.Commit(p2p.Commit{Tasks: []p2p.NewTask{{
-		Task: r.task(config.Digest), MediaType: config.MediaType, Keep: p2p.KeepUntilReferred, Origin: time.Unix(0, 1).UTC(),
+		Task: r.task(config.Digest), MediaType: config.MediaType, Keep: p2p.KeepUntilReferred,
+		Origin: time.Unix(0, 1).UTC(),
 	}}})
 }
 
@@ -473,7 +478,8 @@ func (r *Repository) Open(ctx context.Context, cid string, l Lookup) (*Reader, e
 	var blob p2p.Blob
 	f, err := r.find(ctx, cid, l, func(f *found) (err error) {
 		if len(f.Files) > 0 {
-			return fmt.Errorf("%s: %w: it has %d files: export it to a directory, or name one of them by its digest", f.CID, ErrInvalid, len(f.Files))
+			return fmt.Errorf("%s: %w: it has %d files: export it to a directory, or name one of them by its digest",
+				f.CID, ErrInvalid, len(f.Files))
 		}
 		blob, err = r.open(ctx, f.Digest, l.scope())
 		return err
@@ -620,7 +626,8 @@ func (r *Repository) writeDir(ctx context.Context, artifact *File, path string, 
 	artifact.Sources = nil
 	for _, f := range artifact.Files {
 		for _, s := range f.Sources {
-			i := slices.IndexFunc(artifact.Sources, func(known Source) bool { return known.Peer == s.Peer && known.Address == s.Address })
+			i := slices.IndexFunc(artifact.Sources,
+				func(known Source) bool { return known.Peer == s.Peer && known.Address == s.Address })
 			if i < 0 {
 				artifact.Sources = append(artifact.Sources, s)
 			} else {
@@ -658,7 +665,9 @@ func (r *Repository) copyFile(ctx context.Context, f File, out *os.File, opts Ex
 const copyAttempts = 3
 
 // copyBlob copies a blob to w.
-func (r *Repository) copyBlob(ctx context.Context, d digest.Digest, w io.Writer, scope p2p.Scope, progress func(int64)) ([]Source, error) {
+func (r *Repository) copyBlob(
+	ctx context.Context, d digest.Digest, w io.Writer, scope p2p.Scope, progress func(int64),
+) ([]Source, error) {
 	blob, err := r.open(ctx, d, scope)
 	if err != nil {
 		return nil, err

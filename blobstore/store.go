@@ -146,7 +146,8 @@ func (s *Store) ClockWarning(ctx context.Context) string {
 	if worst.Ahead < 0 {
 		ahead = "behind"
 	}
-	return fmt.Sprintf("the clock of peer %s is %s %s that of this host (%d of %d peers differ by more than %s): keep clocks in step, and see 'dfcache peers'",
+	return fmt.Sprintf("the clock of peer %s is %s %s that of this host (%d of %d peers differ by more than %s): "+
+		"keep clocks in step, and see 'dfcache peers'",
 		worst.ID, worst.Ahead.Abs().Round(time.Second), ahead, off, all, maxSkew)
 }
 

@@ -84,7 +84,8 @@ func TestUpload(t *testing.T) {
 					}
 					d := alg.FromBytes(data[:size])
 					desc, err := u.Commit(d)
-					if err != nil || desc.Digest != d || desc.Size != int64(size) || desc.MediaType != "application/octet-stream" {
+					if err != nil || desc.Digest != d || desc.Size != int64(size) ||
+						desc.MediaType != "application/octet-stream" {
 						t.Errorf("commit of %s as %s, begun as %q: %+v, %v", name, alg, hint, desc, err)
 					}
 					requireBlob(t, r, d, data[:size])
@@ -109,7 +110,8 @@ func TestUploadGoesOn(t *testing.T) {
 			part := data[ends[i]:end]
 			n, err := u.Append(io.MultiReader(bytes.NewReader(part), iotest.ErrReader(broken)))
 			if !errors.Is(err, broken) || n != int64(len(part)) || u.Size() != int64(end) {
-				t.Fatalf("append: %d, %v; want %d bytes and the source's error; the size is %d", n, err, len(part), u.Size())
+				t.Fatalf("append: %d, %v; want %d bytes and the source's error; the size is %d", n, err, len(part),
+					u.Size())
 			}
 			if n, err := u.Append(iotest.ErrReader(broken)); n != 0 || !errors.Is(err, broken) {
 				t.Fatalf("append of nothing: %d, %v", n, err)
@@ -152,7 +154,8 @@ func TestUploadMismatch(t *testing.T) {
 						t.Errorf("commit as %s: %v; want %v", alg, err, is)
 					}
 				}
-				if mismatch, ok := errors.AsType[*digest.MismatchError](err); !ok || mismatch.Want != want || mismatch.Got != alg.FromBytes(data) {
+				if mismatch, ok := errors.AsType[*digest.MismatchError](err); !ok || mismatch.Want != want ||
+					mismatch.Got != alg.FromBytes(data) {
 					t.Errorf("commit as %s: %+v; want a MismatchError of both digests", alg, mismatch)
 				}
 				requireGone(t, r, want, alg.FromBytes(data), digest.SHA256.FromBytes(data))
@@ -162,7 +165,8 @@ func TestUploadMismatch(t *testing.T) {
 		for _, bad := range []digest.Digest{"", "sha256:abc", "md5:0123"} {
 			u := newUpload(t, r, "")
 			mustAppend(t, u, data)
-			if _, err := u.Commit(bad); !errors.Is(err, errdef.ErrInvalidDigest) || !errors.Is(err, blobstore.ErrInvalid) {
+			if _, err := u.Commit(bad); !errors.Is(err, errdef.ErrInvalidDigest) ||
+				!errors.Is(err, blobstore.ErrInvalid) {
 				t.Errorf("commit as %q: %v", bad, err)
 			}
 			requireOver(t, u)
@@ -384,7 +388,8 @@ func TestNoSpace(t *testing.T) {
 		t.Errorf("push: %v", err)
 	}
 	large := append([]byte("{}"), bytes.Repeat([]byte(" "), 3<<20)...)
-	if _, err := r.PushManifest(t.Context(), large, blobstore.ManifestOptions{}); !errors.Is(err, blobstore.ErrNoSpace) {
+	if _, err := r.PushManifest(t.Context(), large, blobstore.ManifestOptions{}); !errors.Is(err,
+		blobstore.ErrNoSpace) {
 		t.Errorf("push of a manifest: %v", err)
 	}
 	requireGone(t, r, d.Digest, digest.SHA256.FromBytes(large))

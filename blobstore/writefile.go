@@ -37,14 +37,16 @@ func writeFile(path string, opts ExportOptions, write func(*os.File) error) erro
 	case errors.Is(err, fs.ErrNotExist):
 		// A dangling link is in the way too: it is not ours to follow or to replace.
 		if _, err := os.Lstat(path); err == nil {
-			return fmt.Errorf("output %s: %w: it is a link to nothing: remove it, or name another output", path, fs.ErrExist)
+			return fmt.Errorf("output %s: %w: it is a link to nothing: remove it, or name another output", path,
+				fs.ErrExist)
 		}
 	case err != nil:
 		return fmt.Errorf("output: %w", err)
 	case info.IsDir():
 		return fmt.Errorf("output %s: %w: it is a directory: name a file in it", path, fs.ErrExist)
 	case !info.Mode().IsRegular():
-		return fmt.Errorf("output %s: %w: it is not a regular file: write to \"-\" and redirect it there", path, fs.ErrExist)
+		return fmt.Errorf("output %s: %w: it is not a regular file: write to \"-\" and redirect it there", path,
+			fs.ErrExist)
 	case !opts.Overwrite:
 		return fmt.Errorf("output %s: %w", path, ErrNoOverwrite)
 	default:
@@ -90,7 +92,8 @@ func noSpace(path string, err error) error {
 		return fmt.Errorf("output %s: %w: free some space on its disk, or choose another place", path, ErrNoSpace)
 	}
 	if errors.Is(err, unix.EFBIG) {
-		return fmt.Errorf("output %s: %w: it is larger than a file may be here: raise the limit (ulimit -f), or choose another place", path, ErrNoSpace)
+		return fmt.Errorf("output %s: %w: it is larger than a file may be here: raise the limit (ulimit -f), or "+
+			"choose another place", path, ErrNoSpace)
 	}
 	return err
 }
@@ -225,7 +228,8 @@ func (o *output) link(path string) error {
 	if o.temp != "" {
 		return os.Link(o.temp, path)
 	}
-	err := unix.Linkat(unix.AT_FDCWD, fmt.Sprintf("/proc/self/fd/%d", o.Fd()), unix.AT_FDCWD, path, unix.AT_SYMLINK_FOLLOW)
+	err := unix.Linkat(unix.AT_FDCWD, fmt.Sprintf("/proc/self/fd/%d", o.Fd()), unix.AT_FDCWD, path,
+		unix.AT_SYMLINK_FOLLOW)
 	if err != nil {
 		return &os.LinkError{Op: "link", Old: "new file", New: path, Err: err}
 	}
@@ -265,13 +269,15 @@ func writeDir(path string, opts ExportOptions, files []File, write func(File, *o
 	switch info, err := os.Stat(path); {
 	case errors.Is(err, fs.ErrNotExist):
 		if _, err := os.Lstat(path); err == nil {
-			return fmt.Errorf("output %s: %w: it is a link to nothing: remove it, or name another output", path, fs.ErrExist)
+			return fmt.Errorf("output %s: %w: it is a link to nothing: remove it, or name another output", path,
+				fs.ErrExist)
 		}
 		exists = false
 	case err != nil:
 		return fmt.Errorf("output: %w", err)
 	case !info.IsDir():
-		return fmt.Errorf("output %s: %w: the artifact has %d files: name a directory for them", path, fs.ErrExist, len(files))
+		return fmt.Errorf("output %s: %w: the artifact has %d files: name a directory for them", path, fs.ErrExist,
+			len(files))
 	case !opts.Overwrite:
 		entries, err := os.ReadDir(path)
 		if err != nil {
@@ -293,7 +299,8 @@ func writeDir(path string, opts ExportOptions, files []File, write func(File, *o
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(temp)) }()
 	for i, f := range files {
-		if err := writeNew(filepath.Join(temp, names[i]), func(out *os.File) error { return write(f, out) }); err != nil {
+		if err := writeNew(filepath.Join(temp, names[i]),
+			func(out *os.File) error { return write(f, out) }); err != nil {
 			return err
 		}
 	}
@@ -406,7 +413,8 @@ func fileNames(files []File) ([]string, error) {
 	for i, name := range names {
 		for dir := filepath.Dir(name); dir != "."; dir = filepath.Dir(dir) {
 			if taken[dir] {
-				return nil, fmt.Errorf("file %q of the artifact: %w: %q is a file of it too", files[i].Title, ErrInvalid, dir)
+				return nil, fmt.Errorf("file %q of the artifact: %w: %q is a file of it too", files[i].Title,
+					ErrInvalid, dir)
 			}
 		}
 	}

@@ -202,7 +202,8 @@ func TestContentBeforeName(t *testing.T) {
 			record, before := syncFile, filesIn(t, dir)
 			syncFile = func(f *os.File) error {
 				walk(t, dir, func(path string, info fs.FileInfo) {
-					if _, synced := s.sizes[inodeOf(info)]; !info.IsDir() && !synced && before[path] == "" && !strings.Contains(path, "/.dfcache-") {
+					if _, synced := s.sizes[inodeOf(info)]; !info.IsDir() && !synced && before[path] == "" &&
+						!strings.Contains(path, "/.dfcache-") {
 						t.Errorf("%s has its name, and the disk has not its content", path)
 					}
 				})

@@ -41,7 +41,9 @@ func (localCredentials) ServerHandshake(conn net.Conn) (net.Conn, credentials.Au
 		return nil, nil, err
 	}
 	var cred *unix.Ucred
-	if controlErr := fd.Control(func(fd uintptr) { cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); controlErr != nil || err != nil {
+	if controlErr := fd.Control(func(fd uintptr) {
+		cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+	}); controlErr != nil || err != nil {
 		return nil, nil, errors.Join(controlErr, err)
 	}
 	return conn, caller{credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}, cred.Uid}, nil
@@ -67,7 +69,9 @@ func check(ctx context.Context) error {
 	if ok && (c.uid == 0 || int(c.uid) == os.Geteuid()) {
 		return nil
 	}
-	return status.Errorf(codes.PermissionDenied, "uid %d may not use this socket: the daemon opens the paths that come here, so it answers only root and uid %d: use the dfcache that came with this dfdaemon, which opens files itself", c.uid, os.Geteuid())
+	return status.Errorf(codes.PermissionDenied, "uid %d may not use this socket: the daemon opens the paths that "+
+		"come here, so it answers only root and uid %d: use the dfcache that came with this dfdaemon, which opens "+
+		"files itself", c.uid, os.Geteuid())
 }
 
 func admit(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {

@@ -36,7 +36,8 @@ const maxConns = 256
 
 // NewServer returns a server of store. The caller closes the store after Shutdown.
 func NewServer(store *blobstore.Store, log *slog.Logger) *Server {
-	s := &Server{wire.NewServer(grpc.Creds(localCredentials{}), grpc.UnaryInterceptor(admit), grpc.StreamInterceptor(admitStream))}
+	s := &Server{wire.NewServer(grpc.Creds(localCredentials{}), grpc.UnaryInterceptor(admit),
+		grpc.StreamInterceptor(admitStream))}
 	dfdaemonv1.RegisterDaemonServer(s.grpc, &daemon{store: store, log: log})
 	return s
 }
@@ -44,7 +45,8 @@ func NewServer(store *blobstore.Store, log *slog.Logger) *Server {
 // Serve answers those who connect to l, a unix socket, until Shutdown; then it
 // returns nil. It closes l.
 func (s *Server) Serve(l net.Listener) error {
-	if err := s.grpc.Serve(connpool.Listen(l, max(connpool.Share(maxConns, 16), 8))); !errors.Is(err, grpc.ErrServerStopped) {
+	if err := s.grpc.Serve(connpool.Listen(l, max(connpool.Share(maxConns, 16), 8))); !errors.Is(err,
+		grpc.ErrServerStopped) {
 		return err
 	}
 	return nil
@@ -98,7 +100,8 @@ func (d *daemon) open(req request) (r *blobstore.Repository, cid string, err err
 func parseURL(raw string) (string, error) {
 	escaped, ok := strings.CutPrefix(raw, wire.Scheme)
 	if !ok {
-		return "", fmt.Errorf("URL %q: %w: want %s and a cid: other files are not cached here", raw, blobstore.ErrInvalid, wire.Scheme)
+		return "", fmt.Errorf("URL %q: %w: want %s and a cid: other files are not cached here", raw,
+			blobstore.ErrInvalid, wire.Scheme)
 	}
 	cid, err := url.QueryUnescape(escaped)
 	if err == nil && cid == "" {
@@ -232,13 +235,17 @@ func (d *daemon) DeleteTask(ctx context.Context, req *dfdaemonv1.DeleteTaskReque
 }
 
 // answer has do done, and makes of its error one that Dragonfly's clients read.
-func (d *daemon) answer(ctx context.Context, what string, req request, do func(ctx context.Context, r *blobstore.Repository, cid string) error) (*emptypb.Empty, error) {
+func (d *daemon) answer(
+	ctx context.Context, what string, req request,
+	do func(ctx context.Context, r *blobstore.Repository, cid string) error,
+) (*emptypb.Empty, error) {
 	r, cid, err := d.open(req)
 	if err == nil {
 		err = do(ctx, r, cid)
 	}
 	if err != nil {
-		d.log.Warn("Dragonfly's dfcache got an error", "call", what, "url", req.GetUrl(), "tag", req.GetUrlMeta().GetTag(), "error", err.Error())
+		d.log.Warn("Dragonfly's dfcache got an error", "call", what, "url", req.GetUrl(),
+			"tag", req.GetUrlMeta().GetTag(), "error", err.Error())
 		return nil, dfError(err)
 	}
 	return &emptypb.Empty{}, nil
@@ -250,7 +257,8 @@ func dfError(err error) error {
 	switch {
 	case errors.Is(err, blobstore.ErrNotFound):
 		code = commonv1.Code_PeerTaskNotFound
-	case errors.Is(err, blobstore.ErrInvalid), errors.Is(err, blobstore.ErrMismatch), errors.Is(err, fs.ErrExist), errors.Is(err, p2p.ErrReferenced):
+	case errors.Is(err, blobstore.ErrInvalid), errors.Is(err, blobstore.ErrMismatch), errors.Is(err, fs.ErrExist),
+		errors.Is(err, p2p.ErrReferenced):
 		code = commonv1.Code_BadRequest
 	case errors.Is(err, context.DeadlineExceeded):
 		code = commonv1.Code_RequestTimeOut

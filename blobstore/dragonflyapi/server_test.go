@@ -108,22 +108,28 @@ func serve(t *testing.T) *setup {
 func urlOf(cid string) string { return "d7y:/" + url.QueryEscape(cid) }
 
 func (s *setup) stat(cid, tag string, local bool) error {
-	_, err := s.StatTask(s.t.Context(), &dfdaemonv1.StatTaskRequest{Url: urlOf(cid), UrlMeta: &commonv1.UrlMeta{Tag: tag}, LocalOnly: local})
+	_, err := s.StatTask(s.t.Context(), &dfdaemonv1.StatTaskRequest{
+		Url: urlOf(cid), UrlMeta: &commonv1.UrlMeta{Tag: tag}, LocalOnly: local})
 	return err
 }
 
 func (s *setup) importFile(cid, tag, path string) error {
-	_, err := s.ImportTask(s.t.Context(), &dfdaemonv1.ImportTaskRequest{Url: urlOf(cid), UrlMeta: &commonv1.UrlMeta{Tag: tag}, Path: path, Type: commonv1.TaskType_DfCache})
+	_, err := s.ImportTask(s.t.Context(),
+		&dfdaemonv1.ImportTaskRequest{Url: urlOf(cid), UrlMeta: &commonv1.UrlMeta{Tag: tag}, Path: path,
+			Type: commonv1.TaskType_DfCache})
 	return err
 }
 
 func (s *setup) export(cid, tag, output string) error {
-	_, err := s.ExportTask(s.t.Context(), &dfdaemonv1.ExportTaskRequest{Url: urlOf(cid), UrlMeta: &commonv1.UrlMeta{Tag: tag}, Output: output, Uid: int64(os.Getuid()), Gid: int64(os.Getgid())})
+	_, err := s.ExportTask(s.t.Context(),
+		&dfdaemonv1.ExportTaskRequest{Url: urlOf(cid), UrlMeta: &commonv1.UrlMeta{Tag: tag}, Output: output,
+			Uid: int64(os.Getuid()), Gid: int64(os.Getgid())})
 	return err
 }
 
 func (s *setup) delete(cid, tag string) error {
-	_, err := s.DeleteTask(s.t.Context(), &dfdaemonv1.DeleteTaskRequest{Url: urlOf(cid), UrlMeta: &commonv1.UrlMeta{Tag: tag}})
+	_, err := s.DeleteTask(s.t.Context(),
+		&dfdaemonv1.DeleteTaskRequest{Url: urlOf(cid), UrlMeta: &commonv1.UrlMeta{Tag: tag}})
 	return err
 }
 
@@ -150,7 +156,8 @@ func requireCode(t *testing.T, what string, err error, want commonv1.Code) {
 	for _, d := range st.Details() {
 		detail, _ = d.(*commonv1.GrpcDfError)
 	}
-	if st.Code() != codes.Unknown || detail.GetCode() != want || st.Message() != fmt.Sprintf("[%d]%s", want, detail.GetMessage()) {
+	if st.Code() != codes.Unknown || detail.GetCode() != want ||
+		st.Message() != fmt.Sprintf("[%d]%s", want, detail.GetMessage()) {
 		t.Errorf("%s: %v (detail %v); want code %d", what, err, detail, want)
 	}
 }
@@ -185,7 +192,8 @@ func TestClient(t *testing.T) {
 			t.Errorf("the exported file has %d links, %v: want one of its own", stat.Nlink, err)
 		}
 		requireCode(t, "export to what is there", s.export(cid, tag, out), bad)
-		requireCode(t, "export of what nobody has to what is there", s.export("nowhere", tag, out), bad) // nobody is asked
+		// nobody is asked
+		requireCode(t, "export of what nobody has to what is there", s.export("nowhere", tag, out), bad)
 		if err := os.Remove(out); err != nil {
 			t.Fatal(err)
 		}
@@ -195,7 +203,8 @@ func TestClient(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if f, err := models.Stat(t.Context(), "v1", blobstore.Lookup{Local: true}); err != nil || f.Digest != sum || f.Title != "model.bin" {
+	if f, err := models.Stat(t.Context(), "v1", blobstore.Lookup{Local: true}); err != nil || f.Digest != sum ||
+		f.Title != "model.bin" {
 		t.Errorf("the store has %+v, %v", f, err)
 	}
 	// With the file gone, what is left of it does not count.
@@ -223,7 +232,8 @@ func TestOfPeers(t *testing.T) {
 	requireCode(t, "stat", s.stat("v1", "models", false), 0)
 	requireCode(t, "stat on this host", s.stat("v1", "models", true), notFound)
 	out := filepath.Join(s.dir, "out")
-	_, err = s.ExportTask(t.Context(), &dfdaemonv1.ExportTaskRequest{Url: urlOf("v1"), UrlMeta: &commonv1.UrlMeta{Tag: "models"}, Output: out, LocalOnly: true})
+	_, err = s.ExportTask(t.Context(), &dfdaemonv1.ExportTaskRequest{
+		Url: urlOf("v1"), UrlMeta: &commonv1.UrlMeta{Tag: "models"}, Output: out, LocalOnly: true})
 	requireCode(t, "export from this host", err, notFound)
 	requireCode(t, "export", s.export("v1", "models", out), 0)
 	if got, err := os.ReadFile(out); err != nil || !bytes.Equal(got, data) {
@@ -240,33 +250,41 @@ func TestRefused(t *testing.T) {
 	}
 	other := digest.SHA256.FromString("other")
 	for what, err := range map[string]error{
-		"a cid that is no tag":        s.importFile("not/ok", "", path),
-		"no cid":                      s.importFile("", "", path),
-		"a malformed digest":          s.importFile("sha256:xyz", "", path),
-		"a tag that is none":          s.importFile("v1", "Not OK", path),
-		"content of another digest":   s.importFile(other.String(), "", path),
-		"a relative path":             s.importFile("v1", "", "file"),
-		"a relative path of a file":   s.importFile("v1", "", "server_test.go"),
-		"a path of nothing":           s.importFile("v1", "", path+"x"),
-		"a directory":                 s.importFile("v1", "", s.dir),
-		"a relative output":           s.export("v1", "", "out"),
-		"stat of a bad cid":           s.stat("a b", "", false),
-		"delete of a bad cid":         s.delete("a/b", ""),
-		"a range":                     call(s.StatTask(t.Context(), &dfdaemonv1.StatTaskRequest{Url: urlOf("v1"), UrlMeta: &commonv1.UrlMeta{Range: "0-9"}})),
-		"another URL":                 call(s.StatTask(t.Context(), &dfdaemonv1.StatTaskRequest{Url: "https://example.com/v1", UrlMeta: &commonv1.UrlMeta{}})),
-		"an escape that is not whole": call(s.StatTask(t.Context(), &dfdaemonv1.StatTaskRequest{Url: "d7y:/v1%2", UrlMeta: &commonv1.UrlMeta{}})),
+		"a cid that is no tag":      s.importFile("not/ok", "", path),
+		"no cid":                    s.importFile("", "", path),
+		"a malformed digest":        s.importFile("sha256:xyz", "", path),
+		"a tag that is none":        s.importFile("v1", "Not OK", path),
+		"content of another digest": s.importFile(other.String(), "", path),
+		"a relative path":           s.importFile("v1", "", "file"),
+		"a relative path of a file": s.importFile("v1", "", "server_test.go"),
+		"a path of nothing":         s.importFile("v1", "", path+"x"),
+		"a directory":               s.importFile("v1", "", s.dir),
+		"a relative output":         s.export("v1", "", "out"),
+		"stat of a bad cid":         s.stat("a b", "", false),
+		"delete of a bad cid":       s.delete("a/b", ""),
+		"a range": call(
+			s.StatTask(t.Context(), &dfdaemonv1.StatTaskRequest{
+				Url: urlOf("v1"), UrlMeta: &commonv1.UrlMeta{Range: "0-9"}})),
+		"another URL": call(
+			s.StatTask(t.Context(), &dfdaemonv1.StatTaskRequest{
+				Url: "https://example.com/v1", UrlMeta: &commonv1.UrlMeta{}})),
+		"an escape that is not whole": call(
+			s.StatTask(t.Context(), &dfdaemonv1.StatTaskRequest{Url: "d7y:/v1%2", UrlMeta: &commonv1.UrlMeta{}})),
 	} {
 		requireCode(t, what, err, bad)
 	}
 	// Nobody waits for the other end of a pipe.
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
-	_, err := s.ImportTask(ctx, &dfdaemonv1.ImportTaskRequest{Url: urlOf("v1"), UrlMeta: &commonv1.UrlMeta{}, Path: fifo, Type: commonv1.TaskType_DfCache})
+	_, err := s.ImportTask(ctx, &dfdaemonv1.ImportTaskRequest{
+		Url: urlOf("v1"), UrlMeta: &commonv1.UrlMeta{}, Path: fifo, Type: commonv1.TaskType_DfCache})
 	requireCode(t, "a pipe", err, bad)
 	if f, err := os.OpenFile(fifo, os.O_WRONLY|unix.O_NONBLOCK, 0); err == nil {
 		f.Close()
 	}
-	if _, err := s.StatTask(t.Context(), &dfdaemonv1.StatTaskRequest{Url: urlOf(strings.Repeat("x", 64<<10))}); status.Code(err) != codes.ResourceExhausted {
+	if _, err := s.StatTask(t.Context(),
+		&dfdaemonv1.StatTaskRequest{Url: urlOf(strings.Repeat("x", 64<<10))}); status.Code(
+		err) != codes.ResourceExhausted {
 		t.Errorf("a long request: %v", err)
 	}
 	for e, err := range s.store.List(t.Context()) {
@@ -286,12 +304,14 @@ func TestTimeout(t *testing.T) {
 	out := filepath.Join(s.dir, "out")
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
-	_, err := s.ExportTask(ctx, &dfdaemonv1.ExportTaskRequest{Url: urlOf("v1"), UrlMeta: &commonv1.UrlMeta{}, Output: out, Limit: 1, Timeout: uint64(100e6)})
+	_, err := s.ExportTask(ctx, &dfdaemonv1.ExportTaskRequest{
+		Url: urlOf("v1"), UrlMeta: &commonv1.UrlMeta{}, Output: out, Limit: 1, Timeout: uint64(100e6)})
 	requireCode(t, "export of a byte in a second", err, commonv1.Code_RequestTimeOut)
 	if _, err := os.Lstat(out); !os.IsNotExist(err) {
 		t.Errorf("there is an output: %v", err)
 	}
-	_, err = s.ExportTask(t.Context(), &dfdaemonv1.ExportTaskRequest{Url: urlOf("v1"), UrlMeta: &commonv1.UrlMeta{}, Output: out, Limit: 1 << 30, Timeout: uint64(60e9)})
+	_, err = s.ExportTask(t.Context(), &dfdaemonv1.ExportTaskRequest{
+		Url: urlOf("v1"), UrlMeta: &commonv1.UrlMeta{}, Output: out, Limit: 1 << 30, Timeout: uint64(60e9)})
 	requireCode(t, "export at a rate", err, 0)
 }
 
@@ -312,7 +332,8 @@ func TestOwner(t *testing.T) {
 	s := serve(t)
 	requireCode(t, "import", s.importFile("v1", "", s.file("file", []byte("content"))), 0)
 	out := filepath.Join(s.dir, "out")
-	_, err := s.ExportTask(t.Context(), &dfdaemonv1.ExportTaskRequest{Url: urlOf("v1"), UrlMeta: &commonv1.UrlMeta{}, Output: out, Uid: 65533, Gid: 65534})
+	_, err := s.ExportTask(t.Context(), &dfdaemonv1.ExportTaskRequest{
+		Url: urlOf("v1"), UrlMeta: &commonv1.UrlMeta{}, Output: out, Uid: 65533, Gid: 65534})
 	requireCode(t, "export", err, 0)
 	var stat unix.Stat_t
 	if err := unix.Stat(out, &stat); err != nil || stat.Uid != 65533 || stat.Gid != 65534 {
@@ -327,7 +348,8 @@ func TestShutdown(t *testing.T) {
 	out := filepath.Join(s.dir, "out")
 	exported := make(chan error, 1)
 	go func() {
-		_, err := s.ExportTask(t.Context(), &dfdaemonv1.ExportTaskRequest{Url: urlOf("v1"), UrlMeta: &commonv1.UrlMeta{}, Output: out, Limit: 1})
+		_, err := s.ExportTask(t.Context(),
+			&dfdaemonv1.ExportTaskRequest{Url: urlOf("v1"), UrlMeta: &commonv1.UrlMeta{}, Output: out, Limit: 1})
 		exported <- err
 	}()
 	time.Sleep(100 * time.Millisecond) // mostly it is under way then
@@ -397,7 +419,8 @@ func TestStranger(t *testing.T) {
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	if strings.Count(string(out), "PermissionDenied") != 2 || strings.Count(string(out), "uid 65534 may not use this socket") != 2 {
+	if strings.Count(string(out), "PermissionDenied") != 2 ||
+		strings.Count(string(out), "uid 65534 may not use this socket") != 2 {
 		t.Errorf("another user is told: %s", out)
 	}
 }

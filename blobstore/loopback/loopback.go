@@ -90,11 +90,13 @@ func ForOwner(what string, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch {
 		case !IsNamed(r.Host):
-			http.Error(w, what+" are served to requests to localhost or a loopback address only", http.StatusMisdirectedRequest)
+			http.Error(w, what+" are served to requests to localhost or a loopback address only",
+				http.StatusMisdirectedRequest)
 		case IsCrossSite(r):
 			http.Error(w, what+" are not for web pages of other sites", http.StatusForbidden)
 		case !IsOwner(r):
-			http.Error(w, what+" are for the user who runs the program, and for root on the same host", http.StatusForbidden)
+			http.Error(w, what+" are for the user who runs the program, and for root on the same host",
+				http.StatusForbidden)
 		default:
 			next.ServeHTTP(w, r)
 		}

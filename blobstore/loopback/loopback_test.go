@@ -154,7 +154,9 @@ func TestUserOfSharedPort(t *testing.T) {
 		return l.Addr().String()
 	}())
 	shared := &net.Dialer{Control: func(_, _ string, c syscall.RawConn) (err error) {
-		controlErr := c.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEADDR, 1) })
+		controlErr := c.Control(func(fd uintptr) {
+			err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
+		})
 		return errors.Join(controlErr, err)
 	}}
 	if n, err := strconv.Atoi(port); err == nil {
@@ -195,7 +197,9 @@ func TestIsOwner(t *testing.T) {
 		start(server)
 		ask := func(dial func(network, at string) (net.Conn, error)) string {
 			transport := server.Client().Transport.(*http.Transport).Clone()
-			transport.DialContext = func(_ context.Context, network, at string) (net.Conn, error) { return dial(network, at) }
+			transport.DialContext = func(_ context.Context, network, at string) (net.Conn, error) {
+				return dial(network, at)
+			}
 			defer transport.CloseIdleConnections()
 			response, err := (&http.Client{Transport: transport}).Get(server.URL)
 			if err != nil {
@@ -223,8 +227,10 @@ func TestIsOwner(t *testing.T) {
 
 func TestIsNamed(t *testing.T) {
 	for host, want := range map[string]bool{
-		"localhost": true, "LOCALHOST:80": true, "a.localhost.": true, "127.0.0.1:65001": true, "127.1.2.3": true, "[::1]:80": true, "::1": true,
-		"": false, "example.com": false, "localhost.example.com": false, "127.0.0.1.example.com": false, "10.0.0.1": false, "[::]": false,
+		"localhost": true, "LOCALHOST:80": true, "a.localhost.": true, "127.0.0.1:65001": true, "127.1.2.3": true,
+		"[::1]:80": true, "::1": true,
+		"": false, "example.com": false, "localhost.example.com": false, "127.0.0.1.example.com": false,
+		"10.0.0.1": false, "[::]": false,
 	} {
 		if IsNamed(host) != want {
 			t.Errorf("%q: want %t", host, want)
@@ -234,7 +240,9 @@ func TestIsNamed(t *testing.T) {
 
 // Where the user is the right, it is not for the pages that the user's browser shows.
 func TestForOwner(t *testing.T) {
-	server := httptest.NewUnstartedServer(ForOwner("things", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { w.Write([]byte("things")) })))
+	server := httptest.NewUnstartedServer(
+		ForOwner("things", http.HandlerFunc(
+			func(w http.ResponseWriter, r *http.Request) { w.Write([]byte("things")) })))
 	server.Config.ConnContext = ConnContext
 	server.Start()
 	defer server.Close()

@@ -141,7 +141,9 @@ func (e *Engine) HoldManifest(ctx context.Context, tag string, cid digest.CID, o
 	return e.stat(ctx, tag, cid, opts, true)
 }
 
-func (e *Engine) stat(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions, hold bool) (info p2p.Info, err error) {
+func (e *Engine) stat(
+	ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions, hold bool,
+) (info p2p.Info, err error) {
 	local := opts
 	local.Providers = false
 	info, err = e.Store.Stat(ctx, tag, cid, local)
@@ -230,7 +232,8 @@ func (e *Engine) HoldReferrers(ctx context.Context, task p2p.Task) error {
 	for entry, err := range e.Peer.List(ctx, p2p.Query{Tag: &task.Tag, RefersTo: task.Digest}) {
 		var info p2p.Info
 		if err == nil {
-			info, err = e.Peer.Stat(ctx, entry.Task.Tag, digest.FromDigest(entry.Task.Digest), p2p.StatOptions{Manifest: true})
+			info, err = e.Peer.Stat(ctx, entry.Task.Tag, digest.FromDigest(entry.Task.Digest),
+				p2p.StatOptions{Manifest: true})
 		}
 		if err == nil {
 			err = e.keep(ctx, info, info.Manifest.Content)
@@ -286,7 +289,8 @@ func (e *Engine) Open(ctx context.Context, task p2p.Task, scope p2p.Scope) (p2p.
 	if err != nil {
 		return nil, err
 	}
-	table := &digest.Table{Digest: task.Digest, Size: info.Size, PieceLength: info.PieceLength, CRC: make([]uint32, info.Pieces)}
+	table := &digest.Table{Digest: task.Digest, Size: info.Size, PieceLength: info.PieceLength,
+		CRC: make([]uint32, info.Pieces)}
 	b := &blob{
 		engine: e, info: info, src: src, in: in, out: out, table: table,
 		there: make([]bool, info.Pieces), changed: make(chan struct{}),
@@ -412,7 +416,9 @@ func (b *blob) CopyRange(ctx context.Context, w io.Writer, off, n int64, progres
 	if off != 0 || n != b.Size() {
 		return b.Verified.CopyRange(ctx, w, off, n, progress)
 	}
-	return b.Verified.CopyWhole(ctx, w, func(ctx context.Context) error { return b.until(ctx, func() bool { return false }) }, nil)
+	return b.Verified.CopyWhole(ctx, w, func(ctx context.Context) error {
+		return b.until(ctx, func() bool { return false })
+	}, nil)
 }
 
 // Arrived implements [p2p.ArrivingBlob].

@@ -60,7 +60,8 @@ func ParseWho(s string) (Who, error) {
 		name = strings.TrimSpace(name)
 		switch {
 		case name == "" || strings.Contains(name, ":"):
-			return Who{}, fmt.Errorf("%w: %q is no name of a user: want anyone, users, or names with commas between them, or owner", digest.ErrInvalid, name)
+			return Who{}, fmt.Errorf("%w: %q is no name of a user: want anyone, users, or names with commas between "+
+				"them, or owner", digest.ErrInvalid, name)
 		case name == "anyone" || name == "owner" || name == "users":
 			return Who{}, fmt.Errorf("%w: %q stands alone, not in a list of names", digest.ErrInvalid, name)
 		}
@@ -165,16 +166,19 @@ func NewAccess(o AccessOptions) (*Access, error) {
 		a.log = slog.New(slog.DiscardHandler)
 	}
 	if a.write.anyone && !a.read.anyone {
-		return nil, fmt.Errorf("%w: who may write may read, too: let anyone read where anyone may write", digest.ErrInvalid)
+		return nil, fmt.Errorf("%w: who may write may read, too: let anyone read where anyone may write",
+			digest.ErrInvalid)
 	}
 	if a.path == "" {
 		if a.read.NeedsPassword() || a.write.NeedsPassword() {
-			return nil, fmt.Errorf("%w: read is for %s and write for %s, but without a password file nobody can log in", digest.ErrInvalid, a.read, a.write)
+			return nil, fmt.Errorf("%w: read is for %s and write for %s, but without a password file nobody can log in",
+				digest.ErrInvalid, a.read, a.write)
 		}
 		return a, nil
 	}
 	if a.read.owner || a.write.owner {
-		return nil, fmt.Errorf("%w: read is for %s and write for %s: with a password file the owner logs in as others do", digest.ErrInvalid, a.read, a.write)
+		return nil, fmt.Errorf("%w: read is for %s and write for %s: with a password file the owner logs in as "+
+			"others do", digest.ErrInvalid, a.read, a.write)
 	}
 	var err error
 	if a.passwords, err = readPasswords(a.path); err != nil {
@@ -232,11 +236,13 @@ func (a *Access) check(r *http.Request) *problem {
 			return nil
 		}
 		if !a.isNamed(r) {
-			return newProblem(http.StatusMisdirectedRequest, codeDenied, "what only the owner of this registry may do is asked of localhost or a loopback address, not of another name")
+			return newProblem(http.StatusMisdirectedRequest, codeDenied, "what only the owner of this registry may "+
+				"do is asked of localhost or a loopback address, not of another name")
 		}
 		if !loopback.IsOwner(r) {
 			a.log.Info("denied", "remote", r.RemoteAddr, "method", r.Method, "path", r.URL.Path)
-			return newProblem(http.StatusForbidden, codeDenied, "this registry is for the user who runs it, and for root on the same host; others need a user and a password, or that it lets anyone in")
+			return newProblem(http.StatusForbidden, codeDenied, "this registry is for the user who runs it, and for "+
+				"root on the same host; others need a user and a password, or that it lets anyone in")
 		}
 		return nil
 	}
@@ -252,7 +258,8 @@ func (a *Access) check(r *http.Request) *problem {
 	}
 	switch wait, err := a.login(r, name, password); {
 	case errors.Is(err, errLimited):
-		return newProblem(http.StatusTooManyRequests, codeTooManyRequests, "too many failed logins from this address: wait, then try again").
+		return newProblem(http.StatusTooManyRequests, codeTooManyRequests,
+			"too many failed logins from this address: wait, then try again").
 			with("Retry-After", strconv.Itoa(int(math.Ceil(wait.Seconds()))))
 	case err != nil: // or the sender has gone
 		return challenge("the user or the password is wrong")
@@ -344,7 +351,9 @@ func (a *Access) login(r *http.Request, name, password string) (wait time.Durati
 
 // compare reports whether a password is that of a user. A wrong one is counted where that is asked
 // for; where there is no room for it, compare says how long there is none.
-func (a *Access) compare(ctx context.Context, from netip.Prefix, user *user, password string, counted bool) (right bool, wait time.Duration, err error) {
+func (a *Access) compare(
+	ctx context.Context, from netip.Prefix, user *user, password string, counted bool,
+) (right bool, wait time.Duration, err error) {
 	select {
 	case a.hashes <- struct{}{}:
 		defer func() { <-a.hashes }()
@@ -415,7 +424,8 @@ func remote(r *http.Request) netip.Prefix {
 
 // challenge is the answer that asks for a login.
 func challenge(message string) *problem {
-	return newProblem(http.StatusUnauthorized, codeUnauthorized, "%s", message).with("WWW-Authenticate", `Basic realm="dfcache"`)
+	return newProblem(http.StatusUnauthorized, codeUnauthorized, "%s", message).with(
+		"WWW-Authenticate", `Basic realm="dfcache"`)
 }
 
 // refuse answers a request that gets no further.

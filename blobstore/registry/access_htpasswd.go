@@ -79,7 +79,8 @@ func parsePasswords(content []byte) (*passwords, error) {
 		}
 		cost, _ := strconv.Atoi(match[1]) // two digits
 		if cost < minCost || cost > maxCost {
-			return nil, invalid("the hash of %q has cost %d, want %d to %d: set the password again with htpasswd -B", name, cost, minCost, maxCost)
+			return nil, invalid("the hash of %q has cost %d, want %d to %d: set the password again with htpasswd -B",
+				name, cost, minCost, maxCost)
 		}
 		if p.users[name] != nil {
 			return nil, invalid("the user %q is there twice", name)

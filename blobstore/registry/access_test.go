@@ -87,7 +87,8 @@ func (d *door) open(read, write string) {
 		}
 	}
 	var err error
-	if d.Access, err = NewAccess(AccessOptions{Htpasswd: d.path, Read: who[0], Write: who[1], Log: slog.New(slog.NewTextHandler(&d.log, nil))}); err != nil {
+	if d.Access, err = NewAccess(AccessOptions{
+		Htpasswd: d.path, Read: who[0], Write: who[1], Log: slog.New(slog.NewTextHandler(&d.log, nil))}); err != nil {
 		d.t.Fatal(err)
 	}
 	d.Access.now, d.looked = d.clock.now, d.clock.now()
@@ -142,7 +143,8 @@ func (d *door) want(status int, method, path, authorization string) {
 		if w.Body.Len() > 0 {
 			d.t.Errorf("HEAD has the body %s", w.Body)
 		}
-	} else if err := json.Unmarshal(w.Body.Bytes(), &body); err != nil || len(body.Errors) != 1 || body.Errors[0].Code != code || body.Errors[0].Message == "" {
+	} else if err := json.Unmarshal(w.Body.Bytes(), &body); err != nil || len(body.Errors) != 1 ||
+		body.Errors[0].Code != code || body.Errors[0].Message == "" {
 		d.t.Errorf("%d has the body %s, want code %s", status, w.Body, code)
 	}
 	if got := w.Header().Get("Content-Type"); got != "application/json" {
@@ -174,10 +176,13 @@ func TestRights(t *testing.T) {
 		{"users", "users", [3]int{401, 401, 401}, [3]int{200, 200, 200}, [3]int{200, 200, 200}, [3]int{200, 200, 200}},
 		{"users", "alice", [3]int{401, 401, 401}, [3]int{200, 200, 200}, [3]int{200, 200, 403}, [3]int{200, 200, 403}},
 		{"alice", "bob", [3]int{401, 401, 401}, [3]int{200, 200, 403}, [3]int{200, 200, 200}, [3]int{403, 403, 403}},
-		{"alice,bob", "bob", [3]int{401, 401, 401}, [3]int{200, 200, 403}, [3]int{200, 200, 200}, [3]int{403, 403, 403}},
+		{"alice,bob", "bob", [3]int{401, 401, 401}, [3]int{200, 200, 403}, [3]int{200, 200, 200},
+			[3]int{403, 403, 403}},
 		{"anyone", "users", [3]int{401, 200, 401}, [3]int{200, 200, 200}, [3]int{200, 200, 200}, [3]int{200, 200, 200}},
-		{"anyone", "alice, bob", [3]int{401, 200, 401}, [3]int{200, 200, 200}, [3]int{200, 200, 200}, [3]int{200, 200, 403}},
-		{"anyone", "anyone", [3]int{200, 200, 200}, [3]int{200, 200, 200}, [3]int{200, 200, 200}, [3]int{200, 200, 200}},
+		{"anyone", "alice, bob", [3]int{401, 200, 401}, [3]int{200, 200, 200}, [3]int{200, 200, 200},
+			[3]int{200, 200, 403}},
+		{"anyone", "anyone", [3]int{200, 200, 200}, [3]int{200, 200, 200}, [3]int{200, 200, 200},
+			[3]int{200, 200, 200}},
 	}
 	for _, test := range tests {
 		t.Run(test.read+" "+test.write, func(t *testing.T) {
@@ -201,8 +206,10 @@ func TestRights(t *testing.T) {
 			}
 			// What is wrong is told even where nothing is needed.
 			for _, authorization := range []string{
-				basic("alice", "wrong"), basic("alice", ""), basic("", "secret-alice"), basic("mallory", "secret-alice"),
-				login("Alice"), "Bearer secret", "Basic", "Basic !", "Basic " + base64.StdEncoding.EncodeToString([]byte("alice")),
+				basic("alice", "wrong"), basic("alice", ""), basic("", "secret-alice"),
+				basic("mallory", "secret-alice"),
+				login("Alice"), "Bearer secret", "Basic", "Basic !",
+				"Basic " + base64.StdEncoding.EncodeToString([]byte("alice")),
 			} {
 				d.want(401, "GET", manifest, authorization)
 				d.clock.advance(wrongInterval)
@@ -257,8 +264,10 @@ func TestOwnerByName(t *testing.T) {
 		}
 		defer response.Body.Close()
 		body, err := io.ReadAll(response.Body)
-		if err != nil || response.StatusCode != want || want == 421 && method != "HEAD" && !bytes.Contains(body, []byte(`"DENIED"`)) {
-			t.Errorf("%s to %q, read for %s, write for %s: %d %s, %v; want %d", method, host, o.Read, o.Write, response.StatusCode, body, err, want)
+		if err != nil || response.StatusCode != want ||
+			want == 421 && method != "HEAD" && !bytes.Contains(body, []byte(`"DENIED"`)) {
+			t.Errorf("%s to %q, read for %s, write for %s: %d %s, %v; want %d", method, host, o.Read, o.Write,
+				response.StatusCode, body, err, want)
 		}
 	}
 	for host, local := range hosts {
@@ -325,10 +334,12 @@ func TestNewAccess(t *testing.T) {
 		{AccessOptions{Htpasswd: good, Write: Anyone}, digest.ErrInvalid, "who may write may read"},
 		{AccessOptions{Write: Owner}, digest.ErrInvalid, "without a password file nobody can log in"},
 		{AccessOptions{Read: Owner, Write: Anyone}, digest.ErrInvalid, "who may write may read"},
-		{AccessOptions{Htpasswd: good, Read: Owner}, digest.ErrInvalid, "with a password file the owner logs in as others do"},
+		{AccessOptions{Htpasswd: good, Read: Owner}, digest.ErrInvalid,
+			"with a password file the owner logs in as others do"},
 		{AccessOptions{Htpasswd: good + "x"}, fs.ErrNotExist, good + "x"},
 		{AccessOptions{Htpasswd: filepath.Dir(good)}, nil, "is a directory"},
-		{AccessOptions{Htpasswd: open}, nil, "the permissions 0644 of " + open + " are too open: it is a secret; run: chmod 600 " + open},
+		{AccessOptions{Htpasswd: open}, nil,
+			"the permissions 0644 of " + open + " are too open: it is a secret; run: chmod 600 " + open},
 	}
 	for _, test := range tests {
 		_, err := NewAccess(test.options)
@@ -342,7 +353,8 @@ func TestNewAccess(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := NewAccess(AccessOptions{Htpasswd: good, Write: who, Log: slog.New(slog.NewTextHandler(&log, nil))}); err != nil {
+	if _, err := NewAccess(AccessOptions{
+		Htpasswd: good, Write: who, Log: slog.New(slog.NewTextHandler(&log, nil))}); err != nil {
 		t.Fatal(err)
 	}
 	if got := log.String(); strings.Count(got, "level=WARN") != 1 || !strings.Contains(got, "user=alcie") {
@@ -414,7 +426,8 @@ func TestParsePasswords(t *testing.T) {
 		_, err := parsePasswords([]byte(test.content))
 		if !errors.Is(err, digest.ErrInvalid) || !strings.Contains(err.Error(), test.text) {
 			t.Errorf("%q: error %v, want %q", test.content, err, test.text)
-		} else if strings.Contains(err.Error(), hash[3:20]) || strings.Contains(err.Error(), "secret") || strings.Contains(err.Error(), "5en6G6") {
+		} else if strings.Contains(err.Error(), hash[3:20]) || strings.Contains(err.Error(), "secret") ||
+			strings.Contains(err.Error(), "5en6G6") {
 			t.Errorf("%q: the error tells what stands there: %v", test.content, err)
 		}
 	}
@@ -520,7 +533,8 @@ func TestRemembered(t *testing.T) {
 	}
 
 	// What is remembered is not the password.
-	if right := after.right.Load(); bytes.Contains(right[:], []byte("secret")) || mac(make([]byte, 32), "secret-alice") == *right {
+	if right := after.right.Load(); bytes.Contains(right[:], []byte("secret")) ||
+		mac(make([]byte, 32), "secret-alice") == *right {
 		t.Error("what is remembered does not depend on the key")
 	}
 	// Nobody is not remembered, even with the password of somebody.
@@ -549,7 +563,8 @@ func TestLimit(t *testing.T) {
 	}
 	logged := d.log.Len()
 	w := from(here, wrong)
-	if w.Code != 429 || w.Header().Get("Retry-After") != "3" || !strings.Contains(w.Body.String(), `"TOOMANYREQUESTS"`) {
+	if w.Code != 429 || w.Header().Get("Retry-After") != "3" ||
+		!strings.Contains(w.Body.String(), `"TOOMANYREQUESTS"`) {
 		t.Errorf("one too many: %d, Retry-After %q, %s", w.Code, w.Header().Get("Retry-After"), w.Body)
 	}
 	if d.log.Len() != logged {
@@ -768,7 +783,8 @@ func TestClientOf(t *testing.T) {
 	d := newDoor(t, "users", "users")
 	var who string
 	next := http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { who = clientOf(r) })
-	for remote, authorization := range map[string]string{"192.0.2.1:1": login("alice"), "[2001:db8::1]:1": login("alice")} {
+	for remote, authorization := range map[string]string{
+		"192.0.2.1:1": login("alice"), "[2001:db8::1]:1": login("alice")} {
 		r := httptest.NewRequest("GET", manifest, nil)
 		r.RemoteAddr = remote
 		r.Header.Set("Authorization", authorization)
@@ -777,7 +793,8 @@ func TestClientOf(t *testing.T) {
 			t.Errorf("alice at %s is %q", remote, who)
 		}
 	}
-	for remote, want := range map[string]string{"192.0.2.1:1": "host 192.0.2.1", "[2001:db8::1]:1": "host 2001:db8::/64", "127.0.0.1:1": "host 127.0.0.1"} {
+	for remote, want := range map[string]string{
+		"192.0.2.1:1": "host 192.0.2.1", "[2001:db8::1]:1": "host 2001:db8::/64", "127.0.0.1:1": "host 127.0.0.1"} {
 		r := httptest.NewRequest("GET", manifest, nil)
 		r.SetBasicAuth("alice", "x") // which nobody has looked at
 		r.RemoteAddr = remote

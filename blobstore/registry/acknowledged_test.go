@@ -22,10 +22,12 @@ import (
 // ways are how a client hears that a blob is stored, or is there.
 var ways = map[string]func(s *server, name string, data []byte){
 	"POST": func(s *server, name string, data []byte) {
-		s.do("POST", "/v2/"+name+"/blobs/uploads/?digest="+digest.SHA256.FromBytes(data).String(), data).want(http.StatusCreated)
+		s.do("POST", "/v2/"+name+"/blobs/uploads/?digest="+digest.SHA256.FromBytes(data).String(), data).want(
+			http.StatusCreated)
 	},
 	"POST chunked": func(s *server, name string, data []byte) {
-		s.do("POST", "/v2/"+name+"/blobs/uploads/?digest="+digest.SHA256.FromBytes(data).String(), io.MultiReader(bytes.NewReader(data))).want(http.StatusCreated)
+		s.do("POST", "/v2/"+name+"/blobs/uploads/?digest="+digest.SHA256.FromBytes(data).String(),
+			io.MultiReader(bytes.NewReader(data))).want(http.StatusCreated)
 	},
 	"PUT": func(s *server, name string, data []byte) { s.pushBlob(name, data) },
 	"PATCH": func(s *server, name string, data []byte) {
@@ -35,7 +37,8 @@ var ways = map[string]func(s *server, name string, data []byte){
 	},
 	"mount": func(s *server, name string, data []byte) {
 		s.pushBlob("source", data)
-		s.do("POST", "/v2/"+name+"/blobs/uploads/?from=source&mount="+digest.SHA256.FromBytes(data).String(), nil).want(http.StatusCreated)
+		s.do("POST", "/v2/"+name+"/blobs/uploads/?from=source&mount="+digest.SHA256.FromBytes(data).String(), nil).want(
+			http.StatusCreated)
 	},
 	"HEAD": func(s *server, name string, data []byte) {
 		s.do("HEAD", "/v2/"+name+"/blobs/"+digest.SHA256.FromBytes(data).String(), nil).want(http.StatusOK)
@@ -84,14 +87,18 @@ func TestAcknowledgedStays(t *testing.T) {
 			}
 		},
 		"dfcache import": func(s *server, _ digest.Digest) {
-			if _, err := s.repository("a").Import(s.Context(), "v1", bytes.NewReader([]byte("other")), blobstore.ImportOptions{}); err != nil {
+			if _, err := s.repository("a").Import(s.Context(), "v1", bytes.NewReader([]byte("other")),
+				blobstore.ImportOptions{}); err != nil {
 				s.Fatal(err)
 			}
 		},
 		"by force": func(s *server, m digest.Digest) {
-			index := encode(s.T, ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Manifests: []ocispec.Descriptor{{MediaType: ocispec.MediaTypeImageManifest, Digest: m}}})
-			s.do("PUT", "/v2/a/manifests/index", index, "Content-Type", ocispec.MediaTypeImageIndex).want(http.StatusCreated)
-			if _, err := s.repository("a").Remove(s.Context(), m.String(), blobstore.DeleteOptions{Force: true}); err != nil {
+			index := encode(s.T, ocispec.Index{MediaType: ocispec.MediaTypeImageIndex,
+				Manifests: []ocispec.Descriptor{{MediaType: ocispec.MediaTypeImageManifest, Digest: m}}})
+			s.do("PUT", "/v2/a/manifests/index", index, "Content-Type", ocispec.MediaTypeImageIndex).want(
+				http.StatusCreated)
+			if _, err := s.repository("a").Remove(s.Context(), m.String(),
+				blobstore.DeleteOptions{Force: true}); err != nil {
 				s.Fatal(err)
 			}
 		},
@@ -108,7 +115,10 @@ func TestAcknowledgedStays(t *testing.T) {
 				}
 				cleanup(s, m)
 				s.do("HEAD", "/v2/a/blobs/"+digest.SHA256.FromBytes(layer).String(), nil).want(http.StatusOK)
-				s.pushManifest("a", "v2", encode(t, ocispec.Manifest{MediaType: ocispec.MediaTypeImageManifest, Config: ocispec.Descriptor{Digest: digest.SHA256.FromBytes(layer)}, Layers: []ocispec.Descriptor{}}))
+				s.pushManifest("a", "v2",
+					encode(t, ocispec.Manifest{
+						MediaType: ocispec.MediaTypeImageManifest, Config: ocispec.Descriptor{
+							Digest: digest.SHA256.FromBytes(layer)}, Layers: []ocispec.Descriptor{}}))
 			})
 		}
 	}
@@ -144,7 +154,8 @@ func TestAcknowledgedManifestStays(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.do("HEAD", path, nil).want(http.StatusOK)
-	index := encode(t, ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Manifests: []ocispec.Descriptor{{MediaType: ocispec.MediaTypeImageManifest, Digest: m}}})
+	index := encode(t, ocispec.Index{MediaType: ocispec.MediaTypeImageIndex,
+		Manifests: []ocispec.Descriptor{{MediaType: ocispec.MediaTypeImageManifest, Digest: m}}})
 	s.do("PUT", "/v2/a/manifests/index", index, "Content-Type", ocispec.MediaTypeImageIndex).want(http.StatusCreated)
 	s.do("GET", path, nil).want(http.StatusOK)
 }
@@ -159,7 +170,8 @@ func TestDeleteDuringPush(t *testing.T) {
 		// The body is sent when the registry asks for it: it has looked by then.
 		s.http.Client().Transport.(*http.Transport).ExpectContinueTimeout = time.Minute
 		body, w := io.Pipe()
-		r, err := http.NewRequestWithContext(t.Context(), "POST", s.http.URL+"/v2/a/blobs/uploads/?digest="+d.String(), body)
+		r, err := http.NewRequestWithContext(
+			t.Context(), "POST", s.http.URL+"/v2/a/blobs/uploads/?digest="+d.String(), body)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -217,9 +229,13 @@ func TestMountOfDamage(t *testing.T) {
 	d := digest.SHA256.FromBytes(data)
 	path := func(s *server) string { return filepath.Join(s.dir, "blobs", "sha256", d.Encoded()) }
 	for what, harm := range map[string]func(s *server) error{
-		"cut":                      func(s *server) error { return errors.Join(os.Chmod(path(s), 0o600), os.Truncate(path(s), 5)) },
-		"removed":                  func(s *server) error { return os.Remove(path(s)) },
-		"directory":                func(s *server) error { return errors.Join(os.Remove(path(s)), os.Mkdir(path(s), 0o755)) },
+		"cut": func(s *server) error {
+			return errors.Join(os.Chmod(path(s), 0o600), os.Truncate(path(s), 5))
+		},
+		"removed": func(s *server) error { return os.Remove(path(s)) },
+		"directory": func(s *server) error {
+			return errors.Join(os.Remove(path(s)), os.Mkdir(path(s), 0o755))
+		},
 		"flipped, and not met yet": func(s *server) error { s.damage(d); return nil },
 	} {
 		for _, from := range []string{"&from=a", ""} {
@@ -299,7 +315,8 @@ func TestDamageIsRemembered(t *testing.T) {
 					s.do("HEAD", "/v2/a/manifests/v1", nil).fails(http.StatusNotFound, "MANIFEST_UNKNOWN")
 					s.do("HEAD", "/v2/a/manifests/"+m.String(), nil).fails(http.StatusNotFound, "MANIFEST_UNKNOWN")
 					s.do("GET", "/v2/a/manifests/v1", nil).want(http.StatusOK)
-					if exists, err := s.repository("a").Exists(t.Context(), ocispec.Descriptor{Digest: d}); exists || err != nil {
+					if exists, err := s.repository("a").Exists(t.Context(), ocispec.Descriptor{Digest: d}); exists ||
+						err != nil {
 						t.Errorf("it exists: %v, %v", exists, err)
 					}
 					s = s.reopen()
@@ -330,7 +347,9 @@ func TestPeersMendWhatIsReferredTo(t *testing.T) {
 			t.Fatalf("checked again: %v", err)
 		}
 		s.do("HEAD", path, nil).want(http.StatusOK)
-		s.pushManifest("a", "v1", encode(t, ocispec.Manifest{MediaType: ocispec.MediaTypeImageManifest, Config: ocispec.Descriptor{Digest: d}, Layers: []ocispec.Descriptor{}}))
+		s.pushManifest("a", "v1", encode(
+			t, ocispec.Manifest{MediaType: ocispec.MediaTypeImageManifest, Config: ocispec.Descriptor{Digest: d},
+				Layers: []ocispec.Descriptor{}}))
 		e.Part()
 		s.do("GET", path, nil).want(http.StatusOK).content(data)
 	})

@@ -82,13 +82,15 @@ func (h *Handler) getBlob(w *response, r *request) error {
 	off, n, partial, err := parseRange(header, found.Size)
 	if err != nil {
 		return newProblem(http.StatusRequestedRangeNotSatisfiable, codeSizeInvalid,
-			"range %.80q has nothing of the blob's %d bytes, or is malformed: ask for bytes=<first>-<last>, bytes=<first>- or bytes=-<count>", header, found.Size).
+			"range %.80q has nothing of the blob's %d bytes, or is malformed: ask for bytes=<first>-<last>, "+
+				"bytes=<first>- or bytes=-<count>", header, found.Size).
 			with("Content-Range", "bytes */"+strconv.FormatInt(found.Size, 10))
 	}
 	if partial {
 		w.success = http.StatusPartialContent
 		w.Header().Set("Content-Length", strconv.FormatInt(n, 10))
-		w.Header().Set("Content-Range", "bytes "+strconv.FormatInt(off, 10)+"-"+strconv.FormatInt(off+n-1, 10)+"/"+strconv.FormatInt(found.Size, 10))
+		w.Header().Set("Content-Range", "bytes "+strconv.FormatInt(off, 10)+"-"+strconv.FormatInt(off+n-1, 10)+"/"+
+			strconv.FormatInt(found.Size, 10))
 	}
 	if err := content.CopyRange(r.Context(), w.writer(r.Request), off, n); err != nil {
 		return err

@@ -41,7 +41,8 @@ func TestBlobIsAbsent(t *testing.T) {
 		if method != "HEAD" {
 			a.contains(d.String(), "repository a")
 		}
-		for _, bad := range []string{"sha256:baddigeststring", "sha1:" + d.Encoded()[:40], "x", d.String() + "0", "SHA256:" + d.Encoded(), "sha256%3A"} {
+		for _, bad := range []string{"sha256:baddigeststring", "sha1:" + d.Encoded()[:40], "x", d.String() + "0",
+			"SHA256:" + d.Encoded(), "sha256%3A"} {
 			s.do(method, "/v2/a/blobs/"+bad, nil).fails(http.StatusBadRequest, "DIGEST_INVALID")
 		}
 	}
@@ -63,7 +64,8 @@ func TestBlobOfAnyKind(t *testing.T) {
 			t.Fatal(err)
 		}
 		s.do("GET", "/v2/"+name+"/blobs/"+f.Digest.String(), nil).want(http.StatusOK).content(data)
-		m := s.do("GET", "/v2/"+name+"/manifests/v1", nil).want(http.StatusOK, "Docker-Content-Digest", f.Manifest.String())
+		m := s.do("GET", "/v2/"+name+"/manifests/v1", nil).want(
+			http.StatusOK, "Docker-Content-Digest", f.Manifest.String())
 		s.do("GET", "/v2/"+name+"/blobs/"+f.Manifest.String(), nil).
 			want(http.StatusOK, "Content-Type", "application/octet-stream").content(m.body)
 		s.do("GET", "/v2/"+name+"/manifests/"+f.Digest.String(), nil).fails(http.StatusNotFound, "MANIFEST_UNKNOWN")
@@ -111,23 +113,28 @@ func TestRange(t *testing.T) {
 	} {
 		a := s.do("GET", path, nil, "Range", c.header)
 		if c.end == 0 {
-			a.fails(http.StatusRequestedRangeNotSatisfiable, "SIZE_INVALID", "Content-Range", "bytes */300000", "Docker-Content-Digest", "")
+			a.fails(http.StatusRequestedRangeNotSatisfiable, "SIZE_INVALID", "Content-Range", "bytes */300000",
+				"Docker-Content-Digest", "")
 			continue
 		}
-		a.want(http.StatusPartialContent, "Content-Range", contentRange(c.off, c.end, n), "Content-Length", size(data[c.off:c.end]),
-			"Accept-Ranges", "bytes", "Docker-Content-Digest", d.String(), "Content-Type", "application/octet-stream").content(data[c.off:c.end])
+		a.want(http.StatusPartialContent, "Content-Range", contentRange(c.off, c.end, n),
+			"Content-Length", size(data[c.off:c.end]),
+			"Accept-Ranges", "bytes", "Docker-Content-Digest", d.String(), "Content-Type",
+			"application/octet-stream").content(data[c.off:c.end])
 	}
 	// The whole is an answer to several ranges, and to what is not understood.
 	for _, header := range []string{"bytes=0-1,5-6", "lines=1-2", "1-2", ""} {
 		s.do("GET", path, nil, "Range", header).want(http.StatusOK, "Content-Range", "").content(data)
 	}
 	// The range is for what If-Range names only, and for GET only.
-	s.do("GET", path, nil, "Range", "bytes=1-2", "If-Range", `"`+d.String()+`"`).want(http.StatusPartialContent).content(data[1:3])
+	s.do("GET", path, nil, "Range", "bytes=1-2", "If-Range", `"`+d.String()+`"`).want(
+		http.StatusPartialContent).content(data[1:3])
 	s.do("GET", path, nil, "Range", "bytes=1-2", "If-Range", `"other"`).want(http.StatusOK).content(data)
 	s.do("HEAD", path, nil, "Range", "bytes=1-2").want(http.StatusOK, "Content-Length", size(data))
 	// Of an empty blob there are no ranges.
 	empty := s.pushBlob("a", nil)
-	s.do("GET", "/v2/a/blobs/"+empty.String(), nil, "Range", "bytes=0-5").want(http.StatusOK, "Content-Length", "0").content(nil)
+	s.do("GET", "/v2/a/blobs/"+empty.String(), nil, "Range", "bytes=0-5").want(
+		http.StatusOK, "Content-Length", "0").content(nil)
 }
 
 func contentRange(off, end, n int) string {
@@ -138,11 +145,13 @@ func TestNotModified(t *testing.T) {
 	s := start(t, registry.Options{})
 	d := s.pushBlob("a", []byte("data"))
 	m := s.pushManifest("a", "v1", s.image("a", nil))
-	for path, d := range map[string]digest.Digest{"/v2/a/blobs/" + d.String(): d, "/v2/a/manifests/v1": m, "/v2/a/manifests/" + m.String(): m} {
+	for path, d := range map[string]digest.Digest{
+		"/v2/a/blobs/" + d.String(): d, "/v2/a/manifests/v1": m, "/v2/a/manifests/" + m.String(): m} {
 		etag := `"` + d.String() + `"`
 		for _, method := range []string{"GET", "HEAD"} {
 			for _, header := range []string{etag, "W/" + etag, "*", `"x", ` + etag, `"x",W/` + etag + `,"y"`} {
-				s.do(method, path, nil, "If-None-Match", header).want(http.StatusNotModified, "Etag", etag, "Docker-Content-Digest", d.String()).content(nil)
+				s.do(method, path, nil, "If-None-Match", header).want(
+					http.StatusNotModified, "Etag", etag, "Docker-Content-Digest", d.String()).content(nil)
 			}
 			for _, header := range []string{`"x"`, d.String(), ""} {
 				s.do(method, path, nil, "If-None-Match", header).want(http.StatusOK, "Etag", etag)
@@ -178,7 +187,8 @@ func TestDeleteOfWhatIsReferredTo(t *testing.T) {
 	layer := []byte("layer")
 	d := digest.SHA256.FromBytes(layer)
 	m := s.pushManifest("a", "v1", s.image("a", nil, layer))
-	s.do("DELETE", "/v2/a/blobs/"+d.String(), nil).fails(http.StatusMethodNotAllowed, "DENIED", "Allow", "GET, HEAD").contains("referred to", "v1")
+	s.do("DELETE", "/v2/a/blobs/"+d.String(), nil).fails(
+		http.StatusMethodNotAllowed, "DENIED", "Allow", "GET, HEAD").contains("referred to", "v1")
 	s.do("GET", "/v2/a/blobs/"+d.String(), nil).want(http.StatusOK).content(layer)
 	s.do("DELETE", "/v2/a/manifests/"+m.String(), nil).want(http.StatusAccepted)
 	s.do("GET", "/v2/a/blobs/"+d.String(), nil).fails(http.StatusNotFound, "BLOB_UNKNOWN") // it went with the manifest
@@ -209,7 +219,8 @@ func TestDamagedBlob(t *testing.T) {
 	// Nothing has been sent when a blob of one piece turns out damaged.
 	d := digest.SHA256.FromBytes(small)
 	s.do("GET", "/v2/a/blobs/"+d.String(), nil).
-		fails(http.StatusInternalServerError, "UNKNOWN", "Etag", "", "Docker-Content-Digest", "", "Content-Range", "", "Accept-Ranges", "").contains("damaged")
+		fails(http.StatusInternalServerError, "UNKNOWN", "Etag", "", "Docker-Content-Digest", "", "Content-Range", "",
+			"Accept-Ranges", "").contains("damaged")
 	isOf := func(d digest.Digest) func(record) bool {
 		return func(r record) bool {
 			return r.level.String() == "WARN" && r.attrs["path"] == "/v2/a/blobs/"+d.String()
@@ -221,12 +232,15 @@ func TestDamagedBlob(t *testing.T) {
 	// Of a larger one the good pieces have been sent.
 	d = digest.SHA256.FromBytes(large)
 	a := s.do("GET", "/v2/a/blobs/"+d.String(), nil)
-	if !errors.Is(a.err, io.ErrUnexpectedEOF) || a.status != http.StatusOK || !bytes.HasPrefix(large, a.body) || len(a.body) == 0 {
+	if !errors.Is(a.err, io.ErrUnexpectedEOF) || a.status != http.StatusOK || !bytes.HasPrefix(large, a.body) ||
+		len(a.body) == 0 {
 		t.Errorf("status %d, %d bytes, %v; want whole pieces, then a broken connection", a.status, len(a.body), a.err)
 	}
 	s.log.wait(t, isOf(d))
-	s.do("GET", "/v2/a/blobs/"+d.String(), nil, "Range", "bytes=0-99").want(http.StatusPartialContent).content(large[:100])
-	s.do("GET", "/v2/a/blobs/"+d.String(), nil, "Range", "bytes=-1").fails(http.StatusInternalServerError, "UNKNOWN", "Content-Range", "")
+	s.do("GET", "/v2/a/blobs/"+d.String(), nil, "Range", "bytes=0-99").want(http.StatusPartialContent).content(
+		large[:100])
+	s.do("GET", "/v2/a/blobs/"+d.String(), nil, "Range", "bytes=-1").fails(
+		http.StatusInternalServerError, "UNKNOWN", "Content-Range", "")
 	// What is pushed again is good again.
 	s.do("DELETE", "/v2/a/blobs/"+d.String(), nil).want(http.StatusAccepted)
 	s.pushBlob("a", large)
@@ -239,7 +253,8 @@ func TestDamagedManifest(t *testing.T) {
 	d := s.pushManifest("a", "v1", s.image("a", nil))
 	s.damage(d)
 	for _, reference := range []string{"v1", d.String()} {
-		s.do("GET", "/v2/a/manifests/"+reference, nil).fails(http.StatusInternalServerError, "UNKNOWN", "Etag", "").contains("damaged")
+		s.do("GET", "/v2/a/manifests/"+reference, nil).fails(
+			http.StatusInternalServerError, "UNKNOWN", "Etag", "").contains("damaged")
 		s.do("HEAD", "/v2/a/manifests/"+reference, nil).fails(http.StatusNotFound, "MANIFEST_UNKNOWN")
 	}
 	// It comes again, and when it is damaged it can be deleted.
@@ -266,7 +281,8 @@ func TestMount(t *testing.T) {
 	} {
 		name := "to" + itoa(min(i, 2))
 		s.do("POST", "/v2/"+name+"/blobs/uploads/?"+query, nil).
-			want(http.StatusCreated, "Location", "/v2/"+name+"/blobs/"+raw, "Docker-Content-Digest", raw, "Content-Length", "0")
+			want(http.StatusCreated, "Location", "/v2/"+name+"/blobs/"+raw, "Docker-Content-Digest", raw,
+				"Content-Length", "0")
 		s.do("GET", "/v2/"+name+"/blobs/"+raw, nil).want(http.StatusOK).content(data)
 	}
 	s.do("POST", "/v2/x/blobs/uploads/?mount="+inDefault.String()+"&from=dfcache/default", nil).want(http.StatusCreated)
@@ -279,13 +295,15 @@ func TestMount(t *testing.T) {
 		"mount=" + raw + "&from=from/here", "mount=" + raw + "&from=nobody", "mount=" + raw + "&from=Not..Valid",
 	} {
 		a := s.do("POST", "/v2/new/blobs/uploads/?"+query, nil).want(http.StatusAccepted, "Range", "0-0")
-		s.do("PUT", a.header.Get("Location")+"?digest="+encoded, data).want(http.StatusCreated, "Docker-Content-Digest", raw)
+		s.do("PUT", a.header.Get("Location")+"?digest="+encoded, data).want(
+			http.StatusCreated, "Docker-Content-Digest", raw)
 		s.do("DELETE", "/v2/new/blobs/"+raw, nil).want(http.StatusAccepted)
 	}
 	// Without a source, what any repository has.
 	s.do("POST", "/v2/new/blobs/uploads/?mount="+raw, nil).want(http.StatusCreated)
 	s.do("GET", "/v2/new/blobs/"+raw, nil).want(http.StatusOK).content(data)
-	s.do("POST", "/v2/new/blobs/uploads/?mount="+digest.SHA256.FromString("nowhere").String(), nil).want(http.StatusAccepted)
+	s.do("POST", "/v2/new/blobs/uploads/?mount="+digest.SHA256.FromString("nowhere").String(), nil).want(
+		http.StatusAccepted)
 	s.do("POST", "/v2/new/blobs/uploads/?mount=sha256:bad&from=to", nil).fails(http.StatusBadRequest, "DIGEST_INVALID")
 }
 
@@ -318,7 +336,8 @@ func TestLogOfChanges(t *testing.T) {
 			t.Errorf("unexpected: %v", r)
 		}
 	}
-	want := []string{"blob pushed", "blob mounted", "blob pushed", "blob pushed", "manifest pushed", "tag deleted", "manifest deleted", "blob deleted"}
+	want := []string{"blob pushed", "blob mounted", "blob pushed", "blob pushed", "manifest pushed", "tag deleted",
+		"manifest deleted", "blob deleted"}
 	if !slices.Equal(changes, want) {
 		t.Errorf("changes are logged as %q, want %q", changes, want)
 	}

@@ -136,7 +136,9 @@ func (h *Handler) begin(w *response, r *request) (end func(), err error) {
 	})
 	if !ok {
 		cancel(nil)
-		return nil, newProblem(http.StatusTooManyRequests, codeTooManyRequests, "there are %d requests already, and none of another client's that could be broken off: try again later", h.opts.MaxRequests).with("Retry-After", "2")
+		return nil, newProblem(http.StatusTooManyRequests, codeTooManyRequests, "there are %d requests already, and "+
+			"none of another client's that could be broken off: try again later", h.opts.MaxRequests).with(
+			"Retry-After", "2")
 	}
 	r.Request = r.WithContext(ctx)
 	return func() {

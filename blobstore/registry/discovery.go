@@ -38,7 +38,8 @@ func listSize(r *request) (int, error) {
 	}
 	n, ok := parseNumber(query.Get("n"))
 	if !ok {
-		return 0, newProblem(http.StatusBadRequest, codeUnsupported, "n is %.40q: want the number of entries", query.Get("n"))
+		return 0, newProblem(http.StatusBadRequest, codeUnsupported, "n is %.40q: want the number of entries",
+			query.Get("n"))
 	}
 	return int(min(n, maxList)), nil
 }
@@ -187,28 +188,29 @@ func (h *Handler) referrers(w *response, r *request) error {
 		return err
 	}
 	count, latest := 0, ""
-	err = r.repo.Referrers(r.Context(), ocispec.Descriptor{Digest: d}, artifactType, func(page []ocispec.Descriptor) error {
-		for _, referrer := range page {
-			if referrer.Digest.String() <= last {
-				continue
+	err = r.repo.Referrers(r.Context(), ocispec.Descriptor{Digest: d}, artifactType,
+		func(page []ocispec.Descriptor) error {
+			for _, referrer := range page {
+				if referrer.Digest.String() <= last {
+					continue
+				}
+				entry.Reset()
+				if count > 0 {
+					entry.WriteByte(',')
+				}
+				if err := encoder.Encode(referrer); err != nil {
+					return err
+				}
+				if count > 0 && index.size+int64(entry.Len()+len(end)) > maxIndex {
+					return errEnough
+				}
+				if _, err := entry.WriteTo(index); err != nil {
+					return err
+				}
+				count, latest = count+1, referrer.Digest.String()
 			}
-			entry.Reset()
-			if count > 0 {
-				entry.WriteByte(',')
-			}
-			if err := encoder.Encode(referrer); err != nil {
-				return err
-			}
-			if count > 0 && index.size+int64(entry.Len()+len(end)) > maxIndex {
-				return errEnough
-			}
-			if _, err := entry.WriteTo(index); err != nil {
-				return err
-			}
-			count, latest = count+1, referrer.Digest.String()
-		}
-		return nil
-	})
+			return nil
+		})
 	h.indexes.Release(1)
 	if errors.Is(err, errEnough) {
 		next := url.Values{"last": {latest}}

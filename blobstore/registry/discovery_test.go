@@ -107,7 +107,8 @@ func TestCatalog(t *testing.T) {
 		t.Helper()
 		s.do("GET", "/v2/_catalog", nil).lists("repositories", want...)
 		for n := range len(want) + 2 {
-			if all, pages := s.follow("/v2/_catalog?n="+itoa(n+1), "repositories"); !slices.Equal(all, want) || pages != max(1, (len(want)+n)/(n+1)) {
+			if all, pages := s.follow("/v2/_catalog?n="+itoa(n+1), "repositories"); !slices.Equal(all, want) ||
+				pages != max(1, (len(want)+n)/(n+1)) {
 				t.Errorf("by %d: %q on %d pages", n+1, all, pages)
 			}
 		}
@@ -126,11 +127,13 @@ func TestCatalog(t *testing.T) {
 	s.pushBlob("dfcache/defaulu", []byte("data"))
 	s.pushBlob("a/b-c", []byte("data"))
 	check("a", "a/b-c", "dfcache", "dfcache/default", "dfcache/defaulu", "z")
-	s.do("DELETE", "/v2/dfcache/default/blobs/"+digest.SHA256.FromString("data").String(), nil).want(http.StatusAccepted)
+	s.do("DELETE", "/v2/dfcache/default/blobs/"+digest.SHA256.FromString("data").String(), nil).want(
+		http.StatusAccepted)
 	check("a", "a/b-c", "dfcache", "dfcache/defaulu", "z")
 	s.do("DELETE", "/v2/z/blobs/"+digest.SHA256.FromString("data").String(), nil).want(http.StatusAccepted)
 	s.pushBlob("dfcache/default", []byte("data"))
-	s.do("DELETE", "/v2/dfcache/defaulu/blobs/"+digest.SHA256.FromString("data").String(), nil).want(http.StatusAccepted)
+	s.do("DELETE", "/v2/dfcache/defaulu/blobs/"+digest.SHA256.FromString("data").String(), nil).want(
+		http.StatusAccepted)
 	check("a", "a/b-c", "dfcache", "dfcache/default")
 	s.do("GET", "/v2/_catalog?n=x", nil).fails(http.StatusBadRequest, "UNSUPPORTED")
 }
@@ -163,39 +166,53 @@ func TestReferrers(t *testing.T) {
 	push := func(manifest []byte, mediaType, artifactType string, annotations map[string]string) {
 		t.Helper()
 		pushed := digest.SHA256.FromBytes(manifest)
-		s.do("PUT", "/v2/a/manifests/"+pushed.String(), manifest, "Content-Type", mediaType).want(http.StatusCreated, "OCI-Subject", d.String())
-		want = append(want, ocispec.Descriptor{MediaType: mediaType, Digest: pushed, Size: int64(len(manifest)), ArtifactType: artifactType, Annotations: annotations})
+		s.do("PUT", "/v2/a/manifests/"+pushed.String(), manifest, "Content-Type", mediaType).want(
+			http.StatusCreated, "OCI-Subject", d.String())
+		want = append(want, ocispec.Descriptor{MediaType: mediaType, Digest: pushed, Size: int64(len(manifest)),
+			ArtifactType: artifactType, Annotations: annotations})
 	}
 	notes := map[string]string{"org.example.note": "<b>&\u2028</b>", "x": ""}
 	push(s.image("a", func(m *ocispec.Manifest) {
 		m.Subject, m.ArtifactType, m.Annotations = target, "application/vnd.example.sbom", notes
 	}),
 		ocispec.MediaTypeImageManifest, "application/vnd.example.sbom", notes)
-	push(s.image("a", func(m *ocispec.Manifest) { m.Subject = target }), ocispec.MediaTypeImageManifest, ocispec.MediaTypeImageConfig, nil)
+	push(s.image("a", func(m *ocispec.Manifest) { m.Subject = target }), ocispec.MediaTypeImageManifest,
+		ocispec.MediaTypeImageConfig, nil)
 	s.pushManifest("a", "subject", subject) // it may come later
-	push(encode(t, ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Subject: target, Manifests: []ocispec.Descriptor{}}), ocispec.MediaTypeImageIndex, "", nil)
-	push(encode(t, ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Subject: target, ArtifactType: "application/vnd.example.sbom", Manifests: []ocispec.Descriptor{}}),
+	push(
+		encode(t, ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Subject: target,
+			Manifests: []ocispec.Descriptor{}}), ocispec.MediaTypeImageIndex, "", nil)
+	push(
+		encode(t, ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Subject: target,
+			ArtifactType: "application/vnd.example.sbom", Manifests: []ocispec.Descriptor{}}),
 		ocispec.MediaTypeImageIndex, "application/vnd.example.sbom", nil)
 	// An index that lists the subject is no referrer, nor is one of another subject.
-	s.do("PUT", "/v2/a/manifests/index", encode(t, ocispec.Index{Manifests: []ocispec.Descriptor{*target}}), "Content-Type", ocispec.MediaTypeImageIndex).want(http.StatusCreated)
+	s.do("PUT", "/v2/a/manifests/index", encode(t, ocispec.Index{Manifests: []ocispec.Descriptor{*target}}),
+		"Content-Type", ocispec.MediaTypeImageIndex).want(http.StatusCreated)
 	s.pushManifest("a", "of-another", s.image("a", func(m *ocispec.Manifest) {
-		m.Subject = &ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: digest.SHA256.FromString("x"), Size: 1}
+		m.Subject = &ocispec.Descriptor{
+			MediaType: ocispec.MediaTypeImageManifest, Digest: digest.SHA256.FromString("x"), Size: 1}
 	}))
-	slices.SortFunc(want, func(a, b ocispec.Descriptor) int { return strings.Compare(a.Digest.String(), b.Digest.String()) })
+	slices.SortFunc(want, func(a, b ocispec.Descriptor) int {
+		return strings.Compare(a.Digest.String(), b.Digest.String())
+	})
 	a := s.do("GET", path, nil)
 	equal(t, a.referrers(), want)
 	if a.next() != "" || a.header.Get("OCI-Filters-Applied") != "" {
 		t.Errorf("Link %q, OCI-Filters-Applied %q", a.next(), a.header.Get("OCI-Filters-Applied"))
 	}
-	s.do("HEAD", path, nil).want(http.StatusOK, "Content-Type", ocispec.MediaTypeImageIndex, "Content-Length", size(a.body)).content(nil)
-	for _, artifactType := range []string{"application/vnd.example.sbom", ocispec.MediaTypeImageConfig, "application/nothing"} {
+	s.do("HEAD", path, nil).want(http.StatusOK, "Content-Type", ocispec.MediaTypeImageIndex,
+		"Content-Length", size(a.body)).content(nil)
+	for _, artifactType := range []string{
+		"application/vnd.example.sbom", ocispec.MediaTypeImageConfig, "application/nothing"} {
 		var some []ocispec.Descriptor
 		for _, w := range want {
 			if w.ArtifactType == artifactType {
 				some = append(some, w)
 			}
 		}
-		a := s.do("GET", path+"?artifactType="+url.QueryEscape(artifactType), nil).want(http.StatusOK, "OCI-Filters-Applied", "artifactType")
+		a := s.do("GET", path+"?artifactType="+url.QueryEscape(artifactType), nil).want(
+			http.StatusOK, "OCI-Filters-Applied", "artifactType")
 		equal(t, a.referrers(), some)
 	}
 	// What is deleted refers no more.
@@ -226,7 +243,8 @@ func TestManyReferrers(t *testing.T) {
 		t.Skip("-short: takes long")
 	}
 	s := start(t, registry.Options{})
-	target := &ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: digest.SHA256.FromString("absent"), Size: 1}
+	target := &ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: digest.SHA256.FromString("absent"),
+		Size: 1}
 	var want []string
 	for i := range 7 {
 		m := s.image("a", func(m *ocispec.Manifest) {
@@ -252,7 +270,8 @@ func TestManyReferrers(t *testing.T) {
 			}
 			path = a.next()
 		}
-		if filter == "" && (!slices.Equal(got, want) || pages != 3) || filter != "" && (len(got) != 4 || !slices.IsSorted(got) || pages != 2) {
+		if filter == "" && (!slices.Equal(got, want) || pages != 3) ||
+			filter != "" && (len(got) != 4 || !slices.IsSorted(got) || pages != 2) {
 			t.Errorf("filter %q: %d pages of %d referrers", filter, pages, len(got))
 		}
 	}

@@ -124,7 +124,8 @@ func (h *Handler) acquire(r *request, room *semaphore.Weighted, n int64) error {
 	defer cancel()
 	err := room.Acquire(ctx, n)
 	if err != nil && r.Context().Err() == nil {
-		err = newProblem(http.StatusServiceUnavailable, codeUnknown, "there are too many large manifests, or lists of them, at once: try again later").with("Retry-After", "5")
+		err = newProblem(http.StatusServiceUnavailable, codeUnknown,
+			"there are too many large manifests, or lists of them, at once: try again later").with("Retry-After", "5")
 	}
 	return err
 }
@@ -132,7 +133,8 @@ func (h *Handler) acquire(r *request, room *semaphore.Weighted, n int64) error {
 // readManifest reads the body of a request, up to the largest manifest. Only a few are in
 // memory at once: the caller calls done when it is one less.
 func (h *Handler) readManifest(r *request) (content []byte, done func(), err error) {
-	tooLarge := newProblem(http.StatusRequestEntityTooLarge, codeManifestInvalid, "a manifest can have %d bytes at most", blobstore.MaxManifest)
+	tooLarge := newProblem(http.StatusRequestEntityTooLarge, codeManifestInvalid,
+		"a manifest can have %d bytes at most", blobstore.MaxManifest)
 	if r.ContentLength > blobstore.MaxManifest {
 		return nil, nil, tooLarge
 	}
@@ -147,7 +149,8 @@ func (h *Handler) readManifest(r *request) (content []byte, done func(), err err
 			return nil, nil, err
 		}
 		defer f.Close()
-		n, err := io.Copy(f, io.MultiReader(bytes.NewReader(content), io.LimitReader(r.body, blobstore.MaxManifest+1-size)))
+		n, err := io.Copy(f, io.MultiReader(
+			bytes.NewReader(content), io.LimitReader(r.body, blobstore.MaxManifest+1-size)))
 		if err != nil {
 			return nil, nil, bodyProblem(r, err)
 		}

@@ -85,13 +85,17 @@ func problemOf(err error, t target) *problem {
 		p = newProblem(http.StatusServiceUnavailable, codeUnknown, "the request was given up: try again")
 	case errors.Is(err, blobstore.ErrBusy):
 		// Here, or the peers that have it: before all that says that it is not there.
-		p = newProblem(http.StatusServiceUnavailable, codeUnknown, "too much is under way: try again").with("Retry-After", "1")
+		p = newProblem(http.StatusServiceUnavailable, codeUnknown, "too much is under way: try again").with(
+			"Retry-After", "1")
 	case errors.Is(err, blobstore.ErrNoSpace):
-		p = newProblem(http.StatusInsufficientStorage, codeDenied, "no space left: the disk of the registry, or its quota, is full: delete something there, then push again")
+		p = newProblem(http.StatusInsufficientStorage, codeDenied,
+			"no space left: the disk of the registry, or its quota, is full: delete something there, then push again")
 	case errors.Is(err, blobstore.ErrCorrupt):
-		p = newProblem(http.StatusInternalServerError, codeUnknown, "what is stored here is damaged, and was not sent: push it again to repair it")
+		p = newProblem(http.StatusInternalServerError, codeUnknown,
+			"what is stored here is damaged, and was not sent: push it again to repair it")
 	case errors.Is(err, blobstore.ErrMismatch):
-		p = newProblem(http.StatusBadRequest, codeDigestInvalid, "what was sent does not have the digest that was given: send it again")
+		p = newProblem(http.StatusBadRequest, codeDigestInvalid,
+			"what was sent does not have the digest that was given: send it again")
 		if m, ok := errors.AsType[*digest.MismatchError](err); ok {
 			p.detail = map[string]string{"want": m.Want.String(), "got": m.Got.String()}
 		}
@@ -104,7 +108,8 @@ func problemOf(err error, t target) *problem {
 			p.detail = map[string]string{"digest": m.Missing.String()}
 		}
 	case errors.Is(err, errdef.ErrSizeExceedsLimit):
-		p = newProblem(http.StatusRequestEntityTooLarge, codeManifestInvalid, "a manifest can have %d bytes at most", blobstore.MaxManifest)
+		p = newProblem(http.StatusRequestEntityTooLarge, codeManifestInvalid, "a manifest can have %d bytes at most",
+			blobstore.MaxManifest)
 	case errors.Is(err, blobstore.ErrInvalid):
 		p = newProblem(http.StatusBadRequest, invalid, "%v", err)
 	case errors.Is(err, blobstore.ErrNotFound):
@@ -113,9 +118,11 @@ func problemOf(err error, t target) *problem {
 		// Not 503: a client that pushes asks first whether there is content, and has
 		// to go on where this host is on its own; one that pulls through a mirror
 		// looks elsewhere after a 404, and gives up or tries for long after a 503.
-		p = newProblem(http.StatusNotFound, unknown, "%s is not on this host, in repository %s, and no peer could be asked for it", t.reference, t.name)
+		p = newProblem(http.StatusNotFound, unknown,
+			"%s is not on this host, in repository %s, and no peer could be asked for it", t.reference, t.name)
 	case errors.Is(err, blobstore.ErrUnavailable), errors.Is(err, blobstore.ErrClosed):
-		p = newProblem(http.StatusServiceUnavailable, codeUnknown, "the store can't be reached now: try again later").with("Retry-After", "5")
+		p = newProblem(http.StatusServiceUnavailable, codeUnknown,
+			"the store can't be reached now: try again later").with("Retry-After", "5")
 	default:
 		p = newProblem(http.StatusInternalServerError, codeUnknown, "the registry has failed: its log says why")
 	}

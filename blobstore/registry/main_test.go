@@ -144,7 +144,8 @@ func (a *answer) want(status int, header ...string) *answer {
 	if a.header.Get("Content-Encoding") != "" {
 		a.Errorf("%s: the body is encoded", a.what)
 	}
-	if len(a.header.Values("Content-Length")) == 0 && status != http.StatusNoContent && status != http.StatusNotModified {
+	if len(a.header.Values("Content-Length")) == 0 && status != http.StatusNoContent &&
+		status != http.StatusNotModified {
 		a.Errorf("%s: there is no Content-Length", a.what)
 	}
 	return a
@@ -241,16 +242,19 @@ func (s *server) pushBlob(name string, data []byte) digest.Digest {
 func (s *server) pushBlobAs(name string, data []byte, d digest.Digest) digest.Digest {
 	s.Helper()
 	s.do("PUT", s.begin(name)+"?digest="+d.String(), data).
-		want(http.StatusCreated, "Location", "/v2/"+name+"/blobs/"+d.String(), "Docker-Content-Digest", d.String(), "Content-Length", "0")
+		want(http.StatusCreated, "Location", "/v2/"+name+"/blobs/"+d.String(), "Docker-Content-Digest", d.String(),
+			"Content-Length", "0")
 	return d
 }
 
 // begin begins an upload and returns its path.
 func (s *server) begin(name string) string {
 	s.Helper()
-	a := s.do("POST", "/v2/"+name+"/blobs/uploads/", nil).want(http.StatusAccepted, "Range", "0-0", "Content-Length", "0")
+	a := s.do("POST", "/v2/"+name+"/blobs/uploads/", nil).want(
+		http.StatusAccepted, "Range", "0-0", "Content-Length", "0")
 	location := a.header.Get("Location")
-	if !strings.HasPrefix(location, "/v2/"+name+"/blobs/uploads/") || !strings.HasSuffix(location, "/"+a.header.Get("Docker-Upload-Uuid")) {
+	if !strings.HasPrefix(location, "/v2/"+name+"/blobs/uploads/") ||
+		!strings.HasSuffix(location, "/"+a.header.Get("Docker-Upload-Uuid")) {
 		s.Fatalf("Location is %q, Docker-Upload-UUID %q", location, a.header.Get("Docker-Upload-Uuid"))
 	}
 	return location
@@ -263,11 +267,13 @@ func (s *server) image(name string, edit func(*ocispec.Manifest), layers ...[]by
 	m := ocispec.Manifest{
 		Versioned: specs.Versioned{SchemaVersion: 2},
 		MediaType: ocispec.MediaTypeImageManifest,
-		Config:    ocispec.Descriptor{MediaType: ocispec.MediaTypeImageConfig, Digest: s.pushBlob(name, config), Size: int64(len(config))},
-		Layers:    []ocispec.Descriptor{},
+		Config: ocispec.Descriptor{MediaType: ocispec.MediaTypeImageConfig, Digest: s.pushBlob(name, config),
+			Size: int64(len(config))},
+		Layers: []ocispec.Descriptor{},
 	}
 	for _, layer := range layers {
-		m.Layers = append(m.Layers, ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayer, Digest: s.pushBlob(name, layer), Size: int64(len(layer))})
+		m.Layers = append(m.Layers, ocispec.Descriptor{
+			MediaType: ocispec.MediaTypeImageLayer, Digest: s.pushBlob(name, layer), Size: int64(len(layer))})
 	}
 	if edit != nil {
 		edit(&m)
@@ -291,7 +297,8 @@ func (s *server) pushManifest(name, reference string, manifest []byte) digest.Di
 	s.Helper()
 	d := digest.SHA256.FromBytes(manifest)
 	s.do("PUT", "/v2/"+name+"/manifests/"+reference, manifest, "Content-Type", ocispec.MediaTypeImageManifest).
-		want(http.StatusCreated, "Location", "/v2/"+name+"/manifests/"+d.String(), "Docker-Content-Digest", d.String(), "Content-Length", "0")
+		want(http.StatusCreated, "Location", "/v2/"+name+"/manifests/"+d.String(), "Docker-Content-Digest", d.String(),
+			"Content-Length", "0")
 	return d
 }
 

@@ -77,12 +77,14 @@ func (h *Handler) putManifest(w *response, r *request) error {
 	opts := blobstore.ManifestOptions{Digest: cid.Digest(), Tags: r.URL.Query()["tag"], CheckRefs: true}
 	for _, tag := range opts.Tags {
 		if id, err := digest.ParseCID(tag); err != nil || id.CacheID() == "" {
-			return newProblem(http.StatusBadRequest, codeManifestInvalid, "tag %.140q is none: want letters, digits, \"_\", and after the first character \".\" and \"-\", 128 at most", tag)
+			return newProblem(http.StatusBadRequest, codeManifestInvalid, "tag %.140q is none: want letters, digits, "+
+				"\"_\", and after the first character \".\" and \"-\", 128 at most", tag)
 		}
 	}
 	if name := cid.CacheID(); name != "" {
 		if len(opts.Tags) > 0 {
-			return newProblem(http.StatusBadRequest, codeUnsupported, "tags are parameters where a manifest is pushed by digest, not by tag")
+			return newProblem(http.StatusBadRequest, codeUnsupported,
+				"tags are parameters where a manifest is pushed by digest, not by tag")
 		}
 		opts.Tags = []string{name}
 	}
@@ -107,7 +109,8 @@ func (h *Handler) putManifest(w *response, r *request) error {
 		}
 	}
 	if text := h.store.ClockWarning(r.Context()); text != "" && len(opts.Tags) > 0 {
-		w.Header().Set("Warning", `299 - "`+strings.ReplaceAll(text, `"`, "'")+`"`) // as the specification has it, for clients to print
+		// as the specification has it, for clients to print
+		w.Header().Set("Warning", `299 - "`+strings.ReplaceAll(text, `"`, "'")+`"`)
 	}
 	r.change, r.digest = "manifest pushed", m.Digest
 	w.created(manifestPath(r.name, m.Digest.String()), m.Digest)
@@ -125,7 +128,8 @@ func manifestType(header string) (string, error) {
 	case err != nil:
 		return "", newProblem(http.StatusBadRequest, codeManifestInvalid, "Content-Type %.80q: %v", header, err)
 	case strings.HasPrefix(mediaType, "application/vnd.docker.distribution.manifest.v1+"):
-		return "", newProblem(http.StatusBadRequest, codeUnsupported, "manifests of Docker's schema 1 are not supported: push with a newer client")
+		return "", newProblem(http.StatusBadRequest, codeUnsupported,
+			"manifests of Docker's schema 1 are not supported: push with a newer client")
 	}
 	return mediaType, nil
 }
@@ -139,7 +143,8 @@ func (h *Handler) deleteManifest(w *response, r *request) error {
 	r.change = "tag deleted"
 	if d := cid.Digest(); d == "" {
 		err = r.repo.Untag(r.Context(), r.reference)
-	} else if _, err = r.repo.Manifest(r.Context(), r.reference); err == nil || errors.Is(err, blobstore.ErrCorrupt) { // not a blob
+		// not a blob
+	} else if _, err = r.repo.Manifest(r.Context(), r.reference); err == nil || errors.Is(err, blobstore.ErrCorrupt) {
 		r.change, r.digest = "manifest deleted", d
 		err = r.repo.Delete(r.Context(), ocispec.Descriptor{Digest: d})
 	}

@@ -27,34 +27,47 @@ func TestManifest(t *testing.T) {
 	layer := []byte("layer")
 	image := s.image("a", nil, layer)
 	s.pushManifest("a", "image", image)
-	imageDescriptor := fmt.Sprintf(`{"mediaType":%q,"digest":%q,"size":%d}`, ocispec.MediaTypeImageManifest, digest.SHA256.FromBytes(image), len(image))
-	index := []byte(`{"schemaVersion":2,"mediaType":"` + ocispec.MediaTypeImageIndex + `","manifests":[` + imageDescriptor + `]}`)
+	imageDescriptor := fmt.Sprintf(`{"mediaType":%q,"digest":%q,"size":%d}`, ocispec.MediaTypeImageManifest,
+		digest.SHA256.FromBytes(image), len(image))
+	index := []byte(`{"schemaVersion":2,"mediaType":"` + ocispec.MediaTypeImageIndex + `","manifests":[` +
+		imageDescriptor + `]}`)
 	s.do("PUT", "/v2/a/manifests/nested", index, "Content-Type", ocispec.MediaTypeImageIndex).want(http.StatusCreated)
 	for name, c := range map[string]struct {
 		sent, kept string // Content-Type
 		manifest   []byte
 	}{
-		"image":                {ocispec.MediaTypeImageManifest, ocispec.MediaTypeImageManifest, image},
-		"parameters":           {ocispec.MediaTypeImageManifest + "; charset=utf-8", ocispec.MediaTypeImageManifest, s.image("a", nil, []byte("p"))},
-		"no type":              {"", ocispec.MediaTypeImageManifest, s.image("a", nil, []byte("q"))},
-		"no type in it":        {"", ocispec.MediaTypeImageManifest, s.image("a", func(m *ocispec.Manifest) { m.MediaType = "" }, []byte("r"))},
+		"image": {ocispec.MediaTypeImageManifest, ocispec.MediaTypeImageManifest, image},
+		"parameters": {ocispec.MediaTypeImageManifest + "; charset=utf-8", ocispec.MediaTypeImageManifest,
+			s.image("a", nil, []byte("p"))},
+		"no type": {"", ocispec.MediaTypeImageManifest, s.image("a", nil, []byte("q"))},
+		"no type in it": {"", ocispec.MediaTypeImageManifest,
+			s.image("a", func(m *ocispec.Manifest) { m.MediaType = "" }, []byte("r"))},
 		"no type but of index": {"", ocispec.MediaTypeImageIndex, slices.Concat(index, []byte(" "))},
-		"spaces":               {ocispec.MediaTypeImageManifest, ocispec.MediaTypeImageManifest, append([]byte("  \n\t"), image...)},
-		"unknown fields":       {ocispec.MediaTypeImageManifest, ocispec.MediaTypeImageManifest, []byte(`{"zzz": [1, {"x":null}], "schemaVersion":2, "config": null, "a":1}`)},
-		"unknown type":         {"application/vnd.example.thing+json", "application/vnd.example.thing+json", []byte(`{"thing":true}`)},
-		"docker":               {dockerManifest, dockerManifest, s.image("a", func(m *ocispec.Manifest) { m.MediaType = dockerManifest }, []byte("d"))},
-		"docker list":          {dockerList, dockerList, []byte(`{"schemaVersion":2,"mediaType":"` + dockerList + `","manifests":[` + imageDescriptor + `]}`)},
-		"index":                {ocispec.MediaTypeImageIndex, ocispec.MediaTypeImageIndex, index},
-		"nested index": {ocispec.MediaTypeImageIndex, ocispec.MediaTypeImageIndex, []byte(`{"schemaVersion":2,"manifests":[` +
-			fmt.Sprintf(`{"mediaType":%q,"digest":%q,"size":%d}`, ocispec.MediaTypeImageIndex, digest.SHA256.FromBytes(index), len(index)) + `]}`)},
-		"empty index": {ocispec.MediaTypeImageIndex, ocispec.MediaTypeImageIndex, []byte(`{"schemaVersion":2,"manifests":[]}`)},
-		"no layers":   {ocispec.MediaTypeImageManifest, ocispec.MediaTypeImageManifest, s.image("a", nil)},
-		"large": {ocispec.MediaTypeImageManifest, ocispec.MediaTypeImageManifest, s.image("a", func(m *ocispec.Manifest) {
-			m.Annotations = map[string]string{}
-			for i := range 390 {
-				m.Annotations[itoa(i)] = strings.Repeat("A", 10_000)
-			}
-		})},
+		"spaces": {ocispec.MediaTypeImageManifest, ocispec.MediaTypeImageManifest,
+			append([]byte("  \n\t"), image...)},
+		"unknown fields": {ocispec.MediaTypeImageManifest, ocispec.MediaTypeImageManifest,
+			[]byte(`{"zzz": [1, {"x":null}], "schemaVersion":2, "config": null, "a":1}`)},
+		"unknown type": {"application/vnd.example.thing+json",
+			"application/vnd.example.thing+json", []byte(`{"thing":true}`)},
+		"docker": {dockerManifest, dockerManifest,
+			s.image("a", func(m *ocispec.Manifest) { m.MediaType = dockerManifest }, []byte("d"))},
+		"docker list": {dockerList, dockerList,
+			[]byte(`{"schemaVersion":2,"mediaType":"` + dockerList + `","manifests":[` + imageDescriptor + `]}`)},
+		"index": {ocispec.MediaTypeImageIndex, ocispec.MediaTypeImageIndex, index},
+		"nested index": {ocispec.MediaTypeImageIndex, ocispec.MediaTypeImageIndex,
+			[]byte(`{"schemaVersion":2,"manifests":[` +
+				fmt.Sprintf(`{"mediaType":%q,"digest":%q,"size":%d}`, ocispec.MediaTypeImageIndex,
+					digest.SHA256.FromBytes(index), len(index)) + `]}`)},
+		"empty index": {ocispec.MediaTypeImageIndex, ocispec.MediaTypeImageIndex,
+			[]byte(`{"schemaVersion":2,"manifests":[]}`)},
+		"no layers": {ocispec.MediaTypeImageManifest, ocispec.MediaTypeImageManifest, s.image("a", nil)},
+		"large": {ocispec.MediaTypeImageManifest, ocispec.MediaTypeImageManifest,
+			s.image("a", func(m *ocispec.Manifest) {
+				m.Annotations = map[string]string{}
+				for i := range 390 {
+					m.Annotations[itoa(i)] = strings.Repeat("A", 10_000)
+				}
+			})},
 		"largest": {"application/vnd.example+json", "application/vnd.example+json", padded(blobstore.MaxManifest)},
 	} {
 		tag := strings.ReplaceAll(name, " ", "-")
@@ -68,14 +81,16 @@ func TestManifest(t *testing.T) {
 				header = []string{"Content-Type", c.sent}
 			}
 			a := s.do("PUT", path, c.manifest, header...).
-				want(http.StatusCreated, "Location", "/v2/a/manifests/"+d.String(), "Docker-Content-Digest", d.String(), "OCI-Subject", "", "OCI-Tag", "")
+				want(http.StatusCreated, "Location", "/v2/a/manifests/"+d.String(), "Docker-Content-Digest", d.String(),
+					"OCI-Subject", "", "OCI-Tag", "")
 			described := []string{
 				"Content-Type", c.kept, "Content-Length", size(c.manifest),
 				"Docker-Content-Digest", d.String(), "Etag", `"` + d.String() + `"`,
 			}
 			for _, path := range []string{path, a.header.Get("Location")} {
 				s.do("GET", path, nil).want(http.StatusOK, described...).content(c.manifest)
-				s.do("GET", path, nil, "Accept", "application/vnd.example.other").want(http.StatusOK, described...).content(c.manifest)
+				s.do("GET", path, nil, "Accept", "application/vnd.example.other").want(
+					http.StatusOK, described...).content(c.manifest)
 				s.do("HEAD", path, nil).want(http.StatusOK, described...).content(nil)
 			}
 		}
@@ -95,7 +110,8 @@ func TestManifestIsAbsent(t *testing.T) {
 	s.pushManifest("a", "v1", s.image("a", nil))
 	d := digest.SHA256.FromString("absent").String()
 	for _, method := range []string{"GET", "HEAD", "DELETE"} {
-		for _, reference := range []string{"v2", "V1", d, ".INVALID_MANIFEST_NAME", "-x", strings.Repeat("x", 129), "", "v1%20", "%00"} {
+		for _, reference := range []string{
+			"v2", "V1", d, ".INVALID_MANIFEST_NAME", "-x", strings.Repeat("x", 129), "", "v1%20", "%00"} {
 			s.do(method, "/v2/a/manifests/"+reference, nil).fails(http.StatusNotFound, "MANIFEST_UNKNOWN")
 		}
 		s.do(method, "/v2/b/manifests/v1", nil).fails(http.StatusNotFound, "MANIFEST_UNKNOWN")
@@ -117,27 +133,36 @@ func TestRefusedManifests(t *testing.T) {
 		status                     int
 		code                       string
 	}{
-		{"a tag that is none", ".INVALID_MANIFEST_NAME", ocispec.MediaTypeImageManifest, image, 400, "MANIFEST_INVALID"},
+		{"a tag that is none", ".INVALID_MANIFEST_NAME", ocispec.MediaTypeImageManifest, image, 400,
+			"MANIFEST_INVALID"},
 		{"no tag", "", ocispec.MediaTypeImageManifest, image, 400, "MANIFEST_INVALID"},
 		{"a long tag", strings.Repeat("x", 129), ocispec.MediaTypeImageManifest, image, 400, "MANIFEST_INVALID"},
-		{"a digest that is none", "sha256:baddigeststring", ocispec.MediaTypeImageManifest, image, 400, "DIGEST_INVALID"},
+		{"a digest that is none", "sha256:baddigeststring", ocispec.MediaTypeImageManifest, image, 400,
+			"DIGEST_INVALID"},
 		{"the digest of other content", other.String(), ocispec.MediaTypeImageManifest, image, 400, "DIGEST_INVALID"},
-		{"another sha512", digest.SHA512.FromString("other").String(), ocispec.MediaTypeImageManifest, image, 400, "DIGEST_INVALID"},
-		{"the digest of other content, which is no manifest", other.String(), ocispec.MediaTypeImageManifest, []byte("blob"), 400, "DIGEST_INVALID"},
+		{"another sha512", digest.SHA512.FromString("other").String(), ocispec.MediaTypeImageManifest, image, 400,
+			"DIGEST_INVALID"},
+		{"the digest of other content, which is no manifest", other.String(), ocispec.MediaTypeImageManifest,
+			[]byte("blob"), 400, "DIGEST_INVALID"},
 		{"no JSON", "v1", ocispec.MediaTypeImageManifest, []byte("blob"), 400, "MANIFEST_INVALID"},
 		{"broken JSON", "v1", ocispec.MediaTypeImageManifest, image[:len(image)-1], 400, "MANIFEST_INVALID"},
 		{"two documents", "v1", ocispec.MediaTypeImageManifest, slices.Concat(image, image), 400, "MANIFEST_INVALID"},
 		{"nothing", "v1", ocispec.MediaTypeImageManifest, nil, 400, "MANIFEST_INVALID"},
 		{"an array", "v1", ocispec.MediaTypeImageManifest, []byte("[]"), 400, "MANIFEST_INVALID"},
 		{"null", "v1", ocispec.MediaTypeImageManifest, []byte("null"), 400, "MANIFEST_INVALID"},
-		{"layers that are none", "v1", ocispec.MediaTypeImageManifest, []byte(`{"layers":"x"}`), 400, "MANIFEST_INVALID"},
-		{"a malformed digest in it", "v1", ocispec.MediaTypeImageManifest, []byte(`{"layers":[{"digest":"sha256:x"}]}`), 400, "MANIFEST_INVALID"},
-		{"a malformed digest of the subject", "v1", ocispec.MediaTypeImageManifest, []byte(`{"subject":{"digest":"x"}}`), 400, "MANIFEST_INVALID"},
+		{"layers that are none", "v1", ocispec.MediaTypeImageManifest, []byte(`{"layers":"x"}`), 400,
+			"MANIFEST_INVALID"},
+		{"a malformed digest in it", "v1", ocispec.MediaTypeImageManifest, []byte(`{"layers":[{"digest":"sha256:x"}]}`),
+			400, "MANIFEST_INVALID"},
+		{"a malformed digest of the subject", "v1", ocispec.MediaTypeImageManifest,
+			[]byte(`{"subject":{"digest":"x"}}`), 400, "MANIFEST_INVALID"},
 		{"another type than it says", "v1", ocispec.MediaTypeImageIndex, image, 400, "MANIFEST_INVALID"},
 		{"a generic type", "v1", "application/json", image, 400, "MANIFEST_INVALID"},
 		{"a malformed type", "v1", "/;;", image, 400, "MANIFEST_INVALID"},
-		{"Docker schema 1", "v1", "application/vnd.docker.distribution.manifest.v1+prettyjws", []byte(`{"schemaVersion":1}`), 400, "UNSUPPORTED"},
-		{"Docker schema 1, not signed", "v1", "application/vnd.docker.distribution.manifest.v1+json", []byte(`{"schemaVersion":1}`), 400, "UNSUPPORTED"},
+		{"Docker schema 1", "v1", "application/vnd.docker.distribution.manifest.v1+prettyjws",
+			[]byte(`{"schemaVersion":1}`), 400, "UNSUPPORTED"},
+		{"Docker schema 1, not signed", "v1", "application/vnd.docker.distribution.manifest.v1+json",
+			[]byte(`{"schemaVersion":1}`), 400, "UNSUPPORTED"},
 		{"too much", "v1", "application/vnd.example+json", padded(blobstore.MaxManifest + 1), 413, "MANIFEST_INVALID"},
 	} {
 		s.do("PUT", "/v2/a/manifests/"+c.reference, c.manifest, "Content-Type", c.mediaType).fails(c.status, c.code)
@@ -145,7 +170,8 @@ func TestRefusedManifests(t *testing.T) {
 			t.Fatal(c.what)
 		}
 	}
-	s.do("PUT", "/v2/a/manifests/v1", streamed(padded(blobstore.MaxManifest+1))).fails(http.StatusRequestEntityTooLarge, "MANIFEST_INVALID")
+	s.do("PUT", "/v2/a/manifests/v1", streamed(padded(blobstore.MaxManifest+1))).fails(
+		http.StatusRequestEntityTooLarge, "MANIFEST_INVALID")
 	s.do("GET", "/v2/a/tags/list", nil).lists("tags")
 	s.do("GET", "/v2/a/manifests/"+d.String(), nil).fails(http.StatusNotFound, "MANIFEST_UNKNOWN")
 }
@@ -167,8 +193,9 @@ func TestMissingReferences(t *testing.T) {
 	descriptor := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayer, Digest: d, Size: int64(len(missing))}
 	s.pushBlob("other", missing)
 	for what, manifest := range map[string][]byte{
-		"config":   s.image("a", func(m *ocispec.Manifest) { m.Config = descriptor }),
-		"layer":    s.image("a", func(m *ocispec.Manifest) { m.Layers = append(m.Layers, descriptor) }, []byte("there")),
+		"config": s.image("a", func(m *ocispec.Manifest) { m.Config = descriptor }),
+		"layer": s.image("a", func(m *ocispec.Manifest) { m.Layers = append(m.Layers, descriptor) },
+			[]byte("there")),
 		"manifest": encode(t, ocispec.Index{Manifests: []ocispec.Descriptor{descriptor}}),
 	} {
 		a := s.do("PUT", "/v2/a/manifests/v1", manifest).fails(http.StatusNotFound, "MANIFEST_BLOB_UNKNOWN")
@@ -185,7 +212,8 @@ func TestMissingReferences(t *testing.T) {
 		{MediaType: ocispec.MediaTypeImageLayer, Digest: d, Size: 7, URLs: []string{"https://example.com/layer"}},
 	}
 	for i, layer := range foreign {
-		s.pushManifest("a", "foreign"+itoa(i), s.image("a", func(m *ocispec.Manifest) { m.Layers = append(m.Layers, layer) }))
+		s.pushManifest("a", "foreign"+itoa(i),
+			s.image("a", func(m *ocispec.Manifest) { m.Layers = append(m.Layers, layer) }))
 	}
 	m := s.image("a", func(m *ocispec.Manifest) { m.Subject = &descriptor })
 	s.do("PUT", "/v2/a/manifests/subject", m).want(http.StatusCreated, "OCI-Subject", d.String())
@@ -199,8 +227,10 @@ func TestTagParameters(t *testing.T) {
 	m := s.image("a", nil)
 	for i, d := range []digest.Digest{digest.SHA256.FromBytes(m), digest.SHA512.FromBytes(m)} {
 		one, two := "one"+itoa(i), "two"+itoa(i)
-		s.do("PUT", "/v2/a/manifests/"+d.String()+"?tag="+one+"&tag="+two, m, "Content-Type", ocispec.MediaTypeImageManifest).
-			want(http.StatusCreated, "OCI-Tag", one+", "+two, "Docker-Content-Digest", d.String(), "Location", "/v2/a/manifests/"+d.String())
+		s.do("PUT", "/v2/a/manifests/"+d.String()+"?tag="+one+"&tag="+two, m,
+			"Content-Type", ocispec.MediaTypeImageManifest).
+			want(http.StatusCreated, "OCI-Tag", one+", "+two, "Docker-Content-Digest", d.String(),
+				"Location", "/v2/a/manifests/"+d.String())
 		for _, tag := range []string{one, two} {
 			s.do("GET", "/v2/a/manifests/"+tag, nil).want(http.StatusOK, "Docker-Content-Digest", d.String()).content(m)
 		}
@@ -214,7 +244,8 @@ func TestTagParameters(t *testing.T) {
 		s.do("GET", "/v2/a/manifests/one0", nil).want(http.StatusOK).content(other)
 	}
 	for _, bad := range []string{"", ".x", d.String(), "a/b", strings.Repeat("x", 129)} {
-		s.do("PUT", "/v2/a/manifests/"+d.String()+"?tag=good&tag="+bad, other).fails(http.StatusBadRequest, "MANIFEST_INVALID")
+		s.do("PUT", "/v2/a/manifests/"+d.String()+"?tag=good&tag="+bad, other).fails(
+			http.StatusBadRequest, "MANIFEST_INVALID")
 	}
 	s.do("PUT", "/v2/a/manifests/v1?tag=v2", other).fails(http.StatusBadRequest, "UNSUPPORTED")
 	s.do("GET", "/v2/a/manifests/good", nil).fails(http.StatusNotFound, "MANIFEST_UNKNOWN")
@@ -257,9 +288,12 @@ func TestDeleteManifest(t *testing.T) {
 	s.do("HEAD", "/v2/a/blobs/"+blob.String(), nil).want(http.StatusOK)
 	// One that an index refers to stays.
 	child := s.pushManifest("a", "child", m2(s))
-	s.do("PUT", "/v2/a/manifests/index", encode(t, ocispec.Index{Manifests: []ocispec.Descriptor{{MediaType: ocispec.MediaTypeImageManifest, Digest: child, Size: int64(len(m2(s)))}}}),
+	s.do("PUT", "/v2/a/manifests/index",
+		encode(t, ocispec.Index{Manifests: []ocispec.Descriptor{
+			{MediaType: ocispec.MediaTypeImageManifest, Digest: child, Size: int64(len(m2(s)))}}}),
 		"Content-Type", ocispec.MediaTypeImageIndex).want(http.StatusCreated)
-	s.do("DELETE", "/v2/a/manifests/"+child.String(), nil).fails(http.StatusMethodNotAllowed, "DENIED").contains("index")
+	s.do("DELETE", "/v2/a/manifests/"+child.String(), nil).fails(http.StatusMethodNotAllowed, "DENIED").contains(
+		"index")
 	s.do("DELETE", "/v2/a/manifests/child", nil).want(http.StatusAccepted)
 	s.do("GET", "/v2/a/manifests/"+child.String(), nil).want(http.StatusOK)
 }
@@ -282,7 +316,8 @@ func TestPushedFileIsAFile(t *testing.T) {
 		t.Errorf("stat: %+v, %v", f, err)
 	}
 	var out bytes.Buffer
-	if _, err := repo.Export(t.Context(), "v2", &out, blobstore.ExportOptions{}); err != nil || !bytes.Equal(out.Bytes(), data) {
+	if _, err := repo.Export(t.Context(), "v2", &out, blobstore.ExportOptions{}); err != nil ||
+		!bytes.Equal(out.Bytes(), data) {
 		t.Errorf("export: %d bytes, %v", out.Len(), err)
 	}
 }
@@ -293,7 +328,8 @@ func TestContradictedManifests(t *testing.T) {
 	s := start(t, registry.Options{})
 	layer := s.pushBlob("a", []byte("layer"))
 	manifest := func(layers string) []byte {
-		return []byte(`{"schemaVersion":2,"mediaType":"` + ocispec.MediaTypeImageManifest + `","layers":[` + layers + `]}`)
+		return []byte(`{"schemaVersion":2,"mediaType":"` + ocispec.MediaTypeImageManifest + `","layers":[` + layers +
+			`]}`)
 	}
 	of := func(size string) []byte {
 		return manifest(`{"mediaType":"application/x","digest":"` + layer.String() + `","size":` + size + `}`)
@@ -304,5 +340,6 @@ func TestContradictedManifests(t *testing.T) {
 	s.do("PUT", "/v2/a/manifests/v1", of("5")).want(http.StatusCreated)
 	many := strings.Repeat(`{"mediaType":"application/x","digest":"`+layer.String()+`","size":5},`, 10_000)
 	s.do("PUT", "/v2/a/manifests/v2", manifest(strings.TrimSuffix(many, ","))).want(http.StatusCreated)
-	s.do("PUT", "/v2/a/manifests/v3", manifest(many+many[:len(many)/10_000-1])).fails(http.StatusBadRequest, "MANIFEST_INVALID").contains("10001")
+	s.do("PUT", "/v2/a/manifests/v3", manifest(many+many[:len(many)/10_000-1])).fails(
+		http.StatusBadRequest, "MANIFEST_INVALID").contains("10001")
 }

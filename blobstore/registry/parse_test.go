@@ -78,7 +78,8 @@ func pathOf(t target) string {
 }
 
 func FuzzParsePath(f *testing.F) {
-	for _, path := range []string{"/v2/", "/v2/_catalog", "/v2/a/tags/list", "/v2/a/blobs/uploads/x", "/v2/a/manifests/manifests/v1", "/v2/a//referrers/x"} {
+	for _, path := range []string{"/v2/", "/v2/_catalog", "/v2/a/tags/list", "/v2/a/blobs/uploads/x",
+		"/v2/a/manifests/manifests/v1", "/v2/a//referrers/x"} {
 		f.Add(path)
 	}
 	f.Fuzz(func(t *testing.T, path string) {
@@ -102,7 +103,8 @@ var simpleRange = regexp.MustCompile(`^bytes=[0-9]{0,18}-[0-9]{0,18}$`)
 
 // FuzzParseRange compares with net/http, where both are to do the same.
 func FuzzParseRange(f *testing.F) {
-	for _, header := range []string{"", "bytes=0-1", "bytes=5-", "bytes=-5", "bytes=5-0", "bytes=-", "bytes=1-2,3-4", "x=1-2", "bytes=99999999999999999999-"} {
+	for _, header := range []string{"", "bytes=0-1", "bytes=5-", "bytes=-5", "bytes=5-0", "bytes=-", "bytes=1-2,3-4",
+		"x=1-2", "bytes=99999999999999999999-"} {
 		f.Add(header, int64(10))
 		f.Add(header, int64(0))
 	}
@@ -124,7 +126,8 @@ func FuzzParseRange(f *testing.F) {
 			t.Errorf("%q of %d: %d from %d on", header, size, n, off)
 		}
 		// Of nothing, and of the last 0 bytes, net/http sends parts.
-		if size == 0 || size > 1000 || !simpleRange.MatchString(header) || err != nil && strings.HasPrefix(header, "bytes=-0") {
+		if size == 0 || size > 1000 || !simpleRange.MatchString(header) ||
+			err != nil && strings.HasPrefix(header, "bytes=-0") {
 			return
 		}
 		r := httptest.NewRequest("GET", "/", nil)
@@ -137,13 +140,15 @@ func FuzzParseRange(f *testing.F) {
 			want, wantLength = http.StatusRequestedRangeNotSatisfiable, int64(w.Body.Len())
 		case partial:
 			want = http.StatusPartialContent
-			wantRange := "bytes " + strconv.FormatInt(off, 10) + "-" + strconv.FormatInt(off+n-1, 10) + "/" + strconv.FormatInt(size, 10)
+			wantRange := "bytes " + strconv.FormatInt(off, 10) + "-" + strconv.FormatInt(off+n-1, 10) + "/" +
+				strconv.FormatInt(size, 10)
 			if got := w.Header().Get("Content-Range"); got != wantRange {
 				t.Errorf("%q of %d: net/http sends %q, not %q", header, size, got, wantRange)
 			}
 		}
 		if w.Code != want || int64(w.Body.Len()) != wantLength {
-			t.Errorf("%q of %d: net/http sends %d with %d bytes, not %d with %d", header, size, w.Code, w.Body.Len(), want, wantLength)
+			t.Errorf("%q of %d: net/http sends %d with %d bytes, not %d with %d", header, size, w.Code, w.Body.Len(),
+				want, wantLength)
 		}
 	})
 }
@@ -151,7 +156,9 @@ func FuzzParseRange(f *testing.F) {
 var contentRange = regexp.MustCompile(`^[0-9]+-[0-9]+$`)
 
 func FuzzParseContentRange(f *testing.F) {
-	for _, header := range []string{"", "0-0", "0-1023", "5-4", "-", "bytes 0-1/2", "99999999999999999999-99999999999999999999", "0-9223372036854775807", "9223372036854775806-9223372036854775806"} {
+	for _, header := range []string{"", "0-0", "0-1023", "5-4", "-", "bytes 0-1/2",
+		"99999999999999999999-99999999999999999999", "0-9223372036854775807",
+		"9223372036854775806-9223372036854775806"} {
 		f.Add(header)
 	}
 	f.Fuzz(func(t *testing.T, header string) {

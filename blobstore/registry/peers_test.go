@@ -36,7 +36,8 @@ func eachPeer(t *testing.T, test func(s *server, e *peertest.Engine, theirs *ser
 	} {
 		t.Run(name, func(t *testing.T) {
 			e := peertest.New(t)
-			test(startOn(t, blobstore.New(engine(t, e)), registry.Options{}), e, startOn(t, blobstore.New(e.Peer), registry.Options{}))
+			test(startOn(t, blobstore.New(engine(t, e)), registry.Options{}), e,
+				startOn(t, blobstore.New(e.Peer), registry.Options{}))
 		})
 	}
 }
@@ -61,7 +62,8 @@ func TestClockWarning(t *testing.T) {
 		-5 * time.Minute: `299 - "the clock of peer 12D3KooWA is 5m0s behind that of this host (1 of 1 peers differ by more than 5s): keep clocks in step, and see 'dfcache peers'"`,
 	} {
 		e.ahead = ahead
-		if got := s.do("PUT", "/v2/a/manifests/v1", manifest, "Content-Type", ocispec.MediaTypeImageManifest).header.Get("Warning"); got != want {
+		if got := s.do("PUT", "/v2/a/manifests/v1", manifest,
+			"Content-Type", ocispec.MediaTypeImageManifest).header.Get("Warning"); got != want {
 			t.Errorf("%s: the warning is %s, want %s", ahead, got, want)
 		}
 	}
@@ -78,8 +80,10 @@ func TestPullThrough(t *testing.T) {
 		s.do("HEAD", "/v2/a/blobs/"+d.String(), nil).want(http.StatusOK, "Content-Length", size(data))
 		s.do("GET", "/v2/a/tags/list", nil).fails(http.StatusNotFound, "NAME_UNKNOWN") // nothing was kept
 		for range 2 {
-			s.do("GET", "/v2/a/manifests/v1", nil).want(http.StatusOK, "Docker-Content-Digest", m.String()).content(manifest)
-			s.do("GET", "/v2/a/blobs/"+d.String(), nil).want(http.StatusOK, "Content-Length", size(data), "Docker-Content-Digest", d.String()).content(data)
+			s.do("GET", "/v2/a/manifests/v1", nil).want(http.StatusOK, "Docker-Content-Digest", m.String()).content(
+				manifest)
+			s.do("GET", "/v2/a/blobs/"+d.String(), nil).want(
+				http.StatusOK, "Content-Length", size(data), "Docker-Content-Digest", d.String()).content(data)
 			s.do("GET", "/v2/a/blobs/"+digest.SHA256.FromString("{}").String(), nil).want(http.StatusOK)
 			e.Part() // the second time nobody has to be asked
 		}
@@ -104,8 +108,10 @@ func TestGetWhileItComes(t *testing.T) {
 				return context.Cause(ctx)
 			}
 		}
-		part := s.do("GET", "/v2/a/blobs/"+d.String(), nil, "Range", fmt.Sprintf("bytes=%d-%d", digest.MinPieceLength, 2*digest.MinPieceLength-1))
-		part.want(http.StatusPartialContent, "Content-Length", itoa(digest.MinPieceLength)).content(data[digest.MinPieceLength : 2*digest.MinPieceLength])
+		part := s.do("GET", "/v2/a/blobs/"+d.String(), nil,
+			"Range", fmt.Sprintf("bytes=%d-%d", digest.MinPieceLength, 2*digest.MinPieceLength-1))
+		part.want(http.StatusPartialContent, "Content-Length", itoa(digest.MinPieceLength)).content(
+			data[digest.MinPieceLength : 2*digest.MinPieceLength])
 
 		resp, err := s.http.Client().Get(s.http.URL + "/v2/a/blobs/" + d.String())
 		if err != nil {
@@ -162,7 +168,9 @@ func TestGetIsCutOff(t *testing.T) {
 					case a.err == nil || len(a.body) == len(data):
 						t.Errorf("the client got %d bytes of %d, and %v", len(a.body), len(data), a.err)
 					}
-					s.log.wait(t, func(r record) bool { return r.level == slog.LevelWarn && r.attrs["path"] == "/v2/a/blobs/"+d.String() })
+					s.log.wait(t, func(r record) bool {
+						return r.level == slog.LevelWarn && r.attrs["path"] == "/v2/a/blobs/"+d.String()
+					})
 					s.do("GET", "/v2/a/blobs/"+d.String(), nil).want(http.StatusOK).content(data)
 				})
 			})
@@ -178,9 +186,11 @@ func TestNoPeer(t *testing.T) {
 		d := digest.SHA256.FromString("x").String()
 		s.do("HEAD", "/v2/a/blobs/"+d, nil).fails(http.StatusNotFound, "")
 		s.do("GET", "/v2/a/blobs/"+d, nil).fails(http.StatusNotFound, "BLOB_UNKNOWN").contains("no peer could be asked")
-		s.do("GET", "/v2/a/manifests/v1", nil).fails(http.StatusNotFound, "MANIFEST_UNKNOWN").contains("no peer could be asked")
+		s.do("GET", "/v2/a/manifests/v1", nil).fails(http.StatusNotFound, "MANIFEST_UNKNOWN").contains(
+			"no peer could be asked")
 		s.log.wait(t, func(r record) bool {
-			return r.level == slog.LevelWarn && r.attrs["status"] == "404" && strings.Contains(r.attrs["error"], p2p.ErrUnreachable.Error())
+			return r.level == slog.LevelWarn && r.attrs["status"] == "404" &&
+				strings.Contains(r.attrs["error"], p2p.ErrUnreachable.Error())
 		})
 		s.pushManifest("a", "v1", s.image("a", nil, []byte("layer")))
 		s.do("GET", "/v2/a/referrers/"+d, nil).want(http.StatusOK, "Content-Type", ocispec.MediaTypeImageIndex)
@@ -195,7 +205,8 @@ func TestPushOfWhatPeersHave(t *testing.T) {
 		manifest := theirs.image("a", nil, layer)
 		s.do("HEAD", "/v2/a/blobs/"+digest.SHA256.FromBytes(layer).String(), nil).want(http.StatusOK)
 		// Mounts and uploads are about what is here.
-		a := s.do("POST", "/v2/b/blobs/uploads/?from=a&mount="+digest.SHA256.FromBytes(layer).String(), nil).want(http.StatusAccepted)
+		a := s.do("POST", "/v2/b/blobs/uploads/?from=a&mount="+digest.SHA256.FromBytes(layer).String(), nil).want(
+			http.StatusAccepted)
 		s.do("DELETE", a.header.Get("Location"), nil).want(http.StatusNoContent)
 		s.pushManifest("a", "v2", manifest)
 		e.Part()
@@ -205,7 +216,8 @@ func TestPushOfWhatPeersHave(t *testing.T) {
 
 func TestReferrersOfPeers(t *testing.T) {
 	eachPeer(t, func(s *server, e *peertest.Engine, theirs *server) {
-		subject := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: digest.SHA256.FromString("subject"), Size: 7}
+		subject := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest,
+			Digest: digest.SHA256.FromString("subject"), Size: 7}
 		m := theirs.pushManifest("a", "v1", theirs.image("a", func(m *ocispec.Manifest) { m.Subject = &subject }))
 		for _, part := range []bool{false, true} {
 			if part {

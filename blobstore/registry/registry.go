@@ -180,7 +180,8 @@ func (h *Handler) serve(w *response, r *request) error {
 		return newProblem(http.StatusForbidden, codeDenied, "requests of web pages of other sites are refused")
 	}
 	if r.endpoint == endpointNone {
-		return newProblem(http.StatusNotFound, codeUnsupported, "there is no such path in the API of the OCI distribution specification: want /v2/, then the name of a repository, then what is asked for")
+		return newProblem(http.StatusNotFound, codeUnsupported, "there is no such path in the API of the OCI "+
+			"distribution specification: want /v2/, then the name of a repository, then what is asked for")
 	}
 	methods := handlers[r.endpoint]
 	handle, ok := methods[r.Method]
@@ -191,7 +192,8 @@ func (h *Handler) serve(w *response, r *request) error {
 		}
 		slices.Sort(allow)
 		list := strings.Join(allow, ", ")
-		return newProblem(http.StatusMethodNotAllowed, codeUnsupported, "%.20q is not a method of this path, use one of %s", r.Method, list).with("Allow", list)
+		return newProblem(http.StatusMethodNotAllowed, codeUnsupported,
+			"%.20q is not a method of this path, use one of %s", r.Method, list).with("Allow", list)
 	}
 	if r.endpoint != endpointBase && r.endpoint != endpointCatalog {
 		tag, err := blobstore.TagOf(r.name)

@@ -22,7 +22,8 @@ func TestUnknownPaths(t *testing.T) {
 	s := start(t, registry.Options{})
 	for _, path := range []string{
 		"/", "/v1/", "/v3/", "/v22/", "/V2/", "/v2/a", "/v2/a/", "/v2/a/tags", "/v2/a/tags/", "/v2/a/tags/list/",
-		"/v2/a/b/c/d", "/v2/_catalog/", "/v2/_catalog/x", "/v2/a/uploads/", "/v2/a/uploads/x", "/metrics", "/v2/a/tags%2Flist",
+		"/v2/a/b/c/d", "/v2/_catalog/", "/v2/_catalog/x", "/v2/a/uploads/", "/v2/a/uploads/x", "/metrics",
+		"/v2/a/tags%2Flist",
 		"/v2/a%2Fb/tags/list", "/v2/a%2fb/tags/list", "/v2/a/manifests%2Fv1", "/v2/x/blobs/uploads/a/b",
 	} {
 		for _, method := range []string{"GET", "HEAD", "PUT", "POST", "DELETE", "OPTIONS", "TRACE"} {
@@ -69,7 +70,8 @@ func TestNames(t *testing.T) {
 			names = append(names, "x/"+a+"/"+b)
 		}
 	}
-	names = append(names, "blobs/uploads/manifests/v1", "a/blobs/uploads/tags/list", "dfcache/default", "a.b/c_d/e__f/g---h", strings.Repeat("a", 255))
+	names = append(names, "blobs/uploads/manifests/v1", "a/blobs/uploads/tags/list", "dfcache/default",
+		"a.b/c_d/e__f/g---h", strings.Repeat("a", 255))
 	data := []byte("data")
 	for _, name := range names {
 		d := s.pushBlob(name, data)
@@ -93,7 +95,8 @@ func TestBadNames(t *testing.T) {
 	s := start(t, registry.Options{})
 	d := digest.SHA256.FromString("x").String()
 	for _, name := range []string{
-		"A", "a/B", "-a", "a-", "a..b", "a___b", "a._b", "a//b", "/a", "a/", "a/../b", "..", ".", "../../etc", "a%00b", "%2e%2e", "%2E%2E/a", "a%20b",
+		"A", "a/B", "-a", "a-", "a..b", "a___b", "a._b", "a//b", "/a", "a/", "a/../b", "..", ".", "../../etc", "a%00b",
+		"%2e%2e", "%2E%2E/a", "a%20b",
 		"a%5cb", "a:b", "a@b", "%C3%A4", "a%25", "a%3Fb", "_catalog/a", strings.Repeat("a", 256), "~", "a%0d%0aX:%20y",
 	} {
 		for _, r := range []struct{ method, path string }{
@@ -118,20 +121,23 @@ func TestBadNames(t *testing.T) {
 func TestRequestsByHand(t *testing.T) {
 	s := start(t, registry.Options{})
 	for request, status := range map[string]int{
-		"GET /v2/../../etc/passwd HTTP/1.1\r\nHost: x\r\n\r\n":                                                                404,
-		"GET /v2/../v2/a/tags/list HTTP/1.1\r\nHost: x\r\n\r\n":                                                               400,
-		"GET //v2/a/tags/list HTTP/1.1\r\nHost: x\r\n\r\n":                                                                    404,
-		"GET /v2//tags/list HTTP/1.1\r\nHost: x\r\n\r\n":                                                                      400,
-		"GET /v2/a/./tags/list HTTP/1.1\r\nHost: x\r\n\r\n":                                                                   400,
-		"GET http://other/v2/ HTTP/1.1\r\nHost: x\r\n\r\n":                                                                    200,
-		"GET * HTTP/1.1\r\nHost: x\r\n\r\n":                                                                                   404,
-		"GET /v2/a/manifests/v1%zz HTTP/1.1\r\nHost: x\r\n\r\n":                                                               400,
-		"GET /v2/ HTTP/1.1\r\n\r\n":                                                                                           400,
-		"GET /v2/ HTTP/1.1\r\nHost: x\r\nX: " + strings.Repeat("x", 2<<20) + "\r\n\r\n":                                       431,
-		"GET /v2/" + strings.Repeat("a/", 1<<19) + "tags/list HTTP/1.1\r\nHost: x\r\n\r\n":                                    400,
-		"PATCH /v2/a/blobs/uploads/x HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n":                                       400,
-		"PATCH /v2/a/blobs/uploads/x HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n0\r\n\r\n": 404,
-		"PUT /v2/a/manifests/x HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nnonsense\r\n":                         400,
+		"GET /v2/../../etc/passwd HTTP/1.1\r\nHost: x\r\n\r\n":  404,
+		"GET /v2/../v2/a/tags/list HTTP/1.1\r\nHost: x\r\n\r\n": 400,
+		"GET //v2/a/tags/list HTTP/1.1\r\nHost: x\r\n\r\n":      404,
+		"GET /v2//tags/list HTTP/1.1\r\nHost: x\r\n\r\n":        400,
+		"GET /v2/a/./tags/list HTTP/1.1\r\nHost: x\r\n\r\n":     400,
+		"GET http://other/v2/ HTTP/1.1\r\nHost: x\r\n\r\n":      200,
+		"GET * HTTP/1.1\r\nHost: x\r\n\r\n":                     404,
+		"GET /v2/a/manifests/v1%zz HTTP/1.1\r\nHost: x\r\n\r\n": 400,
+		"GET /v2/ HTTP/1.1\r\n\r\n":                             400,
+		"GET /v2/ HTTP/1.1\r\nHost: x\r\nX: " + strings.Repeat("x", 2<<20) +
+			"\r\n\r\n": 431,
+		"GET /v2/" + strings.Repeat("a/", 1<<19) +
+			"tags/list HTTP/1.1\r\nHost: x\r\n\r\n": 400,
+		"PATCH /v2/a/blobs/uploads/x HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n": 400,
+		"PATCH /v2/a/blobs/uploads/x HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nContent-Length: " +
+			"3\r\n\r\n0\r\n\r\n": 404,
+		"PUT /v2/a/manifests/x HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nnonsense\r\n": 400,
 	} {
 		c := s.dial()
 		if _, err := fmt.Fprint(c, request); err != nil {
@@ -156,14 +162,17 @@ func TestRequestsByHand(t *testing.T) {
 func TestOtherOrigins(t *testing.T) {
 	s := start(t, registry.Options{})
 	d := s.pushBlob("a", []byte("data"))
-	for _, header := range [][]string{{"Sec-Fetch-Site", "cross-site"}, {"Origin", "https://example.com"}, {"Origin", "null"}} {
+	for _, header := range [][]string{{"Sec-Fetch-Site", "cross-site"}, {"Origin", "https://example.com"},
+		{"Origin", "null"}} {
 		for _, r := range []struct{ method, path string }{
-			{"POST", "/v2/a/blobs/uploads/"}, {"PUT", "/v2/a/manifests/v1"}, {"PATCH", "/v2/a/blobs/uploads/x"}, {"DELETE", "/v2/a/blobs/" + d.String()},
+			{"POST", "/v2/a/blobs/uploads/"}, {"PUT", "/v2/a/manifests/v1"}, {"PATCH", "/v2/a/blobs/uploads/x"},
+			{"DELETE", "/v2/a/blobs/" + d.String()},
 			{"GET", "/v2/a/blobs/" + d.String()}, {"GET", "/v2/"}, {"OPTIONS", "/v2/"},
 		} {
 			s.do(r.method, r.path, nil, header...).fails(http.StatusForbidden, "DENIED")
 		}
-		s.do("HEAD", "/v2/a/blobs/"+d.String(), nil, header...).want(http.StatusForbidden, "Access-Control-Allow-Origin", "")
+		s.do("HEAD", "/v2/a/blobs/"+d.String(), nil, header...).want(
+			http.StatusForbidden, "Access-Control-Allow-Origin", "")
 	}
 	s.do("GET", "/v2/a/blobs/"+d.String(), nil, "Sec-Fetch-Site", "none").want(http.StatusOK)
 	s.do("DELETE", "/v2/a/blobs/"+d.String(), nil, "Sec-Fetch-Site", "same-origin").want(http.StatusAccepted)
@@ -172,9 +181,11 @@ func TestOtherOrigins(t *testing.T) {
 // TestNoScripts: what is pushed as a web page is none in a browser.
 func TestNoScripts(t *testing.T) {
 	s := start(t, registry.Options{})
-	s.do("PUT", "/v2/a/manifests/v1", []byte(`{"x":"<script>alert(1)</script>"}`), "Content-Type", "text/html").want(http.StatusCreated)
+	s.do("PUT", "/v2/a/manifests/v1", []byte(`{"x":"<script>alert(1)</script>"}`), "Content-Type", "text/html").want(
+		http.StatusCreated)
 	s.do("GET", "/v2/a/manifests/v1", nil).
-		want(http.StatusOK, "Content-Type", "text/html", "X-Content-Type-Options", "nosniff", "Content-Security-Policy", "default-src 'none'; sandbox")
+		want(http.StatusOK, "Content-Type", "text/html", "X-Content-Type-Options", "nosniff", "Content-Security-Policy",
+			"default-src 'none'; sandbox")
 }
 
 // TestHTTP2 goes the way of TLS, where bytes do not stay in the kernel.
@@ -191,7 +202,8 @@ func TestTLS(t *testing.T) {
 			d := s.pushBlob("a", data)
 			s.do("GET", "/v2/a/blobs/"+d.String(), nil).want(http.StatusOK, "Content-Length", size(data)).content(data)
 			if n > 1 {
-				s.do("GET", "/v2/a/blobs/"+d.String(), nil, "Range", "bytes=1-").want(http.StatusPartialContent).content(data[1:])
+				s.do("GET", "/v2/a/blobs/"+d.String(), nil, "Range", "bytes=1-").want(
+					http.StatusPartialContent).content(data[1:])
 			}
 		}
 		s.pushManifest("a", "v1", s.image("a", nil))
@@ -258,8 +270,10 @@ func FuzzServe(f *testing.F) {
 	defer h.Close()
 	d := digest.SHA256.FromString("").String()
 	for _, path := range []string{
-		"/v2/", "/v2/a/tags/list?n=1&last=x", "/v2/_catalog?n=0", "/v2/a/../b/manifests/v1", "/v2/a%2Fb/blobs/x", "/v2/a/blobs/" + d, "/v2/a/manifests/sha256:x?tag=a",
-		"/v2/a/blobs/uploads/?mount=" + d + "&from=b", "/v2/a/blobs/uploads/?digest=" + d, "/v2/a/referrers/" + d + "?artifactType=x", "/v2/%00/tags/list",
+		"/v2/", "/v2/a/tags/list?n=1&last=x", "/v2/_catalog?n=0", "/v2/a/../b/manifests/v1", "/v2/a%2Fb/blobs/x",
+		"/v2/a/blobs/" + d, "/v2/a/manifests/sha256:x?tag=a",
+		"/v2/a/blobs/uploads/?mount=" + d + "&from=b", "/v2/a/blobs/uploads/?digest=" + d,
+		"/v2/a/referrers/" + d + "?artifactType=x", "/v2/%00/tags/list",
 	} {
 		for _, method := range []string{"GET", "POST", "PUT", "DELETE"} {
 			f.Add(method, path, "bytes=0-1", "0-1", "")

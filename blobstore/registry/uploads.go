@@ -61,17 +61,20 @@ func (u *session) state(header http.Header) {
 
 func errUnknownUpload(t target) *problem {
 	return newProblem(http.StatusNotFound, codeBlobUploadUnknown,
-		"there is no upload %.40q in repository %s: it was finished, cancelled, or idle for too long: begin a new one", t.reference, t.name)
+		"there is no upload %.40q in repository %s: it was finished, cancelled, or idle for too long: begin a new one",
+		t.reference, t.name)
 }
 
 func errClosed() *problem {
-	return newProblem(http.StatusServiceUnavailable, codeUnknown, "%v: try again later", errShutdown).with("Retry-After", "5")
+	return newProblem(http.StatusServiceUnavailable, codeUnknown, "%v: try again later", errShutdown).with(
+		"Retry-After", "5")
 }
 
 // beginUpload makes a session. It is cheap: nothing is stored before bytes come.
 // Where there are too many, one that nobody uses makes room.
 func (h *Handler) beginUpload(r *request, alg digest.Algorithm) (*session, error) {
-	u := &session{id: rand.Text(), name: r.name, who: clientOf(r.Request), alg: alg, turn: make(chan struct{}, 1), used: time.Now()}
+	u := &session{id: rand.Text(), name: r.name, who: clientOf(r.Request), alg: alg, turn: make(chan struct{}, 1),
+		used: time.Now()}
 	for {
 		spare, err := h.addUpload(u)
 		if err != nil || spare == nil {
@@ -95,7 +98,8 @@ func (h *Handler) addUpload(u *session) (spare *session, err error) {
 		return nil, nil
 	}
 	if spare = h.spareUpload(u.who); spare == nil {
-		return nil, newProblem(http.StatusTooManyRequests, codeTooManyRequests, "there are %d uploads already: try again later", len(h.uploads)).with("Retry-After", "10")
+		return nil, newProblem(http.StatusTooManyRequests, codeTooManyRequests,
+			"there are %d uploads already: try again later", len(h.uploads)).with("Retry-After", "10")
 	}
 	return spare, nil
 }
@@ -145,7 +149,8 @@ func (h *Handler) spareUpload(who string) (spare *session) {
 func (h *Handler) giveUp(u *session, why string) {
 	size := u.size()
 	h.drop(u)
-	h.log.Info(why, "repository", u.name, "upload", u.id, "client", u.who, "received", size, "idle", time.Since(u.used).Round(time.Second))
+	h.log.Info(why, "repository", u.name, "upload", u.id, "client", u.who, "received", size,
+		"idle", time.Since(u.used).Round(time.Second))
 }
 
 // makeRoom returns nil as soon as room does, which says whether there is room for what comes.
@@ -206,7 +211,8 @@ func (h *Handler) takeTurn(ctx context.Context, u *session) error {
 	case u.turn <- struct{}{}:
 		return nil
 	case <-timer.C:
-		return newProblem(http.StatusConflict, codeBlobUploadInvalid, "another request is using this upload: wait until it ends, or cancel the upload")
+		return newProblem(http.StatusConflict, codeBlobUploadInvalid,
+			"another request is using this upload: wait until it ends, or cancel the upload")
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
@@ -386,9 +392,11 @@ func bodyProblem(r *request, err error) error {
 	case err == nil || r.body.err == nil:
 		return err
 	case r.body.stalled():
-		return newProblem(http.StatusRequestTimeout, codeBlobUploadInvalid, "nothing came for too long: go on from what the upload has, or begin again").because(err)
+		return newProblem(http.StatusRequestTimeout, codeBlobUploadInvalid,
+			"nothing came for too long: go on from what the upload has, or begin again").because(err)
 	}
-	return newProblem(http.StatusBadRequest, codeSizeInvalid, "the body ended before its length: go on from what the upload has, or begin again").because(err)
+	return newProblem(http.StatusBadRequest, codeSizeInvalid,
+		"the body ended before its length: go on from what the upload has, or begin again").because(err)
 }
 
 // listUploads lists the unfinished uploads of a repository, so that they can be cancelled. It is
@@ -533,14 +541,17 @@ func (h *Handler) takeChunk(r *request, u *session, alg digest.Algorithm) error 
 		off, n, ok := parseContentRange(header)
 		switch {
 		case !ok:
-			return newProblem(http.StatusBadRequest, codeBlobUploadInvalid, "Content-Range %.80q is malformed: want <first>-<last>, the offsets of the chunk's first and last byte", header)
+			return newProblem(http.StatusBadRequest, codeBlobUploadInvalid, "Content-Range %.80q is malformed: want "+
+				"<first>-<last>, the offsets of the chunk's first and last byte", header)
 		case off != u.size():
-			p := newProblem(http.StatusRequestedRangeNotSatisfiable, codeBlobUploadInvalid, "the chunk begins at byte %d, but the upload has %d: go on from there", off, u.size())
+			p := newProblem(http.StatusRequestedRangeNotSatisfiable, codeBlobUploadInvalid,
+				"the chunk begins at byte %d, but the upload has %d: go on from there", off, u.size())
 			p.header = http.Header{}
 			u.state(p.header)
 			return p
 		case r.ContentLength >= 0 && r.ContentLength != n:
-			return newProblem(http.StatusBadRequest, codeSizeInvalid, "Content-Range says %d bytes, Content-Length %d", n, r.ContentLength)
+			return newProblem(http.StatusBadRequest, codeSizeInvalid, "Content-Range says %d bytes, Content-Length %d",
+				n, r.ContentLength)
 		}
 		// A body of unknown length may turn out longer.
 		src, want = r.body.first(n), n
@@ -565,10 +576,12 @@ func (h *Handler) takeChunk(r *request, u *session, alg digest.Algorithm) error 
 		h.dropAfter(u, err) // the store has failed: what came is lost
 		return err
 	case err != nil:
-		h.log.Info("upload broke off", "repository", u.name, "upload", u.id, "client", u.who, "received", u.size(), "kept", h.opts.UploadTimeout)
+		h.log.Info("upload broke off", "repository", u.name, "upload", u.id, "client", u.who, "received", u.size(),
+			"kept", h.opts.UploadTimeout)
 		return bodyProblem(r, err)
 	case want >= 0 && !exactly(r.body, taken, want):
-		return newProblem(http.StatusBadRequest, codeSizeInvalid, "Content-Range says %d bytes, the body has another number: go on from the %d that the upload has", want, u.size())
+		return newProblem(http.StatusBadRequest, codeSizeInvalid, "Content-Range says %d bytes, the body has another "+
+			"number: go on from the %d that the upload has", want, u.size())
 	}
 	return nil
 }

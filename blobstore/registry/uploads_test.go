@@ -39,7 +39,8 @@ func TestPushInEveryWay(t *testing.T) {
 	s := start(t, registry.Options{})
 	patch := func(path string, body any, header ...string) string {
 		t.Helper()
-		return s.do("PATCH", path, body, header...).want(http.StatusAccepted, "Content-Length", "0").header.Get("Location")
+		return s.do("PATCH", path, body, header...).want(http.StatusAccepted, "Content-Length", "0").header.Get(
+			"Location")
 	}
 	seed := byte(0)
 	for _, n := range []int{0, 1000, 300_000} {
@@ -61,7 +62,8 @@ func TestPushInEveryWay(t *testing.T) {
 					"regctl: chunks with ranges, PUT": func(path, query string, data []byte) *answer {
 						for off := 0; off < len(data); off += len(data)/3 + 1 {
 							chunk := data[off:min(len(data), off+len(data)/3+1)]
-							path = patch(path, chunk, "Content-Range", fmt.Sprintf("%d-%d", off, off+len(chunk)-1), "Content-Type", "application/octet-stream")
+							path = patch(path, chunk, "Content-Range", fmt.Sprintf("%d-%d", off, off+len(chunk)-1),
+								"Content-Type", "application/octet-stream")
 						}
 						return s.do("PUT", path+query, nil)
 					},
@@ -78,9 +80,11 @@ func TestPushInEveryWay(t *testing.T) {
 					seed++
 					data := content(n, seed)
 					d := alg.FromBytes(data)
-					path := s.do("POST", "/v2/a/blobs/uploads/"+begin, nil).want(http.StatusAccepted).header.Get("Location")
+					path := s.do("POST", "/v2/a/blobs/uploads/"+begin, nil).want(http.StatusAccepted).header.Get(
+						"Location")
 					query := "?digest=" + strings.Replace(d.String(), ":", "%3A", 1)
-					push(path, query, data).want(http.StatusCreated, "Location", "/v2/a/blobs/"+d.String(), "Docker-Content-Digest", d.String(), "Content-Length", "0")
+					push(path, query, data).want(http.StatusCreated, "Location", "/v2/a/blobs/"+d.String(),
+						"Docker-Content-Digest", d.String(), "Content-Length", "0")
 					s.do("GET", "/v2/a/blobs/"+d.String(), nil).want(http.StatusOK).content(data)
 					s.do("GET", path, nil).fails(http.StatusNotFound, "BLOB_UPLOAD_UNKNOWN")
 					if t.Failed() {
@@ -110,7 +114,8 @@ func TestPushInOneRequest(t *testing.T) {
 	}
 	d := digest.SHA256.FromString("x")
 	s.do("POST", "/v2/b/blobs/uploads/?digest="+d.String(), "y").fails(http.StatusBadRequest, "DIGEST_INVALID")
-	s.do("POST", "/v2/b/blobs/uploads/?digest="+d.String(), streamed([]byte("y"))).fails(http.StatusBadRequest, "DIGEST_INVALID")
+	s.do("POST", "/v2/b/blobs/uploads/?digest="+d.String(), streamed([]byte("y"))).fails(
+		http.StatusBadRequest, "DIGEST_INVALID")
 	s.do("POST", "/v2/b/blobs/uploads/?digest="+d.String(), nil).fails(http.StatusBadRequest, "DIGEST_INVALID")
 	s.do("POST", "/v2/b/blobs/uploads/?digest=sha256:x", "x").fails(http.StatusBadRequest, "DIGEST_INVALID")
 	s.do("POST", "/v2/b/blobs/uploads/?digest=", "x").fails(http.StatusBadRequest, "DIGEST_INVALID")
@@ -122,7 +127,8 @@ func TestBeginUpload(t *testing.T) {
 	s := start(t, registry.Options{})
 	s.do("POST", "/v2/a/blobs/uploads", nil).want(http.StatusAccepted)
 	s.do("POST", "/v2/a/blobs/uploads/", "{}", "Content-Type", "application/json").want(http.StatusAccepted)
-	s.do("POST", "/v2/a/blobs/uploads/?digest-algorithm=md5", nil).fails(http.StatusBadRequest, "DIGEST_INVALID").contains("sha512")
+	s.do("POST", "/v2/a/blobs/uploads/?digest-algorithm=md5", nil).fails(
+		http.StatusBadRequest, "DIGEST_INVALID").contains("sha512")
 	if a, b := s.begin("a"), s.begin("a"); a == b {
 		t.Errorf("two uploads are both %s", a)
 	}
@@ -134,8 +140,10 @@ func TestWrongDigest(t *testing.T) {
 	wrong := digest.SHA256.FromString("other")
 	for _, d := range []digest.Digest{wrong, digest.SHA512.FromString("other")} {
 		for name, push := range map[string]func(path string) *answer{
-			"PUT":             func(path string) *answer { return s.do("PUT", path+"?digest="+d.String(), data) },
-			"PUT as a stream": func(path string) *answer { return s.do("PUT", path+"?digest="+d.String(), streamed(data)) },
+			"PUT": func(path string) *answer { return s.do("PUT", path+"?digest="+d.String(), data) },
+			"PUT as a stream": func(path string) *answer {
+				return s.do("PUT", path+"?digest="+d.String(), streamed(data))
+			},
 			"PATCH, PUT": func(path string) *answer {
 				s.do("PATCH", path, data).want(http.StatusAccepted)
 				return s.do("PUT", path+"?digest="+d.String(), nil)
@@ -144,7 +152,8 @@ func TestWrongDigest(t *testing.T) {
 			path := s.begin("a")
 			push(path).fails(http.StatusBadRequest, "DIGEST_INVALID")
 			s.do("HEAD", "/v2/a/blobs/"+d.String(), nil).fails(http.StatusNotFound, "BLOB_UNKNOWN")
-			s.do("HEAD", "/v2/a/blobs/"+digest.SHA256.FromBytes(data).String(), nil).fails(http.StatusNotFound, "BLOB_UNKNOWN")
+			s.do("HEAD", "/v2/a/blobs/"+digest.SHA256.FromBytes(data).String(), nil).fails(
+				http.StatusNotFound, "BLOB_UNKNOWN")
 			s.do("GET", path, nil).fails(http.StatusNotFound, "BLOB_UPLOAD_UNKNOWN") // it is over
 			if t.Failed() {
 				t.Fatal(name)
@@ -154,7 +163,8 @@ func TestWrongDigest(t *testing.T) {
 	// A digest that is none leaves the upload as it is.
 	path := s.begin("a")
 	s.do("PATCH", path, data).want(http.StatusAccepted)
-	for _, query := range []string{"", "?digest=", "?digest=sha256:baddigeststring", "?digest=md5:d41d8cd98f00b204e9800998ecf8427e"} {
+	for _, query := range []string{"", "?digest=", "?digest=sha256:baddigeststring",
+		"?digest=md5:d41d8cd98f00b204e9800998ecf8427e"} {
 		s.do("PUT", path+query, nil).fails(http.StatusBadRequest, "DIGEST_INVALID")
 	}
 	s.do("PUT", path+"?digest="+digest.SHA256.FromBytes(data).String(), nil).want(http.StatusCreated)
@@ -168,9 +178,12 @@ func TestPushOfWhatIsThere(t *testing.T) {
 	wrong := bytes.Clone(data)
 	wrong[0] ^= 1
 	for range 2 {
-		s.do("PUT", s.begin("a")+"?digest="+d.String(), data).want(http.StatusCreated, "Docker-Content-Digest", d.String())
-		s.do("PUT", s.begin("a")+"?digest="+d.String(), streamed(data)).want(http.StatusCreated, "Docker-Content-Digest", d.String())
-		s.do("POST", "/v2/a/blobs/uploads/?digest="+d.String(), data).want(http.StatusCreated, "Docker-Content-Digest", d.String())
+		s.do("PUT", s.begin("a")+"?digest="+d.String(), data).want(
+			http.StatusCreated, "Docker-Content-Digest", d.String())
+		s.do("PUT", s.begin("a")+"?digest="+d.String(), streamed(data)).want(
+			http.StatusCreated, "Docker-Content-Digest", d.String())
+		s.do("POST", "/v2/a/blobs/uploads/?digest="+d.String(), data).want(
+			http.StatusCreated, "Docker-Content-Digest", d.String())
 	}
 	for _, body := range []any{wrong, streamed(wrong), data[1:], append(bytes.Clone(data), 0)} {
 		s.do("PUT", s.begin("a")+"?digest="+d.String(), body).fails(http.StatusBadRequest, "DIGEST_INVALID")
@@ -190,20 +203,24 @@ func TestChunksOutOfOrder(t *testing.T) {
 		s.do("GET", path, nil).want(http.StatusNoContent, "Range", "0-"+last, "Location", path)
 	}
 	refused("PATCH", "", 1000, 2000, "0")
-	s.do("PATCH", path, data[:1000], "Content-Range", "0-999").want(http.StatusAccepted, "Range", "0-999", "Location", path)
+	s.do("PATCH", path, data[:1000], "Content-Range", "0-999").want(
+		http.StatusAccepted, "Range", "0-999", "Location", path)
 	refused("PATCH", "", 0, 1000, "999")
 	refused("PATCH", "", 2000, 3000, "999")
 	refused("PUT", "?digest="+d.String(), 2000, 3000, "999")
 	refused("PUT", "?digest="+d.String(), 999, 3000, "999")
-	for _, bad := range []string{"bytes 1000-1999/3000", "1000-", "-1999", "1999-1000", "x", "1000-1999/3000", "1000–1999", "-", "1000-99999999999999999999"} {
+	for _, bad := range []string{"bytes 1000-1999/3000",
+		"1000-", "-1999", "1999-1000", "x", "1000-1999/3000", "1000–1999", "-", "1000-99999999999999999999"} {
 		s.do("PATCH", path, data[1000:2000], "Content-Range", bad).fails(http.StatusBadRequest, "BLOB_UPLOAD_INVALID")
 	}
 	for _, r := range []string{"1000-1998", "1000-2000"} {
 		s.do("PATCH", path, data[1000:2000], "Content-Range", r).fails(http.StatusBadRequest, "SIZE_INVALID")
 	}
-	s.do("HEAD", path, nil).want(http.StatusNoContent, "Range", "0-999", "Docker-Upload-Uuid", path[strings.LastIndex(path, "/")+1:])
+	s.do("HEAD", path, nil).want(http.StatusNoContent,
+		"Range", "0-999", "Docker-Upload-Uuid", path[strings.LastIndex(path, "/")+1:])
 	s.do("PATCH", path, data[1000:2000], "Content-Range", "1000-1999").want(http.StatusAccepted, "Range", "0-1999")
-	s.do("PUT", path+"?digest="+d.String(), data[2000:], "Content-Range", "2000-2999").want(http.StatusCreated, "Docker-Content-Digest", d.String())
+	s.do("PUT", path+"?digest="+d.String(), data[2000:], "Content-Range", "2000-2999").want(
+		http.StatusCreated, "Docker-Content-Digest", d.String())
 	s.do("GET", "/v2/a/blobs/"+d.String(), nil).want(http.StatusOK).content(data)
 }
 
@@ -213,12 +230,15 @@ func TestStreamWithRange(t *testing.T) {
 	data := content(3000, 1)
 	path := s.begin("a")
 	s.do("PATCH", path, streamed(data[:1000]), "Content-Range", "0-999").want(http.StatusAccepted, "Range", "0-999")
-	s.do("PATCH", path, streamed(data[1000:1500]), "Content-Range", "1000-1999").fails(http.StatusBadRequest, "SIZE_INVALID")
+	s.do("PATCH", path, streamed(data[1000:1500]), "Content-Range", "1000-1999").fails(
+		http.StatusBadRequest, "SIZE_INVALID")
 	s.do("GET", path, nil).want(http.StatusNoContent, "Range", "0-1499")
-	s.do("PATCH", path, streamed(data[1500:]), "Content-Range", "1500-1999").fails(http.StatusBadRequest, "SIZE_INVALID")
+	s.do("PATCH", path, streamed(data[1500:]), "Content-Range", "1500-1999").fails(
+		http.StatusBadRequest, "SIZE_INVALID")
 	s.do("GET", path, nil).want(http.StatusNoContent, "Range", "0-1999")
 	d := digest.SHA256.FromBytes(data)
-	s.do("PUT", path+"?digest="+d.String(), streamed(data[2000:]), "Content-Range", "2000-2999").want(http.StatusCreated)
+	s.do("PUT", path+"?digest="+d.String(), streamed(data[2000:]), "Content-Range", "2000-2999").want(
+		http.StatusCreated)
 	s.do("GET", "/v2/a/blobs/"+d.String(), nil).want(http.StatusOK).content(data)
 }
 
@@ -232,7 +252,8 @@ func TestCancelUpload(t *testing.T) {
 		}
 		s.do("DELETE", path, nil).want(http.StatusNoContent)
 		for _, method := range []string{"GET", "PATCH", "PUT", "DELETE"} {
-			s.do(method, path+"?digest="+digest.SHA256.FromBytes(data).String(), nil).fails(http.StatusNotFound, "BLOB_UPLOAD_UNKNOWN")
+			s.do(method, path+"?digest="+digest.SHA256.FromBytes(data).String(), nil).fails(
+				http.StatusNotFound, "BLOB_UPLOAD_UNKNOWN")
 		}
 	}
 	s.do("HEAD", "/v2/a/blobs/"+digest.SHA256.FromBytes(data).String(), nil).fails(http.StatusNotFound, "BLOB_UNKNOWN")
@@ -246,7 +267,8 @@ func TestUploadOfAnotherRepository(t *testing.T) {
 	d := digest.SHA256.FromString("x")
 	for _, method := range []string{"GET", "PATCH", "PUT", "DELETE"} {
 		s.do(method, other+"?digest="+d.String(), []byte("x")).fails(http.StatusNotFound, "BLOB_UPLOAD_UNKNOWN")
-		s.do(method, "/v2/a/blobs/uploads/nonsense?digest="+d.String(), []byte("x")).fails(http.StatusNotFound, "BLOB_UPLOAD_UNKNOWN")
+		s.do(method, "/v2/a/blobs/uploads/nonsense?digest="+d.String(), []byte("x")).fails(
+			http.StatusNotFound, "BLOB_UPLOAD_UNKNOWN")
 	}
 	s.do("PUT", path+"?digest="+d.String(), []byte("x")).want(http.StatusCreated)
 }
@@ -332,10 +354,12 @@ func TestRefusedBeforeSending(t *testing.T) {
 	s := startOn(t, blobstore.New(engine), registry.Options{})
 	d := digest.SHA256.FromString("x").String()
 	for _, length := range []int{2<<20 + 1, 1 << 60} {
-		for _, r := range [][2]string{{"POST", "/v2/a/blobs/uploads/?digest=" + d}, {"PUT", s.begin("a") + "?digest=" + d}, {"PATCH", s.begin("a")}} {
+		for _, r := range [][2]string{{"POST", "/v2/a/blobs/uploads/?digest=" + d},
+			{"PUT", s.begin("a") + "?digest=" + d}, {"PATCH", s.begin("a")}} {
 			c := s.dial()
 			// A client that waits to be asked for the body is not.
-			fmt.Fprintf(c, "%s %s HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n", r[0], r[1], length)
+			fmt.Fprintf(c, "%s %s HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n",
+				r[0], r[1], length)
 			c.answer(r[0]).fails(http.StatusInsufficientStorage, "DENIED")
 		}
 	}
@@ -345,7 +369,8 @@ func TestRefusedBeforeSending(t *testing.T) {
 	secure.StartTLS()
 	defer secure.Close()
 	for version, server := range map[int]*httptest.Server{1: s.http, 2: secure} {
-		for _, r := range [][2]string{{"POST", "/v2/a/blobs/uploads/?digest=" + d}, {"PUT", s.begin("a") + "?digest=" + d}, {"PATCH", s.begin("a")}} {
+		for _, r := range [][2]string{{"POST", "/v2/a/blobs/uploads/?digest=" + d},
+			{"PUT", s.begin("a") + "?digest=" + d}, {"PATCH", s.begin("a")}} {
 			for _, expect := range []string{"", "100-continue"} {
 				ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 				defer cancel()
@@ -362,7 +387,8 @@ func TestRefusedBeforeSending(t *testing.T) {
 					t.Fatalf("%s by HTTP/%d: %v", r[0], version, err)
 				}
 				answer.Body.Close()
-				if answer.StatusCode != http.StatusInsufficientStorage && (r[0] == "POST" || answer.StatusCode != http.StatusNotFound) || answer.ProtoMajor != version {
+				if answer.StatusCode != http.StatusInsufficientStorage &&
+					(r[0] == "POST" || answer.StatusCode != http.StatusNotFound) || answer.ProtoMajor != version {
 					t.Errorf("%s by HTTP/%d: %s by %s", r[0], version, answer.Status, answer.Proto)
 				}
 			}
@@ -510,7 +536,8 @@ func TestTooManyWaiting(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		get := func(from string) {
 			asking.Go(func() {
-				r := httptest.NewRequestWithContext(ctx, "GET", "/v2/a/blobs/"+digest.SHA256.FromString("x").String(), nil)
+				r := httptest.NewRequestWithContext(
+					ctx, "GET", "/v2/a/blobs/"+digest.SHA256.FromString("x").String(), nil)
 				r.RemoteAddr = from
 				h.ServeHTTP(httptest.NewRecorder(), r)
 				answered.Add(1)
@@ -570,7 +597,8 @@ func TestPushOfHeldWithoutRoom(t *testing.T) {
 		s.do("GET", "/v2/"+repository+"/blobs/"+d.String(), nil).want(http.StatusOK).content(data)
 	}
 	other := digest.SHA256.FromBytes(content(3<<19, 2))
-	s.do("POST", "/v2/b/blobs/uploads/?digest="+other.String(), content(3<<19, 2)).fails(http.StatusInsufficientStorage, "DENIED")
+	s.do("POST", "/v2/b/blobs/uploads/?digest="+other.String(), content(3<<19, 2)).fails(
+		http.StatusInsufficientStorage, "DENIED")
 }
 
 // failing is an engine that fails.
@@ -674,7 +702,8 @@ type conn struct {
 // send sends the head of a request, and the first bytes of its body.
 func (c *conn) send(method, path string, length int, body []byte) {
 	c.Helper()
-	if _, err := fmt.Fprintf(c, "%s %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s", method, path, length, body); err != nil {
+	if _, err := fmt.Fprintf(c, "%s %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s", method, path,
+		length, body); err != nil {
 		c.Fatal(err)
 	}
 }
@@ -831,7 +860,8 @@ func TestCancelWhileSending(t *testing.T) {
 // expectContinue sends the head of a request and returns when its body is being read.
 func (c *conn) expectContinue(method, path string, length int) {
 	c.Helper()
-	if _, err := fmt.Fprintf(c, "%s %s HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n", method, path, length); err != nil {
+	if _, err := fmt.Fprintf(c, "%s %s HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: "+
+		"%d\r\n\r\n", method, path, length); err != nil {
 		c.Fatal(err)
 	}
 	c.answer(method).status100()
@@ -883,7 +913,8 @@ func TestExpiry(t *testing.T) {
 			h.ServeHTTP(w, httptest.NewRequest(method, path, strings.NewReader(body)))
 			return w
 		}
-		used, idle := do("POST", "/v2/a/blobs/uploads/", "").Header().Get("Location"), do("POST", "/v2/a/blobs/uploads/", "").Header().Get("Location")
+		used, idle := do("POST", "/v2/a/blobs/uploads/", "").Header().Get("Location"), do(
+			"POST", "/v2/a/blobs/uploads/", "").Header().Get("Location")
 		do("PATCH", idle, "data")
 		empty := do("POST", "/v2/a/blobs/uploads/", "").Header().Get("Location")
 		do("PATCH", used, "data")
@@ -1044,7 +1075,8 @@ func TestOneRequestAtATime(t *testing.T) {
 	senders.Wait()
 	s.do("GET", path, nil).want(http.StatusNoContent, "Range", "0-"+itoa(chunks*length-1))
 	// The order is any: the digest is found by looking at what was stored.
-	s.do("PUT", path+"?digest="+digest.SHA256.FromString("x").String(), nil).fails(http.StatusBadRequest, "DIGEST_INVALID")
+	s.do("PUT", path+"?digest="+digest.SHA256.FromString("x").String(), nil).fails(
+		http.StatusBadRequest, "DIGEST_INVALID")
 }
 
 // TestBusyUpload: a request that goes on for too long is not waited for, and
@@ -1127,7 +1159,8 @@ func TestUploadRaces(t *testing.T) {
 		use := func(method, query string, body any, allowed ...int) {
 			users.Go(func() {
 				a, err := s.try(method, path+query, body)
-				if err != nil && !strings.Contains(err.Error(), "EOF") && !strings.Contains(err.Error(), "reset") && !strings.Contains(err.Error(), "broken pipe") {
+				if err != nil && !strings.Contains(err.Error(), "EOF") && !strings.Contains(err.Error(), "reset") &&
+					!strings.Contains(err.Error(), "broken pipe") {
 					t.Errorf("%s: %v", method, err)
 				} else if err == nil && !slices.Contains(allowed, a.status) {
 					t.Errorf("%s: %d %s", method, a.status, a.body)

@@ -117,7 +117,8 @@ func (s *suite) testCopyGraph(t *testing.T, target oras.Target) {
 	src, dst := memory.New(), memory.New()
 	g.push(t, src)
 	for _, stores := range [][2]oras.Target{{src, target}, {target, dst}} {
-		if err := oras.CopyGraph(t.Context(), stores[0], stores[1], root, oras.CopyGraphOptions{Concurrency: 10}); err != nil {
+		if err := oras.CopyGraph(t.Context(), stores[0], stores[1], root,
+			oras.CopyGraphOptions{Concurrency: 10}); err != nil {
 			t.Fatal(err)
 		}
 		g.requireHeld(t, stores[1])
@@ -150,7 +151,8 @@ func (s *suite) testCopyByDigest(t *testing.T, target oras.Target) {
 // need not be there.
 func (s *suite) testCopyForeignLayer(t *testing.T, target oras.Target) {
 	g := graph{}
-	foreign := content.NewDescriptorFromBytes(ocispec.MediaTypeImageLayerNonDistributableGzip, []byte("not for you")) //nolint:staticcheck // images with such layers exist
+	foreign := content.NewDescriptorFromBytes(ocispec.MediaTypeImageLayerNonDistributableGzip,
+		[]byte("not for you")) //nolint:staticcheck // images with such layers exist
 	foreign.URLs = []string{"https://example.org/layer"}
 	image := g.image(g.add(ocispec.MediaTypeImageConfig, []byte("{}")), g.layer("layer"), foreign)
 	src := memory.New()
@@ -251,8 +253,10 @@ func (s *suite) testExtendedCopy(t *testing.T, target oras.Target) {
 	g := graph{}
 	config := g.add(ocispec.MediaTypeImageConfig, []byte("{}"))
 	image := g.image(config, g.layer("layer"))
-	sbom := g.manifest(ocispec.Manifest{Config: config, ArtifactType: "application/x-sbom", Subject: &image, Layers: []ocispec.Descriptor{g.layer("sbom")}})
-	g.manifest(ocispec.Manifest{Config: config, ArtifactType: "application/x-signature", Subject: &sbom, Layers: []ocispec.Descriptor{g.layer("signature")}})
+	sbom := g.manifest(ocispec.Manifest{Config: config, ArtifactType: "application/x-sbom", Subject: &image,
+		Layers: []ocispec.Descriptor{g.layer("sbom")}})
+	g.manifest(ocispec.Manifest{Config: config, ArtifactType: "application/x-signature", Subject: &sbom,
+		Layers: []ocispec.Descriptor{g.layer("signature")}})
 	for name, open := range s.others() {
 		copied := func(t *testing.T, src, dst oras.Target) {
 			from, ok := src.(oras.ReadOnlyGraphTarget)
@@ -284,7 +288,8 @@ func (s *suite) testExtendedCopy(t *testing.T, target oras.Target) {
 	g.push(t, target)
 	mustTag(t, target, image, "v1")
 	opts := oras.DefaultExtendedCopyOptions
-	opts.FindPredecessors = func(ctx context.Context, src content.ReadOnlyGraphStorage, d ocispec.Descriptor) ([]ocispec.Descriptor, error) {
+	opts.FindPredecessors = func(ctx context.Context, src content.ReadOnlyGraphStorage, d ocispec.Descriptor) (
+		[]ocispec.Descriptor, error) {
 		return registry.Referrers(ctx, src, d, "application/x-sbom")
 	}
 	dst := memory.New()
@@ -313,7 +318,8 @@ func (s *suite) testOrasTag(t *testing.T, target oras.Target) {
 					t.Fatalf("tag %s: %+v, %v; want %+v", src, got, err, d)
 				}
 				tags := []string{"v3", "v4", "v5", "v1"}
-				if got, err := oras.TagN(t.Context(), target, src, tags, oras.DefaultTagNOptions); err != nil || !content.Equal(got, d) {
+				if got, err := oras.TagN(t.Context(), target, src, tags, oras.DefaultTagNOptions); err != nil ||
+					!content.Equal(got, d) {
 					t.Fatalf("tag %s: %+v, %v; want %+v", src, got, err, d)
 				}
 				for _, tag := range append(tags, "v2") {
@@ -329,7 +335,8 @@ func (s *suite) testOrasTag(t *testing.T, target oras.Target) {
 
 	data := []byte(`{"layers":[]}`)
 	for range 2 {
-		d, err := oras.TagBytesN(t.Context(), target, ocispec.MediaTypeImageManifest, data, []string{"b1", "b2", "b3"}, oras.DefaultTagBytesNOptions)
+		d, err := oras.TagBytesN(t.Context(), target, ocispec.MediaTypeImageManifest, data, []string{"b1", "b2", "b3"},
+			oras.DefaultTagBytesNOptions)
 		if err != nil {
 			t.Fatalf("tag bytes: %v", err)
 		}
@@ -371,7 +378,8 @@ func (s *suite) testOrasFetch(t *testing.T, target oras.Target) {
 				t.Errorf("fetch %s: %+v, %q, %v", reference, d, data, err)
 			}
 			fetched.Close()
-			d, data, err = oras.FetchBytes(t.Context(), target, reference, oras.FetchBytesOptions{FetchOptions: oras.FetchOptions{ResolveOptions: opts}})
+			d, data, err = oras.FetchBytes(t.Context(), target, reference,
+				oras.FetchBytesOptions{FetchOptions: oras.FetchOptions{ResolveOptions: opts}})
 			if err != nil || !content.Equal(d, c.want.Descriptor) || !bytes.Equal(data, c.want.data) {
 				t.Errorf("fetch bytes of %s: %+v, %q, %v", reference, d, data, err)
 			}
@@ -383,7 +391,8 @@ func (s *suite) testOrasFetch(t *testing.T, target oras.Target) {
 	opts := oras.DefaultCopyOptions
 	opts.WithTargetPlatform(&arm64)
 	dst := s.open(t)
-	if got, err := oras.Copy(t.Context(), target, "v1", dst, "arm64", opts); err != nil || !content.Equal(got, g.nodes[5].Descriptor) {
+	if got, err := oras.Copy(t.Context(), target, "v1", dst, "arm64", opts); err != nil ||
+		!content.Equal(got, g.nodes[5].Descriptor) {
 		t.Errorf("copy of one platform: %+v, %v", got, err)
 	}
 	requireResolves(t, dst, "arm64", g.nodes[5].Descriptor)
@@ -404,7 +413,8 @@ func (s *suite) testPackManifest(t *testing.T, target oras.Target) {
 	}{
 		{oras.PackManifestVersion1_0, oras.PackManifestOptions{Layers: []ocispec.Descriptor{layer}}},
 		{oras.PackManifestVersion1_1, oras.PackManifestOptions{Layers: []ocispec.Descriptor{layer}}},
-		{oras.PackManifestVersion1_1, oras.PackManifestOptions{ManifestAnnotations: map[string]string{ocispec.AnnotationCreated: "2000-01-01T00:00:00Z"}}},
+		{oras.PackManifestVersion1_1, oras.PackManifestOptions{
+			ManifestAnnotations: map[string]string{ocispec.AnnotationCreated: "2000-01-01T00:00:00Z"}}},
 		{oras.PackManifestVersion1_1, oras.PackManifestOptions{Subject: &layer}},
 	} {
 		d, err := oras.PackManifest(t.Context(), target, c.version, "application/x-test", c.opts)
@@ -420,9 +430,11 @@ func (s *suite) testPackManifest(t *testing.T, target oras.Target) {
 		for _, child := range children {
 			requireExists(t, target, child, true)
 		}
-		if finder, ok := target.(content.PredecessorFinder); ok && slices.ContainsFunc(children, func(c ocispec.Descriptor) bool { return content.Equal(c, layer) }) {
+		if finder, ok := target.(content.PredecessorFinder); ok &&
+			slices.ContainsFunc(children, func(c ocispec.Descriptor) bool { return content.Equal(c, layer) }) {
 			found, err := finder.Predecessors(t.Context(), layer)
-			if err != nil || !slices.ContainsFunc(found, func(p ocispec.Descriptor) bool { return content.Equal(p, d) }) {
+			if err != nil || !slices.ContainsFunc(found,
+				func(p ocispec.Descriptor) bool { return content.Equal(p, d) }) {
 				t.Errorf("predecessors of the layer are %+v, %v; want %+v among them", found, err, d)
 			}
 		}
@@ -430,8 +442,10 @@ func (s *suite) testPackManifest(t *testing.T, target oras.Target) {
 		requireResolves(t, target, "packed", d)
 	}
 	// The same again is no error.
-	opts := oras.PackManifestOptions{ManifestAnnotations: map[string]string{ocispec.AnnotationCreated: "2000-01-01T00:00:00Z"}}
-	if _, err := oras.PackManifest(t.Context(), target, oras.PackManifestVersion1_1, "application/x-test", opts); err != nil {
+	opts := oras.PackManifestOptions{ManifestAnnotations: map[string]string{
+		ocispec.AnnotationCreated: "2000-01-01T00:00:00Z"}}
+	if _, err := oras.PackManifest(t.Context(), target, oras.PackManifestVersion1_1,
+		"application/x-test", opts); err != nil {
 		t.Errorf("pack again: %v", err)
 	}
 	if strings.Count(layer.MediaType, "/") != 1 {

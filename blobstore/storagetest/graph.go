@@ -177,11 +177,14 @@ func (s *suite) testDeleteTopDown(t *testing.T, target oras.Target) {
 func (s *suite) testDeleteCollects(t *testing.T, target oras.Target) {
 	deleter := as[content.Deleter](t, target)
 	g := graph{}
-	config := g.add(ocispec.MediaTypeImageConfig, []byte("config"))                                                // 0
-	foo, bar, hello := g.layer("foo"), g.layer("bar"), g.layer("hello")                                            // 1, 2, 3
-	image4, image5 := g.image(config, foo), g.image(config, bar)                                                   // 4, 5
-	image6 := g.image(config, hello)                                                                               // 6
-	index7, index8 := g.index(image4, image5), g.index(image6)                                                     // 7, 8
+	config := g.add(ocispec.MediaTypeImageConfig, []byte("config")) // 0
+	// 1, 2, 3
+	foo, bar, hello := g.layer("foo"), g.layer("bar"), g.layer("hello")
+	// 4, 5
+	image4, image5 := g.image(config, foo), g.image(config, bar)
+	image6 := g.image(config, hello) // 6
+	// 7, 8
+	index7, index8 := g.index(image4, image5), g.index(image6)
 	world := g.layer("world")                                                                                      // 9
 	about10 := g.manifest(ocispec.Manifest{Config: config, Subject: &image6, Layers: []ocispec.Descriptor{world}}) // 10
 	g.manifest(ocispec.Manifest{Config: config, Subject: &about10, Layers: []ocispec.Descriptor{bar}})             // 11
@@ -259,7 +262,8 @@ func (s *suite) testReferrers(t *testing.T, target oras.Target) {
 	want := []ocispec.Descriptor{
 		g.manifest(ocispec.Manifest{Config: config, Subject: &subject, Annotations: annotations}),
 		g.manifest(ocispec.Manifest{Config: config, Subject: &subject, ArtifactType: "application/x-sbom"}),
-		g.addJSON(ocispec.MediaTypeImageIndex, ocispec.Index{Subject: &subject, ArtifactType: "application/x-sbom", Annotations: annotations}),
+		g.addJSON(ocispec.MediaTypeImageIndex,
+			ocispec.Index{Subject: &subject, ArtifactType: "application/x-sbom", Annotations: annotations}),
 		g.addJSON(ocispec.MediaTypeImageIndex, ocispec.Index{Subject: &subject}),
 		g.artifact(subject),
 	}
@@ -353,7 +357,8 @@ func (s *suite) testMount(t *testing.T, target oras.Target) {
 	refused := errors.New("refused")
 	err := m.Mount(t.Context(), d, name, func() (io.ReadCloser, error) { return nil, refused })
 	requireError(t, "mount of what is not there, with content that is refused", err, refused)
-	requireError(t, "mount of what is not there, with other content", m.Mount(t.Context(), d, name, give("elsewhere?")), content.ErrTrailingData)
+	requireError(t, "mount of what is not there, with other content", m.Mount(t.Context(), d, name, give("elsewhere?")),
+		content.ErrTrailingData)
 	s.requireAbsent(t, target, d)
 	if err := m.Mount(t.Context(), d, name, give("elsewhere")); err != nil {
 		t.Errorf("mount of what is not there, with its content: %v", err)

@@ -126,7 +126,8 @@ func (f *fakeRegistry) sendReferrers(w http.ResponseWriter, subject string) {
 	index := ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Manifests: []ocispec.Descriptor{}}
 	for reference, stored := range f.manifests {
 		var m ocispec.Manifest
-		if err := json.Unmarshal(stored.data, &m); err != nil || m.Subject == nil || m.Subject.Digest.String() != subject || !strings.Contains(reference, ":") {
+		if err := json.Unmarshal(stored.data, &m); err != nil || m.Subject == nil ||
+			m.Subject.Digest.String() != subject || !strings.Contains(reference, ":") {
 			continue
 		}
 		index.Manifests = append(index.Manifests, ocispec.Descriptor{

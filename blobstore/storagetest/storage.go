@@ -189,7 +189,8 @@ func (s *suite) testBadPush(t *testing.T, target oras.Target) {
 		RequireContent(t, target, n.Descriptor, n.data)
 	}
 	empty := describe(nil)
-	requireError(t, "push of more than nothing", target.Push(t.Context(), empty, strings.NewReader("x")), content.ErrTrailingData)
+	requireError(t, "push of more than nothing", target.Push(t.Context(), empty, strings.NewReader("x")),
+		content.ErrTrailingData)
 	s.requireAbsent(t, target, empty)
 }
 
@@ -208,7 +209,8 @@ func (s *suite) testBadManifest(t *testing.T, target oras.Target) {
 		for _, text := range []string{"", "not JSON", "[]", `{"layers":`, `{"layers":{},"manifests":{},"blobs":{}}`} {
 			data := []byte(text + strings.Repeat(" ", i)) // to be of its type only
 			d := content.NewDescriptorFromBytes(mediaType, data)
-			if err := target.Push(t.Context(), d, bytes.NewReader(data)); err == nil || errors.Is(err, errdef.ErrAlreadyExists) {
+			if err := target.Push(t.Context(), d, bytes.NewReader(data)); err == nil ||
+				errors.Is(err, errdef.ErrAlreadyExists) {
 				t.Errorf("push of %q as %s: %v", data, mediaType, err)
 			}
 			if !s.opts.KeepsBadManifests {
@@ -231,7 +233,8 @@ func (s *suite) testBadDigest(t *testing.T, target oras.Target) {
 		if s.opts.UncheckedDigests {
 			invalid, absent = nil, errdef.ErrNotFound
 		}
-		if err := target.Push(t.Context(), d, bytes.NewReader(data)); err == nil || invalid != nil && !errors.Is(err, invalid) {
+		if err := target.Push(t.Context(), d, bytes.NewReader(data)); err == nil ||
+			invalid != nil && !errors.Is(err, invalid) {
 			t.Errorf("push as %q: %v", bad, err)
 		}
 		exists, err := target.Exists(t.Context(), d)
@@ -250,7 +253,8 @@ func (s *suite) testBadDigest(t *testing.T, target oras.Target) {
 			requireError(t, "delete", target.Delete(t.Context(), d), absent)
 		}
 		if target, ok := target.(registry.ReferencePusher); ok {
-			requireError(t, "push with a tag", target.PushReference(t.Context(), d, bytes.NewReader(data), "tag"), absent)
+			requireError(t, "push with a tag", target.PushReference(t.Context(), d, bytes.NewReader(data), "tag"),
+				absent)
 		}
 	}
 }
@@ -292,7 +296,9 @@ func (s *suite) testOtherDescriptor(t *testing.T, target oras.Target) {
 func operations(target oras.Target, d ocispec.Descriptor, tag string) map[string]func(context.Context) error {
 	absent := describe([]byte("absent"))
 	ops := map[string]func(context.Context) error{
-		"push":                  func(ctx context.Context) error { return target.Push(ctx, absent, strings.NewReader("absent")) },
+		"push": func(ctx context.Context) error {
+			return target.Push(ctx, absent, strings.NewReader("absent"))
+		},
 		"push of what is there": func(ctx context.Context) error { return target.Push(ctx, d, strings.NewReader("")) },
 		"exists":                func(ctx context.Context) error { _, err := target.Exists(ctx, d); return err },
 		"fetch":                 func(ctx context.Context) error { _, err := target.Fetch(ctx, d); return err },
@@ -319,7 +325,10 @@ func operations(target oras.Target, d ocispec.Descriptor, tag string) map[string
 		}
 	}
 	if target, ok := target.(registry.ReferenceFetcher); ok {
-		ops["fetch by reference"] = func(ctx context.Context) error { _, _, err := target.FetchReference(ctx, tag); return err }
+		ops["fetch by reference"] = func(ctx context.Context) error {
+			_, _, err := target.FetchReference(ctx, tag)
+			return err
+		}
 	}
 	if target, ok := target.(registry.ReferencePusher); ok {
 		ops["push with a tag"] = func(ctx context.Context) error {
@@ -459,7 +468,8 @@ func (s *suite) testConcurrentBadPush(t *testing.T, target oras.Target) {
 			src = bytes.NewReader(other)
 		}
 		err := target.Push(t.Context(), d, src)
-		if errors.Is(err, errdef.ErrAlreadyExists) || good && err == nil || !good && errors.Is(err, content.ErrMismatchedDigest) {
+		if errors.Is(err, errdef.ErrAlreadyExists) || good && err == nil ||
+			!good && errors.Is(err, content.ErrMismatchedDigest) {
 			return
 		}
 		t.Errorf("push of right content %t: %v", good, err)
@@ -487,7 +497,8 @@ func (s *suite) testConcurrentAll(t *testing.T, target oras.Target) {
 	concurrently(concurrency, func(i int) {
 		g := &graphs[i]
 		images[i] = g.image(config, g.layer(fmt.Sprintf("layer %d", i)))
-		if err := target.Push(t.Context(), config, bytes.NewReader(shared)); err != nil && !errors.Is(err, errdef.ErrAlreadyExists) {
+		if err := target.Push(t.Context(), config, bytes.NewReader(shared)); err != nil &&
+			!errors.Is(err, errdef.ErrAlreadyExists) {
 			t.Errorf("push of what all push: %v", err)
 		}
 		for _, n := range g.nodes {

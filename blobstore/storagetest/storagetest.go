@@ -191,7 +191,8 @@ func (g *graph) image(config ocispec.Descriptor, layers ...ocispec.Descriptor) o
 }
 
 func (g *graph) index(manifests ...ocispec.Descriptor) ocispec.Descriptor {
-	return g.addJSON(ocispec.MediaTypeImageIndex, ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, Manifests: manifests})
+	return g.addJSON(ocispec.MediaTypeImageIndex,
+		ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, Manifests: manifests})
 }
 
 // mediaTypeArtifact is the media type of the artifact manifest that the release
@@ -207,7 +208,8 @@ type artifact struct {
 }
 
 func (g *graph) artifact(subject ocispec.Descriptor, blobs ...ocispec.Descriptor) ocispec.Descriptor {
-	return g.addJSON(mediaTypeArtifact, artifact{MediaType: mediaTypeArtifact, ArtifactType: "application/x-signature", Subject: &subject, Blobs: blobs})
+	return g.addJSON(mediaTypeArtifact, artifact{
+		MediaType: mediaTypeArtifact, ArtifactType: "application/x-signature", Subject: &subject, Blobs: blobs})
 }
 
 // descriptors returns what describes the nodes.

@@ -22,7 +22,8 @@ func (s *suite) testResolve(t *testing.T, target oras.Target) {
 	g.index(image)
 	g.push(t, target)
 	for i, n := range g.nodes {
-		for _, tag := range []string{fmt.Sprintf("v%d", i), fmt.Sprintf("V%d", i), fmt.Sprintf("_%d.x-y", i), strings.Repeat("x", 100+i)} {
+		for _, tag := range []string{fmt.Sprintf("v%d", i), fmt.Sprintf("V%d", i), fmt.Sprintf("_%d.x-y", i),
+			strings.Repeat("x", 100+i)} {
 			mustTag(t, target, n.Descriptor, tag)
 			requireResolves(t, target, tag, n.Descriptor)
 		}
@@ -59,7 +60,8 @@ func (s *suite) testTagMoves(t *testing.T, target oras.Target) {
 		}
 	}
 	g.requireHeld(t, target) // what it pointed to before stays
-	requireError(t, "tag of absent content", target.Tag(t.Context(), describe([]byte("absent")), "tag"), errdef.ErrNotFound)
+	requireError(t, "tag of absent content", target.Tag(t.Context(), describe([]byte("absent")), "tag"),
+		errdef.ErrNotFound)
 	requireResolves(t, target, "tag", g.nodes[3].Descriptor)
 }
 
@@ -81,7 +83,8 @@ func (s *suite) testTagByDigest(t *testing.T, target oras.Target) {
 		}
 	}
 	absent := describe([]byte("absent"))
-	requireError(t, "tag of absent content", target.Tag(t.Context(), absent, absent.Digest.String()), errdef.ErrNotFound)
+	requireError(t, "tag of absent content", target.Tag(t.Context(), absent, absent.Digest.String()),
+		errdef.ErrNotFound)
 }
 
 func (s *suite) testEmptyReference(t *testing.T, target oras.Target) {
