@@ -31,7 +31,8 @@ type missed struct {
 }
 
 func (m missed) String() string {
-	return fmt.Sprintf("%s %s: %s", printable(m.Peer), printable(cmp.Or(m.Address, "(no address)")), printable(m.Reason))
+	return fmt.Sprintf("%s %s: %s", printable(m.Peer), printable(cmp.Or(m.Address, "(no address)")),
+		printable(m.Reason))
 }
 
 func (a *app) deleteCommand() *cobra.Command {
@@ -103,7 +104,8 @@ func (s *session) delete(ctx context.Context, opts blobstore.DeleteOptions) erro
 	}
 	if len(result.Missed) > 0 {
 		s.log.Warn("peers were missed", "count", len(result.Missed))
-		fmt.Fprintf(s.stderr, "dfcache: warning: %s not reached; a dfdaemon of the swarm deletes it when it returns:\n", count(len(result.Missed), "peer was", "peers were"))
+		fmt.Fprintf(s.stderr, "dfcache: warning: %s not reached; a dfdaemon of the swarm deletes it when it returns:\n",
+			count(len(result.Missed), "peer was", "peers were"))
 		for _, m := range result.Missed {
 			fmt.Fprintf(s.stderr, "  %s\n", m)
 		}

@@ -61,7 +61,8 @@ are how it was before.
 				output = args[0]
 			}
 			if output == "" {
-				return exit.FlagError(cmd, errors.New("the output is missing: name it as OUTPUT or with -O OUTPUT, \"-\" is stdout"))
+				return exit.FlagError(cmd,
+					errors.New("the output is missing: name it as OUTPUT or with -O OUTPUT, \"-\" is stdout"))
 			}
 			if err := a.needCID(cmd); err != nil {
 				return err
@@ -72,9 +73,12 @@ are how it was before.
 		},
 	}
 	a.result.flags(cmd)
-	cmd.Flags().StringVarP(&output, "output", "O", "", "export to the given `file`, - is stdout; several files to a directory")
-	cmd.Flags().BoolVar(&opts.Overwrite, "overwrite", false, "replace an existing file, or put files into a directory that is not empty")
-	cmd.Flags().BoolVar(&opts.NoSync, "no-sync", false, "return before the output is on disk: faster, and a power cut can leave an empty file")
+	cmd.Flags().StringVarP(&output, "output", "O", "",
+		"export to the given `file`, - is stdout; several files to a directory")
+	cmd.Flags().BoolVar(&opts.Overwrite, "overwrite", false,
+		"replace an existing file, or put files into a directory that is not empty")
+	cmd.Flags().BoolVar(&opts.NoSync, "no-sync", false,
+		"return before the output is on disk: faster, and a power cut can leave an empty file")
 	localFlag(cmd, &opts.Lookup)
 	return cmd
 }
@@ -140,7 +144,8 @@ func (f *facts) from(file blobstore.File) {
 		f.add("from", "this host")
 		return
 	}
-	sources := slices.SortedFunc(slices.Values(file.Sources), func(a, b blobstore.Source) int { return cmp.Compare(b.Bytes, a.Bytes) })
+	sources := slices.SortedFunc(slices.Values(file.Sources),
+		func(a, b blobstore.Source) int { return cmp.Compare(b.Bytes, a.Bytes) })
 	for _, s := range sources[:min(len(sources), maxSources)] {
 		f.add("from", "peer %s (%s), %s", printable(s.Address), printable(s.Peer), bytesAndHuman(s.Bytes))
 	}

@@ -60,14 +60,17 @@ IDs of these peers.
 				input = args[0]
 			}
 			if input == "" {
-				return exit.FlagError(cmd, errors.New("the file is missing: name it as FILE or with -I FILE, \"-\" is stdin"))
+				return exit.FlagError(cmd,
+					errors.New("the file is missing: name it as FILE or with -I FILE, \"-\" is stdin"))
 			}
 			if a.cid == "" && cmd.Flags().Changed("cid") {
 				// Most likely a variable that has no value.
-				return exit.FlagError(cmd, errors.New("--cid is empty: give it a value, or leave it out to store the file under its digest"))
+				return exit.FlagError(cmd,
+					errors.New("--cid is empty: give it a value, or leave it out to store the file under its digest"))
 			}
 			if replicas < 0 {
-				return exit.FlagError(cmd, fmt.Errorf("--replicas %d is negative: pass how many peers are to hold the file, or 0", replicas))
+				return exit.FlagError(cmd,
+					fmt.Errorf("--replicas %d is negative: pass how many peers are to hold the file, or 0", replicas))
 			}
 			return a.session(cmd, a.consoleFile(false), func(ctx context.Context, s *session) error {
 				return s.importFile(ctx, input, algorithm, replicas)
@@ -76,7 +79,8 @@ IDs of these peers.
 	}
 	a.result.flags(cmd)
 	cmd.Flags().StringVarP(&input, "input", "I", "", "import the given `file`, - is stdin")
-	cmd.Flags().StringVar(&algorithm, "algorithm", string(digest.SHA256), "digest `algorithm` where --cid is no digest: sha256, sha384 or sha512")
+	cmd.Flags().StringVar(&algorithm, "algorithm", string(digest.SHA256),
+		"digest `algorithm` where --cid is no digest: sha256, sha384 or sha512")
 	cmd.Flags().IntVar(&replicas, "replicas", 0, "return when `N` peers, too, hold the file whole")
 	complete(cmd, "algorithm", string(digest.SHA256), string(digest.SHA384), string(digest.SHA512))
 	return cmd
@@ -157,7 +161,9 @@ const holdersWithin = stuckAfter / 2
 
 // notReplicated says that a file is stored, although the command fails: err is why
 // there are too few peers that hold it.
-func (s *session) notReplicated(ctx context.Context, repo *blobstore.Repository, file blobstore.File, replicas int, err error) error {
+func (s *session) notReplicated(
+	ctx context.Context, repo *blobstore.Repository, file blobstore.File, replicas int, err error,
+) error {
 	why, code := err.Error(), exit.Code(err)
 	switch {
 	case code == exit.Interrupted:
@@ -169,7 +175,8 @@ func (s *session) notReplicated(ctx context.Context, repo *blobstore.Repository,
 		// The engine had no time to say it.
 		counting, cancel := context.WithTimeout(context.WithoutCancel(ctx), holdersWithin)
 		defer cancel()
-		if f, statErr := repo.Stat(counting, file.CID, blobstore.Lookup{Providers: true}); statErr == nil && f.Providers != nil {
+		if f, statErr := repo.Stat(counting, file.CID, blobstore.Lookup{Providers: true}); statErr == nil &&
+			f.Providers != nil {
 			why += ", and " + count(f.Providers.Whole, "peer holds it", "peers hold it") + " whole by now"
 		}
 	}
@@ -177,7 +184,8 @@ func (s *session) notReplicated(ctx context.Context, repo *blobstore.Repository,
 		why += ": " + unreachableAdvice
 	}
 	return &storedError{toldError{
-		fmt.Sprintf("import: the file is stored on this host as %s, but not on %s, too: %s", file.CID, count(replicas, "peer", "peers"), why),
+		fmt.Sprintf("import: the file is stored on this host as %s, but not on %s, too: %s", file.CID,
+			count(replicas, "peer", "peers"), why),
 		err,
 	}}
 }
@@ -193,7 +201,8 @@ func openInput(path string) (*os.File, error) {
 	}
 	if info, err := f.Stat(); err == nil && info.IsDir() {
 		f.Close()
-		return nil, exit.Usage(fmt.Errorf("input %s is a directory: import a single file, such as an archive of it", path))
+		return nil, exit.Usage(fmt.Errorf(
+			"input %s is a directory: import a single file, such as an archive of it", path))
 	}
 	return f, nil
 }

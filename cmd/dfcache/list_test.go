@@ -21,7 +21,8 @@ func TestListedKeys(t *testing.T) {
 	}{
 		"part": {blobstore.Entry{Info: p2p.Info{Task: task}}, "sha256:0", "", nil},
 		"name": {blobstore.Entry{Info: p2p.Info{Task: task}, Name: "v1"}, "", "sha256:0", nil},
-		"used": {blobstore.Entry{Info: p2p.Info{Task: task, LastUsed: time.Unix(1, 0).UTC()}}, "sha256:0", "", "1970-01-01T00:00:01Z"},
+		"used": {blobstore.Entry{Info: p2p.Info{Task: task, LastUsed: time.Unix(1, 0).UTC()}},
+			"sha256:0", "", "1970-01-01T00:00:01Z"},
 	} {
 		data, err := json.Marshal(newListed(test.entry))
 		if err != nil {

@@ -79,20 +79,30 @@ type app struct {
 // same everywhere.
 func (a *app) globalFlags(cmd *cobra.Command) {
 	f := cmd.PersistentFlags()
-	f.StringVarP(&a.cid, "cid", "i", "", "content or cache `ID`: an OCI digest of the content (sha256:HEX), or a name of your own")
+	f.StringVarP(&a.cid, "cid", "i", "",
+		"content or cache `ID`: an OCI digest of the content (sha256:HEX), or a name of your own")
 	f.StringVarP(&a.tag, "tag", "t", "", "namespace of the cid: the same cid under different `tag`s is different files")
 	f.DurationVar(&a.timeout, "timeout", 0, "bound for the whole operation, for example 90s; 0 is infinite")
-	f.StringVar(&a.workHome, "workhome", "", "working `directory` (default /var/lib/dfcache for root, else dragonfly in the XDG data directory); a dfdaemon that runs already keeps its own")
-	f.StringVar(&a.logDir, "logdir", "", "`directory` of the log files (default logs in --workhome where that is given, else /var/log/dragonfly for root, dragonfly/logs in the XDG state directory for others)")
-	f.BoolVar(&a.console, "console", false, "print log records, too: to stdout, or to stderr where stdout has the content or a --format")
+	f.StringVar(&a.workHome, "workhome", "", "working `directory` (default /var/lib/dfcache for root, else dragonfly "+
+		"in the XDG data directory); a dfdaemon that runs already keeps its own")
+	f.StringVar(&a.logDir, "logdir", "", "`directory` of the log files (default logs in --workhome where that is "+
+		"given, else /var/log/dragonfly for root, dragonfly/logs in the XDG state directory for others)")
+	f.BoolVar(&a.console, "console", false,
+		"print log records, too: to stdout, or to stderr where stdout has the content or a --format")
 	f.BoolVar(&a.verbose, "verbose", false, "log at debug level")
-	f.String("config", paths.Config("dfcache"), "configuration `file` in YAML, also set by DFCACHE_CONFIG (default /etc/dragonfly/dfcache.yaml, or dragonfly/dfcache.yaml in the XDG configuration directory)")
+	f.String("config", paths.Config("dfcache"), "configuration `file` in YAML, also set by DFCACHE_CONFIG (default "+
+		"/etc/dragonfly/dfcache.yaml, or dragonfly/dfcache.yaml in the XDG configuration directory)")
 	f.Lookup("config").DefValue = ""
-	f.IntVar(&a.pprofPort, "pprof-port", -1, "serve pprof profiles on this `port` of 127.0.0.1, to this user and root; 0 is any free port, which is printed; -1 is off")
-	f.StringVar(&a.jaeger, "jaeger", "", "send traces to this OTLP/HTTP `URL` of a Jaeger or a collector, for example http://localhost:4318")
+	f.IntVar(&a.pprofPort, "pprof-port", -1, "serve pprof profiles on this `port` of 127.0.0.1, to this user and "+
+		"root; 0 is any free port, which is printed; -1 is off")
+	f.StringVar(&a.jaeger, "jaeger", "",
+		"send traces to this OTLP/HTTP `URL` of a Jaeger or a collector, for example http://localhost:4318")
 	f.StringVar(&a.serviceName, "service-name", "dragonfly-dfcache", "`name` of the service in traces")
-	f.StringVar(&a.socket, "daemon-sock", "", "unix `socket` of the dfdaemon (default dfdaemon.sock in /run/dragonfly for root, else in dragonfly in the XDG runtime directory; a dfdaemon is started there when none answers)")
-	f.StringVar(&a.daemonUsers, "daemon-user", "dragonfly", "`users` whose dfdaemon is trusted, besides root and you: names or IDs, with commas between them")
+	f.StringVar(&a.socket, "daemon-sock", "", "unix `socket` of the dfdaemon (default dfdaemon.sock in "+
+		"/run/dragonfly for root, else in dragonfly in the XDG runtime directory; a dfdaemon is started there when "+
+		"none answers)")
+	f.StringVar(&a.daemonUsers, "daemon-user", "dragonfly",
+		"`users` whose dfdaemon is trusted, besides root and you: names or IDs, with commas between them")
 	f.BoolVar(&a.noTTY, "no-tty", false, "no progress bar, even on a terminal")
 }
 
@@ -104,7 +114,8 @@ func (a *app) load(cmd *cobra.Command, _ []string) error {
 		return err
 	}
 	if a.timeout < 0 {
-		return exit.FlagError(cmd, fmt.Errorf("--timeout %s is negative: pass a duration such as 30s, or 0 for no limit", a.timeout))
+		return exit.FlagError(cmd, fmt.Errorf(
+			"--timeout %s is negative: pass a duration such as 30s, or 0 for no limit", a.timeout))
 	}
 	var err error
 	if a.daemonUIDs, err = uidsOf(a.daemonUsers, cmd.Flags().Changed("daemon-user")); err != nil {

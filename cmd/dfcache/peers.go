@@ -34,7 +34,8 @@ type knownPeer struct {
 func newKnownPeer(p blobstore.Peer) knownPeer {
 	k := knownPeer{
 		ID: p.ID, State: string(p.State), Mode: p.Mode, Addresses: append([]string{}, p.Addresses...),
-		Gave: p.Gave, Took: p.Took, Latency: float64(p.Latency) / float64(time.Millisecond), Faults: p.Faults, Reason: p.Reason,
+		Gave: p.Gave, Took: p.Took, Latency: float64(p.Latency) / float64(time.Millisecond), Faults: p.Faults,
+		Reason:  p.Reason,
 		Version: p.Version, Ahead: p.Ahead.Seconds(),
 	}
 	if !p.LastSeen.IsZero() {
@@ -75,7 +76,8 @@ and "lastSeen" is null where that was never. A template is executed on all of it
   dfcache peers --template '{{range .}}{{println .id .gave .took}}{{end}}'`,
 		Args: exit.Args(func(cmd *cobra.Command, args []string) error {
 			if cmd.Flags().Changed("cid") || cmd.Flags().Changed("tag") {
-				return errors.New("peers takes no --cid and no --tag: use 'dfcache stat' to see how many peers hold a file")
+				return errors.New(
+					"peers takes no --cid and no --tag: use 'dfcache stat' to see how many peers hold a file")
 			}
 			return exit.NoArgs(cmd, args)
 		}),
@@ -109,11 +111,13 @@ func (s *session) peers(ctx context.Context) error {
 
 func peersText(peers []knownPeer) string {
 	if len(peers) == 0 {
-		return "no peers are known: start dfdaemon on other hosts, with the same swarm key, and give its bootstrap addresses where they are not on one network\n"
+		return "no peers are known: start dfdaemon on other hosts, with the same swarm key, and give its bootstrap " +
+			"addresses where they are not on one network\n"
 	}
 	var text strings.Builder
 	const line = "%-52s  %-9s  %-11s  %10s  %10s  %8s  %-8s  %-25s  %-6s  %s\n"
-	fmt.Fprintf(&text, line, "ID", "STATE", "MODE", "GAVE", "TOOK", "LATENCY", "CLOCK", "LAST SEEN", "FAULTS", "ADDRESSES")
+	fmt.Fprintf(&text, line, "ID", "STATE", "MODE", "GAVE", "TOOK", "LATENCY", "CLOCK", "LAST SEEN",
+		"FAULTS", "ADDRESSES")
 	for _, p := range peers {
 		latency, seen, ahead := "-", "-", "-"
 		if math.Abs(p.Ahead) >= 1 {
@@ -130,7 +134,8 @@ func peersText(peers []knownPeer) string {
 			faults += " (" + printable(p.Reason) + ")"
 		}
 		addresses := cmp.Or(printable(strings.Join(p.Addresses, " ")), "-")
-		fmt.Fprintf(&text, line, printable(p.ID), p.State, cmp.Or(printable(p.Mode), "-"), human(p.Gave), human(p.Took), latency, ahead, seen, faults, addresses)
+		fmt.Fprintf(&text, line, printable(p.ID), p.State, cmp.Or(printable(p.Mode), "-"), human(p.Gave), human(p.Took),
+			latency, ahead, seen, faults, addresses)
 	}
 	return text.String()
 }

@@ -161,16 +161,20 @@ func TestFileOfPeers(t *testing.T) {
 	data := bytes.Repeat([]byte("content"), 30_000)
 	f := n.imported(t, data)
 
-	run("stat", "-t", "t", "-i", "v1").want(0, `digest: +`+f.Digest.String(), `local: +no`, `peers: +2 \(1 whole\), 1 of 3 did not answer`).
+	run("stat", "-t", "t", "-i", "v1").want(
+		0, `digest: +`+f.Digest.String(), `local: +no`, `peers: +2 \(1 whole\), 1 of 3 did not answer`).
 		lacks("imported").lacks("last used")
 	run("stat", "-t", "t", "-i", "v1", "--format", "json").want(0).
-		json("holders", `{"some":2,"whole":1,"asked":3,"silent":1}`).json("local", "false").json("imported", "null").json("sources", "[]")
+		json("holders", `{"some":2,"whole":1,"asked":3,"silent":1}`).json("local", "false").json(
+		"imported", "null").json("sources", "[]")
 	run("stat", "-l", "-t", "t", "-i", "v1").want(3)
 	run("stat", "-t", "t", "-i", "v2").want(3)
 
 	run("export", "-l", "-t", "t", "-i", "v1", "none").want(3)
-	run("export", "-t", "t", "-i", "v1", "out").want(0, `from: +peer 10\.0\.0\.7:4001 \(12D3KooWPeer\), 210000 B \(205\.1 KiB\)`)
-	run("export", "-t", "t", "-i", "v1", "out2", "--format", "json").want(0).json("sources", "[]").json("holders", "null").json("local", "true")
+	run("export", "-t", "t", "-i", "v1", "out").want(
+		0, `from: +peer 10\.0\.0\.7:4001 \(12D3KooWPeer\), 210000 B \(205\.1 KiB\)`)
+	run("export", "-t", "t", "-i", "v1", "out2", "--format", "json").want(0).json("sources", "[]").json(
+		"holders", "null").json("local", "true")
 	run("export", "-t", "t", "-i", "v1", "out3").want(0, "from: +this host")
 	run("stat", "-l", "-t", "t", "-i", "v1", "--format", "json").want(0).json("holders", "null").json("local", "true")
 	run("stat", "-l", "-t", "t", "-i", "v1").want(0).lacks("peers:")
@@ -178,7 +182,9 @@ func TestFileOfPeers(t *testing.T) {
 	n.Part()
 	run("stat", "-t", "t", "-i", "v1").want(0, `local: +yes \(held 4 of 4\)`, `peers: +none to ask`)
 	for _, args := range [][]string{{"stat", "-i", "v2"}, {"export", "-i", "v2", "none"}} {
-		run(args...).want(11, `dfcache: .*no peer can be reached; another host may have it: see 'dfcache peers', and check dfdaemon's bootstrap addresses and swarm key`)
+		run(args...).want(
+			11,
+			`dfcache: .*no peer can be reached; another host may have it: see 'dfcache peers', and check dfdaemon's bootstrap addresses and swarm key`)
 	}
 }
 
@@ -194,7 +200,8 @@ func TestPartials(t *testing.T) {
 	n.set(func() {
 		for _, d := range []digest.Digest{f.Digest, lost} {
 			n.partials = append(n.partials, p2p.Entry{
-				Info:  p2p.Info{Task: p2p.Task{Tag: "t", Digest: d}, Size: f.Size, PieceLength: 65536, Pieces: 4, Held: 3, Keep: p2p.KeepUntilReferred},
+				Info: p2p.Info{Task: p2p.Task{Tag: "t", Digest: d}, Size: f.Size, PieceLength: 65536, Pieces: 4,
+					Held: 3, Keep: p2p.KeepUntilReferred},
 				Total: 200_000,
 			})
 		}
@@ -204,14 +211,18 @@ func TestPartials(t *testing.T) {
 	run("list", "-t", "other").want(0).lacks("partial")
 	run("stat", "-t", "t", "-i", "v1").want(0, `local: +no \(held 3 of 4\)`)
 	run("stat", "-t", "t", "-i", "v1", "--format", "json").want(0).json("held", "3").json("local", "false")
-	run("stat", "-t", "t", "-i", lost.String()).want(3, `dfcache: stat: .*: not found \(200000 bytes of it are here, and are kept for a while\): .*`)
-	run("stat", "-l", "-t", "t", "-i", f.Digest.String()).want(3, `dfcache: stat: .* \(200000 bytes of it are here, and are kept for a while\) on this host: .*`)
+	run("stat", "-t", "t", "-i", lost.String()).want(
+		3, `dfcache: stat: .*: not found \(200000 bytes of it are here, and are kept for a while\): .*`)
+	run("stat", "-l", "-t", "t", "-i", f.Digest.String()).want(
+		3, `dfcache: stat: .* \(200000 bytes of it are here, and are kept for a while\) on this host: .*`)
 
 	// A daemon of a release before does not know them, and is no reason to fail.
 	n.set(func() { n.older = true })
 	run("import", "-t", "t", "-i", "v2", "/proc/self/cmdline").want(0)
-	for _, args := range [][]string{{"list"}, {"list", "--format", "json"}, {"list", "-t", "t", "--template", "{{len .}}"}} {
-		const warning = "dfcache: warning: what has arrived in part is not listed: dfdaemon at .* does not know this call: install the same version of dfcache and dfdaemon"
+	for _, args := range [][]string{{"list"}, {"list", "--format", "json"},
+		{"list", "-t", "t", "--template", "{{len .}}"}} {
+		const warning = "dfcache: warning: what has arrived in part is not listed: dfdaemon at .* does not know this " +
+			"call: install the same version of dfcache and dfdaemon"
 		if o := run(args...).want(0); !regexp.MustCompile(warning).MatchString(o.stderr) {
 			t.Errorf("dfcache %s: stderr is %s", o.what, o.stderr)
 		}
@@ -235,15 +246,19 @@ func TestDeleteOnPeers(t *testing.T) {
 	run := n.daemon(t)
 	store := func() { run("import", "-i", "v1", "/proc/self/cmdline").want(0) }
 	store()
-	if o := run("delete", "-i", "v1").want(0, `removed: +3 blobs`, `peers: +reached 3, removed on 2`).lacks("missed"); o.stderr != "" {
+	if o := run("delete", "-i", "v1").want(0, `removed: +3 blobs`,
+		`peers: +reached 3, removed on 2`).lacks("missed"); o.stderr != "" {
 		t.Errorf("stderr has %s", o.stderr)
 	}
 	n.set(func() {
-		n.missed = []p2p.Missed{{Peer: "12D3KooWA", Address: "10.0.0.7:4001", Reason: "away since \x1b[1myesterday"}, {Peer: "12D3KooWB", Reason: "it refused"}}
+		n.missed = []p2p.Missed{{Peer: "12D3KooWA", Address: "10.0.0.7:4001", Reason: "away since \x1b[1myesterday"},
+			{Peer: "12D3KooWB", Reason: "it refused"}}
 	})
 	store()
-	o := run("delete", "-i", "v1").want(0, `missed: +12D3KooWA 10\.0\.0\.7:4001: "away since \\x1b\[1myesterday"`, `missed: +12D3KooWB \(no address\): it refused`)
-	for _, want := range []string{"warning: 2 peers were not reached; a dfdaemon of the swarm deletes it when it returns:", "  12D3KooWB (no address): it refused\n"} {
+	o := run("delete", "-i", "v1").want(0, `missed: +12D3KooWA 10\.0\.0\.7:4001: "away since \\x1b\[1myesterday"`,
+		`missed: +12D3KooWB \(no address\): it refused`)
+	for _, want := range []string{"warning: 2 peers were not reached; a dfdaemon of the swarm deletes it when it " +
+		"returns:", "  12D3KooWB (no address): it refused\n"} {
 		if !strings.Contains(o.stderr, want) {
 			t.Errorf("stderr does not say %q:\n%s", want, o.stderr)
 		}
@@ -251,7 +266,8 @@ func TestDeleteOnPeers(t *testing.T) {
 	n.set(func() { n.missed = n.missed[1:] })
 	store()
 	o = run("delete", "-i", "v1", "--format", "json").want(0).
-		json("reached", "3").json("removed", "2").json("missed", `[{"peer":"12D3KooWB","address":"","reason":"it refused"}]`)
+		json("reached", "3").json("removed", "2").json(
+		"missed", `[{"peer":"12D3KooWB","address":"","reason":"it refused"}]`)
 	if !strings.Contains(o.stderr, "warning: 1 peer was not reached") {
 		t.Errorf("stderr is %s", o.stderr)
 	}
@@ -280,13 +296,17 @@ func TestImportWithReplicas(t *testing.T) {
 	run("import", "-i", "v1", "--replicas", "2", file).want(0, `size: +7 B`, `replicas: +2: 12D3KooWA, 12D3KooWB`)
 	run("import", "-i", "v1", file).want(0).lacks("replicas")
 	run("import", "-i", "v1", "--format", "json", file).want(0).json("replicas", "[]").json("size", "7")
-	run("import", "-i", "v1", "--replicas", "1", "--format", "json", file).want(0).json("replicas", `["12D3KooWA"]`).json("cid", `"v1"`)
-	run("import", "-i", "v1", "--replicas", "1", "--template", "{{.cid}} {{index .replicas 0}}", file).want(0, "v1 12D3KooWA")
+	run("import", "-i", "v1", "--replicas", "1", "--format", "json", file).want(0).json(
+		"replicas", `["12D3KooWA"]`).json("cid", `"v1"`)
+	run("import", "-i", "v1", "--replicas", "1", "--template", "{{.cid}} {{index .replicas 0}}", file).want(
+		0, "v1 12D3KooWA")
 	run("import", "-i", "v1", "--replicas", "-1", file).want(2, "dfcache: --replicas -1 is negative: .*")
 
 	// The file is stored all the same, and the user is told so.
 	run("import", "-i", "v3", "--replicas", "3", file).
-		want(11, `dfcache: import: the file is stored on this host as v3, but not on 3 peers, too: .*2 of 3 peers hold it: see 'dfcache peers', .*`)
+		want(
+			11,
+			`dfcache: import: the file is stored on this host as v3, but not on 3 peers, too: .*2 of 3 peers hold it: see 'dfcache peers', .*`)
 	run("stat", "-l", "-i", "v3").want(0)
 
 	n.set(func() {
@@ -303,7 +323,9 @@ func TestImportWithReplicas(t *testing.T) {
 		t.Fatal(err)
 	}
 	run("import", "-i", "v4", "--replicas", "2", "--timeout", "2s", file).
-		want(5, `dfcache: import: the file is stored on this host as v4, but not on 2 peers, too: --timeout 2s was not enough, and 1 peer holds it whole by now`)
+		want(
+			5,
+			`dfcache: import: the file is stored on this host as v4, but not on 2 peers, too: --timeout 2s was not enough, and 1 peer holds it whole by now`)
 	run("stat", "-l", "-i", "v4").want(0)
 }
 
@@ -319,7 +341,8 @@ func TestPeers(t *testing.T) {
 	n.set(func() {
 		n.peers = []p2p.Peer{
 			{
-				ID: "12D3KooWA", Addresses: []string{"10.0.0.7:4001", "[fd00::7]:4001"}, State: p2p.PeerConnected, Mode: "seed-only",
+				ID: "12D3KooWA", Addresses: []string{"10.0.0.7:4001", "[fd00::7]:4001"}, State: p2p.PeerConnected,
+				Mode: "seed-only",
 				Gave: 3 << 20, Took: 10, Latency: 1500 * time.Microsecond, LastSeen: time.Unix(1, 0),
 				Version: "v1.2", Ahead: -5*time.Minute - time.Second/2,
 			},
@@ -336,21 +359,25 @@ func TestPeers(t *testing.T) {
 		t.Fatalf("%v in %s", err, o.stdout)
 	}
 	for key, want := range map[string]any{
-		"id": "12D3KooWA", "state": "connected", "mode": "seed-only", "gave": 3.0 * (1 << 20), "took": 10.0, "latency": 1.5,
+		"id": "12D3KooWA", "state": "connected", "mode": "seed-only", "gave": 3.0 * (1 << 20), "took": 10.0,
+		"latency":  1.5,
 		"lastSeen": "1970-01-01T00:00:01Z", "faults": 0.0, "reason": "", "version": "v1.2", "ahead": -300.5,
 	} {
 		if got[0][key] != want {
 			t.Errorf("%s is %v, want %v", key, got[0][key], want)
 		}
 	}
-	if len(got[0]) != 12 || len(got[0]["addresses"].([]any)) != 2 || len(got[1]["addresses"].([]any)) != 0 || got[1]["lastSeen"] != nil {
+	if len(got[0]) != 12 || len(got[0]["addresses"].([]any)) != 2 || len(got[1]["addresses"].([]any)) != 0 ||
+		got[1]["lastSeen"] != nil {
 		t.Errorf("got %s", o.stdout)
 	}
 	run("peers", "--template", "{{range .}}{{println .id .state}}{{end}}").want(0, "12D3KooWB shunned")
 
 	// Which move of a name counts depends on clocks: commands about one say where they differ.
-	const warning = "warning: the clock of peer 12D3KooWA is 5m1s behind that of this host (1 of 1 peers differ by more than 5s)"
-	for args, want := range map[string]bool{"import -i v1 /proc/self/cmdline": true, "stat -i v1": true, "delete -i v1": true, "import /proc/self/cmdline": false, "list": false} {
+	const warning = "warning: the clock of peer 12D3KooWA is 5m1s behind that of this host (1 of 1 peers differ by " +
+		"more than 5s)"
+	for args, want := range map[string]bool{"import -i v1 /proc/self/cmdline": true, "stat -i v1": true,
+		"delete -i v1": true, "import /proc/self/cmdline": false, "list": false} {
 		if o := run(strings.Fields(args)...); strings.Contains(o.stderr, warning) != want {
 			t.Errorf("dfcache %s: stderr has %s", args, o.stderr)
 		}
@@ -373,7 +400,8 @@ func TestFrom(t *testing.T) {
 	var text facts
 	text.from(f)
 	lines := strings.Split(strings.TrimSpace(text.String()), "\n")
-	if len(lines) != maxSources+2 || !strings.Contains(lines[0], "p14") || !strings.HasSuffix(lines[10], "5 more peers, 10 B") || !strings.HasSuffix(lines[11], "this host, 895 B") {
+	if len(lines) != maxSources+2 || !strings.Contains(lines[0], "p14") ||
+		!strings.HasSuffix(lines[10], "5 more peers, 10 B") || !strings.HasSuffix(lines[11], "this host, 895 B") {
 		t.Errorf("got\n%s", &text)
 	}
 }

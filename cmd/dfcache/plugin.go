@@ -162,9 +162,11 @@ func (a *app) unknownCommand(root *cobra.Command, args []string) error {
 	path, unusable := a.lookPlugin(args[0])
 	switch {
 	case path != "":
-		return exit.FlagError(root, fmt.Errorf("%q is a plugin: flags go after its name, and are its own: dfcache %[1]s [FLAGS]", args[0]))
+		return exit.FlagError(root, fmt.Errorf(
+			"%q is a plugin: flags go after its name, and are its own: dfcache %[1]s [FLAGS]", args[0]))
 	case unusable != nil:
-		return exit.FlagError(root, fmt.Errorf("unknown command %q for %q: the plugin %w", args[0], root.CommandPath(), unusable))
+		return exit.FlagError(root, fmt.Errorf(
+			"unknown command %q for %q: the plugin %w", args[0], root.CommandPath(), unusable))
 	}
 	return exit.NoArgs(root, args)
 }

@@ -32,7 +32,8 @@ type resultFormat struct {
 // flags adds the flags to a command that has a result.
 func (r *resultFormat) flags(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&r.name, "format", textFormat, "`format` of the result: text, json or go-template")
-	cmd.Flags().StringVar(&r.template, "template", "", "Go `template` for the result, executed on its JSON form: '{{.digest}}'; implies --format go-template")
+	cmd.Flags().StringVar(&r.template, "template", "",
+		"Go `template` for the result, executed on its JSON form: '{{.digest}}'; implies --format go-template")
 	complete(cmd, "format", textFormat, jsonFormat, templateFormat)
 }
 
@@ -61,14 +62,16 @@ func (r *resultFormat) check(cmd *cobra.Command) error {
 	case textFormat, jsonFormat:
 	case templateFormat:
 		if r.template == "" {
-			return exit.FlagError(cmd, fmt.Errorf("--format %s has no template: pass one with --template", templateFormat))
+			return exit.FlagError(cmd, fmt.Errorf(
+				"--format %s has no template: pass one with --template", templateFormat))
 		}
 		var err error
 		if r.parsed, err = template.New("--template").Option("missingkey=error").Parse(r.template); err != nil {
 			return exit.FlagError(cmd, err)
 		}
 	default:
-		return exit.FlagError(cmd, fmt.Errorf("unknown --format %q: use %s, %s or %s", r.name, textFormat, jsonFormat, templateFormat))
+		return exit.FlagError(cmd, fmt.Errorf(
+			"unknown --format %q: use %s, %s or %s", r.name, textFormat, jsonFormat, templateFormat))
 	}
 	return nil
 }

@@ -47,7 +47,8 @@ func (a *app) session(cmd *cobra.Command, console io.Writer, work func(context.C
 	if !a.console {
 		console = nil
 	}
-	log, closer, err := logs.Open(logs.Options{Dir: a.logDir, Name: "dfcache", Verbose: a.verbose, Console: console, Warn: a.stderr})
+	log, closer, err := logs.Open(logs.Options{
+		Dir: a.logDir, Name: "dfcache", Verbose: a.verbose, Console: console, Warn: a.stderr})
 	if err != nil {
 		return err
 	}
@@ -82,7 +83,8 @@ func (a *app) session(cmd *cobra.Command, console io.Writer, work func(context.C
 	}
 	defer s.trace.CloseWithin(ctx)
 
-	ctx, end := s.trace.StartSpan(ctx, cmd.CommandPath(), attribute.String("dfcache.cid", a.cid), attribute.String("dfcache.tag", a.tag))
+	ctx, end := s.trace.StartSpan(ctx, cmd.CommandPath(), attribute.String("dfcache.cid", a.cid),
+		attribute.String("dfcache.tag", a.tag))
 	done := make(chan error, 1)
 	go func() { done <- work(ctx, s) }()
 	err = a.explain(ctx, cmd, wait(ctx, done))
@@ -133,7 +135,8 @@ func (a *app) explain(ctx context.Context, cmd *cobra.Command, err error) error 
 		}
 	case exit.NotFound:
 		if local := cmd.Flags().Lookup("local"); local != nil && local.Value.String() == "true" {
-			return fmt.Errorf("%w on this host: see what it has with 'dfcache list', or leave --local out to ask peers, too", err)
+			return fmt.Errorf(
+				"%w on this host: see what it has with 'dfcache list', or leave --local out to ask peers, too", err)
 		}
 		return fmt.Errorf("%w: see what is here with 'dfcache list', or check --cid and --tag", err)
 	case exit.Corrupt:
@@ -225,7 +228,8 @@ func (s *session) dial(ctx context.Context) (*blobstore.Store, error) {
 	}
 	if s.socketGiven {
 		return nil, &toldError{
-			fmt.Sprintf("no dfdaemon answers at %s: start one there, or set no socket to have one started (it is set by --daemon-sock, DFCACHE_DAEMON_SOCK or daemon-sock in the configuration file)", s.socket),
+			fmt.Sprintf("no dfdaemon answers at %s: start one there, or set no socket to have one started (it is set "+
+				"by --daemon-sock, DFCACHE_DAEMON_SOCK or daemon-sock in the configuration file)", s.socket),
 			err,
 		}
 	}
@@ -243,7 +247,8 @@ func (s *session) dial(ctx context.Context) (*blobstore.Store, error) {
 func (s *session) launch(ctx context.Context) error {
 	if !s.workHomeGiven {
 		if err := paths.CheckHome(s.workHome); err != nil {
-			return exit.Usage(fmt.Errorf("no dfdaemon answers at %s, and there is no place for the content of a new one: %w, or pass --workhome", s.socket, err))
+			return exit.Usage(fmt.Errorf("no dfdaemon answers at %s, and there is no place for the content of a new "+
+				"one: %w, or pass --workhome", s.socket, err))
 		}
 	}
 	args := []string{"--daemon-sock", s.socket}
@@ -269,7 +274,8 @@ func (s *session) launch(ctx context.Context) error {
 		return nil
 	}
 	s.log.Info("started dfdaemon", "daemon", launched.PID, "socket", s.socket, "door", launched.Door)
-	fmt.Fprintf(s.stderr, "dfcache: started dfdaemon (pid %d, socket %s, %s)\n", launched.PID, s.socket, printable(launched.Door))
+	fmt.Fprintf(s.stderr, "dfcache: started dfdaemon (pid %d, socket %s, %s)\n", launched.PID, s.socket,
+		printable(launched.Door))
 	for _, text := range launched.Warnings {
 		s.warn("dfdaemon: " + printable(text))
 	}

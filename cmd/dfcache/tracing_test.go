@@ -22,8 +22,9 @@ func TestSpans(t *testing.T) {
 		args, env []string
 		service   string
 	}{
-		"default name":       {service: "dragonfly-dfcache"},
-		"flag":               {args: []string{"--service-name", "by-flag"}, env: []string{"OTEL_SERVICE_NAME=by-otel"}, service: "by-flag"},
+		"default name": {service: "dragonfly-dfcache"},
+		"flag": {args: []string{"--service-name", "by-flag"}, env: []string{"OTEL_SERVICE_NAME=by-otel"},
+			service: "by-flag"},
 		"variable":           {env: []string{"DFCACHE_SERVICE_NAME=by-variable"}, service: "by-variable"},
 		"OpenTelemetry's":    {env: []string{"OTEL_SERVICE_NAME=by-otel"}, service: "by-otel"},
 		"configuration file": {args: []string{"--config", "testdata/service.yaml"}, service: "by-file"},

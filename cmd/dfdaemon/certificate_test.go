@@ -27,7 +27,8 @@ func writeCertificate(t *testing.T, dir, name string) (certFile, keyFile string)
 	if err != nil {
 		t.Fatal(err)
 	}
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: name}, NotAfter: time.Now().Add(time.Hour)}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: name},
+		NotAfter: time.Now().Add(time.Hour)}
 	cert, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
 	if err != nil {
 		t.Fatal(err)
@@ -83,7 +84,8 @@ func TestCertificateReload(t *testing.T) {
 	want("first") // too early to look
 	now = now.Add(certInterval)
 	want("second")
-	if after, _ := c.get(nil); after == before || !strings.Contains(log.String(), "read the registry's certificate again") {
+	if after, _ := c.get(nil); after == before ||
+		!strings.Contains(log.String(), "read the registry's certificate again") {
 		t.Errorf("the log: %s", &log)
 	}
 

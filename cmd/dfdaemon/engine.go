@@ -59,11 +59,13 @@ func (o *engineOptions) parse() error {
 			o.own, o.first = true, o.other == ""
 		case engineDragonfly, engineCluster, engineV2:
 			if o.other != "" {
-				return fmt.Errorf("--engine %q: %s and %s are both Dragonflies: a daemon has one at most", o.sources, o.other, name)
+				return fmt.Errorf("--engine %q: %s and %s are both Dragonflies: a daemon has one at most", o.sources,
+					o.other, name)
 			}
 			o.other = name
 		default:
-			return fmt.Errorf("--engine %q: use %s, %s, %s or %s, or %s and one of the others with a comma between them",
+			return fmt.Errorf(
+				"--engine %q: use %s, %s, %s or %s, or %s and one of the others with a comma between them",
 				name, engineOwn, engineDragonfly, engineCluster, engineV2, engineOwn)
 		}
 	}
@@ -74,13 +76,24 @@ func (o *engineOptions) parse() error {
 }
 
 func (o *engineOptions) flags(flags *pflag.FlagSet) {
-	flags.StringVar(&o.sources, "engine", engineOwn, "`where` to get what is not here; own and one of the others, with a comma between them, are asked in that order: own is the swarm of dfdaemons, dragonfly a Dragonfly whose dfdaemon runs on this host, dragonfly-cluster the Dragonfly cluster of which this daemon is a peer itself, dragonfly-v2 a Dragonfly of the API v2, whose dfdaemon in Rust runs on this host")
-	flags.StringVar(&o.socket, "dragonfly-daemon", "", "unix `socket` of Dragonfly's dfdaemon, with --engine dragonfly and dragonfly-v2 (default "+dragonfly.DefaultSocket+"; "+persistent.DefaultSocket+" with dragonfly-v2)")
-	flags.DurationVar(&o.timeout, "dragonfly-timeout", dragonfly.DefaultTimeout, "how long Dragonfly may take to import or export a file, and with --engine dragonfly-cluster how long it may take to fetch one")
-	flags.StringVar(&o.schedulers, "dragonfly-schedulers", "", "`addresses` of all schedulers of the Dragonfly cluster, HOST:PORT with commas between them, as Dragonfly's daemons have them, with --engine dragonfly-cluster; with dragonfly-v2 one is enough")
-	flags.StringVar(&o.advertise, "dragonfly-advertise", "", "`IP` by which the hosts of the Dragonfly cluster reach this one (default the one from which the first scheduler is reached)")
-	flags.StringVar(&o.peerListen, "dragonfly-peer-listen", cluster.DefaultPeerListen, "`address` where the daemons of the Dragonfly cluster ask this one for pieces, without TLS; port 0 is any free port")
-	flags.StringVar(&o.uploadListen, "dragonfly-upload-listen", cluster.DefaultUploadListen, "`address` where they fetch them; port 0 is any free port")
+	flags.StringVar(&o.sources, "engine", engineOwn, "`where` to get what is not here; own and one of the others, "+
+		"with a comma between them, are asked in that order: own is the swarm of dfdaemons, dragonfly a Dragonfly "+
+		"whose dfdaemon runs on this host, dragonfly-cluster the Dragonfly cluster of which this daemon is a peer "+
+		"itself, dragonfly-v2 a Dragonfly of the API v2, whose dfdaemon in Rust runs on this host")
+	flags.StringVar(&o.socket, "dragonfly-daemon", "", "unix `socket` of Dragonfly's dfdaemon, with --engine "+
+		"dragonfly and dragonfly-v2 (default "+dragonfly.DefaultSocket+"; "+persistent.DefaultSocket+
+		" with dragonfly-v2)")
+	flags.DurationVar(&o.timeout, "dragonfly-timeout", dragonfly.DefaultTimeout, "how long Dragonfly may take to "+
+		"import or export a file, and with --engine dragonfly-cluster how long it may take to fetch one")
+	flags.StringVar(&o.schedulers, "dragonfly-schedulers", "", "`addresses` of all schedulers of the Dragonfly "+
+		"cluster, HOST:PORT with commas between them, as Dragonfly's daemons have them, with --engine "+
+		"dragonfly-cluster; with dragonfly-v2 one is enough")
+	flags.StringVar(&o.advertise, "dragonfly-advertise", "", "`IP` by which the hosts of the Dragonfly cluster reach "+
+		"this one (default the one from which the first scheduler is reached)")
+	flags.StringVar(&o.peerListen, "dragonfly-peer-listen", cluster.DefaultPeerListen, "`address` where the daemons "+
+		"of the Dragonfly cluster ask this one for pieces, without TLS; port 0 is any free port")
+	flags.StringVar(&o.uploadListen, "dragonfly-upload-listen", cluster.DefaultUploadListen,
+		"`address` where they fetch them; port 0 is any free port")
 }
 
 // dragonflyData is where Dragonfly's dfdaemon keeps its cache, if it is not told otherwise.
@@ -99,7 +112,8 @@ func (o *options) checkEngine(cmd *cobra.Command) error {
 	case e.other != engineDragonfly && len(split(e.schedulers)) == 0:
 		return exit.FlagError(cmd, fmt.Errorf("--engine %s: name the schedulers with --dragonfly-schedulers", e.other))
 	case e.timeout <= 0:
-		return exit.FlagError(cmd, fmt.Errorf("--dragonfly-timeout %s: want a duration above zero, such as 10m", e.timeout))
+		return exit.FlagError(cmd, fmt.Errorf(
+			"--dragonfly-timeout %s: want a duration above zero, such as 10m", e.timeout))
 	}
 	if !e.own {
 		if err := o.checkNoSwarm(cmd); err != nil {
@@ -107,9 +121,11 @@ func (o *options) checkEngine(cmd *cobra.Command) error {
 		}
 	}
 	if e.other == engineCluster {
-		for name, address := range map[string]string{"dragonfly-peer-listen": o.engine.peerListen, "dragonfly-upload-listen": o.engine.uploadListen} {
+		for name, address := range map[string]string{
+			"dragonfly-peer-listen": o.engine.peerListen, "dragonfly-upload-listen": o.engine.uploadListen} {
 			if !isAddress(address, false) {
-				return exit.FlagError(cmd, fmt.Errorf("--%s %q: want HOST:PORT, or :PORT for all addresses of this host", name, address))
+				return exit.FlagError(cmd,
+					fmt.Errorf("--%s %q: want HOST:PORT, or :PORT for all addresses of this host", name, address))
 			}
 		}
 		return nil
@@ -121,7 +137,8 @@ func (o *options) checkEngine(cmd *cobra.Command) error {
 func (o *options) checkBeside(cmd *cobra.Command) error {
 	e := &o.engine
 	if rel, err := filepath.Rel(dragonflyData, o.dataDir); err == nil && filepath.IsLocal(rel) {
-		return exit.FlagError(cmd, fmt.Errorf("--data-dir %s: Dragonfly's dfdaemon keeps its cache in %s, and removes there what it does not know when it starts: choose another directory", o.dataDir, dragonflyData))
+		return exit.FlagError(cmd, fmt.Errorf("--data-dir %s: Dragonfly's dfdaemon keeps its cache in %s, and "+
+			"removes there what it does not know when it starts: choose another directory", o.dataDir, dragonflyData))
 	}
 	if e.socket == "" {
 		e.socket = dragonfly.DefaultSocket
@@ -135,10 +152,12 @@ func (o *options) checkBeside(cmd *cobra.Command) error {
 	}
 	e.socket = socket
 	if samePath(o.dragonflySocket, socket) {
-		return exit.FlagError(cmd, fmt.Errorf("--dragonfly-sock and --dragonfly-daemon are both %s: the one is where this daemon stands in for Dragonfly's, the other where that one listens", socket))
+		return exit.FlagError(cmd, fmt.Errorf("--dragonfly-sock and --dragonfly-daemon are both %s: the one is where "+
+			"this daemon stands in for Dragonfly's, the other where that one listens", socket))
 	}
 	if samePath(o.socket, socket) {
-		return exit.FlagError(cmd, fmt.Errorf("--daemon-sock and --dragonfly-daemon are both %s: give this daemon, and dfcache, another one", socket))
+		return exit.FlagError(cmd, fmt.Errorf(
+			"--daemon-sock and --dragonfly-daemon are both %s: give this daemon, and dfcache, another one", socket))
 	}
 	return nil
 }
@@ -147,11 +166,13 @@ func (o *options) checkBeside(cmd *cobra.Command) error {
 func (o *options) checkNoSwarm(cmd *cobra.Command) error {
 	for _, name := range []string{"swarm-key", "bootstrap", "peers-file"} {
 		if f := cmd.Flags().Lookup(name); f.Changed && f.Value.String() != "off" {
-			return exit.FlagError(cmd, fmt.Errorf("--%s: with --engine %s there is no swarm: leave one of them out", name, o.engine.other))
+			return exit.FlagError(cmd, fmt.Errorf(
+				"--%s: with --engine %s there is no swarm: leave one of them out", name, o.engine.other))
 		}
 	}
 	if o.engine.other == engineCluster && o.swarm.mode != string(swarm.Full) {
-		return exit.FlagError(cmd, fmt.Errorf("--swarm-mode %s: with --engine %s this daemon fetches and serves: leave one of them out", o.swarm.mode, engineCluster))
+		return exit.FlagError(cmd, fmt.Errorf("--swarm-mode %s: with --engine %s this daemon fetches and serves: "+
+			"leave one of them out", o.swarm.mode, engineCluster))
 	}
 	return nil
 }
@@ -174,7 +195,9 @@ func samePath(a, b string) bool {
 
 // openEngine puts an engine in front of the store, with the sources that the flags name. It
 // takes over the store, also where it fails. at is who the daemon is there.
-func (d *daemon) openEngine(ctx context.Context, store *pieces.Store, key discovery.Key, inSwarm bool, warn func(string)) (_ p2p.Engine, at string, err error) {
+func (d *daemon) openEngine(
+	ctx context.Context, store *pieces.Store, key discovery.Key, inSwarm bool, warn func(string),
+) (_ p2p.Engine, at string, err error) {
 	f := front.New(store, d.log)
 	defer func() {
 		if err != nil {

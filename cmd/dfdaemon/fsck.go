@@ -67,7 +67,8 @@ func (o *options) fsck(cmd *cobra.Command, format format) error {
 	advice := "import the files of damaged blobs again; a stray file can be removed"
 	sum, err := pieces.CheckDir(ctx, o.dataDir, func(p pieces.Problem) {
 		if p.Kind == pieces.KindMetadata {
-			advice = "put meta.db back from a copy, or start with an empty data directory and import the files in blobs/ of this one; remove nothing before"
+			advice = "put meta.db back from a copy, or start with an empty data directory and import the files in " +
+				"blobs/ of this one; remove nothing before"
 		}
 		log.Warn("problem", "kind", p.Kind, "digest", p.Digest, "piece", p.Piece, "path", p.Path, "detail", p.Detail)
 		if format == "json" {
@@ -102,7 +103,8 @@ type format string
 func (f *format) flag(cmd *cobra.Command) {
 	cmd.Flags().StringVar((*string)(f), "format", "text", "`format` of the result: text or json")
 	// The error would be for a flag that does not exist.
-	_ = cmd.RegisterFlagCompletionFunc("format", cobra.FixedCompletions([]string{"text", "json"}, cobra.ShellCompDirectiveNoFileComp))
+	_ = cmd.RegisterFlagCompletionFunc("format",
+		cobra.FixedCompletions([]string{"text", "json"}, cobra.ShellCompDirectiveNoFileComp))
 }
 
 func (f format) check(cmd *cobra.Command) error {

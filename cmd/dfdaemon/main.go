@@ -78,7 +78,8 @@ the flag's name in upper case, with underscores for dashes (DFDAEMON_DATA_DIR),
 and in the configuration file (data-dir: /path). The first of these that has a
 value counts. An unknown key in the file is an error.
 
-` + manual.ExitStatus("dfdaemon", exit.Invalid, exit.Timeout, exit.Unavailable, exit.NoSpace, exit.Corrupt, exit.Interrupted),
+` + manual.ExitStatus("dfdaemon", exit.Invalid, exit.Timeout, exit.Unavailable, exit.NoSpace, exit.Corrupt,
+			exit.Interrupted),
 		Example: `  dfdaemon
   dfdaemon --workhome /srv/dragonfly --daemon-sock /run/dragonfly/dfdaemon.sock`,
 		Args:          exit.NoArgs,
@@ -91,30 +92,45 @@ value counts. An unknown key in the file is an error.
 	// The defaults that depend on the user are filled in by load, so that help
 	// and documents are the same everywhere.
 	all := root.PersistentFlags()
-	all.String("config", paths.Config("dfdaemon"), "configuration `file` in YAML, also set by DFDAEMON_CONFIG (default /etc/dragonfly/dfdaemon.yaml, or dragonfly/dfdaemon.yaml in the XDG configuration directory)")
+	all.String("config", paths.Config("dfdaemon"), "configuration `file` in YAML, also set by DFDAEMON_CONFIG "+
+		"(default /etc/dragonfly/dfdaemon.yaml, or dragonfly/dfdaemon.yaml in the XDG configuration directory)")
 	all.Lookup("config").DefValue = ""
-	all.StringVar(&o.workHome, "workhome", "", "working `directory` (default /var/lib/dfcache for root, else dragonfly in the XDG data directory)")
+	all.StringVar(&o.workHome, "workhome", "",
+		"working `directory` (default /var/lib/dfcache for root, else dragonfly in the XDG data directory)")
 	all.StringVar(&o.dataDir, "data-dir", "", "`directory` of the content (default data in --workhome)")
-	all.StringVar(&o.logDir, "logdir", "", "`directory` of the log files (default logs in --workhome where that is given, else /var/log/dragonfly for root, dragonfly/logs in the XDG state directory for others)")
-	all.BoolVar(&o.console, "console", false, "print log records, too: to stdout, or to stderr where stdout has a result")
+	all.StringVar(&o.logDir, "logdir", "", "`directory` of the log files (default logs in --workhome where that is "+
+		"given, else /var/log/dragonfly for root, dragonfly/logs in the XDG state directory for others)")
+	all.BoolVar(&o.console, "console", false,
+		"print log records, too: to stdout, or to stderr where stdout has a result")
 	all.BoolVar(&o.verbose, "verbose", false, "log at debug level")
 
-	all.StringVar(&o.swarmKey, "swarm-key", "", "`file` with the key of the swarm of daemons to be part of; off is none (default /etc/dragonfly/swarm.key for root, else dragonfly/swarm.key in the XDG configuration directory; without that file there is no swarm)")
+	all.StringVar(&o.swarmKey, "swarm-key", "", "`file` with the key of the swarm of daemons to be part of; off is "+
+		"none (default /etc/dragonfly/swarm.key for root, else dragonfly/swarm.key in the XDG configuration "+
+		"directory; without that file there is no swarm)")
 
 	flags := root.Flags()
-	flags.StringVar(&o.socket, "daemon-sock", "", "unix `socket` to listen at (default dfdaemon.sock in /run/dragonfly for root, else in dragonfly in the XDG runtime directory)")
-	flags.StringVar(&o.dragonflySocket, "dragonfly-sock", "", "unix `socket` for Dragonfly's own dfcache, which looks for /var/run/dfdaemon.sock; whoever may use it can have the daemon read and write any file; off is none (default off)")
+	flags.StringVar(&o.socket, "daemon-sock", "", "unix `socket` to listen at (default dfdaemon.sock in "+
+		"/run/dragonfly for root, else in dragonfly in the XDG runtime directory)")
+	flags.StringVar(&o.dragonflySocket, "dragonfly-sock", "", "unix `socket` for Dragonfly's own dfcache, which "+
+		"looks for /var/run/dfdaemon.sock; whoever may use it can have the daemon read and write any file; off is "+
+		"none (default off)")
 	o.registry.flags(flags)
 	o.engine.flags(flags)
 	o.swarm.flags(flags)
-	flags.Var(&o.maxSize, "max-size", "`bytes` that blobs and unfinished uploads may take on disk, such as 500GiB; 0 is no limit")
-	flags.DurationVar(&o.shutdownTimeout, "shutdown-timeout", 30*time.Second, "how long running operations may take after SIGTERM; 0 is as long as they need")
-	flags.IntVar(&o.pprofPort, "pprof-port", -1, "serve pprof profiles on this `port` of 127.0.0.1, to this user and root; 0 is any free port, which is printed; -1 is off")
-	flags.StringVar(&o.jaeger, "jaeger", "", "send traces to this OTLP/HTTP `URL` of a Jaeger or a collector, for example http://localhost:4318")
+	flags.Var(&o.maxSize,
+		"max-size", "`bytes` that blobs and unfinished uploads may take on disk, such as 500GiB; 0 is no limit")
+	flags.DurationVar(&o.shutdownTimeout, "shutdown-timeout", 30*time.Second,
+		"how long running operations may take after SIGTERM; 0 is as long as they need")
+	flags.IntVar(&o.pprofPort, "pprof-port", -1, "serve pprof profiles on this `port` of 127.0.0.1, to this user and "+
+		"root; 0 is any free port, which is printed; -1 is off")
+	flags.StringVar(&o.jaeger, "jaeger", "",
+		"send traces to this OTLP/HTTP `URL` of a Jaeger or a collector, for example http://localhost:4318")
 	flags.StringVar(&o.serviceName, "service-name", "dragonfly-dfdaemon", "`name` of the service in traces")
-	flags.IntVar(&o.readyFD, "ready-fd", -1, "file descriptor to tell whoever starts the daemon that it is ready, or why not")
+	flags.IntVar(&o.readyFD, "ready-fd", -1,
+		"file descriptor to tell whoever starts the daemon that it is ready, or why not")
 	flags.Lookup("ready-fd").Hidden = true
-	flags.BoolVar(&o.launched, "launched", false, "say at --ready-fd where the content is served, too, and what there was to warn of")
+	flags.BoolVar(&o.launched, "launched", false,
+		"say at --ready-fd where the content is served, too, and what there was to warn of")
 	flags.Lookup("launched").Hidden = true
 
 	root.AddCommand(newFsck(o), newSwarm(o), newVersion())
@@ -129,7 +145,8 @@ func (o *options) load(cmd *cobra.Command) error {
 		return err
 	}
 	if o.shutdownTimeout < 0 {
-		return exit.FlagError(cmd, fmt.Errorf("--shutdown-timeout %s is negative: pass a duration such as 30s, or 0 for no limit", o.shutdownTimeout))
+		return exit.FlagError(cmd, fmt.Errorf(
+			"--shutdown-timeout %s is negative: pass a duration such as 30s, or 0 for no limit", o.shutdownTimeout))
 	}
 	if err := o.swarm.check(); err != nil {
 		return exit.FlagError(cmd, err)

@@ -38,7 +38,8 @@ func TestManual(t *testing.T) {
 				t.Errorf("%s: no default %s of --%s in docs/configuration.md", cmd.Name(), f.DefValue, f.Name)
 			}
 		}
-		for _, flags := range []func(*cobra.Command) *pflag.FlagSet{(*cobra.Command).Flags, (*cobra.Command).PersistentFlags} {
+		for _, flags := range []func(*cobra.Command) *pflag.FlagSet{
+			(*cobra.Command).Flags, (*cobra.Command).PersistentFlags} {
 			flags(cmd).VisitAll(check)
 		}
 	}

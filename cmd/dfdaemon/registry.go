@@ -61,14 +61,22 @@ type registryOptions struct {
 }
 
 func (o *registryOptions) flags(flags *pflag.FlagSet) {
-	flags.StringVar(&o.address, "registry", "127.0.0.1:65001", "`address` at which to serve the content as an OCI registry; port 0 is any free port, which is printed; off is none")
+	flags.StringVar(&o.address, "registry", "127.0.0.1:65001", "`address` at which to serve the content as an OCI "+
+		"registry; port 0 is any free port, which is printed; off is none")
 	flags.StringVar(&o.cert, "registry-cert", "", "`file` of the registry's TLS certificate, with the chain, in PEM")
 	flags.StringVar(&o.key, "registry-key", "", "`file` of the key of --registry-cert")
-	flags.StringVar(&o.htpasswd, "registry-htpasswd", "", "`file` of the registry's users and their passwords, as htpasswd -B writes it")
-	flags.StringVar(&o.read, "registry-read", "", "`who` may read: owner (the user of this dfdaemon on this host, and root), anyone, users (those of --registry-htpasswd), or names with commas between them (default users with --registry-htpasswd, else owner)")
-	flags.StringVar(&o.write, "registry-write", "", "`who` may write and read, in the words of --registry-read (default users with --registry-htpasswd, else owner)")
-	flags.BoolVar(&o.insecure, "registry-insecure", false, "allow a registry without TLS at an address that other hosts can reach")
-	flags.DurationVar(&o.uploadTimeout, "registry-upload-timeout", time.Hour, "how long what a client was told is there is kept for its manifest, and an unfinished upload that no request uses at most: 15 minutes where that is less, and one without a byte 2")
+	flags.StringVar(&o.htpasswd, "registry-htpasswd", "",
+		"`file` of the registry's users and their passwords, as htpasswd -B writes it")
+	flags.StringVar(&o.read, "registry-read", "", "`who` may read: owner (the user of this dfdaemon on this host, "+
+		"and root), anyone, users (those of --registry-htpasswd), or names with commas between them (default users "+
+		"with --registry-htpasswd, else owner)")
+	flags.StringVar(&o.write, "registry-write", "", "`who` may write and read, in the words of --registry-read "+
+		"(default users with --registry-htpasswd, else owner)")
+	flags.BoolVar(&o.insecure, "registry-insecure", false,
+		"allow a registry without TLS at an address that other hosts can reach")
+	flags.DurationVar(&o.uploadTimeout, "registry-upload-timeout", time.Hour, "how long what a client was told is "+
+		"there is kept for its manifest, and an unfinished upload that no request uses at most: 15 minutes where "+
+		"that is less, and one without a byte 2")
 }
 
 // registryServer is a registry on its way: prepared, then with its files read,
@@ -148,7 +156,8 @@ func (s *registryServer) check() error {
 			return fmt.Errorf("%s %s needs passwords: give --registry-htpasswd, too", right.flag, value)
 		}
 		if s.htpasswd != "" && value == registry.Owner.String() {
-			return fmt.Errorf("%s owner goes without --registry-htpasswd: give %s the names of users, or leave the file out", right.flag, right.flag)
+			return fmt.Errorf("%s owner goes without --registry-htpasswd: give %s the names of users, or leave the "+
+				"file out", right.flag, right.flag)
 		}
 	}
 	if s.rights.Write.Anyone() && !s.rights.Read.Anyone() {
@@ -162,7 +171,8 @@ func (s *registryServer) check() error {
 func (s *registryServer) resolve(ctx context.Context) (local bool, err error) {
 	host, port, err := net.SplitHostPort(s.address)
 	if err != nil {
-		return false, exit.Usage(fmt.Errorf("--registry %q: want HOST:PORT, such as 127.0.0.1:65001, or off", s.address))
+		return false, exit.Usage(fmt.Errorf(
+			"--registry %q: want HOST:PORT, such as 127.0.0.1:65001, or off", s.address))
 	}
 	if _, err := strconv.ParseUint(port, 10, 16); err != nil {
 		return false, exit.Usage(fmt.Errorf("--registry %q: the port is no number from 0 to 65535", s.address))
@@ -193,7 +203,8 @@ func (s *registryServer) resolve(ctx context.Context) (local bool, err error) {
 func (s *registryServer) checkExposed() error {
 	var missing []string
 	if s.cert == "" && !s.insecure {
-		missing = append(missing, "--registry-cert and --registry-key, or --registry-insecure to let content and passwords pass in the clear")
+		missing = append(missing,
+			"--registry-cert and --registry-key, or --registry-insecure to let content and passwords pass in the clear")
 	}
 	var open []string
 	if s.htpasswd == "" && s.read == "" {
@@ -208,7 +219,8 @@ func (s *registryServer) checkExposed() error {
 	if len(missing) == 0 {
 		return nil
 	}
-	return fmt.Errorf("--registry %s can be reached from other hosts, so it needs %s", s.address, strings.Join(missing, "; and "))
+	return fmt.Errorf("--registry %s can be reached from other hosts, so it needs %s", s.address,
+		strings.Join(missing, "; and "))
 }
 
 // readFiles reads the files that the flags name.
@@ -241,7 +253,8 @@ func (s *registryServer) listen(store *blobstore.Store, log *slog.Logger, warn f
 			warn(fmt.Sprintf("going on without a registry: %v: %s", err, advice))
 			return false, nil
 		case errors.Is(err, syscall.EADDRINUSE):
-			return false, fmt.Errorf("--registry %s: %w: another process listens there (%w): stop that one, or %s", s.address, p2p.ErrUnavailable, err, advice)
+			return false, fmt.Errorf("--registry %s: %w: another process listens there (%w): stop that one, or %s",
+				s.address, p2p.ErrUnavailable, err, advice)
 		}
 		return false, fmt.Errorf("--registry %s: %w: %s", s.address, err, advice)
 	}
@@ -272,11 +285,13 @@ func (s *registryServer) listen(store *blobstore.Store, log *slog.Logger, warn f
 // metrics are those of the registry.
 func (s *registryServer) metrics() []prometheus.Collector {
 	return []prometheus.Collector{
-		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "dfcache_registry_uploads", Help: "Uploads that are unfinished."}, func() float64 {
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "dfcache_registry_uploads", Help: "Uploads that are unfinished."}, func() float64 {
 			count, _ := s.handler.Uploads()
 			return float64(count)
 		}),
-		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "dfcache_registry_upload_bytes", Help: "Bytes that unfinished uploads have."}, func() float64 {
+		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "dfcache_registry_upload_bytes", Help: "Bytes that unfinished uploads have."}, func() float64 {
 			_, received := s.handler.Uploads()
 			return float64(received)
 		}),

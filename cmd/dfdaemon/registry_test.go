@@ -212,7 +212,8 @@ func TestDefaultAddressTaken(t *testing.T) {
 	if r.registry != "off" {
 		t.Errorf("the registry is %s", r.registry)
 	}
-	const want = "dfdaemon: warning: going on without a registry: listen tcp4 " + address + ": bind: address already in use: choose another address with --registry, or --registry off\n"
+	const want = "dfdaemon: warning: going on without a registry: listen tcp4 " + address +
+		": bind: address already in use: choose another address with --registry, or --registry off\n"
 	if !strings.Contains(r.stderr.String(), want) {
 		t.Errorf("stderr: %s", &r.stderr)
 	}
@@ -221,7 +222,8 @@ func TestDefaultAddressTaken(t *testing.T) {
 // A request's header is bounded.
 func TestLongHeader(t *testing.T) {
 	r := launch(t)
-	for size, want := range map[int]int{maxHeader / 2: http.StatusOK, 2 * maxHeader: http.StatusRequestHeaderFieldsTooLarge} {
+	for size, want := range map[int]int{
+		maxHeader / 2: http.StatusOK, 2 * maxHeader: http.StatusRequestHeaderFieldsTooLarge} {
 		request, err := http.NewRequest("GET", r.registry+"/v2/", nil)
 		if err != nil {
 			t.Fatal(err)
@@ -286,7 +288,8 @@ func TestStreams(t *testing.T) {
 		s.close()
 		<-served
 	}()
-	c, err := tls.Dial("tcp", s.listener.Addr().String(), &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2"}})
+	c, err := tls.Dial("tcp", s.listener.Addr().String(),
+		&tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2"}})
 	if err != nil {
 		t.Fatal(err)
 	}

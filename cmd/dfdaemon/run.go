@@ -123,8 +123,10 @@ func (o *options) start(cmd *cobra.Command) (_ *daemon, err error) {
 	}
 
 	version := build.Get().Version
-	d.log.Info("start", "version", version, "data", o.dataDir, "socket", o.socket, "registry", d.registry.url(), "peer", peer, "pid", os.Getpid())
-	fmt.Fprintf(d.stderr, "dfdaemon %s: data %s, socket %s, registry %s, peer %s, pid %d\n", version, o.dataDir, o.socket, d.registry.url(), peer, os.Getpid())
+	d.log.Info("start", "version", version, "data", o.dataDir, "socket", o.socket, "registry", d.registry.url(),
+		"peer", peer, "pid", os.Getpid())
+	fmt.Fprintf(d.stderr, "dfdaemon %s: data %s, socket %s, registry %s, peer %s, pid %d\n", version, o.dataDir,
+		o.socket, d.registry.url(), peer, os.Getpid())
 	return d, nil
 }
 
@@ -171,7 +173,9 @@ func (d *daemon) openStore(cmd *cobra.Command) (engine p2p.Engine, peer string, 
 	if err := d.serveMetrics(); err != nil {
 		return nil, "", err
 	}
-	d.local, err = pieces.Open(d.dataDir, pieces.Options{Log: d.log, Address: d.socket, MaxSize: int64(d.maxSize), Lease: d.options.registry.uploadTimeout, Now: now})
+	d.local, err = pieces.Open(d.dataDir,
+		pieces.Options{Log: d.log, Address: d.socket, MaxSize: int64(d.maxSize),
+			Lease: d.options.registry.uploadTimeout, Now: now})
 	if err != nil {
 		return nil, "", err
 	}

@@ -32,7 +32,8 @@ func (s *size) Set(text string) error {
 	case errors.Is(err, strconv.ErrRange):
 		return errors.New("out of range")
 	case err != nil || !known:
-		return errors.New("want a whole number of bytes, or one with a unit such as 500GiB: KiB, MiB, GiB, TiB, KB, MB, GB or TB")
+		return errors.New(
+			"want a whole number of bytes, or one with a unit such as 500GiB: KiB, MiB, GiB, TiB, KB, MB, GB or TB")
 	case n > uint64(math.MaxInt64/factor):
 		return errors.New("out of range")
 	}

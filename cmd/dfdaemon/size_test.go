@@ -18,8 +18,11 @@ func TestSize(t *testing.T) {
 		}
 	}
 	for text, want := range map[string]string{
-		"9223372036854775808": "out of range", "8388608TiB": "out of range", "18446744073709551616": "out of range", "99999999999999999999GB": "out of range",
-		"": "", "-1": "", "+1": "", "1.5GiB": "", "GiB": "", "5G": "", "5Gib": "", "5gib": "", "5GiBGiB": "", "5iB": "", "5GiB ": "", "1e3": "", "0x10": "", "1_000": "",
+		"9223372036854775808": "out of range", "8388608TiB": "out of range", "18446744073709551616": "out of range",
+		"99999999999999999999GB": "out of range",
+		"":                       "", "-1": "", "+1": "", "1.5GiB": "", "GiB": "", "5G": "", "5Gib": "", "5gib": "",
+		"5GiBGiB": "", "5iB": "",
+		"5GiB ": "", "1e3": "", "0x10": "", "1_000": "",
 	} {
 		s := size(42)
 		err := s.Set(text)

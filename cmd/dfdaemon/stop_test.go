@@ -39,7 +39,8 @@ func launch(t *testing.T, args ...string) *running {
 	// The name of a test's own directory can be too long for a socket.
 	home := t.TempDir()
 	r := &running{t: t, home: home, socket: filepath.Join(home, "r", "d.sock")}
-	r.cmd = exec.Command("dfdaemon", append([]string{"--workhome", home, "--daemon-sock", r.socket, "--console"}, args...)...)
+	r.cmd = exec.Command("dfdaemon", append(
+		[]string{"--workhome", home, "--daemon-sock", r.socket, "--console"}, args...)...)
 	stdout, err := r.cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)

@@ -66,29 +66,43 @@ type swarmOptions struct {
 }
 
 func (o *swarmOptions) flags(flags *pflag.FlagSet) {
-	flags.StringVar(&o.listen, "swarm-listen", ":65002", "`addresses` where peers find this daemon, with commas between them; port 0 is any free port")
-	flags.StringVar(&o.pieces, "swarm-pieces", ":65003", "`addresses` where peers fetch pieces from this daemon, with commas between them; port 0 is any free port")
-	flags.StringVar(&o.bootstrap, "bootstrap", "", "`peers` to start from, with commas between them: HOST, HOST:PORT with the port of --swarm-pieces there (all addresses of a name are asked), or libp2p multiaddrs")
-	flags.StringVar(&o.peersFile, "peers-file", "", "`file` with more peers to start from, one on a line; it is read again when it changes")
+	flags.StringVar(&o.listen, "swarm-listen", ":65002",
+		"`addresses` where peers find this daemon, with commas between them; port 0 is any free port")
+	flags.StringVar(&o.pieces, "swarm-pieces", ":65003",
+		"`addresses` where peers fetch pieces from this daemon, with commas between them; port 0 is any free port")
+	flags.StringVar(&o.bootstrap, "bootstrap", "", "`peers` to start from, with commas between them: HOST, HOST:PORT "+
+		"with the port of --swarm-pieces there (all addresses of a name are asked), or libp2p multiaddrs")
+	flags.StringVar(&o.peersFile, "peers-file", "",
+		"`file` with more peers to start from, one on a line; it is read again when it changes")
 	flags.BoolVar(&o.mdns, "mdns", true, "find peers on the local network by multicast DNS")
-	flags.BoolVar(&o.nat, "nat", false, "for a host behind a router: have it map the port of --swarm-listen, punch holes through it, and believe that it lets nobody in")
-	flags.BoolVar(&o.plain, "plain-pieces", false, "move pieces without TLS between this daemon and peers that have this set, too: faster, verified all the same, and to be read by anybody on the way")
-	flags.StringVar(&o.mode, "swarm-mode", string(swarm.Full), "`what` to do for peers and local callers: full, seed-only (fetch nothing) or never-serve (serve peers nothing)")
+	flags.BoolVar(&o.nat, "nat", false, "for a host behind a router: have it map the port of --swarm-listen, punch "+
+		"holes through it, and believe that it lets nobody in")
+	flags.BoolVar(&o.plain, "plain-pieces", false, "move pieces without TLS between this daemon and peers that have "+
+		"this set, too: faster, verified all the same, and to be read by anybody on the way")
+	flags.StringVar(&o.mode, "swarm-mode", string(swarm.Full), "`what` to do for peers and local callers: full, "+
+		"seed-only (fetch nothing) or never-serve (serve peers nothing)")
 	flags.IntVar(&o.maxPeers, "max-peers", 256, "`connections` with peers above which some are closed")
 	flags.IntVar(&o.slots, "upload-slots", schedule.Slots, "`pieces` of one blob that are sent to peers at once")
 	flags.IntVar(&o.uploads, "max-uploads", 64, "`pieces` that are sent to peers at once")
-	flags.IntVar(&o.requests, "max-requests", schedule.Requests, "`pieces` of one blob that are fetched from peers at once")
+	flags.IntVar(&o.requests, "max-requests", schedule.Requests,
+		"`pieces` of one blob that are fetched from peers at once")
 	flags.Var(&o.upRate, "upload-rate", "`bytes` a second that are sent to peers, such as 50MiB; 0 is no limit")
 	flags.Var(&o.downRate, "download-rate", "`bytes` a second that are fetched from peers; 0 is no limit")
 	o.memory = 64 << 20
 	flags.Var(&o.memory, "piece-memory", "`bytes` of pieces in memory, for sending and for fetching each")
 	flags.Lookup("piece-memory").DefValue = "64MiB"
-	flags.DurationVar(&o.lookup, "lookup-timeout", 3*time.Second, "how long peers, or Dragonfly, are asked for what is not here")
-	flags.DurationVar(&o.stall, "stall-timeout", 10*time.Second, "how long a peer may send nothing, or next to nothing, before it is asked anew")
-	flags.DurationVar(&o.remember, "remember-deletes", 30*24*time.Hour, "how long deletes are remembered for peers that are away")
-	flags.DurationVar(&o.keepPieces, "keep-partial", 24*time.Hour, "how long what has arrived of a file is kept that nobody fetches any more")
-	flags.StringVar(&o.metrics, "metrics", "off", "`address` at which to serve metrics for Prometheus, such as 127.0.0.1:65004; off is none")
-	flags.StringVar(&o.metricsFor, "metrics-read", "owner", "`who` may read the metrics: owner (the user of this dfdaemon on this host, and root) or anyone")
+	flags.DurationVar(&o.lookup, "lookup-timeout", 3*time.Second,
+		"how long peers, or Dragonfly, are asked for what is not here")
+	flags.DurationVar(&o.stall, "stall-timeout", 10*time.Second,
+		"how long a peer may send nothing, or next to nothing, before it is asked anew")
+	flags.DurationVar(&o.remember, "remember-deletes", 30*24*time.Hour,
+		"how long deletes are remembered for peers that are away")
+	flags.DurationVar(&o.keepPieces, "keep-partial", 24*time.Hour,
+		"how long what has arrived of a file is kept that nobody fetches any more")
+	flags.StringVar(&o.metrics, "metrics", "off",
+		"`address` at which to serve metrics for Prometheus, such as 127.0.0.1:65004; off is none")
+	flags.StringVar(&o.metricsFor, "metrics-read", "owner",
+		"`who` may read the metrics: owner (the user of this dfdaemon on this host, and root) or anyone")
 }
 
 // check finds what is wrong with the flags.
@@ -98,12 +112,14 @@ func (o *swarmOptions) check() error {
 	default:
 		return fmt.Errorf("--swarm-mode %q: use %s, %s or %s", o.mode, swarm.Full, swarm.SeedOnly, swarm.NeverServe)
 	}
-	for name, n := range map[string]int{"max-peers": o.maxPeers, "upload-slots": o.slots, "max-uploads": o.uploads, "max-requests": o.requests} {
+	for name, n := range map[string]int{
+		"max-peers": o.maxPeers, "upload-slots": o.slots, "max-uploads": o.uploads, "max-requests": o.requests} {
 		if n <= 0 {
 			return fmt.Errorf("--%s %d: want a number above zero", name, n)
 		}
 	}
-	for name, d := range map[string]time.Duration{"lookup-timeout": o.lookup, "stall-timeout": o.stall, "remember-deletes": o.remember, "keep-partial": o.keepPieces} {
+	for name, d := range map[string]time.Duration{"lookup-timeout": o.lookup, "stall-timeout": o.stall,
+		"remember-deletes": o.remember, "keep-partial": o.keepPieces} {
 		if d <= 0 {
 			return fmt.Errorf("--%s %s: want a duration above zero, such as 10s", name, d)
 		}
@@ -146,7 +162,8 @@ func isAddress(text string, numeric bool) bool {
 
 // split splits a list with commas.
 func split(list string) []string {
-	return slices.DeleteFunc(strings.Split(strings.ReplaceAll(list, " ", ""), ","), func(s string) bool { return s == "" })
+	return slices.DeleteFunc(strings.Split(strings.ReplaceAll(list, " ", ""), ","),
+		func(s string) bool { return s == "" })
 }
 
 // keyFile returns the swarm's key file, and whether somebody has named it.
@@ -177,9 +194,11 @@ func (o *options) readKey(cmd *cobra.Command, warn func(string)) (key discovery.
 	case !errors.Is(err, fs.ErrNotExist):
 		return key, false, exit.Usage(err)
 	case named:
-		return key, false, exit.Usage(fmt.Errorf("%w: make one with 'dfdaemon swarm key new %s', or copy that of the other daemons", err, name))
+		return key, false, exit.Usage(fmt.Errorf(
+			"%w: make one with 'dfdaemon swarm key new %s', or copy that of the other daemons", err, name))
 	case o.swarm.bootstrap != "" || o.swarm.peersFile != "":
-		warn(fmt.Sprintf("going on without a swarm, and without --bootstrap and --peers-file: there is no key in %s: make one with 'dfdaemon swarm key new', or copy that of the other daemons", name))
+		warn(fmt.Sprintf("going on without a swarm, and without --bootstrap and --peers-file: there is no key in %s: "+
+			"make one with 'dfdaemon swarm key new', or copy that of the other daemons", name))
 	}
 	return key, false, nil
 }
@@ -271,7 +290,8 @@ func listenError(flag string, err error) error {
 func logLibraries(h slog.Handler) {
 	gologshim.SetDefaultHandler(asDebug{h})
 	// The others have zap below, of which only names and messages are wanted.
-	text := zapcore.NewConsoleEncoder(zapcore.EncoderConfig{NameKey: "logger", MessageKey: "message", ConsoleSeparator: ": "})
+	text := zapcore.NewConsoleEncoder(zapcore.EncoderConfig{
+		NameKey: "logger", MessageKey: "message", ConsoleSeparator: ": "})
 	out := slog.NewLogLogger(h, slog.LevelDebug).Writer()
 	golog.SetPrimaryCore(zapcore.NewCore(text, zapcore.AddSync(out), zapcore.WarnLevel))
 }
@@ -312,12 +332,14 @@ func (d *daemon) serveMetrics() error {
 	if d.swarm.metricsFor != registry.Anyone.String() {
 		if tcp, ok := l.Addr().(*net.TCPAddr); !ok || !tcp.IP.IsLoopback() {
 			l.Close()
-			return exit.Usage(fmt.Errorf("--metrics %s can be reached from other hosts, so it needs --metrics-read anyone", d.swarm.metrics))
+			return exit.Usage(fmt.Errorf(
+				"--metrics %s can be reached from other hosts, so it needs --metrics-read anyone", d.swarm.metrics))
 		}
 		handler = loopback.ForOwner("metrics", mux)
 	}
 	server := &http.Server{
-		Handler: handler, ConnContext: loopback.ConnContext, ErrorLog: slog.NewLogLogger(d.log.Handler(), slog.LevelDebug), MaxHeaderBytes: 16 << 10,
+		Handler: handler, ConnContext: loopback.ConnContext,
+		ErrorLog: slog.NewLogLogger(d.log.Handler(), slog.LevelDebug), MaxHeaderBytes: 16 << 10,
 		ReadHeaderTimeout: headerTimeout, WriteTimeout: time.Minute, IdleTimeout: idleTimeout,
 	}
 	served := make(chan struct{})

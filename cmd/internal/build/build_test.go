@@ -18,7 +18,8 @@ func TestGet(t *testing.T) {
 		want                  Info
 	}{
 		{name: "nothing is known", want: Info{Version: "devel"}},
-		{name: "linker", version: "v1", commit: "c", date: "d", stamp: stamp("v2", revision), want: Info{Version: "v1", Commit: "c", Date: "d"}},
+		{name: "linker", version: "v1", commit: "c", date: "d", stamp: stamp("v2", revision),
+			want: Info{Version: "v1", Commit: "c", Date: "d"}},
 		{name: "go install", stamp: stamp("v2"), want: Info{Version: "v2"}},
 		{name: "checkout", stamp: stamp("(devel)", revision, debug.BuildSetting{Key: "vcs.time", Value: "2026"}),
 			want: Info{Version: "devel", Commit: "abc", Date: "2026"}},

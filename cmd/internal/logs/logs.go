@@ -82,7 +82,8 @@ func (f *file) Write(line []byte) (int, error) {
 	}
 	if err != nil {
 		f.warnOnce.Do(func() {
-			fmt.Fprintf(f.warn, "%s: warning: the log can't be written: %v; going on without it (another place: --logdir)\n", f.name, err)
+			fmt.Fprintf(f.warn, "%s: warning: the log can't be written: %v; going on without it (another place: "+
+				"--logdir)\n", f.name, err)
 		})
 	}
 	return len(line), nil

@@ -150,7 +150,8 @@ func TestCannotWrite(t *testing.T) {
 	log := open(t, logs.Options{Dir: filepath.Join(file, "logs"), Name: "x", Warn: &warn, Console: &console})
 	log.Info("one")
 	log.Info("two")
-	if got := warn.String(); strings.Count(got, "\n") != 1 || !strings.HasPrefix(got, "x: warning: ") || !strings.Contains(got, file) || !strings.Contains(got, "--logdir") {
+	if got := warn.String(); strings.Count(got, "\n") != 1 || !strings.HasPrefix(got, "x: warning: ") ||
+		!strings.Contains(got, file) || !strings.Contains(got, "--logdir") {
 		t.Errorf("want one warning: %q", got)
 	}
 	if !strings.Contains(console.String(), "msg=two") {

@@ -132,7 +132,8 @@ The "completion" command prints a script that makes a shell complete the command
 and flags of ` + program + `.
 
 ` + ExitStatus(program, exit.Invalid),
-		Example: strings.ReplaceAll(`  # bash, which needs the package bash-completion: for this shell, and for every new one
+		Example: strings.ReplaceAll(
+			`  # bash, which needs the package bash-completion: for this shell, and for every new one
   source <(PROGRAM completion bash)
   PROGRAM completion bash > /etc/bash_completion.d/PROGRAM
 

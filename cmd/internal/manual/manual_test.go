@@ -21,8 +21,9 @@ func run(args ...string) (string, error) { return runAs("prog", args...) }
 
 // runAs runs a program of that name that has one command of its own.
 func runAs(program string, args ...string) (string, error) {
-	root := &cobra.Command{Use: program, Long: "This is prog.", Args: exit.NoArgs, SilenceErrors: true, SilenceUsage: true,
-		RunE: func(*cobra.Command, []string) error { return nil }}
+	root := &cobra.Command{Use: program, Long: "This is prog.", Args: exit.NoArgs, SilenceErrors: true,
+		SilenceUsage: true,
+		RunE:         func(*cobra.Command, []string) error { return nil }}
 	root.SetFlagErrorFunc(exit.FlagError)
 	sub := &cobra.Command{Use: "sub", Long: "This is sub.", RunE: root.RunE}
 	sub.Flags().Bool("flag", false, "This is a flag.")
@@ -81,7 +82,8 @@ func TestMistakes(t *testing.T) {
 		"doc --path x --format pdf": `unknown --format "pdf"`,
 	} {
 		_, err := run(strings.Fields(args)...)
-		if exit.Code(err) != exit.Invalid || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), "--help'") {
+		if exit.Code(err) != exit.Invalid || !strings.Contains(err.Error(), want) ||
+			!strings.Contains(err.Error(), "--help'") {
 			t.Errorf("%s: %v", args, err)
 		}
 	}
@@ -103,7 +105,8 @@ func TestDoc(t *testing.T) {
 					if got := read(t, dir); len(got) == 0 || !maps.EqualFunc(got, want, bytes.Equal) {
 						t.Errorf("got %v, want %v", slices.Sorted(maps.Keys(got)), slices.Sorted(maps.Keys(want)))
 					}
-					if err := os.WriteFile(filepath.Join(dir, slices.Min(slices.Collect(maps.Keys(want)))), []byte("old"), 0o600); err != nil {
+					if err := os.WriteFile(filepath.Join(dir, slices.Min(slices.Collect(maps.Keys(want)))),
+						[]byte("old"), 0o600); err != nil {
 						t.Fatal(err)
 					}
 				}

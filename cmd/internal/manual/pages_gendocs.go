@@ -29,7 +29,8 @@ func pages(cmd *cobra.Command, man, markdown bool) (map[string][]byte, error) {
 		const section = "1"
 		// A date would differ from day to day; a fixed one would be wrong.
 		noDate := time.Unix(0, 0).UTC()
-		header := &doc.GenManHeader{Section: section, Date: &noDate, Source: cmd.Root().Name(), Manual: cmd.Root().Name()}
+		header := &doc.GenManHeader{Section: section, Date: &noDate, Source: cmd.Root().Name(),
+			Manual: cmd.Root().Name()}
 		var page bytes.Buffer
 		if err := doc.GenMan(cmd, header, &page); err != nil {
 			return nil, err

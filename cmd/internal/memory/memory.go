@@ -57,7 +57,8 @@ func controlGroupLimit(root, groups string) int64 {
 			text, err := os.ReadFile(filepath.Join(dir, path, file))
 			if err == nil {
 				// Version 1 has a number beyond all memory where there is no limit, version 2 a word.
-				if n, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64); err == nil && n > 0 && n < 1<<50 {
+				if n, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64); err == nil && n > 0 &&
+					n < 1<<50 {
 					least = min(least, n)
 				}
 			}

@@ -26,13 +26,18 @@ func TestPaths(t *testing.T) {
 		{"root", true, map[string]string{"XDG_DATA_HOME": "/d", "XDG_STATE_HOME": "/s", "XDG_RUNTIME_DIR": "/r"},
 			"/var/lib/dfcache", "/var/log/dragonfly", "/run/dragonfly/dfdaemon.sock"},
 		{"user", false, nil,
-			"/home/u/.local/share/dragonfly", "/home/u/.local/state/dragonfly/logs", "/home/u/.local/state/dragonfly/run/dfdaemon.sock"},
-		{"user with XDG", false, map[string]string{"XDG_DATA_HOME": "/d", "XDG_STATE_HOME": "/s", "XDG_RUNTIME_DIR": "/r"},
+			"/home/u/.local/share/dragonfly", "/home/u/.local/state/dragonfly/logs",
+			"/home/u/.local/state/dragonfly/run/dfdaemon.sock"},
+		{"user with XDG", false, map[string]string{
+			"XDG_DATA_HOME": "/d", "XDG_STATE_HOME": "/s", "XDG_RUNTIME_DIR": "/r"},
 			"/d/dragonfly", "/s/dragonfly/logs", "/r/dragonfly/dfdaemon.sock"},
-		{"relative XDG is ignored", false, map[string]string{"XDG_DATA_HOME": "d", "XDG_STATE_HOME": "s", "XDG_RUNTIME_DIR": "r"},
-			"/home/u/.local/share/dragonfly", "/home/u/.local/state/dragonfly/logs", "/home/u/.local/state/dragonfly/run/dfdaemon.sock"},
+		{"relative XDG is ignored", false,
+			map[string]string{"XDG_DATA_HOME": "d", "XDG_STATE_HOME": "s", "XDG_RUNTIME_DIR": "r"},
+			"/home/u/.local/share/dragonfly", "/home/u/.local/state/dragonfly/logs",
+			"/home/u/.local/state/dragonfly/run/dfdaemon.sock"},
 		{"home in the password file", false, map[string]string{"HOME": ""},
-			me.HomeDir + "/.local/share/dragonfly", me.HomeDir + "/.local/state/dragonfly/logs", me.HomeDir + "/.local/state/dragonfly/run/dfdaemon.sock"},
+			me.HomeDir + "/.local/share/dragonfly", me.HomeDir + "/.local/state/dragonfly/logs",
+			me.HomeDir + "/.local/state/dragonfly/run/dfdaemon.sock"},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
@@ -68,7 +73,8 @@ func TestCheckHome(t *testing.T) {
 		{"", "/.local/share/dragonfly", nobodyKnown, false},
 	} {
 		t.Setenv("HOME", test.home)
-		if err := checkHome(test.path, test.uid); (err == nil) != test.ok || err != nil && !strings.Contains(err.Error(), "set HOME") {
+		if err := checkHome(test.path, test.uid); (err == nil) != test.ok ||
+			err != nil && !strings.Contains(err.Error(), "set HOME") {
 			t.Errorf("%+v: %v", test, err)
 		}
 	}

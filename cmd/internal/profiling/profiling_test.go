@@ -51,7 +51,8 @@ func TestStart(t *testing.T) {
 		}
 		return response.StatusCode, string(body)
 	}
-	if code, body := get("/debug/pprof/goroutine?debug=1"); code != 200 || !strings.Contains(body, "goroutine profile") {
+	if code, body := get("/debug/pprof/goroutine?debug=1"); code != 200 ||
+		!strings.Contains(body, "goroutine profile") {
 		t.Errorf("goroutines: %d %s", code, body)
 	}
 	if code, _ := get("/secret"); code != 404 {

@@ -212,7 +212,8 @@ func stopPID(pid int) error {
 func waitFor(pidfd int) (bool, error) {
 	deadline := time.Now().Add(grace)
 	for {
-		n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, max(0, int(time.Until(deadline).Milliseconds())))
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}},
+			max(0, int(time.Until(deadline).Milliseconds())))
 		if err == unix.EINTR {
 			continue
 		}

@@ -78,7 +78,8 @@ func httpCmd(ts *testscript.TestScript, neg bool, args []string) {
 		r.SetBasicAuth(name, password)
 	}
 	// Nothing is left open that a daemon would have to wait for.
-	transport := &http.Transport{DisableKeepAlives: true, ForceAttemptHTTP2: true, TLSClientConfig: &tls.Config{}, DialContext: dialAs(*as)}
+	transport := &http.Transport{DisableKeepAlives: true, ForceAttemptHTTP2: true, TLSClientConfig: &tls.Config{},
+		DialContext: dialAs(*as)}
 	if *ca != "" {
 		transport.TLSClientConfig.RootCAs = x509.NewCertPool()
 		if !transport.TLSClientConfig.RootCAs.AppendCertsFromPEM([]byte(ts.ReadFile(*ca))) {

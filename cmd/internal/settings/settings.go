@@ -60,7 +60,8 @@ func Load(cmd *cobra.Command, prefix string) error {
 
 func set(flags *pflag.FlagSet, f *pflag.Flag, value, source string) error {
 	if err := flags.Set(f.Name, value); err != nil {
-		return exit.Usage(fmt.Errorf("%s: %q is not a valid %s: %w", source, value, f.Value.Type(), exit.ValueError(err)))
+		return exit.Usage(fmt.Errorf("%s: %q is not a valid %s: %w", source, value, f.Value.Type(),
+			exit.ValueError(err)))
 	}
 	return nil
 }
@@ -127,7 +128,8 @@ func read(path string) ([]byte, error) {
 // are in the file, so that the tag 1.10 does not become 1.1.
 func parse(content []byte, known []string) (map[string]string, error) {
 	decoder := yaml.NewDecoder(bytes.NewReader(content))
-	var document yaml.Node // not a map of Go: looking for keys that stand there twice takes that package time by the square
+	// not a map of Go: looking for keys that stand there twice takes that package time by the square
+	var document yaml.Node
 	if err := decoder.Decode(&document); errors.Is(err, io.EOF) {
 		return nil, nil
 	} else if err != nil {

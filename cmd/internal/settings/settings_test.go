@@ -203,7 +203,8 @@ func TestBadFile(t *testing.T) {
 		words   []string
 	}{
 		{"tga: x", []string{"line 1", `unknown key "tga"`, "did you mean tag?"}},
-		{"\nnothing-like-it: x", []string{"line 2", `unknown key "nothing-like-it"`, "want one of: count, daemon-sock, local, overwrite, tag, timeout, verbose"}},
+		{"\nnothing-like-it: x", []string{"line 2", `unknown key "nothing-like-it"`,
+			"want one of: count, daemon-sock, local, overwrite, tag, timeout, verbose"}},
 		{"path: of-doc", []string{`unknown key "path"`}},
 		{"help: true", []string{`unknown key "help"`}},
 		{"ready-fd: 3", []string{`unknown key "ready-fd"`}},
@@ -257,7 +258,8 @@ func TestLongFile(t *testing.T) {
 
 func TestBadEnvironment(t *testing.T) {
 	t.Setenv("PROG_TIMEOUT", "soon")
-	wantError(t, newProgram(write(t, "timeout: 1s")).run(), "environment variable PROG_TIMEOUT", `"soon" is not a valid duration: want one such`)
+	wantError(t, newProgram(write(t, "timeout: 1s")).run(), "environment variable PROG_TIMEOUT",
+		`"soon" is not a valid duration: want one such`)
 }
 
 // The command line goes before everything, even what is wrong.
@@ -281,7 +283,8 @@ func TestNotSettable(t *testing.T) {
 }
 
 func FuzzFile(f *testing.F) {
-	for _, seed := range []string{"", "tag: x", "tag: *x", "a: &a [*a]", "<<: {tag: x}", "tag: !!binary x", "---\n---\n", "? [a]\n: b"} {
+	for _, seed := range []string{"", "tag: x", "tag: *x", "a: &a [*a]", "<<: {tag: x}", "tag: !!binary x",
+		"---\n---\n", "? [a]\n: b"} {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, content string) {

@@ -12,7 +12,8 @@ import (
 // what a redirection to or from /dev/null does.
 func IsClosed(f *os.File) bool {
 	var file, null unix.Stat_t
-	if unix.Fstat(int(f.Fd()), &file) != nil || unix.Stat(os.DevNull, &null) != nil || file.Rdev != null.Rdev || file.Mode&unix.S_IFMT != unix.S_IFCHR {
+	if unix.Fstat(int(f.Fd()), &file) != nil || unix.Stat(os.DevNull, &null) != nil || file.Rdev != null.Rdev ||
+		file.Mode&unix.S_IFMT != unix.S_IFCHR {
 		return false
 	}
 	flags, err := unix.FcntlInt(f.Fd(), unix.F_GETFL, 0)

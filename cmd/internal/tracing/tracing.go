@@ -101,7 +101,8 @@ func Start(ctx context.Context, o Options) (*Tracing, error) {
 			return nil, exit.Usage(err)
 		}
 		if replaced {
-			o.Warn(fmt.Sprintf("%s belongs to a protocol that Jaeger has given up: traces are sent to %s instead", o.Endpoint, endpoint))
+			o.Warn(fmt.Sprintf("%s belongs to a protocol that Jaeger has given up: traces are sent to %s instead",
+				o.Endpoint, endpoint))
 		}
 		options = append(options, otlptracehttp.WithEndpointURL(endpoint))
 	} else {
@@ -120,7 +121,8 @@ func Start(ctx context.Context, o Options) (*Tracing, error) {
 
 	// Later ones go before earlier ones.
 	detectors := []resource.Option{
-		resource.WithAttributes(attribute.String("service.name", o.ServiceName), attribute.String("service.version", o.Version)),
+		resource.WithAttributes(attribute.String("service.name", o.ServiceName),
+			attribute.String("service.version", o.Version)),
 		resource.WithTelemetrySDK(),
 		resource.WithFromEnv(),
 	}
@@ -140,7 +142,9 @@ func Start(ctx context.Context, o Options) (*Tracing, error) {
 
 // StartSpan begins a span. The caller calls end once, with the error that the
 // work ended with, if any.
-func (t *Tracing) StartSpan(ctx context.Context, name string, attrs ...attribute.KeyValue) (_ context.Context, end func(err error)) {
+func (t *Tracing) StartSpan(
+	ctx context.Context, name string, attrs ...attribute.KeyValue,
+) (_ context.Context, end func(err error)) {
 	if t.provider == nil {
 		return ctx, func(error) {}
 	}
@@ -265,7 +269,8 @@ func parseURL(endpoint string) (*url.URL, error) {
 		return nil, fmt.Errorf("endpoint of traces %q: %s", u.Redacted(), want)
 	}
 	if u.User != nil || u.RawQuery != "" || u.Fragment != "" {
-		return nil, fmt.Errorf("endpoint of traces %q: user, query and fragment are not sent: %s, and put credentials in OTEL_EXPORTER_OTLP_HEADERS", u.Redacted(), want)
+		return nil, fmt.Errorf("endpoint of traces %q: user, query and fragment are not sent: %s, and put "+
+			"credentials in OTEL_EXPORTER_OTLP_HEADERS", u.Redacted(), want)
 	}
 	if port := u.Port(); port != "" {
 		if _, err := strconv.ParseUint(port, 10, 16); err != nil {

@@ -174,16 +174,23 @@ func TestEnvironment(t *testing.T) {
 	}{
 		{name: "off"},
 		{name: "flag", endpoint: true, sent: true, service: "svc", path: "/v1/traces"},
-		{name: "endpoint", env: map[string]string{"OTEL_EXPORTER_OTLP_ENDPOINT": "{}/base"}, sent: true, service: "svc", path: "/base/v1/traces"},
-		{name: "endpoint of traces", env: map[string]string{"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "{}/as/is"}, sent: true, service: "svc", path: "/as/is"},
-		{name: "flag before endpoint", env: map[string]string{"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"}, endpoint: true, sent: true, service: "svc", path: "/v1/traces"},
+		{name: "endpoint", env: map[string]string{"OTEL_EXPORTER_OTLP_ENDPOINT": "{}/base"}, sent: true, service: "svc",
+			path: "/base/v1/traces"},
+		{name: "endpoint of traces", env: map[string]string{"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "{}/as/is"},
+			sent: true, service: "svc", path: "/as/is"},
+		{name: "flag before endpoint", env: map[string]string{"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"},
+			endpoint: true, sent: true, service: "svc", path: "/v1/traces"},
 		{name: "disabled", env: map[string]string{"OTEL_SDK_DISABLED": "TRUE"}, endpoint: true},
 		{name: "no exporter", env: map[string]string{"OTEL_TRACES_EXPORTER": "none"}, endpoint: true},
-		{name: "exporter", env: map[string]string{"OTEL_TRACES_EXPORTER": "otlp"}, endpoint: true, sent: true, service: "svc", path: "/v1/traces"},
+		{name: "exporter", env: map[string]string{"OTEL_TRACES_EXPORTER": "otlp"}, endpoint: true, sent: true,
+			service: "svc", path: "/v1/traces"},
 		{name: "sampler", env: map[string]string{"OTEL_TRACES_SAMPLER": "always_off"}, endpoint: true},
-		{name: "service name", env: map[string]string{"OTEL_SERVICE_NAME": "env"}, endpoint: true, sent: true, service: "env", path: "/v1/traces"},
-		{name: "service name by flag", env: map[string]string{"OTEL_SERVICE_NAME": "env"}, endpoint: true, set: true, sent: true, service: "svc", path: "/v1/traces"},
-		{name: "resource", env: map[string]string{"OTEL_RESOURCE_ATTRIBUTES": "service.name=res,site=here"}, endpoint: true, sent: true, service: "res", path: "/v1/traces"},
+		{name: "service name", env: map[string]string{"OTEL_SERVICE_NAME": "env"}, endpoint: true, sent: true,
+			service: "env", path: "/v1/traces"},
+		{name: "service name by flag", env: map[string]string{"OTEL_SERVICE_NAME": "env"}, endpoint: true, set: true,
+			sent: true, service: "svc", path: "/v1/traces"},
+		{name: "resource", env: map[string]string{"OTEL_RESOURCE_ATTRIBUTES": "service.name=res,site=here"},
+			endpoint: true, sent: true, service: "res", path: "/v1/traces"},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
@@ -241,7 +248,8 @@ func TestOff(t *testing.T) {
 }
 
 func TestInvalidEndpoint(t *testing.T) {
-	bad := []string{"localhost:4318", "localhost", "ftp://h", "http://", "http://h:x", "http://h:70000", "http://u:secret@h", "http://h?q", "http://h#f", "%"}
+	bad := []string{"localhost:4318", "localhost", "ftp://h", "http://", "http://h:x", "http://h:70000",
+		"http://u:secret@h", "http://h?q", "http://h#f", "%"}
 	for _, endpoint := range bad {
 		_, err := tracing.Start(t.Context(), tracing.Options{Endpoint: endpoint})
 		if exit.Code(err) != exit.Invalid || !strings.Contains(err.Error(), "http://localhost:4318") {
@@ -251,7 +259,8 @@ func TestInvalidEndpoint(t *testing.T) {
 		}
 	}
 	t.Setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "nonsense")
-	if _, err := tracing.Start(t.Context(), tracing.Options{}); exit.Code(err) != exit.Invalid || !strings.Contains(err.Error(), "OTEL_EXPORTER_OTLP_ENDPOINT") {
+	if _, err := tracing.Start(t.Context(), tracing.Options{}); exit.Code(err) != exit.Invalid ||
+		!strings.Contains(err.Error(), "OTEL_EXPORTER_OTLP_ENDPOINT") {
 		t.Errorf("environment: %v", err)
 	}
 }
@@ -361,7 +370,8 @@ func TestGRPC(t *testing.T) {
 	healthpb.RegisterHealthServer(server, health.NewServer())
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(l) }()
-	conn, err := grpc.NewClient(l.Addr().String(), grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithStatsHandler(tr.ClientStatsHandler()))
+	conn, err := grpc.NewClient(l.Addr().String(), grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithStatsHandler(tr.ClientStatsHandler()))
 	if err != nil {
 		t.Fatal(err)
 	}
