@@ -52,7 +52,8 @@ func TestBatchShares(t *testing.T) {
 // does not wait for the other heavy ones.
 func TestBatchIsBounded(t *testing.T) {
 	b := batch[string]{limit: 10}
-	for _, j := range []job[string]{{value: "heavy 1", weight: 50}, {value: "heavy 2", weight: 11}, {value: "six", weight: 6}, {value: "five", weight: 5}, {value: "four", weight: 4}} {
+	for _, j := range []job[string]{{value: "heavy 1", weight: 50}, {value: "heavy 2", weight: 11},
+		{value: "six", weight: 6}, {value: "five", weight: 5}, {value: "four", weight: 4}} {
 		j.done = make(chan struct{})
 		b.waiting = append(b.waiting, &j)
 	}
@@ -108,7 +109,9 @@ func TestLightChangesDoNotWait(t *testing.T) {
 				t.Error(err)
 				return
 			}
-			if err := in.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: p2p.Task{Tag: "t", Digest: added.Digest}, Manifest: &p2p.NewManifest{Refs: refs}}}}); err != nil {
+			if err := in.Commit(p2p.Commit{
+				Tasks: []p2p.NewTask{{Task: p2p.Task{Tag: "t", Digest: added.Digest},
+					Manifest: &p2p.NewManifest{Refs: refs}}}}); err != nil {
 				t.Error(err)
 			}
 			if refs == nil {
@@ -141,7 +144,8 @@ func TestLightChangesDoNotWait(t *testing.T) {
 	}
 	there := 0
 	for i := range manifests {
-		if _, err := s.Stat(t.Context(), "t", digest.FromDigest(digest.SHA256.FromString(fmt.Sprint("manifest ", i))), p2p.StatOptions{}); err == nil {
+		if _, err := s.Stat(t.Context(), "t", digest.FromDigest(digest.SHA256.FromString(fmt.Sprint("manifest ", i))),
+			p2p.StatOptions{}); err == nil {
 			there++
 		}
 	}
@@ -170,7 +174,8 @@ func TestWeightOfDeletes(t *testing.T) {
 		added, err := in.Add(strings.NewReader(content), p2p.AddOptions{})
 		if err == nil {
 			err = in.Commit(p2p.Commit{
-				Tasks: []p2p.NewTask{{Task: p2p.Task{Tag: "t", Digest: added.Digest}, Manifest: m, Keep: p2p.KeepReferred}},
+				Tasks: []p2p.NewTask{{Task: p2p.Task{Tag: "t", Digest: added.Digest}, Manifest: m,
+					Keep: p2p.KeepReferred}},
 				Names: []p2p.NewName{{Tag: "t", Name: name, Digest: added.Digest}},
 			})
 		}
@@ -187,7 +192,10 @@ func TestWeightOfDeletes(t *testing.T) {
 		return cid
 	}
 	for what, change := range map[string]func() error{
-		"delete of the name": func() error { _, err := s.Delete(t.Context(), "t", named("v1"), p2p.DeleteOptions{}); return err },
+		"delete of the name": func() error {
+			_, err := s.Delete(t.Context(), "t", named("v1"), p2p.DeleteOptions{})
+			return err
+		},
 		"delete for all": func() error {
 			_, _, err := s.DeleteForAll(t.Context(), "t", named("v1"), p2p.DeleteOptions{})
 			return err

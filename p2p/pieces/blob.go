@@ -159,7 +159,8 @@ func (s *Store) cutAnew(f *os.File, old *digest.Table) (*digest.Table, error) {
 		return nil, err
 	}
 	if table.Digest != old.Digest {
-		return nil, &digest.CorruptError{Digest: old.Digest, Piece: -1, Reason: "its content has the digest " + table.Digest.String()}
+		return nil, &digest.CorruptError{
+			Digest: old.Digest, Piece: -1, Reason: "its content has the digest " + table.Digest.String()}
 	}
 	b, err := table.AppendBinary(nil)
 	if err != nil {

@@ -271,7 +271,8 @@ func (c *checker) blob(d digest.Digest) error {
 	}
 	f, err := c.s.bytes.Open(d)
 	if errors.Is(err, backend.ErrNotRegular) {
-		c.found(Problem{Kind: KindCorrupt, Digest: d, Piece: -1, Path: path, Detail: "what is in the place of its file is not a regular file"})
+		c.found(Problem{Kind: KindCorrupt, Digest: d, Piece: -1, Path: path,
+			Detail: "what is in the place of its file is not a regular file"})
 		return nil
 	}
 	if backend.IsMissing(err) {
@@ -320,9 +321,11 @@ func (c *checker) blob(d digest.Digest) error {
 		return err
 	}
 	if t.Digest != d {
-		c.found(Problem{Kind: KindCorrupt, Digest: d, Piece: -1, Path: path, Detail: fmt.Sprintf("its content is %s, though every piece is as recorded", t.Digest)})
+		c.found(Problem{Kind: KindCorrupt, Digest: d, Piece: -1, Path: path,
+			Detail: fmt.Sprintf("its content is %s, though every piece is as recorded", t.Digest)})
 	} else if info.Size() != table.Size {
-		c.found(Problem{Kind: KindCorrupt, Digest: d, Piece: -1, Path: path, Detail: fmt.Sprintf("its file has %d bytes, recorded were %d", info.Size(), table.Size)})
+		c.found(Problem{Kind: KindCorrupt, Digest: d, Piece: -1, Path: path,
+			Detail: fmt.Sprintf("its file has %d bytes, recorded were %d", info.Size(), table.Size)})
 	}
 	return nil
 }

@@ -74,7 +74,8 @@ func TestCheckDirChangesNothing(t *testing.T) {
 	if _, err := importArtifact(t.Context(), s, "v1", []byte("new")); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := CheckDir(t.Context(), dir, func(Problem) {}); !errors.Is(err, p2p.ErrUnavailable) || !strings.Contains(err.Error(), fmt.Sprintf("process %d ", os.Getpid())) {
+	if _, err := CheckDir(t.Context(), dir, func(Problem) {}); !errors.Is(err, p2p.ErrUnavailable) ||
+		!strings.Contains(err.Error(), fmt.Sprintf("process %d ", os.Getpid())) {
 		t.Errorf("check of an open store: %v", err)
 	}
 	f.ops, f.at, f.dead, f.error = nil, 2, true, unix.EIO // after the records, before the files
@@ -84,7 +85,8 @@ func TestCheckDirChangesNothing(t *testing.T) {
 	s.abandon()
 	marked := digest.SHA256.FromString("marked")
 	for name, content := range map[string]string{
-		"ingest/aaaa": "half", "ingest/bbbb.sha256." + marked.Encoded(): "", "blobs/sha256/" + marked.Encoded(): "marked",
+		"ingest/aaaa": "half", "ingest/bbbb.sha256." + marked.Encoded(): "",
+		"blobs/sha256/" + marked.Encoded(): "marked",
 	} {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(content), 0o600); err != nil {
 			t.Fatal(err)
@@ -121,7 +123,8 @@ func TestCheckDirOfDamagedMetadata(t *testing.T) {
 	var task p2p.Task
 	for task = range content {
 	}
-	damage(t, filepath.Join(dir, "blobs", task.Digest.Algorithm().String(), task.Digest.Encoded()), func(b []byte) []byte { return append(b, 'x') })
+	damage(t, filepath.Join(dir, "blobs", task.Digest.Algorithm().String(), task.Digest.Encoded()),
+		func(b []byte) []byte { return append(b, 'x') })
 	stray := filepath.Join(dir, "blobs", "sha256", "stray")
 	if err := os.WriteFile(stray, nil, 0o600); err != nil {
 		t.Fatal(err)
@@ -139,7 +142,8 @@ func TestCheckDirOfDamagedMetadata(t *testing.T) {
 			var kinds []string
 			for _, p := range found {
 				kinds = append(kinds, p.Kind)
-				if damaged := found[0].Kind == KindMetadata; p.Kind == KindStray && strings.Contains(p.Detail, "removed") == damaged {
+				if damaged := found[0].Kind == KindMetadata; p.Kind == KindStray &&
+					strings.Contains(p.Detail, "removed") == damaged {
 					t.Errorf("%s page: %s", kind, p)
 				}
 			}
@@ -160,7 +164,8 @@ func TestCheckDirOfDamagedMetadata(t *testing.T) {
 func TestNotOurs(t *testing.T) {
 	dir := t.TempDir()
 	requireCleanAfterOpen(t, dir)
-	pipes := []string{"reserve", "ingest/pipe", "partial/pipe", "partial/sha256." + digest.SHA256.FromString("x").Encoded()}
+	pipes := []string{"reserve", "ingest/pipe", "partial/pipe",
+		"partial/sha256." + digest.SHA256.FromString("x").Encoded()}
 	if err := os.Remove(filepath.Join(dir, "reserve")); err != nil {
 		t.Fatal(err)
 	}
@@ -169,7 +174,8 @@ func TestNotOurs(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	directories := []string{"ingest/lost+found/x", "partial/lost+found/x", "partial/sha256." + digest.SHA256.FromString("y").Encoded() + "/x"}
+	directories := []string{"ingest/lost+found/x",
+		"partial/lost+found/x", "partial/sha256." + digest.SHA256.FromString("y").Encoded() + "/x"}
 	for _, name := range directories {
 		if err := os.MkdirAll(filepath.Join(dir, name), 0o700); err != nil {
 			t.Fatal(err)
@@ -238,7 +244,8 @@ func TestNotAFile(t *testing.T) {
 					defer waiting.Stop()
 				}
 				spoil()
-				if _, err := s.Stat(t.Context(), "t", digest.FromDigest(task.Digest), p2p.StatOptions{}); !errors.Is(err, digest.ErrCorrupt) {
+				if _, err := s.Stat(t.Context(), "t", digest.FromDigest(task.Digest),
+					p2p.StatOptions{}); !errors.Is(err, digest.ErrCorrupt) {
 					t.Errorf("stat: %v", err)
 				}
 				if blob, err := s.Open(t.Context(), task, p2p.Local); !errors.Is(err, digest.ErrCorrupt) {
@@ -248,12 +255,14 @@ func TestNotAFile(t *testing.T) {
 					}
 				}
 				var found []Problem
-				if _, err := s.Check(t.Context(), func(p Problem) { found = append(found, p) }); err != nil || len(found) != 1 || found[0].Kind != KindCorrupt && name != "link to nothing" {
+				if _, err := s.Check(t.Context(), func(p Problem) { found = append(found, p) }); err != nil ||
+					len(found) != 1 || found[0].Kind != KindCorrupt && name != "link to nothing" {
 					t.Errorf("check: %v, %v", found, err)
 				}
 				enginetest.RequireContent(t, s, enginetest.Import(t, s, "t", []byte(data)), []byte(data))
 				spoil()
-				if _, err := s.Delete(t.Context(), "t", digest.FromDigest(task.Digest), p2p.DeleteOptions{}); err != nil {
+				if _, err := s.Delete(t.Context(), "t", digest.FromDigest(task.Digest),
+					p2p.DeleteOptions{}); err != nil {
 					t.Errorf("delete: %v", err)
 				}
 				s.Close()

@@ -58,7 +58,8 @@ func (s *Store) met(err error) {
 				}
 			}
 			if !has(tx, bucketDamaged, k) {
-				s.note(Change{Event: Damaged, Subject: SubjectBlob, Reason: ReasonRead, Task: p2p.Task{Digest: damage.Digest}, Detail: damage.Error()})
+				s.note(Change{Event: Damaged, Subject: SubjectBlob, Reason: ReasonRead,
+					Task: p2p.Task{Digest: damage.Digest}, Detail: damage.Error()})
 			}
 			return put(tx, bucketDamaged, k, damageRecord{Piece: damage.Piece, Reason: damage.Reason})
 		})
@@ -66,7 +67,8 @@ func (s *Store) met(err error) {
 	if err != nil {
 		s.log.Warn("it could not be noted that a blob is damaged", "digest", damage.Digest, "error", err)
 	} else if news {
-		s.log.Error("a blob is damaged: it is not here until its content comes again", "digest", damage.Digest, "error", damage)
+		s.log.Error("a blob is damaged: it is not here until its content comes again", "digest", damage.Digest,
+			"error", damage)
 	}
 }
 
@@ -237,7 +239,8 @@ func missingRef(tx *bbolt.Tx, n p2p.NewTask) error {
 	damaged, lost := hasAny(tx, bucketDamaged, nil), hasAny(tx, bucketLost, prefix(n.Task.Tag))
 	for _, d := range n.Manifest.Needs {
 		t := p2p.Task{Tag: n.Task.Tag, Digest: d}
-		if !has(tx, bucketTasks, taskKey(t)) || damaged && has(tx, bucketDamaged, key(d)) || lost && len(lacks(tx, t)) > 0 {
+		if !has(tx, bucketTasks, taskKey(t)) || damaged && has(tx, bucketDamaged, key(d)) ||
+			lost && len(lacks(tx, t)) > 0 {
 			return &p2p.MissingRefError{Manifest: n.Task.Digest, Missing: d}
 		}
 	}

@@ -262,7 +262,9 @@ type DeleteResult struct {
 // it returns are for the peers. seen is what they have said that they have, for the
 // delete to cover it, too. Where neither they nor this store have it, there is
 // nothing to delete, and to remember.
-func (s *Store) DeleteForAll(ctx context.Context, tag string, cid digest.CID, opts p2p.DeleteOptions, seen ...Version) (result DeleteResult, deletes []Delete, err error) {
+func (s *Store) DeleteForAll(
+	ctx context.Context, tag string, cid digest.CID, opts p2p.DeleteOptions, seen ...Version,
+) (result DeleteResult, deletes []Delete, err error) {
 	if err := opts.Validate(tag, cid); err != nil {
 		return result, nil, err
 	}
@@ -298,7 +300,8 @@ func (s *Store) DeleteForAll(ctx context.Context, tag string, cid digest.CID, op
 		for i, t := range removed.tasks {
 			if c := digest.FromDigest(t.Digest); c != cid {
 				at := latest(d.At, removed.origins[i]) // all copies up to then
-				deletes = append(deletes, Delete{Tag: tag, CID: c, At: at, After: at, Made: d.Made, Limit: d.Limit, Soft: true})
+				deletes = append(deletes,
+					Delete{Tag: tag, CID: c, At: at, After: at, Made: d.Made, Limit: d.Limit, Soft: true})
 			}
 		}
 		for _, d := range deletes {
@@ -415,7 +418,8 @@ func remember(tx *bbolt.Tx, d Delete) (all Delete, news bool, err error) {
 		case 0:
 			all.Force, all.NameOnly = before.Force || d.Force, before.NameOnly && d.NameOnly
 		}
-		if all.At.Equal(before.At) && all.After.Equal(timeOr(before.After, before.At)) && all.Force == before.Force && all.NameOnly == before.NameOnly {
+		if all.At.Equal(before.At) && all.After.Equal(timeOr(before.After, before.At)) && all.Force == before.Force &&
+			all.NameOnly == before.NameOnly {
 			return before, false, nil
 		}
 		if err := forget(tx, k, record); err != nil {
@@ -427,7 +431,8 @@ func remember(tx *bbolt.Tx, d Delete) (all Delete, news bool, err error) {
 	if err != nil {
 		return d, false, err
 	}
-	record = deleteRecord{At: d.At.UTC(), After: d.After.UTC(), Made: d.Made.UTC(), Limit: d.Limit.UTC(), Force: d.Force, NameOnly: d.NameOnly, Number: number}
+	record = deleteRecord{At: d.At.UTC(), After: d.After.UTC(), Made: d.Made.UTC(), Limit: d.Limit.UTC(),
+		Force: d.Force, NameOnly: d.NameOnly, Number: number}
 	if err := put(tx, bucketDeletes, k, record); err != nil {
 		return d, false, err
 	}
@@ -491,7 +496,8 @@ func (s *Store) Deletes(ctx context.Context, after uint64, limit int) (deletes [
 	last = after
 	err = s.view(func(tx *bbolt.Tx) error {
 		c := tx.Bucket(bucketDeleteLog).Cursor()
-		for n, k := c.Seek(binary.BigEndian.AppendUint64(nil, after+1)); n != nil && len(deletes) < limit; n, k = c.Next() {
+		for n, k := c.Seek(binary.BigEndian.AppendUint64(nil, after+1)); n != nil &&
+			len(deletes) < limit; n, k = c.Next() {
 			k, _ = mustUnseal(bucketDeleteLog, n, k)
 			d, _, _, err := getDelete(tx, k)
 			if err != nil {
@@ -561,7 +567,8 @@ func (s *Store) Name(ctx context.Context, tag, name string) (n p2p.NewName, err 
 		if err == nil && !found {
 			err = fmt.Errorf("name %s under tag %q: %w", name, tag, p2p.ErrNotFound)
 		}
-		n = p2p.NewName{Tag: tag, Name: name, Digest: record.Digest, Updated: record.Updated, After: record.After, KeepOld: !record.LetGo}
+		n = p2p.NewName{Tag: tag, Name: name, Digest: record.Digest, Updated: record.Updated, After: record.After,
+			KeepOld: !record.LetGo}
 		return err
 	})
 	return n, err
@@ -589,7 +596,8 @@ func (s *Store) LatestNames(ctx context.Context, n int) (latest []p2p.NewName, e
 				if err != nil {
 					return err
 				}
-				latest = append(latest, p2p.NewName{Tag: firstPart(k), Name: lastPart(k), Digest: record.Digest, Updated: record.Updated, After: record.After, KeepOld: !record.LetGo})
+				latest = append(latest, p2p.NewName{Tag: firstPart(k), Name: lastPart(k), Digest: record.Digest,
+					Updated: record.Updated, After: record.After, KeepOld: !record.LetGo})
 				if len(latest) >= n+listBatch {
 					last = bytes.Clone(k)
 				}

@@ -16,7 +16,8 @@ func fetched(t *testing.T, s *Store, task p2p.Task, data []byte, origin time.Tim
 	if err != nil {
 		t.Fatal(err)
 	}
-	return p.Commit(t.Context(), p2p.Commit{Tasks: []p2p.NewTask{{Task: task, Keep: p2p.KeepUntilReferred, Origin: origin}}})
+	return p.Commit(t.Context(), p2p.Commit{
+		Tasks: []p2p.NewTask{{Task: task, Keep: p2p.KeepUntilReferred, Origin: origin}}})
 }
 
 func holds(t *testing.T, s *Store, tag string, cid digest.CID) bool {
@@ -36,7 +37,8 @@ func TestDeleteForAll(t *testing.T) {
 	}
 	v0 := cacheID(t, "v0")
 	result, deletes, err := s.DeleteForAll(t.Context(), "t", v0, p2p.DeleteOptions{})
-	if err != nil || !result.Found || result.Tasks != 2 || len(deletes) != 3 || deletes[0].CID != v0 || deletes[0].Soft || !deletes[1].Soft || !deletes[2].Soft {
+	if err != nil || !result.Found || result.Tasks != 2 || len(deletes) != 3 || deletes[0].CID != v0 ||
+		deletes[0].Soft || !deletes[1].Soft || !deletes[2].Soft {
 		t.Fatalf("result is %+v, deletes are %+v, %v", result, deletes, err)
 	}
 	if result, _, err = s.DeleteForAll(t.Context(), "t", v0, p2p.DeleteOptions{}); err != nil || result.Found {
@@ -60,7 +62,8 @@ func TestDeleteForAll(t *testing.T) {
 			if err != nil || !result.News {
 				t.Errorf("apply %+v: %+v, %v", d, result, err)
 			}
-			taken[other] = p2p.Deleted{Tasks: taken[other].Tasks + result.Tasks, Freed: taken[other].Freed + result.Freed}
+			taken[other] = p2p.Deleted{Tasks: taken[other].Tasks + result.Tasks,
+				Freed: taken[other].Freed + result.Freed}
 			if result, err := other.ApplyDelete(t.Context(), d); err != nil || result.News {
 				t.Errorf("apply %+v again: %+v, %v", d, result, err)
 			}
@@ -72,7 +75,8 @@ func TestDeleteForAll(t *testing.T) {
 	if all := taken[copies]; all.Tasks != 1 || all.Freed != 3 {
 		t.Errorf("of a copy of three bytes it says that there went %+v", all)
 	}
-	if holds(t, peer, "t", v0) || holds(t, peer, "t", digest.FromDigest(layer.Digest)) || holds(t, copies, "t", digest.FromDigest(layer.Digest)) {
+	if holds(t, peer, "t", v0) || holds(t, peer, "t", digest.FromDigest(layer.Digest)) ||
+		holds(t, copies, "t", digest.FromDigest(layer.Digest)) {
 		t.Error("it is still there")
 	}
 	a, err := peer.DeletesSum(t.Context())
@@ -144,7 +148,8 @@ func TestDeleteAndOrigin(t *testing.T) {
 	if again, err := s.Stat(t.Context(), "t", cid, p2p.StatOptions{}); err != nil || !again.Origin.Equal(info.Origin) {
 		t.Errorf("with an older copy of it: %+v, %v", again, err)
 	}
-	if result, err := s.ApplyDelete(t.Context(), Delete{Tag: "t", CID: cid, At: ahead.Add(-time.Second)}); err != nil || result.News || !holds(t, s, "t", cid) {
+	if result, err := s.ApplyDelete(t.Context(), Delete{Tag: "t", CID: cid, At: ahead.Add(-time.Second)}); err != nil ||
+		result.News || !holds(t, s, "t", cid) {
 		t.Errorf("an older delete: %+v, %v", result, err)
 	}
 	// A copy has the origin of what it is a copy of.
@@ -152,12 +157,14 @@ func TestDeleteAndOrigin(t *testing.T) {
 	if err := fetched(t, other, task, data, info.Origin); err != nil {
 		t.Fatal(err)
 	}
-	if copied, err := other.Stat(t.Context(), "t", cid, p2p.StatOptions{}); err != nil || !copied.Origin.Equal(info.Origin) {
+	if copied, err := other.Stat(t.Context(), "t", cid, p2p.StatOptions{}); err != nil ||
+		!copied.Origin.Equal(info.Origin) {
 		t.Errorf("the copy is %+v, %v", copied, err)
 	}
 	// Soft deletes are for copies only.
 	for store, gone := range map[*Store]bool{s: false, other: true} {
-		if _, err := store.ApplyDelete(t.Context(), Delete{Tag: "t", CID: cid, At: info.Origin.Add(time.Minute), Soft: true}); err != nil {
+		if _, err := store.ApplyDelete(t.Context(),
+			Delete{Tag: "t", CID: cid, At: info.Origin.Add(time.Minute), Soft: true}); err != nil {
 			t.Fatal(err)
 		}
 		if holds(t, store, "t", cid) == gone {
@@ -211,7 +218,9 @@ func TestSoftDeletes(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		if _, err := s.ApplyDelete(t.Context(), Delete{Tag: "t", CID: digest.FromDigest(task.Digest), At: time.Now().Add(time.Minute), Soft: true}); err != nil {
+		if _, err := s.ApplyDelete(t.Context(),
+			Delete{Tag: "t", CID: digest.FromDigest(task.Digest), At: time.Now().Add(time.Minute),
+				Soft: true}); err != nil {
 			t.Fatal(err)
 		}
 		if !holds(t, s, "t", digest.FromDigest(task.Digest)) {
@@ -224,8 +233,13 @@ func TestSoftDeletes(t *testing.T) {
 	if err := fetched(t, s, part, []byte("part"), time.Now()); err != nil {
 		t.Fatal(err)
 	}
-	bring(t, s, p2p.Commit{Tasks: []p2p.NewTask{{Task: p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("manifest")}, Manifest: &p2p.NewManifest{Refs: []digest.Digest{part.Digest}}, Keep: p2p.KeepPinned}}}, "manifest")
-	if _, err := s.ApplyDelete(t.Context(), Delete{Tag: "t", CID: digest.FromDigest(part.Digest), At: time.Now().Add(time.Minute), Soft: true}); err != nil {
+	bring(
+		t, s, p2p.Commit{Tasks: []p2p.NewTask{
+			{Task: p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("manifest")},
+				Manifest: &p2p.NewManifest{Refs: []digest.Digest{part.Digest}}, Keep: p2p.KeepPinned}}}, "manifest")
+	if _, err := s.ApplyDelete(t.Context(),
+		Delete{Tag: "t", CID: digest.FromDigest(part.Digest), At: time.Now().Add(time.Minute),
+			Soft: true}); err != nil {
 		t.Fatal(err)
 	}
 	if !isHere(t, s, part) {

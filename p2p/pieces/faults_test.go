@@ -147,13 +147,16 @@ func importArtifact(ctx context.Context, s *Store, name string, data []byte) (p2
 	if err != nil {
 		return p2p.Task{}, err
 	}
-	manifest, err := in.Add(strings.NewReader("manifest of "+string(layer.Digest)), p2p.AddOptions{Algorithm: digest.SHA512})
+	manifest, err := in.Add(strings.NewReader("manifest of "+string(layer.Digest)),
+		p2p.AddOptions{Algorithm: digest.SHA512})
 	if err != nil {
 		return p2p.Task{}, err
 	}
 	task := p2p.Task{Tag: "t", Digest: layer.Digest}
 	return task, in.Commit(p2p.Commit{
-		Tasks: []p2p.NewTask{{Task: task}, {Task: p2p.Task{Tag: "t", Digest: manifest.Digest}, Manifest: &p2p.NewManifest{Refs: []digest.Digest{layer.Digest}}}},
+		Tasks: []p2p.NewTask{{Task: task},
+			{Task: p2p.Task{Tag: "t", Digest: manifest.Digest},
+				Manifest: &p2p.NewManifest{Refs: []digest.Digest{layer.Digest}}}},
 		Names: []p2p.NewName{{Tag: "t", Name: name, Digest: manifest.Digest}},
 	})
 }
@@ -201,7 +204,8 @@ var works = map[string]func(t *testing.T, s *Store) error{
 			return err
 		}
 		task := p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("new")}
-		if err := p.Commit(t.Context(), p2p.Commit{Tasks: []p2p.NewTask{{Task: task, Keep: p2p.KeepUntilReferred, Origin: time.Now()}}}); err != nil {
+		if err := p.Commit(t.Context(), p2p.Commit{
+			Tasks: []p2p.NewTask{{Task: task, Keep: p2p.KeepUntilReferred, Origin: time.Now()}}}); err != nil {
 			return err
 		}
 		_, err = importArtifact(t.Context(), s, "v1", []byte("new"))
@@ -226,12 +230,14 @@ func requireOutcome(t *testing.T, s *Store, work string, failed bool) {
 		if err != nil {
 			return err
 		}
-		for d, data := range map[digest.Digest]string{digest.SHA256.FromString("old"): "old", digest.SHA256.FromString("new"): "new"} {
+		for d, data := range map[digest.Digest]string{
+			digest.SHA256.FromString("old"): "old", digest.SHA256.FromString("new"): "new"} {
 			manifest := "manifest of " + string(d)
 			if task.Digest == digest.SHA512.FromString(manifest) {
 				enginetest.RequireContent(t, s, task, []byte(manifest))
 				enginetest.RequireContent(t, s, p2p.Task{Tag: "t", Digest: d}, []byte(data))
-				if want := map[bool]string{true: "old", false: "new"}[name == "v0" && (failed || work != "move")]; data != want {
+				if want := map[bool]string{
+					true: "old", false: "new"}[name == "v0" && (failed || work != "move")]; data != want {
 					t.Errorf("%s has the %s content", name, data)
 				}
 				return nil
@@ -259,7 +265,8 @@ func TestOrder(t *testing.T) {
 	}
 	made.Close()
 	// blobs/ and what is beside it; the metadata, which gets its name when it is whole; the image layout
-	if got, want := strings.Join(f.ops, " "), "syncdir syncdir sync rename syncdir create rename create rename syncdir"; got != want {
+	if got, want := strings.Join(f.ops, " "),
+		"syncdir syncdir sync rename syncdir create rename create rename syncdir"; got != want {
 		t.Errorf("a new store does: %s; want: %s", got, want)
 	}
 	s := openWith(t, dir, f)
@@ -323,7 +330,9 @@ func TestFaults(t *testing.T) {
 					}
 					requireOutcome(t, s, name, err != nil)
 					_, again := importArtifact(t.Context(), s, "v2", []byte("more"))
-					if broken := op == "commit" && fault == syscall.EIO; broken != errors.Is(again, p2p.ErrUnavailable) || !broken && again != nil {
+					if broken := op == "commit" &&
+						fault == syscall.EIO; broken != errors.Is(again, p2p.ErrUnavailable) ||
+						!broken && again != nil {
 						t.Errorf("an import after a failed %s: %v", op, again)
 					}
 					if err := s.Close(); err != nil && op != "commit" {
@@ -378,11 +387,13 @@ func TestDeletedFilesGo(t *testing.T) {
 	for name, work := range map[string]func(t *testing.T, s *Store) error{
 		"delete": works["delete"], "delete for all": works["delete for all"], "move": works["move"],
 		"delete by a peer": func(t *testing.T, s *Store) error {
-			_, err := s.ApplyDelete(t.Context(), Delete{Tag: "t", CID: cacheID(t, "v0"), At: time.Now().Add(time.Second)})
+			_, err := s.ApplyDelete(t.Context(),
+				Delete{Tag: "t", CID: cacheID(t, "v0"), At: time.Now().Add(time.Second)})
 			return err
 		},
 		"end of a lease": func(t *testing.T, s *Store) error {
-			manifest := p2p.Task{Tag: "t", Digest: digest.SHA512.FromString("manifest of " + string(digest.SHA256.FromString("old")))}
+			manifest := p2p.Task{Tag: "t",
+				Digest: digest.SHA512.FromString("manifest of " + string(digest.SHA256.FromString("old")))}
 			if err := errors.Join(asked(t, s, manifest), works["delete"](t, s)); err != nil {
 				return err
 			}
@@ -419,7 +430,8 @@ func TestCrashOfARecovery(t *testing.T) {
 		}
 		s.abandon()
 		marked := digest.SHA256.FromString("marked").Encoded()
-		for _, name := range []string{"ingest/aaaa", "ingest/bbbb.sha256." + digest.SHA256.FromString("old").Encoded(), "ingest/cccc.sha256." + marked, "blobs/sha256/" + marked} {
+		for _, name := range []string{"ingest/aaaa", "ingest/bbbb.sha256." + digest.SHA256.FromString("old").Encoded(),
+			"ingest/cccc.sha256." + marked, "blobs/sha256/" + marked} {
 			if err := os.WriteFile(filepath.Join(dir, name), []byte("x"), 0o600); err != nil {
 				t.Fatal(err)
 			}
@@ -510,7 +522,8 @@ func TestDamage(t *testing.T) {
 				t.Error("wrong bytes were handed out")
 			}
 			// Met once, it is remembered.
-			if _, err := s.Stat(t.Context(), task.Tag, digest.FromDigest(task.Digest), p2p.StatOptions{}); !errors.Is(err, digest.ErrCorrupt) {
+			if _, err := s.Stat(t.Context(), task.Tag, digest.FromDigest(task.Digest),
+				p2p.StatOptions{}); !errors.Is(err, digest.ErrCorrupt) {
 				t.Errorf("stat: %v", err)
 			}
 			var found []Problem
@@ -589,7 +602,8 @@ func TestDamageThatGoesBy(t *testing.T) {
 	}
 	known(true)
 	index := pushed(t, s, "index", manifest) // one that comes now is told, too
-	if info, err := s.Stat(t.Context(), "t", digest.FromDigest(index.Digest), p2p.StatOptions{}); err != nil || len(info.Lacks) != 1 {
+	if info, err := s.Stat(t.Context(), "t", digest.FromDigest(index.Digest), p2p.StatOptions{}); err != nil ||
+		len(info.Lacks) != 1 {
 		t.Errorf("what refers to that lacks %v, %v", info.Lacks, err)
 	}
 	in, err := s.Ingest(t.Context())
@@ -602,7 +616,8 @@ func TestDamageThatGoesBy(t *testing.T) {
 		t.Fatal(err)
 	}
 	parts := []digest.Digest{layer.Digest}
-	err = in.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: p2p.Task{Tag: "t", Digest: added.Digest}, Manifest: &p2p.NewManifest{Refs: parts, Needs: parts}}}})
+	err = in.Commit(p2p.Commit{Tasks: []p2p.NewTask{
+		{Task: p2p.Task{Tag: "t", Digest: added.Digest}, Manifest: &p2p.NewManifest{Refs: parts, Needs: parts}}}})
 	if !errors.Is(err, p2p.ErrMissingRef) {
 		t.Errorf("a manifest that needs what is damaged: %v, want %v", err, p2p.ErrMissingRef)
 	}
@@ -725,7 +740,8 @@ func TestStray(t *testing.T) {
 	}
 	var found []Problem
 	sum, err := s.Check(t.Context(), func(p Problem) { found = append(found, p) })
-	if err != nil || len(found) != 1 || found[0].Kind != KindStray || found[0].Path != stray || sum != (Summary{Blobs: 1, Bytes: 4, Problems: 1}) {
+	if err != nil || len(found) != 1 || found[0].Kind != KindStray || found[0].Path != stray ||
+		sum != (Summary{Blobs: 1, Bytes: 4, Problems: 1}) {
 		t.Errorf("check: %+v, %+v, %v", sum, found, err)
 	}
 }
@@ -754,7 +770,8 @@ func TestCheckFindsContradictions(t *testing.T) {
 func TestLock(t *testing.T) {
 	s := newStore(t)
 	_, err := Open(s.dir, Options{})
-	if !errors.Is(err, p2p.ErrUnavailable) || !strings.Contains(err.Error(), fmt.Sprint(os.Getpid())) || !strings.Contains(err.Error(), s.dir) {
+	if !errors.Is(err, p2p.ErrUnavailable) || !strings.Contains(err.Error(), fmt.Sprint(os.Getpid())) ||
+		!strings.Contains(err.Error(), s.dir) {
 		t.Errorf("error is %v; want one that names process and directory", err)
 	}
 	s.Close()
@@ -791,7 +808,8 @@ func TestLostMetadata(t *testing.T) {
 		if err := lose(); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := Open(s.dir, Options{}); !errors.Is(err, digest.ErrCorrupt) || !strings.Contains(err.Error(), meta) {
+		if _, err := Open(s.dir, Options{}); !errors.Is(err, digest.ErrCorrupt) ||
+			!strings.Contains(err.Error(), meta) {
 			t.Errorf("%s: error is %v; want one about the metadata", name, err)
 		}
 		if _, err := os.Stat(s.bytes.Path(task.Digest)); err != nil {
@@ -821,7 +839,8 @@ func TestUnknownVersion(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.Close()
-	if _, err := Open(s.dir, Options{}); !errors.Is(err, p2p.ErrUnavailable) || !strings.Contains(err.Error(), "version") {
+	if _, err := Open(s.dir, Options{}); !errors.Is(err, p2p.ErrUnavailable) ||
+		!strings.Contains(err.Error(), "version") {
 		t.Errorf("error is %v; want one about the version", err)
 	}
 }
@@ -858,7 +877,8 @@ func TestDamagedMetadata(t *testing.T) {
 				continue
 			}
 			var out bytes.Buffer
-			if err := blob.CopyRange(t.Context(), &out, 0, blob.Size(), nil); err == nil && !bytes.Equal(out.Bytes(), data) {
+			if err := blob.CopyRange(t.Context(), &out, 0, blob.Size(), nil); err == nil &&
+				!bytes.Equal(out.Bytes(), data) {
 				t.Errorf("page %d filled with %#x: %s has other content", off/page, fill, task)
 			}
 			blob.Close()
@@ -1022,7 +1042,8 @@ func TestProcFile(t *testing.T) {
 // FuzzRecords reads whatever may stand in the metadata: errors, no panic.
 func FuzzRecords(f *testing.F) {
 	d := string(digest.SHA256.FromString("data"))
-	f.Add([]byte(`{"imported":"2026-01-01T00:00:00Z","refs":["`+d+`"]}`), []byte(`{"digest":"`+d+`"}`), []byte(`{"size":4}`), []byte{0, 0, 0, 0, 0, 0, 0, 1})
+	f.Add([]byte(`{"imported":"2026-01-01T00:00:00Z","refs":["`+d+`"]}`), []byte(`{"digest":"`+d+`"}`),
+		[]byte(`{"size":4}`), []byte{0, 0, 0, 0, 0, 0, 0, 1})
 	f.Add([]byte(`{`), []byte(`[]`), []byte(`null`), []byte{})
 	f.Add([]byte(`{"refs":["x","sha256:",null]}`), []byte(`{"digest":"x"}`), []byte(`{"size":-1}`), []byte{1})
 	dir := f.TempDir()
@@ -1142,7 +1163,8 @@ func TestPowerCutAfterDelete(t *testing.T) {
 			if _, err := importArtifact(t.Context(), s, "v1", []byte("new")); !errors.Is(err, syscall.EIO) {
 				t.Fatal(err)
 			}
-			if got, want := strings.Join(f.ops[:8], " "), "create create sync sync mark rename mark rename"; got != want {
+			if got, want := strings.Join(f.ops[:8],
+				" "), "create create sync sync mark rename mark rename"; got != want {
 				t.Fatalf("operations: %s; want: %s", got, want)
 			}
 			s.abandon()

@@ -15,13 +15,15 @@ import (
 // space, and [p2p.ErrBusy] where it is one of descriptors, for all who open files beside a [Store], too.
 func DiskError(err error) error {
 	if errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) {
-		return fmt.Errorf("%w: %w: try again; if that does not help, let the process have more (ulimit -n)", p2p.ErrBusy, err)
+		return fmt.Errorf("%w: %w: try again; if that does not help, let the process have more (ulimit -n)",
+			p2p.ErrBusy, err)
 	}
 	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
 		return fmt.Errorf("%w: %w: free some space on the data directory's disk and try again", p2p.ErrNoSpace, err)
 	}
 	if errors.Is(err, syscall.EFBIG) {
-		return fmt.Errorf("%w: %w: let the daemon write larger files (ulimit -f), or use another file system", p2p.ErrNoSpace, err)
+		return fmt.Errorf("%w: %w: let the daemon write larger files (ulimit -f), or use another file system",
+			p2p.ErrNoSpace, err)
 	}
 	return err
 }

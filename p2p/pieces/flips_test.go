@@ -54,13 +54,15 @@ func richStore(t *testing.T) (dir string, content map[p2p.Task][]byte, names map
 		t.Fatal(err)
 	}
 	referrer := p2p.Task{Tag: "t", Digest: added.Digest}
-	if err := in.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: referrer, Manifest: &p2p.NewManifest{Subject: subject}}}}); err != nil {
+	if err := in.Commit(p2p.Commit{Tasks: []p2p.NewTask{
+		{Task: referrer, Manifest: &p2p.NewManifest{Subject: subject}}}}); err != nil {
 		t.Fatal(err)
 	}
 	content[referrer] = []byte("referrer")
 	// Many deletes, some of which are forgotten, make branches and free pages.
 	for i := range 120 {
-		if _, err := s.ApplyDelete(t.Context(), Delete{Tag: "gone", CID: cacheID(t, fmt.Sprint("n", i)), At: time.Unix(int64(i), 0)}); err != nil {
+		if _, err := s.ApplyDelete(t.Context(),
+			Delete{Tag: "gone", CID: cacheID(t, fmt.Sprint("n", i)), At: time.Unix(int64(i), 0)}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -101,7 +103,8 @@ func pageKinds(t *testing.T, file []byte) []string {
 	}
 	for id := uint64(2); id < r.meta.pages; id++ {
 		if !free[id] {
-			kinds[id] = map[uint16]string{flagBranch: "branch", flagLeaf: "leaf", flagFreelist: "freelist"}[binary.NativeEndian.Uint16(file[id*uint64(page)+8:])]
+			kinds[id] = map[uint16]string{flagBranch: "branch", flagLeaf: "leaf",
+				flagFreelist: "freelist"}[binary.NativeEndian.Uint16(file[id*uint64(page)+8:])]
 		}
 	}
 	return kinds
@@ -203,12 +206,14 @@ func TestPages(t *testing.T) {
 		},
 		"a branch has another key": func(file []byte) {
 			second := branch + pageHeader + branchElement
-			at := second + int(binary.NativeEndian.Uint32(file[second:])+binary.NativeEndian.Uint32(file[second+4:])) - 1
+			at := second + int(binary.NativeEndian.Uint32(file[second:])+
+				binary.NativeEndian.Uint32(file[second+4:])) - 1
 			file[at]++ // it leads past what it has first
 		},
 		"the newer meta page is damaged": func(file []byte) {
 			newer := 0
-			if binary.NativeEndian.Uint64(file[page+pageHeader+48:]) > binary.NativeEndian.Uint64(file[pageHeader+48:]) {
+			if binary.NativeEndian.Uint64(file[page+pageHeader+48:]) > binary.NativeEndian.Uint64(
+				file[pageHeader+48:]) {
 				newer = page
 			}
 			file[newer+pageHeader+16]++ // where bbolt would go by the older one
@@ -235,10 +240,12 @@ func swap(t *testing.T, file []byte, kinds []string, withKeys bool) {
 			continue
 		}
 		one, two := page[pageHeader:], page[pageHeader+leafElement:]
-		if number(one) != 0 || number(two) != 0 || number(one[8:]) != number(two[8:]) || number(one[12:]) != number(two[12:]) {
+		if number(one) != 0 || number(two) != 0 || number(one[8:]) != number(two[8:]) ||
+			number(one[12:]) != number(two[12:]) {
 			continue
 		}
-		a, b := one[number(one[4:]):][:number(one[8:])+number(one[12:])], two[number(two[4:]):][:number(two[8:])+number(two[12:])]
+		a, b := one[number(one[4:]):][:number(one[8:])+number(one[12:])],
+			two[number(two[4:]):][:number(two[8:])+number(two[12:])]
 		if !withKeys {
 			a, b = a[number(one[8:]):], b[number(two[8:]):]
 		}

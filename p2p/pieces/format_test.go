@@ -34,7 +34,8 @@ const currentStore = "testdata/stores/version2-limit.tar.gz"
 // earlierStore is one of the same version, without fields that came later.
 const earlierStore = "testdata/stores/version2.tar.gz"
 
-var makeStore = flag.String("store.make", "", "have TestMakeStore make testdata/stores/NAME.tar.gz, a store of today's format")
+var makeStore = flag.String("store.make",
+	"", "have TestMakeStore make testdata/stores/NAME.tar.gz, a store of today's format")
 
 // madeAt is the time by the clock of those who make a store.
 var madeAt = time.Date(2026, 11, 30, 12, 0, 0, 0, time.UTC)
@@ -96,7 +97,8 @@ func packStore(dir, archive string) error {
 
 // What there is in a store that makeFullStore has made, under the tag "r".
 var (
-	fullPushed   = []byte("pushed by two clients")                     // under a lease, of the one whose manifest has not come
+	// under a lease, of the one whose manifest has not come
+	fullPushed   = []byte("pushed by two clients")
 	fullLoose    = []byte("pushed, and nothing refers to it yet")      // in the same way
 	fullSpared   = []byte("asked for, while what held it was deleted") // kept for who has asked
 	fullFetched  = []byte("fetched from a peer")                       // with where it came from
@@ -149,7 +151,8 @@ func makeFullStore(t *testing.T, dir string) {
 	manifest := func(as string, data []byte) {
 		t.Helper()
 		refs := []digest.Digest{fullTask(data).Digest}
-		commit(fullManifest(data), p2p.NewTask{MediaType: "application/x", Manifest: &p2p.NewManifest{Refs: refs, Needs: refs}}, name(as, fullManifest(data)))
+		commit(fullManifest(data), p2p.NewTask{MediaType: "application/x",
+			Manifest: &p2p.NewManifest{Refs: refs, Needs: refs}}, name(as, fullManifest(data)))
 	}
 	for _, v := range []struct{ name, data string }{{"v0", "old"}, {"v1", "one"}, {"v2", "two"}, {"v0", "new"}} {
 		_, err := importArtifact(t.Context(), s, v.name, []byte(v.data))
@@ -170,14 +173,17 @@ func makeFullStore(t *testing.T, dir string) {
 	_, _, err = s.DeleteForAll(t.Context(), "r", cacheID(t, "spared"), p2p.DeleteOptions{})
 	must(err)
 	commit(fullFetched, p2p.NewTask{Keep: p2p.KeepUntilReferred, Origin: fullOrigin.At, After: fullOrigin.After},
-		p2p.NewName{Tag: "r", Name: "fetched", Digest: fullTask(fullFetched).Digest, Updated: fullOrigin.At, After: fullOrigin.After})
+		p2p.NewName{Tag: "r", Name: "fetched", Digest: fullTask(fullFetched).Digest, Updated: fullOrigin.At,
+			After: fullOrigin.After})
 	commit(fullSubject, p2p.NewTask{Keep: p2p.KeepPinned})
-	commit(fullReferrer, p2p.NewTask{MediaType: "application/y", Manifest: &p2p.NewManifest{Subject: fullTask(fullSubject).Digest}},
+	commit(fullReferrer, p2p.NewTask{MediaType: "application/y",
+		Manifest: &p2p.NewManifest{Subject: fullTask(fullSubject).Digest}},
 		p2p.NewName{Tag: "r", Name: "kept", Digest: fullTask(fullReferrer).Digest, KeepOld: true})
 	commit(fullLarge, p2p.NewTask{Keep: p2p.KeepPinned})
 	commit(fullForced, p2p.NewTask{})
 	manifest("forced", fullForced)
-	_, _, err = s.DeleteForAll(t.Context(), "r", digest.FromDigest(fullTask(fullForced).Digest), p2p.DeleteOptions{Force: true})
+	_, _, err = s.DeleteForAll(t.Context(), "r", digest.FromDigest(fullTask(fullForced).Digest),
+		p2p.DeleteOptions{Force: true})
 	must(err)
 	commit([]byte("short-lived"), p2p.NewTask{}, name("nameonly", []byte("short-lived")))
 	_, _, err = s.DeleteForAll(t.Context(), "r", cacheID(t, "nameonly"), p2p.DeleteOptions{NameOnly: true})
@@ -193,7 +199,8 @@ func makeFullStore(t *testing.T, dir string) {
 	table := tableOf(t, fullPart)
 	p, err := s.Partial(t.Context(), table.Digest)
 	must(err)
-	must(p.Use(t.Context(), table.Size, table.Chain), p.Want([]string{"r", "other"}), receive(p, table, fullPart, 0), p.Close())
+	must(p.Use(t.Context(), table.Size, table.Chain), p.Want([]string{"r", "other"}), receive(p, table, fullPart, 0),
+		p.Close())
 
 	commit(fullGone, p2p.NewTask{Keep: p2p.KeepPinned})
 	enginetest.RequireContent(t, s, fullTask(fullLarge), fullLarge) // a use
@@ -237,7 +244,8 @@ func requireFull(t *testing.T, s *Store) {
 			t.Errorf("%q is kept as %d, want %d", c.data[:min(len(c.data), 40)], info.Keep, c.keep)
 		}
 		for _, name := range c.pointed {
-			if n, err := s.Name(t.Context(), "r", name); err != nil || n.Digest != fullTask(c.data).Digest || n.KeepOld != (name == "kept") {
+			if n, err := s.Name(t.Context(), "r", name); err != nil || n.Digest != fullTask(c.data).Digest ||
+				n.KeepOld != (name == "kept") {
 				t.Errorf("%s is %+v, %v", name, n, err)
 			}
 		}
@@ -246,23 +254,28 @@ func requireFull(t *testing.T, s *Store) {
 		if _, err := os.Stat(s.bytes.Path(fullTask(data).Digest)); !backend.IsMissing(err) {
 			t.Errorf("%q is still there (%v)", data, err)
 		}
-		if _, err := s.Stat(t.Context(), "r", digest.FromDigest(fullTask(data).Digest), p2p.StatOptions{}); !errors.Is(err, p2p.ErrNotFound) {
+		if _, err := s.Stat(t.Context(), "r", digest.FromDigest(fullTask(data).Digest),
+			p2p.StatOptions{}); !errors.Is(err, p2p.ErrNotFound) {
 			t.Errorf("%q: %v", data, err)
 		}
 	}
-	if info := stat(fullFetched); !info.Origin.Equal(fullOrigin.At) || !info.After.Equal(fullOrigin.After) || !info.Imported.Equal(madeAt) {
+	if info := stat(fullFetched); !info.Origin.Equal(fullOrigin.At) || !info.After.Equal(fullOrigin.After) ||
+		!info.Imported.Equal(madeAt) {
 		t.Errorf("what was fetched is of %v, after %v, imported at %v", info.Origin, info.After, info.Imported)
 	}
-	if n, err := s.Name(t.Context(), "r", "fetched"); err != nil || !n.Updated.Equal(fullOrigin.At) || !n.After.Equal(fullOrigin.After) {
+	if n, err := s.Name(t.Context(), "r", "fetched"); err != nil || !n.Updated.Equal(fullOrigin.At) ||
+		!n.After.Equal(fullOrigin.After) {
 		t.Errorf("the name that was fetched is %+v, %v", n, err)
 	}
-	for data, kind := range map[string]string{string(fullManifest(fullPushed)): "application/x", string(fullReferrer): "application/y"} {
+	for data, kind := range map[string]string{
+		string(fullManifest(fullPushed)): "application/x", string(fullReferrer): "application/y"} {
 		if info := stat([]byte(data)); !info.IsManifest || info.MediaType != kind {
 			t.Errorf("%q is %+v", data, info)
 		}
 	}
 	tag := "r"
-	for to, want := range map[string][]byte{string(fullSubject): fullReferrer, string(fullPushed): fullManifest(fullPushed)} {
+	for to, want := range map[string][]byte{
+		string(fullSubject): fullReferrer, string(fullPushed): fullManifest(fullPushed)} {
 		var refers []p2p.Task
 		for e, err := range s.List(t.Context(), p2p.Query{Tag: &tag, RefersTo: fullTask([]byte(to)).Digest}) {
 			if err != nil {
@@ -280,7 +293,8 @@ func requireFull(t *testing.T, s *Store) {
 		}
 	}
 	damaged := digest.FromDigest(fullTask(fullDamaged).Digest)
-	if _, err := s.Stat(t.Context(), "r", damaged, p2p.StatOptions{Lease: true}); !errors.Is(err, digest.ErrCorrupt) { // it is not read again
+	// it is not read again
+	if _, err := s.Stat(t.Context(), "r", damaged, p2p.StatOptions{Lease: true}); !errors.Is(err, digest.ErrCorrupt) {
 		t.Errorf("what is damaged: %v", err)
 	}
 	if at := stat(fullLarge).LastUsed; at.IsZero() {
@@ -337,7 +351,8 @@ func finishFull(t *testing.T, s *Store) {
 	if err := s.releaseSpared(); err != nil {
 		t.Error(err)
 	}
-	if _, err := s.Stat(t.Context(), "r", digest.FromDigest(fullTask(fullSpared).Digest), p2p.StatOptions{}); !errors.Is(err, p2p.ErrNotFound) {
+	if _, err := s.Stat(t.Context(), "r", digest.FromDigest(fullTask(fullSpared).Digest),
+		p2p.StatOptions{}); !errors.Is(err, p2p.ErrNotFound) {
 		t.Errorf("what was kept for who had asked: %v", err)
 	}
 	enginetest.RequireContent(t, s, enginetest.Import(t, s, "r", fullDamaged), fullDamaged)
@@ -369,7 +384,8 @@ func fieldsOf(record any) (names []string) {
 func TestFormat(t *testing.T) {
 	now := filepath.Join(t.TempDir(), "now")
 	makeFullStore(t, now)
-	for name, dir := range map[string]string{"earlier": unpackStore(t, earlierStore), "then": unpackStore(t, currentStore), "now": now} {
+	for name, dir := range map[string]string{
+		"earlier": unpackStore(t, earlierStore), "then": unpackStore(t, currentStore), "now": now} {
 		path := filepath.Join(dir, "meta.db")
 		if version, err := checkMetaFile(path); err != nil || version != formatVersion {
 			t.Fatalf("%s: version %d, %v", name, version, err)

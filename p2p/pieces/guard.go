@@ -105,7 +105,8 @@ func lockFile(f *os.File, how int) error {
 	holder := make([]byte, 256)
 	n, _ := f.ReadAt(holder, 0)
 	who, _, _ := strings.Cut(string(holder[:n]), "\n")
-	return fmt.Errorf("%w: %s has it open: stop that first, or use another directory", p2p.ErrUnavailable, strings.TrimSpace("process "+who))
+	return fmt.Errorf("%w: %s has it open: stop that first, or use another directory", p2p.ErrUnavailable,
+		strings.TrimSpace("process "+who))
 }
 
 // sameDirectory fails where the directory is not the one that was opened any
@@ -118,16 +119,19 @@ func (s *Store) sameDirectory() error {
 		}
 		is, err := os.Stat(s.path(name))
 		if err != nil {
-			return fmt.Errorf("%w: %s is gone, or another directory is in its place: %v", p2p.ErrUnavailable, s.path(name), err)
+			return fmt.Errorf("%w: %s is gone, or another directory is in its place: %v", p2p.ErrUnavailable,
+				s.path(name), err)
 		}
 		if !os.SameFile(was, is) {
-			return fmt.Errorf("%w: %s is not the file any more that was opened: another directory is in its place", p2p.ErrUnavailable, s.path(name))
+			return fmt.Errorf("%w: %s is not the file any more that was opened: another directory is in its place",
+				p2p.ErrUnavailable, s.path(name))
 		}
 	}
 	holder := make([]byte, len(s.guard.token)+1)
 	if n, _ := s.guard.lock.ReadAt(holder, 0); string(holder[:n]) != s.guard.token {
 		who, _, _ := strings.Cut(string(holder[:n]), "\n")
-		return fmt.Errorf("%w: %s was written by process %s: it has the directory open, too, or a copy was put in its place", p2p.ErrUnavailable, s.path("lock"), who)
+		return fmt.Errorf("%w: %s was written by process %s: it has the directory open, too, or a copy was put in "+
+			"its place", p2p.ErrUnavailable, s.path("lock"), who)
 	}
 	return nil
 }
@@ -168,7 +172,8 @@ func (s *Store) beginView() (*bbolt.Tx, error) {
 }
 
 func (s *Store) errReplaced(is, was *metaPage) error {
-	return fmt.Errorf("%w: %s is at change %d, this process left it at %d: a copy was put in its place, or another process writes to it", p2p.ErrUnavailable, s.path("meta.db"), is.txid, was.txid)
+	return fmt.Errorf("%w: %s is at change %d, this process left it at %d: a copy was put in its place, or another "+
+		"process writes to it", p2p.ErrUnavailable, s.path("meta.db"), is.txid, was.txid)
 }
 
 // beginUpdate begins a transaction that writes. It fails for good where the metadata is

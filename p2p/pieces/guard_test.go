@@ -49,7 +49,8 @@ func TestUnreadableMetadata(t *testing.T) {
 		}
 		for task := range content {
 			for range 2 {
-				if _, err := s.Stat(t.Context(), task.Tag, digest.FromDigest(task.Digest), p2p.StatOptions{}); !errors.Is(err, digest.ErrCorrupt) {
+				if _, err := s.Stat(t.Context(), task.Tag, digest.FromDigest(task.Digest),
+					p2p.StatOptions{}); !errors.Is(err, digest.ErrCorrupt) {
 					t.Errorf("stat: %v", err)
 				}
 			}
@@ -65,7 +66,8 @@ func TestUnreadableMetadata(t *testing.T) {
 		case <-time.After(time.Minute):
 			t.Fatal("the store does not close")
 		}
-		if _, err := Open(dir, Options{}); !errors.Is(err, digest.ErrCorrupt) || !strings.Contains(err.Error(), "from a copy") {
+		if _, err := Open(dir, Options{}); !errors.Is(err, digest.ErrCorrupt) ||
+			!strings.Contains(err.Error(), "from a copy") {
 			t.Errorf("open: %v", err)
 		}
 	}
@@ -93,10 +95,12 @@ func TestRecordDamagedWhileOpen(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if _, err := s.Stat(t.Context(), "t", digest.FromDigest(task.Digest), p2p.StatOptions{}); !errors.Is(err, digest.ErrCorrupt) {
+	if _, err := s.Stat(t.Context(), "t", digest.FromDigest(task.Digest), p2p.StatOptions{}); !errors.Is(err,
+		digest.ErrCorrupt) {
 		t.Errorf("stat: %v", err)
 	}
-	if _, err := s.Stat(t.Context(), "t", digest.FromDigest(digest.SHA256.FromString("other")), p2p.StatOptions{}); !errors.Is(err, digest.ErrCorrupt) {
+	if _, err := s.Stat(t.Context(), "t", digest.FromDigest(digest.SHA256.FromString("other")),
+		p2p.StatOptions{}); !errors.Is(err, digest.ErrCorrupt) {
 		t.Errorf("stat of something else, after that: %v", err)
 	}
 	if _, err := importArtifact(t.Context(), s, "v", []byte("new")); !errors.Is(err, digest.ErrCorrupt) {
@@ -206,7 +210,8 @@ func TestFlippedWhileOpen(t *testing.T) {
 		}
 		f.Close()
 		for name := range names {
-			if _, err := s.Stat(t.Context(), "t", cacheID(t, name), p2p.StatOptions{}); errors.Is(err, p2p.ErrNotFound) {
+			if _, err := s.Stat(t.Context(), "t", cacheID(t, name), p2p.StatOptions{}); errors.Is(err,
+				p2p.ErrNotFound) {
 				hidden++
 			}
 		}
@@ -307,7 +312,9 @@ func TestMapFails(t *testing.T) {
 	s := newStore(t)
 	task := enginetest.Import(t, s, "t", []byte("data"))
 	s.db.MmapFlags = unix.MAP_HUGETLB // which this file system has not
-	err := s.update(func(tx *bbolt.Tx) error { return putValue(tx, bucketTables, []byte("large"), make([]byte, 1<<20)) })
+	err := s.update(func(tx *bbolt.Tx) error {
+		return putValue(tx, bucketTables, []byte("large"), make([]byte, 1<<20))
+	})
 	if !errors.Is(err, p2p.ErrUnavailable) || !strings.Contains(err.Error(), "mmap") {
 		t.Fatalf("a change that needs more space mapped: %v", err)
 	}
@@ -367,7 +374,8 @@ func TestDirectoryReplaced(t *testing.T) {
 			t.Cleanup(func() { other.guard.lock.Close() })
 		},
 		"another lock": func(t *testing.T, s *Store, _ string) {
-			if err := errors.Join(os.Remove(s.path("lock")), os.WriteFile(s.path("lock"), []byte(s.guard.token), 0o640)); err != nil {
+			if err := errors.Join(os.Remove(s.path("lock")),
+				os.WriteFile(s.path("lock"), []byte(s.guard.token), 0o640)); err != nil {
 				t.Fatal(err)
 			}
 		},
@@ -415,7 +423,8 @@ func TestDirectoryReplaced(t *testing.T) {
 				return all
 			}
 			before := content()
-			if _, err := s.Stat(t.Context(), "t", digest.FromDigest(digest.SHA256.FromString("after")), p2p.StatOptions{}); name == "the file written over" && !errors.Is(err, p2p.ErrUnavailable) {
+			if _, err := s.Stat(t.Context(), "t", digest.FromDigest(digest.SHA256.FromString("after")),
+				p2p.StatOptions{}); name == "the file written over" && !errors.Is(err, p2p.ErrUnavailable) {
 				t.Errorf("what is not in the file any more: %v", err)
 			}
 			if _, err := importArtifact(t.Context(), s, "v", []byte("later")); err == nil {

@@ -110,7 +110,9 @@ func (in *ingest) Add(src io.Reader, opts p2p.AddOptions) (p2p.Added, error) {
 	return added(ctx, a, err)
 }
 
-func (in *ingest) add(ctx context.Context, cancel context.CancelCauseFunc, src io.Reader, opts p2p.AddOptions) (*addition, error) {
+func (in *ingest) add(
+	ctx context.Context, cancel context.CancelCauseFunc, src io.Reader, opts p2p.AddOptions,
+) (*addition, error) {
 	file, err := source.New(src)
 	if err != nil {
 		return nil, err
@@ -202,7 +204,8 @@ func (in *ingest) recognizes(ctx context.Context, d digest.Digest) (bool, error)
 // held is for a file that there is no room to copy: it makes the blob with the same
 // content part of the ingest. It returns nil and no error where there is none.
 func (in *ingest) held(ctx context.Context, file *source.File, opts p2p.AddOptions) (*addition, error) {
-	table, err := tableFrom(ctx, opts.HashWith(), io.NewSectionReader(file, file.Start, 1<<63-1-file.Start), opts.Progress)
+	table, err := tableFrom(ctx, opts.HashWith(), io.NewSectionReader(file, file.Start, 1<<63-1-file.Start),
+		opts.Progress)
 	if err != nil {
 		return nil, err
 	}
@@ -466,7 +469,8 @@ func (in *ingest) publish(fresh []*addition) error {
 func (s *Store) syncBlobs(alg digest.Algorithm) error {
 	return s.flushes[alg].do(struct{}{}, 1, func(jobs []*job[struct{}]) {
 		s.mu.Lock()
-		moved := slices.DeleteFunc(slices.Collect(maps.Keys(s.moved)), func(d digest.Digest) bool { return d.Algorithm() != alg })
+		moved := slices.DeleteFunc(slices.Collect(maps.Keys(s.moved)),
+			func(d digest.Digest) bool { return d.Algorithm() != alg })
 		s.mu.Unlock()
 		err := s.bytes.Flush(alg)
 		if err == nil {
@@ -521,7 +525,8 @@ func (r *removal) commit(tx *bbolt.Tx, c p2p.Commit, fresh []*addition) error {
 		if found {
 			event = Mended
 		}
-		r.s.note(Change{Event: event, Subject: SubjectBlob, Reason: r.came, Task: p2p.Task{Digest: a.table.Digest}, Size: a.table.Size})
+		r.s.note(Change{Event: event, Subject: SubjectBlob, Reason: r.came, Task: p2p.Task{Digest: a.table.Digest},
+			Size: a.table.Size})
 		if err := countBytes(tx, a.table.Size-before.Size); err != nil {
 			return err
 		}
@@ -612,7 +617,8 @@ func checkManifest(tx *bbolt.Tx, n p2p.NewTask) error {
 		return err
 	}
 	if blob.Size > p2p.MaxManifest {
-		return fmt.Errorf("manifest %s: %w: it has %d bytes, the limit is %d", n.Task, digest.ErrInvalid, blob.Size, p2p.MaxManifest)
+		return fmt.Errorf("manifest %s: %w: it has %d bytes, the limit is %d", n.Task, digest.ErrInvalid, blob.Size,
+			p2p.MaxManifest)
 	}
 	if len(n.Manifest.Needs) == 0 {
 		return nil

@@ -190,7 +190,8 @@ func (s *Store) releaseSpared() error {
 		removed = s.newRemoval()
 		var ended []p2p.Task
 		scan(tx, bucketSpared, nil, func(k, _ []byte) bool {
-			if t := (p2p.Task{Tag: firstPart(k), Digest: digest.Digest(lastPart(k))}); !s.lentNow(t) && len(ended) < listBatch {
+			if t := (p2p.Task{Tag: firstPart(k), Digest: digest.Digest(lastPart(k))}); !s.lentNow(t) &&
+				len(ended) < listBatch {
 				ended = append(ended, t)
 			}
 			return true

@@ -167,7 +167,8 @@ func TestLeaseEnds(t *testing.T) {
 			t.Fatal(err)
 		}
 		if isHere(t, s, layer) != here || !isHere(t, s, other) {
-			t.Errorf("the layer that was asked for is here: %v, want %v; what was pushed: %v", isHere(t, s, layer), here, isHere(t, s, other))
+			t.Errorf("the layer that was asked for is here: %v, want %v; what was pushed: %v", isHere(t, s, layer),
+				here, isHere(t, s, other))
 		}
 		s.takeBack(layer)
 		s.takeBack(other)
@@ -275,7 +276,8 @@ func TestLacksByDeletesOfPeers(t *testing.T) {
 	layer := p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("layer")}
 	manifest := pushed(t, s, "manifest", layer)
 	for _, force := range []bool{false, true} {
-		if _, err := s.ApplyDelete(t.Context(), Delete{Tag: "t", CID: digest.FromDigest(layer.Digest), At: time.Now(), Force: force}); err != nil {
+		if _, err := s.ApplyDelete(t.Context(),
+			Delete{Tag: "t", CID: digest.FromDigest(layer.Digest), At: time.Now(), Force: force}); err != nil {
 			t.Fatal(err)
 		}
 		info, err := s.Stat(t.Context(), "t", digest.FromDigest(manifest.Digest), p2p.StatOptions{})
@@ -375,7 +377,8 @@ func TestSparedAndTaken(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer in.Close()
-		if err := in.Commit(p2p.Commit{Names: []p2p.NewName{{Tag: "t", Name: "v1", Digest: manifest.Digest}}}); err != nil {
+		if err :=
+			in.Commit(p2p.Commit{Names: []p2p.NewName{{Tag: "t", Name: "v1", Digest: manifest.Digest}}}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -527,10 +530,18 @@ func TestLeaseOutlivesWhatOthersBring(t *testing.T) {
 		commit p2p.Commit
 		delete digest.CID
 	}{
-		"a manifest from a peer":   {"layer", p2p.Commit{Tasks: []p2p.NewTask{{Task: manifest, Manifest: refs, Keep: p2p.KeepReferred, Origin: now}}}, digest.FromDigest(manifest.Digest)},
-		"a manifest with the same": {"layer", p2p.Commit{Tasks: []p2p.NewTask{{Task: layer, Keep: p2p.KeepReferred}, {Task: manifest, Manifest: refs, Keep: p2p.KeepReferred}}}, digest.FromDigest(manifest.Digest)},
-		"a name from a peer":       {"manifest", p2p.Commit{Names: []p2p.NewName{{Tag: "t", Name: "v1", Digest: manifest.Digest, Updated: now}}}, cacheID(t, "v1")},
-		"a subject from a peer":    {"referrer", p2p.Commit{Tasks: []p2p.NewTask{{Task: manifest, Keep: p2p.KeepReferred, Origin: now}}}, digest.FromDigest(manifest.Digest)},
+		"a manifest from a peer": {"layer",
+			p2p.Commit{Tasks: []p2p.NewTask{{Task: manifest, Manifest: refs, Keep: p2p.KeepReferred, Origin: now}}},
+			digest.FromDigest(manifest.Digest)},
+		"a manifest with the same": {"layer",
+			p2p.Commit{Tasks: []p2p.NewTask{{Task: layer, Keep: p2p.KeepReferred},
+				{Task: manifest, Manifest: refs, Keep: p2p.KeepReferred}}}, digest.FromDigest(manifest.Digest)},
+		"a name from a peer": {"manifest",
+			p2p.Commit{Names: []p2p.NewName{{Tag: "t", Name: "v1", Digest: manifest.Digest, Updated: now}}},
+			cacheID(t, "v1")},
+		"a subject from a peer": {"referrer",
+			p2p.Commit{Tasks: []p2p.NewTask{{Task: manifest, Keep: p2p.KeepReferred, Origin: now}}},
+			digest.FromDigest(manifest.Digest)},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := newStore(t)
@@ -568,7 +579,10 @@ func TestWhatIsHeldHasNoLease(t *testing.T) {
 		t.Error("the manifest is still here, whose name was deleted")
 	}
 	subject := pushed(t, s, "subject")
-	bring(t, s, p2p.Commit{Tasks: []p2p.NewTask{{Task: manifest, Manifest: &p2p.NewManifest{Subject: subject.Digest}, Keep: p2p.KeepUntilReferred}}}, "manifest")
+	bring(
+		t, s, p2p.Commit{Tasks: []p2p.NewTask{
+			{Task: manifest, Manifest: &p2p.NewManifest{Subject: subject.Digest}, Keep: p2p.KeepUntilReferred}}},
+		"manifest")
 	deleteTask(t, s, subject)
 	if isHere(t, s, manifest) {
 		t.Error("the manifest is still here, and what it is about was deleted")

@@ -26,26 +26,35 @@ const formatVersion = 2
 // The buckets of meta.db. Their values are sealed, see records.go. Keys are text; the parts of a key are separated by a
 // zero byte, which no tag, digest or name contains.
 var (
-	bucketMeta      = []byte("meta")      // keyVersion -> version, 4 bytes; keyBytes -> bytes in all blobs, 8 bytes; both big-endian; keyDeletes -> sum over deletes
-	bucketBlobs     = []byte("blobs")     // digest -> blobRecord
-	bucketTables    = []byte("tables")    // digest -> encoded digest.Table
-	bucketTasks     = []byte("tasks")     // tag, digest -> taskRecord
-	bucketHolders   = []byte("holders")   // digest, tag -> nothing: who holds a blob
-	bucketNames     = []byte("names")     // tag, name -> nameRecord
-	bucketNamed     = []byte("named")     // tag, digest, name -> nothing: which names point to a task
-	bucketParents   = []byte("parents")   // tag, child digest, parent digest -> nothing: which tasks refer to a task
-	bucketReferrers = []byte("referrers") // tag, subject digest, referrer digest -> nothing: which tasks are about a task
-	bucketUsed      = []byte("used")      // tag, digest -> time of last use, nanoseconds since 1970, 8 bytes, big-endian
-	bucketLoose     = []byte("loose")     // digest -> nothing: blobs that may be held by nobody
-	bucketDeletes   = []byte("deletes")   // tag, cid -> deleteRecord: what was deleted in the swarm
-	bucketSpared    = []byte("spared")    // tag, digest -> nothing: loose tasks that go when the leases of those who have only asked end
-	bucketDamaged   = []byte("damaged")   // digest -> damageRecord: what was met in a blob
-	bucketLost      = []byte("lost")      // tag, manifest digest, child digest -> nothing: what was deleted by force, or is damaged, or has lost something itself; it may be back
-	bucketDeleteLog = []byte("deletelog") // number, 8 bytes, big-endian -> key in deletes, in the order in which this store learned of them
-	bucketSums      = []byte("sums")      // bucket -> bucketSum
+	// keyVersion -> version, 4 bytes; keyBytes -> bytes in all blobs, 8 bytes; both big-endian;
+	// keyDeletes -> sum over deletes
+	bucketMeta    = []byte("meta")
+	bucketBlobs   = []byte("blobs")   // digest -> blobRecord
+	bucketTables  = []byte("tables")  // digest -> encoded digest.Table
+	bucketTasks   = []byte("tasks")   // tag, digest -> taskRecord
+	bucketHolders = []byte("holders") // digest, tag -> nothing: who holds a blob
+	bucketNames   = []byte("names")   // tag, name -> nameRecord
+	bucketNamed   = []byte("named")   // tag, digest, name -> nothing: which names point to a task
+	bucketParents = []byte("parents") // tag, child digest, parent digest -> nothing: which tasks refer to a task
+	// tag, subject digest, referrer digest -> nothing: which tasks are about a task
+	bucketReferrers = []byte("referrers")
+	// tag, digest -> time of last use, nanoseconds since 1970, 8 bytes, big-endian
+	bucketUsed    = []byte("used")
+	bucketLoose   = []byte("loose")   // digest -> nothing: blobs that may be held by nobody
+	bucketDeletes = []byte("deletes") // tag, cid -> deleteRecord: what was deleted in the swarm
+	// tag, digest -> nothing: loose tasks that go when the leases of those who have only asked end
+	bucketSpared  = []byte("spared")
+	bucketDamaged = []byte("damaged") // digest -> damageRecord: what was met in a blob
+	// tag, manifest digest, child digest -> nothing: what was deleted by force, or is damaged, or
+	// has lost something itself; it may be back
+	bucketLost = []byte("lost")
+	// number, 8 bytes, big-endian -> key in deletes, in the order in which this store learned of them
+	bucketDeleteLog = []byte("deletelog")
+	bucketSums      = []byte("sums") // bucket -> bucketSum
 
 	allBuckets = [][]byte{bucketSums, bucketMeta, bucketBlobs, bucketTables, bucketTasks, bucketHolders,
-		bucketNames, bucketNamed, bucketParents, bucketReferrers, bucketUsed, bucketLoose, bucketSpared, bucketDamaged, bucketLost, bucketDeletes, bucketDeleteLog}
+		bucketNames, bucketNamed, bucketParents, bucketReferrers, bucketUsed, bucketLoose, bucketSpared, bucketDamaged,
+		bucketLost, bucketDeletes, bucketDeleteLog}
 
 	keyVersion = []byte("version")
 	keyBytes   = []byte("bytes")
@@ -60,17 +69,19 @@ type blobRecord struct {
 }
 
 type taskRecord struct {
-	MediaType string          `json:"mediaType,omitempty"`
-	Pinned    bool            `json:"pinned,omitempty"`
-	Loose     bool            `json:"loose,omitempty"` // kept until something holds it
-	Imported  time.Time       `json:"imported"`
-	Origin    time.Time       `json:"origin,omitzero"`   // when it was imported or pushed, wherever that was; zero: Imported
-	After     time.Time       `json:"after,omitzero"`    // Version.After of the same
-	Fetched   bool            `json:"fetched,omitempty"` // it came from peers, and nobody has imported it here
-	Manifest  bool            `json:"manifest,omitempty"`
-	Refs      []digest.Digest `json:"refs,omitempty"`
-	Subject   digest.Digest   `json:"subject,omitempty"`
-	Leases    []int64         `json:"leases,omitempty"` // when those end that clients have for whom it was stored, in seconds since 1970, the first first
+	MediaType string    `json:"mediaType,omitempty"`
+	Pinned    bool      `json:"pinned,omitempty"`
+	Loose     bool      `json:"loose,omitempty"` // kept until something holds it
+	Imported  time.Time `json:"imported"`
+	// when it was imported or pushed, wherever that was; zero: Imported
+	Origin   time.Time       `json:"origin,omitzero"`
+	After    time.Time       `json:"after,omitzero"`    // Version.After of the same
+	Fetched  bool            `json:"fetched,omitempty"` // it came from peers, and nobody has imported it here
+	Manifest bool            `json:"manifest,omitempty"`
+	Refs     []digest.Digest `json:"refs,omitempty"`
+	Subject  digest.Digest   `json:"subject,omitempty"`
+	// when those end that clients have for whom it was stored, in seconds since 1970, the first first
+	Leases []int64 `json:"leases,omitempty"`
 }
 
 type nameRecord struct {
@@ -252,7 +263,8 @@ func (s *Store) failedUpdate(err error) error {
 	}
 	// After a failed write or fsync nobody knows what is on disk. Going on could
 	// acknowledge what is not there.
-	return s.fail(fmt.Errorf("%w: %w: nothing more is stored until a restart: look at the disk first", p2p.ErrUnavailable, err))
+	return s.fail(fmt.Errorf("%w: %w: nothing more is stored until a restart: look at the disk first",
+		p2p.ErrUnavailable, err))
 }
 
 // transaction runs f in a transaction of its own, with a fault that tests can
@@ -473,7 +485,8 @@ func (r *removal) setName(tx *bbolt.Tx, n p2p.NewName) (before digest.Digest, er
 			return "", err
 		}
 	}
-	if err := put(tx, bucketNames, k, nameRecord{Digest: n.Digest, Updated: version.At, After: version.After, LetGo: !n.KeepOld}); err != nil {
+	if err := put(tx, bucketNames, k, nameRecord{
+		Digest: n.Digest, Updated: version.At, After: version.After, LetGo: !n.KeepOld}); err != nil {
 		return "", err
 	}
 	if !found {
@@ -507,7 +520,8 @@ func (s *Store) newRemoval() removal { return removal{s: s, now: s.now()} }
 
 // noteName has a change of a name told.
 func (r *removal) noteName(e Event, why Reason, n p2p.NewName) {
-	r.s.note(Change{Event: e, Subject: SubjectName, Reason: why, Task: p2p.Task{Tag: n.Tag, Digest: n.Digest}, Name: n.Name})
+	r.s.note(Change{Event: e, Subject: SubjectName, Reason: why, Task: p2p.Task{Tag: n.Tag, Digest: n.Digest},
+		Name: n.Name})
 }
 
 func (r *removal) deleted() p2p.Deleted { return p2p.Deleted{Tasks: len(r.tasks), Freed: r.freed} }
@@ -545,12 +559,14 @@ func (r *removal) remove(tx *bbolt.Tx, t p2p.Task, why Reason) error {
 		return err
 	}
 	for _, name := range lastParts(tx, bucketNamed, prefix(t.Tag, string(t.Digest))) {
-		if err := removeKeys(tx, bucketNames, key(t.Tag, name), bucketNamed, key(t.Tag, string(t.Digest), name)); err != nil {
+		if err := removeKeys(tx, bucketNames, key(t.Tag, name), bucketNamed,
+			key(t.Tag, string(t.Digest), name)); err != nil {
 			return err
 		}
 		r.noteName(Removed, why, p2p.NewName{Tag: t.Tag, Name: name, Digest: t.Digest})
 	}
-	if err := removeKeys(tx, bucketTasks, taskKey(t), bucketSpared, taskKey(t), bucketUsed, taskKey(t), bucketHolders, key(string(t.Digest), t.Tag)); err != nil {
+	if err := removeKeys(tx, bucketTasks, taskKey(t), bucketSpared, taskKey(t), bucketUsed, taskKey(t), bucketHolders,
+		key(string(t.Digest), t.Tag)); err != nil {
 		return err
 	}
 	r.s.endAll(t)

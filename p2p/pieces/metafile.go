@@ -123,7 +123,9 @@ func createBuckets(tx *bbolt.Tx) error {
 
 // errDamagedMeta says what can be done about damaged metadata.
 func errDamagedMeta(path string, err error) error {
-	return fmt.Errorf("metadata %s is %w: %w: nothing was changed; put the file back from a copy; or move the data directory away, start with an empty one, and import from the old one's blobs/, where each file is named by its digest",
+	return fmt.Errorf("metadata %s is %w: %w: nothing was changed; put the file back from a copy; or move the data "+
+		"directory away, start with an empty one, and import from the old one's blobs/, where each file is named by "+
+		"its digest",
 		path, digest.ErrCorrupt, err)
 }
 
@@ -244,7 +246,8 @@ func (c *metaCheck) finish() (uint32, error) {
 		case b.stated == nil:
 			return 0, fmt.Errorf("bucket %s has no sum", b.name)
 		case *b.stated != b.found:
-			return 0, fmt.Errorf("bucket %s has %d records that add up to %x, number %d; written were %d with %x, number %d", b.name,
+			return 0, fmt.Errorf("bucket %s has %d records that add up to %x, number %d; written were %d with %x, "+
+				"number %d", b.name,
 				b.found.records, b.found.sum, b.found.sequence, b.stated.records, b.stated.sum, b.stated.sequence)
 		}
 	}
@@ -252,7 +255,8 @@ func (c *metaCheck) finish() (uint32, error) {
 }
 
 func errVersion(version uint32) error {
-	return fmt.Errorf("%w: its format is version %d, this program knows versions 1 to %d: use the dfcache that wrote it, or another directory", p2p.ErrUnavailable, version, formatVersion)
+	return fmt.Errorf("%w: its format is version %d, this program knows versions 1 to %d: use the dfcache that wrote "+
+		"it, or another directory", p2p.ErrUnavailable, version, formatVersion)
 }
 
 // migrateBatch is how many records a migration writes in one transaction.
@@ -264,7 +268,8 @@ const migrateBatch = 10_000
 func writeMeta(path, old string, version uint32) (err error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer recoverDamage(&err)
-	db, err := bbolt.Open(path, 0o600, &bbolt.Options{Timeout: time.Second, FreelistType: bbolt.FreelistMapType, NoSync: true})
+	db, err := bbolt.Open(path, 0o600, &bbolt.Options{
+		Timeout: time.Second, FreelistType: bbolt.FreelistMapType, NoSync: true})
 	if err != nil {
 		return err
 	}

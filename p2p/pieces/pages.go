@@ -249,7 +249,9 @@ func (r *pageReader) readFreelist() error {
 
 // readTree reads the tree below page id. Its first key is first, where that is
 // not nil, and all of them come before end, where that is not nil.
-func (r *pageReader) readTree(id uint64, level int, first, end []byte, f func(level int, p page, first, end []byte) error) error {
+func (r *pageReader) readTree(
+	id uint64, level int, first, end []byte, f func(level int, p page, first, end []byte) error,
+) error {
 	p, err := r.readPage(id, level)
 	if err != nil {
 		return err
@@ -315,7 +317,8 @@ func inOrder(i int, k, before, first, end []byte) error {
 func (p page) part(element int, pos, ksize, vsize uint32, next *int) (k, v []byte, err error) {
 	at := *next
 	if uint64(element)+uint64(pos) != uint64(at) || ksize == 0 || uint64(ksize)+uint64(vsize) > uint64(len(p.data)-at) {
-		return nil, nil, fmt.Errorf("an element has its key at %d, of %d bytes, and %d behind it", uint64(element)+uint64(pos), ksize, vsize)
+		return nil, nil, fmt.Errorf("an element has its key at %d, of %d bytes, and %d behind it",
+			uint64(element)+uint64(pos), ksize, vsize)
 	}
 	*next = at + int(ksize) + int(vsize)
 	return p.data[at : at+int(ksize)], p.data[at+int(ksize) : *next], nil
@@ -374,7 +377,8 @@ func (r *pageReader) readBucket(level int, p page, first, end []byte) error {
 		}
 		// A small bucket is a page within this one.
 		v = v[bucketHeader:]
-		if len(v) < pageHeader || native.Uint64(v) != 0 || native.Uint16(v[8:]) != flagLeaf || native.Uint32(v[12:]) != 0 {
+		if len(v) < pageHeader || native.Uint64(v) != 0 || native.Uint16(v[8:]) != flagLeaf ||
+			native.Uint32(v[12:]) != 0 {
 			return fmt.Errorf("bucket %s is not a leaf", k)
 		}
 		return r.readRecords(level, page{v, flagLeaf, int(native.Uint16(v[10:]))}, nil, nil)

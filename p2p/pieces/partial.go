@@ -152,10 +152,12 @@ func (s *Store) notedTable(d digest.Digest) *digest.Table {
 func (p *Partial) Use(ctx context.Context, size int64, chain []byte) error {
 	t := &digest.Table{Digest: p.d, Size: size, PieceLength: digest.PieceLength(size), Chain: chain}
 	if size < 0 || len(chain) != digest.ChainSize(p.d.Algorithm(), size) {
-		return fmt.Errorf("partial blob %s: %w: a hash chain of %d bytes does not fit %d bytes", p.d, digest.ErrInvalid, len(chain), size)
+		return fmt.Errorf("partial blob %s: %w: a hash chain of %d bytes does not fit %d bytes", p.d, digest.ErrInvalid,
+			len(chain), size)
 	}
 	if empty := p.d.Algorithm().FromBytes(nil); size == 0 && empty != p.d {
-		return fmt.Errorf("partial blob %s: %w: it is not empty", p.d, digest.ErrMismatch) // there is no piece that could tell
+		// there is no piece that could tell
+		return fmt.Errorf("partial blob %s: %w: it is not empty", p.d, digest.ErrMismatch)
 	}
 	t.CRC = make([]uint32, t.Pieces())
 	if err := p.promise(size); err != nil {
@@ -385,7 +387,9 @@ func reopen(f *os.File) (again *os.File, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if controlErr := raw.Control(func(fd uintptr) { again, err = os.Open(fmt.Sprintf("/proc/self/fd/%d", fd)) }); controlErr != nil {
+	if controlErr := raw.Control(func(fd uintptr) {
+		again, err = os.Open(fmt.Sprintf("/proc/self/fd/%d", fd))
+	}); controlErr != nil {
 		return nil, os.ErrClosed
 	}
 	return again, err

@@ -102,7 +102,8 @@ func TestPartial(t *testing.T) {
 	if err := p.Receive(2, bytes.NewReader(wrong), make([]byte, len(wrong))); !errors.Is(err, digest.ErrMismatch) {
 		t.Errorf("a wrong piece: %v, want %v", err, digest.ErrMismatch)
 	}
-	if err := p.Receive(2, bytes.NewReader(wrong[:10]), make([]byte, len(wrong))); !errors.Is(err, io.ErrUnexpectedEOF) {
+	if err := p.Receive(2, bytes.NewReader(wrong[:10]), make([]byte, len(wrong))); !errors.Is(err,
+		io.ErrUnexpectedEOF) {
 		t.Errorf("a short piece: %v", err)
 	}
 	if got := held(p); !slices.Equal(got, []int{1, 4, 5}) || p.Complete() {
@@ -146,7 +147,8 @@ func TestPartial(t *testing.T) {
 		}
 	}
 	task := p2p.Task{Tag: "t", Digest: table.Digest}
-	if err := p.Commit(t.Context(), p2p.Commit{Tasks: []p2p.NewTask{{Task: task, Keep: p2p.KeepUntilReferred, Origin: time.Now()}}}); err != nil {
+	if err := p.Commit(t.Context(), p2p.Commit{
+		Tasks: []p2p.NewTask{{Task: task, Keep: p2p.KeepUntilReferred, Origin: time.Now()}}}); err != nil {
 		t.Fatal(err)
 	}
 	enginetest.RequireContent(t, s, task, data)
@@ -184,13 +186,16 @@ func TestPartialIsNoBlob(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := errors.Join(p.Use(t.Context(), table.Size, table.Chain), receive(p, table, data, 0), receive(p, table, data, 2)); err != nil {
+		if err := errors.Join(p.Use(t.Context(), table.Size, table.Chain), receive(p, table, data, 0),
+			receive(p, table, data, 2)); err != nil {
 			t.Fatal(err)
 		}
 		return p
 	}
 	task := p2p.Task{Tag: "t", Digest: table.Digest}
-	if err := begin().Commit(t.Context(), p2p.Commit{Tasks: []p2p.NewTask{{Task: task, Origin: time.Now()}}}); !errors.Is(err, digest.ErrInvalid) || isHere(t, s, task) {
+	if err := begin().Commit(t.Context(),
+		p2p.Commit{Tasks: []p2p.NewTask{{Task: task, Origin: time.Now()}}}); !errors.Is(err, digest.ErrInvalid) ||
+		isHere(t, s, task) {
 		t.Errorf("commit of two pieces of three: %v", err)
 	}
 	if err := begin().Close(); err != nil {
@@ -306,7 +311,8 @@ func TestPartialConcurrently(t *testing.T) {
 	}
 	receiving.Wait()
 	task := p2p.Task{Tag: "t", Digest: table.Digest}
-	if err := p.Commit(t.Context(), p2p.Commit{Tasks: []p2p.NewTask{{Task: task, Keep: p2p.KeepPinned, Origin: time.Now()}}}); err != nil {
+	if err := p.Commit(t.Context(), p2p.Commit{
+		Tasks: []p2p.NewTask{{Task: task, Keep: p2p.KeepPinned, Origin: time.Now()}}}); err != nil {
 		t.Fatal(err)
 	}
 	enginetest.RequireContent(t, s, task, data)
@@ -346,7 +352,8 @@ func TestPartialRoom(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := errors.Join(p.Use(t.Context(), table.Size, table.Chain), p.Want([]string{"a", "b"}), receive(p, table, data, 1)); err != nil {
+	if err := errors.Join(p.Use(t.Context(), table.Size, table.Chain), p.Want([]string{"a", "b"}),
+		receive(p, table, data, 1)); err != nil {
 		t.Fatal(err)
 	}
 	if err := add(); !errors.Is(err, p2p.ErrNoSpace) {
@@ -365,7 +372,8 @@ func TestPartialRoom(t *testing.T) {
 	if p, err = s.Partial(t.Context(), other.Digest); err != nil {
 		t.Fatal(err)
 	}
-	if err := errors.Join(p.Use(t.Context(), other.Size, other.Chain), receive(p, other, data, 0), p.Close()); err != nil {
+	if err := errors.Join(p.Use(t.Context(), other.Size, other.Chain), receive(p, other, data, 0),
+		p.Close()); err != nil {
 		t.Fatal(err)
 	}
 	if n := s.promised.Load(); n != 0 {
@@ -477,7 +485,8 @@ func TestReleasePartial(t *testing.T) {
 		t.Fatal(err)
 	}
 	d := p.Table().Digest
-	if err := errors.Join(p.Want([]string{"b", "a"}), s.ReleasePartial(p2p.Task{Tag: "a", Digest: d}), p.Close()); err != nil {
+	if err := errors.Join(p.Want([]string{"b", "a"}), s.ReleasePartial(p2p.Task{Tag: "a", Digest: d}),
+		p.Close()); err != nil {
 		t.Fatal(err)
 	}
 	for _, tag := range []string{"other", "a", "b"} {
@@ -543,7 +552,9 @@ func TestOlderTable(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := s.update(func(tx *bbolt.Tx) error { return putValue(tx, bucketTables, key(task.Digest), b) }); err != nil {
+	if err := s.update(func(tx *bbolt.Tx) error {
+		return putValue(tx, bucketTables, key(task.Digest), b)
+	}); err != nil {
 		t.Fatal(err)
 	}
 	for range 2 {
@@ -562,7 +573,9 @@ func TestOlderTable(t *testing.T) {
 	enginetest.RequireContent(t, s, task, data)
 
 	// Not from what is damaged: its new table would say that all is well.
-	if err := s.update(func(tx *bbolt.Tx) error { return putValue(tx, bucketTables, key(task.Digest), b) }); err != nil {
+	if err := s.update(func(tx *bbolt.Tx) error {
+		return putValue(tx, bucketTables, key(task.Digest), b)
+	}); err != nil {
 		t.Fatal(err)
 	}
 	damage(t, s.bytes.Path(task.Digest), func(p []byte) []byte { p[7] ^= 1; return p })

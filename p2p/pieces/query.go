@@ -177,7 +177,8 @@ func (s *Store) manifest(d digest.Digest, refs []p2p.Info) (*p2p.Manifest, error
 	}
 	defer blob.Close()
 	if blob.Size() > p2p.MaxManifest {
-		return nil, fmt.Errorf("manifest %s: %w: it has %d bytes, the limit is %d", d, digest.ErrInvalid, blob.Size(), p2p.MaxManifest)
+		return nil, fmt.Errorf("manifest %s: %w: it has %d bytes, the limit is %d", d, digest.ErrInvalid, blob.Size(),
+			p2p.MaxManifest)
 	}
 	m := &p2p.Manifest{Content: make([]byte, blob.Size())}
 	if _, err := io.ReadFull(io.NewSectionReader(blob, 0, blob.Size()), m.Content); err != nil {
@@ -204,7 +205,8 @@ func (s *Store) info(tx *bbolt.Tx, task p2p.Task) (p2p.Info, taskRecord, error) 
 		return p2p.Info{}, record, err
 	}
 	if !found {
-		return p2p.Info{}, record, &digest.CorruptError{Digest: task.Digest, Piece: -1, Reason: "it has no record in the metadata"}
+		return p2p.Info{}, record, &digest.CorruptError{
+			Digest: task.Digest, Piece: -1, Reason: "it has no record in the metadata"}
 	}
 	table := digest.Table{Size: blob.Size, PieceLength: digest.PieceLength(blob.Size)}
 	return p2p.Info{
@@ -241,7 +243,9 @@ func (s *Store) Delete(ctx context.Context, tag string, cid digest.CID, opts p2p
 
 // DeleteTasks does what [Store.Delete] does, and returns the tasks that went, for
 // whoever has them elsewhere, too.
-func (s *Store) DeleteTasks(ctx context.Context, tag string, cid digest.CID, opts p2p.DeleteOptions) (p2p.Deleted, []p2p.Task, error) {
+func (s *Store) DeleteTasks(
+	ctx context.Context, tag string, cid digest.CID, opts p2p.DeleteOptions,
+) (p2p.Deleted, []p2p.Task, error) {
 	if err := s.begin(ctx); err != nil {
 		return p2p.Deleted{}, nil, err
 	}
@@ -286,7 +290,8 @@ func (r *removal) delete(tx *bbolt.Tx, tag string, cid digest.CID, opts p2p.Dele
 		return err
 	}
 	if name := cid.CacheID(); name != "" {
-		if err := removeKeys(tx, bucketNames, key(tag, name), bucketNamed, key(tag, string(task.Digest), name)); err != nil {
+		if err := removeKeys(tx, bucketNames, key(tag, name), bucketNamed,
+			key(tag, string(task.Digest), name)); err != nil {
 			return err
 		}
 		r.noteName(Removed, ReasonDeleted, p2p.NewName{Tag: tag, Name: name, Digest: task.Digest})
@@ -297,7 +302,8 @@ func (r *removal) delete(tx *bbolt.Tx, tag string, cid digest.CID, opts p2p.Dele
 	}
 	if parents := lastParts(tx, bucketParents, prefix(tag, string(task.Digest))); len(parents) > 0 {
 		if !opts.Force {
-			return fmt.Errorf("%s: %w: %s: delete that first, or force it", task, p2p.ErrReferenced, describeParents(tx, tag, parents))
+			return fmt.Errorf("%s: %w: %s: delete that first, or force it", task, p2p.ErrReferenced,
+				describeParents(tx, tag, parents))
 		}
 		if err := lose(tx, task); err != nil {
 			return err
@@ -387,7 +393,8 @@ func (l *lister) partials(yield func(p2p.Entry, error) bool) {
 		}
 		size := max(a.Size, a.Bytes)
 		table := digest.Table{Size: size, PieceLength: digest.PieceLength(size)}
-		info := p2p.Info{Task: a.Task, Size: size, PieceLength: table.PieceLength, Pieces: table.Pieces(), Keep: p2p.KeepUntilReferred}
+		info := p2p.Info{Task: a.Task, Size: size, PieceLength: table.PieceLength, Pieces: table.Pieces(),
+			Keep: p2p.KeepUntilReferred}
 		info.Held = min(int(a.Bytes/table.PieceLength), info.Pieces-1)
 		if !yield(p2p.Entry{Info: info, Total: a.Bytes}, context.Cause(l.ctx)) {
 			return

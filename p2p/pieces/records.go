@@ -84,7 +84,8 @@ func get[T any](tx *bbolt.Tx, bucket, k []byte) (T, bool, error) {
 		return record, false, nil
 	}
 	if err := json.Unmarshal(v, &record); err != nil {
-		return record, false, fmt.Errorf("%w: record %q in bucket %s of the metadata: %w", digest.ErrCorrupt, k, bucket, err)
+		return record, false, fmt.Errorf(
+			"%w: record %q in bucket %s of the metadata: %w", digest.ErrCorrupt, k, bucket, err)
 	}
 	return record, true, nil
 }

@@ -59,7 +59,8 @@ func (s *Store) hasRoom(n int64) error {
 	free, known := s.bytes.Free()
 	promised := s.promised.Load()
 	if left := free - diskMargin - promised; known && n > -promised && n > left {
-		return fmt.Errorf("%w: the disk of %s has %d bytes free, of which there are %d for this, not %d: free some space on it, or delete something", p2p.ErrNoSpace, s.dir, free, max(left, 0), n)
+		return fmt.Errorf("%w: the disk of %s has %d bytes free, of which there are %d for this, not %d: free some "+
+			"space on it, or delete something", p2p.ErrNoSpace, s.dir, free, max(left, 0), n)
 	}
 	return nil
 }
@@ -68,7 +69,8 @@ func (s *Store) hasRoom(n int64) error {
 func (s *Store) underLimit(n int64) error {
 	total := s.incoming.Load() + s.stored.Load() + s.promised.Load()
 	if s.maxSize > 0 && n > s.maxSize-total { // the sum could be too large for an int64
-		return fmt.Errorf("%w: the store may have %d bytes, and has %d with what is under way: there is no room for %d: delete something, or raise the limit", p2p.ErrNoSpace, s.maxSize, total, n)
+		return fmt.Errorf("%w: the store may have %d bytes, and has %d with what is under way: there is no room for "+
+			"%d: delete something, or raise the limit", p2p.ErrNoSpace, s.maxSize, total, n)
 	}
 	return nil
 }
@@ -124,7 +126,8 @@ func (s *Store) keepReserve() {
 	if info, err := os.Stat(name); err == nil && info.Size() == reserveSize || !s.plenty() {
 		return
 	}
-	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_TRUNC|unix.O_NONBLOCK, 0o600) // a pipe in its place holds nobody up
+	// a pipe in its place holds nobody up
+	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_TRUNC|unix.O_NONBLOCK, 0o600)
 	if err == nil {
 		err = unix.Fallocate(int(f.Fd()), 0, 0, reserveSize)
 		if errors.Is(err, unix.EOPNOTSUPP) {
@@ -148,7 +151,8 @@ func (s *Store) plenty() bool {
 // Not every file system can; then there is only the other reserve.
 func (s *Store) reserveBlocks() {
 	var stat unix.Stat_t
-	if err := unix.Stat(s.path("meta.db"), &stat); err != nil || stat.Blocks*512 >= stat.Size+reserveSize/2 || !s.plenty() {
+	if err := unix.Stat(s.path("meta.db"), &stat); err != nil || stat.Blocks*512 >= stat.Size+reserveSize/2 ||
+		!s.plenty() {
 		return
 	}
 	f, err := os.OpenFile(s.path("meta.db"), os.O_RDWR, 0)

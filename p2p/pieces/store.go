@@ -221,7 +221,8 @@ func (s *Store) checkMeta() error {
 		if err != nil {
 			return err
 		}
-		return fmt.Errorf("%w: %s is missing or empty, but there are blobs: put it back from a copy; or move %s away, start with an empty store, and import from there, each file is named by its digest",
+		return fmt.Errorf("%w: %s is missing or empty, but there are blobs: put it back from a copy; or move %s "+
+			"away, start with an empty store, and import from there, each file is named by its digest",
 			digest.ErrCorrupt, s.path("meta.db"), s.path("blobs"))
 	}
 	return nil
@@ -466,7 +467,8 @@ func (s *Store) unlink(blobs []digest.Digest) (trash []string, err error) {
 				if err := countBytes(tx, -blob.Size); err != nil {
 					return err
 				}
-				s.note(Change{Event: Removed, Subject: SubjectBlob, Reason: ReasonUnreferenced, Task: p2p.Task{Digest: d}, Size: blob.Size})
+				s.note(Change{Event: Removed, Subject: SubjectBlob, Reason: ReasonUnreferenced,
+					Task: p2p.Task{Digest: d}, Size: blob.Size})
 			}
 			if err := removeKeys(tx, bucketBlobs, key(d), bucketTables, key(d), bucketDamaged, key(d)); err != nil {
 				return err

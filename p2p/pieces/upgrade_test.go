@@ -233,7 +233,8 @@ func TestUpgradeInterrupted(t *testing.T) {
 		if want := all[:min(at+1, len(all))]; !slices.Equal(dying.ops, want) {
 			t.Errorf("up to operation %d it does %v, want %v", at, dying.ops, want)
 		}
-		if err := os.WriteFile(filepath.Join(dir, "meta.db.new"), bytes.Repeat([]byte("half"), 5000), 0o600); err != nil {
+		if err := os.WriteFile(filepath.Join(dir, "meta.db.new"), bytes.Repeat([]byte("half"), 5000),
+			0o600); err != nil {
 			t.Fatal(err)
 		}
 		s, err := Open(dir, Options{})

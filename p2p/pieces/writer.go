@@ -53,7 +53,8 @@ func (in *ingest) Create(opts p2p.AddOptions) (p2p.Writer, error) {
 
 // create begins to take in content. The caller finishes or drops it.
 func (in *ingest) create(ctx context.Context, cancel context.CancelCauseFunc, opts p2p.AddOptions) (*writer, error) {
-	w := &writer{in: in, opts: opts, ctx: ctx, cancel: cancel, a: &addition{}, recorder: digest.NewRecorder(opts.HashWith())}
+	w := &writer{in: in, opts: opts, ctx: ctx, cancel: cancel, a: &addition{},
+		recorder: digest.NewRecorder(opts.HashWith())}
 	if opts.Want != "" {
 		if recognized, err := in.recognizes(ctx, opts.Want); recognized || err != nil {
 			return w, err
