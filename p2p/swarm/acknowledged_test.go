@@ -41,14 +41,16 @@ func TestLeaseAtAPeerDuringDelete(t *testing.T) {
 		told := make([]error, 8)
 		for i := range told {
 			asking.Go(func() {
-				reply, err := b.client.find(t.Context(), a.id, &findRequest{Tasks: []taskRef{taskRef(task)}, Lease: true})
+				reply, err := b.client.find(
+					t.Context(), a.id, &findRequest{Tasks: []taskRef{taskRef(task)}, Lease: true})
 				if err == nil && reply.Tasks[0] == nil {
 					err = p2p.ErrNotFound
 				}
 				told[i] = err
 			})
 		}
-		if _, err := a.store.Delete(t.Context(), "models", digest.FromDigest(manifest.Digest), p2p.DeleteOptions{}); err != nil {
+		if _, err := a.store.Delete(t.Context(), "models", digest.FromDigest(manifest.Digest),
+			p2p.DeleteOptions{}); err != nil {
 			t.Fatal(err)
 		}
 		asking.Wait()
@@ -92,7 +94,8 @@ func TestLacksWhatNoPeerHas(t *testing.T) {
 	lacks()
 	a.Close()
 	lacks(task.Digest)
-	if _, err := b.Stat(t.Context(), "models", digest.FromDigest(task.Digest), p2p.StatOptions{}); !errors.Is(err, digest.ErrCorrupt) {
+	if _, err := b.Stat(t.Context(), "models", digest.FromDigest(task.Digest), p2p.StatOptions{}); !errors.Is(err,
+		digest.ErrCorrupt) {
 		t.Errorf("the layer: %v, want damage", err)
 	}
 }

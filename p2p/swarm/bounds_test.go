@@ -127,7 +127,8 @@ func TestMalformedAnswers(t *testing.T) {
 	})
 	a := h.start(t)
 	d, now := digest.SHA256.FromString("x"), time.Now()
-	one := findRequest{Tasks: make([]taskRef, 1), Names: make([]nameRef, 1), Referrers: make([]taskRef, 1), Follow: true}
+	one := findRequest{Tasks: make([]taskRef, 1), Names: make([]nameRef, 1), Referrers: make([]taskRef, 1),
+		Follow: true}
 	tasks := func(all ...*taskState) findReply {
 		return findReply{Tasks: all, Names: make([]*nameState, 1), Referrers: make([][]digest.Digest, 1)}
 	}
@@ -187,7 +188,8 @@ func TestFollowIsBounded(t *testing.T) {
 		files = append(files, []byte(fmt.Sprint(i)))
 	}
 	a.push(t, "t", "large", "", files...)
-	for names, want := range map[string]int{"some": 4, "many": maxFollowed, "large": 1, "none": 0, "some large many": maxFollowed} {
+	for names, want := range map[string]int{
+		"some": 4, "many": maxFollowed, "large": 1, "none": 0, "some large many": maxFollowed} {
 		req := findRequest{Follow: true}
 		for _, name := range strings.Fields(names) {
 			req.Names = append(req.Names, nameRef{"t", name})
@@ -228,7 +230,8 @@ func TestRecentIsBounded(t *testing.T) {
 	if n := len(r.tasks); n > maxRecent {
 		t.Errorf("%d tasks are remembered, want at most %d", n, maxRecent)
 	}
-	large := &taskState{Held: make([]byte, maxRecentBytes/10), Hints: []hint{{Addrs: []string{strings.Repeat("x", maxRecentBytes/10)}}}}
+	large := &taskState{Held: make([]byte, maxRecentBytes/10),
+		Hints: []hint{{Addrs: []string{strings.Repeat("x", maxRecentBytes/10)}}}}
 	for i := range 20 {
 		r.put(task(i), "p", large)
 		if r.bytes > maxRecentBytes {
@@ -251,7 +254,8 @@ func TestRecentIsBounded(t *testing.T) {
 	}
 }
 
-// TestRequestsAreBounded: more questions than one request may have are refused, and so is a blob at once that is no manifest.
+// TestRequestsAreBounded: more questions than one request may have are refused, and so is a blob at
+// once that is no manifest.
 func TestRequestsAreBounded(t *testing.T) {
 	h := newHub()
 	a, b := h.start(t), h.start(t)
@@ -264,10 +268,11 @@ func TestRequestsAreBounded(t *testing.T) {
 	}
 	task, name := taskRef(large), nameRef{"t", "v1"}
 	for what, req := range map[string]findRequest{
-		"tasks":      {Tasks: slices.Repeat([]taskRef{task}, maxFind+1)},
-		"names":      {Names: slices.Repeat([]nameRef{name}, maxFind+1)},
-		"referrers":  {Referrers: slices.Repeat([]taskRef{task}, maxFind+1)},
-		"all kinds":  {Tasks: slices.Repeat([]taskRef{task}, maxFind/2), Names: slices.Repeat([]nameRef{name}, maxFind/2), Referrers: []taskRef{task}},
+		"tasks":     {Tasks: slices.Repeat([]taskRef{task}, maxFind+1)},
+		"names":     {Names: slices.Repeat([]nameRef{name}, maxFind+1)},
+		"referrers": {Referrers: slices.Repeat([]taskRef{task}, maxFind+1)},
+		"all kinds": {Tasks: slices.Repeat([]taskRef{task}, maxFind/2),
+			Names: slices.Repeat([]nameRef{name}, maxFind/2), Referrers: []taskRef{task}},
 		"no digest":  {Tasks: []taskRef{{"t", "x"}}},
 		"no name":    {Names: []nameRef{{"t", string(task.Digest)}}},
 		"no tag":     {Names: []nameRef{{"../t", "v1"}}},
@@ -297,11 +302,13 @@ func TestMalformedDeletes(t *testing.T) {
 	var first, second, tooMany deletesReply
 	for _, reply := range []*deletesReply{&first, &second} {
 		task := a.add(t, "t", content(1000, uint64(len(first.Deletes))))
-		reply.Deletes = []deleteMessage{{Tag: "../t", CID: "v1", At: now}, {Tag: "t", CID: string(task.Digest), At: a.wantStored(t, task).Origin}}
+		reply.Deletes = []deleteMessage{
+			{Tag: "../t", CID: "v1", At: now}, {Tag: "t", CID: string(task.Digest), At: a.wantStored(t, task).Origin}}
 	}
 	first.Next = 7
 	kept := a.add(t, "t", content(1000, 9))
-	forgotten := deleteMessage{Tag: "t", CID: string(kept.Digest), At: a.wantStored(t, kept).Origin, Age: int64(2 * a.Swarm.opts.RememberDeletes / time.Second)}
+	forgotten := deleteMessage{Tag: "t", CID: string(kept.Digest), At: a.wantStored(t, kept).Origin,
+		Age: int64(2 * a.Swarm.opts.RememberDeletes / time.Second)}
 	first.Deletes = append(first.Deletes, forgotten)
 	tooMany.Deletes = slices.Repeat(first.Deletes[1:2], maxDeletes+1)
 	liar := h.start(t, func(o *Options) {
@@ -329,12 +336,14 @@ func TestMalformedDeletes(t *testing.T) {
 		t.Errorf("more deletes in an answer than may be: %v, want %v", err, errMessage)
 	}
 	req := deletesRequest{Deletes: tooMany.Deletes}
-	err := liar.client.call(t.Context(), liar.client.streams, a.id, http.MethodPost, pathDeletes, &req, &deletesResult{})
+	err := liar.client.call(t.Context(), liar.client.streams, a.id, http.MethodPost, pathDeletes, &req,
+		&deletesResult{})
 	if e, ok := errors.AsType[*statusError](err); !ok || e.code != http.StatusBadRequest {
 		t.Errorf("more deletes in a request than may be: %v; want it refused", err)
 	}
 	task := a.add(t, "t", content(1000, 3))
-	if deleted := a.delete(t, "t", string(task.Digest), p2p.DeleteOptions{}); deleted.Reached != 0 || len(deleted.Missed) != 1 {
+	if deleted := a.delete(t, "t", string(task.Digest), p2p.DeleteOptions{}); deleted.Reached != 0 ||
+		len(deleted.Missed) != 1 {
 		t.Errorf("who answers nothing to a delete is said to have done it: %+v", deleted)
 	}
 }
@@ -356,7 +365,8 @@ func TestInbox(t *testing.T) {
 	if in.room.TryAcquire(1) {
 		t.Error("long messages take no room")
 	}
-	if b, _, err := in.read(ctx, bytes.NewReader(make([]byte, shortMessage)), maxJSON); err != nil || len(b) != shortMessage {
+	if b, _, err := in.read(ctx, bytes.NewReader(make([]byte, shortMessage)), maxJSON); err != nil ||
+		len(b) != shortMessage {
 		t.Errorf("a short message: %d bytes, %v", len(b), err)
 	}
 	got := make(chan error, 1)
@@ -429,7 +439,8 @@ func (c closing) close() error {
 	return nil
 }
 
-// TestServedFilesMakeRoom: where no descriptor is free for a file that is asked for, those that nobody asks for now are closed.
+// TestServedFilesMakeRoom: where no descriptor is free for a file that is asked for, those that
+// nobody asks for now are closed.
 func TestServedFilesMakeRoom(t *testing.T) {
 	u := &uploads{slots: 1, open: 10, active: map[digest.Digest]*upload{}}
 	var closed bool
@@ -488,7 +499,8 @@ func TestOutOfDescriptors(t *testing.T) {
 		t.Fatal(err)
 	}
 	withoutDescriptors(t, func() {
-		if _, err := a.Open(t.Context(), task, p2p.Network); !errors.Is(err, p2p.ErrBusy) || errors.Is(err, p2p.ErrNotFound) {
+		if _, err := a.Open(t.Context(), task, p2p.Network); !errors.Is(err, p2p.ErrBusy) ||
+			errors.Is(err, p2p.ErrNotFound) {
 			t.Errorf("open: %v", err)
 		}
 		for _, path := range []string{pathBlob, pathLinks} {
@@ -505,7 +517,9 @@ func TestBusySource(t *testing.T) {
 	h := newHub()
 	a := h.start(t, func(o *Options) {
 		o.tamper = func(honest http.Handler) http.Handler {
-			busy := func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "busy", http.StatusServiceUnavailable) }
+			busy := func(w http.ResponseWriter, _ *http.Request) {
+				http.Error(w, "busy", http.StatusServiceUnavailable)
+			}
 			return instead(instead(honest, pathLinks, busy), pathPieces, busy)
 		}
 	})
@@ -589,7 +603,8 @@ func TestMessagesOfManyElements(t *testing.T) {
 			t.Errorf("a %T may have %d bytes", m.message, size)
 		}
 		text := m.before + strings.Repeat(",1", (size-len(m.before)-len(m.after))/2) + m.after
-		if err := decodeJSON([]byte(text), m.message); !errors.Is(err, jsonlimit.ErrLimit) || !errors.Is(err, errMessage) {
+		if err := decodeJSON([]byte(text), m.message); !errors.Is(err, jsonlimit.ErrLimit) ||
+			!errors.Is(err, errMessage) {
 			t.Errorf("%T: %.20s… of %d bytes: %v", m.message, text, len(text), err)
 		}
 	}
@@ -684,9 +699,12 @@ func TestNeverServe(t *testing.T) {
 	}{
 		{http.MethodGet, pathBlob, manifest, nil},
 		{http.MethodGet, pathLinks, task, nil},
-		{http.MethodPost, pathPieces, task, (&pieceRequest{links: links{table.Size, table.Chain}.hash(task.Digest), want: schedule.FullSet(2)}).append(nil)},
+		{http.MethodPost, pathPieces, task,
+			(&pieceRequest{links: links{table.Size, table.Chain}.hash(task.Digest), want: schedule.FullSet(2)}).append(
+				nil)},
 	} {
-		_, err := b.client.do(t.Context(), b.client.streams, a.id, request.method, request.path, taskQuery(request.of), request.body)
+		_, err := b.client.do(t.Context(), b.client.streams, a.id, request.method, request.path, taskQuery(request.of),
+			request.body)
 		if e, ok := errors.AsType[*statusError](err); !ok || e.code != http.StatusForbidden {
 			t.Errorf("%s: %v; want it refused", request.path, err)
 		}
@@ -694,7 +712,8 @@ func TestNeverServe(t *testing.T) {
 	reply, err := b.client.find(t.Context(), a.id, &findRequest{
 		Tasks: []taskRef{taskRef(task)}, Names: []nameRef{{"t", "n"}}, Referrers: []taskRef{taskRef(task)},
 	})
-	if err != nil || reply.Tasks[0] != nil || reply.Names[0] != nil && reply.Names[0].Digest != "" || len(reply.Referrers[0]) > 0 {
+	if err != nil || reply.Tasks[0] != nil || reply.Names[0] != nil && reply.Names[0].Digest != "" ||
+		len(reply.Referrers[0]) > 0 {
 		t.Errorf("it tells %+v, %v", reply, err)
 	}
 	h.mu.Lock()
@@ -729,8 +748,8 @@ func inLoop(d *download, do func()) {
 	<-done
 }
 
-// TestSourcesAreBounded: however many peers say that they have a blob, name others, or state hash chains, a download takes up
-// so many of them.
+// TestSourcesAreBounded: however many peers say that they have a blob, name others, or state hash
+// chains, a download takes up so many of them.
 func TestSourcesAreBounded(t *testing.T) {
 	a, d, task := beginDownload(t, content(gateSize, 60))
 	inLoop(d, func() {
@@ -768,7 +787,8 @@ func TestAnswerOfAnotherSize(t *testing.T) {
 		d.addSource(a.id, task, &taskState{Size: 1000})
 		want := schedule.NewSet(100)
 		want.Add(99)
-		d.done(schedule.Request{ID: -1, Source: string(a.id), Want: want}, d.sources[a.id], schedule.FullSet(100), -1, 0, nil)
+		d.done(schedule.Request{ID: -1, Source: string(a.id), Want: want}, d.sources[a.id], schedule.FullSet(100), -1,
+			0, nil)
 	})
 }
 

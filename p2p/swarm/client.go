@@ -61,7 +61,9 @@ const (
 	maxStreams = 256
 )
 
-func newClient(security *security, network Network, peers *peerTable, instance *Instance, now func() time.Time) *client {
+func newClient(
+	security *security, network Network, peers *peerTable, instance *Instance, now func() time.Time,
+) *client {
 	c := &client{security: security, network: network, peers: peers, inbox: newInbox(), instance: instance, now: now}
 	transport := func(dial func(context.Context, peer.ID) (net.Conn, error), most int) *http.Client {
 		return &http.Client{Transport: &http.Transport{
@@ -158,7 +160,9 @@ func (c *client) dial(ctx context.Context, p peer.ID) (net.Conn, error) {
 // dialAny connects with p at the first of its addresses that answers, and returns
 // which one that is. None has to wait for the ones before it to fail: a router may
 // drop what is sent to them.
-func (c *client) dialAny(ctx context.Context, addresses []string, plain bool, p peer.ID) (conn net.Conn, address string, err error) {
+func (c *client) dialAny(
+	ctx context.Context, addresses []string, plain bool, p peer.ID,
+) (conn net.Conn, address string, err error) {
 	ctx, cancel := context.WithTimeout(ctx, directTimeout)
 	defer cancel()
 	var mu sync.Mutex
@@ -260,7 +264,9 @@ func (c *client) hello(ctx context.Context, p peer.ID) (*hello, error) {
 // NewResolver returns a function that asks whoever takes connections for pieces
 // at an address (host:port) which peer it is. It fails where that is not of the
 // swarm with this secret, and where it is another host with this identity.
-func NewResolver(identity crypto.PrivKey, secret []byte, plain bool, instance *Instance) (func(ctx context.Context, address string) (peer.AddrInfo, error), error) {
+func NewResolver(
+	identity crypto.PrivKey, secret []byte, plain bool, instance *Instance,
+) (func(ctx context.Context, address string) (peer.AddrInfo, error), error) {
 	security, err := newSecurity(identity, secret, plain)
 	if err != nil {
 		return nil, err
@@ -309,7 +315,9 @@ func (e *statusError) Is(target error) bool {
 func (e *statusError) Error() string { return fmt.Sprintf("%d: %s", e.code, e.text) }
 
 // do sends a request and returns the answer, which is 200. The caller closes its body.
-func (c *client) do(ctx context.Context, over *http.Client, p peer.ID, method, path string, query url.Values, body []byte) (*http.Response, error) {
+func (c *client) do(
+	ctx context.Context, over *http.Client, p peer.ID, method, path string, query url.Values, body []byte,
+) (*http.Response, error) {
 	host := "peer"
 	if p != "" {
 		host = hostOf(p)
@@ -347,11 +355,15 @@ func isIdempotent(path string) bool {
 }
 
 // call sends a message, where in is not nil, and decodes the answer into out.
-func (c *client) call(ctx context.Context, over *http.Client, p peer.ID, method, path string, in any, out message) error {
+func (c *client) call(
+	ctx context.Context, over *http.Client, p peer.ID, method, path string, in any, out message,
+) error {
 	return c.callQuery(ctx, over, p, method, path, nil, in, out)
 }
 
-func (c *client) callQuery(ctx context.Context, over *http.Client, p peer.ID, method, path string, query url.Values, in any, out message) error {
+func (c *client) callQuery(
+	ctx context.Context, over *http.Client, p peer.ID, method, path string, query url.Values, in any, out message,
+) error {
 	var body []byte
 	if in != nil {
 		var err error

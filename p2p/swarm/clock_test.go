@@ -50,7 +50,8 @@ func TestCostOfSilence(t *testing.T) {
 		stat := func(what, cid string, want error, limit time.Duration) {
 			t.Helper()
 			took(t, what, limit, func() {
-				if _, err := a.Stat(t.Context(), "models", cidOf(t, cid), p2p.StatOptions{Manifest: true}); !errors.Is(err, want) {
+				if _, err := a.Stat(t.Context(), "models", cidOf(t, cid),
+					p2p.StatOptions{Manifest: true}); !errors.Is(err, want) {
 					t.Errorf("%s: %v, want %v", what, err, want)
 				}
 			})
@@ -107,7 +108,8 @@ func TestCostOfSilentAnnouncers(t *testing.T) {
 		stat := func(want time.Duration) {
 			t.Helper()
 			took(t, "what only a ghost has", want, func() {
-				if _, err := a.Stat(t.Context(), "", digest.FromDigest(task.Digest), p2p.StatOptions{}); !errors.Is(err, p2p.ErrNotFound) {
+				if _, err := a.Stat(t.Context(), "", digest.FromDigest(task.Digest), p2p.StatOptions{}); !errors.Is(err,
+					p2p.ErrNotFound) {
 					t.Errorf("%v", err)
 				}
 			})
@@ -191,11 +193,15 @@ func TestSourcesOfAllKinds(t *testing.T) {
 		atMost  time.Duration
 		atLeast time.Duration
 	}{
-		"honest":                 {},
-		"its own limit":          {size: digest.MinPieceLength, source: func(o *Options) { o.UploadRate = 1500 }, atLeast: 30 * time.Second, atMost: time.Minute},
-		"our own limit":          {size: digest.MinPieceLength, reader: func(o *Options) { o.DownloadRate = 1500 }, atLeast: 30 * time.Second, atMost: time.Minute},
-		"busy for a while":       {source: code(http.StatusServiceUnavailable, 8*time.Second), atLeast: 8 * time.Second, atMost: 9 * time.Second},
-		"in trouble for a while": {source: code(http.StatusInternalServerError, 8*time.Second), atLeast: 8 * time.Second, atMost: 13 * time.Second},
+		"honest": {},
+		"its own limit": {size: digest.MinPieceLength, source: func(o *Options) { o.UploadRate = 1500 },
+			atLeast: 30 * time.Second, atMost: time.Minute},
+		"our own limit": {size: digest.MinPieceLength, reader: func(o *Options) { o.DownloadRate = 1500 },
+			atLeast: 30 * time.Second, atMost: time.Minute},
+		"busy for a while": {source: code(http.StatusServiceUnavailable, 8*time.Second), atLeast: 8 * time.Second,
+			atMost: 9 * time.Second},
+		"in trouble for a while": {source: code(http.StatusInternalServerError, 8*time.Second),
+			atLeast: 8 * time.Second, atMost: 13 * time.Second},
 		"never gives anything": {source: times(func(_ int64, _ http.Handler, w http.ResponseWriter, _ *http.Request) {
 			asked.Add(1)
 			http.Error(w, "not now", http.StatusInternalServerError)
@@ -203,38 +209,42 @@ func TestSourcesOfAllKinds(t *testing.T) {
 		"never answers": {source: times(func(_ int64, _ http.Handler, _ http.ResponseWriter, r *http.Request) {
 			<-r.Context().Done()
 		}), end: p2p.ErrUnreachable, atLeast: 3 * stall, atMost: 3*stall + time.Second},
-		"breaks off after a little": {source: times(func(n int64, honest http.Handler, w http.ResponseWriter, r *http.Request) {
-			answer := httptest.NewRecorder()
-			honest.ServeHTTP(answer, r)
-			w.Header().Set("Content-Length", answer.Header().Get("Content-Length"))
-			w.Write(answer.Body.Bytes()[:min(answer.Body.Len(), 100+int(n))])
-			panic(http.ErrAbortHandler)
-		}), end: p2p.ErrUnreachable, atMost: 3*stall + time.Second},
-		"stops in the middle, at first": {source: times(func(n int64, honest http.Handler, w http.ResponseWriter, r *http.Request) {
-			if n > 10 {
-				honest.ServeHTTP(w, r)
-				return
-			}
-			answer := httptest.NewRecorder()
-			honest.ServeHTTP(answer, r)
-			w.Header().Set("Content-Length", answer.Header().Get("Content-Length"))
-			w.Write(answer.Body.Bytes()[:answer.Body.Len()/2])
-			http.NewResponseController(w).Flush()
-			<-r.Context().Done()
-		}), atLeast: stall, atMost: 6 * stall},
-		"its first connections are dead": {source: dead(5 * time.Second), atLeast: 5 * time.Second, atMost: 10 * time.Second},
-		"a byte more each time": {source: times(func(n int64, honest http.Handler, w http.ResponseWriter, r *http.Request) {
-			answer := httptest.NewRecorder()
-			honest.ServeHTTP(answer, r)
-			if answer.Code != http.StatusOK || answer.Body.Len() < 1000 {
-				send(w, answer)
-				return
-			}
-			w.Header().Set("Content-Length", answer.Header().Get("Content-Length"))
-			w.Write(answer.Body.Bytes()[:100+n])
-			http.NewResponseController(w).Flush()
-			<-r.Context().Done()
-		}), end: p2p.ErrUnreachable, atMost: 4 * stall},
+		"breaks off after a little": {source: times(
+			func(n int64, honest http.Handler, w http.ResponseWriter, r *http.Request) {
+				answer := httptest.NewRecorder()
+				honest.ServeHTTP(answer, r)
+				w.Header().Set("Content-Length", answer.Header().Get("Content-Length"))
+				w.Write(answer.Body.Bytes()[:min(answer.Body.Len(), 100+int(n))])
+				panic(http.ErrAbortHandler)
+			}), end: p2p.ErrUnreachable, atMost: 3*stall + time.Second},
+		"stops in the middle, at first": {
+			source: times(func(n int64, honest http.Handler, w http.ResponseWriter, r *http.Request) {
+				if n > 10 {
+					honest.ServeHTTP(w, r)
+					return
+				}
+				answer := httptest.NewRecorder()
+				honest.ServeHTTP(answer, r)
+				w.Header().Set("Content-Length", answer.Header().Get("Content-Length"))
+				w.Write(answer.Body.Bytes()[:answer.Body.Len()/2])
+				http.NewResponseController(w).Flush()
+				<-r.Context().Done()
+			}), atLeast: stall, atMost: 6 * stall},
+		"its first connections are dead": {
+			source: dead(5 * time.Second), atLeast: 5 * time.Second, atMost: 10 * time.Second},
+		"a byte more each time": {source: times(
+			func(n int64, honest http.Handler, w http.ResponseWriter, r *http.Request) {
+				answer := httptest.NewRecorder()
+				honest.ServeHTTP(answer, r)
+				if answer.Code != http.StatusOK || answer.Body.Len() < 1000 {
+					send(w, answer)
+					return
+				}
+				w.Header().Set("Content-Length", answer.Header().Get("Content-Length"))
+				w.Write(answer.Body.Bytes()[:100+n])
+				http.NewResponseController(w).Flush()
+				<-r.Context().Done()
+			}), end: p2p.ErrUnreachable, atMost: 4 * stall},
 	} {
 		t.Run(name, func(t *testing.T) {
 			onClock(t, func(t *testing.T, h *hub) {
@@ -312,7 +322,8 @@ func TestAnotherSourceIsFound(t *testing.T) {
 	for name, lose := range map[string]func(*testing.T, *testPeer, p2p.Task){
 		"gone": func(t *testing.T, a *testPeer, _ p2p.Task) { a.Close() },
 		"lost": func(t *testing.T, a *testPeer, task p2p.Task) {
-			if _, err := a.store.Delete(t.Context(), "", digest.FromDigest(task.Digest), p2p.DeleteOptions{}); err != nil {
+			if _, err := a.store.Delete(t.Context(), "", digest.FromDigest(task.Digest),
+				p2p.DeleteOptions{}); err != nil {
 				t.Fatal(err)
 			}
 		},
@@ -400,13 +411,17 @@ func TestUnfinishedRequests(t *testing.T) {
 			sent  string
 			after time.Duration
 		}{
-			"nothing":                             {"", 20 * time.Second},
-			"half a head":                         {"GET " + pathHello + " HTTP/1.1\r\n" + head, 20 * time.Second},
-			"half a body":                         {"POST " + pathPieces + "?" + taskQuery(task).Encode() + " HTTP/1.1\r\n" + head + half, sendTimeout},
-			"half of a body that is of no use":    {"POST " + pathReplicate + " HTTP/1.1\r\n" + head + half, sendTimeout},
+			"nothing":     {"", 20 * time.Second},
+			"half a head": {"GET " + pathHello + " HTTP/1.1\r\n" + head, 20 * time.Second},
+			"half a body": {
+				"POST " + pathPieces + "?" + taskQuery(task).Encode() + " HTTP/1.1\r\n" + head + half, sendTimeout},
+			"half of a body that is of no use": {
+				"POST " + pathReplicate + " HTTP/1.1\r\n" + head + half, sendTimeout},
 			"half of a body to where nobody asks": {"POST / HTTP/1.1\r\n" + head + half, sendTimeout},
-			"no other one":                        {"GET " + pathHello + " HTTP/1.1\r\n" + head + "\r\n", 2 * idleTimeout},
-			"a reader only":                       {"GET " + pathBlob + "?" + taskQuery(task).Encode() + " HTTP/1.1\r\n" + head + "\r\n", 0},
+			"no other one": {
+				"GET " + pathHello + " HTTP/1.1\r\n" + head + "\r\n", 2 * idleTimeout},
+			"a reader only": {
+				"GET " + pathBlob + "?" + taskQuery(task).Encode() + " HTTP/1.1\r\n" + head + "\r\n", 0},
 		} {
 			c, err := b.network.Dial(t.Context(), a.id)
 			if err != nil {
@@ -440,15 +455,18 @@ func TestNewsInTime(t *testing.T) {
 		blob := b.open(t, t.Context(), task)
 		defer blob.Close()
 		arrive(t, blob, 1)
-		req := pieceRequest{links: links{table.Size, table.Chain}.hash(task.Digest), news: true, want: schedule.NewSet(table.Pieces())}
+		req := pieceRequest{links: links{table.Size, table.Chain}.hash(task.Digest), news: true,
+			want: schedule.NewSet(table.Pieces())}
 		req.want.Add(table.Pieces() - 1)
 		took(t, "no news", maxNewsWait, func() {
-			resp, err := c.client.do(t.Context(), c.client.streams, b.id, http.MethodPost, pathPieces, taskQuery(task), req.append(nil))
+			resp, err := c.client.do(t.Context(), c.client.streams, b.id, http.MethodPost, pathPieces, taskQuery(task),
+				req.append(nil))
 			if err != nil {
 				t.Fatal(err)
 			}
 			defer resp.Body.Close()
-			if reply, err := readPieceReply(resp.Body, table.Pieces()); err != nil || reply.piece >= 0 || reply.have.Intersects(req.want) {
+			if reply, err := readPieceReply(resp.Body, table.Pieces()); err != nil || reply.piece >= 0 ||
+				reply.have.Intersects(req.want) {
 				t.Errorf("the answer is %+v, %v", reply, err)
 			}
 		})
@@ -602,7 +620,8 @@ func TestForgedManifest(t *testing.T) {
 		a.Close()
 		liar := h.start(t, func(o *Options) {
 			o.tamper = func(honest http.Handler) http.Handler {
-				return instead(honest, pathBlob, func(w http.ResponseWriter, _ *http.Request) { w.Write(make([]byte, len(manifest))) })
+				return instead(honest, pathBlob,
+					func(w http.ResponseWriter, _ *http.Request) { w.Write(make([]byte, len(manifest))) })
 			}
 		})
 		liar.add(t, "", manifest)

@@ -94,7 +94,8 @@ func TestClocksTogether(t *testing.T) {
 			wantName(t, "imported by the wrong clock", "m", "v1", first, a, b, c)
 			second := a.push(t, "m", "v1", "", layer("second"))
 			wantName(t, "moved by a right one", "m", "v1", second, a, b, c)
-			if info, err := a.statName(t, "m", "v1", p2p.StatOptions{Scope: p2p.Local}); err != nil || info.Task != second {
+			if info, err := a.statName(t, "m", "v1", p2p.StatOptions{Scope: p2p.Local}); err != nil ||
+				info.Task != second {
 				t.Errorf("on that host alone: %v, %v", info.Task, err)
 			}
 			third := c.push(t, "m", "v1", "", layer("third"))
@@ -115,7 +116,8 @@ func TestClocksTogether(t *testing.T) {
 				task := steps[0].add(t, "d", data)
 				steps[1].delete(t, "d", string(task.Digest), p2p.DeleteOptions{})
 				for _, p := range []*testPeer{a, b, c} {
-					if _, err := p.store.Stat(t.Context(), "d", digest.FromDigest(task.Digest), p2p.StatOptions{Scope: p2p.Local}); !errors.Is(err, p2p.ErrNotFound) {
+					if _, err := p.store.Stat(t.Context(), "d", digest.FromDigest(task.Digest),
+						p2p.StatOptions{Scope: p2p.Local}); !errors.Is(err, p2p.ErrNotFound) {
 						t.Errorf("step %d: deleted, it is there: %v", i, err)
 					}
 				}
@@ -145,7 +147,8 @@ func TestClocksApart(t *testing.T) {
 			layer := func(s string) []byte { return []byte(s + skew.String()) }
 			old := a.push(t, "m", "old", "", layer("old"))
 			wantName(t, "before", "m", "old", old, all...)
-			eventually(t, "it does not know what time others have", func() bool { return time.Until(c.now()).Abs() < maxSkew })
+			eventually(t, "it does not know what time others have",
+				func() bool { return time.Until(c.now()).Abs() < maxSkew })
 			h.setCut(func(x, y peer.ID) bool { return (x == c.id) != (y == c.id) })
 
 			// What the other side deletes of its own, or had never had, stays here.
@@ -168,7 +171,8 @@ func TestClocksApart(t *testing.T) {
 				want, loser, other, lost, log = y, a, c, x, &logA
 			}
 			eventually(t, "it was not told where it lost", func() bool {
-				return log.has("could not see each other") && strings.Contains(loser.peerOn(t, other.id).Reason, string(want.Digest))
+				return log.has("could not see each other") &&
+					strings.Contains(loser.peerOn(t, other.id).Reason, string(want.Digest))
 			})
 			if got := loser.peerOn(t, b.id).Reason; got != "" {
 				t.Errorf("of a peer that has not moved it is said %q", got)
@@ -181,7 +185,8 @@ func TestClocksApart(t *testing.T) {
 			if _, err := loser.holdName(t, "m", "both"); err != nil {
 				t.Fatal(err)
 			}
-			if info, err := loser.store.Stat(t.Context(), "m", digest.FromDigest(lost.Digest), p2p.StatOptions{Scope: p2p.Local, Manifest: true}); err != nil || len(info.Manifest.Refs) != 1 {
+			if info, err := loser.store.Stat(t.Context(), "m", digest.FromDigest(lost.Digest),
+				p2p.StatOptions{Scope: p2p.Local, Manifest: true}); err != nil || len(info.Manifest.Refs) != 1 {
 				t.Errorf("what lost is %+v, %v; want it to be kept where it was imported", info, err)
 			}
 			if got := loser.peerOn(t, other.id).Reason; got != "" {
@@ -208,7 +213,8 @@ func TestTimeOfOthers(t *testing.T) {
 		c := h.start(t, wrong.with, log.with)
 		right := func() bool { return time.Until(c.now()).Abs() < maxSkew }
 		eventually(t, "it does not know what time others have", func() bool { // of two it would be the one behind
-			return log.has("clocks of this host and of a peer differ") && log.has(a.id.String()) && log.has(b.id.String())
+			return log.has("clocks of this host and of a peer differ") && log.has(a.id.String()) &&
+				log.has(b.id.String())
 		})
 		h.setCut(func(x, y peer.ID) bool { return away })
 		if !right() {
@@ -242,7 +248,8 @@ func TestConflictsOfEarlierRuns(t *testing.T) {
 	h.setCut(nil)
 	b.restart(t, h)
 	eventually(t, "it was not told", func() bool {
-		return log.has("v1 under tag m") && log.has("n0 under tag m") && strings.Contains(b.peerOn(t, a.id).Reason, "; and 1 more, see the log")
+		return log.has("v1 under tag m") && log.has("n0 under tag m") &&
+			strings.Contains(b.peerOn(t, a.id).Reason, "; and 1 more, see the log")
 	})
 }
 
@@ -256,7 +263,8 @@ func TestMovesAreBounded(t *testing.T) {
 	task := a.push(t, "m", "old", "", []byte("layer"))
 	var c p2p.Commit
 	for i := range maxMoves + 300 { // more than are read at once
-		c.Names = append(c.Names, p2p.NewName{Tag: "m", Name: fmt.Sprint("n", i), Digest: task.Digest, Updated: time.Now().Add(time.Duration(i+1) * time.Second)})
+		c.Names = append(c.Names, p2p.NewName{Tag: "m", Name: fmt.Sprint("n", i), Digest: task.Digest,
+			Updated: time.Now().Add(time.Duration(i+1) * time.Second)})
 	}
 	if err := a.commit(t.Context(), c); err != nil {
 		t.Fatal(err)
@@ -269,7 +277,9 @@ func TestMovesAreBounded(t *testing.T) {
 			a.moves.add(nameRef{"m", fmt.Sprint("more", i/2)})
 		}
 		names, number := a.moves.since(0)
-		if want := min(maxMoves, maxMoves-more+(more+1)/2); len(names) != want || slices.Contains(names, nameRef{"m", "old"}) || more == 0 && !slices.Contains(names, nameRef{"m", fmt.Sprint("n", maxMoves+299)}) {
+		if want := min(maxMoves, maxMoves-more+(more+1)/2); len(names) != want ||
+			slices.Contains(names, nameRef{"m", "old"}) ||
+			more == 0 && !slices.Contains(names, nameRef{"m", fmt.Sprint("n", maxMoves+299)}) {
 			t.Errorf("%d more: %d names are remembered, want the last %d", more, len(names), want)
 		}
 		if names, _ := a.moves.since(number - min(more, 1)); len(names) != min(more, 1) {
@@ -360,7 +370,8 @@ func TestDeleteFromTheFutureLater(t *testing.T) {
 	a, b := h.start(t, time1.with), h.start(t, time2.with)
 	before := a.push(t, "m", "before", "", []byte("one"))
 	for _, name := range []string{"before", "after", "between"} {
-		if _, err := a.applyDelete(t.Context(), mustParse(t, deleteMessage{Tag: "m", CID: name, At: time.Now().Add(10 * time.Hour)}), b.id); err != nil {
+		if _, err := a.applyDelete(t.Context(),
+			mustParse(t, deleteMessage{Tag: "m", CID: name, At: time.Now().Add(10 * time.Hour)}), b.id); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -391,7 +402,8 @@ func TestDeleteFromTheFutureLater(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, d := range all { // told once more
-			if _, err := a.applyDelete(t.Context(), mustParseAt(t, deleteMessageOf(d, c.opts.Now()), a.opts.Now()), c.id); err != nil {
+			if _, err := a.applyDelete(t.Context(), mustParseAt(t, deleteMessageOf(d, c.opts.Now()), a.opts.Now()),
+				c.id); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -410,7 +422,8 @@ func TestStampsAreBounded(t *testing.T) {
 	far, before := time.Date(9500, 1, 1, 0, 0, 0, 0, time.UTC), time.Unix(-1, 0)
 	then := time.Now().Add(-time.Hour) // nothing comes after what is later than it
 	for _, at := range []time.Time{far, before} {
-		for _, m := range []deleteMessage{{At: at}, {At: time.Now(), After: at}, {At: time.Now(), Seen: []time.Time{time.Now(), at}}} {
+		for _, m := range []deleteMessage{
+			{At: at}, {At: time.Now(), After: at}, {At: time.Now(), Seen: []time.Time{time.Now(), at}}} {
 			m.CID = "v1"
 			if _, err := m.parse(time.Now()); !errors.Is(err, errMessage) {
 				t.Errorf("a delete %+v: %v", m, err)
@@ -431,13 +444,15 @@ func TestStampsAreBounded(t *testing.T) {
 	}
 	h := newHub()
 	for _, at := range []time.Time{far, before} {
-		for _, v := range []deleteResult{{Newer: at}, {Newer: time.Now(), NewerAfter: at}, {Newer: then, NewerAfter: time.Now()}} {
+		for _, v := range []deleteResult{
+			{Newer: at}, {Newer: time.Now(), NewerAfter: at}, {Newer: then, NewerAfter: time.Now()}} {
 			liar := h.start(t, answering(pathDeletes, deletesResult{Results: []deleteResult{v}}))
 			a := h.start(t)
 			task := a.add(t, "d", content(1000, 1))
 			deleted := a.delete(t, "d", string(task.Digest), p2p.DeleteOptions{})
 			d, err := a.store.Deleted(t.Context(), "d", digest.FromDigest(task.Digest))
-			if err != nil || checkStamps(d.At, d.After) != nil || d.At.After(time.Now().Add(time.Hour)) || len(deleted.Missed) != 1 {
+			if err != nil || checkStamps(d.At, d.After) != nil || d.At.After(time.Now().Add(time.Hour)) ||
+				len(deleted.Missed) != 1 {
 				t.Errorf("a peer says %+v: the delete is %+v, %v, and %+v", v, d, err, deleted)
 			}
 			liar.Close()
@@ -483,19 +498,20 @@ func TestLastStamp(t *testing.T) {
 	task := p2p.Task{Tag: "m", Digest: digest.SHA256.FromBytes(data)}
 	liar := h.start(t, func(o *Options) {
 		o.tamper = func(honest http.Handler) http.Handler {
-			return edit(honest, pathFind, func(w http.ResponseWriter, _ *http.Request, answer *httptest.ResponseRecorder) {
-				var reply findReply
-				json.Unmarshal(answer.Body.Bytes(), &reply)
-				for i := range reply.Names {
-					reply.Names[i] = &nameState{Digest: task.Digest, Updated: pieces.LastStamp}
-				}
-				for _, state := range reply.Tasks {
-					if state != nil {
-						state.Origin = pieces.LastStamp
+			return edit(honest, pathFind,
+				func(w http.ResponseWriter, _ *http.Request, answer *httptest.ResponseRecorder) {
+					var reply findReply
+					json.Unmarshal(answer.Body.Bytes(), &reply)
+					for i := range reply.Names {
+						reply.Names[i] = &nameState{Digest: task.Digest, Updated: pieces.LastStamp}
 					}
-				}
-				writeJSON(w, &reply)
-			})
+					for _, state := range reply.Tasks {
+						if state != nil {
+							state.Origin = pieces.LastStamp
+						}
+					}
+					writeJSON(w, &reply)
+				})
 		}
 	})
 	liar.add(t, "m", data)
@@ -504,7 +520,8 @@ func TestLastStamp(t *testing.T) {
 	for _, again := range []string{"one", "two"} {
 		b.push(t, "m", "v1", "", data, []byte(again))
 		req := &findRequest{Tasks: []taskRef{taskRef(task)}, Names: []nameRef{{"m", "v1"}}}
-		if reply, err := a.client.find(t.Context(), b.id, req); err != nil || reply.Tasks[0] == nil || reply.Names[0].Digest == "" {
+		if reply, err := a.client.find(t.Context(), b.id, req); err != nil || reply.Tasks[0] == nil ||
+			reply.Names[0].Digest == "" {
 			t.Errorf("who has imported it is not understood: %+v, %v", reply, err)
 		}
 	}
@@ -542,7 +559,8 @@ func TestReplayedDeletes(t *testing.T) {
 		}
 		for _, p := range []*testPeer{a, b} {
 			for _, d := range slices.Backward(all) {
-				if _, err := p.applyDelete(t.Context(), mustParse(t, deleteMessageOf(d, time.Now())), "peer"); err != nil {
+				if _, err := p.applyDelete(t.Context(), mustParse(t, deleteMessageOf(d, time.Now())),
+					"peer"); err != nil {
 					t.Fatal(err)
 				}
 			}

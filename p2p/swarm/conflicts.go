@@ -93,7 +93,8 @@ func (s *Swarm) compareNames(ctx context.Context, p peer.ID) error {
 				continue
 			}
 			limit := s.store.Limit()
-			s.newest(part[i], []pieces.Delete{mine.gone(limit), theirs.gone(limit)}, []resolved{mine.resolved(""), theirs.resolved(p)})
+			s.newest(part[i], []pieces.Delete{mine.gone(limit), theirs.gone(limit)},
+				[]resolved{mine.resolved(""), theirs.resolved(p)})
 		}
 	}
 	e.compared(number)
@@ -147,8 +148,10 @@ func (c *conflicts) tell(s *Swarm, name nameRef, best, other resolved) {
 		}
 		return "peer " + r.from.String()
 	}
-	s.log.Warn("a name was moved on two hosts that could not see each other: the later date counts, and what the other one pointed to stays where it is until it is deleted",
-		"name", name.String(), "counts", best.digest, "at", best.version.At, "on", where(best), "instead of", other.digest, "dated", other.version.At, "of", where(other))
+	s.log.Warn("a name was moved on two hosts that could not see each other: the later date counts, and what the "+
+		"other one pointed to stays where it is until it is deleted",
+		"name", name.String(), "counts", best.digest, "at", best.version.At, "on", where(
+			best), "instead of", other.digest, "dated", other.version.At, "of", where(other))
 }
 
 // with says which names this host has lost to a peer, and still has as it moved them; ""
@@ -165,12 +168,14 @@ func (c *conflicts) with(s *Swarm, p peer.ID) string {
 			continue
 		}
 		now, err := s.store.Name(s.ctx, name.Tag, name.Name)
-		if errors.Is(err, p2p.ErrNotFound) || err == nil && (now.Digest != mine.digest || !now.Updated.Equal(mine.version.At)) {
+		if errors.Is(err, p2p.ErrNotFound) ||
+			err == nil && (now.Digest != mine.digest || !now.Updated.Equal(mine.version.At)) {
 			delete(c.lost, name)
 			continue
 		}
 		if n++; mine.version.At.After(at) {
-			first, at = fmt.Sprintf("%s was moved there and here while neither could see the other: there it is %s, which counts, here %s", name, best.digest, mine.digest), mine.version.At
+			first, at = fmt.Sprintf("%s was moved there and here while neither could see the other: there it is %s, "+
+				"which counts, here %s", name, best.digest, mine.digest), mine.version.At
 		}
 	}
 	if n > 1 {

@@ -50,7 +50,9 @@ func (s *Swarm) Forget(ctx context.Context, d front.Deletion) []front.Told {
 // See implements [front.Source]: it asks peers what they have of what is to be deleted. It
 // refuses what another task refers to on some peer, before it is deleted on others, unless that
 // is forced.
-func (s *Swarm) See(ctx context.Context, tag string, cid digest.CID, opts p2p.DeleteOptions, _ bool) (seen front.Seen, err error) {
+func (s *Swarm) See(
+	ctx context.Context, tag string, cid digest.CID, opts p2p.DeleteOptions, _ bool,
+) (seen front.Seen, err error) {
 	task := p2p.Task{Tag: tag, Digest: cid.Digest()}
 	req, key := &findRequest{Tasks: []taskRef{taskRef(task)}}, taskKey(task)
 	if name := cid.CacheID(); name != "" {
@@ -73,7 +75,8 @@ func (s *Swarm) See(ctx context.Context, tag string, cid digest.CID, opts p2p.De
 			continue
 		}
 		if state.Referred && !opts.Force {
-			return seen, fmt.Errorf("%s: %w: by other content on peer %s (%s): delete that first, or force it", task, p2p.ErrReferenced, a.peer, s.peers.get(a.peer).lastAddress())
+			return seen, fmt.Errorf("%s: %w: by other content on peer %s (%s): delete that first, or force it", task,
+				p2p.ErrReferenced, a.peer, s.peers.get(a.peer).lastAddress())
 		}
 		seen.Versions = append(seen.Versions, pieces.Version{At: state.Origin, After: state.After})
 	}
@@ -89,7 +92,8 @@ func (s *Swarm) forget(deletes []pieces.Delete) {
 			continue
 		}
 		task := p2p.Task{Tag: d.Tag, Digest: d.CID.Digest()}
-		if held, err := s.store.Stat(s.ctx, task.Tag, d.CID, p2p.StatOptions{Scope: p2p.Local}); err == nil && !s.store.Covers(d, held.Origin) {
+		if held, err := s.store.Stat(s.ctx, task.Tag, d.CID, p2p.StatOptions{Scope: p2p.Local}); err == nil &&
+			!s.store.Covers(d, held.Origin) {
 			continue // it has come back since
 		}
 		if down := s.downloadOf(task); down != nil && !d.Soft {
@@ -136,7 +140,8 @@ func (s *Swarm) releaseLost(tag string) {
 				continue
 			}
 			if err := s.store.ReleasePartial(task); err != nil {
-				s.log.Warn("what has arrived of a deleted blob could not be removed", "task", task.String(), "error", err)
+				s.log.Warn("what has arrived of a deleted blob could not be removed", "task", task.String(),
+					"error", err)
 			}
 		}
 	})
@@ -222,7 +227,8 @@ func (s *Swarm) tellOthers(ctx context.Context, deletes []pieces.Delete) (all []
 func (s *Swarm) tellOne(ctx context.Context, p peer.AddrInfo, deletes []pieces.Delete) ([]deleteResult, error) {
 	var results []deleteResult
 	silence := s.peers.get(p.ID).silence()
-	err := fmt.Errorf("%w: it has been silent for %s, and is told when it answers", errNoAnswer, silence.Round(time.Millisecond))
+	err := fmt.Errorf("%w: it has been silent for %s, and is told when it answers", errNoAnswer,
+		silence.Round(time.Millisecond))
 	if silence == 0 {
 		results, err = s.tellNow(ctx, p, deletes)
 	}
@@ -335,7 +341,8 @@ func (s *Swarm) tellAll() {
 func (s *Swarm) applyDelete(ctx context.Context, d pieces.Delete, from peer.ID) (pieces.DeleteResult, error) {
 	result, err := s.applied.do(d, func() (pieces.DeleteResult, error) { return s.store.ApplyDelete(ctx, d) })
 	if err != nil {
-		s.log.Warn("a delete by a peer was not done", "what", p2p.Describe(d.Tag, d.CID), "peer", from.String(), "error", err)
+		s.log.Warn("a delete by a peer was not done", "what", p2p.Describe(d.Tag, d.CID), "peer", from.String(),
+			"error", err)
 		return result, err
 	}
 	if !result.News && !result.Found {
@@ -346,7 +353,8 @@ func (s *Swarm) applyDelete(ctx context.Context, d pieces.Delete, from peer.ID) 
 		s.enqueue(toldDelete{delete: d, not: from})
 	}
 	if result.Tasks > 0 || result.Found {
-		s.log.Info("deleted by a peer", "what", p2p.Describe(d.Tag, d.CID), "peer", from.String(), "tasks", result.Tasks, "freed", result.Freed)
+		s.log.Info("deleted by a peer", "what", p2p.Describe(d.Tag, d.CID), "peer", from.String(),
+			"tasks", result.Tasks, "freed", result.Freed)
 	}
 	return result, nil
 }
@@ -408,7 +416,8 @@ func (s *Swarm) learnDeletes(ctx context.Context, p peer.ID) error {
 	for after := uint64(0); ; {
 		query := url.Values{"after": {strconv.FormatUint(after, 10)}, "sum": {hex.EncodeToString(sum[:])}}
 		var reply deletesReply
-		if err := s.client.callQuery(ctx, s.client.streams, p, http.MethodGet, pathDeletes, query, nil, &reply); err != nil {
+		if err := s.client.callQuery(ctx, s.client.streams, p, http.MethodGet, pathDeletes, query, nil,
+			&reply); err != nil {
 			return err
 		}
 		if len(reply.Deletes) > maxDeletes {

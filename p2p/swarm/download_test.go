@@ -66,7 +66,8 @@ func (g *gate) pass(ctx context.Context) {
 // through makes a peer give its pieces through the gate.
 func (g *gate) through(o *Options) {
 	o.tamper = func(honest http.Handler) http.Handler {
-		return edit(honest, pathPieces, func(w http.ResponseWriter, r *http.Request, answer *httptest.ResponseRecorder) {
+		return edit(honest, pathPieces, func(w http.ResponseWriter, r *http.Request,
+			answer *httptest.ResponseRecorder) {
 			if answer.Body.Len() > 1000 {
 				g.pass(r.Context())
 			}
@@ -236,7 +237,8 @@ func TestSourceVanishes(t *testing.T) {
 		}
 	}
 	if fromA != 10*digest.MinPieceLength || fromC != gateSize-10*digest.MinPieceLength {
-		t.Errorf("%d bytes came from the one that vanished and %d from the other, want 10 pieces and the rest", fromA, fromC)
+		t.Errorf("%d bytes came from the one that vanished and %d from the other, want 10 pieces and the rest", fromA,
+			fromC)
 	}
 }
 
@@ -313,13 +315,15 @@ func TestModes(t *testing.T) {
 		t.Errorf("by one that fetches nothing: %v, want %v", err, p2p.ErrNotFound)
 	}
 	never.push(t, "", "v1", "", []byte("layer"))
-	if reply, err := full.client.find(t.Context(), never.id, &findRequest{Names: []nameRef{{"", "v1"}}}); err != nil || reply.Names[0] != nil && reply.Names[0].Digest != "" {
+	if reply, err := full.client.find(t.Context(), never.id, &findRequest{Names: []nameRef{{"", "v1"}}}); err != nil ||
+		reply.Names[0] != nil && reply.Names[0].Digest != "" {
 		t.Errorf("one that serves nothing tells what a name stands for: %+v, %v", reply, err)
 	}
 	full.push(t, "", "v2", "", []byte("layer"))
 	for _, p := range []*testPeer{seed, never} {
 		query := url.Values{"cid": {"v2"}}
-		err := full.client.callQuery(t.Context(), full.client.streams, p.id, http.MethodPost, pathReplicate, query, nil, nil)
+		err := full.client.callQuery(t.Context(), full.client.streams, p.id, http.MethodPost, pathReplicate, query, nil,
+			nil)
 		if e, ok := errors.AsType[*statusError](err); !ok || e.code != http.StatusForbidden {
 			t.Errorf("one that is %s is asked to hold something: %v; want it refused", p.opts.Mode, err)
 		}
@@ -352,7 +356,8 @@ func TestRates(t *testing.T) {
 // No more pieces are sent at once than may be, and no more requests wait than that.
 func TestUploadBounds(t *testing.T) {
 	const pieces = 4
-	up := &upload{src: stored{full: schedule.FullSet(pieces)}, table: &digest.Table{Size: pieces * digest.MinPieceLength, PieceLength: digest.MinPieceLength}}
+	up := &upload{src: stored{full: schedule.FullSet(pieces)},
+		table: &digest.Table{Size: pieces * digest.MinPieceLength, PieceLength: digest.MinPieceLength}}
 	u := &uploads{slots: pieces, all: semaphore.NewWeighted(1), active: map[digest.Digest]*upload{}}
 	up, done, err := u.use("sha256:x", func() (*upload, error) { return up, nil })
 	if err != nil {
@@ -478,7 +483,8 @@ func askFor(t *testing.T, p, from *testPeer, task p2p.Task, table *digest.Table,
 func tryAskFor(t *testing.T, p, from *testPeer, task p2p.Task, table *digest.Table, at int64) (*http.Response, error) {
 	req := pieceRequest{links: links{table.Size, table.Chain}.hash(task.Digest), want: schedule.NewSet(table.Pieces())}
 	req.want.Add(int(at / table.PieceLength))
-	return p.client.do(t.Context(), p.client.http, from.id, http.MethodPost, pathPieces, taskQuery(task), req.append(nil))
+	return p.client.do(t.Context(), p.client.http, from.id, http.MethodPost, pathPieces, taskQuery(task),
+		req.append(nil))
 }
 
 // Of a piece that is sent in parts the last one is not sent where it is damaged.
@@ -499,7 +505,8 @@ func TestDamagedParts(t *testing.T) {
 	resp := askFor(t, b, a, task, table, at)
 	got, err := io.ReadAll(resp.Body)
 	resp.Body.Close()
-	if missing := resp.ContentLength - int64(len(got)); !errors.Is(err, io.ErrUnexpectedEOF) || missing != a.uploads.chunk {
+	if missing := resp.ContentLength - int64(len(got)); !errors.Is(err, io.ErrUnexpectedEOF) ||
+		missing != a.uploads.chunk {
 		t.Errorf("all but %d bytes were sent, and then %v; want all but the last %d", missing, err, a.uploads.chunk)
 	}
 	// It is not sent again; nor is the rest as soon as the damage is remembered.

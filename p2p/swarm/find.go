@@ -142,7 +142,8 @@ func (l *lookup) askConnected(req *findRequest) (all bool) {
 			continue
 		}
 		if silence := l.s.peers.get(p).silence(); silence > 0 {
-			l.note(fmt.Errorf("peer %s: %w: it has been silent for %s", p, errNoAnswer, silence.Round(time.Millisecond)))
+			l.note(fmt.Errorf("peer %s: %w: it has been silent for %s", p, errNoAnswer,
+				silence.Round(time.Millisecond)))
 			continue
 		}
 		l.ask(peer.AddrInfo{ID: p}, req)
@@ -298,9 +299,11 @@ func (l *lookup) missed(what string) error {
 		return l.s.explain(fmt.Errorf("%s is not here, and %w: none is connected", what, p2p.ErrUnreachable))
 	case asked == silent:
 		// Not wrapped: that a peer took too long is not to look as if the caller had.
-		return l.s.explain(fmt.Errorf("%s is not here, and %w: none of %d answered: %v", what, p2p.ErrUnreachable, asked, l.failed))
+		return l.s.explain(fmt.Errorf("%s is not here, and %w: none of %d answered: %v", what, p2p.ErrUnreachable,
+			asked, l.failed))
 	case silent > 0:
-		return fmt.Errorf("%s: %w here or on %d peers; %d more did not answer", what, p2p.ErrNotFound, asked-silent, silent)
+		return fmt.Errorf("%s: %w here or on %d peers; %d more did not answer", what, p2p.ErrNotFound, asked-silent,
+			silent)
 	}
 	return fmt.Errorf("%s: %w here or on %d peers", what, p2p.ErrNotFound, asked)
 }
@@ -330,7 +333,9 @@ func (s *Swarm) accept(ctx context.Context, from peer.ID, task p2p.Task, state *
 }
 
 // statTask asks the network for a task.
-func (s *Swarm) statTask(ctx context.Context, task p2p.Task, opts p2p.StatOptions) (info p2p.Info, from peer.ID, err error) {
+func (s *Swarm) statTask(
+	ctx context.Context, task p2p.Task, opts p2p.StatOptions,
+) (info p2p.Info, from peer.ID, err error) {
 	lookupCtx, cancel := s.within(ctx)
 	defer cancel()
 	l := s.lookup(lookupCtx, &findRequest{Tasks: []taskRef{taskRef(task)}, Lease: opts.Lease}, taskKey(task), false)
@@ -375,7 +380,9 @@ func (s *Swarm) statTask(ctx context.Context, task p2p.Task, opts p2p.StatOption
 
 // statNamed is statTask for what a name has just led to: a peer that has told of the name is not
 // asked once more where one of them has all of it.
-func (s *Swarm) statNamed(ctx context.Context, task p2p.Task, opts p2p.StatOptions) (info p2p.Info, from peer.ID, err error) {
+func (s *Swarm) statNamed(
+	ctx context.Context, task p2p.Task, opts p2p.StatOptions,
+) (info p2p.Info, from peer.ID, err error) {
 	if !opts.Providers {
 		for _, h := range s.recent.of(task) {
 			if h.state.whole() {
@@ -547,7 +554,8 @@ func infoOf(task p2p.Task, state *taskState) p2p.Info {
 	table := digest.Table{Size: state.Size, PieceLength: digest.PieceLength(state.Size)}
 	info := p2p.Info{
 		Task: task, Size: state.Size, PieceLength: table.PieceLength, Pieces: table.Pieces(), Remote: true,
-		MediaType: state.MediaType, IsManifest: state.Manifest, Origin: state.Origin, After: state.After, Keep: p2p.KeepUntilReferred,
+		MediaType: state.MediaType, IsManifest: state.Manifest, Origin: state.Origin, After: state.After,
+		Keep: p2p.KeepUntilReferred,
 	}
 	if state.Pinned {
 		info.Keep = p2p.KeepPinned
@@ -608,7 +616,8 @@ func (s *Swarm) follow(ctx context.Context, all []followed, task p2p.Task, asker
 	if !state.Manifest || state.Size > maxFollowedSize {
 		return all, nil
 	}
-	info, err := s.store.Stat(ctx, task.Tag, digest.FromDigest(task.Digest), p2p.StatOptions{Scope: p2p.Local, Manifest: true})
+	info, err := s.store.Stat(ctx, task.Tag, digest.FromDigest(task.Digest),
+		p2p.StatOptions{Scope: p2p.Local, Manifest: true})
 	if err != nil || info.Manifest == nil {
 		return all, nil // it has gone just now
 	}

@@ -78,7 +78,8 @@ func FuzzLinks(f *testing.F) {
 // FuzzAnswers has everything parsed that a peer may say as JSON.
 func FuzzAnswers(f *testing.F) {
 	for _, v := range []any{
-		findReply{Tasks: []*taskState{{Size: 100_000, Held: []byte{1}}, nil}, Names: []*nameState{{Digest: digest.SHA256.FromString("")}}},
+		findReply{Tasks: []*taskState{{Size: 100_000, Held: []byte{1}}, nil},
+			Names: []*nameState{{Digest: digest.SHA256.FromString("")}}},
 		deletesReply{Deletes: []deleteMessage{{Tag: "t", CID: "v1", At: time.Unix(1, 0)}}},
 		hello{ID: "x", Pieces: []string{"0.0.0.0:1"}},
 	} {
@@ -95,7 +96,8 @@ func FuzzAnswers(f *testing.F) {
 				if s == nil {
 					continue
 				}
-				if set, err := s.pieces(); err == nil && s.Size < 1<<30 && (set.Len()+1)*digest.MaxPieceLength < int(s.Size) {
+				if set, err := s.pieces(); err == nil && s.Size < 1<<30 &&
+					(set.Len()+1)*digest.MaxPieceLength < int(s.Size) {
 					t.Errorf("%d bytes have %d pieces", s.Size, set.Len())
 				}
 				for _, h := range s.Hints {

@@ -211,7 +211,8 @@ var nameLies = []lie{
 		w.Write(b[:r.IntN(len(b))])
 		panic(http.ErrAbortHandler)
 	})},
-	{"a part of a manifest", onManifests(func(r *mathrand.Rand, w http.ResponseWriter, b []byte) { w.Write(b[:r.IntN(len(b))]) })},
+	{"a part of a manifest", onManifests(
+		func(r *mathrand.Rand, w http.ResponseWriter, b []byte) { w.Write(b[:r.IntN(len(b))]) })},
 }
 
 // before returns a time before the name was deleted.
@@ -222,7 +223,8 @@ func before(about subject, r *mathrand.Rand) time.Time {
 // later returns a time that is later than now.
 func later(r *mathrand.Rand) time.Time {
 	return []time.Time{
-		time.Now().Add(30 * time.Minute), time.Now().Add(2 * time.Hour), time.Now().Add(year), time.Now().Add(100 * year), pieces.LastStamp.Add(-1), pieces.LastStamp,
+		time.Now().Add(30 * time.Minute), time.Now().Add(2 * time.Hour), time.Now().Add(year),
+		time.Now().Add(100 * year), pieces.LastStamp.Add(-1), pieces.LastStamp,
 	}[r.IntN(6)]
 }
 
@@ -242,18 +244,23 @@ func onNames(state func(*mathrand.Rand, subject) nameState) func(*mathrand.Rand,
 }
 
 // onDeletes tells whoever it meets of deletes.
-func onDeletes(deletes func(*mathrand.Rand, subject) []pieces.Delete) func(*mathrand.Rand, subject, http.Handler) http.Handler {
+func onDeletes(
+	deletes func(*mathrand.Rand, subject) []pieces.Delete,
+) func(*mathrand.Rand, subject, http.Handler) http.Handler {
 	return func(r *mathrand.Rand, about subject, honest http.Handler) http.Handler {
 		reply := deletesReply{}
 		for _, d := range deletes(r, about) {
 			reply.Deletes = append(reply.Deletes, deleteMessageOf(d, time.Now()))
 		}
-		return instead(honest, pathDeletes, func(w http.ResponseWriter, _ *http.Request) { json.NewEncoder(w).Encode(reply) })
+		return instead(honest, pathDeletes,
+			func(w http.ResponseWriter, _ *http.Request) { json.NewEncoder(w).Encode(reply) })
 	}
 }
 
 // onManifests changes manifests.
-func onManifests(f func(*mathrand.Rand, http.ResponseWriter, []byte)) func(*mathrand.Rand, subject, http.Handler) http.Handler {
+func onManifests(
+	f func(*mathrand.Rand, http.ResponseWriter, []byte),
+) func(*mathrand.Rand, subject, http.Handler) http.Handler {
 	return func(r *mathrand.Rand, _ subject, honest http.Handler) http.Handler {
 		return edit(honest, pathBlob, func(w http.ResponseWriter, _ *http.Request, answer *httptest.ResponseRecorder) {
 			f(r, w, answer.Body.Bytes())
@@ -299,7 +306,9 @@ func instead(honest http.Handler, path string, f http.HandlerFunc) http.Handler 
 }
 
 // edit changes the honest answers to a path.
-func edit(honest http.Handler, path string, f func(http.ResponseWriter, *http.Request, *httptest.ResponseRecorder)) http.Handler {
+func edit(
+	honest http.Handler, path string, f func(http.ResponseWriter, *http.Request, *httptest.ResponseRecorder),
+) http.Handler {
 	return instead(honest, path, func(w http.ResponseWriter, r *http.Request) {
 		answer := httptest.NewRecorder()
 		honest.ServeHTTP(answer, r)
@@ -326,11 +335,14 @@ func editStates(honest http.Handler, f func(*taskState)) http.Handler {
 }
 
 // onPieces changes the honest answers that have pieces.
-func onPieces(f func(*mathrand.Rand, http.ResponseWriter, *httptest.ResponseRecorder)) func(*mathrand.Rand, subject, http.Handler) http.Handler {
+func onPieces(
+	f func(*mathrand.Rand, http.ResponseWriter, *httptest.ResponseRecorder),
+) func(*mathrand.Rand, subject, http.Handler) http.Handler {
 	return func(r *mathrand.Rand, _ subject, honest http.Handler) http.Handler {
 		var mu sync.Mutex
 		seed := r.Uint64()
-		return edit(honest, pathPieces, func(w http.ResponseWriter, _ *http.Request, answer *httptest.ResponseRecorder) {
+		return edit(honest, pathPieces, func(w http.ResponseWriter, _ *http.Request,
+			answer *httptest.ResponseRecorder) {
 			mu.Lock()
 			seed++
 			mine := mathrand.New(&lockedSource{src: mathrand.NewPCG(seed, 0)})
@@ -341,7 +353,9 @@ func onPieces(f func(*mathrand.Rand, http.ResponseWriter, *httptest.ResponseReco
 }
 
 // forger serves other links than the true ones, and pieces that fit them as far as they can.
-func forger(forge func(*mathrand.Rand, *digest.Table, []byte) (*digest.Table, []byte)) func(*mathrand.Rand, subject, http.Handler) http.Handler {
+func forger(
+	forge func(*mathrand.Rand, *digest.Table, []byte) (*digest.Table, []byte),
+) func(*mathrand.Rand, subject, http.Handler) http.Handler {
 	return func(r *mathrand.Rand, about subject, honest http.Handler) http.Handler {
 		d := about.task.Digest
 		table, forged := forge(r, tableOf(d, about.data), about.data)
@@ -422,7 +436,9 @@ func hostile(t *testing.T, seed uint64) {
 		t.Fatalf("there are %d deletes, %v", len(about.deleted), err)
 	}
 	gone := about.deleted[0]
-	about.deleted = append(about.deleted, pieces.Delete{Tag: about.task.Tag, CID: digest.FromDigest(about.task.Digest), At: gone.At, Made: gone.Made, Soft: true})
+	about.deleted = append(about.deleted,
+		pieces.Delete{Tag: about.task.Tag, CID: digest.FromDigest(about.task.Digest), At: gone.At, Made: gone.Made,
+			Soft: true})
 	honest := []*testPeer{first}
 	if r.IntN(2) == 0 {
 		honest = append(honest, h.start(t, short))

@@ -50,9 +50,10 @@ func TestLies(t *testing.T) {
 	}
 	pieces := func(f func(w http.ResponseWriter, answer []byte)) func(http.Handler) http.Handler {
 		return func(honest http.Handler) http.Handler {
-			return edit(honest, pathPieces, func(w http.ResponseWriter, _ *http.Request, answer *httptest.ResponseRecorder) {
-				f(w, answer.Body.Bytes())
-			})
+			return edit(honest, pathPieces,
+				func(w http.ResponseWriter, _ *http.Request, answer *httptest.ResponseRecorder) {
+					f(w, answer.Body.Bytes())
+				})
 		}
 	}
 	replied := func(reply []byte) func(http.Handler) http.Handler {
@@ -108,15 +109,20 @@ func TestLies(t *testing.T) {
 				}
 			})
 		}, "not asked for"},
-		"a piece that there is not": {replied(append([]byte{pieceVersion, flagPiece | flagWhole, 0, 0, 0, byte(table.Pieces())}, make([]byte, 8)...)), "malformed"},
-		"another version":           {replied(make([]byte, pieceReplyHeader)), "malformed"},
-		"a set of another length":   {replied(append([]byte{pieceVersion, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0}, 0)), "malformed"},
-		"hints that are none":       {replied(append([]byte{pieceVersion, flagWhole, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1}, '{')), "malformed"},
+		"a piece that there is not": {replied(
+			append([]byte{pieceVersion, flagPiece | flagWhole, 0, 0, 0, byte(table.Pieces())}, make([]byte, 8)...)),
+			"malformed"},
+		"another version": {replied(make([]byte, pieceReplyHeader)), "malformed"},
+		"a set of another length": {replied(append([]byte{pieceVersion, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0}, 0)),
+			"malformed"},
+		"hints that are none": {replied(
+			append([]byte{pieceVersion, flagWhole, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1}, '{')), "malformed"},
 		"a chain that is too short": {linked(chain[:len(chain)-1]), "malformed"},
 		"a chain that is too long":  {linked(append(chain, 0)), "malformed"},
 		"no chain":                  {linked(chain[:7]), "another length"},
 		"a chain of other content": {func(honest http.Handler) http.Handler {
-			return forged(mathrand.New(mathrand.NewPCG(4, 1)), subject{task: p2p.Task{Digest: table.Digest}, data: data}, honest)
+			return forged(mathrand.New(mathrand.NewPCG(4, 1)),
+				subject{task: p2p.Task{Digest: table.Digest}, data: data}, honest)
 		}, "do not fit"},
 		"that it is empty": {func(honest http.Handler) http.Handler {
 			return editStates(honest, func(s *taskState) { s.Size, s.Held = 0, nil })
@@ -130,7 +136,9 @@ func TestLies(t *testing.T) {
 					o.tamper = func(honest http.Handler) http.Handler {
 						lying := lie.make(honest)
 						return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-							if peerOf(r) == b.id && (r.URL.Path == pathFind || r.URL.Path == pathLinks || r.URL.Path == pathPieces) && asked.Add(1) > 1000 {
+							if peerOf(r) == b.id &&
+								(r.URL.Path == pathFind || r.URL.Path == pathLinks || r.URL.Path == pathPieces) &&
+								asked.Add(1) > 1000 {
 								io.Copy(io.Discard, r.Body)
 								<-r.Context().Done() // so that time goes on, whoever asks without a pause
 								return

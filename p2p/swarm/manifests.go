@@ -177,7 +177,8 @@ func (s *Swarm) Replicate(ctx context.Context, tag string, cid digest.CID, n int
 			})
 		}
 		if under == 0 {
-			err := fmt.Errorf("replicate %s: %w that can hold it: %d of %d do", p2p.Describe(tag, cid), p2p.ErrUnreachable, len(done), n)
+			err := fmt.Errorf("replicate %s: %w that can hold it: %d of %d do", p2p.Describe(tag, cid),
+				p2p.ErrUnreachable, len(done), n)
 			if failed != nil {
 				err = fmt.Errorf("%w: %w", err, failed)
 			}
@@ -190,7 +191,8 @@ func (s *Swarm) Replicate(ctx context.Context, tag string, cid digest.CID, n int
 				done = append(done, r.peer.String())
 			} else {
 				failed = fmt.Errorf("peer %s: %w", r.peer, r.err)
-				s.log.Warn("a peer does not hold what it was asked to", "what", p2p.Describe(tag, cid), "peer", r.peer.String(), "error", r.err)
+				s.log.Warn("a peer does not hold what it was asked to", "what", p2p.Describe(tag, cid),
+					"peer", r.peer.String(), "error", r.err)
 			}
 		case <-ctx.Done():
 			return done, context.Cause(ctx)

@@ -60,7 +60,8 @@ type Instance struct {
 func NewInstance() *Instance { return &Instance{id: rand.Text(), log: slog.New(slog.DiscardHandler)} }
 
 // errTwin says that another host has the identity of this one.
-var errTwin = errors.New("it has the identity of this host: peer.key was copied from one to the other; stop one of the two dfdaemons, remove its peer.key, and start it again")
+var errTwin = errors.New("it has the identity of this host: peer.key was copied from one to the other; stop one of " +
+	"the two dfdaemons, remove its peer.key, and start it again")
 
 // found notes that another host has the same identity; not where that is "".
 func (in *Instance) found(where string) {
@@ -121,7 +122,9 @@ func (s *Swarm) meet(ctx context.Context, p peer.ID) error {
 	case news && skew == 0:
 		s.log.Info("the clock of a peer is right again", "peer", p.String())
 	case news:
-		s.log.Warn("the clocks of this host and of a peer differ: keep both in step, such as by NTP", "peer", p.String(), "address", e.lastAddress(), "ahead", skew.Round(time.Millisecond).String(), "whose", s.whose(skew))
+		s.log.Warn("the clocks of this host and of a peer differ: keep both in step, such as by NTP",
+			"peer", p.String(), "address", e.lastAddress(), "ahead", skew.Round(
+				time.Millisecond).String(), "whose", s.whose(skew))
 	}
 	return nil
 }
@@ -222,7 +225,8 @@ func (s *Swarm) introduced(from peer.ID, r *http.Request) {
 		return
 	}
 	if s.peers.get(from).runs(instance) {
-		s.log.Error("two hosts have the same identity: peer.key was copied from one to the other; stop one of the two dfdaemons, remove its peer.key, and start it again",
+		s.log.Error("two hosts have the same identity: peer.key was copied from one to the other; stop one of the "+
+			"two dfdaemons, remove its peer.key, and start it again",
 			"peer", from.String(), "at", s.addressesOf(from))
 	}
 }
@@ -274,7 +278,8 @@ func (e *peerEntry) speaks(h *hello) (why string, news bool) {
 		if from > protocol {
 			older = "this host"
 		}
-		why = fmt.Sprintf("it speaks version %d to %d of the peers' protocol (dfdaemon %s), this one %d to %d: upgrade the dfdaemon of %s", from, to, h.Version, oldestProtocol, protocol, older)
+		why = fmt.Sprintf("it speaks version %d to %d of the peers' protocol (dfdaemon %s), this one %d to %d: "+
+			"upgrade the dfdaemon of %s", from, to, h.Version, oldestProtocol, protocol, older)
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()

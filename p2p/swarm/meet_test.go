@@ -55,10 +55,12 @@ func TestSkewIsTold(t *testing.T) {
 		a, c := h.start(t, logA.with), h.start(t, wrong.with)
 		tells := skew.Abs() > maxSkew
 		eventually(t, "the clocks were not compared", func() bool {
-			return (a.peerOn(t, c.id).Ahead-skew).Abs() < 3*time.Second && (c.peerOn(t, a.id).Ahead+skew).Abs() < 3*time.Second
+			return (a.peerOn(t, c.id).Ahead-skew).Abs() < 3*time.Second &&
+				(c.peerOn(t, a.id).Ahead+skew).Abs() < 3*time.Second
 		})
 		if tells {
-			eventually(t, "it was not logged", func() bool { return logA.has("clocks of this host and of a peer differ") })
+			eventually(t, "it was not logged",
+				func() bool { return logA.has("clocks of this host and of a peer differ") })
 			wrong.set(0)
 			a.meetAll()
 			if !logA.has("the clock of a peer is right again") || a.peerOn(t, c.id).Ahead.Abs() > time.Minute {
@@ -76,10 +78,11 @@ func TestSkewOfAnOldPeer(t *testing.T) {
 	a := h.start(t)
 	c := h.start(t, func(o *Options) {
 		o.tamper = func(honest http.Handler) http.Handler {
-			return edit(honest, pathHello, func(w http.ResponseWriter, _ *http.Request, answer *httptest.ResponseRecorder) {
-				w.Header().Set("Date", time.Now().Add(-year).UTC().Format(http.TimeFormat))
-				w.Write(without(answer.Body.Bytes(), "clock", "protocol", "oldestProtocol", "instance"))
-			})
+			return edit(honest, pathHello,
+				func(w http.ResponseWriter, _ *http.Request, answer *httptest.ResponseRecorder) {
+					w.Header().Set("Date", time.Now().Add(-year).UTC().Format(http.TimeFormat))
+					w.Write(without(answer.Body.Bytes(), "clock", "protocol", "oldestProtocol", "instance"))
+				})
 		}
 	})
 	eventually(t, "its clock is not known", func() bool { return (a.peerOn(t, c.id).Ahead + year).Abs() < time.Minute })
@@ -128,7 +131,8 @@ func asFirst(o *Options) {
 func strip(v any) any {
 	switch v := v.(type) {
 	case map[string]any:
-		for _, f := range []string{"after", "deletedAfter", "deletedAge", "letGo", "protocol", "oldestProtocol", "clock", "instance", "newer", "newerAfter", "age", "seen"} {
+		for _, f := range []string{"after", "deletedAfter", "deletedAge", "letGo", "protocol", "oldestProtocol",
+			"clock", "instance", "newer", "newerAfter", "age", "seen"} {
 			delete(v, f)
 		}
 		for k := range v {
@@ -168,11 +172,14 @@ func TestReleaseBefore(t *testing.T) {
 			t.Errorf("the peer is %+v", got)
 		}
 	}
-	if err := a.commit(t.Context(), p2p.Commit{Names: []p2p.NewName{{Tag: "m", Name: "ahead", Digest: last.Digest, Updated: time.Now().Add(2 * time.Hour)}}}); err != nil {
+	if err := a.commit(t.Context(), p2p.Commit{
+		Names: []p2p.NewName{{Tag: "m", Name: "ahead", Digest: last.Digest,
+			Updated: time.Now().Add(2 * time.Hour)}}}); err != nil {
 		t.Fatal(err)
 	}
 	// A date that the other would refuse with all that comes along is not told to it.
-	if _, err := a.applyDelete(t.Context(), mustParse(t, deleteMessage{Tag: "m", CID: "far", At: time.Now().Add(2 * time.Hour)}), old.id); err != nil {
+	if _, err := a.applyDelete(t.Context(),
+		mustParse(t, deleteMessage{Tag: "m", CID: "far", At: time.Now().Add(2 * time.Hour)}), old.id); err != nil {
 		t.Fatal(err)
 	}
 	for version, want := range map[string]int{"": 0, "2": 1} {
@@ -226,7 +233,8 @@ func TestMessagesOfTheFirstVersion(t *testing.T) {
 	at := time.Date(2026, 11, 30, 1, 2, 3, 4, time.UTC)
 	for _, m := range deletes.Deletes {
 		d := mustParse(t, m)
-		if !d.Covers(at.Add(-time.Minute), at.Add(time.Hour)) || d.Covers(at.Add(time.Second), at.Add(time.Hour)) || !d.Made.Equal(d.At) {
+		if !d.Covers(at.Add(-time.Minute), at.Add(time.Hour)) || d.Covers(at.Add(time.Second), at.Add(time.Hour)) ||
+			!d.Made.Equal(d.At) {
 			t.Errorf("a delete is %+v", d)
 		}
 	}
@@ -247,13 +255,14 @@ func TestForeignPeer(t *testing.T) {
 		b := h.start(t, func(o *Options) {
 			o.Version = "v7.7"
 			o.tamper = func(honest http.Handler) http.Handler {
-				return edit(honest, pathHello, func(w http.ResponseWriter, _ *http.Request, answer *httptest.ResponseRecorder) {
-					var m map[string]any
-					json.Unmarshal(answer.Body.Bytes(), &m)
-					m["protocol"], m["oldestProtocol"] = c.to, c.from
-					b, _ := json.Marshal(m)
-					w.Write(b)
-				})
+				return edit(honest, pathHello,
+					func(w http.ResponseWriter, _ *http.Request, answer *httptest.ResponseRecorder) {
+						var m map[string]any
+						json.Unmarshal(answer.Body.Bytes(), &m)
+						m["protocol"], m["oldestProtocol"] = c.to, c.from
+						b, _ := json.Marshal(m)
+						w.Write(b)
+					})
 			}
 		})
 		task := b.add(t, "m", content(1000, 1))
@@ -263,10 +272,12 @@ func TestForeignPeer(t *testing.T) {
 			b.Close()
 			continue
 		}
-		eventually(t, "it is not known to be foreign", func() bool { return a.peerOn(t, b.id).State == p2p.PeerForeign })
+		eventually(t, "it is not known to be foreign",
+			func() bool { return a.peerOn(t, b.id).State == p2p.PeerForeign })
 		_, err := a.read(t.Context(), task)
 		for _, text := range []string{c.want, "v7.7", "version 3 to 4", "this one 1 to 2"} {
-			if !errors.Is(err, p2p.ErrUnreachable) || !strings.Contains(err.Error(), text) || !strings.Contains(a.peerOn(t, b.id).Reason, text) {
+			if !errors.Is(err, p2p.ErrUnreachable) || !strings.Contains(err.Error(), text) ||
+				!strings.Contains(a.peerOn(t, b.id).Reason, text) {
 				t.Errorf("error is %v, the reason %q; want %q", err, a.peerOn(t, b.id).Reason, text)
 			}
 		}
@@ -314,13 +325,15 @@ func TestTwins(t *testing.T) {
 	}
 	ask(a.id, "1")
 	ask(a.id, "2")
-	if ask(a.id, "1").Twin == "" || ask(a.id, "2").Twin == "" || b.peerOn(t, a.id).State != p2p.PeerCloned || !log.has("two hosts have the same identity") {
+	if ask(a.id, "1").Twin == "" || ask(a.id, "2").Twin == "" || b.peerOn(t, a.id).State != p2p.PeerCloned ||
+		!log.has("two hosts have the same identity") {
 		t.Errorf("that two take turns is not told: %+v", b.peerOn(t, a.id))
 	}
 	if err := a.meet(t.Context(), b.id); err != nil {
 		t.Fatal(err)
 	}
-	if got := a.peerOn(t, a.id); got.State != p2p.PeerCloned || !strings.Contains(got.Reason, "peer.key") || !logA.has("identity of this one") {
+	if got := a.peerOn(t, a.id); got.State != p2p.PeerCloned || !strings.Contains(got.Reason, "peer.key") ||
+		!logA.has("identity of this one") {
 		t.Errorf("the host itself says %+v", got)
 	}
 	if b.instance.found(strings.Repeat("x", maxJSON)); len(b.instance.other()) > 1024 {
@@ -340,7 +353,8 @@ func TestTwinAtAnAddress(t *testing.T) {
 			t.Fatal(err)
 		}
 		_, err = resolve(t.Context(), a.Addresses()[0])
-		if twin := in == other; errors.Is(err, errTwin) != twin || log.has("identity of this one") != twin || (in.other() != "") != twin {
+		if twin := in == other; errors.Is(err, errTwin) != twin || log.has("identity of this one") != twin ||
+			(in.other() != "") != twin {
 			t.Errorf("twin %t: %v, the log of the one that is asked: %t", twin, err, log.has("identity of this one"))
 		}
 	}

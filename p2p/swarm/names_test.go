@@ -54,9 +54,11 @@ func (p *testPeer) pushNamed(t testing.TB, name p2p.NewName, subject digest.Dige
 	var c p2p.Commit
 	for _, f := range files {
 		d := add(f)
-		m.Layers = append(m.Layers, ocispec.Descriptor{MediaType: "application/octet-stream", Digest: d, Size: int64(len(f))})
+		m.Layers = append(m.Layers, ocispec.Descriptor{
+			MediaType: "application/octet-stream", Digest: d, Size: int64(len(f))})
 		refs.Refs = append(refs.Refs, d)
-		c.Tasks = append(c.Tasks, p2p.NewTask{Task: p2p.Task{Tag: tag, Digest: d}, MediaType: "application/octet-stream"})
+		c.Tasks = append(c.Tasks, p2p.NewTask{
+			Task: p2p.Task{Tag: tag, Digest: d}, MediaType: "application/octet-stream"})
 	}
 	b, err := json.Marshal(m)
 	if err != nil {
@@ -104,7 +106,8 @@ func TestNames(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if info.Task != first || !info.Remote || info.Local() || !info.IsManifest || info.Manifest == nil || len(info.Manifest.Refs) != 2 || info.Manifest.Refs[0].Size != 3 || !info.Manifest.Refs[0].Remote {
+	if info.Task != first || !info.Remote || info.Local() || !info.IsManifest || info.Manifest == nil ||
+		len(info.Manifest.Refs) != 2 || info.Manifest.Refs[0].Size != 3 || !info.Manifest.Refs[0].Remote {
 		t.Errorf("the name on another host is %+v", info)
 	}
 	if _, err := b.statName(t, "models", "v1", p2p.StatOptions{Scope: p2p.Local}); !errors.Is(err, p2p.ErrNotFound) {
@@ -170,7 +173,8 @@ func TestReadTakesNothingAway(t *testing.T) {
 		second := a.pushNamed(t, name, "", two)
 		for _, p := range []*testPeer{b, c} {
 			read(p)
-			if info, err := p.statName(t, "models", "v1", p2p.StatOptions{Scope: p2p.Local}); err != nil || info.Task != second {
+			if info, err := p.statName(t, "models", "v1", p2p.StatOptions{Scope: p2p.Local}); err != nil ||
+				info.Task != second {
 				t.Errorf("the name that was read is %+v, %v", info, err)
 			}
 		}
@@ -327,7 +331,8 @@ func TestDeleteEverywhere(t *testing.T) {
 	if _, err := b.read(t.Context(), task); !errors.Is(err, p2p.ErrNotFound) {
 		t.Errorf("after the delete: %v, want %v", err, p2p.ErrNotFound)
 	}
-	if _, err := c.Delete(t.Context(), "models", digest.FromDigest(task.Digest), p2p.DeleteOptions{}); !errors.Is(err, p2p.ErrNotFound) {
+	if _, err := c.Delete(t.Context(), "models", digest.FromDigest(task.Digest), p2p.DeleteOptions{}); !errors.Is(err,
+		p2p.ErrNotFound) {
 		t.Errorf("once more: %v, want %v", err, p2p.ErrNotFound)
 	}
 	// It can be imported again, and is everywhere again.
@@ -398,7 +403,8 @@ func TestDeleteIsToldToWhoMissedIt(t *testing.T) {
 	data := content(1000, 8)
 	task := b.add(t, "models", data)
 	seen := pieces.Version{At: b.wantStored(t, task).Origin}
-	if _, _, err := a.store.DeleteForAll(t.Context(), "models", digest.FromDigest(task.Digest), p2p.DeleteOptions{}, seen); err != nil {
+	if _, _, err := a.store.DeleteForAll(t.Context(), "models", digest.FromDigest(task.Digest), p2p.DeleteOptions{},
+		seen); err != nil {
 		t.Fatal(err)
 	}
 	b.wantStored(t, task)
@@ -425,24 +431,26 @@ func TestDeletedStaysDeleted(t *testing.T) {
 	state.Referred = true // which only force deletes
 	h.start(t, func(o *Options) {
 		o.tamper = func(honest http.Handler) http.Handler {
-			return edit(honest, pathFind, func(w http.ResponseWriter, _ *http.Request, answer *httptest.ResponseRecorder) {
-				var reply findReply
-				json.Unmarshal(answer.Body.Bytes(), &reply)
-				for i := range reply.Names {
-					reply.Names[i] = name
-				}
-				for i := range reply.Tasks {
-					reply.Tasks[i] = state
-				}
-				writeJSON(w, &reply)
-			})
+			return edit(honest, pathFind,
+				func(w http.ResponseWriter, _ *http.Request, answer *httptest.ResponseRecorder) {
+					var reply findReply
+					json.Unmarshal(answer.Body.Bytes(), &reply)
+					for i := range reply.Names {
+						reply.Names[i] = name
+					}
+					for i := range reply.Tasks {
+						reply.Tasks[i] = state
+					}
+					writeJSON(w, &reply)
+				})
 		}
 	})
 	wantName(t, "before it is deleted", "models", "v1", manifest, a)
 	a.delete(t, "models", "v1", p2p.DeleteOptions{})
 	a.delete(t, "models", string(task.Digest), p2p.DeleteOptions{Force: true})
 	wantNoName(t, "deleted", "models", "v1", a, h.start(t))
-	if info, err := a.Stat(t.Context(), "models", digest.FromDigest(task.Digest), p2p.StatOptions{}); !errors.Is(err, p2p.ErrNotFound) {
+	if info, err := a.Stat(t.Context(), "models", digest.FromDigest(task.Digest), p2p.StatOptions{}); !errors.Is(err,
+		p2p.ErrNotFound) {
 		t.Errorf("deleted by force: %+v, %v; want %v", info, err, p2p.ErrNotFound)
 	}
 }
@@ -467,13 +475,15 @@ func TestDeleteIsToldTwice(t *testing.T) {
 	h := newHub()
 	a, b := h.start(t), h.start(t, func(o *Options) {
 		o.tamper = func(honest http.Handler) http.Handler {
-			return instead(honest, pathFind, func(w http.ResponseWriter, _ *http.Request) { writeJSON(w, &findReply{Tasks: make([]*taskState, 1)}) })
+			return instead(honest, pathFind,
+				func(w http.ResponseWriter, _ *http.Request) { writeJSON(w, &findReply{Tasks: make([]*taskState, 1)}) })
 		}
 	})
 	data := content(1000, 10)
 	task := a.add(t, "models", data)
 	b.add(t, "models", data)
-	if deleted := a.delete(t, "models", string(task.Digest), p2p.DeleteOptions{}); deleted.Removed != 1 || len(deleted.Missed) != 0 {
+	if deleted := a.delete(t, "models", string(task.Digest), p2p.DeleteOptions{}); deleted.Removed != 1 ||
+		len(deleted.Missed) != 0 {
 		t.Errorf("deleted is %+v, want it to be removed from %s", deleted, b.id)
 	}
 }
@@ -520,24 +530,27 @@ func TestKindIsOfTheContent(t *testing.T) {
 			var manifest p2p.Task
 			a := h.start(t, func(o *Options) {
 				o.tamper = func(honest http.Handler) http.Handler {
-					return edit(honest, pathFind, func(w http.ResponseWriter, r *http.Request, answer *httptest.ResponseRecorder) {
-						var reply findReply
-						json.Unmarshal(answer.Body.Bytes(), &reply)
-						for _, state := range reply.Tasks {
-							if state != nil && state.Size > 100 { // the manifest
-								lie(state)
+					return edit(honest, pathFind,
+						func(w http.ResponseWriter, r *http.Request, answer *httptest.ResponseRecorder) {
+							var reply findReply
+							json.Unmarshal(answer.Body.Bytes(), &reply)
+							for _, state := range reply.Tasks {
+								if state != nil && state.Size > 100 { // the manifest
+									lie(state)
+								}
 							}
-						}
-						writeJSON(w, &reply)
-					})
+							writeJSON(w, &reply)
+						})
 				}
 			})
 			layer := []byte("layer")
 			manifest = a.push(t, "models", "v1", "", layer)
 			want := func(what string, info p2p.Info, err error) {
 				t.Helper()
-				if err != nil || info.Task != manifest || !info.IsManifest || info.MediaType != ocispec.MediaTypeImageManifest ||
-					info.Manifest == nil || len(info.Manifest.Content) != int(info.Size) || len(info.Manifest.Refs) != 1 {
+				if err != nil || info.Task != manifest || !info.IsManifest ||
+					info.MediaType != ocispec.MediaTypeImageManifest ||
+					info.Manifest == nil || len(info.Manifest.Content) != int(info.Size) ||
+					len(info.Manifest.Refs) != 1 {
 					t.Errorf("%s: %+v, %v", what, info, err)
 				}
 			}
@@ -553,7 +566,8 @@ func TestKindIsOfTheContent(t *testing.T) {
 			b.want(t, p2p.Task{Tag: "models", Digest: digest.SHA256.FromBytes(layer)}, layer)
 			if told != "a large blob" {
 				h.setCut(func(x, y peer.ID) bool { return x == b.id || y == b.id }) // it tells the truth
-				info, err = h.start(t).HoldManifest(t.Context(), "models", digest.FromDigest(manifest.Digest), p2p.StatOptions{})
+				info, err = h.start(t).HoldManifest(
+					t.Context(), "models", digest.FromDigest(manifest.Digest), p2p.StatOptions{})
 				want("named by its digest, and kept", info, err)
 			}
 		})
@@ -568,7 +582,8 @@ func TestDeleteRefused(t *testing.T) {
 	task := p2p.Task{Tag: "models", Digest: digest.SHA256.FromBytes(layer)}
 	a.want(t, task, layer)
 	a.wantStored(t, task)
-	if _, err := a.Delete(t.Context(), "models", digest.FromDigest(task.Digest), p2p.DeleteOptions{}); !errors.Is(err, p2p.ErrReferenced) {
+	if _, err := a.Delete(t.Context(), "models", digest.FromDigest(task.Digest), p2p.DeleteOptions{}); !errors.Is(err,
+		p2p.ErrReferenced) {
 		t.Errorf("error is %v, want %v", err, p2p.ErrReferenced)
 	}
 	a.wantStored(t, task)
@@ -629,7 +644,8 @@ func TestDeleteComesTwice(t *testing.T) {
 		}
 	}
 	for i := range 2 * maxApplied {
-		a.applied.do(pieces.Delete{Tag: fmt.Sprint(i)}, func() (pieces.DeleteResult, error) { return pieces.DeleteResult{News: true}, nil })
+		a.applied.do(pieces.Delete{Tag: fmt.Sprint(i)},
+			func() (pieces.DeleteResult, error) { return pieces.DeleteResult{News: true}, nil })
 	}
 	if n := len(a.applied.results); n > maxApplied {
 		t.Errorf("the results of %d deletes are remembered, want at most %d", n, maxApplied)

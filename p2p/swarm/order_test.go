@@ -61,7 +61,8 @@ func testOrder(t *testing.T, r *mathrand.Rand) {
 			for _, p := range hosts {
 				for _, other := range hosts {
 					e := p.peers.get(other.id)
-					if _, known := e.skew(readingOf(time.Now())); p != other && (!known || e.silence() > 0 || len(p.network.Connected()) != 2) {
+					if _, known := e.skew(readingOf(time.Now())); p != other &&
+						(!known || e.silence() > 0 || len(p.network.Connected()) != 2) {
 						return false
 					}
 				}
@@ -85,7 +86,8 @@ func testOrder(t *testing.T, r *mathrand.Rand) {
 			if errors.Is(err, p2p.ErrUnreachable) {
 				err = p2p.ErrNotFound
 			}
-			if want := known[i].task; want == (p2p.Task{}) && !errors.Is(err, p2p.ErrNotFound) || want != (p2p.Task{}) && (err != nil || info.Task != want) {
+			if want := known[i].task; want == (p2p.Task{}) && !errors.Is(err, p2p.ErrNotFound) ||
+				want != (p2p.Task{}) && (err != nil || info.Task != want) {
 				t.Fatalf("%v\n%s: on host %d it is %v, %v; want %v", said, what, i, info.Task, err, want)
 			}
 		}
@@ -96,7 +98,8 @@ func testOrder(t *testing.T, r *mathrand.Rand) {
 		what := ""
 		switch r.IntN(7) {
 		case 0, 1, 2:
-			task := hosts[i].pushNamed(t, p2p.NewName{Tag: "m", Name: name, KeepOld: r.IntN(2) == 0}, "", fmt.Appendf(nil, "%d %d", step, r.Uint64()))
+			task := hosts[i].pushNamed(t, p2p.NewName{Tag: "m", Name: name, KeepOld: r.IntN(2) == 0},
+				"", fmt.Appendf(nil, "%d %d", step, r.Uint64()))
 			what = fmt.Sprintf("%d moves it to %s", i, task.Digest[7:12])
 			for _, j := range side(i) {
 				known[j] = state{task, true}
@@ -140,7 +143,8 @@ func testOrder(t *testing.T, r *mathrand.Rand) {
 			default: // both have moved it: one counts
 				all.task = p2p.Task{}
 			}
-			both := one.touched && other.touched && one.task != (p2p.Task{}) && other.task != (p2p.Task{}) && one.task != other.task
+			both := one.touched && other.touched && one.task != (p2p.Task{}) && other.task != (p2p.Task{}) &&
+				one.task != other.task
 			apart = -1
 			h.setCut(nil)
 			keep()

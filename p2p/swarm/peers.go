@@ -290,7 +290,8 @@ func (e *peerEntry) describe(info peer.AddrInfo, connected bool) p2p.Peer {
 	if connected && !e.silent.IsZero() {
 		p.LastSeen = e.seen
 		if p.Reason == "" {
-			p.Reason = fmt.Sprintf("it has not answered for %s, and nobody waits for it", e.now().Sub(e.silent).Round(time.Second))
+			p.Reason = fmt.Sprintf("it has not answered for %s, and nobody waits for it",
+				e.now().Sub(e.silent).Round(time.Second))
 		}
 	}
 	if e.foreign != "" {

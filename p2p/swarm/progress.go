@@ -122,7 +122,8 @@ func (d *download) doubt(now time.Time) {
 		return
 	}
 	if other, ok := d.otherChain(); ok {
-		d.s.log.Warn("the peers that have one hash chain of a blob do not give all of it: trying another chain", "digest", d.digest)
+		d.s.log.Warn("the peers that have one hash chain of a blob do not give all of it: trying another chain",
+			"digest", d.digest)
 		d.activate(other)
 	}
 }
@@ -197,7 +198,8 @@ func (d *download) over() error {
 	if why == nil {
 		why = errors.New("those that had it do not have it any more")
 	}
-	return fmt.Errorf("fetch %s: %w that has the rest of it: %s: %w", d.digest, p2p.ErrUnreachable, d.arrivedSoFar(), why)
+	return fmt.Errorf("fetch %s: %w that has the rest of it: %s: %w", d.digest, p2p.ErrUnreachable, d.arrivedSoFar(),
+		why)
 }
 
 // arrivedSoFar says how much there is.
@@ -226,7 +228,8 @@ func (d *download) standing(still time.Duration) string {
 	} else if n > maxNamed {
 		waits = append(waits[:maxNamed], fmt.Sprintf("%d more", n-maxNamed))
 	}
-	return fmt.Sprintf("%s; nothing has come for %s: waiting for %s", d.arrivedSoFar(), still.Round(time.Second), strings.Join(waits, ", "))
+	return fmt.Sprintf("%s; nothing has come for %s: waiting for %s", d.arrivedSoFar(), still.Round(time.Second),
+		strings.Join(waits, ", "))
 }
 
 // maxNamed is how many peers are named that are waited for.

@@ -135,7 +135,8 @@ func TestQuestionsOfAnExport(t *testing.T) {
 			sum := 0
 			for p, asked := range q.asked {
 				if len(asked) > test.want {
-					t.Errorf("%s: peer %s was asked %d questions, want at most %d: %v", test.name, p, len(asked), test.want, asked)
+					t.Errorf("%s: peer %s was asked %d questions, want at most %d: %v", test.name, p, len(asked),
+						test.want, asked)
 				}
 				for question, n := range asked {
 					if n > 1 {
@@ -201,7 +202,8 @@ func TestDeletedIsNotFollowed(t *testing.T) {
 	a, b := h.start(t), h.start(t)
 	a.push(t, "models", "v1", "", layer)
 	task := p2p.Task{Tag: "models", Digest: digest.SHA256.FromBytes(layer)}
-	d := pieces.Delete{Tag: task.Tag, CID: digest.FromDigest(task.Digest), At: time.Now().Add(time.Minute), Made: time.Now(), Force: true}
+	d := pieces.Delete{Tag: task.Tag, CID: digest.FromDigest(task.Digest), At: time.Now().Add(time.Minute),
+		Made: time.Now(), Force: true}
 	if _, err := b.store.ApplyDelete(t.Context(), d); err != nil {
 		t.Fatal(err)
 	}
@@ -228,7 +230,8 @@ func TestLedTo(t *testing.T) {
 	}
 	hold := func(task p2p.Task) {
 		t.Helper()
-		if _, err := b.HoldManifest(t.Context(), task.Tag, digest.FromDigest(task.Digest), p2p.StatOptions{}); err != nil {
+		if _, err := b.HoldManifest(t.Context(), task.Tag, digest.FromDigest(task.Digest),
+			p2p.StatOptions{}); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -161,7 +161,8 @@ func (s *Swarm) serveFind(w http.ResponseWriter, r *http.Request, from peer.ID) 
 			return err
 		}
 		if state := reply.Names[i]; state != nil && req.Follow {
-			if reply.Followed, err = s.follow(ctx, reply.Followed, p2p.Task{Tag: n.Tag, Digest: state.Digest}, from); err != nil {
+			if reply.Followed, err = s.follow(ctx, reply.Followed, p2p.Task{Tag: n.Tag, Digest: state.Digest},
+				from); err != nil {
 				return err
 			}
 		}
@@ -307,7 +308,8 @@ func (s *Swarm) takeDeletes(w http.ResponseWriter, r *http.Request, from peer.ID
 			return err
 		}
 		applied, err := s.applyDelete(r.Context(), d, from)
-		one := deleteResult{Found: applied.Found, Removed: applied.Tasks, Newer: applied.Newer.At, NewerAfter: applied.Newer.After}
+		one := deleteResult{Found: applied.Found, Removed: applied.Tasks, Newer: applied.Newer.At,
+			NewerAfter: applied.Newer.After}
 		if err != nil {
 			one.Refused = err.Error()
 		}

@@ -64,7 +64,8 @@ func (s *Swarm) suspect(p peer.ID, silent bool) {
 
 func (s *Swarm) markSilent(p peer.ID) {
 	if e := s.peers.get(p); e.quiet() {
-		s.log.Info("a peer does not answer: nobody waits for it until it does", "peer", p.String(), "address", e.lastAddress())
+		s.log.Info("a peer does not answer: nobody waits for it until it does", "peer", p.String(),
+			"address", e.lastAddress())
 	}
 }
 

@@ -75,7 +75,8 @@ func TestSilentPeer(t *testing.T) {
 		}
 		a.want(t, theirs, readAll(t, c, theirs))
 	})
-	if peers, err := a.Peers(t.Context()); err != nil || !strings.Contains(peers[0].Reason+peers[1].Reason, "has not answered") {
+	if peers, err := a.Peers(t.Context()); err != nil ||
+		!strings.Contains(peers[0].Reason+peers[1].Reason, "has not answered") {
 		t.Errorf("peers: %+v, %v", peers, err)
 	}
 
@@ -110,7 +111,8 @@ func TestDeleteWithSilentPeer(t *testing.T) {
 	a.markSilent(b.id)
 	within(t, "a delete", 15*time.Second, func() {
 		deleted := a.delete(t, "models", task.Digest.String(), p2p.DeleteOptions{})
-		if deleted.Reached != 1 || deleted.Removed != 1 || len(deleted.Missed) != 1 || deleted.Missed[0].Peer != b.id.String() {
+		if deleted.Reached != 1 || deleted.Removed != 1 || len(deleted.Missed) != 1 ||
+			deleted.Missed[0].Peer != b.id.String() {
 			t.Errorf("deleted: %+v", deleted)
 		}
 		_, err := a.Delete(t.Context(), "models", cidOf(t, "nowhere"), p2p.DeleteOptions{})
@@ -154,7 +156,8 @@ func TestGivenUpQuestions(t *testing.T) {
 	})
 	// What is left waits for the peer: the searches, and connections that can't be closed.
 	within(t, "what is asked", 20*time.Second, func() {
-		for a.late.count() > maxSearches+10 && t.Context().Err() == nil { // searches, and who asks whether the peer is back
+		// searches, and who asks whether the peer is back
+		for a.late.count() > maxSearches+10 && t.Context().Err() == nil {
 			time.Sleep(time.Millisecond)
 		}
 	})

@@ -141,7 +141,8 @@ func (s *Swarm) Referrers(ctx context.Context, task p2p.Task, have func(p2p.Task
 				return
 			}
 			if err != nil {
-				s.log.Warn("a manifest that refers to another one could not be fetched", "task", t.String(), "peer", from.String(), "error", err)
+				s.log.Warn("a manifest that refers to another one could not be fetched", "task", t.String(),
+					"peer", from.String(), "error", err)
 			} else if !yield(info, nil) {
 				return
 			}
@@ -219,7 +220,8 @@ func (s *Swarm) mendLater(task p2p.Task) {
 	defer s.calls.Done()
 	s.background.Go(func() {
 		if err := s.front.Mend(s.ctx, task); err != nil && s.ctx.Err() == nil {
-			s.log.Error("a blob is damaged, and no peer could mend it: import the file again, or delete it", "task", task.String(), "error", err)
+			s.log.Error("a blob is damaged, and no peer could mend it: import the file again, or delete it",
+				"task", task.String(), "error", err)
 		}
 	})
 }

@@ -173,7 +173,8 @@ func (d *download) follow(h hint) {
 	if time.Since(d.nothing[info.ID]) <= searchPause {
 		return
 	}
-	if connected := d.s.network.Connected(); (d.searching || time.Now().After(d.nextSearch)) && len(connected) <= maxAsked && slices.Contains(connected, info.ID) {
+	if connected := d.s.network.Connected(); (d.searching || time.Now().After(d.nextSearch)) &&
+		len(connected) <= maxAsked && slices.Contains(connected, info.ID) {
 		return
 	}
 	d.hinted[info.ID] = true
@@ -333,7 +334,8 @@ func (d *download) askNews(src *source, want *schedule.Set) {
 		defer r.pace.Stop()
 		var have *schedule.Set
 		began := time.Now()
-		_, _, err := d.transfer(r, id, task, &pieceRequest{links: active, news: true, want: want}, func(reply *pieceReply) { have = reply.have })
+		_, _, err := d.transfer(r, id, task, &pieceRequest{links: active, news: true, want: want},
+			func(reply *pieceReply) { have = reply.have })
 		none := err == nil && (have == nil || !have.Intersects(want))
 		// Who expects more keeps the request waiting.
 		dry := none && time.Since(began) < maxNewsWait/2

@@ -135,7 +135,8 @@ func TestSilentSource(t *testing.T) {
 	arrive(t, blob, 10)
 	f.begin()
 	err := b.wantEnd(t, ctx, task, p2p.ErrUnreachable)
-	if !strings.Contains(err.Error(), "10 of 32 pieces have arrived, and are kept") || !strings.Contains(err.Error(), a.id.String()) {
+	if !strings.Contains(err.Error(), "10 of 32 pieces have arrived, and are kept") ||
+		!strings.Contains(err.Error(), a.id.String()) {
 		t.Errorf("the error is: %v", err)
 	}
 	mu.Lock()
@@ -271,7 +272,8 @@ func TestGoneBeforeItBegins(t *testing.T) {
 			t.Fatal(err)
 		}
 		a.Close()
-		if err := b.wantEnd(t, t.Context(), task, p2p.ErrUnreachable); !strings.Contains(err.Error(), "none is connected") {
+		if err := b.wantEnd(t, t.Context(), task, p2p.ErrUnreachable); !strings.Contains(err.Error(),
+			"none is connected") {
 			t.Errorf("it was waited for: %v", err)
 		}
 	}
@@ -304,17 +306,19 @@ func TestNoRoom(t *testing.T) {
 	for range 3 {
 		h.start(t, func(o *Options) {
 			o.tamper = func(honest http.Handler) http.Handler {
-				honest = instead(honest, pathLinks, func(w http.ResponseWriter, r *http.Request) { w.Write(l.append(nil)) })
-				return edit(honest, pathFind, func(w http.ResponseWriter, _ *http.Request, answer *httptest.ResponseRecorder) {
-					var reply findReply
-					json.Unmarshal(answer.Body.Bytes(), &reply)
-					for _, t := range reply.Tasks {
-						if t != nil {
-							t.Size = table.Size
+				honest = instead(honest, pathLinks,
+					func(w http.ResponseWriter, r *http.Request) { w.Write(l.append(nil)) })
+				return edit(honest, pathFind,
+					func(w http.ResponseWriter, _ *http.Request, answer *httptest.ResponseRecorder) {
+						var reply findReply
+						json.Unmarshal(answer.Body.Bytes(), &reply)
+						for _, t := range reply.Tasks {
+							if t != nil {
+								t.Size = table.Size
+							}
 						}
-					}
-					json.NewEncoder(w).Encode(reply)
-				})
+						json.NewEncoder(w).Encode(reply)
+					})
 			}
 		}).add(t, "", data)
 	}
@@ -361,7 +365,8 @@ func TestPartialsGoWithTheirTask(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if _, err := a.store.Delete(t.Context(), "models", digest.FromDigest(task.Digest), p2p.DeleteOptions{}); err != nil {
+			if _, err := a.store.Delete(t.Context(), "models", digest.FromDigest(task.Digest),
+				p2p.DeleteOptions{}); err != nil {
 				t.Fatal(err)
 			}
 			if _, err := in.Add(bytes.NewReader(data), p2p.AddOptions{}); err != nil {
@@ -370,7 +375,8 @@ func TestPartialsGoWithTheirTask(t *testing.T) {
 			if err := in.Commit(p2p.Commit{
 				Tasks: []p2p.NewTask{
 					{Task: task},
-					{Task: p2p.Task{Tag: "models", Digest: added.Digest}, Manifest: &p2p.NewManifest{Refs: []digest.Digest{task.Digest}}},
+					{Task: p2p.Task{Tag: "models", Digest: added.Digest},
+						Manifest: &p2p.NewManifest{Refs: []digest.Digest{task.Digest}}},
 				},
 				Names: []p2p.NewName{{Tag: "models", Name: "v1", Digest: added.Digest}},
 			}); err != nil {
@@ -382,7 +388,8 @@ func TestPartialsGoWithTheirTask(t *testing.T) {
 		d := b.downloadBy(blob)
 		blob.Close()
 		<-d.ended
-		if left := b.store.Arriving(); len(left) != 1 || left[0].Task != task || left[0].Open || left[0].Size != gateSize {
+		if left := b.store.Arriving(); len(left) != 1 || left[0].Task != task || left[0].Open ||
+			left[0].Size != gateSize {
 			t.Fatalf("what has arrived is %+v", left)
 		}
 		if _, err := c.Delete(t.Context(), "models", cid, p2p.DeleteOptions{}); err != nil {

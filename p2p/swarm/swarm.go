@@ -49,8 +49,9 @@ type Options struct {
 	UploadSlots   int           // uploads of one blob at once; schedule.Slots
 	MaxUploads    int           // uploads at once; 64
 	MaxRequests   int           // requests for pieces of one blob at once; schedule.Requests
-	MaxConns      int           // connections that peers may have open here; 1024, or a quarter of the descriptors that the process may have
-	Memory        int64         // bytes of pieces in memory, for uploads and for downloads each; 64 MiB
+	// connections that peers may have open here; 1024, or a quarter of the descriptors that the process may have
+	MaxConns int
+	Memory   int64 // bytes of pieces in memory, for uploads and for downloads each; 64 MiB
 
 	// RememberDeletes is how long deletes are remembered: a peer that is away
 	// for longer brings back what was deleted. 30 days.
@@ -320,7 +321,8 @@ func (s *Swarm) tend() {
 			if err := s.store.DropPartials(housekept.Add(-s.opts.KeepPartial)); err != nil {
 				s.log.Warn("what has arrived of blobs that nobody wants could not be removed", "error", err)
 			}
-			if n, err := s.store.ForgetDeletes(s.ctx, now.Add(-s.opts.RememberDeletes)); err != nil && s.ctx.Err() == nil {
+			if n, err := s.store.ForgetDeletes(s.ctx, now.Add(-s.opts.RememberDeletes)); err != nil &&
+				s.ctx.Err() == nil {
 				s.log.Warn("old deletes could not be forgotten", "error", err)
 			} else if n > 0 {
 				s.log.Info("forgot old deletes", "deletes", n)
@@ -360,7 +362,8 @@ func (s *Swarm) After(ctx context.Context, names []p2p.NewName) []p2p.NewName {
 			if theirs == nil {
 				continue
 			}
-			if at := theirs.Updated; at.After(n.After) && (mine == nil || !s.store.Covers(mine.gone(s.store.Limit()), at)) {
+			if at := theirs.Updated; at.After(n.After) &&
+				(mine == nil || !s.store.Covers(mine.gone(s.store.Limit()), at)) {
 				n.After = at
 			}
 			if at := theirs.gone(s.store.Limit()).Last(s.store.Limit()); at.After(n.After) {
@@ -380,7 +383,8 @@ func (s *Swarm) caught(p peer.ID, d digest.Digest, err error) {
 	}
 	e.fault(err.Error())
 	s.metrics.faults.WithLabelValues(p.String()).Inc()
-	s.log.Warn("a peer was caught with a lie, and is not asked for this blob any more", "peer", p.String(), "address", e.lastAddress(), "digest", d, "error", err)
+	s.log.Warn("a peer was caught with a lie, and is not asked for this blob any more", "peer", p.String(),
+		"address", e.lastAddress(), "digest", d, "error", err)
 }
 
 // nameOf names a peer in messages.
@@ -417,7 +421,8 @@ func (s *Swarm) Peers(ctx context.Context) ([]p2p.Peer, error) {
 	}
 	if where := s.instance.other(); where != "" {
 		connected = append(connected, p2p.Peer{
-			ID: s.ID(), State: p2p.PeerCloned, Addresses: []string{where}, LastSeen: s.opts.Now(), Version: s.opts.Version, Reason: errTwin.Error(),
+			ID: s.ID(), State: p2p.PeerCloned, Addresses: []string{where}, LastSeen: s.opts.Now(),
+			Version: s.opts.Version, Reason: errTwin.Error(),
 		})
 	}
 	return append(connected, others...), nil

@@ -41,7 +41,8 @@ type hub struct {
 }
 
 func newHub() *hub {
-	return &hub{nets: map[peer.ID]*fakeNetwork{}, providers: map[Key]map[peer.ID]bool{}, hung: map[peer.ID]bool{}, ghosts: map[peer.ID]bool{}}
+	return &hub{nets: map[peer.ID]*fakeNetwork{}, providers: map[Key]map[peer.ID]bool{}, hung: map[peer.ID]bool{},
+		ghosts: map[peer.ID]bool{}}
 }
 
 // fakeNetwork is a Network without libp2p.
@@ -388,7 +389,8 @@ func (p *testPeer) add(t testing.TB, tag string, b []byte) p2p.Task {
 		t.Fatal(err)
 	}
 	task := p2p.Task{Tag: tag, Digest: added.Digest}
-	if err := in.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: task, MediaType: "application/octet-stream", Keep: p2p.KeepPinned}}}); err != nil {
+	if err := in.Commit(p2p.Commit{Tasks: []p2p.NewTask{
+		{Task: task, MediaType: "application/octet-stream", Keep: p2p.KeepPinned}}}); err != nil {
 		t.Fatal(err)
 	}
 	return task
@@ -423,7 +425,8 @@ func (p *testPeer) wantStored(t testing.TB, task p2p.Task) p2p.Info {
 	t.Helper()
 	deadline := time.Now().Add(time.Minute)
 	for {
-		info, err := p.store.Stat(t.Context(), task.Tag, digest.FromDigest(task.Digest), p2p.StatOptions{Scope: p2p.Local})
+		info, err := p.store.Stat(t.Context(), task.Tag, digest.FromDigest(task.Digest),
+			p2p.StatOptions{Scope: p2p.Local})
 		if err == nil {
 			return info
 		}
@@ -447,7 +450,8 @@ func TestFetch(t *testing.T) {
 			task := a.add(t, "models", data)
 			b.want(t, task, data)
 			info := b.wantStored(t, task)
-			if origin := a.wantStored(t, task); !info.Origin.Equal(origin.Origin) || info.Keep != p2p.KeepPinned || info.MediaType != origin.MediaType {
+			if origin := a.wantStored(t, task); !info.Origin.Equal(origin.Origin) || info.Keep != p2p.KeepPinned ||
+				info.MediaType != origin.MediaType {
 				t.Errorf("fetched is %+v, want what %+v is", info, origin)
 			}
 			a.Close()

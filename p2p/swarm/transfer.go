@@ -45,21 +45,22 @@ func (d *download) request(req schedule.Request) {
 		defer cancel(nil)
 		defer r.pace.Stop()
 		var have *schedule.Set
-		piece, n, err := d.transfer(r, src.id, task, &pieceRequest{links: active, want: req.Want}, func(reply *pieceReply) {
-			have = reply.have
-			d.post(func() {
-				if d.sched != sched {
-					return
-				}
-				src.have, src.dry = reply.have, false
-				for _, h := range reply.hints {
-					d.follow(h)
-				}
-				if !sched.Answered(req.ID, reply.piece, reply.have) && reply.piece >= 0 {
-					cancel(errUseless)
-				}
+		piece, n, err := d.transfer(r, src.id, task, &pieceRequest{links: active, want: req.Want},
+			func(reply *pieceReply) {
+				have = reply.have
+				d.post(func() {
+					if d.sched != sched {
+						return
+					}
+					src.have, src.dry = reply.have, false
+					for _, h := range reply.hints {
+						d.follow(h)
+					}
+					if !sched.Answered(req.ID, reply.piece, reply.have) && reply.piece >= 0 {
+						cancel(errUseless)
+					}
+				})
 			})
-		})
 		d.post(func() {
 			if d.requests[req.ID] == r {
 				delete(d.requests, req.ID)
@@ -109,7 +110,9 @@ var errLength = errors.New("the answer has another length than promised")
 
 // transfer sends one request for a piece, and takes in what comes. It returns
 // the piece, or -1, and how many bytes have come.
-func (d *download) transfer(r *request, p peer.ID, task p2p.Task, req *pieceRequest, answered func(*pieceReply)) (piece int, n int64, err error) {
+func (d *download) transfer(
+	r *request, p peer.ID, task p2p.Task, req *pieceRequest, answered func(*pieceReply),
+) (piece int, n int64, err error) {
 	s := d.s
 	ctx := r.pace.Context()
 	explain := func(err error) error {

@@ -82,7 +82,8 @@ func (s *security) trouble() error {
 	if e == nil || time.Since(e.at) > 5*time.Minute {
 		return nil
 	}
-	return fmt.Errorf("a host at %s could not connect, as its certificate is not yet valid here: the clock of this host is behind, or that of the other is ahead, by more than an hour: set it right", e.address)
+	return fmt.Errorf("a host at %s could not connect, as its certificate is not yet valid here: the clock of this "+
+		"host is behind, or that of the other is ahead, by more than an hour: set it right", e.address)
 }
 
 func newSecurity(identity crypto.PrivKey, secret []byte, plain bool) (*security, error) {
@@ -121,7 +122,8 @@ func (s *security) prove(c net.Conn, client bool, binding []byte) error {
 	var got [proofSize]byte
 	if _, err := io.ReadFull(c, got[:]); err != nil {
 		if client && strings.Contains(err.Error(), "bad certificate") {
-			return fmt.Errorf("it refuses the certificate of this host, as one does whose clock is behind that of this host by more than an hour (%w)", err)
+			return fmt.Errorf("it refuses the certificate of this host, as one does whose clock is behind that of "+
+				"this host by more than an hour (%w)", err)
 		}
 		if client {
 			return fmt.Errorf("%w (%w)", errNotMember, err)
@@ -141,7 +143,9 @@ func (s *security) prove(c net.Conn, client bool, binding []byte) error {
 
 // secure proves both ends of a TCP connection. want is the peer that a client
 // wants to reach, or "" for any.
-func (s *security) secure(ctx context.Context, raw net.Conn, client, plain bool, want peer.ID) (net.Conn, peer.ID, error) {
+func (s *security) secure(
+	ctx context.Context, raw net.Conn, client, plain bool, want peer.ID,
+) (net.Conn, peer.ID, error) {
 	if plain {
 		return s.securePlain(raw, client, want)
 	}

@@ -111,7 +111,8 @@ func TestMembership(t *testing.T) {
 
 func TestGarbageIsNoHandshake(t *testing.T) {
 	server, _ := testSecurity(t, "one", true)
-	for _, opening := range []string{"", "GET / HTTP/1.1\r\n\r\n", "\x16\x03\x01\x00\x05hello", plainMagic, plainMagic + "short", "d", "dfcache plain 2\n0123456789"} {
+	for _, opening := range []string{"", "GET / HTTP/1.1\r\n\r\n", "\x16\x03\x01\x00\x05hello", plainMagic,
+		plainMagic + "short", "d", "dfcache plain 2\n0123456789"} {
 		mine, theirs := net.Pipe()
 		i := &inbound{Conn: theirs, s: server, conns: newConns(1)}
 		i.enter()
@@ -137,8 +138,10 @@ func TestStrangers(t *testing.T) {
 	stranger := h.start(t, func(o *Options) { o.Secret = []byte("another swarm") })
 	task := a.add(t, "", []byte("data"))
 	for _, request := range []struct{ method, path string }{
-		{http.MethodGet, pathHello}, {http.MethodPost, pathFind}, {http.MethodGet, pathBlob}, {http.MethodGet, pathLinks},
-		{http.MethodPost, pathPieces}, {http.MethodGet, pathDeletes}, {http.MethodPost, pathDeletes}, {http.MethodPost, pathReplicate},
+		{http.MethodGet, pathHello}, {http.MethodPost, pathFind}, {http.MethodGet, pathBlob},
+		{http.MethodGet, pathLinks},
+		{http.MethodPost, pathPieces}, {http.MethodGet, pathDeletes}, {http.MethodPost, pathDeletes},
+		{http.MethodPost, pathReplicate},
 	} {
 		direct := &http.Client{Transport: &http.Transport{
 			DisableKeepAlives: true,
@@ -146,7 +149,8 @@ func TestStrangers(t *testing.T) {
 				return stranger.client.dialDirect(ctx, a.advertise[0], false, a.id)
 			},
 		}}
-		if _, err := stranger.client.do(t.Context(), direct, a.id, request.method, request.path, taskQuery(task), nil); !errors.Is(err, errNotMember) {
+		if _, err := stranger.client.do(t.Context(), direct, a.id, request.method, request.path, taskQuery(task),
+			nil); !errors.Is(err, errNotMember) {
 			t.Errorf("%s %s by a stranger: %v, want %v", request.method, request.path, err, errNotMember)
 		}
 		// Without any handshake.
@@ -300,7 +304,8 @@ func TestCertificateOfAClockAhead(t *testing.T) {
 	server, serverID := testSecurity(t, "one", false)
 	ahead, aheadID := testSecurity(t, "one", false)
 	id, err := libp2ptls.NewIdentity(ahead.identity, libp2ptls.WithCertTemplate(&x509.Certificate{
-		SerialNumber: big.NewInt(1), NotBefore: time.Now().Add(2 * time.Hour), NotAfter: time.Now().Add(100 * time.Hour),
+		SerialNumber: big.NewInt(1), NotBefore: time.Now().Add(2 * time.Hour),
+		NotAfter: time.Now().Add(100 * time.Hour),
 	}))
 	if err != nil {
 		t.Fatal(err)
@@ -313,7 +318,8 @@ func TestCertificateOfAClockAhead(t *testing.T) {
 	if c == nil || errors.Is(c, errNotMember) || !strings.Contains(c.Error(), "clock is behind") {
 		t.Errorf("who is ahead is told %v", c)
 	}
-	if err := server.trouble(); err == nil || !strings.Contains(err.Error(), "the clock of this host is behind, or that of the other is ahead") {
+	if err := server.trouble(); err == nil ||
+		!strings.Contains(err.Error(), "the clock of this host is behind, or that of the other is ahead") {
 		t.Errorf("who was called says %v", err)
 	}
 	if _, _, c, _ := meet(t, server, ahead, false, aheadID); !isEarly(c) {
@@ -342,7 +348,8 @@ func TestSayNothing(t *testing.T) {
 					go client.secure(context.Background(), theirs, true, false, "")
 				}
 				start := time.Now()
-				if _, err := in.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) || time.Since(start) > 2*handshakeTimeout {
+				if _, err := in.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) ||
+					time.Since(start) > 2*handshakeTimeout {
 					t.Errorf("after %s: %v", time.Since(start), err)
 				}
 				if n := conns.unproven.Len() + conns.proven.Len(); n != 1 {
@@ -431,7 +438,8 @@ func TestProofsOfOthers(t *testing.T) {
 		proof := make([]byte, proofSize)
 		io.ReadFull(theirs, proof)
 		theirs.Write(proof)
-		signature, _ := stranger.identity.Sign(append([]byte{'s'}, sha256Sum([]byte("dfcache plain binding\x00"), opening[len(plainMagic):], mine)...))
+		signature, _ := stranger.identity.Sign(
+			append([]byte{'s'}, sha256Sum([]byte("dfcache plain binding\x00"), opening[len(plainMagic):], mine)...))
 		theirs.Write(signature)
 		if err := <-done; !errors.Is(err, errNotMember) {
 			t.Errorf("a client takes its own proof for one of the server: %v", err)

@@ -245,7 +245,9 @@ func (up *upload) there() (*schedule.Set, <-chan struct{}) {
 // pick waits until it is the turn of a request, and tells which piece to send;
 // -1 where there is none that is wanted. The caller calls release, with whether
 // the piece was sent.
-func (u *uploads) pick(ctx context.Context, up *upload, from peer.ID, want *schedule.Set) (piece int, release func(sent bool), err error) {
+func (u *uploads) pick(
+	ctx context.Context, up *upload, from peer.ID, want *schedule.Set,
+) (piece int, release func(sent bool), err error) {
 	turn, granted, err := up.ask(from, want)
 	if err != nil {
 		return -1, nil, err
@@ -396,7 +398,9 @@ func (s *Swarm) servePieces(w http.ResponseWriter, r *http.Request, from peer.ID
 // servePiece sends a piece, of which the last part goes out only where the whole is as it
 // was stored. It reports false where the piece is damaged and another one is to be sent:
 // where nothing of it has been sent yet.
-func (s *Swarm) servePiece(ctx context.Context, w http.ResponseWriter, up *upload, task p2p.Task, piece int, reply *pieceReply, from peer.ID) (done bool, err error) {
+func (s *Swarm) servePiece(
+	ctx context.Context, w http.ResponseWriter, up *upload, task p2p.Task, piece int, reply *pieceReply, from peer.ID,
+) (done bool, err error) {
 	start, end := up.table.Bounds(piece)
 	buf, err := s.uploads.buffers.get(ctx, int(min(end-start, s.uploads.chunk)))
 	if err != nil {

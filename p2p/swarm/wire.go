@@ -84,10 +84,11 @@ func (*hints) bounds() (bytes, elements int) { return maxHintBytes, maxHints * h
 
 // hello is what a peer says of itself.
 type hello struct {
-	ID      string   `json:"id"`
-	Addrs   []string `json:"addrs"`  // libp2p multiaddrs
-	Pieces  []string `json:"pieces"` // host:port where it takes connections for pieces; an unspecified host stands for any of Addrs
-	Plain   bool     `json:"plain"`  // those are not encrypted
+	ID    string   `json:"id"`
+	Addrs []string `json:"addrs"` // libp2p multiaddrs
+	// host:port where it takes connections for pieces; an unspecified host stands for any of Addrs
+	Pieces  []string `json:"pieces"`
+	Plain   bool     `json:"plain"` // those are not encrypted
 	Mode    Mode     `json:"mode"`
 	Version string   `json:"version"`
 
@@ -96,7 +97,8 @@ type hello struct {
 	OldestProtocol int       `json:"oldestProtocol,omitempty"` // that it understands; 0: 1
 	Clock          time.Time `json:"clock,omitzero"`           // what time it has
 	Instance       string    `json:"instance,omitempty"`       // which run of it this is
-	Twin           string    `json:"twin,omitempty"`           // where a peer with the identity of who asks was seen, too
+	// where a peer with the identity of who asks was seen, too
+	Twin string `json:"twin,omitempty"`
 
 	date string // of the HTTP answer
 }
@@ -123,8 +125,10 @@ type findRequest struct {
 	Tasks     []taskRef `json:"tasks,omitempty"`
 	Names     []nameRef `json:"names,omitempty"`
 	Referrers []taskRef `json:"referrers,omitempty"` // what refers to these, or has them as subject
-	Lease     bool      `json:"lease,omitempty"`     // a client is told of the tasks: they are to stay for as long as an upload may take
-	Follow    bool      `json:"follow,omitempty"`    // tell also of what the names stand for, and of what that refers to
+	// a client is told of the tasks: they are to stay for as long as an upload may take
+	Lease bool `json:"lease,omitempty"`
+	// tell also of what the names stand for, and of what that refers to
+	Follow bool `json:"follow,omitempty"`
 }
 
 // findReply answers in the order of the request.
@@ -143,7 +147,8 @@ type findReply struct {
 
 // check refuses what is no answer to the request.
 func (r *findReply) check() error {
-	if len(r.Tasks) != len(r.to.Tasks) || len(r.Names) != len(r.to.Names) || len(r.Referrers) != len(r.to.Referrers) || len(r.Followed) > maxFollowed {
+	if len(r.Tasks) != len(r.to.Tasks) || len(r.Names) != len(r.to.Names) || len(r.Referrers) != len(r.to.Referrers) ||
+		len(r.Followed) > maxFollowed {
 		return fmt.Errorf("%w: an answer to something else", errMessage)
 	}
 	for _, t := range r.Tasks {
@@ -285,7 +290,8 @@ func (n *nameState) deleted() pieces.Version {
 
 // gone returns the delete that is told of; limit is the one of now.
 func (n *nameState) gone(limit time.Time) pieces.Delete {
-	return pieces.Delete{At: n.Deleted, After: n.DeletedAfter, Limit: limit.Add(-time.Duration(n.DeletedAge) * time.Second)}
+	return pieces.Delete{At: n.Deleted, After: n.DeletedAfter,
+		Limit: limit.Add(-time.Duration(n.DeletedAge) * time.Second)}
 }
 
 // checkStamps refuses dates that are none. They order imports, moves and deletes, and

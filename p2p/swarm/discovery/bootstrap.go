@@ -56,7 +56,8 @@ var hostname = regexp.MustCompile(`^[A-Za-z0-9_]([A-Za-z0-9_-]{0,62})(\.[A-Za-z0
 // parseEntry parses a bootstrap entry. See Options.Bootstrap.
 func parseEntry(s string) (entry, error) {
 	bad := func(format string, args ...any) (entry, error) {
-		return entry{}, fmt.Errorf("bootstrap entry %q: %w; write HOST, HOST:PORT or /ip4/ADDRESS/tcp/PORT/p2p/ID", s, fmt.Errorf(format, args...))
+		return entry{}, fmt.Errorf("bootstrap entry %q: %w; write HOST, HOST:PORT or /ip4/ADDRESS/tcp/PORT/p2p/ID", s,
+			fmt.Errorf(format, args...))
 	}
 	if strings.ContainsFunc(s, unicode.IsSpace) {
 		return bad("it has a space in it")

@@ -40,7 +40,8 @@ func TestParseEntry(t *testing.T) {
 	}
 	for _, in := range []string{
 		"", " ", "a b", "host:", ":65003", "host:0", "host:65536", "host:-1", "host:http", "host:1:2", "-host", "ho/st",
-		"http://host:1", "[::1", "[host]x", "1.2.3.4/24", strings.Repeat("a", 300), "host\n", "fe80::1%a b", "/dnsaddr/a b",
+		"http://host:1", "[::1", "[host]x", "1.2.3.4/24", strings.Repeat("a", 300), "host\n", "fe80::1%a b",
+		"/dnsaddr/a b",
 		"/", "/ip4/1.2.3.4", "/ip4/1.2.3.4/tcp/5", "/ip4/1.2.3.400/tcp/5/p2p/" + someID, "/p2p/" + someID,
 		"/dns4/a.example.com/tcp/5", "/ip4/1.2.3.4/tcp/5/p2p/nobody", "/nonsense",
 	} {
@@ -51,7 +52,8 @@ func TestParseEntry(t *testing.T) {
 }
 
 func FuzzParseEntry(f *testing.F) {
-	for _, s := range []string{"host", "host:1", "[::1]:2", "fe80::1%eth0", "/ip4/1.2.3.4/tcp/5/p2p/" + someID, "/dnsaddr/x", "# comment", "::ffff:1.2.3.4"} {
+	for _, s := range []string{"host", "host:1", "[::1]:2", "fe80::1%eth0", "/ip4/1.2.3.4/tcp/5/p2p/" + someID,
+		"/dnsaddr/x", "# comment", "::ffff:1.2.3.4"} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {

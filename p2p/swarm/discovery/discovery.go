@@ -278,11 +278,12 @@ func (n *Network) newHost() (host.Host, error) {
 		libp2p.DisableMetrics(),
 	}
 	if n.opts.NAT {
-		options = append(options, libp2p.NATPortMap(), libp2p.Transport(func(u transport.Upgrader, r network.ResourceManager) (*puncher, error) {
-			shared, err := tcp.NewTCPTransport(newUpgrader(u), r, nil, tcp.WithConnectionTimeout(dialTimeout))
-			other, otherErr := newTCP(u, r)
-			return &puncher{shared, other, n.relays}, errors.Join(err, otherErr)
-		}))
+		options = append(options, libp2p.NATPortMap(),
+			libp2p.Transport(func(u transport.Upgrader, r network.ResourceManager) (*puncher, error) {
+				shared, err := tcp.NewTCPTransport(newUpgrader(u), r, nil, tcp.WithConnectionTimeout(dialTimeout))
+				other, otherErr := newTCP(u, r)
+				return &puncher{shared, other, n.relays}, errors.Join(err, otherErr)
+			}))
 	} else {
 		options = append(options, libp2p.Transport(newTCP))
 	}
@@ -722,11 +723,14 @@ func clockError(err error) error {
 	if err == nil {
 		return nil
 	}
-	if invalid, ok := errors.AsType[x509.CertificateInvalidError](err); ok && invalid.Reason == x509.Expired || strings.Contains(err.Error(), "not yet valid") {
-		return errors.New("a peer was found, but its certificate is not yet valid here: the clock of this host is behind, or that of the peer is ahead, by more than an hour: set it right")
+	if invalid, ok := errors.AsType[x509.CertificateInvalidError](err); ok && invalid.Reason == x509.Expired ||
+		strings.Contains(err.Error(), "not yet valid") {
+		return errors.New("a peer was found, but its certificate is not yet valid here: the clock of this host is " +
+			"behind, or that of the peer is ahead, by more than an hour: set it right")
 	}
 	if strings.Contains(err.Error(), "bad certificate") {
-		return errors.New("a peer was found, but it refuses the certificate of this host: the clock of this host is ahead, or that of the peer is behind, by more than an hour: set it right, and start the dfdaemon again")
+		return errors.New("a peer was found, but it refuses the certificate of this host: the clock of this host is " +
+			"ahead, or that of the peer is behind, by more than an hour: set it right, and start the dfdaemon again")
 	}
 	return nil
 }

@@ -568,14 +568,17 @@ func TestNewRefuses(t *testing.T) {
 		want   string
 		is     error
 	}{
-		"no key":            {func(o *Options) { o.Key = Key{} }, "swarm key new", nil},
-		"no identity":       {func(o *Options) { o.Identity = nil }, "identity", nil},
-		"bootstrap entry":   {bootstrap("ok.example.com", "bad entry"), `"bad entry"`, nil},
-		"peers file":        {func(o *Options) { o.PeersFile = peersFile }, `line 2: bootstrap entry "/ip4/1.2.3.4/tcp/1"`, nil},
-		"a pipe of peers":   {func(o *Options) { o.PeersFile = pipe }, "not a regular file", nil},
-		"no Resolve":        {func(o *Options) { o.Bootstrap, o.Resolve = []string{"ok.example.com"}, nil }, "Resolve", nil},
-		"listen address":    {func(o *Options) { o.Listen = []string{"localhost"} }, `"localhost"`, nil},
-		"taken port":        {func(o *Options) { o.Listen = []string{taken.Addr().String()} }, taken.Addr().String(), syscall.EADDRINUSE},
+		"no key":          {func(o *Options) { o.Key = Key{} }, "swarm key new", nil},
+		"no identity":     {func(o *Options) { o.Identity = nil }, "identity", nil},
+		"bootstrap entry": {bootstrap("ok.example.com", "bad entry"), `"bad entry"`, nil},
+		"peers file": {func(o *Options) { o.PeersFile = peersFile },
+			`line 2: bootstrap entry "/ip4/1.2.3.4/tcp/1"`, nil},
+		"a pipe of peers": {func(o *Options) { o.PeersFile = pipe }, "not a regular file", nil},
+		"no Resolve": {func(o *Options) { o.Bootstrap, o.Resolve = []string{"ok.example.com"}, nil },
+			"Resolve", nil},
+		"listen address": {func(o *Options) { o.Listen = []string{"localhost"} }, `"localhost"`, nil},
+		"taken port": {func(o *Options) { o.Listen = []string{taken.Addr().String()} }, taken.Addr().String(),
+			syscall.EADDRINUSE},
 		"negative validity": {func(o *Options) { o.Validity = -1 }, "negative", nil},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -584,7 +587,9 @@ func TestNewRefuses(t *testing.T) {
 				t.Fatal(err)
 			}
 			opts := Options{Identity: id, Key: testKey, Listen: []string{"127.0.0.1:0"},
-				Resolve: func(context.Context, string) (peer.AddrInfo, error) { return peer.AddrInfo{}, errors.New("no") }}
+				Resolve: func(context.Context, string) (peer.AddrInfo, error) {
+					return peer.AddrInfo{}, errors.New("no")
+				}}
 			tt.change(&opts)
 			n, err := New(opts)
 			if err == nil {
@@ -677,7 +682,8 @@ func TestSeenAt(t *testing.T) {
 
 func TestDistinct(t *testing.T) {
 	x, y := multiaddr.StringCast("/ip4/2.0.0.2/tcp/1"), multiaddr.StringCast("/ip4/1.0.0.1/tcp/1")
-	if got := distinct([]multiaddr.Multiaddr{x, y, x, y}); !slices.EqualFunc(got, []multiaddr.Multiaddr{x, y}, multiaddr.Multiaddr.Equal) {
+	if got := distinct([]multiaddr.Multiaddr{x, y, x, y}); !slices.EqualFunc(got, []multiaddr.Multiaddr{x, y},
+		multiaddr.Multiaddr.Equal) {
 		t.Errorf("%v, want %v and %v, in this order", got, x, y)
 	}
 }
@@ -721,15 +727,17 @@ func TestManyKeys(t *testing.T) {
 // What libp2p says of clocks, in one place or another of a longer error, is told in words.
 func TestTroubleWithClocks(t *testing.T) {
 	var n Network
-	for _, err := range []error{nil, errors.New("connection refused"), x509.CertificateInvalidError{Reason: x509.NotAuthorizedToSign}} {
+	for _, err := range []error{nil, errors.New("connection refused"),
+		x509.CertificateInvalidError{Reason: x509.NotAuthorizedToSign}} {
 		if n.trouble.note(err); n.Trouble() != nil {
 			t.Errorf("%v: %v", err, n.Trouble())
 		}
 	}
 	for err, want := range map[error]string{
-		fmt.Errorf("dial: %w", x509.CertificateInvalidError{Reason: x509.Expired}):                                                "clock of this host is behind",
-		errors.New("failed to negotiate security protocol: x509: certificate has expired or is not yet valid: current time 2026"): "clock of this host is behind",
-		errors.New("failed to open new stream: remote error: tls: bad certificate"):                                               "clock of this host is ahead",
+		fmt.Errorf("dial: %w", x509.CertificateInvalidError{Reason: x509.Expired}): "clock of this host is behind",
+		errors.New("failed to negotiate security protocol: x509: certificate has expired or is not yet valid: " +
+			"current time 2026"): "clock of this host is behind",
+		errors.New("failed to open new stream: remote error: tls: bad certificate"): "clock of this host is ahead",
 	} {
 		if n.trouble.note(err); n.Trouble() == nil || !strings.Contains(n.Trouble().Error(), want) {
 			t.Errorf("%v: %v, want %q", err, n.Trouble(), want)
@@ -756,7 +764,8 @@ func TestTwinAddresses(t *testing.T) {
 		info.Addrs = append(info.Addrs, at(i).Addrs...)
 	}
 	found{n}.HandlePeerFound(info)
-	if len(asked) != maxTwinAddrs || slices.ContainsFunc(asked, func(at string) bool { return strings.HasPrefix(at, "127.") }) {
+	if len(asked) != maxTwinAddrs || slices.ContainsFunc(asked,
+		func(at string) bool { return strings.HasPrefix(at, "127.") }) {
 		t.Errorf("asked are %q", asked)
 	}
 }

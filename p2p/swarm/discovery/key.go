@@ -47,11 +47,13 @@ func ParseKey(data []byte) (Key, error) {
 	text := strings.ReplaceAll(string(data), "\r\n", "\n")
 	digits, ok := strings.CutPrefix(text, keyHeader)
 	if !ok {
-		return k, errors.New("not a swarm key: its first lines are not /key/swarm/psk/1.0.0/ and /base16/; make one with: dfdaemon swarm key new")
+		return k, errors.New("not a swarm key: its first lines are not /key/swarm/psk/1.0.0/ and /base16/; make one " +
+			"with: dfdaemon swarm key new")
 	}
 	digits = strings.TrimSuffix(digits, "\n")
 	if len(digits) != 64 {
-		return k, fmt.Errorf("not a swarm key: the third line has %d characters where 64 hexadecimal digits belong", len(digits))
+		return k, fmt.Errorf("not a swarm key: the third line has %d characters where 64 hexadecimal digits belong",
+			len(digits))
 	}
 	if _, err := hex.Decode(k.secret[:], []byte(digits)); err != nil {
 		return Key{}, errors.New("not a swarm key: the third line is not hexadecimal")
@@ -140,7 +142,8 @@ func LoadIdentity(path string) (crypto.PrivKey, error) {
 	}
 	ed, ok := key.(ed25519.PrivateKey)
 	if !ok {
-		return nil, fmt.Errorf("identity %s: the key is a %T where an ed25519 key belongs; remove the file to get a new identity", path, key)
+		return nil, fmt.Errorf("identity %s: the key is a %T where an ed25519 key belongs; remove the file to get a "+
+			"new identity", path, key)
 	}
 	priv, _, err := crypto.KeyPairFromStdKey(&ed)
 	return priv, err

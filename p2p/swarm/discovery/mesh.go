@@ -254,11 +254,13 @@ func (n *Network) maintain(ctx context.Context) {
 			}
 			// Who is new is asked at once (see onEvent). Somebody is asked now and
 			// then, since those who came at the same time were not known yet.
-			if len(connected) > 0 && len(connected) < n.mesh() && (ticks%60 == 0 || n.askSoon.CompareAndSwap(true, false)) {
+			if len(connected) > 0 && len(connected) < n.mesh() &&
+				(ticks%60 == 0 || n.askSoon.CompareAndSwap(true, false)) {
 				p := connected[rand.IntN(len(connected))]
 				n.spawn(func() { n.ask(ctx, p) })
 			}
-			if n.opts.StateFile != "" && (n.book.isDirty() && now.Sub(lastSave) > 10*n.opts.tick || now.Sub(lastSave) > 300*n.opts.tick) {
+			if n.opts.StateFile != "" &&
+				(n.book.isDirty() && now.Sub(lastSave) > 10*n.opts.tick || now.Sub(lastSave) > 300*n.opts.tick) {
 				lastSave = now
 				_ = n.saveState() // which logs it
 			}
@@ -313,7 +315,8 @@ func (n *Network) watch(ctx context.Context, sub event.Subscription) {
 
 func subscribe(bus event.Bus) (event.Subscription, error) {
 	return bus.Subscribe([]any{
-		new(event.EvtPeerIdentificationCompleted), new(event.EvtPeerIdentificationFailed), new(event.EvtPeerConnectednessChanged),
+		new(event.EvtPeerIdentificationCompleted), new(event.EvtPeerIdentificationFailed),
+		new(event.EvtPeerConnectednessChanged),
 	}, eventbus.BufSize(512))
 }
 
@@ -458,7 +461,8 @@ func decodePeers(r io.Reader) ([]peer.AddrInfo, error) {
 			return nil, fmt.Errorf("list of peers: %w", err)
 		}
 		if len(info.Addrs) > maxAddrs {
-			return nil, fmt.Errorf("the list of peers has %d addresses of one where %d are allowed", len(info.Addrs), maxAddrs)
+			return nil, fmt.Errorf("the list of peers has %d addresses of one where %d are allowed", len(info.Addrs),
+				maxAddrs)
 		}
 	}
 	return infos, nil

@@ -94,7 +94,8 @@ func TestBookForgets(t *testing.T) {
 		c.advance(time.Second)
 		b.add(at(i+10), c.Time, false)
 	}
-	if len(b.peers) != maxKnown || b.peers["peer 2"] != nil || b.peers["peer 109"] != nil || b.peers["peer 110"] == nil {
+	if len(b.peers) != maxKnown || b.peers["peer 2"] != nil || b.peers["peer 109"] != nil ||
+		b.peers["peer 110"] == nil {
 		t.Errorf("%d peers are known; want %d, the oldest gone", len(b.peers), maxKnown)
 	}
 }
@@ -150,7 +151,8 @@ func TestPeersMessage(t *testing.T) {
 	for range maxPeersTold {
 		info := peer.AddrInfo{ID: test.RandPeerIDFatal(t)}
 		for i := range maxAddrs {
-			info.Addrs = append(info.Addrs, multiaddr.StringCast(fmt.Sprintf("/dns4/%s.example.com/tcp/%d", strings.Repeat("a", 60), i)))
+			info.Addrs = append(info.Addrs,
+				multiaddr.StringCast(fmt.Sprintf("/dns4/%s.example.com/tcp/%d", strings.Repeat("a", 60), i)))
 		}
 		infos = append(infos, info)
 	}
@@ -167,13 +169,14 @@ func TestPeersMessage(t *testing.T) {
 	}
 	one := `{"ID":"` + someID + `","Addrs":["/ip4/1.2.3.4/tcp/5"]}`
 	for name, bad := range map[string]string{
-		"empty":          "",
-		"no list":        one,
-		"no ID":          `[{"Addrs":[]}]`,
-		"bad ID":         `[{"ID":"x","Addrs":[]}]`,
-		"bad address":    `[{"ID":"` + someID + `","Addrs":["x"]}]`,
-		"too many":       "[" + strings.Repeat(one+",", maxPeersTold) + one + "]",
-		"many addresses": `[{"ID":"` + someID + `","Addrs":[` + strings.Repeat(`"/ip4/1.2.3.4/tcp/5",`, maxAddrs) + `"/ip4/1.2.3.4/tcp/5"]}]`,
+		"empty":       "",
+		"no list":     one,
+		"no ID":       `[{"Addrs":[]}]`,
+		"bad ID":      `[{"ID":"x","Addrs":[]}]`,
+		"bad address": `[{"ID":"` + someID + `","Addrs":["x"]}]`,
+		"too many":    "[" + strings.Repeat(one+",", maxPeersTold) + one + "]",
+		"many addresses": `[{"ID":"` + someID + `","Addrs":[` + strings.Repeat(`"/ip4/1.2.3.4/tcp/5",`, maxAddrs) +
+			`"/ip4/1.2.3.4/tcp/5"]}]`,
 		"too long":       "[" + strings.Repeat(" ", maxPeersMessage) + "]",
 		"something else": "[" + one + "]x",
 	} {

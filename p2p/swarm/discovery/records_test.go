@@ -157,7 +157,8 @@ func TestRecordsBelowProviderManager(t *testing.T) {
 	defer peers.Close()
 	own := &keySet{}
 	r := newRecords(self, own, 10_000, time.Hour, time.Now)
-	m, err := kadrecords.NewProviderManager(self, peers, r, kadrecords.Cache(noCache{}), kadrecords.CleanupInterval(0), kadrecords.ProvideValidity(time.Hour))
+	m, err := kadrecords.NewProviderManager(self, peers, r, kadrecords.Cache(noCache{}), kadrecords.CleanupInterval(0),
+		kadrecords.ProvideValidity(time.Hour))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -189,7 +190,8 @@ func TestRecordsBelowProviderManager(t *testing.T) {
 }
 
 func TestParsePath(t *testing.T) {
-	for _, bad := range []string{"", "/", "/providers", "/providers/", "/providers/!", "/providers//x", "/other/CIQA", "/providers/CIQA/CIQA"} {
+	for _, bad := range []string{"", "/", "/providers", "/providers/", "/providers/!", "/providers//x", "/other/CIQA",
+		"/providers/CIQA/CIQA"} {
 		if _, _, ok := parsePath(bad); ok {
 			t.Errorf("%q is a path", bad)
 		}

@@ -74,7 +74,8 @@ type reservation struct {
 // start begins to relay for others, unless this host is not to. All that is relayed
 // is between members of the swarm, so no connection has a limit, as it has in libp2p.
 func (r *relays) start() (err error) {
-	if r.updated, err = r.n.host.EventBus().Emitter(new(event.EvtAutoRelayAddrsUpdated), eventbus.Stateful); err != nil {
+	if r.updated, err = r.n.host.EventBus().Emitter(new(event.EvtAutoRelayAddrsUpdated),
+		eventbus.Stateful); err != nil {
 		return err
 	}
 	if r.n.opts.NoRelay {
@@ -172,7 +173,9 @@ func (t *puncher) Dial(ctx context.Context, addr multiaddr.Multiaddr, p peer.ID)
 }
 
 // DialWithUpdates implements [transport.DialUpdater].
-func (t *puncher) DialWithUpdates(ctx context.Context, addr multiaddr.Multiaddr, p peer.ID, updates chan<- transport.DialUpdate) (transport.CapableConn, error) {
+func (t *puncher) DialWithUpdates(
+	ctx context.Context, addr multiaddr.Multiaddr, p peer.ID, updates chan<- transport.DialUpdate,
+) (transport.CapableConn, error) {
 	if punches, _, _ := network.GetSimultaneousConnect(ctx); punches || t.relays.isUnseen(p) {
 		return t.TcpTransport.DialWithUpdates(ctx, addr, p, updates)
 	}
@@ -201,7 +204,8 @@ func (r *relays) isUnseen(p peer.ID) bool {
 // one is believed to be before everybody who is not on a network of this host.
 func (r *relays) isOutside(c network.Conn, observed multiaddr.Multiaddr) bool {
 	relayed := func(c network.Conn) bool { return isRelayed(c.RemoteMultiaddr()) }
-	if c.Stat().Direction != network.DirOutbound || slices.ContainsFunc(r.n.host.Network().ConnsToPeer(c.RemotePeer()), relayed) {
+	if c.Stat().Direction != network.DirOutbound ||
+		slices.ContainsFunc(r.n.host.Network().ConnsToPeer(c.RemotePeer()), relayed) {
 		return false // it reached this host, or can't be reached itself but through a hole
 	}
 	own, err := net.InterfaceAddrs()
@@ -289,7 +293,8 @@ func (r *relays) connectDirectly(ctx context.Context, now time.Time) {
 		again.pause = min(2*again.pause, 600*r.n.opts.tick)
 		again.next = now.Add(again.pause)
 		// Where both were connected with, one of them punches.
-		punches := r.punch != nil && len(r.seen) > 0 && is(network.DirInbound) && (!is(network.DirOutbound) || r.n.host.ID() < p)
+		punches := r.punch != nil && len(r.seen) > 0 && is(network.DirInbound) &&
+			(!is(network.DirOutbound) || r.n.host.ID() < p)
 		if punches {
 			r.asking.Go(func() {
 				err := r.punch.DirectConnect(p)

@@ -83,7 +83,8 @@ func TestTableMessages(t *testing.T) {
 		fits   bool
 	}{"an answer": {question, true}, "many peers": {many, false}, "many bytes": {long, false}} {
 		answer.Store(&test.answer)
-		_, err := a.table.MessageSender().SendRequest(t.Context(), c.Self(), &pb.Message{Type: pb.Message_FIND_NODE, Key: []byte("x")})
+		_, err := a.table.MessageSender().SendRequest(
+			t.Context(), c.Self(), &pb.Message{Type: pb.Message_FIND_NODE, Key: []byte("x")})
 		if (err == nil) != test.fits {
 			t.Errorf("%s in an answer: %v", name, err)
 		}

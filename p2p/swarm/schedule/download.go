@@ -236,7 +236,8 @@ func (d *Download) Slow(id int) {
 
 // isElsewhere reports whether another source has something of what a request claims.
 func (d *Download) isElsewhere(r *request) bool {
-	return slices.ContainsFunc(d.sources, func(s *source) bool { return s.id != r.source.id && s.have.Intersects(r.claim) })
+	return slices.ContainsFunc(d.sources,
+		func(s *source) bool { return s.id != r.source.id && s.have.Intersects(r.claim) })
 }
 
 // Done ends a request: the piece that was Answered is here, and is proven. It

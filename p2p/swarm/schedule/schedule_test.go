@@ -85,7 +85,8 @@ func TestDownload(t *testing.T) {
 	d.SetSource("a", FullSet(6))
 	first := wants(d)
 	// Two of three of what is free, then two of three of the rest.
-	if len(first) != 2 || first[0].Source != "a" || !first[0].Want.Equal(setOf(6, 0, 1, 3, 4)) || !first[1].Want.Equal(setOf(6, 2)) {
+	if len(first) != 2 || first[0].Source != "a" || !first[0].Want.Equal(setOf(6, 0, 1, 3, 4)) ||
+		!first[1].Want.Equal(setOf(6, 2)) {
 		t.Fatalf("of one source it asks %v", first)
 	}
 	d.SetSource("b", setOf(6, 0, 1))
@@ -274,7 +275,8 @@ func (d *Download) requireSound(t *testing.T, seed uint64) {
 	}
 	for _, s := range d.sources {
 		if s.requests != under[s] || s.slow != slow[s] {
-			t.Fatalf("seed %d: %s has %d requests, %d of them slow, want %d, %d", seed, s.id, s.requests, s.slow, under[s], slow[s])
+			t.Fatalf("seed %d: %s has %d requests, %d of them slow, want %d, %d", seed, s.id, s.requests, s.slow,
+				under[s], slow[s])
 		}
 	}
 }
@@ -308,7 +310,8 @@ func TestModel(t *testing.T) {
 						t.Fatalf("seed %d: piece %d is asked for %d times", seed, i, d.claims[i])
 					}
 				}
-				if req.Want.Count() == 0 || req.Want.Clone().AndNot(have[req.Source]).Count() > 0 || req.Want.Intersects(d.Held()) {
+				if req.Want.Count() == 0 || req.Want.Clone().AndNot(have[req.Source]).Count() > 0 ||
+					req.Want.Intersects(d.Held()) {
 					t.Fatalf("seed %d: asked of %s is %v", seed, req.Source, req.Want)
 				}
 				open[req.ID] = req

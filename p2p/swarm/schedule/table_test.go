@@ -10,7 +10,8 @@ import (
 	"testing"
 )
 
-var writeTable = flag.Bool("schedule.table", false, "simulate all that docs/swarm.md shows, and write it there (some minutes)")
+var writeTable = flag.Bool("schedule.table", false,
+	"simulate all that docs/swarm.md shows, and write it there (some minutes)")
 
 const document = "../../../docs/swarm.md"
 
@@ -46,7 +47,8 @@ func TestSimulation(t *testing.T) {
 				w := simulate(c)
 				complete(t, w)
 				if got := w.time() / c.bound(); got > test.limit {
-					t.Errorf("seed %d: the last of %d peers took %.3f times the lower bound, want at most %.3f", seed, c.peers, got, test.limit)
+					t.Errorf("seed %d: the last of %d peers took %.3f times the lower bound, want at most %.3f", seed,
+						c.peers, got, test.limit)
 				}
 				if w.surplus() > 5 {
 					t.Errorf("seed %d: a peer received %.1f pieces in vain", seed, w.surplus())
@@ -133,7 +135,8 @@ func TestTable(t *testing.T) {
 	if *writeTable {
 		var b bytes.Buffer
 		for i, table := range tables {
-			fmt.Fprintf(&b, "\n%s\n\n%s\n|%s\n", table.about, table.head, strings.Repeat("---|", strings.Count(table.head, "|")-1))
+			fmt.Fprintf(&b, "\n%s\n\n%s\n|%s\n", table.about, table.head,
+				strings.Repeat("---|", strings.Count(table.head, "|")-1))
 			for _, row := range table.rows {
 				fmt.Fprintln(&b, row.line())
 				t.Logf("table %d: %s", i, row.label)
@@ -152,7 +155,8 @@ func TestTable(t *testing.T) {
 			t.Errorf("%s has not this table: %s", document, table.head)
 		}
 		for _, row := range table.rows {
-			if !slices.ContainsFunc(lines, func(line string) bool { return strings.HasPrefix(line, "| "+row.label+" |") }) {
+			if !slices.ContainsFunc(lines,
+				func(line string) bool { return strings.HasPrefix(line, "| "+row.label+" |") }) {
 				t.Errorf("%s has no row %q", document, row.label)
 			}
 			if !row.checked {
@@ -161,7 +165,8 @@ func TestTable(t *testing.T) {
 			t.Run(row.label, func(t *testing.T) {
 				t.Parallel()
 				if line := row.line(); !slices.Contains(lines, line) {
-					t.Errorf("%s is stale: its tables have not\n%s\nMake them with the command that is there.", document, line)
+					t.Errorf("%s is stale: its tables have not\n%s\nMake them with the command that is there.",
+						document, line)
 				}
 			})
 		}
@@ -185,16 +190,19 @@ func (r row) line() string { return "| " + r.label + " | " + strings.Join(r.cell
 var tables = []table{
 	{
 		about: "Time of the last peer, in S/B, and in parentheses how many times the lower bound that is. " +
-			"In swarms of 100 and more, each peer looks for 10 others, the seed among them or not, and knows those that looked for it, too.",
-		head: "| peers, pieces | uploader picks (the rule) | the same, ties at random | downloader picks at random | downloader picks in order | pieces received in vain | messages a piece |",
+			"In swarms of 100 and more, each peer looks for 10 others, the seed among them or not, and knows those " +
+			"that looked for it, too.",
+		head: "| peers, pieces | uploader picks (the rule) | the same, ties at random | downloader picks at random | " +
+			"downloader picks in order | pieces received in vain | messages a piece |",
 		rows: []row{
 			compared(1, 256), compared(2, 256), compared(8, 256), compared(16, 256), compared(16, 512),
 			compared(100, 256), compared(100, 512), compared(500, 256), compared(5000, 256),
 		},
 	},
 	{
-		about: "When things are not even. The times are of the first, the middle and the last of 100 peers, each from its own start.",
-		head:  "| 100 peers, 256 pieces | first | middle | last |",
+		about: "When things are not even. The times are of the first, the middle and the last of 100 peers, each " +
+			"from its own start.",
+		head: "| 100 peers, 256 pieces | first | middle | last |",
 		rows: []row{
 			uneven("all the same", circumstances{}),
 			uneven("a message takes five times as long", circumstances{latency: 1000}),
@@ -207,10 +215,12 @@ var tables = []table{
 		},
 	},
 	{
-		about: "How the defaults were chosen: times of the last peer over the lower bound, the worst of three swarms. In the second column of each pair a message takes five times as long.",
-		head:  "| slots, requests, of one source | 8 peers | | 16 peers | | 100 peers | | messages a piece, 16 peers |",
+		about: "How the defaults were chosen: times of the last peer over the lower bound, the worst of three " +
+			"swarms. In the second column of each pair a message takes five times as long.",
+		head: "| slots, requests, of one source | 8 peers | | 16 peers | | 100 peers | | messages a piece, 16 peers |",
 		rows: []row{
-			tuned(2, 4, 2), tuned(4, 4, 2), tuned(4, 8, 2), tuned(6, 6, 2), tuned(6, 8, 2), tuned(8, 8, 2), tuned(8, 10, 2), tuned(8, 16, 2), tuned(12, 16, 2), tuned(8, 10, 1), tuned(8, 10, 4),
+			tuned(2, 4, 2), tuned(4, 4, 2), tuned(4, 8, 2), tuned(6, 6, 2), tuned(6, 8, 2), tuned(8, 8, 2),
+			tuned(8, 10, 2), tuned(8, 16, 2), tuned(12, 16, 2), tuned(8, 10, 1), tuned(8, 10, 4),
 		},
 	},
 }
@@ -236,7 +246,8 @@ func compared(peers, pieces int) row {
 			w := simulate(c)
 			cells = append(cells, fmt.Sprintf("%.2f (%.2f)", w.time(), w.time()/c.bound()))
 			if p == uploaderPicks {
-				more = []string{fmt.Sprintf("%.1f", w.surplus()), fmt.Sprintf("%.1f", float64(w.messages)/float64(peers*pieces))}
+				more = []string{fmt.Sprintf("%.1f", w.surplus()),
+					fmt.Sprintf("%.1f", float64(w.messages)/float64(peers*pieces))}
 			}
 		}
 		return append(cells, more...)
