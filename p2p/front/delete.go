@@ -75,7 +75,8 @@ func (e *Engine) Delete(ctx context.Context, tag string, cid digest.CID, opts p2
 	}
 	slices.SortFunc(all.Missed, func(a, b p2p.Missed) int { return cmp.Compare(a.Peer, b.Peer) })
 	if !found {
-		return all, cmp.Or(context.Cause(ctx), seen.Err, e.nothing(tag, cid, max(seen.Answered, all.Reached), seen.Silent))
+		return all, cmp.Or(context.Cause(ctx), seen.Err,
+			e.nothing(tag, cid, max(seen.Answered, all.Reached), seen.Silent))
 	}
 	return all, nil
 }
@@ -106,14 +107,17 @@ func (e *Engine) see(ctx context.Context, tag string, cid digest.CID, opts p2p.D
 		}
 		all.Found = all.Found || seen.Found
 		all.Versions = append(all.Versions, seen.Versions...)
-		all.Answered, all.Silent, all.Err = all.Answered+seen.Answered, all.Silent+seen.Silent, cmp.Or(all.Err, seen.Err)
+		all.Answered, all.Silent, all.Err = all.Answered+seen.Answered, all.Silent+
+			seen.Silent, cmp.Or(all.Err, seen.Err)
 	}
 	return all, nil
 }
 
 // deleteHere deletes what the store has. With a source that knows names it is remembered, for
 // peers that are away.
-func (e *Engine) deleteHere(ctx context.Context, opts p2p.DeleteOptions, seen []pieces.Version, d *Deletion) (p2p.Deleted, error) {
+func (e *Engine) deleteHere(
+	ctx context.Context, opts p2p.DeleteOptions, seen []pieces.Version, d *Deletion,
+) (p2p.Deleted, error) {
 	if e.names() != nil {
 		result, deletes, err := e.store.DeleteForAll(ctx, d.Tag, d.CID, opts, seen...)
 		d.Held, d.Deletes = result.Found, deletes

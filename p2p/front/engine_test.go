@@ -64,18 +64,21 @@ func TestDirectory(t *testing.T) {
 	layer := enginetest.Content(5<<20, 1)
 	d := digest.SHA256.FromBytes(layer)
 	manifest := []byte(`{"schemaVersion":2,"mediaType":"` + ocispec.MediaTypeImageManifest + `",` +
-		`"config":` + descriptor("application/vnd.oci.empty.v1+json", []byte("{}")) + `,"layers":[` + descriptor("a/b", layer) + `]}`)
+		`"config":` + descriptor("application/vnd.oci.empty.v1+json", []byte("{}")) + `,"layers":[` +
+		descriptor("a/b", layer) + `]}`)
 	m := digest.SHA256.FromBytes(manifest)
 	put(t, dir, d, layer)
 	put(t, dir, m, manifest)
 	put(t, dir, digest.SHA256.FromString("{}"), []byte("{}"))
 
 	info, err := e.Stat(t.Context(), "t", digest.FromDigest(d), p2p.StatOptions{Providers: true})
-	if err != nil || !info.Remote || info.Size != int64(len(layer)) || *info.Providers != (p2p.Providers{Asked: 1, Some: 1, Whole: 1}) {
+	if err != nil || !info.Remote || info.Size != int64(len(layer)) ||
+		*info.Providers != (p2p.Providers{Asked: 1, Some: 1, Whole: 1}) {
 		t.Errorf("stat of a layer: %+v, %v", info, err)
 	}
 	info, err = e.Stat(t.Context(), "t", digest.FromDigest(m), p2p.StatOptions{Manifest: true})
-	if err != nil || info.MediaType != ocispec.MediaTypeImageManifest || info.Manifest == nil || !bytes.Equal(info.Manifest.Content, manifest) {
+	if err != nil || info.MediaType != ocispec.MediaTypeImageManifest || info.Manifest == nil ||
+		!bytes.Equal(info.Manifest.Content, manifest) {
 		t.Errorf("stat of a manifest: %+v, %v", info, err)
 	}
 	if err := e.Hold(t.Context(), "t", digest.FromDigest(m)); err != nil {
@@ -113,7 +116,8 @@ func TestNextSource(t *testing.T) {
 	put(t, lies, task.Digest, enginetest.Content(100_000, 2))
 	_, err := e.Open(t.Context(), task, p2p.Network)
 	enginetest.RequireError(t, "open what only a liar has", err, digest.ErrMismatch)
-	if _, err := e.Stat(t.Context(), "t", digest.FromDigest(task.Digest), p2p.StatOptions{Scope: p2p.Local}); !errors.Is(err, p2p.ErrNotFound) {
+	if _, err := e.Stat(t.Context(), "t", digest.FromDigest(task.Digest),
+		p2p.StatOptions{Scope: p2p.Local}); !errors.Is(err, p2p.ErrNotFound) {
 		t.Errorf("after a lie: %v", err)
 	}
 	put(t, has, task.Digest, data)
@@ -140,7 +144,8 @@ func TestOrder(t *testing.T) {
 	e.Add(asked)
 	e.Add(fronttest.New(e, dir))
 	put(t, dir, digest.SHA256.FromString("data"), []byte("data"))
-	if _, err := enginetest.Fetch(t.Context(), e, p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("data")}); err != nil || asked.fetches > 0 {
+	if _, err := enginetest.Fetch(t.Context(), e,
+		p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("data")}); err != nil || asked.fetches > 0 {
 		t.Errorf("a source that has nothing was asked %d times for content, %v", asked.fetches, err)
 	}
 	_, err := enginetest.Fetch(t.Context(), e, p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("absent")})

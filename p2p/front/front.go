@@ -145,7 +145,8 @@ func (e *Engine) Replicate(ctx context.Context, tag string, cid digest.CID, n in
 	}
 	providers, err := p2p.Replicate(ctx, e.store, tag, cid, n)
 	if len(e.sources) > 0 && errors.Is(err, p2p.ErrUnreachable) {
-		err = fmt.Errorf("replicate %s: %w: %w by %s: export it on the hosts that are to have it", p2p.Describe(tag, cid), p2p.ErrUnreachable, errors.ErrUnsupported, e.called())
+		err = fmt.Errorf("replicate %s: %w: %w by %s: export it on the hosts that are to have it",
+			p2p.Describe(tag, cid), p2p.ErrUnreachable, errors.ErrUnsupported, e.called())
 	}
 	return providers, err
 }

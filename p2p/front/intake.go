@@ -19,7 +19,8 @@ import (
 
 // newTask is how a task is kept that a source has described.
 func newTask(info p2p.Info) p2p.NewTask {
-	n := p2p.NewTask{Task: info.Task, MediaType: info.MediaType, Keep: p2p.KeepUntilReferred, Origin: info.Origin, After: info.After}
+	n := p2p.NewTask{Task: info.Task, MediaType: info.MediaType, Keep: p2p.KeepUntilReferred, Origin: info.Origin,
+		After: info.After}
 	if info.Keep == p2p.KeepPinned {
 		n.Keep = p2p.KeepPinned
 	}
@@ -42,7 +43,8 @@ func (e *Engine) describe(info *p2p.Info, content []byte) (refs *p2p.NewManifest
 	table := digest.Table{Size: int64(len(content)), PieceLength: digest.PieceLength(int64(len(content)))}
 	info.Size, info.PieceLength, info.Pieces = table.Size, table.PieceLength, table.Pieces()
 	if info.MediaType != told || info.IsManifest != toldManifest {
-		e.log.Warn("content is not what a peer says it is", "task", info.Task.String(), "told", told, "is", info.MediaType, "manifest", info.IsManifest)
+		e.log.Warn("content is not what a peer says it is", "task", info.Task.String(), "told", told,
+			"is", info.MediaType, "manifest", info.IsManifest)
 	}
 	return refs
 }
@@ -59,7 +61,9 @@ func (e *Engine) commit(ctx context.Context, c p2p.Commit) error {
 
 // keep stores content that was found, with what it refers to, and the name that led to it. refs
 // and name may be nil.
-func (e *Engine) keep(ctx context.Context, info p2p.Info, content []byte, refs *p2p.NewManifest, name *p2p.NewName) error {
+func (e *Engine) keep(
+	ctx context.Context, info p2p.Info, content []byte, refs *p2p.NewManifest, name *p2p.NewName,
+) error {
 	in, err := e.store.Ingest(ctx)
 	if err != nil {
 		return err
@@ -99,7 +103,8 @@ func (e *Engine) adopt(ctx context.Context, found Found) error {
 	}
 	for _, s := range e.sources { // as none has brought it, none knows
 		if err := s.Offer(ctx, c); err != nil {
-			e.log.Warn("a source was not told of what is here now", "task", n.Task.String(), "source", s.Name(), "error", err)
+			e.log.Warn("a source was not told of what is here now", "task", n.Task.String(), "source", s.Name(),
+				"error", err)
 		}
 	}
 	return nil

@@ -24,7 +24,9 @@ func (e *Engine) HoldManifest(ctx context.Context, tag string, cid digest.CID, o
 }
 
 // stat describes what cid names, and keeps the name and its manifest where hold is set.
-func (e *Engine) stat(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions, hold bool) (info p2p.Info, err error) {
+func (e *Engine) stat(
+	ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions, hold bool,
+) (info p2p.Info, err error) {
 	if err := e.Begin(ctx); err != nil {
 		return p2p.Info{}, err
 	}
@@ -73,7 +75,9 @@ func (e *Engine) statLocal(ctx context.Context, tag string, cid digest.CID, opts
 }
 
 // statName describes what a name stands for.
-func (e *Engine) statName(ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions, hold bool) (p2p.Info, error) {
+func (e *Engine) statName(
+	ctx context.Context, tag string, cid digest.CID, opts p2p.StatOptions, hold bool,
+) (p2p.Info, error) {
 	if names := e.names(); names != nil {
 		n, here, err := names.Resolve(ctx, tag, cid.CacheID())
 		if err != nil {
@@ -99,7 +103,9 @@ func (e *Engine) statName(ctx context.Context, tag string, cid digest.CID, opts 
 // it where that is not here.
 //
 //nolint:cyclop // what is here and what is elsewhere are set against each other case by case
-func (e *Engine) statDigest(ctx context.Context, task p2p.Task, opts p2p.StatOptions, name *p2p.NewName, hold bool) (p2p.Info, error) {
+func (e *Engine) statDigest(
+	ctx context.Context, task p2p.Task, opts p2p.StatOptions, name *p2p.NewName, hold bool,
+) (p2p.Info, error) {
 	info, missing := e.statLocal(ctx, task.Tag, digest.FromDigest(task.Digest), localOnly(opts))
 	here := missing == nil
 	// What is damaged here may be whole elsewhere.
@@ -108,7 +114,8 @@ func (e *Engine) statDigest(ctx context.Context, task p2p.Task, opts p2p.StatOpt
 	}
 	if !here || opts.Providers {
 		found, err := e.find(ctx, task, FindOptions{
-			Content: !here && opts.Manifest, Named: name != nil, Refs: !opts.ContentOnly, Providers: opts.Providers, Lease: opts.Lease,
+			Content: !here && opts.Manifest, Named: name != nil, Refs: !opts.ContentOnly, Providers: opts.Providers,
+			Lease: opts.Lease,
 		})
 		switch {
 		case err == nil && here, here && isAway(err):
@@ -264,5 +271,6 @@ func addProviders(a, b *p2p.Providers) *p2p.Providers {
 	if a == nil || b == nil {
 		return cmp.Or(a, b)
 	}
-	return &p2p.Providers{Some: a.Some + b.Some, Whole: a.Whole + b.Whole, Asked: a.Asked + b.Asked, Silent: a.Silent + b.Silent}
+	return &p2p.Providers{Some: a.Some + b.Some, Whole: a.Whole + b.Whole, Asked: a.Asked + b.Asked,
+		Silent: a.Silent + b.Silent}
 }
