@@ -56,7 +56,8 @@ func (c *client) stat(ctx context.Context, t p2p.Task, local bool, limit time.Du
 		away = p2p.ErrUnavailable
 	}
 	return c.call(ctx, "stat "+t.String(), limit, away, func(ctx context.Context) error {
-		_, err := c.daemon.StatTask(ctx, &dfdaemonv1.StatTaskRequest{Url: wire.URL(t), UrlMeta: wire.Meta(t), LocalOnly: local})
+		_, err := c.daemon.StatTask(ctx,
+			&dfdaemonv1.StatTaskRequest{Url: wire.URL(t), UrlMeta: wire.Meta(t), LocalOnly: local})
 		return err
 	})
 }
@@ -64,7 +65,9 @@ func (c *client) stat(ctx context.Context, t p2p.Task, local bool, limit time.Du
 // importFile has the daemon import the file at a path. One that it has it leaves as it is.
 func (c *client) importFile(ctx context.Context, t p2p.Task, path string, limit time.Duration) error {
 	return c.call(ctx, "import "+t.String(), limit, p2p.ErrUnavailable, func(ctx context.Context) error {
-		_, err := c.daemon.ImportTask(ctx, &dfdaemonv1.ImportTaskRequest{Type: commonv1.TaskType_DfCache, Url: wire.URL(t), UrlMeta: wire.Meta(t), Path: path})
+		_, err := c.daemon.ImportTask(ctx,
+			&dfdaemonv1.ImportTaskRequest{
+				Type: commonv1.TaskType_DfCache, Url: wire.URL(t), UrlMeta: wire.Meta(t), Path: path})
 		return err
 	})
 }
@@ -90,7 +93,9 @@ func (c *client) delete(ctx context.Context, t p2p.Task) error {
 
 // call does a call within limit, and says what its error is: away where the daemon
 // does not answer.
-func (c *client) call(ctx context.Context, what string, limit time.Duration, away error, do func(context.Context) error) error {
+func (c *client) call(
+	ctx context.Context, what string, limit time.Duration, away error, do func(context.Context) error,
+) error {
 	st, late, err := wire.Call(ctx, limit, do)
 	if st == nil {
 		return err
@@ -106,7 +111,8 @@ func (c *client) call(ctx context.Context, what string, limit time.Duration, awa
 	if err := wire.Silent(at, st, late || code == commonv1.Code_RequestTimeOut, limit, away); err != nil {
 		return err
 	}
-	if code >= commonv1.Code_ClientError && errors.Is(away, p2p.ErrUnreachable) { // and above: of its scheduler and its sources
+	// and above: of its scheduler and its sources
+	if code >= commonv1.Code_ClientError && errors.Is(away, p2p.ErrUnreachable) {
 		return fmt.Errorf("%s: %w: %s: see its log", at, away, st.Message())
 	}
 	return fmt.Errorf("%s: %s", at, st.Message())

@@ -242,14 +242,18 @@ func TestCollision(t *testing.T) {
 		}
 		return r
 	}
-	for _, c := range []struct{ cid, tag, content string }{{"a", "bc", "one"}, {"ab", "c", "two"}, {"abc", "", "three"}} {
-		if _, err := r(c.tag).Import(t.Context(), c.cid, strings.NewReader(c.content), blobstore.ImportOptions{}); err != nil {
+	for _, c := range []struct{ cid, tag, content string }{
+		{"a", "bc", "one"}, {"ab", "c", "two"}, {"abc", "", "three"}} {
+		if _, err := r(c.tag).Import(t.Context(), c.cid, strings.NewReader(c.content),
+			blobstore.ImportOptions{}); err != nil {
 			t.Fatal(err)
 		}
 	}
-	for _, c := range []struct{ cid, tag, content string }{{"a", "bc", "one"}, {"ab", "c", "two"}, {"abc", "", "three"}} {
+	for _, c := range []struct{ cid, tag, content string }{
+		{"a", "bc", "one"}, {"ab", "c", "two"}, {"abc", "", "three"}} {
 		var out bytes.Buffer
-		if _, err := r(c.tag).Export(t.Context(), c.cid, &out, blobstore.ExportOptions{}); err != nil || out.String() != c.content {
+		if _, err := r(c.tag).Export(t.Context(), c.cid, &out, blobstore.ExportOptions{}); err != nil ||
+			out.String() != c.content {
 			t.Errorf("%s under %q is %q, %v; want %q", c.cid, c.tag, out.String(), err, c.content)
 		}
 	}
@@ -259,7 +263,8 @@ func TestCollision(t *testing.T) {
 		t.Errorf("Dragonfly has %d tasks, want 9", len(keys))
 	}
 	for _, key := range keys {
-		if tag, ok := strings.CutPrefix(key, "d7y:/sha256%3A"); !ok || len(tag) < 64 || !slices.Contains([]string{"", "c", "bc"}, tag[64:]) {
+		if tag, ok := strings.CutPrefix(key, "d7y:/sha256%3A"); !ok || len(tag) < 64 ||
+			!slices.Contains([]string{"", "c", "bc"}, tag[64:]) {
 			t.Errorf("Dragonfly has %q; want a full digest and a tag", key)
 		}
 	}
@@ -288,7 +293,8 @@ func TestHang(t *testing.T) {
 	if err != nil || *info.Providers != (p2p.Providers{Asked: 1, Some: 1, Whole: 1}) {
 		t.Errorf("stat: %+v, %v", info.Providers, err)
 	}
-	if deleted, err := b.delete(other); err != nil || deleted.Tasks != 1 || len(deleted.Missed) != 1 || !strings.Contains(deleted.Missed[0].Reason, "is not known") {
+	if deleted, err := b.delete(other); err != nil || deleted.Tasks != 1 || len(deleted.Missed) != 1 ||
+		!strings.Contains(deleted.Missed[0].Reason, "is not known") {
 		t.Errorf("delete: %+v, %v", deleted, err)
 	}
 }
@@ -312,7 +318,8 @@ func TestSlow(t *testing.T) {
 		t.Errorf("Dragonfly is told of a timeout of %s, want %s", got, short)
 	}
 	b.requireMissing(task)
-	enginetest.RequireError(t, "import", tryImport(t.Context(), b, task, []byte("data")), p2p.ErrUnavailable, "stored on this host", "import", "no answer within 50ms")
+	enginetest.RequireError(t, "import", tryImport(t.Context(), b, task, []byte("data")), p2p.ErrUnavailable,
+		"stored on this host", "import", "no answer within 50ms")
 }
 
 // Dragonfly tells the size of nothing: what there is no room for is not copied, at least, and it is
@@ -378,13 +385,16 @@ func TestHandInOnce(t *testing.T) {
 func TestOtherErrors(t *testing.T) {
 	h := newHost(t, new(dragonflytest.Cluster), dragonfly.Options{})
 	task := enginetest.Import(t, h, "t", []byte("data"))
-	h.upstream.OnCall(func(context.Context, string) error { return status.Error(codes.Unknown, "[5000]scheduler error") })
+	h.upstream.OnCall(func(context.Context, string) error {
+		return status.Error(codes.Unknown, "[5000]scheduler error")
+	})
 	info, err := h.stat(task, p2p.StatOptions{Providers: true})
 	if err != nil || *info.Providers != (p2p.Providers{Asked: 1, Silent: 1}) {
 		t.Errorf("stat: %+v, %v", info.Providers, err)
 	}
 	_, err = h.fetch(t.Context(), p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("absent")})
-	if err == nil || errors.Is(err, p2p.ErrNotFound) || !errors.Is(err, p2p.ErrUnreachable) || !strings.Contains(err.Error(), "[5000]scheduler error") {
+	if err == nil || errors.Is(err, p2p.ErrNotFound) || !errors.Is(err, p2p.ErrUnreachable) ||
+		!strings.Contains(err.Error(), "[5000]scheduler error") {
 		t.Errorf("fetch: %v", err)
 	}
 	deleted, err := h.delete(task)
@@ -493,7 +503,8 @@ func TestMend(t *testing.T) {
 			t.Fatal(err)
 		}
 		var out bytes.Buffer
-		if _, err := r.Export(t.Context(), task.Digest.String(), &out, blobstore.ExportOptions{}); err != nil || out.String() != "data" {
+		if _, err := r.Export(t.Context(), task.Digest.String(), &out, blobstore.ExportOptions{}); err != nil ||
+			out.String() != "data" {
 			t.Errorf("%s: export gives %q, %v", name, out.String(), err)
 		}
 		enginetest.RequireContent(t, h, task, data)
@@ -536,7 +547,8 @@ func TestDelete(t *testing.T) {
 	enginetest.Import(t, a, "t", data)
 	b.requireFetched(task, data)
 	deleted, err = a.delete(task)
-	if err != nil || deleted.Tasks != 1 || deleted.Reached != 0 || len(deleted.Missed) != 1 || !strings.Contains(deleted.Missed[0].Reason, "hosts that have it still, and keep it") {
+	if err != nil || deleted.Tasks != 1 || deleted.Reached != 0 || len(deleted.Missed) != 1 ||
+		!strings.Contains(deleted.Missed[0].Reason, "hosts that have it still, and keep it") {
 		t.Errorf("delete: %+v, %v", deleted, err)
 	}
 	enginetest.RequireContent(t, b, task, data)
@@ -566,7 +578,8 @@ func TestDelete(t *testing.T) {
 	enginetest.Import(t, a, "t", data)
 	a.upstream.Kill()
 	deleted, err = a.delete(task)
-	if err != nil || deleted.Tasks != 1 || len(deleted.Missed) != 1 || !strings.Contains(deleted.Missed[0].Reason, task.Digest.String()) {
+	if err != nil || deleted.Tasks != 1 || len(deleted.Missed) != 1 ||
+		!strings.Contains(deleted.Missed[0].Reason, task.Digest.String()) {
 		t.Errorf("delete without Dragonfly: %+v, %v", deleted, err)
 	}
 	restart(t, a)
@@ -618,11 +631,13 @@ func TestNames(t *testing.T) {
 		t.Errorf("manifest: %+v, %v", m, err)
 	}
 	var out bytes.Buffer
-	if _, err := rb.Export(t.Context(), f.Digest.String(), &out, blobstore.ExportOptions{}); err != nil || out.String() != "file" {
+	if _, err := rb.Export(t.Context(), f.Digest.String(), &out, blobstore.ExportOptions{}); err != nil ||
+		out.String() != "file" {
 		t.Errorf("export: %q, %v", out.String(), err)
 	}
 	_, err = p2p.Replicate(t.Context(), b, "models", digest.FromDigest(f.Digest), 1)
-	enginetest.RequireError(t, "replicate", err, p2p.ErrUnreachable, "unsupported operation by Dragonfly", "export it on")
+	enginetest.RequireError(t, "replicate", err, p2p.ErrUnreachable, "unsupported operation by Dragonfly",
+		"export it on")
 }
 
 // Without Dragonfly what is here is here, and errors say what is wrong.
@@ -634,7 +649,8 @@ func TestNoDragonfly(t *testing.T) {
 	enginetest.RequireError(t, "health", a.Health(t.Context()), p2p.ErrUnavailable, a.upstream.Socket)
 	task := p2p.Task{Tag: "t", Digest: digest.SHA256.FromBytes(data)}
 	err := tryImport(t.Context(), a, task, data)
-	enginetest.RequireError(t, "import", err, p2p.ErrUnavailable, a.upstream.Socket, "it is stored on this host", "import it again")
+	enginetest.RequireError(t, "import", err, p2p.ErrUnavailable, a.upstream.Socket, "it is stored on this host",
+		"import it again")
 	enginetest.RequireContent(t, a, task, data)
 	info, err := a.stat(task, p2p.StatOptions{Providers: true})
 	if err != nil || *info.Providers != (p2p.Providers{Asked: 1, Silent: 1}) {
@@ -657,7 +673,8 @@ func TestKilled(t *testing.T) {
 	cluster := new(dragonflytest.Cluster)
 	a, b := newHost(t, cluster, dragonfly.Options{}), newHost(t, cluster, dragonfly.Options{})
 	task := enginetest.Import(t, a, "t", []byte("data"))
-	for call, want := range map[string]error{"StatTask": p2p.ErrUnreachable, "ExportTask": p2p.ErrUnreachable, "ImportTask": p2p.ErrUnavailable} {
+	for call, want := range map[string]error{
+		"StatTask": p2p.ErrUnreachable, "ExportTask": p2p.ErrUnreachable, "ImportTask": p2p.ErrUnavailable} {
 		began := make(chan struct{}, 1)
 		b.upstream.OnCall(func(ctx context.Context, c string) error {
 			if c != call {
@@ -693,7 +710,8 @@ func TestLeftovers(t *testing.T) {
 		t.Fatal(err)
 	}
 	left := filepath.Join(h.dir, "dragonfly", "1234")
-	if err := errors.Join(os.Mkdir(left, 0o700), os.Link(h.upstream.Files()[0], filepath.Join(left, "content"))); err != nil {
+	if err := errors.Join(os.Mkdir(left, 0o700),
+		os.Link(h.upstream.Files()[0], filepath.Join(left, "content"))); err != nil {
 		t.Fatal(err)
 	}
 	h.open(dragonfly.Options{})
@@ -730,7 +748,8 @@ func TestDamageIsNotHandedIn(t *testing.T) {
 // it: it loses nothing when we have taken that, and other hosts get it from there.
 func TestAdvance(t *testing.T) {
 	var cluster dragonflytest.Cluster
-	a, b, c := newHost(t, &cluster, dragonfly.Options{}), newHost(t, &cluster, dragonfly.Options{}), newHost(t, &cluster, dragonfly.Options{})
+	a, b, c := newHost(t, &cluster, dragonfly.Options{}), newHost(t, &cluster, dragonfly.Options{}), newHost(
+		t, &cluster, dragonfly.Options{})
 	b.upstream.Advance()
 	data := enginetest.Content(5<<20, 1)
 	task := enginetest.Import(t, a, "t", data)

@@ -64,13 +64,15 @@ func artifact(t *testing.T) (*memory.Store, ocispec.Descriptor) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		m, err := oras.PackManifest(t.Context(), src, oras.PackManifestVersion1_1, "application/vnd.example", oras.PackManifestOptions{Layers: []ocispec.Descriptor{layer}})
+		m, err := oras.PackManifest(t.Context(), src, oras.PackManifestVersion1_1,
+			"application/vnd.example", oras.PackManifestOptions{Layers: []ocispec.Descriptor{layer}})
 		if err != nil {
 			t.Fatal(err)
 		}
 		manifests = append(manifests, m)
 	}
-	index, err := json.Marshal(ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex, Manifests: manifests})
+	index, err := json.Marshal(ocispec.Index{
+		Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex, Manifests: manifests})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -109,16 +111,19 @@ func TestCopy(t *testing.T) {
 	cluster := new(dragonflytest.Cluster)
 	a, b := newHost(t, cluster, dragonfly.Options{}), newHost(t, cluster, dragonfly.Options{})
 	src, root := artifact(t)
-	if _, err := oras.Copy(t.Context(), src, "v1", repository(t, a, "models"), "v1", oras.DefaultCopyOptions); err != nil {
+	if _, err := oras.Copy(t.Context(), src, "v1", repository(t, a, "models"),
+		"v1", oras.DefaultCopyOptions); err != nil {
 		t.Fatal(err)
 	}
 	dst := memory.New()
-	got, err := oras.Copy(t.Context(), repository(t, b, "models"), root.Digest.String(), dst, "v1", oras.DefaultCopyOptions)
+	got, err := oras.Copy(t.Context(), repository(t, b, "models"), root.Digest.String(), dst,
+		"v1", oras.DefaultCopyOptions)
 	if err != nil || got.MediaType != root.MediaType {
 		t.Fatalf("copy: %v, %v", got, err)
 	}
 	requireSame(t, src, dst, root)
-	_, err = oras.Copy(t.Context(), repository(t, b, "other"), root.Digest.String(), memory.New(), "v1", oras.DefaultCopyOptions)
+	_, err = oras.Copy(t.Context(), repository(t, b, "other"), root.Digest.String(), memory.New(),
+		"v1", oras.DefaultCopyOptions)
 	enginetest.RequireError(t, "copy from another repository", err, p2p.ErrNotFound)
 }
 
@@ -160,7 +165,8 @@ func TestPushAgain(t *testing.T) {
 	a.upstream.Kill()
 	failed := 0
 	for { // each push gets one step further, as what has failed is here
-		_, err := oras.Copy(t.Context(), src, "v1", repository(t, a, "models"), "v1", oras.CopyOptions{CopyGraphOptions: oras.CopyGraphOptions{Concurrency: 1}})
+		_, err := oras.Copy(t.Context(), src, "v1", repository(t, a, "models"),
+			"v1", oras.CopyOptions{CopyGraphOptions: oras.CopyGraphOptions{Concurrency: 1}})
 		if err == nil {
 			t.Fatal("a push succeeds without Dragonfly")
 		}
@@ -168,7 +174,8 @@ func TestPushAgain(t *testing.T) {
 			t.Fatal(err)
 		}
 		failed++
-		if _, err := a.stat(p2p.Task{Tag: "models", Digest: root.Digest}, p2p.StatOptions{Scope: p2p.Local}); err == nil {
+		if _, err := a.stat(p2p.Task{Tag: "models", Digest: root.Digest},
+			p2p.StatOptions{Scope: p2p.Local}); err == nil {
 			break
 		}
 	}
@@ -176,11 +183,13 @@ func TestPushAgain(t *testing.T) {
 		t.Errorf("all is here after %d failures", failed)
 	}
 	restart(t, a)
-	if _, err := oras.Copy(t.Context(), src, "v1", repository(t, a, "models"), "v1", oras.DefaultCopyOptions); err != nil {
+	if _, err := oras.Copy(t.Context(), src, "v1", repository(t, a, "models"),
+		"v1", oras.DefaultCopyOptions); err != nil {
 		t.Fatal(err)
 	}
 	dst := memory.New()
-	if _, err := oras.Copy(t.Context(), repository(t, b, "models"), root.Digest.String(), dst, "v1", oras.DefaultCopyOptions); err != nil {
+	if _, err := oras.Copy(t.Context(), repository(t, b, "models"), root.Digest.String(), dst,
+		"v1", oras.DefaultCopyOptions); err != nil {
 		t.Fatal(err)
 	}
 	requireSame(t, src, dst, root)

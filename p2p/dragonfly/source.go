@@ -149,7 +149,9 @@ func (e *Source) Find(ctx context.Context, task p2p.Task, opts front.FindOptions
 }
 
 // See implements [front.Source].
-func (e *Source) See(ctx context.Context, tag string, cid digest.CID, _ p2p.DeleteOptions, held bool) (front.Seen, error) {
+func (e *Source) See(
+	ctx context.Context, tag string, cid digest.CID, _ p2p.DeleteOptions, held bool,
+) (front.Seen, error) {
 	return whole.See(ctx, tag, cid, held, func(ctx context.Context, task p2p.Task) error {
 		return e.upstream.stat(ctx, task, true, e.opts.LookupTimeout)
 	}), nil
@@ -209,7 +211,8 @@ func (e *Source) giveBack(ctx context.Context, task p2p.Task, dir string, taken 
 		err = e.handInBlob(ctx, task)
 	}
 	if err != nil {
-		e.log.Warn("Dragonfly has lost what it has fetched: other hosts may ask it in vain", "task", task.String(), "error", err)
+		e.log.Warn("Dragonfly has lost what it has fetched: other hosts may ask it in vain", "task", task.String(),
+			"error", err)
 	}
 }
 
@@ -218,7 +221,8 @@ func (e *Source) giveBack(ctx context.Context, task p2p.Task, dir string, taken 
 func (e *Source) take(ctx context.Context, task p2p.Task, name string) error {
 	f, err := os.Open(name)
 	if errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("%w: Dragonfly's dfdaemon says that it has written %s, and there is nothing: it has to see that directory under the same path", p2p.ErrUnavailable, name)
+		return fmt.Errorf("%w: Dragonfly's dfdaemon says that it has written %s, and there is nothing: it has to see "+
+			"that directory under the same path", p2p.ErrUnavailable, name)
 	}
 	if err != nil {
 		return err
@@ -226,7 +230,8 @@ func (e *Source) take(ctx context.Context, task p2p.Task, name string) error {
 	defer f.Close()
 	err = e.front.Take(ctx, task, f)
 	if errors.Is(err, digest.ErrMismatch) {
-		err = fmt.Errorf("%w: what Dragonfly has under this digest is something else: delete it there, and import the file again", err)
+		err = fmt.Errorf("%w: what Dragonfly has under this digest is something else: delete it there, and import "+
+			"the file again", err)
 	}
 	return err
 }
@@ -258,7 +263,8 @@ func (e *Source) Forget(ctx context.Context, d front.Deletion) (missed []front.T
 	miss := func(reason string) {
 		missed = append(missed, front.Told{Peer: whole.Name, Address: e.opts.Socket, Failed: reason})
 	}
-	limited, cancel := context.WithTimeoutCause(ctx, deleteTimeout, fmt.Errorf("the dfdaemon of Dragonfly at %s has not done it within %s", e.opts.Socket, deleteTimeout))
+	limited, cancel := context.WithTimeoutCause(ctx, deleteTimeout,
+		fmt.Errorf("the dfdaemon of Dragonfly at %s has not done it within %s", e.opts.Socket, deleteTimeout))
 	defer cancel()
 	for _, task := range d.Tasks {
 		err := e.upstream.delete(limited, task)
@@ -282,7 +288,8 @@ func (e *Source) Forget(ctx context.Context, d front.Deletion) (missed []front.T
 			continue
 		}
 		if err == nil {
-			miss(task.String() + ": Dragonfly's scheduler knows of hosts that have it still, and keep it: its delete is of one host only, so delete it on each of them")
+			miss(task.String() + ": Dragonfly's scheduler knows of hosts that have it still, and keep it: its delete " +
+				"is of one host only, so delete it on each of them")
 		} else {
 			miss("whether other hosts of Dragonfly have it still is not known: " + err.Error())
 		}

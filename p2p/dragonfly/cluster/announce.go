@@ -42,7 +42,8 @@ func newHost(opts Options, listeners [2]net.Listener) (*schedulerv1.PeerHost, er
 	}
 	ip, err := netip.ParseAddr(advertise)
 	if err != nil || ip.IsUnspecified() || ip.Zone() != "" {
-		return nil, fmt.Errorf("IP to advertise %q: want one by which other hosts reach this one, such as 10.0.0.7", advertise)
+		return nil, fmt.Errorf("IP to advertise %q: want one by which other hosts reach this one, such as 10.0.0.7",
+			advertise)
 	}
 	port := func(i int) int32 { return int32(listeners[i].Addr().(*net.TCPAddr).Port) }
 	hostname, err := os.Hostname()
@@ -58,7 +59,8 @@ func newHost(opts Options, listeners [2]net.Listener) (*schedulerv1.PeerHost, er
 		host.Id = fmt.Sprintf("%s-%d", host.Hostname, host.RpcPort)
 	}
 	if err := host.Validate(); err != nil {
-		return nil, fmt.Errorf("address for peers: Dragonfly's schedulers refuse it: %w: use ports from 1024 to 65534", err)
+		return nil, fmt.Errorf("address for peers: Dragonfly's schedulers refuse it: %w: use ports from 1024 to 65534",
+			err)
 	}
 	return host, nil
 }
@@ -108,7 +110,8 @@ func (e *Source) announceHost() {
 	defer tick.Stop()
 	for {
 		if err := e.announceHostOnce(e.ctx); err != nil && e.ctx.Err() == nil {
-			e.log.Warn("no scheduler of Dragonfly answers: other hosts find nothing here, and nothing is fetched", "error", err)
+			e.log.Warn("no scheduler of Dragonfly answers: other hosts find nothing here, and nothing is fetched",
+				"error", err)
 		}
 		select {
 		case <-tick.C:
@@ -121,12 +124,14 @@ func (e *Source) announceHost() {
 // announceHostOnce announces the host to every scheduler. It fails where none answers.
 func (e *Source) announceHostOnce(ctx context.Context) error {
 	req := &schedulerv1.AnnounceHostRequest{
-		Id: e.host.Id, Type: "normal", Hostname: e.host.Hostname, Ip: e.host.Ip, Port: e.host.RpcPort, DownloadPort: e.host.DownPort,
-		Os: runtime.GOOS, Platform: runtime.GOOS,
+		Id: e.host.Id, Type: "normal", Hostname: e.host.Hostname, Ip: e.host.Ip, Port: e.host.RpcPort,
+		DownloadPort: e.host.DownPort,
+		Os:           runtime.GOOS, Platform: runtime.GOOS,
 		// Schedulers insist on these, and keep them for whoever looks.
 		Cpu:    &schedulerv1.CPU{LogicalCount: uint32(runtime.NumCPU()), Times: &schedulerv1.CPUTimes{}},
 		Memory: &schedulerv1.Memory{}, Network: &schedulerv1.Network{}, Disk: &schedulerv1.Disk{},
-		Build: &schedulerv1.Build{GitVersion: e.opts.Version, GoVersion: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH},
+		Build: &schedulerv1.Build{GitVersion: e.opts.Version, GoVersion: runtime.Version(),
+			Platform: runtime.GOOS + "/" + runtime.GOARCH},
 	}
 	return e.eachScheduler(func(s *scheduler) error {
 		err := s.call(ctx, "announce host", e.opts.LookupTimeout, func(ctx context.Context) error {
@@ -164,7 +169,8 @@ func (e *Source) noteAnswer(s *scheduler, err error) {
 		return
 	}
 	if down {
-		e.log.Warn("a scheduler of Dragonfly does not answer: others have its tasks until it does", "scheduler", s.addr, "error", err)
+		e.log.Warn("a scheduler of Dragonfly does not answer: others have its tasks until it does", "scheduler", s.addr,
+			"error", err)
 	} else {
 		e.log.Info("a scheduler of Dragonfly answers again", "scheduler", s.addr)
 	}
@@ -286,7 +292,8 @@ func (e *Source) announceAt(ctx context.Context, s *scheduler, id string, full b
 	}
 	err = e.ask(ctx, s, "announce "+h.task.String(), func(ctx context.Context) error {
 		_, err := s.rpc.AnnounceTask(ctx, &schedulerv1.AnnounceTaskRequest{
-			TaskId: id, Url: wire.URL(h.task), UrlMeta: wire.Meta(h.task), PeerHost: e.host, PiecePacket: packet, TaskType: commonv1.TaskType_DfCache,
+			TaskId: id, Url: wire.URL(h.task), UrlMeta: wire.Meta(h.task), PeerHost: e.host, PiecePacket: packet,
+			TaskType: commonv1.TaskType_DfCache,
 		})
 		return err
 	})

@@ -94,7 +94,8 @@ type source struct {
 
 // newDownload begins a download with a scheduler. The caller closes it.
 func (e *Source) newDownload(task p2p.Task, at *scheduler, length int64) (_ *download, err error) {
-	d := &download{e: e, task: task, id: taskID(task), peerID: e.newPeerID(), scheduler: at, length: length, began: time.Now(), have: map[span]string{}, claims: map[span]*claim{}, users: map[*attempt]bool{}}
+	d := &download{e: e, task: task, id: taskID(task), peerID: e.newPeerID(), scheduler: at, length: length,
+		began: time.Now(), have: map[span]string{}, claims: map[span]*claim{}, users: map[*attempt]bool{}}
 	if length <= 0 {
 		d.length = -1 // it does not know
 	}
@@ -112,14 +113,17 @@ func (e *Source) newDownload(task p2p.Task, at *scheduler, length int64) (_ *dow
 func (d *download) close(err error) {
 	if d.registered {
 		if d.stream != nil && err == nil {
-			d.report(&schedulerv1.PieceResult{PieceInfo: &commonv1.PieceInfo{PieceNum: endOfPiece}, Code: commonv1.Code_Success})
+			d.report(&schedulerv1.PieceResult{
+				PieceInfo: &commonv1.PieceInfo{PieceNum: endOfPiece}, Code: commonv1.Code_Success})
 		}
 		if d.stream != nil {
 			_ = d.stream.CloseSend()
 		}
 		result := &schedulerv1.PeerResult{
-			TaskId: d.id, PeerId: d.peerID, SrcIp: d.e.host.Ip, Url: wire.URL(d.task), ContentLength: -1, TotalPieceCount: -1,
-			Cost: uint32(min(time.Since(d.began).Milliseconds(), math.MaxUint32)), Success: err == nil, Code: commonv1.Code_Success,
+			TaskId: d.id, PeerId: d.peerID, SrcIp: d.e.host.Ip, Url: wire.URL(d.task), ContentLength: -1,
+			TotalPieceCount: -1,
+			Cost:            uint32(min(time.Since(d.began).Milliseconds(), math.MaxUint32)), Success: err == nil,
+			Code: commonv1.Code_Success,
 		}
 		if err != nil {
 			result.Code = commonv1.Code_ClientError
@@ -128,10 +132,11 @@ func (d *download) close(err error) {
 		}
 		// Also where the download was given up.
 		ctx := context.Background()
-		if err := d.scheduler.call(ctx, "report "+d.task.String(), d.e.opts.LookupTimeout, func(ctx context.Context) error {
-			_, err := d.scheduler.rpc.ReportPeerResult(ctx, result)
-			return err
-		}); err != nil {
+		if err := d.scheduler.call(ctx, "report "+d.task.String(), d.e.opts.LookupTimeout,
+			func(ctx context.Context) error {
+				_, err := d.scheduler.rpc.ReportPeerResult(ctx, result)
+				return err
+			}); err != nil {
 			d.e.log.Debug("the end of a download was not reported", "task", d.task.String(), "error", err)
 		}
 	}
@@ -145,12 +150,13 @@ func (d *download) close(err error) {
 // run fetches and stores the task.
 func (d *download) run(ctx context.Context) error {
 	var result *schedulerv1.RegisterResult
-	err := d.scheduler.call(ctx, "register "+d.task.String(), d.e.opts.LookupTimeout, func(ctx context.Context) (err error) {
-		result, err = d.scheduler.rpc.RegisterPeerTask(ctx, &schedulerv1.PeerTaskRequest{
-			Url: wire.URL(d.task), UrlMeta: wire.Meta(d.task), PeerId: d.peerID, PeerHost: d.e.host, TaskId: d.id,
+	err := d.scheduler.call(ctx, "register "+d.task.String(), d.e.opts.LookupTimeout,
+		func(ctx context.Context) (err error) {
+			result, err = d.scheduler.rpc.RegisterPeerTask(ctx, &schedulerv1.PeerTaskRequest{
+				Url: wire.URL(d.task), UrlMeta: wire.Meta(d.task), PeerId: d.peerID, PeerHost: d.e.host, TaskId: d.id,
+			})
+			return err
 		})
-		return err
-	})
 	if err != nil {
 		return err
 	}
@@ -162,7 +168,8 @@ func (d *download) run(ctx context.Context) error {
 	var queue []parent
 	switch result.GetSizeScope() {
 	case commonv1.SizeScope_EMPTY, commonv1.SizeScope_TINY:
-		if problem = d.direct(ctx, result.GetPieceContent()); problem == nil || !errors.Is(problem, digest.ErrMismatch) {
+		if problem = d.direct(ctx, result.GetPieceContent()); problem == nil ||
+			!errors.Is(problem, digest.ErrMismatch) {
 			return problem
 		}
 		d.fail("", commonv1.Code_ClientPieceDownloadFail) // has the scheduler name peers
@@ -170,7 +177,8 @@ func (d *download) run(ctx context.Context) error {
 		single := result.GetSinglePiece()
 		addr, err := parseAddr(single.GetDstAddr())
 		if err != nil || len(single.GetDstPid()) > maxID || single.GetPieceInfo().GetRangeStart() != 0 {
-			problem = fmt.Errorf("scheduler %s: the piece that it names, at %.64q, can't be fetched", d.scheduler.addr, single.GetDstAddr())
+			problem = fmt.Errorf("scheduler %s: the piece that it names, at %.64q, can't be fetched", d.scheduler.addr,
+				single.GetDstAddr())
 			d.fail(single.GetDstPid(), commonv1.Code_ClientPieceRequestFail)
 		} else {
 			queue = []parent{{single.GetDstPid(), addr, single.GetPieceInfo()}}
@@ -231,15 +239,19 @@ func (d *download) parents(packet *schedulerv1.PeerPacket, more bool) (parents [
 		return nil, fmt.Errorf("scheduler %s: %w: %w: %w", d.scheduler.addr, p2p.ErrUnreachable, errReregister, d.ended)
 	}
 	if !more {
-		return nil, fmt.Errorf("scheduler %s: %w: it ended the download: %w", d.scheduler.addr, p2p.ErrUnreachable, d.ended)
+		return nil, fmt.Errorf("scheduler %s: %w: it ended the download: %w", d.scheduler.addr, p2p.ErrUnreachable,
+			d.ended)
 	}
 	if code := packet.GetCode(); code != commonv1.Code_Success {
-		return nil, fmt.Errorf("scheduler %s: %w: it names no peer: %s (%d)", d.scheduler.addr, p2p.ErrUnreachable, code, code)
+		return nil, fmt.Errorf("scheduler %s: %w: it names no peer: %s (%d)", d.scheduler.addr, p2p.ErrUnreachable,
+			code, code)
 	}
-	for _, dest := range append([]*schedulerv1.PeerPacket_DestPeer{packet.GetMainPeer()}, packet.GetCandidatePeers()...) {
+	for _, dest := range append([]*schedulerv1.PeerPacket_DestPeer{packet.GetMainPeer()},
+		packet.GetCandidatePeers()...) {
 		ip, err := netip.ParseAddr(dest.GetIp())
 		port := dest.GetRpcPort()
-		if err != nil || port < 1 || port > math.MaxUint16 || len(dest.GetPeerId()) > maxID || len(parents) == maxParents {
+		if err != nil || port < 1 || port > math.MaxUint16 || len(dest.GetPeerId()) > maxID ||
+			len(parents) == maxParents {
 			continue
 		}
 		addr := netip.AddrPortFrom(ip.Unmap(), uint16(port))
@@ -278,7 +290,8 @@ func (d *download) fail(peerID string, code commonv1.Code) {
 
 func (d *download) succeed(peerID string, piece *commonv1.PieceInfo) {
 	now := uint64(time.Now().UnixNano())
-	d.report(&schedulerv1.PieceResult{DstPid: peerID, PieceInfo: piece, Success: true, Code: commonv1.Code_Success, BeginTime: now, EndTime: now})
+	d.report(&schedulerv1.PieceResult{DstPid: peerID, PieceInfo: piece, Success: true, Code: commonv1.Code_Success,
+		BeginTime: now, EndTime: now})
 }
 
 // faultError is an error that is a peer's fault: another one may do better.
@@ -298,7 +311,8 @@ func fault(format string, args ...any) error { return &faultError{fmt.Errorf(for
 func (d *download) from(a *attempt) error {
 	err := d.pieces(a)
 	if a.watch.bit() {
-		return fault("peer %s at %s: %w: nothing came for %s, or next to nothing", a.id, a.addr, p2p.ErrUnreachable, d.e.opts.StallTimeout)
+		return fault("peer %s at %s: %w: nothing came for %s, or next to nothing", a.id, a.addr, p2p.ErrUnreachable,
+			d.e.opts.StallTimeout)
 	}
 	if isPeersFault(err) {
 		return fmt.Errorf("peer %s at %s: %w", a.id, a.addr, err)
@@ -352,7 +366,8 @@ func (d *download) eachPiece(ctx context.Context, a *attempt, do func(from sourc
 		return nil
 	}
 	if a.only != nil {
-		packet := &commonv1.PiecePacket{TotalPiece: 1, ContentLength: int64(a.only.GetRangeSize()), PieceInfos: []*commonv1.PieceInfo{a.only}}
+		packet := &commonv1.PiecePacket{
+			TotalPiece: 1, ContentLength: int64(a.only.GetRangeSize()), PieceInfos: []*commonv1.PieceInfo{a.only}}
 		if err := check.packet(packet); err != nil {
 			return err
 		}
@@ -365,7 +380,8 @@ func (d *download) eachPiece(ctx context.Context, a *attempt, do func(from sourc
 	defer conn.Close()
 	stream, err := dfdaemonv1.NewDaemonClient(conn).SyncPieceTasks(ctx)
 	if err == nil {
-		err = stream.Send(&commonv1.PieceTaskRequest{TaskId: d.id, SrcPid: d.peerID, DstPid: a.id, Limit: defaultPieces})
+		err = stream.Send(&commonv1.PieceTaskRequest{
+			TaskId: d.id, SrcPid: d.peerID, DstPid: a.id, Limit: defaultPieces})
 	}
 	if err != nil && !errors.Is(err, io.EOF) { // which has its reason in what is received
 		return fault("%w: %w", p2p.ErrUnreachable, err)
@@ -390,7 +406,8 @@ func (d *download) eachPiece(ctx context.Context, a *attempt, do func(from sourc
 		}
 		from, err := parseAddr(packet.GetDstAddr())
 		if err != nil || from.Addr() != a.addr.Addr() || len(packet.GetDstPid()) > maxID {
-			return fault("it says that its pieces are at %.64q, of peer %.64q: want an address of this peer", packet.GetDstAddr(), packet.GetDstPid())
+			return fault("it says that its pieces are at %.64q, of peer %.64q: want an address of this peer",
+				packet.GetDstAddr(), packet.GetDstPid())
 		}
 		if err := take(packet, source{from, cmp.Or(packet.GetDstPid(), a.id)}); err != nil {
 			return err
@@ -453,9 +470,11 @@ func (c *checker) piece(p *commonv1.PieceInfo) error {
 		each = start / number
 	}
 	if !c.told || number < 0 || number >= int64(c.total) || p.GetPieceStyle() != commonv1.PieceStyle_PLAIN ||
-		size == 0 || size > each || each > maxPieceSize || c.total > 1 && each < minPieceSize || c.size > 0 && each != c.size ||
+		size == 0 || size > each || each > maxPieceSize || c.total > 1 && each < minPieceSize ||
+		c.size > 0 && each != c.size ||
 		start != number*each || last != (start+size == c.length) {
-		return fault("it tells of a piece %d, %d bytes from %d on, of %d bytes in %d pieces", number, size, p.GetRangeStart(), c.length, c.total)
+		return fault("it tells of a piece %d, %d bytes from %d on, of %d bytes in %d pieces", number, size,
+			p.GetRangeStart(), c.length, c.total)
 	}
 	c.size = each
 	c.seen[p.GetPieceNum()] = true
@@ -465,7 +484,8 @@ func (c *checker) piece(p *commonv1.PieceInfo) error {
 // piece fetches one piece into the file: as many bytes as it has, and no more.
 func (d *download) piece(ctx context.Context, watch *watchdog, from source, piece *commonv1.PieceInfo) error {
 	at := spanOf(piece)
-	target := url.URL{Scheme: "http", Host: from.addr.String(), Path: "/download/" + d.id[:3] + "/" + d.id, RawQuery: url.Values{"peerId": {from.peerID}}.Encode()}
+	target := url.URL{Scheme: "http", Host: from.addr.String(), Path: "/download/" + d.id[:3] + "/" + d.id,
+		RawQuery: url.Values{"peerId": {from.peerID}}.Encode()}
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, target.String(), nil)
 	if err != nil {
 		return fault("piece %d: %w", piece.GetPieceNum(), err)

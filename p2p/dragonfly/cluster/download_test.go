@@ -27,7 +27,8 @@ func TestCopyTo(t *testing.T) {
 	if _, err := copyTo(full{}, strings.NewReader("data")); !errors.Is(err, p2p.ErrNoSpace) || isPeersFault(err) {
 		t.Errorf("to a full disk: %v", err)
 	}
-	if _, err := copyTo(io.Discard, iotest.ErrReader(syscall.ECONNRESET)); !errors.Is(err, p2p.ErrUnreachable) || !isPeersFault(err) {
+	if _, err := copyTo(io.Discard, iotest.ErrReader(syscall.ECONNRESET)); !errors.Is(err, p2p.ErrUnreachable) ||
+		!isPeersFault(err) {
 		t.Errorf("from a peer that resets: %v", err)
 	}
 }
@@ -79,7 +80,8 @@ func TestChecker(t *testing.T) {
 			refused = -1
 		}
 		for i, p := range c.pieces {
-			if refused == 9 && check.piece(&commonv1.PieceInfo{PieceNum: p.number, RangeStart: uint64(p.start), RangeSize: uint32(p.size)}) != nil {
+			if refused == 9 && check.piece(&commonv1.PieceInfo{
+				PieceNum: p.number, RangeStart: uint64(p.start), RangeSize: uint32(p.size)}) != nil {
 				refused = i
 			}
 		}
@@ -95,7 +97,8 @@ func TestChecker(t *testing.T) {
 		t.Errorf("of a peer that does not know yet: %v", err)
 	}
 	for i, total := range []int32{3, 4} {
-		if err := check.packet(&commonv1.PiecePacket{ContentLength: 9 * mib, TotalPiece: total}); (err != nil) != (i == 1) {
+		if err := check.packet(&commonv1.PiecePacket{
+			ContentLength: 9 * mib, TotalPiece: total}); (err != nil) != (i == 1) {
 			t.Errorf("%d pieces: %v", total, err)
 		}
 	}
@@ -117,7 +120,8 @@ func TestConflicts(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	d := &download{claims: map[span]*claim{}, e: &Source{front: front.New(store, nil)}, file: f, have: map[span]string{}, users: map[*attempt]bool{}}
+	d := &download{claims: map[span]*claim{}, e: &Source{front: front.New(store, nil)}, file: f,
+		have: map[span]string{}, users: map[*attempt]bool{}}
 	one, other := new(attempt), new(attempt)
 	use := func(a *attempt, size int64, want error) {
 		t.Helper()

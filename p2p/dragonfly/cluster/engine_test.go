@@ -211,7 +211,8 @@ func TestTwoHosts(t *testing.T) {
 			t.Fatalf("before: %v", err)
 		}
 		info, err := b.stat(task, p2p.StatOptions{Providers: true})
-		if err != nil || info.Size != int64(size) || info.Remote != (size > p2p.MaxManifest) || *info.Providers != (p2p.Providers{Asked: 1, Some: 1, Whole: 1}) {
+		if err != nil || info.Size != int64(size) || info.Remote != (size > p2p.MaxManifest) ||
+			*info.Providers != (p2p.Providers{Asked: 1, Some: 1, Whole: 1}) {
 			t.Errorf("stat: %+v, %v", info, err)
 		}
 		b.requireFetched(task, data)
@@ -294,7 +295,8 @@ func TestBadPeers(t *testing.T) {
 				if !strings.Contains(err.Error(), c.says) {
 					t.Errorf("the error %q does not say %q", err, c.says)
 				}
-				if c.behaviour == clustertest.Lie && strings.Count(err.Error(), "sha256:") < 3 { // the task, what was wanted, what came
+				// the task, what was wanted, what came
+				if c.behaviour == clustertest.Lie && strings.Count(err.Error(), "sha256:") < 3 {
 					t.Errorf("the error %q does not name both digests", err)
 				}
 				h.requireMissing(task)
@@ -311,7 +313,8 @@ func TestBadPeers(t *testing.T) {
 				}
 				asked := bad.Served()
 				h.requireFetched(task, data)
-				if bad.Served() == asked && c.behaviour != clustertest.Silent && c.behaviour != clustertest.Hostile && c.behaviour != clustertest.Elsewhere {
+				if bad.Served() == asked && c.behaviour != clustertest.Silent && c.behaviour != clustertest.Hostile &&
+					c.behaviour != clustertest.Elsewhere {
 					t.Error("the bad one was not asked first: this test shows nothing")
 				}
 			})
@@ -328,7 +331,8 @@ func TestBesideSlowPeer(t *testing.T) {
 	const stall = 6 * time.Second // half of it passes
 	for _, size := range []int{1000, 9 << 20} {
 		for name, behaviour := range map[string]clustertest.Behaviour{
-			"drip": clustertest.Drip, "stall": clustertest.Stall, "mute": clustertest.Mute, "silent": clustertest.Silent,
+			"drip": clustertest.Drip, "stall": clustertest.Stall, "mute": clustertest.Mute,
+			"silent":                 clustertest.Silent,
 			"drip of something else": clustertest.LieDrip,
 			"trickle":                clustertest.Trickle, // which is slow, and is not given up
 		} {
@@ -337,8 +341,10 @@ func TestBesideSlowPeer(t *testing.T) {
 				var mu sync.Mutex
 				var log bytes.Buffer
 				s := clustertest.StartScheduler(t)
-				h := newHost(t, cluster.Options{StallTimeout: stall, Log: slog.New(slog.NewTextHandler(&lockedWriter{&mu, &log}, nil))}, s)
-				bad, good := clustertest.StartPeer(t, s, "bad", behaviour), clustertest.StartPeer(t, s, "good", clustertest.Honest)
+				h := newHost(t, cluster.Options{
+					StallTimeout: stall, Log: slog.New(slog.NewTextHandler(&lockedWriter{&mu, &log}, nil))}, s)
+				bad, good := clustertest.StartPeer(t, s, "bad", behaviour), clustertest.StartPeer(
+					t, s, "good", clustertest.Honest)
 				data := enginetest.Content(size, 1)
 				task := p2p.Task{Tag: "t", Digest: digest.SHA256.FromBytes(data)}
 				for _, p := range []*clustertest.Peer{bad, good} {
@@ -548,7 +554,8 @@ func TestEarlierProcess(t *testing.T) {
 	other := enginetest.Import(t, h, "t", []byte("other"))
 	await(t, s, task, 1)
 	await(t, s, other, 1)
-	if deleted, err := h.Delete(t.Context(), "t", digest.FromDigest(task.Digest), p2p.DeleteOptions{}); err != nil || len(deleted.Missed) > 0 {
+	if deleted, err := h.Delete(t.Context(), "t", digest.FromDigest(task.Digest), p2p.DeleteOptions{}); err != nil ||
+		len(deleted.Missed) > 0 {
 		t.Errorf("delete: %+v, %v; nobody else has it", deleted, err)
 	}
 }
@@ -652,7 +659,8 @@ func TestHang(t *testing.T) {
 	s.Hang("AnnounceTask", "StatTask", "LeaveTask", "LeaveHost", "AnnounceHost")
 	other := enginetest.Import(t, b, "t", []byte("other"))
 	enginetest.RequireError(t, "health", b.Health(t.Context()), p2p.ErrUnavailable)
-	if deleted, err := b.Delete(t.Context(), "t", digest.FromDigest(other.Digest), p2p.DeleteOptions{}); err != nil || deleted.Tasks != 1 || len(deleted.Missed) == 0 {
+	if deleted, err := b.Delete(t.Context(), "t", digest.FromDigest(other.Digest), p2p.DeleteOptions{}); err != nil ||
+		deleted.Tasks != 1 || len(deleted.Missed) == 0 {
 		t.Errorf("delete: %+v, %v", deleted, err)
 	}
 	s.Hang()
@@ -695,8 +703,10 @@ func TestCallerGivesUp(t *testing.T) {
 func TestGiveUpAnywhere(t *testing.T) {
 	gone := errors.New("gone")
 	for step, behaviour := range map[string]clustertest.Behaviour{
-		"StatTask": clustertest.Honest, "RegisterPeerTask": clustertest.Honest, "ReportPieceResult": clustertest.Honest, "AnnounceTask": clustertest.Honest,
-		"pieces": clustertest.Silent, "header": clustertest.Mute, "body": clustertest.Stall, "slow body": clustertest.Drip,
+		"StatTask": clustertest.Honest, "RegisterPeerTask": clustertest.Honest, "ReportPieceResult": clustertest.Honest,
+		"AnnounceTask": clustertest.Honest,
+		"pieces":       clustertest.Silent, "header": clustertest.Mute, "body": clustertest.Stall,
+		"slow body": clustertest.Drip,
 	} {
 		t.Run(step, func(t *testing.T) {
 			s := clustertest.StartScheduler(t)
@@ -707,7 +717,8 @@ func TestGiveUpAnywhere(t *testing.T) {
 				t.Fatal(err)
 			}
 			h := &host{t: t, dir: t.TempDir()}
-			h.open(cluster.Options{Timeout: time.Hour, StallTimeout: time.Hour, LookupTimeout: time.Hour, SweepInterval: time.Hour}, s)
+			h.open(cluster.Options{Timeout: time.Hour, StallTimeout: time.Hour, LookupTimeout: time.Hour,
+				SweepInterval: time.Hour}, s)
 			reached := make(chan struct{})
 			var once sync.Once
 			note := func() { once.Do(func() { close(reached) }) }
@@ -771,7 +782,8 @@ func commit(ctx context.Context, h *host) error {
 	if _, err := in.Add(strings.NewReader("data"), p2p.AddOptions{}); err != nil {
 		return err
 	}
-	return in.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("data")}, Keep: p2p.KeepPinned}}})
+	return in.Commit(p2p.Commit{Tasks: []p2p.NewTask{
+		{Task: p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("data")}, Keep: p2p.KeepPinned}}})
 }
 
 // Bytes move no faster than they may, either way.
@@ -780,7 +792,8 @@ func TestRates(t *testing.T) {
 		t.Skip("-short: takes long")
 	}
 	const rate = 4 << 20
-	for name, opts := range map[string][2]cluster.Options{"upload": {{UploadRate: rate}, {}}, "download": {{}, {DownloadRate: rate}}} {
+	for name, opts := range map[string][2]cluster.Options{
+		"upload": {{UploadRate: rate}, {}}, "download": {{}, {DownloadRate: rate}}} {
 		s := clustertest.StartScheduler(t)
 		a, b := newHost(t, opts[0], s), newHost(t, opts[1], s)
 		data := enginetest.Content(rate, 1)
@@ -799,7 +812,8 @@ func TestLowRate(t *testing.T) {
 		t.Skip("-short: takes long")
 	}
 	s := clustertest.StartScheduler(t)
-	a, b := newHost(t, cluster.Options{}, s), newHost(t, cluster.Options{DownloadRate: 64 << 10, StallTimeout: 600 * time.Millisecond}, s)
+	a, b := newHost(t, cluster.Options{}, s), newHost(
+		t, cluster.Options{DownloadRate: 64 << 10, StallTimeout: 600 * time.Millisecond}, s)
 	data := enginetest.Content(128<<10, 1)
 	b.requireFetched(enginetest.Import(t, a, "t", data), data)
 }
@@ -814,7 +828,8 @@ func TestDelete(t *testing.T) {
 	await(t, s, task, 2)
 	id := digest.FromDigest(task.Digest)
 	deleted, err := a.Delete(t.Context(), "t", id, p2p.DeleteOptions{})
-	if err != nil || deleted.Tasks != 1 || deleted.Reached != 0 || len(deleted.Missed) != 1 || !strings.Contains(deleted.Missed[0].Reason, "have it still") {
+	if err != nil || deleted.Tasks != 1 || deleted.Reached != 0 || len(deleted.Missed) != 1 ||
+		!strings.Contains(deleted.Missed[0].Reason, "have it still") {
 		t.Errorf("delete: %+v, %v", deleted, err)
 	}
 	await(t, s, task, 1)
@@ -842,7 +857,8 @@ func TestDeleteWhileAnnounced(t *testing.T) {
 	h := newHost(t, cluster.Options{SweepInterval: 20 * time.Millisecond}, s)
 	task := enginetest.Import(t, h, "t", enginetest.Content(5<<20, 1))
 	s.Before("AnnounceTask", func() {
-		if _, err := h.Delete(context.WithoutCancel(t.Context()), "t", digest.FromDigest(task.Digest), p2p.DeleteOptions{}); err != nil {
+		if _, err := h.Delete(context.WithoutCancel(t.Context()), "t", digest.FromDigest(task.Digest),
+			p2p.DeleteOptions{}); err != nil {
 			t.Error(err)
 		}
 		if n := s.Knows(idOf(task)); n != 0 {
@@ -895,7 +911,8 @@ func TestSyncPieceTasks(t *testing.T) {
 	s := clustertest.StartScheduler(t)
 	h := newHost(t, cluster.Options{}, s)
 	task := enginetest.Import(t, h, "t", enginetest.Content(9<<20, 1))
-	conn, err := grpc.NewClient("passthrough:///"+h.source.Address(), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	conn, err := grpc.NewClient("passthrough:///"+h.source.Address(),
+		grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -908,7 +925,8 @@ func TestSyncPieceTasks(t *testing.T) {
 	}
 	ask := func(start, limit uint32) {
 		t.Helper()
-		if err := stream.Send(&commonv1.PieceTaskRequest{TaskId: idOf(task), SrcPid: "me", DstPid: "x", StartNum: start, Limit: limit}); err != nil {
+		if err := stream.Send(&commonv1.PieceTaskRequest{
+			TaskId: idOf(task), SrcPid: "me", DstPid: "x", StartNum: start, Limit: limit}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -924,7 +942,8 @@ func TestSyncPieceTasks(t *testing.T) {
 			got = append(got, piece.GetPieceNum())
 		}
 		if !slices.Equal(got, want) || p.GetTotalPiece() != 3 || p.GetContentLength() != 9<<20 {
-			t.Errorf("pieces %d of %d in %d bytes, want %d of 3 in 9 MiB", got, p.GetTotalPiece(), p.GetContentLength(), want)
+			t.Errorf("pieces %d of %d in %d bytes, want %d of 3 in 9 MiB", got, p.GetTotalPiece(), p.GetContentLength(),
+				want)
 		}
 		sign = p.GetPieceMd5Sign()
 	}
@@ -956,7 +975,8 @@ func TestUploadHeader(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
 	for range 3 {
-		req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+h.source.UploadAddress()+"/download/"+id[:3]+"/"+id+"?peerId=x", nil)
+		req, err := http.NewRequestWithContext(
+			ctx, http.MethodGet, "http://"+h.source.UploadAddress()+"/download/"+id[:3]+"/"+id+"?peerId=x", nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -990,7 +1010,8 @@ func TestUploadStalls(t *testing.T) {
 		if err := conn.SetDeadline(time.Now().Add(20 * time.Second)); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := fmt.Fprintf(conn, "GET /download/%s/%s?peerId=x HTTP/1.1\r\nHost: x\r\nRange: bytes=0-%d\r\n\r\n", id[:3], id, last); err != nil {
+		if _, err := fmt.Fprintf(conn, "GET /download/%s/%s?peerId=x HTTP/1.1\r\nHost: x\r\nRange: bytes=0-%d\r\n\r\n",
+			id[:3], id, last); err != nil {
 			t.Fatal(err)
 		}
 		return conn
@@ -1020,7 +1041,8 @@ func TestManyConnections(t *testing.T) {
 				first = conn
 			}
 		}
-		if err := first.SetDeadline(time.Now().Add(8 * time.Second)); err != nil { // one that says nothing goes after 10
+		// one that says nothing goes after 10
+		if err := first.SetDeadline(time.Now().Add(8 * time.Second)); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := io.Copy(io.Discard, first); errors.Is(err, os.ErrDeadlineExceeded) {
@@ -1064,7 +1086,8 @@ func TestUploadRefuses(t *testing.T) {
 	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
 	get := func(path string, ranges ...string) (int, string) {
 		t.Helper()
-		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+h.source.UploadAddress()+path, nil)
+		req, err := http.NewRequestWithContext(
+			t.Context(), http.MethodGet, "http://"+h.source.UploadAddress()+path, nil)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -71,7 +71,8 @@ func (d *download) fromParents(ctx context.Context, queue []parent, problem erro
 			return context.Cause(ctx)
 		case <-slow:
 		case <-waited:
-			return fmt.Errorf("scheduler %s: %w: it named no peer within %s", d.scheduler.addr, wire.ErrAway, d.e.opts.StallTimeout)
+			return fmt.Errorf("scheduler %s: %w: it named no peer within %s", d.scheduler.addr, wire.ErrAway,
+				d.e.opts.StallTimeout)
 		case packet, more := <-packets:
 			var named []parent
 			if named, r.over = d.parents(packet, more); r.over != nil {
@@ -177,7 +178,8 @@ func (r *round) end(a *attempt) (done bool, err error) {
 		return true, err
 	default:
 		r.problem = err
-		r.e.log.Warn("a peer of Dragonfly was given up", "task", r.task.String(), "peer", a.id, "address", a.addr.String(), "error", err)
+		r.e.log.Warn("a peer of Dragonfly was given up", "task", r.task.String(), "peer", a.id,
+			"address", a.addr.String(), "error", err)
 		r.giveUp(a)
 	}
 	return false, nil

@@ -43,7 +43,8 @@ func (e *Source) listen() (l [2]net.Listener, err error) {
 		return l, fmt.Errorf("listen for Dragonfly's peers: %w: choose another address", err)
 	}
 	if l[1], err = net.Listen("tcp", e.opts.UploadListen); err != nil {
-		return l, errors.Join(fmt.Errorf("listen for uploads to Dragonfly's peers: %w: choose another address", err), l[0].Close())
+		return l, errors.Join(fmt.Errorf("listen for uploads to Dragonfly's peers: %w: choose another address", err),
+			l[0].Close())
 	}
 	for i := range l {
 		l[i] = connpool.Listen(l[i], maxConns)
@@ -232,7 +233,8 @@ func (e *Source) upload(w http.ResponseWriter, r *http.Request) {
 	}
 	out := &uploader{w: w, control: control, ctx: r.Context(), limit: e.up, stall: e.opts.StallTimeout}
 	if err := blob.CopyRange(r.Context(), out, first, n, nil); err != nil {
-		e.log.Debug("an upload to a peer of Dragonfly failed", "task", h.task.String(), "peer", r.RemoteAddr, "error", err)
+		e.log.Debug("an upload to a peer of Dragonfly failed", "task", h.task.String(), "peer", r.RemoteAddr,
+			"error", err)
 	}
 }
 

@@ -1,6 +1,7 @@
 // Package cluster is the source that is a Dragonfly cluster, of which this daemon is a peer: its
-// blobs Dragonfly's schedulers know of and Dragonfly's daemons fetch, and it fetches theirs, over the v1 API of d7y.io/api/v2. There is no daemon of
-// Dragonfly on this host; package dragonfly is for where there is one.
+// blobs Dragonfly's schedulers know of and Dragonfly's daemons fetch, and it fetches theirs, over
+// the v1 API of d7y.io/api/v2. There is no daemon of Dragonfly on this host; package dragonfly is
+// for where there is one.
 //
 // Package whole has what both sources share. Dragonfly's own MD5s, which a peer makes up as it likes,
 // prove nothing here: what peers give is stored only where it has the digest that
@@ -50,16 +51,18 @@ type Options struct {
 	// Version is told to schedulers.
 	Version string
 
-	LookupTimeout    time.Duration // of a call of a scheduler, and to connect with a peer; 3 s
-	StallTimeout     time.Duration // without 1 KiB a second, after which a peer is given up; after half of it another one is asked, too; 10 s
+	LookupTimeout time.Duration // of a call of a scheduler, and to connect with a peer; 3 s
+	// without 1 KiB a second, after which a peer is given up; after half of it another one is asked, too; 10 s
+	StallTimeout     time.Duration
 	Timeout          time.Duration // of fetching a blob; 10 min
 	AnnounceInterval time.Duration // between announcements of the host; 30 s
 	SweepInterval    time.Duration // between announcements of all tasks; 1 min
 	SweepRate        float64       // tasks a second in that; 50
-	PeerLifetime     time.Duration // after which a task is announced as of a new peer: schedulers forget a peer after a day; 20 h
-	UploadRate       int64         // bytes a second; 0 is no limit
-	DownloadRate     int64         // bytes a second; 0 is no limit
-	MaxUploads       int           // pieces that are sent at once; 64
+	// after which a task is announced as of a new peer: schedulers forget a peer after a day; 20 h
+	PeerLifetime time.Duration
+	UploadRate   int64 // bytes a second; 0 is no limit
+	DownloadRate int64 // bytes a second; 0 is no limit
+	MaxUploads   int   // pieces that are sent at once; 64
 
 	// Log gets what an operator should know. The default is to be silent.
 	Log *slog.Logger
@@ -157,7 +160,8 @@ func New(f *front.Engine, opts Options) (*Source, error) {
 		front: f, opts: opts, dir: dir, store: f.Store(), log: opts.Log,
 		sums: newSums(), up: throttle.New(opts.UploadRate), down: throttle.New(opts.DownloadRate),
 		client: newHTTPClient(opts), uploading: make(chan struct{}, opts.MaxUploads), sweepNow: make(chan struct{}, 1),
-		waiting: make(chan struct{}, opts.MaxUploads+maxWaiting), fresh: make(chan struct{}), held: map[string]*holding{},
+		waiting: make(chan struct{}, opts.MaxUploads+maxWaiting), fresh: make(chan struct{}),
+		held: map[string]*holding{},
 	}
 	if e.schedulers, err = newSchedulers(opts.Schedulers); err != nil {
 		return nil, err
@@ -198,7 +202,8 @@ func (e *Source) Stop() {
 func (e *Source) Close() error {
 	e.background.Wait()
 	if err := e.leaveHost(context.Background()); err != nil {
-		e.log.Warn("no scheduler of Dragonfly was told that this host leaves: they find out by themselves", "error", err)
+		e.log.Warn("no scheduler of Dragonfly was told that this host leaves: they find out by themselves",
+			"error", err)
 	}
 	e.client.CloseIdleConnections()
 	return e.schedulers.close()
@@ -222,7 +227,9 @@ func (e *Source) Find(ctx context.Context, task p2p.Task, opts front.FindOptions
 }
 
 // See implements [front.Source].
-func (e *Source) See(ctx context.Context, tag string, cid digest.CID, _ p2p.DeleteOptions, held bool) (front.Seen, error) {
+func (e *Source) See(
+	ctx context.Context, tag string, cid digest.CID, _ p2p.DeleteOptions, held bool,
+) (front.Seen, error) {
 	return whole.See(ctx, tag, cid, held, func(ctx context.Context, task p2p.Task) error {
 		_, _, err := e.lookup(ctx, task)
 		return err
@@ -242,7 +249,8 @@ func (e *Source) bring(ctx context.Context, task p2p.Task) error {
 	if err != nil {
 		return err
 	}
-	limited, cancel := context.WithTimeoutCause(ctx, e.opts.Timeout, fmt.Errorf("%w: it took longer than %s", wire.ErrAway, e.opts.Timeout))
+	limited, cancel := context.WithTimeoutCause(
+		ctx, e.opts.Timeout, fmt.Errorf("%w: it took longer than %s", wire.ErrAway, e.opts.Timeout))
 	defer cancel()
 	for range maxRegistrations {
 		if err = e.bringOnce(limited, task, at, found.GetContentLength()); !errors.Is(err, errReregister) {
@@ -296,7 +304,8 @@ func (e *Source) Offer(ctx context.Context, c p2p.Commit) error {
 // more, and asks whether others have them.
 func (e *Source) Forget(ctx context.Context, d front.Deletion) (missed []front.Told) {
 	miss := func(task p2p.Task, reason string) {
-		missed = append(missed, front.Told{Peer: whole.Name, Address: e.schedulers.of(taskID(task))[0].addr, Failed: reason})
+		missed = append(missed, front.Told{
+			Peer: whole.Name, Address: e.schedulers.of(taskID(task))[0].addr, Failed: reason})
 	}
 	for _, task := range d.Tasks {
 		if err := e.leave(ctx, taskID(task)); err != nil {
@@ -305,7 +314,8 @@ func (e *Source) Forget(ctx context.Context, d front.Deletion) (missed []front.T
 		}
 		_, _, err := e.lookup(ctx, task)
 		if err == nil {
-			miss(task, task.String()+": other hosts of Dragonfly have it still, and keep it: its delete is of one host only, so delete it on each of them")
+			miss(task, task.String()+": other hosts of Dragonfly have it still, and keep it: its delete is of one "+
+				"host only, so delete it on each of them")
 		} else if !errors.Is(err, p2p.ErrNotFound) {
 			miss(task, "whether other hosts of Dragonfly have it still is not known: "+err.Error())
 		} else {

@@ -116,7 +116,8 @@ func (d *Daemon) Forget() { d.set(func() { clear(d.tasks) }) }
 // dfError is an error as Dragonfly has them.
 func dfError(code commonv1.Code, format string, args ...any) error {
 	message := fmt.Sprintf(format, args...)
-	st, err := status.New(codes.Unknown, fmt.Sprintf("[%d]%s", code, message)).WithDetails(&commonv1.GrpcDfError{Code: code, Message: message})
+	st, err := status.New(codes.Unknown, fmt.Sprintf("[%d]%s", code, message)).WithDetails(
+		&commonv1.GrpcDfError{Code: code, Message: message})
 	if err != nil {
 		return err
 	}

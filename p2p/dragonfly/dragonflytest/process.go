@@ -37,7 +37,8 @@ func NewProcess(t testing.TB, register func(*grpc.Server)) *Process {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	p := &Process{Socket: filepath.Join(dir, "s"), t: t, dir: filepath.Join(dir, "cache"), register: register, calls: map[string]int{}}
+	p := &Process{Socket: filepath.Join(dir, "s"), t: t, dir: filepath.Join(dir, "cache"), register: register,
+		calls: map[string]int{}}
 	if err := os.Mkdir(p.dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
@@ -52,7 +53,8 @@ func (p *Process) Run() {
 		p.t.Fatal(err)
 	}
 	server := grpc.NewServer(
-		grpc.UnaryInterceptor(func(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+		grpc.UnaryInterceptor(func(ctx context.Context, req any, info *grpc.UnaryServerInfo,
+			handler grpc.UnaryHandler) (any, error) {
 			if p.seen != nil {
 				p.seen(req)
 			}
@@ -61,7 +63,8 @@ func (p *Process) Run() {
 			}
 			return handler(ctx, req)
 		}),
-		grpc.StreamInterceptor(func(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+		grpc.StreamInterceptor(func(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo,
+			handler grpc.StreamHandler) error {
 			if err := p.called(stream.Context(), info.FullMethod); err != nil {
 				return err
 			}

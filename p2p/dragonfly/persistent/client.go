@@ -106,7 +106,9 @@ func (c *client) health(ctx context.Context, limit time.Duration) error {
 
 // stat asks what the scheduler knows of a task. The error matches [p2p.ErrNotFound]
 // where that is nothing, and away where there was no answer.
-func (c *client) stat(ctx context.Context, t p2p.Task, away error, limit time.Duration) (task *commonv2.PersistentCacheTask, err error) {
+func (c *client) stat(
+	ctx context.Context, t p2p.Task, away error, limit time.Duration,
+) (task *commonv2.PersistentCacheTask, err error) {
 	err = c.call(ctx, "stat "+t.String(), limit, away, func(ctx context.Context) (err error) {
 		task, err = c.daemon.StatPersistentCacheTask(ctx, &dfdaemonv2.StatPersistentCacheTaskRequest{TaskId: taskID(t)})
 		return err
@@ -121,12 +123,14 @@ func (c *client) upload(ctx context.Context, t p2p.Task, path string, ttl, limit
 	var task *commonv2.PersistentCacheTask
 	err := c.call(ctx, "import "+t.String(), limit, p2p.ErrUnavailable, func(ctx context.Context) (err error) {
 		task, err = c.daemon.UploadPersistentCacheTask(ctx, &dfdaemonv2.UploadPersistentCacheTaskRequest{
-			ContentForCalculatingTaskId: &text, Path: path, PersistentReplicaCount: 1, Ttl: durationpb.New(ttl), Timeout: durationpb.New(limit),
+			ContentForCalculatingTaskId: &text, Path: path, PersistentReplicaCount: 1, Ttl: durationpb.New(ttl),
+			Timeout: durationpb.New(limit),
 		})
 		return err
 	})
 	if err == nil && task.GetId() != taskID(t) {
-		err = fmt.Errorf("import %s: Dragonfly's dfdaemon at %s has given it the ID %q, where %s was to be expected: it is older than September 2025: update it",
+		err = fmt.Errorf("import %s: Dragonfly's dfdaemon at %s has given it the ID %q, where %s was to be expected: "+
+			"it is older than September 2025: update it",
 			t, c.socket, task.GetId(), taskID(t))
 		// Else it would know the content the next time, and an import seem to succeed.
 		if failed := c.deleteID(ctx, task.GetId()); failed != nil {
@@ -139,13 +143,16 @@ func (c *client) upload(ctx context.Context, t p2p.Task, path string, ttl, limit
 // download writes a task's content of size bytes to w, piece by piece as they come. It is given up where
 // nothing, or next to nothing, comes for as long as stall. When all has come, it waits for Dragonfly to
 // end, which keeps it then, for as long as end, and no longer.
-func (c *client) download(ctx context.Context, t p2p.Task, w io.WriterAt, size int64, limit, stall, end time.Duration) error {
+func (c *client) download(
+	ctx context.Context, t p2p.Task, w io.WriterAt, size int64, limit, stall, end time.Duration,
+) error {
 	return c.call(ctx, "export "+t.String(), limit, wire.ErrAway, func(ctx context.Context) error {
 		progress := throttle.NewProgress(ctx, stall)
 		defer progress.Stop()
-		stream, err := c.daemon.DownloadPersistentCacheTask(progress.Context(), &dfdaemonv2.DownloadPersistentCacheTaskRequest{
-			TaskId: taskID(t), Persistent: true, NeedPieceContent: true, Timeout: durationpb.New(limit),
-		})
+		stream, err := c.daemon.DownloadPersistentCacheTask(
+			progress.Context(), &dfdaemonv2.DownloadPersistentCacheTaskRequest{
+				TaskId: taskID(t), Persistent: true, NeedPieceContent: true, Timeout: durationpb.New(limit),
+			})
 		if err != nil {
 			return err
 		}
@@ -161,7 +168,8 @@ func (c *client) download(ctx context.Context, t p2p.Task, w io.WriterAt, size i
 				return nil
 			}
 			if errors.Is(context.Cause(progress.Context()), throttle.ErrStalled) {
-				return status.Errorf(codes.Aborted, "it has sent nothing for %s, or next to nothing: %d bytes of %d have come", stall, got, size)
+				return status.Errorf(codes.Aborted,
+					"it has sent nothing for %s, or next to nothing: %d bytes of %d have come", stall, got, size)
 			}
 			if errors.Is(err, io.EOF) { // it ends so, too, where a piece failed
 				return status.Errorf(codes.Aborted, "it has ended after %d bytes of %d", got, size)
@@ -171,14 +179,16 @@ func (c *client) download(ctx context.Context, t p2p.Task, w io.WriterAt, size i
 			}
 			if start := answer.GetDownloadPersistentCacheTaskStartedResponse(); start != nil {
 				if told := start.GetContentLength(); told != uint64(size) {
-					return status.Errorf(codes.Aborted, "it says that there are %d bytes, where its scheduler knows of %d", told, size)
+					return status.Errorf(
+						codes.Aborted, "it says that there are %d bytes, where its scheduler knows of %d", told, size)
 				}
 				continue
 			}
 			piece := answer.GetDownloadPieceFinishedResponse().GetPiece()
 			offset, data := int64(piece.GetOffset()), piece.GetContent()
 			if len(data) == 0 || offset < 0 || offset > size-int64(len(data)) || piece.GetNumber() >= maxPieces {
-				return status.Errorf(codes.Aborted, "it has sent piece %d with %d bytes from %d on, of %d in all", piece.GetNumber(), len(data), offset, size)
+				return status.Errorf(codes.Aborted, "it has sent piece %d with %d bytes from %d on, of %d in all",
+					piece.GetNumber(), len(data), offset, size)
 			}
 			if seen[piece.GetNumber()] {
 				continue
@@ -216,7 +226,8 @@ func (c *client) deleteID(ctx context.Context, id string) error {
 	var all error
 	for _, s := range c.schedulers {
 		st, late, err := wire.Call(ctx, deleteTimeout, func(ctx context.Context) error {
-			_, err := s.api.DeletePersistentCacheTask(ctx, &schedulerv2.DeletePersistentCacheTaskRequest{HostId: hostID, TaskId: id})
+			_, err := s.api.DeletePersistentCacheTask(
+				ctx, &schedulerv2.DeletePersistentCacheTaskRequest{HostId: hostID, TaskId: id})
 			return err
 		})
 		switch {
@@ -225,7 +236,8 @@ func (c *client) deleteID(ctx context.Context, id string) error {
 		case st.Code() == codes.NotFound:
 			return nil
 		case late:
-			all = errors.Join(all, fmt.Errorf("scheduler %s: %w: no answer within %s", s.address, p2p.ErrUnavailable, deleteTimeout))
+			all = errors.Join(all, fmt.Errorf(
+				"scheduler %s: %w: no answer within %s", s.address, p2p.ErrUnavailable, deleteTimeout))
 		default:
 			all = errors.Join(all, fmt.Errorf("scheduler %s: %w: %s", s.address, p2p.ErrUnavailable, wire.Reason(st)))
 		}
@@ -235,7 +247,9 @@ func (c *client) deleteID(ctx context.Context, id string) error {
 
 // call does a call of the daemon within limit, and says what its error is: away where
 // the daemon does not answer. What went wrong it tells in words only.
-func (c *client) call(ctx context.Context, what string, limit time.Duration, away error, do func(context.Context) error) error {
+func (c *client) call(
+	ctx context.Context, what string, limit time.Duration, away error, do func(context.Context) error,
+) error {
 	var own *ownError
 	st, late, err := wire.Call(ctx, limit, func(ctx context.Context) error {
 		err := do(ctx)
@@ -251,14 +265,16 @@ func (c *client) call(ctx context.Context, what string, limit time.Duration, awa
 	at := fmt.Sprintf("%s: Dragonfly's dfdaemon at %s", what, c.socket)
 	text := st.Message()
 	switch {
-	case st.Code() == codes.NotFound, strings.Contains(text, "persistent cache task") && strings.Contains(text, "not found"):
+	case st.Code() == codes.NotFound, strings.Contains(text, "persistent cache task") &&
+		strings.Contains(text, "not found"):
 		return fmt.Errorf("%s: %w: %s", at, p2p.ErrNotFound, text)
 	case strings.Contains(text, "cannot upload"):
 		return fmt.Errorf("%s: %w: %s", at, errKnown, text)
 	case wire.Full(st):
 		return fmt.Errorf("%s: %w: %s", at, p2p.ErrNoSpace, text)
 	case st.Code() == codes.Unimplemented:
-		return fmt.Errorf("%s: %w: it has no such call: this needs the API v2 of Dragonfly's dfdaemon in Rust", at, away)
+		return fmt.Errorf("%s: %w: it has no such call: this needs the API v2 of Dragonfly's dfdaemon in Rust", at,
+			away)
 	}
 	if err := wire.Silent(at, st, late, limit, away); err != nil {
 		return err

@@ -158,7 +158,8 @@ func TestTwoHosts(t *testing.T) {
 			}
 			if size > p2p.MaxManifest {
 				info, err := b.stat(task, p2p.StatOptions{Providers: true})
-				if err != nil || info.Size != int64(size) || !info.Remote || *info.Providers != (p2p.Providers{Asked: 1, Some: 1, Whole: 1}) {
+				if err != nil || info.Size != int64(size) || !info.Remote ||
+					*info.Providers != (p2p.Providers{Asked: 1, Some: 1, Whole: 1}) {
 					t.Errorf("stat: %+v, %v", info, err)
 				}
 			}
@@ -204,13 +205,15 @@ func TestWrongContent(t *testing.T) {
 		change func(*commonv2.Piece)
 		says   string
 	}{
-		"a piece behind the end":         {func(p *commonv2.Piece) { p.Offset += 5 << 20 }, "it has sent piece"},
-		"a piece before the beginning":   {func(p *commonv2.Piece) { p.Offset = math.MaxUint64 - 10 }, "it has sent piece"},
+		"a piece behind the end": {func(p *commonv2.Piece) { p.Offset += 5 << 20 }, "it has sent piece"},
+		"a piece before the beginning": {
+			func(p *commonv2.Piece) { p.Offset = math.MaxUint64 - 10 }, "it has sent piece"},
 		"a piece that is shorter":        {func(p *commonv2.Piece) { p.Content = p.Content[1:] }, "it has ended after"},
 		"a piece without content":        {func(p *commonv2.Piece) { p.Content, p.Length = nil, 0 }, "with 0 bytes"},
 		"a piece of a large number":      {func(p *commonv2.Piece) { p.Number += 1 << 20 }, "it has sent piece"},
 		"one piece in place of the rest": {func(p *commonv2.Piece) { p.Number = 0 }, "it has ended after"},
-		"the same under another number":  {func(p *commonv2.Piece) { p.Number = number.Add(1) }, "more than the 9437184 bytes"},
+		"the same under another number": {
+			func(p *commonv2.Piece) { p.Number = number.Add(1) }, "more than the 9437184 bytes"},
 		"a piece that is too large": {func(p *commonv2.Piece) {
 			if !sent.Swap(true) {
 				p.Content = make([]byte, 66<<20)
@@ -225,7 +228,8 @@ func TestWrongContent(t *testing.T) {
 	b.upstream.Tamper(nil)
 	b.upstream.Claim(1 << 50)
 	_, err = b.Open(t.Context(), task, p2p.Network)
-	enginetest.RequireError(t, "open what is longer than the scheduler says", err, p2p.ErrUnreachable, "its scheduler knows of 9437184")
+	enginetest.RequireError(t, "open what is longer than the scheduler says", err, p2p.ErrUnreachable,
+		"its scheduler knows of 9437184")
 	requireMissing()
 	b.upstream.Claim(0)
 	b.requireFetched(task, data)
@@ -268,7 +272,8 @@ func TestDelete(t *testing.T) {
 	both := enginetest.Import(t, a, "t", []byte("both"))
 	b.requireFetched(both, []byte("both"))
 	deleted, err := a.delete(both)
-	if err != nil || deleted.Tasks != 1 || len(deleted.Missed) != 1 || !strings.Contains(deleted.Missed[0].Reason, "delete it on each of them") {
+	if err != nil || deleted.Tasks != 1 || len(deleted.Missed) != 1 ||
+		!strings.Contains(deleted.Missed[0].Reason, "delete it on each of them") {
 		t.Errorf("delete: %+v, %v", deleted, err)
 	}
 	if left := slices.Concat(a.upstream.Tasks(), b.upstream.Tasks(), cluster.States()); len(left) > 0 {
@@ -289,7 +294,8 @@ func TestDelete(t *testing.T) {
 	kept := enginetest.Import(t, a, "t", []byte("kept"))
 	cluster.Leave(true)
 	deleted, err = a.delete(kept)
-	if err != nil || deleted.Tasks != 1 || len(deleted.Missed) != 1 || !strings.Contains(deleted.Missed[0].Reason, cluster.Addr) {
+	if err != nil || deleted.Tasks != 1 || len(deleted.Missed) != 1 ||
+		!strings.Contains(deleted.Missed[0].Reason, cluster.Addr) {
 		t.Errorf("delete: %+v, %v", deleted, err)
 	}
 }
@@ -349,7 +355,8 @@ func TestGiveUpAtOnce(t *testing.T) {
 	if _, err := in.Add(strings.NewReader("data"), p2p.AddOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	err = in.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("data")}, Keep: p2p.KeepPinned}}})
+	err = in.Commit(p2p.Commit{Tasks: []p2p.NewTask{
+		{Task: p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("data")}, Keep: p2p.KeepPinned}}})
 	enginetest.RequireError(t, "import", err, gone)
 	eventually(t, "it is to be taken back", func() bool { return cluster.Waiting() == 1 })
 	time.Sleep(200 * time.Millisecond) // one that was given up is not there any more then
@@ -366,7 +373,8 @@ func TestLingers(t *testing.T) {
 		t.Skip("-short: takes long")
 	}
 	cluster := persistenttest.StartCluster(t)
-	a, b := newHost(t, cluster, persistent.Options{}), newHost(t, cluster, persistent.Options{LookupTimeout: 2 * time.Second, StallTimeout: time.Hour, Timeout: time.Minute})
+	a, b := newHost(t, cluster, persistent.Options{}), newHost(
+		t, cluster, persistent.Options{LookupTimeout: 2 * time.Second, StallTimeout: time.Hour, Timeout: time.Minute})
 	b.upstream.Linger()
 	data := enginetest.Content(5<<20, 1)
 	b.requireFetched(enginetest.Import(t, a, "t", data), data)
@@ -435,7 +443,8 @@ func TestBothImport(t *testing.T) {
 	})
 	enginetest.Import(t, b, "t", data)
 	if n, m := len(a.upstream.Tasks()), len(b.upstream.Tasks()); n != 1 || m != 0 || cluster.Deletes() != 0 {
-		t.Errorf("Dragonfly has %d tasks on the one host and %d on the other, after %d deletes; want 1, 0 and none", n, m, cluster.Deletes())
+		t.Errorf("Dragonfly has %d tasks on the one host and %d on the other, after %d deletes; want 1, 0 and none", n,
+			m, cluster.Deletes())
 	}
 }
 
@@ -456,9 +465,11 @@ func TestForeign(t *testing.T) {
 			t.Fatal(err)
 		}
 		text := "dfcache/" + task.Digest.String() + "/" + task.Tag
-		if _, err := dfdaemonv2.NewDfdaemonDownloadClient(conn).UploadPersistentCacheTask(t.Context(), &dfdaemonv2.UploadPersistentCacheTaskRequest{
-			ContentForCalculatingTaskId: &text, Path: path, PersistentReplicaCount: 1, Ttl: durationpb.New(time.Hour),
-		}); err != nil {
+		if _, err := dfdaemonv2.NewDfdaemonDownloadClient(conn).UploadPersistentCacheTask(t.Context(),
+			&dfdaemonv2.UploadPersistentCacheTaskRequest{
+				ContentForCalculatingTaskId: &text, Path: path, PersistentReplicaCount: 1,
+				Ttl: durationpb.New(time.Hour),
+			}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -527,7 +538,8 @@ func TestAway(t *testing.T) {
 	cluster.Leave(true)
 	_, err = h.stat(task, p2p.StatOptions{})
 	enginetest.RequireError(t, "stat without a scheduler", err, p2p.ErrUnreachable, "available schedulers not found")
-	enginetest.RequireError(t, "import without a scheduler", tryImport(h, task, []byte("data")), p2p.ErrUnavailable, "stored on this host")
+	enginetest.RequireError(t, "import without a scheduler", tryImport(h, task, []byte("data")), p2p.ErrUnavailable,
+		"stored on this host")
 	info, err := h.stat(task, p2p.StatOptions{Providers: true})
 	if err != nil || *info.Providers != (p2p.Providers{Asked: 1, Silent: 1}) {
 		t.Errorf("stat of what is here: %+v, %v", info.Providers, err)
@@ -542,7 +554,9 @@ func TestAway(t *testing.T) {
 	h.upstream.Ail()
 	h.upstream.OnCall(nil)
 	enginetest.RequireError(t, "health of one that ails", h.Health(t.Context()), p2p.ErrUnavailable, "NOT_SERVING")
-	h.upstream.OnCall(func(context.Context, string) error { return status.Error(codes.Unimplemented, "unknown service") })
+	h.upstream.OnCall(func(context.Context, string) error {
+		return status.Error(codes.Unimplemented, "unknown service")
+	})
 	_, err = h.stat(absent, p2p.StatOptions{})
 	enginetest.RequireError(t, "stat of an older daemon", err, p2p.ErrUnreachable, "API v2")
 	enginetest.RequireError(t, "health of an older daemon", h.Health(t.Context()), p2p.ErrUnavailable, "API v2")
@@ -576,7 +590,8 @@ func TestRoom(t *testing.T) {
 		}
 		return nil
 	})
-	enginetest.RequireError(t, "import", tryImport(b, p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("data")}, []byte("data")), p2p.ErrNoSpace, "stored on this host")
+	enginetest.RequireError(t, "import", tryImport(b, p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("data")},
+		[]byte("data")), p2p.ErrNoSpace, "stored on this host")
 }
 
 // A byte now and then does not hold a fetch up until it is over.
@@ -585,7 +600,8 @@ func TestDrip(t *testing.T) {
 		t.Skip("-short: takes long")
 	}
 	cluster := persistenttest.StartCluster(t)
-	a, b := newHost(t, cluster, persistent.Options{}), newHost(t, cluster, persistent.Options{StallTimeout: time.Second})
+	a, b := newHost(t, cluster, persistent.Options{}), newHost(
+		t, cluster, persistent.Options{StallTimeout: time.Second})
 	task := enginetest.Import(t, a, "t", enginetest.Content(6*persistenttest.PieceLength, 1))
 	b.upstream.Tamper(func(piece *commonv2.Piece) {
 		time.Sleep(300 * time.Millisecond)

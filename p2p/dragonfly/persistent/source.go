@@ -107,7 +107,8 @@ func New(f *front.Engine, opts Options) (*Source, error) {
 		opts.Socket = DefaultSocket
 	}
 	for d, value := range map[*time.Duration]time.Duration{
-		&opts.LookupTimeout: 3 * time.Second, &opts.Timeout: DefaultTimeout, &opts.StallTimeout: time.Minute, &opts.TTL: 7 * 24 * time.Hour, &opts.SweepInterval: 10 * time.Minute,
+		&opts.LookupTimeout: 3 * time.Second, &opts.Timeout: DefaultTimeout, &opts.StallTimeout: time.Minute,
+		&opts.TTL: 7 * 24 * time.Hour, &opts.SweepInterval: 10 * time.Minute,
 	} {
 		if *d == 0 {
 			*d = value
@@ -130,7 +131,8 @@ func New(f *front.Engine, opts Options) (*Source, error) {
 	e := &Source{front: f, store: f.Store(), opts: opts, dir: dir, upstream: upstream}
 	e.ctx, e.cancel = context.WithCancel(context.Background())
 	e.background.Go(func() {
-		whole.SweepEvery(e.ctx, e.store, opts.Log, opts.SweepInterval, func(ctx context.Context, task p2p.Task, _ int) error { return e.handInBlob(ctx, task) })
+		whole.SweepEvery(e.ctx, e.store, opts.Log, opts.SweepInterval,
+			func(ctx context.Context, task p2p.Task, _ int) error { return e.handInBlob(ctx, task) })
 	})
 	f.Add(e)
 	return e, nil
@@ -160,7 +162,9 @@ func (e *Source) Find(ctx context.Context, task p2p.Task, opts front.FindOptions
 }
 
 // See implements [front.Source].
-func (e *Source) See(ctx context.Context, tag string, cid digest.CID, _ p2p.DeleteOptions, held bool) (front.Seen, error) {
+func (e *Source) See(
+	ctx context.Context, tag string, cid digest.CID, _ p2p.DeleteOptions, held bool,
+) (front.Seen, error) {
 	return whole.See(ctx, tag, cid, held, func(ctx context.Context, task p2p.Task) error {
 		_, err := e.upstream.stat(ctx, task, p2p.ErrUnavailable, e.opts.LookupTimeout)
 		return err
@@ -180,7 +184,8 @@ func (e *Source) find(ctx context.Context, task p2p.Task) (*commonv2.PersistentC
 		return nil, err
 	}
 	if got.GetState() != stateSucceeded || replicas(got) == 0 {
-		return nil, fmt.Errorf("stat %s: %w: Dragonfly has not got it yet, or not any more: it is %s, on %d hosts", task, p2p.ErrNotFound, got.GetState(), replicas(got))
+		return nil, fmt.Errorf("stat %s: %w: Dragonfly has not got it yet, or not any more: it is %s, on %d hosts",
+			task, p2p.ErrNotFound, got.GetState(), replicas(got))
 	}
 	return got, nil
 }
@@ -204,12 +209,14 @@ func (e *Source) bring(ctx context.Context, task p2p.Task) error {
 	}
 	defer os.Remove(f.Name())
 	defer f.Close()
-	if err := e.upstream.download(ctx, task, f, int64(found.GetContentLength()), e.opts.Timeout, e.opts.StallTimeout, e.opts.LookupTimeout); err != nil {
+	if err := e.upstream.download(ctx, task, f, int64(found.GetContentLength()), e.opts.Timeout, e.opts.StallTimeout,
+		e.opts.LookupTimeout); err != nil {
 		return err
 	}
 	err = e.front.Take(ctx, task, f)
 	if errors.Is(err, digest.ErrMismatch) {
-		err = fmt.Errorf("%w: what Dragonfly has under this digest is something else: delete it, and import the file again", err)
+		err = fmt.Errorf(
+			"%w: what Dragonfly has under this digest is something else: delete it, and import the file again", err)
 	}
 	if err != nil {
 		return fmt.Errorf("fetch %s from Dragonfly: %w", task, err)
@@ -233,7 +240,8 @@ func (e *Source) handInBlob(ctx context.Context, task p2p.Task) error {
 			return err
 		case state == stateSucceeded && replicas(got) > 0 && got.GetContentLength() == uint64(blob.Size()):
 			return nil
-		case state != stateSucceeded && state != stateFailed && time.Since(got.GetUpdatedAt().AsTime()) < e.opts.Timeout+settle:
+		case state != stateSucceeded && state != stateFailed &&
+			time.Since(got.GetUpdatedAt().AsTime()) < e.opts.Timeout+settle:
 			return nil
 		default:
 			// It is in the way: without content, with another, or broken off.
@@ -266,7 +274,8 @@ func (e *Source) copyIn(ctx context.Context, task p2p.Task, blob *pieces.Blob) e
 		limited, cancel := context.WithTimeout(context.WithoutCancel(ctx), deleteTimeout)
 		defer cancel()
 		if failed := e.upstream.delete(limited, task); failed != nil {
-			e.opts.Log.Warn("an import that failed could not be taken back in Dragonfly: it is in the way until another one is made, later", "task", task.String(), "error", failed)
+			e.opts.Log.Warn("an import that failed could not be taken back in Dragonfly: it is in the way until "+
+				"another one is made, later", "task", task.String(), "error", failed)
 		}
 	}
 	if ctx.Err() != nil {
@@ -288,7 +297,8 @@ func (e *Source) Forget(ctx context.Context, d front.Deletion) (missed []front.T
 	}
 	others := false
 	for _, task := range d.Tasks {
-		if got, err := e.upstream.stat(ctx, task, p2p.ErrUnavailable, e.opts.LookupTimeout); err == nil && replicas(got) > own {
+		if got, err := e.upstream.stat(ctx, task, p2p.ErrUnavailable, e.opts.LookupTimeout); err == nil &&
+			replicas(got) > own {
 			others = true
 		}
 		if err := e.upstream.delete(ctx, task); err != nil {
@@ -297,7 +307,8 @@ func (e *Source) Forget(ctx context.Context, d front.Deletion) (missed []front.T
 		}
 	}
 	if others {
-		miss("other hosts had it. Dragonfly has deleted its own there, but a dfdaemon beside it keeps what it has fetched, and hands it in again: delete it on each of them")
+		miss("other hosts had it. Dragonfly has deleted its own there, but a dfdaemon beside it keeps what it has " +
+			"fetched, and hands it in again: delete it on each of them")
 	}
 	return missed
 }

@@ -20,22 +20,29 @@ const sweepRate = 50
 // HandIn calls hand for each task, and for all that it refers to, as far as that is
 // here: an earlier commit may have failed to, and whoever pushes again leaves out what
 // is here.
-func HandIn(ctx context.Context, store *pieces.Store, tasks []p2p.Task, hand func(context.Context, p2p.Task) error) error {
+func HandIn(
+	ctx context.Context, store *pieces.Store, tasks []p2p.Task, hand func(context.Context, p2p.Task) error,
+) error {
 	seen := map[p2p.Task]bool{}
 	for _, task := range tasks {
 		if err := handIn(ctx, store, task, hand, seen); err != nil {
-			return fmt.Errorf("it is stored on this host, but Dragonfly has not got all of it: %w; then import it again", err)
+			return fmt.Errorf(
+				"it is stored on this host, but Dragonfly has not got all of it: %w; then import it again", err)
 		}
 	}
 	return nil
 }
 
-func handIn(ctx context.Context, store *pieces.Store, task p2p.Task, hand func(context.Context, p2p.Task) error, seen map[p2p.Task]bool) error {
+func handIn(
+	ctx context.Context, store *pieces.Store, task p2p.Task, hand func(context.Context, p2p.Task) error,
+	seen map[p2p.Task]bool,
+) error {
 	if seen[task] {
 		return nil
 	}
 	seen[task] = true
-	info, err := store.Stat(ctx, task.Tag, digest.FromDigest(task.Digest), p2p.StatOptions{Scope: p2p.Local, Manifest: true})
+	info, err := store.Stat(ctx, task.Tag, digest.FromDigest(task.Digest),
+		p2p.StatOptions{Scope: p2p.Local, Manifest: true})
 	if errors.Is(err, p2p.ErrNotFound) {
 		return nil // deleted meanwhile
 	}
@@ -59,7 +66,9 @@ func handIn(ctx context.Context, store *pieces.Store, task p2p.Task, hand func(c
 // HandInBlob calls hand with a task's blob, where it is here. Where it is not any more
 // afterwards it calls takeBack: it was deleted meanwhile, in the network perhaps before
 // it got there.
-func HandInBlob(ctx context.Context, store *pieces.Store, task p2p.Task, hand func(*pieces.Blob) error, takeBack func() error) error {
+func HandInBlob(
+	ctx context.Context, store *pieces.Store, task p2p.Task, hand func(*pieces.Blob) error, takeBack func() error,
+) error {
 	blob, err := store.OpenForPeers(ctx, task)
 	if errors.Is(err, p2p.ErrNotFound) {
 		return nil
@@ -69,7 +78,8 @@ func HandInBlob(ctx context.Context, store *pieces.Store, task p2p.Task, hand fu
 	}
 	defer blob.Close()
 	err = hand(blob)
-	if _, gone := store.Stat(ctx, task.Tag, digest.FromDigest(task.Digest), p2p.StatOptions{Scope: p2p.Local}); errors.Is(gone, p2p.ErrNotFound) {
+	if _, gone := store.Stat(ctx, task.Tag, digest.FromDigest(task.Digest),
+		p2p.StatOptions{Scope: p2p.Local}); errors.Is(gone, p2p.ErrNotFound) {
 		return takeBack()
 	}
 	return err
@@ -78,7 +88,10 @@ func HandInBlob(ctx context.Context, store *pieces.Store, task p2p.Task, hand fu
 // SweepEvery calls hand for every task of the store, once and again after each interval,
 // until ctx ends. It says how many sweeps there were before, without one that found
 // the network away: an error that matches [p2p.ErrUnavailable] ends a sweep.
-func SweepEvery(ctx context.Context, store *pieces.Store, log *slog.Logger, interval time.Duration, hand func(ctx context.Context, task p2p.Task, sweep int) error) {
+func SweepEvery(
+	ctx context.Context, store *pieces.Store, log *slog.Logger, interval time.Duration,
+	hand func(ctx context.Context, task p2p.Task, sweep int) error,
+) {
 	tick := time.NewTicker(interval)
 	defer tick.Stop()
 	for n := 0; ; n++ {

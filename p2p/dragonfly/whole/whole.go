@@ -41,10 +41,13 @@ func Dir(store *pieces.Store) (string, error) {
 
 // Found is what Dragonfly's answer about a task says: its size, or -1 where that is not known,
 // or err. What could be a manifest has to be fetched to know.
-func Found(ctx context.Context, log *slog.Logger, task p2p.Task, size int64, err error, opts front.FindOptions) (front.Found, error) {
+func Found(
+	ctx context.Context, log *slog.Logger, task p2p.Task, size int64, err error, opts front.FindOptions,
+) (front.Found, error) {
 	table := digest.Table{Size: max(size, 0), PieceLength: digest.PieceLength(max(size, 0))}
 	found := front.Found{
-		Info:  p2p.Info{Task: task, Size: table.Size, PieceLength: table.PieceLength, Pieces: table.Pieces(), Remote: true, Keep: p2p.KeepUntilReferred},
+		Info: p2p.Info{Task: task, Size: table.Size, PieceLength: table.PieceLength, Pieces: table.Pieces(),
+			Remote: true, Keep: p2p.KeepUntilReferred},
 		Whole: true, Opaque: size <= p2p.MaxManifest,
 	}
 	if opts.Providers {
@@ -59,7 +62,9 @@ func Found(ctx context.Context, log *slog.Logger, task p2p.Task, size int64, err
 
 // See says whether Dragonfly has something to delete of what the store does not have, as
 // deletable says: it may have what was never here, or the rest of a delete that failed.
-func See(ctx context.Context, tag string, cid digest.CID, held bool, deletable func(context.Context, p2p.Task) error) front.Seen {
+func See(
+	ctx context.Context, tag string, cid digest.CID, held bool, deletable func(context.Context, p2p.Task) error,
+) front.Seen {
 	if held || cid.Digest() == "" {
 		return front.Seen{}
 	}

@@ -62,7 +62,8 @@ func Dial(target string, opts ...grpc.DialOption) (*grpc.ClientConn, error) {
 	retry := backoff.DefaultConfig
 	retry.BaseDelay, retry.MaxDelay = 100*time.Millisecond, time.Second
 	return grpc.NewClient(target, append([]grpc.DialOption{
-		grpc.WithMaxHeaderListSize(maxHeaders), grpc.WithDefaultCallOptions(grpc.ForceCodecV2(grpclimit.Codec(maxElements))),
+		grpc.WithMaxHeaderListSize(maxHeaders),
+		grpc.WithDefaultCallOptions(grpc.ForceCodecV2(grpclimit.Codec(maxElements))),
 	}, append(opts, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithDisableServiceConfig(),
 		grpc.WithConnectParams(grpc.ConnectParams{Backoff: retry, MinConnectTimeout: time.Second}))...)...)
 }
@@ -83,14 +84,17 @@ func DialSocket(socket string, opts ...grpc.DialOption) (*grpc.ClientConn, error
 // and few elements, a connection has to be one of gRPC within 10 seconds.
 func NewServer(opts ...grpc.ServerOption) *grpc.Server {
 	return grpc.NewServer(append([]grpc.ServerOption{
-		grpc.MaxRecvMsgSize(64 << 10), grpc.MaxHeaderListSize(16 << 10), grpc.ForceServerCodecV2(grpclimit.Codec(maxQuestion)),
+		grpc.MaxRecvMsgSize(64 << 10), grpc.MaxHeaderListSize(16 << 10),
+		grpc.ForceServerCodecV2(grpclimit.Codec(maxQuestion)),
 		grpc.MaxConcurrentStreams(maxStreams), grpc.ConnectionTimeout(10 * time.Second),
 	}, opts...)...)
 }
 
 // Call does a call within limit. Where it fails, it returns what the other side says, and
 // whether that is no answer in time; or the cause, where ctx has ended.
-func Call(ctx context.Context, limit time.Duration, do func(context.Context) error) (st *status.Status, late bool, err error) {
+func Call(
+	ctx context.Context, limit time.Duration, do func(context.Context) error,
+) (st *status.Status, late bool, err error) {
 	limited, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	failed := do(limited)
@@ -110,7 +114,8 @@ func Silent(at string, st *status.Status, late bool, limit time.Duration, away e
 	switch {
 	case late:
 		return fmt.Errorf("%s: %w: no answer within %s: see its log, and whether its scheduler runs", at, away, limit)
-	case st.Code() != codes.Unavailable && st.Code() != codes.Canceled: // cancelled by the other side: the caller's context has not ended
+	// cancelled by the other side: the caller's context has not ended
+	case st.Code() != codes.Unavailable && st.Code() != codes.Canceled:
 		return nil
 	}
 	advice := "see that it runs, and that this is its socket"

@@ -101,14 +101,16 @@ func TestLimits(t *testing.T) {
 	if err := ask(ctx, nil); err != nil {
 		t.Fatal(err)
 	}
-	if err := ask(ctx, &commonv1.UrlMeta{Tag: strings.Repeat("x", 64<<10)}); status.Code(err) != codes.ResourceExhausted {
+	if err := ask(ctx, &commonv1.UrlMeta{
+		Tag: strings.Repeat("x", 64<<10)}); status.Code(err) != codes.ResourceExhausted {
 		t.Errorf("a long request: %v", err)
 	}
 	many := map[string]string{}
 	for i := range maxQuestion + 1 {
 		many[string(rune('a'+i))] = ""
 	}
-	if err := ask(ctx, &commonv1.UrlMeta{Header: many}); err == nil || !strings.Contains(err.Error(), "too many elements") {
+	if err := ask(ctx, &commonv1.UrlMeta{Header: many}); err == nil ||
+		!strings.Contains(err.Error(), "too many elements") {
 		t.Errorf("a request of many elements: %v", err)
 	}
 	if err := ask(metadata.AppendToOutgoingContext(ctx, "x", strings.Repeat("x", 16<<10)), nil); err == nil {
@@ -124,7 +126,8 @@ func TestLimits(t *testing.T) {
 			t.Errorf("an answer of %s is taken", what)
 		}
 	}
-	if _, err := serve(t, grpc.NewServer(), &daemon{pieces: maxElements}).GetPieceTasks(ctx, &commonv1.PieceTaskRequest{}); err != nil {
+	if _, err := serve(t, grpc.NewServer(), &daemon{pieces: maxElements}).GetPieceTasks(ctx,
+		&commonv1.PieceTaskRequest{}); err != nil {
 		t.Error(err)
 	}
 }

@@ -79,7 +79,8 @@ func StartPeer(t testing.TB, s *Scheduler, name string, behaviour Behaviour) *Pe
 	}
 	port := func(i int) int32 { return int32(listeners[i].Addr().(*net.TCPAddr).Port) }
 	p := &Peer{
-		ID: "127.0.0.1-1-" + name, behaviour: behaviour, scheduler: s, conn: conn, rpc: schedulerv1.NewSchedulerClient(conn), tasks: map[string][]byte{},
+		ID: "127.0.0.1-1-" + name, behaviour: behaviour, scheduler: s, conn: conn,
+		rpc: schedulerv1.NewSchedulerClient(conn), tasks: map[string][]byte{},
 		host: &schedulerv1.PeerHost{Id: name, Ip: "127.0.0.1", RpcPort: port(0), DownPort: port(1), Hostname: name},
 	}
 	peers := grpc.NewServer()
@@ -132,7 +133,8 @@ func (p *Peer) Import(ctx context.Context, cid, tag string, content []byte) erro
 		return err
 	}
 	_, err = p.rpc.AnnounceTask(ctx, &schedulerv1.AnnounceTaskRequest{
-		TaskId: id, Url: URL(cid), UrlMeta: &commonv1.UrlMeta{Tag: tag}, PeerHost: p.host, PiecePacket: packet, TaskType: commonv1.TaskType_DfCache,
+		TaskId: id, Url: URL(cid), UrlMeta: &commonv1.UrlMeta{Tag: tag}, PeerHost: p.host, PiecePacket: packet,
+		TaskType: commonv1.TaskType_DfCache,
 	})
 	return err
 }
@@ -167,7 +169,8 @@ func (p *Peer) packet(id string, start, limit int) (*commonv1.PiecePacket, error
 	for i := start; i < total && i < start+limit; i++ {
 		part := content[i*pieceSize : min(len(content), (i+1)*pieceSize)]
 		sum := md5.Sum(part)
-		info := &commonv1.PieceInfo{PieceNum: int32(i), RangeStart: uint64(i * pieceSize), RangeSize: uint32(len(part)), PieceMd5: hex.EncodeToString(sum[:])}
+		info := &commonv1.PieceInfo{PieceNum: int32(i), RangeStart: uint64(i * pieceSize), RangeSize: uint32(len(part)),
+			PieceMd5: hex.EncodeToString(sum[:])}
 		switch p.behaviour {
 		case Hostile:
 			info.RangeStart = 1<<64 - 5
@@ -218,7 +221,8 @@ func (p *Peer) upload(w http.ResponseWriter, r *http.Request) {
 	p.mu.Unlock()
 	var prefix, id string
 	var first, last int
-	if n, err := fmt.Sscanf(r.Header.Get("Range"), "bytes=%d-%d", &first, &last); n != 2 || err != nil || len(r.URL.Path) != len("/download/abc/")+64 {
+	if n, err := fmt.Sscanf(r.Header.Get("Range"), "bytes=%d-%d", &first, &last); n != 2 || err != nil ||
+		len(r.URL.Path) != len("/download/abc/")+64 {
 		http.Error(w, "bad", http.StatusBadRequest)
 		return
 	}
@@ -289,7 +293,9 @@ func (p *Peer) Export(ctx context.Context, cid, tag string) (content []byte, err
 	if found.GetState() != "Succeeded" || !found.GetHasAvailablePeer() {
 		return nil, errors.New("no peer has it")
 	}
-	registered, err := p.rpc.RegisterPeerTask(ctx, &schedulerv1.PeerTaskRequest{Url: URL(cid), UrlMeta: &commonv1.UrlMeta{Tag: tag}, PeerId: p.ID, PeerHost: p.host, TaskId: id})
+	registered, err := p.rpc.RegisterPeerTask(
+		ctx, &schedulerv1.PeerTaskRequest{
+			Url: URL(cid), UrlMeta: &commonv1.UrlMeta{Tag: tag}, PeerId: p.ID, PeerHost: p.host, TaskId: id})
 	if err != nil {
 		return nil, err
 	}
@@ -297,7 +303,8 @@ func (p *Peer) Export(ctx context.Context, cid, tag string) (content []byte, err
 	if err != nil {
 		return nil, err
 	}
-	if err := stream.Send(&schedulerv1.PieceResult{TaskId: id, SrcPid: p.ID, PieceInfo: &commonv1.PieceInfo{PieceNum: -1}}); err != nil {
+	if err := stream.Send(&schedulerv1.PieceResult{
+		TaskId: id, SrcPid: p.ID, PieceInfo: &commonv1.PieceInfo{PieceNum: -1}}); err != nil {
 		return nil, err
 	}
 	switch registered.GetSizeScope() {
@@ -322,7 +329,9 @@ func (p *Peer) Export(ctx context.Context, cid, tag string) (content []byte, err
 	p.mu.Lock()
 	p.tasks[id] = content
 	p.mu.Unlock()
-	_, err = p.rpc.ReportPeerResult(ctx, &schedulerv1.PeerResult{TaskId: id, PeerId: p.ID, SrcIp: p.host.GetIp(), Url: URL(cid), Success: true, Code: commonv1.Code_Success, ContentLength: int64(len(content))})
+	_, err = p.rpc.ReportPeerResult(ctx,
+		&schedulerv1.PeerResult{TaskId: id, PeerId: p.ID, SrcIp: p.host.GetIp(), Url: URL(cid), Success: true,
+			Code: commonv1.Code_Success, ContentLength: int64(len(content))})
 	return content, err
 }
 
@@ -339,7 +348,8 @@ func (p *Peer) fetch(ctx context.Context, id, peer, addr string, piece *commonv1
 
 // fetchAll fetches from a peer what it says there is.
 func (p *Peer) fetchAll(ctx context.Context, id string, from *schedulerv1.PeerPacket_DestPeer) ([]byte, error) {
-	conn, err := grpc.NewClient(fmt.Sprintf("passthrough:///%s:%d", from.GetIp(), from.GetRpcPort()), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	conn, err := grpc.NewClient(fmt.Sprintf("passthrough:///%s:%d", from.GetIp(), from.GetRpcPort()),
+		grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		return nil, err
 	}
@@ -348,7 +358,8 @@ func (p *Peer) fetchAll(ctx context.Context, id string, from *schedulerv1.PeerPa
 	if err != nil {
 		return nil, err
 	}
-	if err := stream.Send(&commonv1.PieceTaskRequest{TaskId: id, SrcPid: p.ID, DstPid: from.GetPeerId(), Limit: 16}); err != nil {
+	if err := stream.Send(&commonv1.PieceTaskRequest{
+		TaskId: id, SrcPid: p.ID, DstPid: from.GetPeerId(), Limit: 16}); err != nil {
 		return nil, err
 	}
 	var content []byte

@@ -259,7 +259,8 @@ func (s *Scheduler) begin(ctx context.Context, call string, req validator) (end 
 
 // Error is an error as Dragonfly sends it.
 func Error(code commonv1.Code, message string) error {
-	st, err := status.New(codes.Unknown, fmt.Sprintf("[%d]%s", code, message)).WithDetails(&commonv1.GrpcDfError{Code: code, Message: message})
+	st, err := status.New(codes.Unknown, fmt.Sprintf("[%d]%s", code, message)).WithDetails(
+		&commonv1.GrpcDfError{Code: code, Message: message})
 	if err != nil {
 		panic(err)
 	}
@@ -326,7 +327,8 @@ func (s *Scheduler) AnnounceTask(ctx context.Context, req *schedulerv1.AnnounceT
 	fetch := t.length > 0 && t.length <= 128 && t.tiny == nil
 	s.mu.Unlock()
 	if fetch {
-		content, err := fetchRange(ctx, fmt.Sprintf("%s:%d", req.GetPeerHost().GetIp(), req.GetPeerHost().GetDownPort()), req.GetTaskId(), p.GetDstPid(), 0, t.length)
+		content, err := fetchRange(ctx, fmt.Sprintf("%s:%d", req.GetPeerHost().GetIp(),
+			req.GetPeerHost().GetDownPort()), req.GetTaskId(), p.GetDstPid(), 0, t.length)
 		if err == nil {
 			s.mu.Lock()
 			t.tiny = content
@@ -401,7 +403,9 @@ func (s *Scheduler) LeaveTask(ctx context.Context, req *schedulerv1.PeerTarget) 
 }
 
 // RegisterPeerTask implements the API.
-func (s *Scheduler) RegisterPeerTask(ctx context.Context, req *schedulerv1.PeerTaskRequest) (*schedulerv1.RegisterResult, error) {
+func (s *Scheduler) RegisterPeerTask(
+	ctx context.Context, req *schedulerv1.PeerTaskRequest,
+) (*schedulerv1.RegisterResult, error) {
 	end, err := s.begin(ctx, "RegisterPeerTask", req)
 	if err != nil {
 		return nil, err
@@ -426,7 +430,8 @@ func (s *Scheduler) RegisterPeerTask(ctx context.Context, req *schedulerv1.PeerT
 		if s.direct != nil {
 			content = s.direct
 		}
-		result.SizeScope, result.DirectPiece = commonv1.SizeScope_TINY, &schedulerv1.RegisterResult_PieceContent{PieceContent: content}
+		result.SizeScope, result.DirectPiece = commonv1.SizeScope_TINY, &schedulerv1.RegisterResult_PieceContent{
+			PieceContent: content}
 	case t.total == 1 && t.first != nil && len(parents) > 0:
 		m.small = true
 		p := parents[0]
@@ -529,7 +534,8 @@ func (s *Scheduler) ReportPeerResult(ctx context.Context, req *schedulerv1.PeerR
 
 // fetchRange fetches a piece as Dragonfly's daemons do.
 func fetchRange(ctx context.Context, addr, taskID, peerID string, start, n int64) ([]byte, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, fmt.Sprintf("http://%s/download/%s/%s?peerId=%s", addr, taskID[:3], taskID, peerID), nil)
+	req, err := http.NewRequestWithContext(
+		ctx, http.MethodGet, fmt.Sprintf("http://%s/download/%s/%s?peerId=%s", addr, taskID[:3], taskID, peerID), nil)
 	if err != nil {
 		return nil, err
 	}

@@ -108,7 +108,8 @@ func (c *Cluster) Start(t testing.TB) *Daemon {
 	d.Process = dragonflytest.NewProcess(t, func(server *grpc.Server) {
 		dfdaemonv2.RegisterDfdaemonDownloadServer(server, d)
 		healthy := health.NewServer()
-		healthy.SetServingStatus(dfdaemonv2.DfdaemonDownload_ServiceDesc.ServiceName, healthpb.HealthCheckResponse_SERVING)
+		healthy.SetServingStatus(dfdaemonv2.DfdaemonDownload_ServiceDesc.ServiceName,
+			healthpb.HealthCheckResponse_SERVING)
 		healthpb.RegisterHealthServer(server, healthy)
 		d.set(func() { d.healthy = healthy })
 	})
@@ -255,19 +256,24 @@ func (c *Cluster) find(id string) (*commonv2.PersistentCacheTask, []*Daemon, err
 	n := uint64(len(providers))
 	return &commonv2.PersistentCacheTask{
 		Id: id, PersistentReplicaCount: 1, CurrentPersistentReplicaCount: n, CurrentReplicaCount: n,
-		PieceLength: PieceLength, ContentLength: t.size, PieceCount: uint32((t.size + PieceLength - 1) / PieceLength), State: t.state,
-		Ttl: durationpb.New(t.ttl), CreatedAt: timestamppb.New(t.created), UpdatedAt: timestamppb.New(t.updated),
+		PieceLength: PieceLength, ContentLength: t.size, PieceCount: uint32((t.size + PieceLength - 1) / PieceLength),
+		State: t.state,
+		Ttl:   durationpb.New(t.ttl), CreatedAt: timestamppb.New(t.created), UpdatedAt: timestamppb.New(t.updated),
 	}, providers, nil
 }
 
 // StatPersistentCacheTask implements the API.
-func (d *Daemon) StatPersistentCacheTask(_ context.Context, req *dfdaemonv2.StatPersistentCacheTaskRequest) (*commonv2.PersistentCacheTask, error) {
+func (d *Daemon) StatPersistentCacheTask(
+	_ context.Context, req *dfdaemonv2.StatPersistentCacheTaskRequest,
+) (*commonv2.PersistentCacheTask, error) {
 	t, _, err := d.cluster.find(req.GetTaskId())
 	return t, err
 }
 
 // UploadPersistentCacheTask implements the API.
-func (d *Daemon) UploadPersistentCacheTask(ctx context.Context, req *dfdaemonv2.UploadPersistentCacheTaskRequest) (*commonv2.PersistentCacheTask, error) {
+func (d *Daemon) UploadPersistentCacheTask(
+	ctx context.Context, req *dfdaemonv2.UploadPersistentCacheTaskRequest,
+) (*commonv2.PersistentCacheTask, error) {
 	d.mu.Lock()
 	contained, oldIDs := d.contained, d.oldIDs
 	d.made++
@@ -288,13 +294,15 @@ func (d *Daemon) UploadPersistentCacheTask(ctx context.Context, req *dfdaemonv2.
 		id = fmt.Sprint(crc32.ChecksumIEEE([]byte(req.GetContentForCalculatingTaskId())))
 	}
 	if known, _, err := d.cluster.find(id); err == nil && known.GetState() != "Failed" {
-		return nil, internal("status: AlreadyExists, message: \"persistent cache task %s is %s cannot upload\"", id, known.GetState())
+		return nil, internal("status: AlreadyExists, message: \"persistent cache task %s is %s cannot upload\"", id,
+			known.GetState())
 	}
 	c := d.cluster
 	now := time.Now()
 	c.set(func() {
 		now = now.Add(c.late)
-		c.tasks[id] = &task{size: uint64(info.Size()), state: "Uploading", ttl: req.GetTtl().AsDuration(), created: now, updated: now}
+		c.tasks[id] = &task{size: uint64(info.Size()), state: "Uploading", ttl: req.GetTtl().AsDuration(), created: now,
+			updated: now}
 	})
 	if err := d.Hook(ctx, "uploading"); err != nil {
 		return nil, internal("%v", err) // and all stays as it is
@@ -318,7 +326,10 @@ func (d *Daemon) UploadPersistentCacheTask(ctx context.Context, req *dfdaemonv2.
 }
 
 // DownloadPersistentCacheTask implements the API.
-func (d *Daemon) DownloadPersistentCacheTask(req *dfdaemonv2.DownloadPersistentCacheTaskRequest, stream dfdaemonv2.DfdaemonDownload_DownloadPersistentCacheTaskServer) error {
+func (d *Daemon) DownloadPersistentCacheTask(
+	req *dfdaemonv2.DownloadPersistentCacheTaskRequest,
+	stream dfdaemonv2.DfdaemonDownload_DownloadPersistentCacheTaskServer,
+) error {
 	id := req.GetTaskId()
 	t, providers, err := d.cluster.find(id)
 	if err != nil {
@@ -341,9 +352,11 @@ func (d *Daemon) DownloadPersistentCacheTask(req *dfdaemonv2.DownloadPersistentC
 		answer.HostId, answer.TaskId, answer.PeerId = "host", id, "peer"
 		return stream.Send(answer)
 	}
-	err = send(&dfdaemonv2.DownloadPersistentCacheTaskResponse{Response: &dfdaemonv2.DownloadPersistentCacheTaskResponse_DownloadPersistentCacheTaskStartedResponse{
-		DownloadPersistentCacheTaskStartedResponse: &dfdaemonv2.DownloadPersistentCacheTaskStartedResponse{ContentLength: length},
-	}})
+	err = send(&dfdaemonv2.DownloadPersistentCacheTaskResponse{
+		Response: &dfdaemonv2.DownloadPersistentCacheTaskResponse_DownloadPersistentCacheTaskStartedResponse{
+			DownloadPersistentCacheTaskStartedResponse: &dfdaemonv2.DownloadPersistentCacheTaskStartedResponse{
+				ContentLength: length},
+		}})
 	if err != nil {
 		return err
 	}
@@ -365,16 +378,18 @@ func (d *Daemon) DownloadPersistentCacheTask(req *dfdaemonv2.DownloadPersistentC
 		if _, err := f.ReadAt(buf, offset); err != nil && !errors.Is(err, io.EOF) {
 			return internal("%v", err)
 		}
-		piece := &commonv2.Piece{Number: uint32(number), Offset: uint64(offset), Length: uint64(len(buf)), Content: buf, Cost: durationpb.New(0), CreatedAt: timestamppb.Now()}
+		piece := &commonv2.Piece{Number: uint32(number), Offset: uint64(offset), Length: uint64(len(buf)), Content: buf,
+			Cost: durationpb.New(0), CreatedAt: timestamppb.Now()}
 		if change != nil {
 			change(piece)
 		}
 		if !req.GetNeedPieceContent() {
 			piece.Content = nil
 		}
-		err := send(&dfdaemonv2.DownloadPersistentCacheTaskResponse{Response: &dfdaemonv2.DownloadPersistentCacheTaskResponse_DownloadPieceFinishedResponse{
-			DownloadPieceFinishedResponse: &dfdaemonv2.DownloadPieceFinishedResponse{Piece: piece},
-		}})
+		err := send(&dfdaemonv2.DownloadPersistentCacheTaskResponse{
+			Response: &dfdaemonv2.DownloadPersistentCacheTaskResponse_DownloadPieceFinishedResponse{
+				DownloadPieceFinishedResponse: &dfdaemonv2.DownloadPieceFinishedResponse{Piece: piece},
+			}})
 		if err != nil {
 			return err
 		}
@@ -403,7 +418,9 @@ func (d *Daemon) keep(id, from string) (string, error) {
 }
 
 // DeletePersistentCacheTask implements the API of the scheduler: on every host.
-func (c *Cluster) DeletePersistentCacheTask(ctx context.Context, req *schedulerv2.DeletePersistentCacheTaskRequest) (*emptypb.Empty, error) {
+func (c *Cluster) DeletePersistentCacheTask(
+	ctx context.Context, req *schedulerv2.DeletePersistentCacheTaskRequest,
+) (*emptypb.Empty, error) {
 	if err := req.ValidateAll(); err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
