@@ -148,9 +148,10 @@ type Info struct {
 	IsManifest  bool      // committed as a manifest, with what it refers to
 	Keep        Keep      // what keeps it
 	Origin      time.Time // when it was imported or pushed, on whatever host that was
-	After       time.Time // the latest import or delete of it that was known where it was done; zero where that is not known
-	Imported    time.Time // when the task was committed here; zero where it is not here
-	LastUsed    time.Time // when the blob was last opened here; zero where never
+	// the latest import or delete of it that was known where it was done; zero where that is not known
+	After    time.Time
+	Imported time.Time // when the task was committed here; zero where it is not here
+	LastUsed time.Time // when the blob was last opened here; zero where never
 
 	// Lacks are those parts of a manifest that were deleted by force, or of which is
 	// known that they are damaged, and that nobody has yet: at most MaxRefs. Content
@@ -301,10 +302,11 @@ type Kind int
 
 // The kinds of entries.
 const (
-	KindAll      Kind = iota // names and tasks
-	KindNames                // names
-	KindTags                 // one entry for every tag, of which only Info.Task.Tag is set
-	KindPartials             // blobs of which only a part is here: Info.Size is that of the whole, Total that of the part
+	KindAll   Kind = iota // names and tasks
+	KindNames             // names
+	KindTags              // one entry for every tag, of which only Info.Task.Tag is set
+	// blobs of which only a part is here: Info.Size is that of the whole, Total that of the part
+	KindPartials
 )
 
 // Entry is one line of a List: a name where Name is not "", else a task. A name

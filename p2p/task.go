@@ -99,12 +99,14 @@ func ValidateTag(tag string) error {
 	if tag == "" {
 		return nil
 	}
-	const rule = "a tag is an OCI repository name: components of a-z and 0-9, joined within by \".\", \"_\", \"__\" or dashes, separated by \"/\", 255 characters at most"
+	const rule = "a tag is an OCI repository name: components of a-z and 0-9, joined within by \".\", \"_\", \"__\" " +
+		"or dashes, separated by \"/\", 255 characters at most"
 	if len(tag) > MaxTag {
 		return fmt.Errorf("tag of %d characters starting %q: %w: %s", len(tag), tag[:16], digest.ErrInvalid, rule)
 	}
 	if tag == DefaultRepository {
-		return fmt.Errorf("tag %q: %w: it is the registry's name for the empty tag: leave the tag out", tag, digest.ErrInvalid)
+		return fmt.Errorf("tag %q: %w: it is the registry's name for the empty tag: leave the tag out", tag,
+			digest.ErrInvalid)
 	}
 	for component := range strings.SplitSeq(tag, "/") {
 		if !isPathComponent(component) {
@@ -120,7 +122,8 @@ func isPathComponent(s string) bool {
 	for i := 0; i < len(s); i++ {
 		switch c := s[i]; {
 		case 'a' <= c && c <= 'z', '0' <= c && c <= '9':
-			if separator != "" && separator != "." && separator != "_" && separator != "__" && strings.Trim(separator, "-") != "" {
+			if separator != "" && separator != "." && separator != "_" && separator != "__" &&
+				strings.Trim(separator, "-") != "" {
 				return false
 			}
 			separator = ""

@@ -49,20 +49,23 @@ func TestValidateTag(t *testing.T) {
 func TestTaskID(t *testing.T) {
 	d := digest.SHA256.FromString("data")
 	seen := map[string]Task{}
-	for _, task := range []Task{{"", d}, {"a", d}, {"ab", d}, {"a", "b" + d}, {"", "a" + d}, {"", "ab" + d}, {"a", digest.SHA512.FromString("data")}} {
+	for _, task := range []Task{{"", d}, {"a", d}, {"ab", d}, {"a", "b" + d}, {"", "a" + d}, {"", "ab" + d},
+		{"a", digest.SHA512.FromString("data")}} {
 		if other, ok := seen[task.ID()]; ok {
 			t.Errorf("%q and %q have the same ID", task, other)
 		}
 		seen[task.ID()] = task
 	}
 	// Peers of other versions have to come to the same.
-	if got, want := (Task{"models", d}).ID(), "fb9b2dbb508a4eb3472689afbc67f4c7b466726d85ce117f01bc4641f4e009af"; got != want {
+	if got, want := (Task{"models", d}).ID(),
+		"fb9b2dbb508a4eb3472689afbc67f4c7b466726d85ce117f01bc4641f4e009af"; got != want {
 		t.Errorf("the ID is %s, want %s", got, want)
 	}
 }
 
 func FuzzValidateTag(f *testing.F) {
-	for _, s := range []string{"", "a", "models/llm", "a.b_c__d-e---f", "a___b", "A", "a/../b", "a\x00", "é", DefaultRepository, strings.Repeat("a", 256)} {
+	for _, s := range []string{"", "a", "models/llm", "a.b_c__d-e---f", "a___b", "A", "a/../b", "a\x00", "é",
+		DefaultRepository, strings.Repeat("a", 256)} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, tag string) {

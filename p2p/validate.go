@@ -41,7 +41,8 @@ func (o StatOptions) Validate(tag string, cid digest.CID) error {
 	case o.Scope < Network || o.Scope > Local:
 		return fmt.Errorf("stat %s: %w: there is no scope %d", cid, digest.ErrInvalid, o.Scope)
 	case o.Providers && o.Scope != Network:
-		return fmt.Errorf("stat %s with who holds it: %w: it goes with the network as the scope", cid, digest.ErrInvalid)
+		return fmt.Errorf("stat %s with who holds it: %w: it goes with the network as the scope", cid,
+			digest.ErrInvalid)
 	}
 	return nil
 }
@@ -81,11 +82,13 @@ func (q Query) Validate() error {
 	case q.Kind == KindTags && q.Tag != nil:
 		return fmt.Errorf("list tags: %w: of one tag there is nothing to list", digest.ErrInvalid)
 	case len(q.After) > MaxTag:
-		return fmt.Errorf("list after a name of %d bytes: %w: none has more than %d", len(q.After), digest.ErrInvalid, MaxTag)
+		return fmt.Errorf("list after a name of %d bytes: %w: none has more than %d", len(q.After), digest.ErrInvalid,
+			MaxTag)
 	case q.Holds != "" && q.Kind != KindTags:
 		return fmt.Errorf("list who holds %s: %w: it goes with tags as the kind", q.Holds, digest.ErrInvalid)
 	case q.RefersTo != "" && (q.Tag == nil || q.Kind != KindAll):
-		return fmt.Errorf("list what refers to %s: %w: it goes with a tag, and not with a kind", q.RefersTo, digest.ErrInvalid)
+		return fmt.Errorf("list what refers to %s: %w: it goes with a tag, and not with a kind", q.RefersTo,
+			digest.ErrInvalid)
 	}
 	return nil
 }
@@ -204,7 +207,8 @@ func validateTime(what string, t time.Time) error {
 
 func validateMediaType(s string) error {
 	if len(s) > MaxMediaType {
-		return fmt.Errorf("media type: %w: it has %d characters, at most %d are allowed", digest.ErrInvalid, len(s), MaxMediaType)
+		return fmt.Errorf("media type: %w: it has %d characters, at most %d are allowed", digest.ErrInvalid, len(s),
+			MaxMediaType)
 	}
 	for i := range len(s) {
 		if s[i] < ' ' || s[i] > '~' {

@@ -26,7 +26,8 @@ func dead(t *testing.T, dir string) {
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if err := unix.Mount("dead", dir, "fuse", 0, fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0", fuse.Fd())); err != nil {
+	if err := unix.Mount("dead", dir, "fuse", 0,
+		fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0", fuse.Fd())); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
@@ -44,12 +45,14 @@ func TestMake(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer in.Close()
-	if err := errors.Join(os.WriteFile(filepath.Join(dir, "file"), nil, 0o600), os.Symlink("nowhere", filepath.Join(dir, "link"))); err != nil {
+	if err := errors.Join(os.WriteFile(filepath.Join(dir, "file"), nil, 0o600),
+		os.Symlink("nowhere", filepath.Join(dir, "link"))); err != nil {
 		t.Fatal(err)
 	}
 	try := func(name string, want error) {
 		t.Helper()
-		for how, err := range map[string]error{"Make": Make(filepath.Join(dir, name), 0o700), "MakeIn": MakeIn(in, name, 0o700)} {
+		for how, err := range map[string]error{
+			"Make": Make(filepath.Join(dir, name), 0o700), "MakeIn": MakeIn(in, name, 0o700)} {
 			if !errors.Is(err, want) || want != nil && errors.Is(err, fs.ErrExist) {
 				t.Errorf("%s %s: %v, want %v", how, name, err, want)
 			}
@@ -60,10 +63,12 @@ func TestMake(t *testing.T) {
 	try("file", syscall.ENOTDIR)
 	try("file/a", syscall.ENOTDIR)
 	try("link", fs.ErrNotExist)
-	if err := Make(filepath.Join(dir, "link"), 0o700); err == nil || !strings.Contains(err.Error(), "link is a link to nothing") {
+	if err := Make(filepath.Join(dir, "link"), 0o700); err == nil ||
+		!strings.Contains(err.Error(), "link is a link to nothing") {
 		t.Errorf("Make link: %v", err)
 	}
-	if err := Make(filepath.Join(dir, "link", "a"), 0o700); !errors.Is(err, fs.ErrNotExist) { // below a root the link is followed
+	// below a root the link is followed
+	if err := Make(filepath.Join(dir, "link", "a"), 0o700); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("Make link/a: %v", err)
 	}
 	dead(t, filepath.Join(dir, "dead"))

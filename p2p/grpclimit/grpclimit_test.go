@@ -67,7 +67,8 @@ func TestCodec(t *testing.T) {
 
 // FuzzCodec: what is within the limits is read as ever.
 func FuzzCodec(f *testing.F) {
-	b, err := proto.Marshal(&descriptorpb.FileDescriptorSet{File: []*descriptorpb.FileDescriptorProto{{Dependency: []string{"a"}, PublicDependency: []int32{1}}}})
+	b, err := proto.Marshal(&descriptorpb.FileDescriptorSet{
+		File: []*descriptorpb.FileDescriptorProto{{Dependency: []string{"a"}, PublicDependency: []int32{1}}}})
 	if err != nil {
 		f.Fatal(err)
 	}

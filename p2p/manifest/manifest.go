@@ -43,7 +43,8 @@ func IsType(mediaType string) bool {
 // isForeign reports whether a layer is one that need not be in a registry:
 // https://github.com/opencontainers/image-spec/blob/v1.1.1/layer.md#non-distributable-layers.
 func isForeign(d ocispec.Descriptor) bool {
-	return len(d.URLs) > 0 || strings.Contains(d.MediaType, ".nondistributable.") || strings.Contains(d.MediaType, ".foreign.")
+	return len(d.URLs) > 0 || strings.Contains(d.MediaType, ".nondistributable.") ||
+		strings.Contains(d.MediaType, ".foreign.")
 }
 
 // Manifest is what all kinds of manifests have between them: an image has a
@@ -144,7 +145,8 @@ func (m *Manifest) detect() string {
 // Read reads a manifest. Errors match [digest.ErrInvalid].
 func Read(data []byte) (*Manifest, error) {
 	if len(data) > p2p.MaxManifest {
-		return nil, fmt.Errorf("manifest: %w: it has %d bytes, the limit is %d", digest.ErrInvalid, len(data), p2p.MaxManifest)
+		return nil, fmt.Errorf("manifest: %w: it has %d bytes, the limit is %d", digest.ErrInvalid, len(data),
+			p2p.MaxManifest)
 	}
 	if !bytes.HasPrefix(bytes.TrimLeft(data, " \t\r\n"), []byte("{")) {
 		return nil, fmt.Errorf("manifest: %w: it is not a JSON object", digest.ErrInvalid)
@@ -173,7 +175,8 @@ func (m *Manifest) Children() []ocispec.Descriptor {
 // record of its own, all of which one transaction writes. The error matches [digest.ErrInvalid].
 func (m *Manifest) CheckCount() error {
 	if n := len(m.Children()); n > p2p.MaxManifestRefs {
-		return fmt.Errorf("manifest: %w: it refers to %d blobs, the limit is %d", digest.ErrInvalid, n, p2p.MaxManifestRefs)
+		return fmt.Errorf("manifest: %w: it refers to %d blobs, the limit is %d", digest.ErrInvalid, n,
+			p2p.MaxManifestRefs)
 	}
 	return nil
 }
@@ -217,7 +220,8 @@ func (m *Manifest) TypeAs(given string) (string, error) {
 		return m.ownType(), nil
 	}
 	if m.MediaType != "" && !strings.EqualFold(m.MediaType, given) {
-		return "", fmt.Errorf("manifest: %w: it is pushed as %.80q, but says that it is %.80q", digest.ErrInvalid, given, m.MediaType)
+		return "", fmt.Errorf("manifest: %w: it is pushed as %.80q, but says that it is %.80q", digest.ErrInvalid,
+			given, m.MediaType)
 	}
 	return given, nil
 }
@@ -245,7 +249,8 @@ const maxType = 255
 func CheckType(mediaType string) error {
 	visible := func(r rune) bool { return ' ' <= r && r <= '~' }
 	if len(mediaType) > maxType || strings.ContainsFunc(mediaType, func(r rune) bool { return !visible(r) }) {
-		return fmt.Errorf("media type %.80q: %w: it has at most %d characters, of printable ASCII", mediaType, digest.ErrInvalid, maxType)
+		return fmt.Errorf("media type %.80q: %w: it has at most %d characters, of printable ASCII", mediaType,
+			digest.ErrInvalid, maxType)
 	}
 	return nil
 }

@@ -36,14 +36,16 @@ func TestParse(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := &p2p.NewManifest{Refs: []digest.Digest{config.Digest, layer.Digest, foreign.Digest}, Subject: subject.Digest}
+	want := &p2p.NewManifest{Refs: []digest.Digest{config.Digest, layer.Digest, foreign.Digest},
+		Subject: subject.Digest}
 	for _, mediaType := range []string{"", ocispec.MediaTypeImageManifest} {
 		if got, err := manifest.Parse(mediaType, data); err != nil || !reflect.DeepEqual(got, want) {
 			t.Errorf("as %q: %+v, %v; want %+v", mediaType, got, err, want)
 		}
 	}
 	index := []byte(fmt.Sprintf(`{"manifests":[{"digest":%q}]}`, layer.Digest))
-	if got, err := manifest.Parse("application/vnd.other+json", index); err != nil || !slices.Equal(got.Refs, []digest.Digest{layer.Digest}) || got.Subject != "" {
+	if got, err := manifest.Parse("application/vnd.other+json", index); err != nil ||
+		!slices.Equal(got.Refs, []digest.Digest{layer.Digest}) || got.Subject != "" {
 		t.Errorf("an index: %+v, %v", got, err)
 	}
 	for name, test := range map[string]struct {
@@ -68,9 +70,12 @@ func TestDetect(t *testing.T) {
 	d := digest.SHA256.FromString("x").String()
 	desc := `{"mediaType":"a/b","digest":"` + d + `","size":1}`
 	for content, want := range map[string]string{
-		`{"schemaVersion":2,"mediaType":"application/vnd.oci.image.manifest.v1+json","config":` + desc + `,"layers":[]}`: ocispec.MediaTypeImageManifest,
-		`{"schemaVersion":2,"config":` + desc + `,"layers":[` + desc + `]}`:                                              ocispec.MediaTypeImageManifest,
-		`{"schemaVersion":2,"manifests":[` + desc + `]}`:                                                                 ocispec.MediaTypeImageIndex,
+		`{"schemaVersion":2,"mediaType":"application/vnd.oci.image.manifest.v1+json","config":` + desc +
+			`,"layers":[]}`: ocispec.MediaTypeImageManifest,
+		`{"schemaVersion":2,"config":` + desc + `,"layers":[` + desc +
+			`]}`: ocispec.MediaTypeImageManifest,
+		`{"schemaVersion":2,"manifests":[` + desc +
+			`]}`: ocispec.MediaTypeImageIndex,
 		`{}`:                  "",
 		`{"schemaVersion":2}`: "",
 		`{"schemaVersion":2,"mediaType":"application/json"}`:         "",
@@ -90,7 +95,8 @@ func TestDetect(t *testing.T) {
 // What somebody says that a manifest is counts where it can be that.
 func TestDescribe(t *testing.T) {
 	desc := `{"mediaType":"a/b","digest":"` + digest.SHA256.FromString("x").String() + `","size":1}`
-	const image, index, docker = ocispec.MediaTypeImageManifest, ocispec.MediaTypeImageIndex, "application/vnd.docker.distribution.manifest.v2+json"
+	const image, index, docker = ocispec.MediaTypeImageManifest, ocispec.MediaTypeImageIndex,
+		"application/vnd.docker.distribution.manifest.v2+json"
 	said := `{"schemaVersion":2,"mediaType":"` + image + `","layers":[` + desc + `]}`
 	open := `{"schemaVersion":2,"config":` + desc + `,"layers":[` + desc + `]}`
 	list := `{"schemaVersion":2,"manifests":[` + desc + `]}`
@@ -128,7 +134,8 @@ func TestDescribe(t *testing.T) {
 func TestManyDescriptors(t *testing.T) {
 	of := func(n int) []byte {
 		one := `{"mediaType":"application/x","digest":"` + string(digest.SHA256.FromString("")) + `","size":0},`
-		return []byte(`{"schemaVersion":2,"config":` + strings.TrimSuffix(one, ",") + `,"layers":[` + strings.TrimSuffix(strings.Repeat(one, n-1), ",") + `]}`)
+		return []byte(`{"schemaVersion":2,"config":` + strings.TrimSuffix(one, ",") + `,"layers":[` +
+			strings.TrimSuffix(strings.Repeat(one, n-1), ",") + `]}`)
 	}
 	if _, err := manifest.Parse("", of(10_000)); err != nil {
 		t.Error(err)
@@ -136,7 +143,8 @@ func TestManyDescriptors(t *testing.T) {
 	if mediaType, _ := manifest.Detect(of(10_000)); mediaType == "" {
 		t.Error("10,000 are too many to be a manifest")
 	}
-	if _, err := manifest.Parse("", of(10_001)); !errors.Is(err, digest.ErrInvalid) || !strings.Contains(err.Error(), "10001") {
+	if _, err := manifest.Parse("", of(10_001)); !errors.Is(err, digest.ErrInvalid) ||
+		!strings.Contains(err.Error(), "10001") {
 		t.Errorf("10,001: %v", err)
 	}
 	if mediaType, _ := manifest.Detect(of(10_001)); mediaType != "" {
@@ -149,8 +157,9 @@ func TestManyDescriptors(t *testing.T) {
 func TestManyElements(t *testing.T) {
 	for name, many := range map[string]string{
 		"annotations": `{"annotations":{` + strings.Repeat(`"":"",`, 600_000) + `"":""}}`,
-		"URLs":        `{"config":{"digest":"` + string(digest.SHA256.FromString("")) + `","urls":[` + strings.Repeat(`"",`, 1_300_000) + `""]}}`,
-		"depth":       `{"x":` + strings.Repeat("[", 5000) + strings.Repeat("]", 5000) + `}`,
+		"URLs": `{"config":{"digest":"` + string(digest.SHA256.FromString("")) + `","urls":[` +
+			strings.Repeat(`"",`, 1_300_000) + `""]}}`,
+		"depth": `{"x":` + strings.Repeat("[", 5000) + strings.Repeat("]", 5000) + `}`,
 	} {
 		var before, after runtime.MemStats
 		runtime.ReadMemStats(&before)

@@ -86,7 +86,9 @@ func TestReadOfAnothers(t *testing.T) {
 	if err := errors.Join(os.WriteFile(path, []byte("secret"), 0o600), os.Chown(path, 12345, 0)); err != nil {
 		t.Fatal(err)
 	}
-	if _, _, err := Read(path, 6); err == nil || !strings.Contains(err.Error(), "belongs to uid 12345, neither root nor the user of this process: it is a secret; run: chown 0 "+path) {
+	if _, _, err := Read(path, 6); err == nil ||
+		!strings.Contains(err.Error(),
+			"belongs to uid 12345, neither root nor the user of this process: it is a secret; run: chown 0 "+path) {
 		t.Errorf("another user's: %v", err)
 	}
 	if _, _, err := ReadPublic(path, 6); err != nil {
