@@ -130,11 +130,13 @@ func TestAccess(t *testing.T) {
 	// bob may read alone, whatever he sends.
 	u.run(append([]string{"oras", "pull", model, "-o", "out"}, as("bob")...)...)
 	u.has("out/model.bin", content(100_000, 1))
-	u.run(skopeo("copy", "--src-cert-dir", u.trusts(), "--src-creds", "bob:pw-bob", remote+"/images/app:v1", "oci:layout:v1")...)
+	u.run(skopeo("copy", "--src-cert-dir", u.trusts(), "--src-creds", "bob:pw-bob", remote+"/images/app:v1",
+		"oci:layout:v1")...)
 	u.fails("denied", append([]string{"oras", "tag", model, "v2"}, as("bob")...)...)
 	u.fails("denied", append([]string{"oras", "push", d.host + "/models:v2", "model.bin"}, as("bob")...)...)
 	u.fails("denied", append([]string{"oras", "manifest", "delete", "-f", model}, as("bob")...)...)
-	u.fails("denied", skopeo("copy", "--dest-cert-dir", u.trusts(), "--dest-creds", "bob:pw-bob", "oci:layout:v1", remote+"/copy:v3")...)
+	u.fails("denied", skopeo("copy", "--dest-cert-dir", u.trusts(),
+		"--dest-creds", "bob:pw-bob", "oci:layout:v1", remote+"/copy:v3")...)
 	u.login(d.host, "bob")
 	u.run("crane", "validate", "--remote", image)
 	u.fails("DENIED", "crane", "delete", image)
@@ -161,7 +163,8 @@ func TestAccess(t *testing.T) {
 	u.prints("v1", append([]string{"oras", "repo", "tags", d.host + "/images/app"}, as("bob")...)...)
 
 	// The certificate is looked at, and plain HTTP is not answered.
-	u.fails("certificate", "oras", "pull", model, "-o", "none", "-u", "bob", "-p", "pw-bob", "--ca-file", filepath.Join(u.dir, "home", "docker", "config.json"))
+	u.fails("certificate", "oras", "pull", model,
+		"-o", "none", "-u", "bob", "-p", "pw-bob", "--ca-file", filepath.Join(u.dir, "home", "docker", "config.json"))
 	u.fails("400", "oras", "pull", "--plain-http", model, "-o", "none", "-u", "bob", "-p", "pw-bob")
 	if status, _ := d.raw(t, "GET /v2/ HTTP/1.1\r\nHost: "+d.host+"\r\n\r\n"); status != 400 {
 		t.Errorf("plain HTTP is answered with %d", status)
@@ -188,7 +191,8 @@ func TestLogins(t *testing.T) {
 	u.run("crane", "auth", "logout", d.host)
 	u.fails("UNAUTHORIZED", "crane", "manifest", d.host+"/models:v1")
 
-	u.feed(strings.NewReader("pw-bob"), "skopeo", "login", "--cert-dir", u.trusts(), "-u", "bob", "--password-stdin", d.host)
+	u.feed(strings.NewReader("pw-bob"), "skopeo", "login", "--cert-dir", u.trusts(),
+		"-u", "bob", "--password-stdin", d.host)
 	u.run("skopeo", "inspect", "--raw", "--cert-dir", u.trusts(), "docker://"+d.host+"/models:v1")
 	u.run("skopeo", "logout", d.host)
 	u.fails("", "skopeo", "login", "--cert-dir", u.trusts(), "-u", "bob", "-p", "wrong", d.host)
@@ -200,7 +204,8 @@ func TestLogins(t *testing.T) {
 
 	c := u.startContainerd()
 	reference := d.host + "/models:v1"
-	u.write("hosts/"+d.host+"/hosts.toml", fmt.Appendf(nil, "[host.\"https://%s\"]\nca = %q\n", d.host, filepath.Join(u.trusts(), "ca.crt")))
+	u.write("hosts/"+d.host+"/hosts.toml",
+		fmt.Appendf(nil, "[host.\"https://%s\"]\nca = %q\n", d.host, filepath.Join(u.trusts(), "ca.crt")))
 	fetch := []string{"content", "fetch", "--hosts-dir", filepath.Join(u.dir, "hosts"), reference}
 	u.fails("401", append([]string{"ctr", "--address", c.socket}, fetch...)...)
 	c.ctr(slices.Insert(fetch, 2, "--user", "bob:pw-bob")...)
@@ -231,7 +236,8 @@ func TestAnonymousRead(t *testing.T) {
 // having said that it may.
 func TestNotExposed(t *testing.T) {
 	admin := newUser(t, &daemon{})
-	args := []string{"dfdaemon", "--workhome", filepath.Join(admin.dir, "w"), "--daemon-sock", filepath.Join(admin.dir, "r", "s"), "--config", "/dev/null"}
+	args := []string{"dfdaemon", "--workhome", filepath.Join(admin.dir, "w"),
+		"--daemon-sock", filepath.Join(admin.dir, "r", "s"), "--config", "/dev/null"}
 	admin.fails("can be reached from other hosts", append(args, "--registry", "0.0.0.0:0")...)
 	admin.hasNot("w/data/meta.db")
 }

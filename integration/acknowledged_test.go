@@ -48,7 +48,9 @@ func TestClientsHeal(t *testing.T) {
 			loss.lose(repository)
 			copies(from+":"+loss.tag, to)
 			for _, part := range []string{layer.String(), image} {
-				out, err := u.command(nil, []string{"dfcache", "export", "-t", repository, "-i", part, "-O", "out", "--overwrite"}).CombinedOutput()
+				out, err := u.command(nil,
+					[]string{"dfcache", "export", "-t", repository, "-i", part,
+						"-O", "out", "--overwrite"}).CombinedOutput()
 				if err != nil {
 					t.Errorf("%s, after the loss of %s: %s\n%s", client, what, part, out)
 				}
@@ -92,7 +94,8 @@ func TestPushWhileDeleting(t *testing.T) {
 		"oras":  func(from, to string) []string { return []string{"oras", "cp", from, to} },
 		"crane": func(from, to string) []string { return []string{"crane", "copy", from, to} },
 		"skopeo": func(from, to string) []string {
-			return []string{"skopeo", "--insecure-policy", "copy", "--src-tls-verify=false", "--dest-tls-verify=false", "docker://" + from, "docker://" + to}
+			return []string{"skopeo", "--insecure-policy", "copy", "--src-tls-verify=false", "--dest-tls-verify=false",
+				"docker://" + from, "docker://" + to}
 		},
 	} {
 		pushing.Go(func() {

@@ -234,7 +234,8 @@ func (u *user) export(tag, cid string) []byte {
 // list is what dfcache list says: "type cid" of everything under a tag.
 func (u *user) list(tag string) []string {
 	u.t.Helper()
-	return strings.Fields(u.run("dfcache", "list", "-t", tag, "--template", `{{range .}}{{.type}}:{{.cid}}{{"\n"}}{{end}}`))
+	return strings.Fields(u.run("dfcache", "list", "-t", tag,
+		"--template", `{{range .}}{{.type}}:{{.cid}}{{"\n"}}{{end}}`))
 }
 
 func sha256Of(data []byte) digest.Digest { return digest.SHA256.FromBytes(data) }

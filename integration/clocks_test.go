@@ -74,7 +74,8 @@ func TestSwarmClocks(t *testing.T) {
 		h.ok("import", "-t", "m", "-i", "v1", names[i])
 		want(all[i])
 	}
-	if _, says, _ := a.run(t, nil, "stat", "-t", "m", "-i", "v1"); !strings.Contains(says, "warning: the clock of peer") {
+	if _, says, _ := a.run(t, nil, "stat", "-t", "m", "-i", "v1"); !strings.Contains(says,
+		"warning: the clock of peer") {
 		t.Errorf("stat says %q", says)
 	}
 	off := 0

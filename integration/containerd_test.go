@@ -109,7 +109,8 @@ func TestContainerd(t *testing.T) {
 	r := record(t, d)
 	var broken atomic.Bool
 	r.meddle(func(answer *http.Response) {
-		if answer.Request.Method == http.MethodGet && strings.HasSuffix(answer.Request.URL.Path, m.Layers[0].Digest.String()) && !broken.Swap(true) {
+		if answer.Request.Method == http.MethodGet &&
+			strings.HasSuffix(answer.Request.URL.Path, m.Layers[0].Digest.String()) && !broken.Swap(true) {
 			answer.Body = brokenBody{io.LimitReader(answer.Body, 4<<20), answer.Body}
 		}
 	})

@@ -157,12 +157,14 @@ func (c *crashTag) work(t *testing.T, ctx context.Context, store *blobstore.Stor
 		switch op {
 		case "import":
 			c.doubt = &crashDoubt{cid, before, i}
-			_, err = r.Import(ctx, cid, bytes.NewReader(crashContents[i]), blobstore.ImportOptions{Title: fmt.Sprintf("file%d", i)})
+			_, err = r.Import(ctx, cid, bytes.NewReader(crashContents[i]),
+				blobstore.ImportOptions{Title: fmt.Sprintf("file%d", i)})
 		case "delete":
 			c.doubt = &crashDoubt{cid, before, -1}
 			_, err = r.Remove(ctx, cid, blobstore.DeleteOptions{})
 		case "export":
-			_, err = r.ExportFile(ctx, cid, filepath.Join(c.out, fmt.Sprintf("%d-%d", before, n)), blobstore.ExportOptions{})
+			_, err = r.ExportFile(ctx, cid, filepath.Join(c.out, fmt.Sprintf("%d-%d", before, n)),
+				blobstore.ExportOptions{})
 		}
 		if errors.Is(err, blobstore.ErrNotFound) && before < 0 {
 			err = nil // as it should be
@@ -251,7 +253,8 @@ func (c *crashTag) checkOutputs(t *testing.T) {
 			t.Fatal(err)
 		}
 		var i, n int
-		if _, err := fmt.Sscanf(f.Name(), "%d-%d", &i, &n); err != nil || i < 0 || !bytes.Equal(data, crashContents[i]) {
+		if _, err := fmt.Sscanf(f.Name(), "%d-%d", &i, &n); err != nil || i < 0 ||
+			!bytes.Equal(data, crashContents[i]) {
 			t.Errorf("output %s has %d bytes that are not what was exported", f.Name(), len(data))
 		}
 		if err := os.Remove(name); err != nil {

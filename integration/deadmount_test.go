@@ -27,7 +27,8 @@ func TestDeadMount(t *testing.T) {
 	if _, stderr, code := d.run(t, strings.NewReader("data"), "import", "-i", "v1", "-"); code != 0 {
 		t.Fatal(stderr)
 	}
-	if err := unix.Mount("dead", dead, "fuse", 0, fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0", fuse.Fd())); err != nil {
+	if err := unix.Mount("dead", dead, "fuse", 0,
+		fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0", fuse.Fd())); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
@@ -44,7 +45,8 @@ func TestDeadMount(t *testing.T) {
 			}
 		}
 		for _, args := range [][]string{
-			{"--data-dir", at}, {"--workhome", at}, {"fsck", "--data-dir", at}, {"swarm", "key", "new", filepath.Join(at, "key")},
+			{"--data-dir", at}, {"--workhome", at}, {"fsck", "--data-dir", at},
+			{"swarm", "key", "new", filepath.Join(at, "key")},
 		} {
 			cmd := exec.Command(dfdaemon, append(args, "--config", os.DevNull)...)
 			if args[0] != "fsck" && args[0] != "swarm" {

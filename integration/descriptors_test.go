@@ -25,7 +25,8 @@ func TestFewDescriptors(t *testing.T) {
 	defer there.Close()
 	from, to := repository(t, at, "files"), repository(t, there, "files")
 	for i := range files {
-		if _, err := from.Import(t.Context(), fmt.Sprintf("f%d", i), strings.NewReader(fmt.Sprint("file ", i)), blobstore.ImportOptions{}); err != nil {
+		if _, err := from.Import(t.Context(), fmt.Sprintf("f%d", i), strings.NewReader(fmt.Sprint("file ", i)),
+			blobstore.ImportOptions{}); err != nil {
 			t.Fatal(err)
 		}
 	}

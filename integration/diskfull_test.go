@@ -80,7 +80,8 @@ func TestDiskFull(t *testing.T) {
 	requireNoIngest(t, inside)
 	for name, want := range stored {
 		var out bytes.Buffer
-		if _, err := r.Export(t.Context(), name, &out, blobstore.ExportOptions{}); err != nil || !bytes.Equal(out.Bytes(), want) {
+		if _, err := r.Export(t.Context(), name, &out, blobstore.ExportOptions{}); err != nil ||
+			!bytes.Equal(out.Bytes(), want) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -93,7 +94,8 @@ func TestDiskFull(t *testing.T) {
 	if err := os.Remove(filepath.Join(inside, "something else")); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := r.Import(t.Context(), "after", bytes.NewReader(content(10<<20, 3)), blobstore.ImportOptions{}); err != nil {
+	if _, err := r.Import(t.Context(), "after", bytes.NewReader(content(10<<20, 3)),
+		blobstore.ImportOptions{}); err != nil {
 		t.Errorf("import after space was freed: %v", err)
 	}
 }
@@ -114,7 +116,8 @@ func TestDeleteOnFullDisk(t *testing.T) {
 	r := repository(t, store, strings.Repeat("a-long-tag/", 20)+"t")
 	const n = 40
 	for i := range n {
-		if _, err := r.Import(t.Context(), fmt.Sprint(i), bytes.NewReader(content(1000, uint64(i))), blobstore.ImportOptions{}); err != nil {
+		if _, err := r.Import(t.Context(), fmt.Sprint(i), bytes.NewReader(content(1000, uint64(i))),
+			blobstore.ImportOptions{}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -217,7 +220,8 @@ func TestOutputDiskFull(t *testing.T) {
 	d := startDaemon(t, home)
 	store := d.dial(t)
 	defer store.Close()
-	if _, err := repository(t, store, "").Import(t.Context(), "big", bytes.NewReader(content(8<<20, 1)), blobstore.ImportOptions{}); err != nil {
+	if _, err := repository(t, store, "").Import(t.Context(), "big", bytes.NewReader(content(8<<20, 1)),
+		blobstore.ImportOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	out := filepath.Join(home, "out")

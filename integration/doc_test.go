@@ -69,7 +69,8 @@ func TestDocument(t *testing.T) {
 
 // documentNames makes of a text of the document what it is in the test.
 func (d *daemon) documentNames() func(string) string {
-	return strings.NewReplacer("65001", strings.TrimPrefix(d.host, "localhost:"), "linux/amd64", runtime.GOOS+"/"+runtime.GOARCH).Replace
+	return strings.NewReplacer("65001", strings.TrimPrefix(d.host, "localhost:"),
+		"linux/amd64", runtime.GOOS+"/"+runtime.GOARCH).Replace
 }
 
 // cutCommand cuts a step into the command and its output.

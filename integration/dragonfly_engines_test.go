@@ -89,7 +89,8 @@ func TestDragonflyCluster(t *testing.T) {
 		t.Skip("-short: takes long")
 	}
 	schedulers := clustertest.StartScheduler(t)
-	flags := []string{"--engine", "dragonfly-cluster", "--dragonfly-schedulers", schedulers.Addr, "--dragonfly-advertise", "127.0.0.1",
+	flags := []string{"--engine", "dragonfly-cluster", "--dragonfly-schedulers", schedulers.Addr,
+		"--dragonfly-advertise", "127.0.0.1",
 		"--dragonfly-peer-listen", "127.0.0.1:0", "--dragonfly-upload-listen", "127.0.0.1:0"}
 	a, b := startOnDragonfly(t, flags...), startOnDragonfly(t, flags...)
 	peer := clustertest.StartPeer(t, schedulers, "peer", clustertest.Honest)
@@ -130,7 +131,8 @@ func TestDragonflyDiskFull(t *testing.T) {
 			if err := os.Mkdir(data, 0o750); err != nil {
 				t.Fatal(err)
 			}
-			b := dragonflyHost{startDaemonWith(t, home, append(flags(), "--engine", engine, "--swarm-key", "off"), onSmallDisk(data, 16)...), t}
+			b := dragonflyHost{startDaemonWith(
+				t, home, append(flags(), "--engine", engine, "--swarm-key", "off"), onSmallDisk(data, 16)...), t}
 			big, small := content(20<<20, 1), content(1<<20, 2)
 			_, says, code := b.run(t, nil, "export", "-t", "models", "-i", a.add(big), "-O", filepath.Join(home, "out"))
 			if code != 7 || !strings.Contains(says, "free some space") {

@@ -39,7 +39,8 @@ func TestDragonflyClient(t *testing.T) {
 	if _, err := client.CheckHealth(ctx, &emptypb.Empty{}); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := client.ImportTask(ctx, &dfdaemonv1.ImportTaskRequest{Url: "d7y:/" + url.QueryEscape("v1"), UrlMeta: models, Path: file}); err != nil {
+	if _, err := client.ImportTask(ctx, &dfdaemonv1.ImportTaskRequest{
+		Url: "d7y:/" + url.QueryEscape("v1"), UrlMeta: models, Path: file}); err != nil {
 		t.Fatal(err)
 	}
 	d.stop(t, syscall.SIGKILL)
@@ -62,7 +63,8 @@ func TestDragonflyClient(t *testing.T) {
 	}
 	ok("import", "-t", "models", "-i", "v2", file)
 	again := filepath.Join(home, "again")
-	if _, err := client.ExportTask(ctx, &dfdaemonv1.ExportTaskRequest{Url: "d7y:/v2", UrlMeta: models, Output: again}, grpc.WaitForReady(true)); err != nil {
+	if _, err := client.ExportTask(ctx, &dfdaemonv1.ExportTaskRequest{Url: "d7y:/v2", UrlMeta: models, Output: again},
+		grpc.WaitForReady(true)); err != nil {
 		t.Error(err)
 	}
 	if got, err := os.ReadFile(again); err != nil || !bytes.Equal(got, data) {
@@ -74,7 +76,8 @@ func TestDragonflyClient(t *testing.T) {
 	if _, says, code := d.run(t, nil, "stat", "-t", "models", "-i", "v2"); code != notFound {
 		t.Errorf("stat of what was deleted: exit status %d: %s", code, says)
 	}
-	if _, err := client.StatTask(ctx, &dfdaemonv1.StatTaskRequest{Url: "d7y:/v2", UrlMeta: models}); err == nil || !strings.Contains(err.Error(), "[1404]") {
+	if _, err := client.StatTask(ctx, &dfdaemonv1.StatTaskRequest{Url: "d7y:/v2", UrlMeta: models}); err == nil ||
+		!strings.Contains(err.Error(), "[1404]") {
 		t.Errorf("stat of what was deleted: %v", err)
 	}
 	d.stop(t, syscall.SIGTERM)

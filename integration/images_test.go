@@ -44,7 +44,8 @@ func (u *user) pushImage(reference string, seed uint64, sizes ...int) ocispec.Ma
 		args = append(args, "-f", name)
 	}
 	u.run(args...)
-	draft := reference[:strings.LastIndex(reference, ":")] + "@" + strings.TrimSpace(u.run("crane", "digest", reference))
+	draft := reference[:strings.LastIndex(reference, ":")] + "@" +
+		strings.TrimSpace(u.run("crane", "digest", reference))
 	u.run("crane", "mutate", reference, "--set-platform", runtime.GOOS+"/"+runtime.GOARCH, "-t", reference)
 	u.run("crane", "delete", draft)
 	return u.manifest(reference)
@@ -89,7 +90,8 @@ func TestCrane(t *testing.T) {
 		u.run("crane", "validate", "--remote", d.host+reference)
 	}
 	u.run("crane", "export", d.host+"/pushed:docker", "files.tar")
-	if files, err := os.ReadFile(filepath.Join(u.dir, "files.tar")); err != nil || !bytes.Contains(files, content(1000, 2)) {
+	if files, err := os.ReadFile(filepath.Join(u.dir, "files.tar")); err != nil ||
+		!bytes.Contains(files, content(1000, 2)) {
 		t.Errorf("the image's files do not have what went in: %v", err)
 	}
 
@@ -102,7 +104,8 @@ func TestCrane(t *testing.T) {
 	u.run("crane", "tag", d.host+"/copy/app:v1", "v1.0")
 
 	u.run("crane", "mutate", d.host+"/images/app:v1", "--label", "a=b", "-t", d.host+"/images/app:labelled")
-	u.run("crane", "index", "append", "-m", d.host+"/images/app:v1", "-m", d.host+"/images/app:labelled", "-t", d.host+"/images/app:all")
+	u.run("crane", "index", "append", "-m", d.host+"/images/app:v1", "-m", d.host+"/images/app:labelled",
+		"-t", d.host+"/images/app:all")
 	u.run("crane", "validate", "--remote", d.host+"/images/app:all")
 	u.run("crane", "copy", d.host+"/images/app:all", d.host+"/copy/app:all")
 	u.run("crane", "validate", "--remote", d.host+"/copy/app:all")
@@ -122,7 +125,8 @@ func TestCrane(t *testing.T) {
 			u.run("dfcache", "delete", "-t", "copy/app", "-i", name)
 		}
 	}
-	u.run("crane", "delete", d.host+"/images/app@"+strings.TrimSpace(u.run("crane", "digest", d.host+"/images/app:labelled")))
+	u.run("crane", "delete", d.host+"/images/app@"+
+		strings.TrimSpace(u.run("crane", "digest", d.host+"/images/app:labelled")))
 	u.prints("pushed", "crane", "catalog", d.host)
 	u.run("crane", "delete", d.host+"/pushed@"+digest)
 	u.run("dfcache", "delete", "-t", "pushed", "-i", "docker")
@@ -141,11 +145,14 @@ func TestRegctl(t *testing.T) {
 	digest := strings.TrimSpace(u.run("crane", "digest", d.host+"/images/app:v1"))
 
 	u.write("sbom", []byte("bill of materials"))
-	u.run("regctl", "artifact", "put", "--artifact-type", "application/vnd.sbom", "--subject", d.host+"/images/app:v1", "-f", "sbom")
-	if list := u.run("regctl", "artifact", "list", d.host+"/images/app:v1", "--filter-artifact-type", "application/vnd.sbom", "--format", "{{len .Descriptors}}"); strings.TrimSpace(list) != "1" {
+	u.run("regctl", "artifact", "put", "--artifact-type", "application/vnd.sbom", "--subject", d.host+"/images/app:v1",
+		"-f", "sbom")
+	if list := u.run("regctl", "artifact", "list", d.host+"/images/app:v1", "--filter-artifact-type",
+		"application/vnd.sbom", "--format", "{{len .Descriptors}}"); strings.TrimSpace(list) != "1" {
 		t.Errorf("%s artifacts are found", list)
 	}
-	if got := u.run("regctl", "artifact", "get", "--subject", d.host+"/images/app:v1", "--filter-artifact-type", "application/vnd.sbom"); got != "bill of materials" {
+	if got := u.run("regctl", "artifact", "get", "--subject", d.host+"/images/app:v1",
+		"--filter-artifact-type", "application/vnd.sbom"); got != "bill of materials" {
 		t.Errorf("the artifact has %q", got)
 	}
 
@@ -218,7 +225,9 @@ func TestRegctlChunks(t *testing.T) {
 // skopeo copies with plain HTTP, and trusts any image.
 func (u *user) skopeo(from, to string, flags ...string) {
 	u.t.Helper()
-	u.run(append([]string{"skopeo", "--insecure-policy", "copy", "--src-tls-verify=false", "--dest-tls-verify=false", from, to}, flags...)...)
+	u.run(
+		append([]string{"skopeo", "--insecure-policy", "copy", "--src-tls-verify=false", "--dest-tls-verify=false",
+			from, to}, flags...)...)
 }
 
 func TestSkopeo(t *testing.T) {
@@ -244,7 +253,8 @@ func TestSkopeo(t *testing.T) {
 	u.run("regctl", "registry", "set", d.host, "--tls", "disabled", "--skip-check")
 	u.run("regctl", "index", "create", d.host+"/images/app:all", "--ref", d.host+"/images/app:v1")
 	u.skopeo(remote+"images/app:all", remote+"copy:all", "--all", "--preserve-digests")
-	u.prints(strings.TrimSpace(u.run("crane", "digest", d.host+"/images/app:all")), "crane", "digest", d.host+"/copy:all")
+	u.prints(strings.TrimSpace(u.run("crane", "digest", d.host+"/images/app:all")),
+		"crane", "digest", d.host+"/copy:all")
 
 	var info struct {
 		Digest   string
@@ -283,7 +293,8 @@ func TestDockerTypes(t *testing.T) {
 			t.Errorf("%s is %s, want %s", reference, body, want)
 		}
 	}
-	const image, list = "application/vnd.docker.distribution.manifest.v2+json", "application/vnd.docker.distribution.manifest.list.v2+json"
+	const image, list = "application/vnd.docker.distribution.manifest.v2+json",
+		"application/vnd.docker.distribution.manifest.list.v2+json"
 	check("v1", image, manifest)
 	check(sha256Of(manifest).String(), image, manifest)
 	u.skopeo("docker://"+d.host+"/docker:v1", "dir:back", "--preserve-digests")

@@ -117,7 +117,8 @@ func startDaemonWith(t *testing.T, home string, flags []string, wrap ...string) 
 		t.Fatal(err)
 	}
 	defer stderr.Close()
-	args := slices.Concat(wrap, []string{dfdaemon, "--workhome", home, "--daemon-sock", d.socket, "--config", os.DevNull, "--ready-fd", "3"}, flags)
+	args := slices.Concat(wrap, []string{
+		dfdaemon, "--workhome", home, "--daemon-sock", d.socket, "--config", os.DevNull, "--ready-fd", "3"}, flags)
 	d.cmd = exec.Command(args[0], args[1:]...)
 	d.cmd.Env, d.cmd.ExtraFiles, d.cmd.Stderr = environ(home), []*os.File{w}, stderr
 	if err := d.cmd.Start(); err != nil {
@@ -194,9 +195,12 @@ func (d *daemon) run(t *testing.T, stdin io.Reader, args ...string) (stdout, std
 }
 
 // runWrapped is run with a command that runs dfcache.
-func (d *daemon) runWrapped(t *testing.T, wrap []string, stdin io.Reader, args ...string) (stdout, stderr string, code int) {
+func (d *daemon) runWrapped(
+	t *testing.T, wrap []string, stdin io.Reader, args ...string,
+) (stdout, stderr string, code int) {
 	t.Helper()
-	args = slices.Concat(wrap, []string{dfcache}, args, []string{"--daemon-sock", d.socket, "--workhome", d.home, "--config", os.DevNull})
+	args = slices.Concat(wrap, []string{dfcache}, args,
+		[]string{"--daemon-sock", d.socket, "--workhome", d.home, "--config", os.DevNull})
 	cmd := exec.Command(args[0], args[1:]...)
 	var out, errs strings.Builder
 	cmd.Env, cmd.Stdin, cmd.Stdout, cmd.Stderr = environ(d.home), stdin, &out, &errs

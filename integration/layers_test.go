@@ -16,10 +16,13 @@ const module = "github.com/dfcache/dfcache/"
 // stand below it, and no others: arrows point down.
 var layers = [][]string{
 	{"cmd/dfcache", "cmd/dfdaemon"},
-	{"cmd/internal/logs", "cmd/internal/manual", "cmd/internal/memory", "cmd/internal/profiling", "cmd/internal/settings", "cmd/internal/tracing"},
+	{"cmd/internal/logs", "cmd/internal/manual", "cmd/internal/memory", "cmd/internal/profiling",
+		"cmd/internal/settings", "cmd/internal/tracing"},
 	{"cmd/internal/build", "cmd/internal/exit", "cmd/internal/paths", "cmd/internal/stdio", "docs"},
 	{"blobstore/registry", "blobstore/dragonflyapi", "blobstore/client"},
-	{"blobstore", "p2p/swarm", "p2p/swarm/discovery", "p2p/dragonfly", "p2p/dragonfly/cluster", "p2p/dragonfly/persistent"}, // none of these knows another
+	// none of these knows another
+	{"blobstore", "p2p/swarm", "p2p/swarm/discovery", "p2p/dragonfly", "p2p/dragonfly/cluster",
+		"p2p/dragonfly/persistent"},
 	{"p2p/rpc", "p2p/dragonfly/whole"},
 	{"p2p/front"},
 	{"p2p/rpc/pb", "p2p/pieces", "p2p/memory", "p2p/dragonfly/wire", "p2p/throttle", "p2p/connpool"},
@@ -31,25 +34,33 @@ var layers = [][]string{
 // notLinked are modules that a package must not depend on, however indirectly:
 // each costs every start of the program, or ties a layer to what it must not know.
 var notLinked = map[string][]string{
-	"cmd/dfcache":              {"github.com/libp2p/", "github.com/russross/blackfriday", "github.com/cpuguy83/go-md2man"},
-	"cmd/dfdaemon":             {"github.com/russross/blackfriday", "github.com/cpuguy83/go-md2man"},
-	"blobstore/registry":       {"github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk"},
-	"blobstore/dragonflyapi":   {"github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk", "d7y.io/dragonfly"},
-	"blobstore":                {"oras.land/oras-go/v2/registry", "google.golang.org/grpc", "github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk", "go.opentelemetry.io/otel/exporters"},
-	"p2p/rpc":                  {"github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk"},
-	"p2p/swarm":                {"github.com/libp2p/go-libp2p-kad-dht", "google.golang.org/grpc", "github.com/spf13/"},
-	"p2p/dragonfly":            {"github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk", "d7y.io/dragonfly"},
-	"p2p/dragonfly/cluster":    {"github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk", "d7y.io/dragonfly"},
-	"p2p/dragonfly/persistent": {"github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk", "d7y.io/dragonfly"},
-	"p2p/swarm/schedule":       {"github.com/libp2p/", "google.golang.org/", "golang.org/x/", "github.com/spf13/"},
-	"p2p/front":                {"google.golang.org/grpc", "github.com/spf13/", "github.com/libp2p/"},
-	"p2p/pieces":               {"google.golang.org/grpc", "github.com/spf13/", "github.com/libp2p/"},
-	"p2p/pieces/backend":       {"google.golang.org/", "go.etcd.io/", "github.com/"},
-	"p2p/memory":               {"google.golang.org/grpc", "go.etcd.io/", "github.com/spf13/", "github.com/libp2p/"},
-	"p2p/manifest":             {"google.golang.org/", "go.etcd.io/", "oras.land/", "golang.org/x/", "github.com/libp2p/"},
-	"p2p/jsonlimit":            {"google.golang.org/", "go.etcd.io/", "golang.org/x/", "github.com/libp2p/"},
-	"p2p":                      {"google.golang.org/", "go.etcd.io/", "github.com/spf13/", "github.com/libp2p/"},
-	"digest":                   {"google.golang.org/", "go.etcd.io/", "golang.org/x/", "github.com/spf13/", "github.com/libp2p/"},
+	"cmd/dfcache": {"github.com/libp2p/",
+		"github.com/russross/blackfriday", "github.com/cpuguy83/go-md2man"},
+	"cmd/dfdaemon":       {"github.com/russross/blackfriday", "github.com/cpuguy83/go-md2man"},
+	"blobstore/registry": {"github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk"},
+	"blobstore/dragonflyapi": {"github.com/libp2p/",
+		"github.com/spf13/", "go.opentelemetry.io/otel/sdk", "d7y.io/dragonfly"},
+	"blobstore": {"oras.land/oras-go/v2/registry", "google.golang.org/grpc", "github.com/libp2p/",
+		"github.com/spf13/", "go.opentelemetry.io/otel/sdk", "go.opentelemetry.io/otel/exporters"},
+	"p2p/rpc":   {"github.com/libp2p/", "github.com/spf13/", "go.opentelemetry.io/otel/sdk"},
+	"p2p/swarm": {"github.com/libp2p/go-libp2p-kad-dht", "google.golang.org/grpc", "github.com/spf13/"},
+	"p2p/dragonfly": {"github.com/libp2p/",
+		"github.com/spf13/", "go.opentelemetry.io/otel/sdk", "d7y.io/dragonfly"},
+	"p2p/dragonfly/cluster": {"github.com/libp2p/",
+		"github.com/spf13/", "go.opentelemetry.io/otel/sdk", "d7y.io/dragonfly"},
+	"p2p/dragonfly/persistent": {"github.com/libp2p/",
+		"github.com/spf13/", "go.opentelemetry.io/otel/sdk", "d7y.io/dragonfly"},
+	"p2p/swarm/schedule": {"github.com/libp2p/", "google.golang.org/", "golang.org/x/", "github.com/spf13/"},
+	"p2p/front":          {"google.golang.org/grpc", "github.com/spf13/", "github.com/libp2p/"},
+	"p2p/pieces":         {"google.golang.org/grpc", "github.com/spf13/", "github.com/libp2p/"},
+	"p2p/pieces/backend": {"google.golang.org/", "go.etcd.io/", "github.com/"},
+	"p2p/memory":         {"google.golang.org/grpc", "go.etcd.io/", "github.com/spf13/", "github.com/libp2p/"},
+	"p2p/manifest": {"google.golang.org/",
+		"go.etcd.io/", "oras.land/", "golang.org/x/", "github.com/libp2p/"},
+	"p2p/jsonlimit": {"google.golang.org/", "go.etcd.io/", "golang.org/x/", "github.com/libp2p/"},
+	"p2p":           {"google.golang.org/", "go.etcd.io/", "github.com/spf13/", "github.com/libp2p/"},
+	"digest": {"google.golang.org/",
+		"go.etcd.io/", "golang.org/x/", "github.com/spf13/", "github.com/libp2p/"},
 }
 
 func goList(t *testing.T, args ...string) []string {
@@ -64,11 +75,14 @@ func goList(t *testing.T, args ...string) []string {
 }
 
 func layerOf(pkg string) int {
-	return slices.IndexFunc(layers, func(l []string) bool { return slices.Contains(l, strings.TrimPrefix(pkg, module)) })
+	return slices.IndexFunc(layers, func(l []string) bool {
+		return slices.Contains(l, strings.TrimPrefix(pkg, module))
+	})
 }
 
 func TestLayers(t *testing.T) {
-	for _, line := range goList(t, "-f", `{{.ImportPath}}{{range .Imports}} {{.}}{{end}}`, "./cmd/...", "./docs/...", "./blobstore/...", "./p2p/...", "./digest/...") {
+	for _, line := range goList(t, "-f", `{{.ImportPath}}{{range .Imports}} {{.}}{{end}}`,
+		"./cmd/...", "./docs/...", "./blobstore/...", "./p2p/...", "./digest/...") {
 		fields := strings.Fields(line)
 		pkg, imports := fields[0], fields[1:]
 		if testOnly := strings.HasSuffix(pkg, "test") || strings.HasSuffix(pkg, "/script"); testOnly {

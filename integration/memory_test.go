@@ -83,7 +83,8 @@ func (d *daemon) requireMemory(t *testing.T, bound int) {
 	if most >= bound {
 		t.Errorf("the daemon took %d MiB, want less than %d", most, bound)
 	}
-	within(t, fmt.Sprintf("it takes less than %d MiB again", memoryIdle), func() bool { return d.memory(t, "VmRSS") < memoryIdle })
+	within(t, fmt.Sprintf("it takes less than %d MiB again", memoryIdle),
+		func() bool { return d.memory(t, "VmRSS") < memoryIdle })
 }
 
 // dialRegistry opens a connection to the registry that takes as little as it can.
@@ -163,7 +164,8 @@ func TestMemoryOfStalledStreams(t *testing.T) {
 	}
 	u := newUser(t, &daemon{})
 	u.certificates()
-	d := startLean(t, []string{"--registry-cert", filepath.Join(u.dir, "server.crt"), "--registry-key", filepath.Join(u.dir, "server.key")})
+	d := startLean(t, []string{"--registry-cert", filepath.Join(u.dir, "server.crt"),
+		"--registry-key", filepath.Join(u.dir, "server.key")})
 	data := content(64<<20, 1)
 	url, sum := "https://"+d.host+"/v2/models/blobs/", sha256Of(data).String()
 	// Of one connection 240 streams are let in, of ten as many as there may be requests: 512.
@@ -218,7 +220,9 @@ func TestMemoryOfStalledManifests(t *testing.T) {
 		t.Skip("-short: takes long")
 	}
 	d := startLean(t, nil)
-	manifest := []byte(fmt.Sprintf(`{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[],"annotations":{"a":%q}}`, strings.Repeat("x", 4<<20-200)))
+	manifest := []byte(
+		fmt.Sprintf(
+			`{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[],"annotations":{"a":%q}}`, strings.Repeat("x", 4<<20-200)))
 	d.require(t, http.StatusCreated, http.MethodPut, "/v2/models/manifests/v1", manifest)
 	hangUp := d.stalled(t, 300, true, nil, func(int) string {
 		return "GET /v2/models/manifests/v1 HTTP/1.1\r\nHost: " + d.host + "\r\n\r\n"
@@ -235,8 +239,10 @@ func TestMemoryOfStalledReferrers(t *testing.T) {
 	d := startLean(t, nil)
 	subject := d.pushed(t, "models", []byte("{}"))
 	for i := range 5 {
-		manifest := []byte(fmt.Sprintf(`{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[],"subject":{"mediaType":"a/b","digest":%q,"size":2},"annotations":{"a":%q}}`,
-			subject, strings.Repeat(strconv.Itoa(i), 1<<20)))
+		manifest := []byte(
+			fmt.Sprintf(
+				`{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[],"subject":{"mediaType":"a/b","digest":%q,"size":2},"annotations":{"a":%q}}`,
+				subject, strings.Repeat(strconv.Itoa(i), 1<<20)))
 		d.require(t, http.StatusCreated, http.MethodPut, "/v2/models/manifests/"+sha256Of(manifest).String(), manifest)
 	}
 	hangUp := d.stalled(t, 40, true, nil, func(int) string {
@@ -304,7 +310,8 @@ func (d *daemon) pushMany(t *testing.T, n int) (sums []digest.Digest) {
 		conn := d.dialRegistry(t)
 		pushing.Go(func() {
 			defer conn.Close()
-			fmt.Fprintf(conn, "POST /v2/models/blobs/uploads/?digest=%s HTTP/1.1\r\nHost: %s\r\nContent-Length: %d\r\n\r\n%s", sum, d.host, len(data), own)
+			fmt.Fprintf(conn, "POST /v2/models/blobs/uploads/?digest=%s HTTP/1.1\r\nHost: %s\r\nContent-Length: "+
+				"%d\r\n\r\n%s", sum, d.host, len(data), own)
 			_, writeErr := conn.Write(data[64:])
 			answer, err := http.ReadResponse(bufio.NewReader(conn), nil)
 			if err != nil {

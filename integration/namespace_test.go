@@ -311,12 +311,14 @@ func TestList(t *testing.T) {
 	u.run("oras", "push", d.host+"/models:v2", "b")
 	u.run("oras", "blob", "push", d.host+"/models", "c")
 	manifest := u.stat("models", "v2").Manifest
-	want := []string{"name:v2", "part:" + sha256Of([]byte("{}")).String(), "part:" + sha256Of(b).String(), "part:" + manifest.String(), "blob:" + sha256Of(c).String()}
+	want := []string{"name:v2", "part:" + sha256Of([]byte("{}")).String(), "part:" + sha256Of(b).String(),
+		"part:" + manifest.String(), "blob:" + sha256Of(c).String()}
 	if got := u.list("models"); !slices.Equal(slices.Sorted(slices.Values(got)), slices.Sorted(slices.Values(want))) {
 		t.Errorf("under models is %v, want %v", got, want)
 	}
 	u.run("crane", "delete", d.host+"/models:v2")
-	if got := u.list("models"); slices.Contains(got, "name:v2") || !slices.Contains(got, "manifest:"+manifest.String()) {
+	if got := u.list("models"); slices.Contains(got, "name:v2") ||
+		!slices.Contains(got, "manifest:"+manifest.String()) {
 		t.Errorf("after the tag was taken away: %v", got)
 	}
 	all := u.run("dfcache", "list")

@@ -149,7 +149,8 @@ func (h *host) openPorts() {
 		"upnp_table_name=router\nupnp_nat_table_name=router\nupnp_forward_chain=ports\nupnp_nat_chain=in_ports\nupnp_nat_postrouting_chain=out_ports\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command("ip", "netns", "exec", router, "miniupnpd", "-d", "-f", conf, "-P", filepath.Join(h.home, "router.pid"))
+	cmd := exec.Command("ip", "netns", "exec", router, "miniupnpd", "-d", "-f", conf,
+		"-P", filepath.Join(h.home, "router.pid"))
 	var log bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &log, &log
 	if err := cmd.Start(); err != nil {

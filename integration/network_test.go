@@ -229,7 +229,8 @@ func (h *host) gone(args ...string) {
 			return
 		}
 		if h.lan.late() {
-			t.Fatalf("host %d: dfcache stat %s: exit status %d, want %d\n%s%s", h.n, strings.Join(args, " "), code, notFound, out, errs)
+			t.Fatalf("host %d: dfcache stat %s: exit status %d, want %d\n%s%s", h.n, strings.Join(args, " "), code,
+				notFound, out, errs)
 		}
 	}
 }

@@ -18,7 +18,8 @@ import (
 // TestOrasPushPull: all that one push and one pull can carry, byte for byte.
 func TestOrasPushPull(t *testing.T) {
 	d, u := start(t)
-	files := map[string][]byte{"empty": nil, "small.txt": []byte("small"), "large.bin": content(8<<20, 1), "dir/a": []byte("a"), "dir/b/c": []byte("c")}
+	files := map[string][]byte{"empty": nil, "small.txt": []byte("small"), "large.bin": content(8<<20, 1),
+		"dir/a": []byte("a"), "dir/b/c": []byte("c")}
 	for name, data := range files {
 		u.write(name, data)
 	}
@@ -116,7 +117,8 @@ func TestOrasReferrers(t *testing.T) {
 	}
 	var sigs discovered
 	u.json(&sigs, "oras", "discover", host+"/models:v1", "--artifact-type", "application/vnd.sig", "--format", "json")
-	if len(sigs.Referrers) != 1 || sigs.Referrers[0].ArtifactType != "application/vnd.sig" || sigs.Referrers[0].Annotations["by"] != "me" {
+	if len(sigs.Referrers) != 1 || sigs.Referrers[0].ArtifactType != "application/vnd.sig" ||
+		sigs.Referrers[0].Annotations["by"] != "me" {
 		t.Fatalf("the referrers of one type are %+v", sigs.Referrers)
 	}
 	r.requireCount(t, 0, `/manifests/sha256-`) // what clients use where there is no referrers API
@@ -155,7 +157,8 @@ func TestOrasManage(t *testing.T) {
 	var descriptor ocispec.Descriptor
 	u.json(&descriptor, "oras", "manifest", "fetch", repo+":v1", "--descriptor")
 	manifest := []byte(u.run("oras", "manifest", "fetch", repo+":v1"))
-	if descriptor.Digest != sha256Of(manifest) || descriptor.Size != int64(len(manifest)) || descriptor.MediaType != ocispec.MediaTypeImageManifest {
+	if descriptor.Digest != sha256Of(manifest) || descriptor.Size != int64(len(manifest)) ||
+		descriptor.MediaType != ocispec.MediaTypeImageManifest {
 		t.Errorf("the descriptor is %+v, the manifest %s", descriptor, manifest)
 	}
 	u.run("oras", "manifest", "index", "create", repo+":all", "v1", "v2")
@@ -200,7 +203,8 @@ func readOnly(dir string) []string {
 	if os.Geteuid() != 0 {
 		unshare = []string{"unshare", "--user", "--map-root-user", "--mount"}
 	}
-	return append(unshare, "sh", "-c", fmt.Sprintf(`mount --bind %[1]s %[1]s && mount -o remount,bind,ro %[1]s && exec "$0" "$@"`, dir))
+	return append(unshare, "sh", "-c", fmt.Sprintf(
+		`mount --bind %[1]s %[1]s && mount -o remount,bind,ro %[1]s && exec "$0" "$@"`, dir))
 }
 
 // TestDataDirectoryIsLayout: the data directory of a daemon, running or not, is
@@ -235,7 +239,8 @@ func TestDataDirectoryIsLayout(t *testing.T) {
 		layout := data + "@" + sha256Of(content(3<<20, 1)).String()
 		as.run(append(wrap, "oras", "blob", "fetch", "--oci-layout", layout, "-o", "blob.bin")...)
 		as.has("blob.bin", content(3<<20, 1))
-		if got := as.run(append(wrap, "oras", "manifest", "fetch", "--oci-layout", data+"@"+sha256Of([]byte(manifest)).String())...); got != manifest {
+		if got := as.run(append(wrap, "oras", "manifest", "fetch", "--oci-layout",
+			data+"@"+sha256Of([]byte(manifest)).String())...); got != manifest {
 			t.Errorf("the manifest in the layout is %s", got)
 		}
 		as.run(append(wrap, "oras", "pull", r.host+"/models:v1", "-o", "pulled")...)
@@ -282,10 +287,12 @@ func TestDataDirectoryIsLayout(t *testing.T) {
 		check(t, as, "setpriv", "--reuid", "65534", "--regid", fmt.Sprint(readers), "--clear-groups")
 		as.t = t
 		as.fails("permission denied", "setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups",
-			"oras", "blob", "fetch", "--oci-layout", data+"@"+sha256Of(content(3<<20, 1)).String(), "-o", "stranger.bin")
+			"oras", "blob", "fetch", "--oci-layout", data+"@"+
+				sha256Of(content(3<<20, 1)).String(), "-o", "stranger.bin")
 	})
 	var index ocispec.Index
-	if raw, err := os.ReadFile(filepath.Join(data, "index.json")); err != nil || json.Unmarshal(raw, &index) != nil || index.SchemaVersion != 2 {
+	if raw, err := os.ReadFile(filepath.Join(data, "index.json")); err != nil || json.Unmarshal(raw, &index) != nil ||
+		index.SchemaVersion != 2 {
 		t.Errorf("index.json: %s, %v", raw, err)
 	}
 }
@@ -315,7 +322,8 @@ func TestConcurrentPushes(t *testing.T) {
 		push("dfcache", "import", "-t", "models", "-i", fmt.Sprintf("imported%d", i), "model.bin")
 	}
 	clients.Wait()
-	for _, reference := range []string{"/models:v0", "/models:v3", "/models:same", "/models/2:v1", "/models:imported1"} {
+	for _, reference := range []string{"/models:v0",
+		"/models:v3", "/models:same", "/models/2:v1", "/models:imported1"} {
 		out := strings.NewReplacer("/", "-", ":", "-").Replace(reference)
 		u.run("oras", "pull", d.host+reference, "-o", out)
 		u.has(filepath.Join(out, "model.bin"), data)

@@ -230,7 +230,8 @@ func TestAcknowledgedSurvivesPowerCut(t *testing.T) {
 			}
 			store.Close()
 			d.stop(t, syscall.SIGTERM)
-			fsck := exec.Command(disk.enter[0], append(disk.enter[1:], dfdaemon, "fsck", "--data-dir", data, "--config", os.DevNull)...)
+			fsck := exec.Command(disk.enter[0],
+				append(disk.enter[1:], dfdaemon, "fsck", "--data-dir", data, "--config", os.DevNull)...)
 			fsck.Env = environ(home)
 			if out, err := fsck.CombinedOutput(); err != nil {
 				t.Errorf("fsck: %v\n%s", err, out)

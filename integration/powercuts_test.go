@@ -108,7 +108,8 @@ func requirePowered(t *testing.T, m *powerless, data string, workers []*powerWor
 	}
 	store.Close()
 	d.stop(t, syscall.SIGTERM)
-	fsck := exec.Command(m.enter[0], append(m.enter[1:], dfdaemon, "fsck", "--data-dir", data, "--config", os.DevNull)...)
+	fsck := exec.Command(m.enter[0], append(
+		m.enter[1:], dfdaemon, "fsck", "--data-dir", data, "--config", os.DevNull)...)
 	fsck.Env = environ(home)
 	if out, err := fsck.CombinedOutput(); err != nil {
 		t.Errorf("fsck: %v\n%s", err, out)
@@ -212,13 +213,16 @@ func push(host, repository, tag string, data []byte) error {
 	}
 	config := []byte("{}")
 	for _, blob := range [][]byte{config, data} {
-		if err := send(http.MethodPost, "/blobs/uploads/?digest="+url.QueryEscape(digest.SHA256.FromBytes(blob).String()), "application/octet-stream", blob); err != nil {
+		if err := send(http.MethodPost, "/blobs/uploads/?digest="+
+			url.QueryEscape(digest.SHA256.FromBytes(blob).String()), "application/octet-stream", blob); err != nil {
 			return err
 		}
 	}
 	const kind = "application/vnd.oci.image.manifest.v1+json"
-	manifest := fmt.Sprintf(`{"schemaVersion":2,"mediaType":%q,"artifactType":"application/x","config":{"mediaType":"application/vnd.oci.empty.v1+json","digest":%q,"size":2},`+
-		`"layers":[{"mediaType":"application/octet-stream","digest":%q,"size":%d}]}`, kind, digest.SHA256.FromBytes(config), digest.SHA256.FromBytes(data), len(data))
+	manifest := fmt.Sprintf(
+		`{"schemaVersion":2,"mediaType":%q,"artifactType":"application/x","config":{"mediaType":"application/vnd.oci.empty.v1+json","digest":%q,"size":2},`+
+			`"layers":[{"mediaType":"application/octet-stream","digest":%q,"size":%d}]}`, kind, digest.SHA256.FromBytes(
+			config), digest.SHA256.FromBytes(data), len(data))
 	return send(http.MethodPut, "/manifests/"+tag, kind, []byte(manifest))
 }
 
@@ -261,7 +265,8 @@ func (w *powerWorker) check(t *testing.T, store *blobstore.Store, position int) 
 			return there == !absent && (absent || bytes.Equal(got, powerContents[c]))
 		})
 		if !right {
-			t.Errorf("%s %s: there are %d bytes (%v), which is none of what may be after %d steps", w.name, name, len(got), err, steps)
+			t.Errorf("%s %s: there are %d bytes (%v), which is none of what may be after %d steps", w.name, name,
+				len(got), err, steps)
 		}
 	}
 }

@@ -38,7 +38,8 @@ func TestPushCrash(t *testing.T) {
 	var pushers []*pusher
 	for i := range 3 {
 		pushers = append(pushers, &pusher{
-			name: fmt.Sprintf("push/%d", i), random: rand.New(rand.NewPCG(seed, uint64(i+1))), held: map[string]pushed{},
+			name: fmt.Sprintf("push/%d", i), random: rand.New(rand.NewPCG(seed, uint64(i+1))),
+			held: map[string]pushed{},
 		})
 	}
 	var d *daemon
@@ -90,7 +91,8 @@ func TestPushCrash(t *testing.T) {
 			continue
 		}
 		p := pusher{name: e.Task.Tag}
-		if err := p.repository(t, d).Blobs().Delete(t.Context(), ocispec.Descriptor{Digest: e.Task.Digest}); err != nil {
+		if err := p.repository(t, d).Blobs().Delete(t.Context(),
+			ocispec.Descriptor{Digest: e.Task.Digest}); err != nil {
 			t.Error(err)
 		}
 	}
@@ -238,7 +240,8 @@ func (p *pusher) check(t *testing.T, r *remote.Repository) {
 	}
 	p.blobs = nil
 	var tags []string
-	if err := r.Tags(ctx, "", func(page []string) error { tags = append(tags, page...); return nil }); err != nil && len(p.held) > 0 {
+	if err := r.Tags(ctx, "", func(page []string) error { tags = append(tags, page...); return nil }); err != nil &&
+		len(p.held) > 0 {
 		t.Error(err)
 	}
 	if want := slices.Sorted(maps.Keys(p.held)); fmt.Sprint(tags) != fmt.Sprint(want) {

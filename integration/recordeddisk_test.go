@@ -136,7 +136,9 @@ func (r *recordedDisk) Open(context.Context, uint32) (fs.FileHandle, uint32, sys
 	return nil, fuse.FOPEN_DIRECT_IO, 0
 }
 
-func (r *recordedDisk) Read(_ context.Context, _ fs.FileHandle, dest []byte, off int64) (fuse.ReadResult, syscall.Errno) {
+func (r *recordedDisk) Read(
+	_ context.Context, _ fs.FileHandle, dest []byte, off int64,
+) (fuse.ReadResult, syscall.Errno) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	dest = dest[:max(0, min(int64(len(dest)), imageSize-off))]

@@ -20,7 +20,8 @@ func TestSkips(t *testing.T) {
 		switch {
 		case err != nil:
 			return err
-		case entry.IsDir() && (entry.Name() == ".git" || entry.Name() == ".cache" || entry.Name() == "storagetest"): // there a skip says what a store is not
+		// there a skip says what a store is not
+		case entry.IsDir() && (entry.Name() == ".git" || entry.Name() == ".cache" || entry.Name() == "storagetest"):
 			return fs.SkipDir
 		case strings.HasSuffix(path, ".go"):
 			return skipsOfGo(t, path)
@@ -57,7 +58,8 @@ func skipsOfGo(t *testing.T, path string) error {
 				return true
 			}
 			method, _ := call.Fun.(*ast.SelectorExpr)
-			if method == nil || !isTest(method.X) || !strings.HasPrefix(method.Sel.Name, "Skip") || method.Sel.Name == "Skipped" {
+			if method == nil || !isTest(method.X) || !strings.HasPrefix(method.Sel.Name, "Skip") ||
+				method.Sel.Name == "Skipped" {
 				return true
 			}
 			if at := files.Position(call.Pos()); !short {

@@ -51,11 +51,13 @@ func TestSwarmVanishedHost(t *testing.T) {
 	run("oras", "discover", registry+"/models:v1")
 	run("oras", "push", registry+"/models:v2", "other.bin")
 	run("crane", "copy", registry+"/models:v1", registry+"/crane:v1")
-	run("skopeo", "--insecure-policy", "copy", "--src-tls-verify=false", "--dest-tls-verify=false", "docker://"+registry+"/models:v1", "docker://"+registry+"/skopeo:v1")
+	run("skopeo", "--insecure-policy", "copy", "--src-tls-verify=false", "--dest-tls-verify=false",
+		"docker://"+registry+"/models:v1", "docker://"+registry+"/skopeo:v1")
 	run("oras", "tag", registry+"/models:v1", "stable")
 	timed("import", func() { a.ok("import", "-t", "models", "-i", "v3", u.dir+"/other.bin") })
 	timed("delete", func() {
-		if out := a.ok("delete", "-t", "models", "-i", "v1"); !strings.Contains(out, "silent") && !strings.Contains(out, "no answer") {
+		if out := a.ok("delete", "-t", "models", "-i", "v1"); !strings.Contains(out, "silent") &&
+			!strings.Contains(out, "no answer") {
 			t.Errorf("delete does not say who was missed:\n%s", out)
 		}
 	})

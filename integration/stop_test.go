@@ -18,7 +18,8 @@ import (
 func TestStopLetsImportEnd(t *testing.T) {
 	home := tempHome(t)
 	d := startDaemon(t, home)
-	cmd := exec.Command(dfcache, "import", "-i", "v1", "-", "--daemon-sock", d.socket, "--workhome", home, "--config", os.DevNull)
+	cmd := exec.Command(dfcache, "import", "-i", "v1", "-", "--daemon-sock", d.socket, "--workhome", home,
+		"--config", os.DevNull)
 	var stderr strings.Builder
 	cmd.Env, cmd.Stderr = environ(home), &stderr
 	stdin, err := cmd.StdinPipe()

@@ -53,7 +53,8 @@ func (h *host) export(data []byte, args ...string) {
 	h.ok(append([]string{"export", "-O", out}, args...)...)
 	got, err := os.ReadFile(out)
 	if err != nil || !bytes.Equal(got, data) {
-		t.Fatalf("host %d: exported are %d bytes that are not the %d that were imported: %v", h.n, len(got), len(data), err)
+		t.Fatalf("host %d: exported are %d bytes that are not the %d that were imported: %v", h.n, len(got), len(data),
+			err)
 	}
 }
 
@@ -104,7 +105,8 @@ func TestSwarmOfTwo(t *testing.T) {
 		if code, says := b.fails(append([]string{"stat", "-l"}, args...)...); code != notFound {
 			t.Errorf("stat -l on the other host: exit status %d: %s", code, says)
 		}
-		if code, says := b.fails(append([]string{"export", "-l", "-O", filepath.Join(b.home, "x")}, args...)...); code != notFound {
+		if code, says := b.fails(append([]string{"export", "-l", "-O", filepath.Join(b.home, "x")},
+			args...)...); code != notFound {
 			t.Errorf("export -l on the other host: exit status %d: %s", code, says)
 		}
 		b.export(data, args...)
@@ -343,7 +345,8 @@ func TestSwarmMends(t *testing.T) {
 		}
 	}
 	harm()
-	if code, says := b.fails("export", "-l", "-t", "models", "-i", "v1", "-O", filepath.Join(b.home, "x")); code != corrupt {
+	if code, says := b.fails("export", "-l", "-t", "models", "-i", "v1", "-O",
+		filepath.Join(b.home, "x")); code != corrupt {
 		t.Errorf("export -l of a damaged file: exit status %d: %s", code, says)
 	}
 	b.export(data, "-t", "models", "-i", "v1")

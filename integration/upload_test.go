@@ -45,7 +45,8 @@ func (d *daemon) breakOff(t *testing.T, method, path string, data []byte, size i
 	defer conn.Close()
 	// Whose connection it is can be told only while it is open: nothing is sent before the
 	// registry asks for it.
-	if _, err := fmt.Fprintf(conn, "%s %s HTTP/1.1\r\nHost: %s\r\nContent-Length: %d\r\nExpect: 100-continue\r\n\r\n", method, path, d.host, size); err != nil {
+	if _, err := fmt.Fprintf(conn, "%s %s HTTP/1.1\r\nHost: %s\r\nContent-Length: %d\r\nExpect: 100-continue\r\n\r\n",
+		method, path, d.host, size); err != nil {
 		t.Fatal(err)
 	}
 	if line, err := bufio.NewReader(conn).ReadString('\n'); err != nil || !strings.Contains(line, "100") {
@@ -92,15 +93,18 @@ func TestResumedUpload(t *testing.T) {
 				continue
 			}
 			header := fmt.Sprintf("%d-%d", off, off+9)
-			answer := d.require(t, http.StatusRequestedRangeNotSatisfiable, http.MethodPatch, location, data[off:off+10], "Content-Range", header)
+			answer := d.require(t, http.StatusRequestedRangeNotSatisfiable, http.MethodPatch, location,
+				data[off:off+10], "Content-Range", header)
 			if got := answer.Get("Range"); got != fmt.Sprintf("0-%d", sent-1) {
 				t.Errorf("a chunk at %d is refused with Range %s", off, got)
 			}
 		}
 	}
-	d.require(t, http.StatusAccepted, http.MethodPatch, location, data[sent:sent+1000], "Content-Range", fmt.Sprintf("%d-%d", sent, sent+999))
+	d.require(t, http.StatusAccepted, http.MethodPatch, location, data[sent:sent+1000],
+		"Content-Range", fmt.Sprintf("%d-%d", sent, sent+999))
 	sent += 1000
-	d.require(t, http.StatusCreated, http.MethodPut, location+"?digest="+sha256Of(data).String(), data[sent:], "Content-Range", fmt.Sprintf("%d-%d", sent, len(data)-1))
+	d.require(t, http.StatusCreated, http.MethodPut, location+"?digest="+sha256Of(data).String(), data[sent:],
+		"Content-Range", fmt.Sprintf("%d-%d", sent, len(data)-1))
 	u.run("oras", "blob", "fetch", d.host+"/models@"+sha256Of(data).String(), "-o", "out")
 	u.has("out", data)
 	if s := u.stat("models", sha256Of(data).String()); s.Size != int64(len(data)) || !s.Local {
@@ -253,20 +257,29 @@ func TestHostileRequests(t *testing.T) {
 	paths := []string{
 		"/../../../../etc/passwd", "/v2/../secret", "/v2/..%2f..%2fsecret", "/v2/%2e%2e/%2e%2e/secret", "//etc/passwd",
 		"/v2/../../secret/tags/list", "/v2/models/../../secret/manifests/v1", "/v2/models/manifests/../../secret",
-		"/v2/models/manifests/..%2f..%2fsecret", "/v2/models/manifests/%2e%2e", "/v2/models/manifests/v1%00", "/v2/models/manifests/v1/../v1",
+		"/v2/models/manifests/..%2f..%2fsecret", "/v2/models/manifests/%2e%2e", "/v2/models/manifests/v1%00",
+		"/v2/models/manifests/v1/../v1",
 		"/v2/models/blobs/../../../../secret", "/v2/models/blobs/..", "/v2/models/blobs/sha256:../../../secret",
-		"/v2/models/blobs/sha256:..%2f..%2f..%2fsecret", "/v2/models/blobs/sha256:" + strings.Repeat("A", 64), "/v2/models/blobs/sha256:",
-		"/v2/models/blobs/md5:d41d8cd98f00b204e9800998ecf8427e", "/v2/models/blobs/%73ha256:../x", "/v2/models/blobs/" + strings.Repeat("a", 20_000),
-		"/v2/models/blobs/uploads/../../../secret", "/v2/models/blobs/uploads/..%2f..%2fsecret", "/v2/models/blobs/uploads/%00",
+		"/v2/models/blobs/sha256:..%2f..%2f..%2fsecret", "/v2/models/blobs/sha256:" + strings.Repeat("A", 64),
+		"/v2/models/blobs/sha256:",
+		"/v2/models/blobs/md5:d41d8cd98f00b204e9800998ecf8427e", "/v2/models/blobs/%73ha256:../x",
+		"/v2/models/blobs/" + strings.Repeat("a", 20_000),
+		"/v2/models/blobs/uploads/../../../secret", "/v2/models/blobs/uploads/..%2f..%2fsecret",
+		"/v2/models/blobs/uploads/%00",
 		"/v2/" + strings.Repeat("a/", 10_000) + "tags/list", "/v2/" + strings.Repeat("a", 300) + "/tags/list",
-		"/v2/MODELS/manifests/v1", "/v2/models%20/manifests/v1", "/v2/models\\..\\secret/manifests/v1", "/v2/-models/manifests/v1",
-		"/v2/models//manifests/v1", "/v2//models/manifests/v1", "/v2/models/./manifests/v1", "/v2/dfcache/default/../x/manifests/v1",
-		"/v2/models/referrers/../manifests/v1", "/v2/models/tags/list/../../../secret", "/v2/_catalog/../../secret", "/secret", "/metrics", "/debug/pprof/", "/",
+		"/v2/MODELS/manifests/v1", "/v2/models%20/manifests/v1", "/v2/models\\..\\secret/manifests/v1",
+		"/v2/-models/manifests/v1",
+		"/v2/models//manifests/v1", "/v2//models/manifests/v1", "/v2/models/./manifests/v1",
+		"/v2/dfcache/default/../x/manifests/v1",
+		"/v2/models/referrers/../manifests/v1", "/v2/models/tags/list/../../../secret", "/v2/_catalog/../../secret",
+		"/secret", "/metrics", "/debug/pprof/", "/",
 	}
 	for _, path := range paths {
 		for _, method := range []string{"GET", "HEAD", "PUT", "POST", "PATCH", "DELETE"} {
-			status, body := d.raw(t, method+" "+path+" HTTP/1.1\r\nHost: "+d.host+"\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-			if status < 400 || status >= 500 || bytes.Contains(body, []byte("secret\"")) || bytes.Contains(body, []byte("root:")) {
+			status, body := d.raw(t, method+" "+path+" HTTP/1.1\r\nHost: "+d.host+
+				"\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+			if status < 400 || status >= 500 || bytes.Contains(body, []byte("secret\"")) ||
+				bytes.Contains(body, []byte("root:")) {
 				t.Errorf("%s %.80s: %d %.200s", method, path, status, body)
 			}
 		}
@@ -280,22 +293,36 @@ func TestHostileRequests(t *testing.T) {
 	}{
 		{"another host", 421, "GET /v2/ HTTP/1.1\r\nHost: evil.example\r\n\r\n"},
 		{"no host", 400, "GET /v2/ HTTP/1.1\r\n\r\n"},
-		{"a page of another site", 403, "POST /v2/models/blobs/uploads/ HTTP/1.1\r\nHost: " + d.host + "\r\nOrigin: http://evil.example\r\nContent-Length: 0\r\n\r\n"},
-		{"a page of another site, to delete", 403, "DELETE /v2/models/manifests/v1 HTTP/1.1\r\nHost: " + d.host + "\r\nSec-Fetch-Site: cross-site\r\n\r\n"},
-		{"a page of another site, to read", 403, "GET /v2/models/manifests/v1 HTTP/1.1\r\nHost: " + d.host + "\r\nSec-Fetch-Site: cross-site\r\n\r\n"},
-		{"a mount from a path", 202, "POST /v2/models/blobs/uploads/?mount=sha256:" + strings.Repeat("0", 64) + "&from=../../secret HTTP/1.1\r\nHost: " + d.host + "\r\nContent-Length: 0\r\n\r\n"},
-		{"a mount of a path", 400, "POST /v2/models/blobs/uploads/?mount=../../secret&from=models HTTP/1.1\r\nHost: " + d.host + "\r\nContent-Length: 0\r\n\r\n"},
-		{"a tag that is a path", 400, "PUT /v2/models/manifests/" + digest + "?tag=../../x HTTP/1.1\r\nHost: " + d.host + "\r\nContent-Length: 2\r\n\r\n{}"},
-		{"large headers", 431, "GET /v2/ HTTP/1.1\r\nHost: " + d.host + "\r\nX: " + strings.Repeat("x", 100_000) + "\r\n\r\n"},
+		{"a page of another site", 403, "POST /v2/models/blobs/uploads/ HTTP/1.1\r\nHost: " + d.host +
+			"\r\nOrigin: http://evil.example\r\nContent-Length: 0\r\n\r\n"},
+		{"a page of another site, to delete", 403,
+			"DELETE /v2/models/manifests/v1 HTTP/1.1\r\nHost: " + d.host + "\r\nSec-Fetch-Site: cross-site\r\n\r\n"},
+		{"a page of another site, to read", 403,
+			"GET /v2/models/manifests/v1 HTTP/1.1\r\nHost: " + d.host + "\r\nSec-Fetch-Site: cross-site\r\n\r\n"},
+		{"a mount from a path", 202, "POST /v2/models/blobs/uploads/?mount=sha256:" + strings.Repeat("0", 64) +
+			"&from=../../secret HTTP/1.1\r\nHost: " + d.host + "\r\nContent-Length: 0\r\n\r\n"},
+		{"a mount of a path", 400, "POST /v2/models/blobs/uploads/?mount=../../secret&from=models HTTP/1.1\r\nHost: " +
+			d.host + "\r\nContent-Length: 0\r\n\r\n"},
+		{"a tag that is a path", 400, "PUT /v2/models/manifests/" + digest + "?tag=../../x HTTP/1.1\r\nHost: " +
+			d.host + "\r\nContent-Length: 2\r\n\r\n{}"},
+		{"large headers", 431, "GET /v2/ HTTP/1.1\r\nHost: " + d.host + "\r\nX: " + strings.Repeat("x", 100_000) +
+			"\r\n\r\n"},
 		{"no HTTP", 400, "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n"},
-		{"two lengths", 400, "POST /v2/models/blobs/uploads/ HTTP/1.1\r\nHost: " + d.host + "\r\nContent-Length: 0\r\nContent-Length: 5\r\n\r\nhello"},
-		{"a manifest that is too large", 413, "PUT /v2/models/manifests/v1 HTTP/1.1\r\nHost: " + d.host + "\r\nContent-Length: 4194305\r\n\r\n"},
-		{"a manifest of a size that is not said", 413, "PUT /v2/models/manifests/v1 HTTP/1.1\r\nHost: " + d.host + "\r\nTransfer-Encoding: chunked\r\n\r\n400001\r\n" + strings.Repeat(" ", 0x400001) + "\r\n0\r\n\r\n"},
-		{"a manifest that is none", 400, "PUT /v2/models/manifests/v1 HTTP/1.1\r\nHost: " + d.host + "\r\nContent-Length: 4\r\n\r\nevil"},
-		{"a manifest of nothing", 404, "PUT /v2/models/manifests/v1 HTTP/1.1\r\nHost: " + d.host + "\r\nContent-Length: 127\r\n\r\n" +
+		{"two lengths", 400, "POST /v2/models/blobs/uploads/ HTTP/1.1\r\nHost: " + d.host +
+			"\r\nContent-Length: 0\r\nContent-Length: 5\r\n\r\nhello"},
+		{"a manifest that is too large", 413,
+			"PUT /v2/models/manifests/v1 HTTP/1.1\r\nHost: " + d.host + "\r\nContent-Length: 4194305\r\n\r\n"},
+		{"a manifest of a size that is not said", 413, "PUT /v2/models/manifests/v1 HTTP/1.1\r\nHost: " + d.host +
+			"\r\nTransfer-Encoding: chunked\r\n\r\n400001\r\n" + strings.Repeat(" ", 0x400001) + "\r\n0\r\n\r\n"},
+		{"a manifest that is none", 400,
+			"PUT /v2/models/manifests/v1 HTTP/1.1\r\nHost: " + d.host + "\r\nContent-Length: 4\r\n\r\nevil"},
+		{"a manifest of nothing", 404, "PUT /v2/models/manifests/v1 HTTP/1.1\r\nHost: " + d.host +
+			"\r\nContent-Length: 127\r\n\r\n" +
 			fmt.Sprintf("%-127s", `{"schemaVersion":2,"layers":[{"digest":"sha256:`+strings.Repeat("0", 64)+`"}]}`)},
-		{"a chunk at an overflow", 400, "PATCH " + d.beginUpload(t, "models") + " HTTP/1.1\r\nHost: " + d.host + "\r\nContent-Range: 0-99999999999999999999\r\nContent-Length: 1\r\n\r\nx"},
-		{"a range at an overflow", 416, "GET /v2/models/blobs/" + digest + " HTTP/1.1\r\nHost: " + d.host + "\r\nRange: bytes=99999999999999999999-\r\n\r\n"},
+		{"a chunk at an overflow", 400, "PATCH " + d.beginUpload(t, "models") + " HTTP/1.1\r\nHost: " + d.host +
+			"\r\nContent-Range: 0-99999999999999999999\r\nContent-Length: 1\r\n\r\nx"},
+		{"a range at an overflow", 416, "GET /v2/models/blobs/" + digest + " HTTP/1.1\r\nHost: " + d.host +
+			"\r\nRange: bytes=99999999999999999999-\r\n\r\n"},
 	}
 	for _, r := range requests {
 		if status, body := d.raw(t, r.text); status != r.status {

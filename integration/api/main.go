@@ -20,7 +20,8 @@ import (
 const module = "github.com/dfcache/dfcache/"
 
 // packages promise that what compiles with one release does so with the next.
-var packages = []string{"blobstore", "blobstore/client", "blobstore/registry", "blobstore/storagetest", "digest", "p2p", "p2p/enginetest"}
+var packages = []string{"blobstore", "blobstore/client", "blobstore/registry", "blobstore/storagetest", "digest", "p2p",
+	"p2p/enginetest"}
 
 func main() {
 	text, err := describe()
@@ -109,9 +110,10 @@ func object(b *bytes.Buffer, o types.Object) {
 	if types.IsInterface(o.Type()) {
 		return
 	}
-	methods := slices.SortedFunc(types.NewMethodSet(types.NewPointer(o.Type())).Methods(), func(x, y *types.Selection) int {
-		return cmp.Compare(x.Obj().Name(), y.Obj().Name())
-	})
+	methods := slices.SortedFunc(types.NewMethodSet(types.NewPointer(o.Type())).Methods(),
+		func(x, y *types.Selection) int {
+			return cmp.Compare(x.Obj().Name(), y.Obj().Name())
+		})
 	for _, m := range methods {
 		if m.Obj().Exported() {
 			fmt.Fprintf(b, "\t%s\n", types.SelectionString(m, qualify))

@@ -12,6 +12,7 @@ func TestCurrent(t *testing.T) {
 		t.Fatal(err)
 	}
 	if got, err := os.ReadFile("../../docs/api.txt"); err != nil || !bytes.Equal(got, want) {
-		t.Errorf("docs/api.txt is not the API as it is (%v): run make generate, and see by the diff what the change breaks", err)
+		t.Errorf("docs/api.txt is not the API as it is (%v): run make generate, and see by the diff what the change "+
+			"breaks", err)
 	}
 }

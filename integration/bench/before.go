@@ -26,8 +26,10 @@ func (b *bench) start(name, bin string, flags ...string) build {
 	n := build{dfcache: filepath.Join(bin, "dfcache"), socket: filepath.Join(dir, "run", "s"), registry: freeAddress()}
 	key := filepath.Join(dir, "swarm.key")
 	must(0, exec.Command(filepath.Join(bin, "dfdaemon"), "swarm", "key", "new", key).Run())
-	n.daemon = startDaemon(slices.Concat([]string{filepath.Join(bin, "dfdaemon"), "--workhome", dir, "--daemon-sock", n.socket, "--registry", n.registry, "--swarm-key", key,
-		"--swarm-listen", freeAddress(), "--swarm-pieces", freeAddress(), "--mdns=false"}, flags)...)
+	n.daemon = startDaemon(slices.Concat(
+		[]string{filepath.Join(bin, "dfdaemon"), "--workhome", dir, "--daemon-sock", n.socket, "--registry", n.registry,
+			"--swarm-key", key,
+			"--swarm-listen", freeAddress(), "--swarm-pieces", freeAddress(), "--mdns=false"}, flags)...)
 	return n
 }
 
@@ -48,7 +50,8 @@ func (b *bench) before(bin, tools string) {
 	defer then.stop()
 	version := strings.TrimSpace(string(must(exec.Command(then.dfcache, "version").Output())))
 	version, _, _ = strings.Cut(strings.TrimSpace(strings.TrimPrefix(version, "version:")), "\n")
-	b.printf("## Beside an earlier build\n\nThe same commands with this build and with an earlier one (%s), in turn, each with a daemon of its own. "+
+	b.printf("## Beside an earlier build\n\nThe same commands with this build and with an earlier one (%s), in turn, "+
+		"each with a daemon of its own. "+
 		"An export of the earlier build returned before the file was on disk: it compares with `--no-sync`.\n\n"+
 		"| what | command | this build, ms | the earlier, ms | ratio |\n|---|---|---:|---:|---:|\n", version)
 	for _, size := range []int64{1 << 20, 100 << 20, 1 << 30} {
@@ -80,7 +83,9 @@ func (b *bench) tlsFiles() (cert, key string) {
 	certificate, private := selfSigned()
 	cert, key = filepath.Join(b.dir, "cert.pem"), filepath.Join(b.dir, "key.pem")
 	must(0, os.WriteFile(cert, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: certificate}), 0o644))
-	must(0, os.WriteFile(key, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: must(x509.MarshalPKCS8PrivateKey(private))}), 0o600))
+	must(
+		0, os.WriteFile(key, pem.EncodeToMemory(
+			&pem.Block{Type: "PRIVATE KEY", Bytes: must(x509.MarshalPKCS8PrivateKey(private))}), 0o600))
 	return cert, key
 }
 
@@ -101,10 +106,13 @@ func (b *bench) filesBefore(size int64, now, then build) {
 			clean()
 		}
 		commands = append(commands,
-			command{name: n.name + " import", before: gone, args: n.command("import", "-i", digest, file), server: n.daemon.Process.Pid},
-			command{name: n.name + " export", before: clean, args: n.command("export", "-i", digest, copied), server: n.daemon.Process.Pid})
+			command{name: n.name + " import", before: gone, args: n.command("import", "-i", digest, file),
+				server: n.daemon.Process.Pid},
+			command{name: n.name + " export", before: clean, args: n.command("export", "-i", digest, copied),
+				server: n.daemon.Process.Pid})
 		if n.build == now {
-			commands = append(commands, command{name: "now export --no-sync", before: clean, args: n.command("export", "--no-sync", "-i", digest, copied), server: n.daemon.Process.Pid})
+			commands = append(commands, command{name: "now export --no-sync", before: clean,
+				args: n.command("export", "--no-sync", "-i", digest, copied), server: n.daemon.Process.Pid})
 		}
 	}
 	samples := b.measure(commands)
@@ -134,8 +142,10 @@ func (b *bench) registryBefore(what string, files int, size int64, now, then bui
 			clean()
 		}
 		commands = append(commands,
-			command{n.name + " push", empty, slices.Concat([]string{oras, "push", "--no-tty", reference}, names, flags), n.daemon.Process.Pid},
-			command{n.name + " pull", clean, slices.Concat([]string{oras, "pull", "--no-tty", "-o", out, reference}, flags), n.daemon.Process.Pid})
+			command{n.name + " push", empty, slices.Concat([]string{oras, "push", "--no-tty", reference}, names, flags),
+				n.daemon.Process.Pid},
+			command{n.name + " pull", clean,
+				slices.Concat([]string{oras, "pull", "--no-tty", "-o", out, reference}, flags), n.daemon.Process.Pid})
 	}
 	samples := b.measure(commands)
 	os.RemoveAll(out)

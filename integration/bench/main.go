@@ -40,14 +40,17 @@ func main() {
 	dir := flag.String("dir", "", "directory to work in; a temporary one if empty")
 	runs := flag.Int("runs", 7, "runs of each command")
 	many := flag.Int("many", 1_000_000, "blobs in the store that is only opened")
-	tools := flag.String("tools", "", "directory with oras and distribution's registry; empty leaves the registries out")
-	only := flag.String("only", "", "only this part of the report: files, stat, small, open, registry, before, peer or crowd")
+	tools := flag.String(
+		"tools", "", "directory with oras and distribution's registry; empty leaves the registries out")
+	only := flag.String(
+		"only", "", "only this part of the report: files, stat, small, open, registry, before, peer or crowd")
 	before := flag.String("before", "", "directory with dfcache and dfdaemon of an earlier build, to compare with")
 	crowds := flag.String("crowds", "8,16", "how many fetch the same file at once")
 	rates := flag.String("rates", "10,25", "their links, in Mbit/s")
 	hash := flag.String("sha256", "", "only hash this file, as the process to compare with")
 	served := flag.String("serve", "", "only serve this file over HTTP and HTTPS, as the process to compare with")
-	fetched := flag.String("fetch", "", "only get this URL, hash it and write it to the file that is the argument, as the process to compare with")
+	fetched := flag.String("fetch",
+		"", "only get this URL, hash it and write it to the file that is the argument, as the process to compare with")
 	flag.Parse()
 	if *fetched != "" {
 		fetch(*fetched, flag.Arg(0))
@@ -174,7 +177,8 @@ func (b *bench) measure(commands []command) map[string][]sample {
 			if err := cmd.Run(); err != nil {
 				log.Panicf("%s: %v: %s", strings.Join(c.args, " "), err, stderr.String())
 			}
-			s := sample{time.Since(start), cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime(), cpuOf(server) - busy}
+			s := sample{time.Since(start), cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime(),
+				cpuOf(server) - busy}
 			if round > 0 {
 				samples[c.name] = append(samples[c.name], s)
 			}
@@ -219,7 +223,8 @@ func wall(s sample) time.Duration { return s.wall }
 func (b *bench) printf(format string, args ...any) { fmt.Fprintf(&b.text, format, args...) }
 
 func (b *bench) report(only string, many int, tools, before, crowds, rates string) {
-	b.printf("# Benchmarks\n\nMade by `make bench`; do not edit. Medians of %d runs, after one that is not counted; the commands of a table take turns.\n"+
+	b.printf("# Benchmarks\n\nMade by `make bench`; do not edit. Medians of %d runs, after one that is not counted; "+
+		"the commands of a table take turns.\n"+
 		"Files are in the page cache, and memory for copies is at hand: before each run one is made and removed.\n"+
 		"Wall time of whole processes, unless it says otherwise.\n\n", b.runs)
 	b.machine()
@@ -269,7 +274,8 @@ func (b *bench) machine() {
 	kernel := strings.TrimSpace(string(must(exec.Command("uname", "-sr").Output())))
 	fs := strings.TrimSpace(string(must(exec.Command("stat", "-f", "-c", "%T", b.dir).Output())))
 	tcp := strings.TrimSpace(string(must(os.ReadFile("/proc/sys/net/ipv4/tcp_congestion_control"))))
-	b.printf("Machine: %s, %d cores, %s, %s, TCP with %s; %s; %s.%s\n\n", cpu, runtime.NumCPU(), kernel, fs, tcp, runtime.Version(), time.Now().UTC().Format(time.DateOnly), pageReporting())
+	b.printf("Machine: %s, %d cores, %s, %s, TCP with %s; %s; %s.%s\n\n", cpu, runtime.NumCPU(), kernel, fs, tcp,
+		runtime.Version(), time.Now().UTC().Format(time.DateOnly), pageReporting())
 }
 
 // pageReporting says whether the kernel tells a host which memory is free, which
@@ -279,7 +285,8 @@ func pageReporting() string {
 	if err != nil {
 		return ""
 	}
-	return fmt.Sprintf(" Free memory is reported to the host from order %s on (above 10: never).", strings.TrimSpace(string(order)))
+	return fmt.Sprintf(" Free memory is reported to the host from order %s on (above 10: never).",
+		strings.TrimSpace(string(order)))
 }
 
 func mib(size int64) string {
@@ -329,12 +336,17 @@ func (b *bench) files(size int64) {
 	}
 	commands := []command{
 		{name: "`cp FILE COPY`", before: clean, args: []string{"cp", file, copied}},
-		{name: "`cp FILE COPY && sync COPY`", before: clean, args: []string{"sh", "-c", `cp "$0" "$1" && sync "$1"`, file, copied}},
+		{name: "`cp FILE COPY && sync COPY`", before: clean,
+			args: []string{"sh", "-c", `cp "$0" "$1" && sync "$1"`, file, copied}},
 		{name: "Go sha256 of FILE", before: clean, args: []string{b.self, "-sha256", file}},
-		{name: "`dfcache import -i sha256:… FILE`", before: gone, args: []string{b.dfcache, "import", "-i", digest, file}},
-		{name: "the same, when it is held already", before: clean, args: []string{b.dfcache, "import", "-t", "again", "-i", digest, file}},
-		{name: "`dfcache export -i sha256:… COPY`", before: clean, args: []string{b.dfcache, "export", "-i", digest, copied}},
-		{name: "`dfcache export --no-sync -i sha256:… COPY`", before: clean, args: []string{b.dfcache, "export", "--no-sync", "-i", digest, copied}},
+		{name: "`dfcache import -i sha256:… FILE`", before: gone,
+			args: []string{b.dfcache, "import", "-i", digest, file}},
+		{name: "the same, when it is held already", before: clean,
+			args: []string{b.dfcache, "import", "-t", "again", "-i", digest, file}},
+		{name: "`dfcache export -i sha256:… COPY`", before: clean,
+			args: []string{b.dfcache, "export", "-i", digest, copied}},
+		{name: "`dfcache export --no-sync -i sha256:… COPY`", before: clean,
+			args: []string{b.dfcache, "export", "--no-sync", "-i", digest, copied}},
 	}
 	resetPeak(b.daemon.Process.Pid)
 	samples := b.measure(commands)
@@ -344,14 +356,16 @@ func (b *bench) files(size int64) {
 	}
 	ms := func(d time.Duration) string { return fmt.Sprintf("%.1f", ms(d)) }
 	ratio := func(a, b time.Duration) string { return fmt.Sprintf("%.2f", float64(a)/float64(b)) }
-	b.printf("## One file of %s\n\n| command | wall ms | min | max | CPU ms | of it dfdaemon | / cp | / Go sha256 |\n|---|---:|---:|---:|---:|---:|---:|---:|\n", mib(size))
+	b.printf("## One file of %s\n\n| command | wall ms | min | max | CPU ms | of it dfdaemon | / cp | / Go sha256 "+
+		"|\n|---|---:|---:|---:|---:|---:|---:|---:|\n", mib(size))
 	cp, sha := median(samples[commands[0].name], wall), median(samples[commands[2].name], wall)
 	for _, c := range commands {
 		s := samples[c.name]
 		w, daemon := median(s, wall), median(s, func(s sample) time.Duration { return s.daemon })
 		b.printf("| %s | %s | %s | %s | %s | %s | %s | %s |\n", c.name, ms(w),
 			ms(slices.MinFunc(s, byWall).wall), ms(slices.MaxFunc(s, byWall).wall),
-			ms(daemon+median(s, func(s sample) time.Duration { return s.cpu })), ms(daemon), ratio(w, cp), ratio(w, sha))
+			ms(daemon+median(s, func(s sample) time.Duration { return s.cpu })), ms(daemon), ratio(w, cp), ratio(
+				w, sha))
 	}
 	b.printf("\nPeak memory of dfdaemon meanwhile: %d MiB.\n\n", peak)
 }
@@ -371,7 +385,8 @@ func (b *bench) stat() {
 		{name: "`dfcache stat -i v1`", args: []string{b.dfcache, "stat", "-i", "v1"}},
 	}
 	samples := b.measure(commands)
-	b.printf("## A whole `dfcache stat`\n\nMedians of %d runs.\n\n| command | wall ms | min | CPU ms |\n|---|---:|---:|---:|\n", b.runs)
+	b.printf("## A whole `dfcache stat`\n\nMedians of %d runs.\n\n| command | wall ms | min | CPU ms "+
+		"|\n|---|---:|---:|---:|\n", b.runs)
 	for _, c := range commands {
 		s := samples[c.name]
 		b.printf("| %s | %.2f | %.2f | %.2f |\n", c.name, float64(median(s, wall).Microseconds())/1000,
@@ -396,7 +411,8 @@ func (b *bench) small(n, size int) {
 	defer embedded.Close()
 	dialled := must(client.Dial(context.Background(), b.socket))
 	defer dialled.Close()
-	b.printf("## %d files of %d KiB through the Go API\n\nEach import is durable when it returns. One run each.\n\n| store | callers | s | files/s |\n|---|---:|---:|---:|\n", n, size>>10)
+	b.printf("## %d files of %d KiB through the Go API\n\nEach import is durable when it returns. One run each.\n\n| "+
+		"store | callers | s | files/s |\n|---|---:|---:|---:|\n", n, size>>10)
 	run := 0
 	for _, store := range []struct {
 		name string
@@ -437,7 +453,8 @@ func (b *bench) small(n, size int) {
 func (b *bench) open(many int) {
 	dir := must(os.MkdirTemp("/dev/shm", "dfbench"))
 	defer os.RemoveAll(dir)
-	b.printf("## Opening a store\n\nThe data directory is in memory. `blobstore.Open`, in this process.\n\n| blobs | ms |\n|---:|---:|\n")
+	b.printf("## Opening a store\n\nThe data directory is in memory. `blobstore.Open`, in this process.\n\n| blobs | " +
+		"ms |\n|---:|---:|\n")
 	const together = 500
 	for have, want := 0, 1000; want <= many; want *= 10 {
 		store := must(pieces.Open(dir, pieces.Options{}))
@@ -446,7 +463,8 @@ func (b *bench) open(many int) {
 			var c p2p.Commit
 			for i := range together {
 				added := must(in.Add(strings.NewReader(strconv.Itoa(have+i)), p2p.AddOptions{}))
-				c.Tasks = append(c.Tasks, p2p.NewTask{Task: p2p.Task{Tag: "t", Digest: added.Digest}, Keep: p2p.KeepPinned})
+				c.Tasks = append(c.Tasks,
+					p2p.NewTask{Task: p2p.Task{Tag: "t", Digest: added.Digest}, Keep: p2p.KeepPinned})
 			}
 			must(0, in.Commit(c))
 			must(0, in.Close())

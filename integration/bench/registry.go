@@ -74,18 +74,23 @@ func (b *bench) registries(tools string) {
 	defer listener.Close()
 	go http.Serve(listener, floor)
 	none := server{"none", listener.Addr().String(), os.Getpid(), floor.empty}
-	b.printf("## The registry, with oras and beside distribution\n\n`oras push` and `oras pull` v1.3.3 as whole processes, plain HTTP on loopback, against dfdaemon and distribution v3.1.2 with a file system. " +
+	b.printf("## The registry, with oras and beside distribution\n\n`oras push` and `oras pull` v1.3.3 as whole " +
+		"processes, plain HTTP on loopback, against dfdaemon and distribution v3.1.2 with a file system. " +
 		"dfdaemon has everything on disk when it answers, distribution does not sync. " +
-		"\"none\" is what oras takes by itself: a Go HTTP server that hashes nothing, throws away what is pushed, and sends the same files by sendfile when they are pulled.\n\n" +
-		"| what | command | registry | wall ms | min | max | its CPU ms | peak MiB | wall / distribution | CPU / distribution |\n|---|---|---|---:|---:|---:|---:|---:|---:|---:|\n")
+		"\"none\" is what oras takes by itself: a Go HTTP server that hashes nothing, throws away what is pushed, " +
+		"and sends the same files by sendfile when they are pulled.\n\n" +
+		"| what | command | registry | wall ms | min | max | its CPU ms | peak MiB | wall / distribution | CPU / " +
+		"distribution |\n|---|---|---|---:|---:|---:|---:|---:|---:|---:|\n")
 	os.Setenv("HOME", b.dir) // oras has settings there
 	os.Unsetenv("ORAS_CACHE")
 	for _, what := range []struct {
 		name  string
 		files int
 		size  int64
-	}{{"1 MiB", 1, 1 << 20}, {"100 MiB", 1, 100 << 20}, {"1 GiB", 1, 1 << 30}, {"1000 files of 10 KiB", 1000, 10 << 10}} {
-		b.pushAndPull(what.name, what.files, what.size, filepath.Join(tools, "oras"), []server{ours, none, theirs}, floor)
+	}{{"1 MiB", 1, 1 << 20}, {"100 MiB", 1, 100 << 20}, {"1 GiB", 1, 1 << 30}, {
+		"1000 files of 10 KiB", 1000, 10 << 10}} {
+		b.pushAndPull(what.name, what.files, what.size, filepath.Join(tools, "oras"), []server{ours, none, theirs},
+			floor)
 	}
 	b.printf("\n")
 	b.latencies([]server{ours, none, theirs})
@@ -122,7 +127,8 @@ func (b *bench) pushAndPull(what string, files int, size int64, oras string, ser
 	for _, s := range servers {
 		reference := s.address + "/bench:v1"
 		clean := func() { fresh(names[0], out) }
-		push := command{"push", func() { s.empty(); clean() }, append([]string{oras, "push", "--no-tty", "--plain-http", reference}, names...), s.pid}
+		push := command{"push", func() { s.empty(); clean() },
+			append([]string{oras, "push", "--no-tty", "--plain-http", reference}, names...), s.pid}
 		pull := command{"pull", clean, []string{oras, "pull", "--no-tty", "--plain-http", "-o", out, reference}, s.pid}
 		for _, c := range []command{push, pull} {
 			resetPeak(s.pid)
@@ -205,12 +211,16 @@ func (n *nothing) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // latencies measures single requests on connections that are open.
 func (b *bench) latencies(servers []server) {
 	const requests = 20_000
-	b.printf("### Single requests\n\nOn open connections, %d requests each: HEAD and GET of a blob of 10 KiB, GET of a manifest by its tag. Here \"none\" has all in memory.\n\n"+
-		"| request | connections | registry | p50 µs | p99 µs | requests/s | its CPU µs a request |\n|---|---:|---|---:|---:|---:|---:|\n", requests)
+	b.printf("### Single requests\n\nOn open connections, %d requests each: HEAD and GET of a blob of 10 KiB, GET of "+
+		"a manifest by its tag. Here \"none\" has all in memory.\n\n"+
+		"| request | connections | registry | p50 µs | p99 µs | requests/s | its CPU µs a request "+
+		"|\n|---|---:|---|---:|---:|---:|---:|\n", requests)
 	const mediaType = "application/vnd.oci.image.manifest.v1+json"
 	content := strings.Repeat("0123456789", 1024)
 	blob := fmt.Sprintf("sha256:%x", sha256.Sum256([]byte(content)))
-	manifest := fmt.Sprintf(`{"schemaVersion":2,"mediaType":%q,"config":{"mediaType":"application/x","digest":%q,"size":%d},"layers":[]}`, mediaType, blob, len(content))
+	manifest := fmt.Sprintf(
+		`{"schemaVersion":2,"mediaType":%q,"config":{"mediaType":"application/x","digest":%q,"size":%d},"layers":[]}`,
+		mediaType, blob, len(content))
 	client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 16, DisableCompression: true}}
 	do := func(method, url, contentType, body string) *http.Response {
 		req := must(http.NewRequest(method, url, strings.NewReader(body)))
@@ -234,7 +244,8 @@ func (b *bench) latencies(servers []server) {
 		do("PUT", base+"manifests/v1", mediaType, manifest)
 	}
 	for _, r := range []struct{ name, method, path string }{
-		{"HEAD blob", "HEAD", "blobs/" + blob}, {"GET blob", "GET", "blobs/" + blob}, {"GET manifest", "GET", "manifests/v1"},
+		{"HEAD blob", "HEAD", "blobs/" + blob}, {"GET blob", "GET", "blobs/" + blob},
+		{"GET manifest", "GET", "manifests/v1"},
 	} {
 		for _, connections := range []int{1, 16} {
 			for _, s := range servers {
@@ -257,7 +268,8 @@ func (b *bench) latencies(servers []server) {
 				}
 				slices.Sort(took)
 				b.printf("| %s | %d | %s | %d | %d | %.0f | %s |\n", r.name, connections, s.name,
-					took[requests/2].Microseconds(), took[requests*99/100].Microseconds(), requests/total.Seconds(), cpu)
+					took[requests/2].Microseconds(), took[requests*99/100].Microseconds(), requests/total.Seconds(),
+					cpu)
 			}
 		}
 	}

@@ -42,8 +42,9 @@ func (b *bench) startPeer(name string, wrap []string, flags ...string) *peerDaem
 	p := &peerDaemon{home: filepath.Join(b.dir, name)}
 	p.socket = filepath.Join(p.home, "run", "s")
 	must(0, os.RemoveAll(p.home))
-	p.cmd = startDaemon(slices.Concat(wrap, []string{b.dfdaemon, "--workhome", p.home, "--daemon-sock", p.socket, "--registry", "off",
-		"--swarm-key", filepath.Join(b.dir, "swarm.key"), "--mdns=false"}, flags)...)
+	p.cmd = startDaemon(slices.Concat(wrap,
+		[]string{b.dfdaemon, "--workhome", p.home, "--daemon-sock", p.socket, "--registry", "off",
+			"--swarm-key", filepath.Join(b.dir, "swarm.key"), "--mdns=false"}, flags)...)
 	return p
 }
 
@@ -106,11 +107,14 @@ func (b *bench) fromPeer(size int64) {
 				if fetching != nil {
 					fetching.stop()
 				}
-				fetching = b.startPeer(name+"B", nil, append(flags, "--swarm-listen", freeAddress(), "--swarm-pieces", freeAddress(), "--bootstrap", address)...)
+				fetching = b.startPeer(name+"B", nil,
+					append(flags, "--swarm-listen", freeAddress(), "--swarm-pieces", freeAddress(),
+						"--bootstrap", address)...)
 				b.meet(fetching, 1)
 				clean()
 			},
-			args: []string{b.dfcache, "export", "--daemon-sock", filepath.Join(b.dir, name+"B", "run", "s"), "-i", digest, copied},
+			args: []string{b.dfcache, "export", "--daemon-sock", filepath.Join(b.dir, name+"B", "run", "s"),
+				"-i", digest, copied},
 		}
 	}
 	commands := []command{
@@ -123,9 +127,14 @@ func (b *bench) fromPeer(size int64) {
 		export("plain", "--plain-pieces"),
 		export("tls"),
 	}
-	titles := map[string]string{"plain": "`dfcache export` from another dfdaemon, plain", "tls": "`dfcache export` from another dfdaemon, TLS"}
+	titles := map[string]string{"plain": "`dfcache export` from another dfdaemon, plain",
+		"tls": "`dfcache export` from another dfdaemon, TLS"}
 	samples := b.measure(commands)
-	b.printf("## %s from another dfdaemon\n\nBoth on this host, over loopback; the one that is asked has nothing before. The export is verified, and so is what the daemon keeps. curl verifies nothing, and gets the file from a Go HTTP server. \"Go\" is a program that does what can't be left out, and no more: it gets the file from that server, hashes it on another core meanwhile, and writes it once, where dfdaemon keeps it and dfcache writes the output.\n\n"+
+	b.printf("## %s from another dfdaemon\n\nBoth on this host, over loopback; the one that is asked has nothing "+
+		"before. The export is verified, and so is what the daemon keeps. curl verifies nothing, and gets the file "+
+		"from a Go HTTP server. \"Go\" is a program that does what can't be left out, and no more: it gets the file "+
+		"from that server, hashes it on another core meanwhile, and writes it once, where dfdaemon keeps it and "+
+		"dfcache writes the output.\n\n"+
 		"| command | wall ms | min | max | / cp | / Go sha256 |\n|---|---:|---:|---:|---:|---:|\n", mib(size))
 	cp, sha := median(samples[commands[0].name], wall), median(samples[commands[1].name], wall)
 	for _, c := range commands {
@@ -134,7 +143,8 @@ func (b *bench) fromPeer(size int64) {
 		if titles[title] != "" {
 			title = titles[title]
 		}
-		b.printf("| %s | %.0f | %.0f | %.0f | %.2f | %.2f |\n", title, ms(w), ms(slices.MinFunc(s, byWall).wall), ms(slices.MaxFunc(s, byWall).wall),
+		b.printf("| %s | %.0f | %.0f | %.0f | %.2f | %.2f |\n", title, ms(w), ms(slices.MinFunc(s, byWall).wall),
+			ms(slices.MaxFunc(s, byWall).wall),
 			float64(w)/float64(cp), float64(w)/float64(sha))
 	}
 	b.printf("\n")
@@ -160,7 +170,8 @@ func (b *bench) serveFile(name string) (plainURL, tlsURL string, stop func()) {
 // selfSigned makes a certificate of 127.0.0.1.
 func selfSigned() (certificate []byte, key *ecdsa.PrivateKey) {
 	key = must(ecdsa.GenerateKey(elliptic.P256(), crand.Reader))
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(24 * time.Hour), IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(24 * time.Hour),
+		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}}
 	return must(x509.CreateCertificate(crand.Reader, template, template, key.Public(), key)), key
 }
 
@@ -168,8 +179,9 @@ func selfSigned() (certificate []byte, key *ecdsa.PrivateKey) {
 func serve(name string) {
 	certificate, key := selfSigned()
 	server := &http.Server{
-		Handler:   http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { http.ServeFile(w, r, name) }),
-		TLSConfig: &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{certificate}, PrivateKey: key}}, NextProtos: []string{"http/1.1"}},
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { http.ServeFile(w, r, name) }),
+		TLSConfig: &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{certificate}, PrivateKey: key}},
+			NextProtos: []string{"http/1.1"}},
 	}
 	plain, secure := must(net.Listen("tcp", "127.0.0.1:0")), must(net.Listen("tcp", "127.0.0.1:0"))
 	fmt.Printf("http://%s/\nhttps://%s/\n", plain.Addr(), secure.Addr())
@@ -225,11 +237,13 @@ func (b *bench) smallFromPeer(n, size int) {
 		copy(data, fmt.Sprint(i))
 		cids = append(cids, must(tag.Import(ctx, "", bytes.NewReader(data), blobstore.ImportOptions{})).CID)
 	}
-	b.printf("## %d files of %d KiB from another dfdaemon\n\nThrough the Go API, TLS, medians of %d runs.\n\n| callers | s | files/s |\n|---:|---:|---:|\n", n, size>>10, b.runs)
+	b.printf("## %d files of %d KiB from another dfdaemon\n\nThrough the Go API, TLS, medians of %d runs.\n\n| "+
+		"callers | s | files/s |\n|---:|---:|---:|\n", n, size>>10, b.runs)
 	for _, callers := range []int{1, 16} {
 		var samples []sample
 		for range b.runs {
-			p := b.startPeer("smallB", nil, "--swarm-listen", freeAddress(), "--swarm-pieces", freeAddress(), "--bootstrap", address)
+			p := b.startPeer("smallB", nil, "--swarm-listen", freeAddress(), "--swarm-pieces", freeAddress(),
+				"--bootstrap", address)
 			b.meet(p, 1)
 			store := must(client.Dial(ctx, p.socket))
 			r := must(store.Repository("many"))
@@ -260,9 +274,13 @@ func (b *bench) smallFromPeer(n, size int) {
 
 // crowds measures flash crowds of so many daemons each, on links of so many Mbit/s.
 func (b *bench) crowds(counts, rates []string, size int64) {
-	b.printf("## One file to many daemons at once\n\nOne dfdaemon has %s, N others fetch it at the same moment, each in a network namespace with the same rate both ways (tc tbf, which lets up to 100 ms of it wait) and TCP's congestion control cubic, Linux's default. "+
-		"Until the last export has ended, with TLS, over what the bytes alone take at that rate; the headers of TCP and IP make that 1.05. "+
-		"All daemons share this machine's processors, which are busy to more than 80 %% with 16 at 25 Mbit/s.\n\n| N | Mbit/s | s | min | max | size / rate | ratio |\n|---:|---:|---:|---:|---:|---:|---:|\n", mib(size))
+	b.printf("## One file to many daemons at once\n\nOne dfdaemon has %s, N others fetch it at the same moment, each "+
+		"in a network namespace with the same rate both ways (tc tbf, which lets up to 100 ms of it wait) and TCP's "+
+		"congestion control cubic, Linux's default. "+
+		"Until the last export has ended, with TLS, over what the bytes alone take at that rate; the headers of TCP "+
+		"and IP make that 1.05. "+
+		"All daemons share this machine's processors, which are busy to more than 80 %% with 16 at 25 Mbit/s.\n\n| N "+
+		"| Mbit/s | s | min | max | size / rate | ratio |\n|---:|---:|---:|---:|---:|---:|---:|\n", mib(size))
 	for _, rate := range rates {
 		mbit := must(strconv.Atoi(rate))
 		ideal := time.Duration(float64(size*8) / float64(mbit*1_000_000) * float64(time.Second))
@@ -270,7 +288,9 @@ func (b *bench) crowds(counts, rates []string, size int64) {
 			n := must(strconv.Atoi(count))
 			samples := b.flashCrowd(n, size, mbit)
 			w := median(samples, wall)
-			b.printf("| %d | %d | %.2f | %.2f | %.2f | %.2f | %.2f |\n", n, mbit, w.Seconds(), slices.MinFunc(samples, byWall).wall.Seconds(), slices.MaxFunc(samples, byWall).wall.Seconds(), ideal.Seconds(), float64(w)/float64(ideal))
+			b.printf("| %d | %d | %.2f | %.2f | %.2f | %.2f | %.2f |\n", n, mbit, w.Seconds(),
+				slices.MinFunc(samples, byWall).wall.Seconds(), slices.MaxFunc(
+					samples, byWall).wall.Seconds(), ideal.Seconds(), float64(w)/float64(ideal))
 		}
 	}
 	b.printf("\n")
@@ -291,7 +311,8 @@ func (b *bench) flashCrowd(n int, size int64, mbit int) (samples []sample) {
 	run("ip", "-n", name, "link", "add", "br0", "type", "bridge")
 	run("ip", "-n", name, "link", "set", "br0", "up")
 	shape := func(netns, device string) {
-		run("ip", "netns", "exec", netns, "tc", "qdisc", "add", "dev", device, "root", "tbf", "rate", fmt.Sprintf("%dmbit", mbit), "burst", "64kb", "latency", "100ms")
+		run("ip", "netns", "exec", netns, "tc", "qdisc", "add", "dev", device,
+			"root", "tbf", "rate", fmt.Sprintf("%dmbit", mbit), "burst", "64kb", "latency", "100ms")
 	}
 	for i := range n + 1 {
 		run("ip", "netns", "add", ns(i))
@@ -315,18 +336,21 @@ func (b *bench) flashCrowd(n int, size int64, mbit int) (samples []sample) {
 			if i > 0 {
 				flags = []string{"--bootstrap", "10.78.0.1"}
 			}
-			peers = append(peers, b.startPeer(fmt.Sprintf("crowd%d", i), []string{"ip", "netns", "exec", ns(i)}, flags...))
+			peers = append(peers, b.startPeer(
+				fmt.Sprintf("crowd%d", i), []string{"ip", "netns", "exec", ns(i)}, flags...))
 		}
 		for _, p := range peers {
 			b.meet(p, n)
 		}
-		out := must(exec.Command(b.dfcache, "import", "--daemon-sock", peers[0].socket, file, "--template", "{{.digest}}").Output())
+		out := must(exec.Command(b.dfcache, "import", "--daemon-sock", peers[0].socket, file,
+			"--template", "{{.digest}}").Output())
 		cid := strings.TrimSpace(string(out))
 		var all sync.WaitGroup
 		start := time.Now()
 		for _, p := range peers[1:] {
 			all.Go(func() {
-				cmd := exec.Command(b.dfcache, "export", "--daemon-sock", p.socket, "-i", cid, "-O", filepath.Join(p.home, "out"))
+				cmd := exec.Command(b.dfcache, "export", "--daemon-sock", p.socket, "-i", cid,
+					"-O", filepath.Join(p.home, "out"))
 				if out, err := cmd.CombinedOutput(); err != nil {
 					log.Panicf("export: %v\n%s", err, out)
 				}

@@ -108,7 +108,8 @@ func (m *mutant) try(ctx context.Context) error {
 	if out, err := build.CombinedOutput(); err != nil {
 		return fmt.Errorf("DOES NOT BUILD: %w\n%s", err, out)
 	}
-	test := exec.CommandContext(ctx, binary, "-test.timeout", "5m", "-test.run", "^"+strings.ReplaceAll(m.test, "/", "$/^")+"$")
+	test := exec.CommandContext(ctx, binary,
+		"-test.timeout", "5m", "-test.run", "^"+strings.ReplaceAll(m.test, "/", "$/^")+"$")
 	test.Dir, test.Env = m.pkg, append(os.Environ(), flags)
 	out, err := test.CombinedOutput()
 	if bytes.Contains(out, []byte("no tests to run")) {

@@ -55,11 +55,13 @@ func TestParseTable(t *testing.T) {
 		return nil, fs.ErrNotExist
 	}
 	const head = "mutant: x\ntest: ./p TestX/sub\nfile: a.go\n"
-	got, err := parseTable("# comment\n\n"+head+" one\n-\ttwo\n+\t2\n\n-three\nmutant: y\ntest: ./q TestY\nfile: a.go\n one\n+between\n", read)
+	got, err := parseTable("# comment\n\n"+head+
+		" one\n-\ttwo\n+\t2\n\n-three\nmutant: y\ntest: ./q TestY\nfile: a.go\n one\n+between\n", read)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(got) != 2 || got[0].title != "x" || got[0].pkg != "./p" || got[0].test != "TestX/sub" || got[1].title != "y" {
+	if len(got) != 2 || got[0].title != "x" || got[0].pkg != "./p" || got[0].test != "TestX/sub" ||
+		got[1].title != "y" {
 		t.Errorf("parsed as %+v", got)
 	}
 	if text := string(got[0].files["a.go"]); text != "one\n\t2\nfour\nfour\n" {
