@@ -30,7 +30,8 @@ func TestCurrent(t *testing.T) {
 			t.Fatalf("%v: %v\n%s", build, err, out)
 		}
 		for format, sub := range map[string]string{"man": "man", "markdown": "cli"} {
-			doc := exec.CommandContext(t.Context(), filepath.Join(bin, program), "doc", "--path", filepath.Join(dir, sub), "--format", format)
+			doc := exec.CommandContext(t.Context(), filepath.Join(bin, program),
+				"doc", "--path", filepath.Join(dir, sub), "--format", format)
 			doc.Dir = dir
 			doc.Env = surroundings(strings.ToUpper(program))
 			if out, err := doc.CombinedOutput(); err != nil || len(out) > 0 {
@@ -107,7 +108,8 @@ func TestEmbedded(t *testing.T) {
 			maps.Copy(all, own)
 		}
 		if want := read(t, sub); !maps.EqualFunc(all, want, bytes.Equal) {
-			t.Errorf("%s: embedded are %v, want what is there: %v", sub, slices.Sorted(maps.Keys(all)), slices.Sorted(maps.Keys(want)))
+			t.Errorf("%s: embedded are %v, want what is there: %v", sub, slices.Sorted(maps.Keys(all)),
+				slices.Sorted(maps.Keys(want)))
 		}
 		if got := pages("df"); len(got) > 0 {
 			t.Errorf("%s: a program that there is not has %d pages", sub, len(got))
