@@ -12,7 +12,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo deve
 COMMIT  ?= $(shell git rev-parse HEAD 2>/dev/null)
 LDFLAGS := -s -w -X $(BUILD).version=$(VERSION) -X $(BUILD).commit=$(COMMIT)
 
-.PHONY: build demo quick test clients lint hooks generate crash powercut hostile mutants fuzz bench clean help
+.PHONY: build demo quick test clients vet lint hooks generate crash powercut hostile mutants fuzz bench clean help
 
 # Without gRPC's own trace pages a process starts faster.
 build: ## build dfcache and dfdaemon into bin/
@@ -26,19 +26,21 @@ demo: build ## import, stat, export, compare and delete a real file
 quick: ## test something of every package, without root or anything installed
 	$(GO) test -short -count=1 ./...
 
-# What takes longest, and waits most, begins first. vet is a part of lint. What is
-# missing fails.
-test: lint clients ## everything that has to hold
+# What takes longest, and waits most, begins first. What is missing fails.
+test: vet clients ## everything that has to hold
 	$(GO) test -race -count=1 -vet=off -timeout 15m ./integration ./...
 
 # The tests find them in .cache/tools. Others are Debian's packages: see .ci/run.
 clients: $(TOOLS)/oras $(TOOLS)/crane $(TOOLS)/regctl ## registry clients that tests use
 
-lint: $(TOOLS)/golangci-lint ## formatting, go vet, and the linters of .golangci.yml
+vet: ## formatting and go vet
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go' 2>/dev/null || find . -name '*.go')); \
 	  if [ -n "$$unformatted" ]; then echo "run gofmt -w on: $$unformatted"; exit 1; fi
 	$(GO) vet ./...
 	$(GO) vet -tags gendocs ./cmd/...
+
+# To build golangci-lint takes longer than it may take in make test.
+lint: vet $(TOOLS)/golangci-lint ## the same, and the linters of .golangci.yml
 	$(TOOLS)/golangci-lint run --allow-parallel-runners ./...
 	$(TOOLS)/golangci-lint run --allow-parallel-runners --build-tags gendocs ./cmd/...
 

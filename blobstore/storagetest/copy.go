@@ -151,8 +151,9 @@ func (s *suite) testCopyByDigest(t *testing.T, target oras.Target) {
 // need not be there.
 func (s *suite) testCopyForeignLayer(t *testing.T, target oras.Target) {
 	g := graph{}
+	//nolint:staticcheck // images with such layers exist
 	foreign := content.NewDescriptorFromBytes(ocispec.MediaTypeImageLayerNonDistributableGzip,
-		[]byte("not for you")) //nolint:staticcheck // images with such layers exist
+		[]byte("not for you"))
 	foreign.URLs = []string{"https://example.org/layer"}
 	image := g.image(g.add(ocispec.MediaTypeImageConfig, []byte("{}")), g.layer("layer"), foreign)
 	src := memory.New()

@@ -51,6 +51,7 @@ type options struct {
 	launched        bool
 }
 
+//nolint:funlen // the help and the flags of one command
 func newRoot() *cobra.Command {
 	o := &options{}
 	root := &cobra.Command{

@@ -107,8 +107,9 @@ func (e *Engine) see(ctx context.Context, tag string, cid digest.CID, opts p2p.D
 		}
 		all.Found = all.Found || seen.Found
 		all.Versions = append(all.Versions, seen.Versions...)
-		all.Answered, all.Silent, all.Err = all.Answered+seen.Answered, all.Silent+
-			seen.Silent, cmp.Or(all.Err, seen.Err)
+		all.Answered += seen.Answered
+		all.Silent += seen.Silent
+		all.Err = cmp.Or(all.Err, seen.Err)
 	}
 	return all, nil
 }
