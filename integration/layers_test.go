@@ -53,7 +53,7 @@ var notLinked = map[string][]string{
 	"p2p/swarm/schedule": {"github.com/libp2p/", "google.golang.org/", "golang.org/x/", "github.com/spf13/"},
 	"p2p/front":          {"google.golang.org/grpc", "github.com/spf13/", "github.com/libp2p/"},
 	"p2p/pieces":         {"google.golang.org/grpc", "github.com/spf13/", "github.com/libp2p/"},
-	"p2p/pieces/backend": {"google.golang.org/", "go.etcd.io/", "github.com/"},
+	"p2p/pieces/backend": {"google.golang.org/", "go.etcd.io/", "github.com/libp2p/", "github.com/spf13/"},
 	"p2p/memory":         {"google.golang.org/grpc", "go.etcd.io/", "github.com/spf13/", "github.com/libp2p/"},
 	"p2p/manifest": {"google.golang.org/",
 		"go.etcd.io/", "oras.land/", "golang.org/x/", "github.com/libp2p/"},
