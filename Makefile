@@ -28,7 +28,7 @@ quick: ## test something of every package, without root or anything installed
 
 # What takes longest, and waits most, begins first. What is missing fails.
 test: vet clients ## everything that has to hold
-	$(GO) test -race -count=1 -vet=off -timeout 15m ./integration ./...
+	$(GO) test -race -count=1 -vet=off -timeout 15m ./integration ./p2p/swarm ./p2p/pieces ./...
 
 # The tests find them in .cache/tools. Others are Debian's packages: see .ci/run.
 clients: $(TOOLS)/oras $(TOOLS)/crane $(TOOLS)/regctl ## registry clients that tests use

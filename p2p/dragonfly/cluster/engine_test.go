@@ -154,7 +154,7 @@ func TestTaskID(t *testing.T) {
 }
 
 // sizes are of what is nothing, tiny, small, and of more than one piece.
-var sizes = []int{0, 1, 128, 129, p2p.MaxManifest, p2p.MaxManifest + 1, 9 << 20, 80<<20 + 5}
+var sizes = []int{0, 1, 128, 129, p2p.MaxManifest, p2p.MaxManifest + 1, 9 << 20, 24<<20 + 5}
 
 // What is imported here, Dragonfly's daemons export, and the reverse.
 func TestBothWays(t *testing.T) {
@@ -166,7 +166,7 @@ func TestBothWays(t *testing.T) {
 		}
 		t.Run(fmt.Sprint(size), func(t *testing.T) {
 			for j, tag := range []string{"", "models/large"} {
-				if j > 0 && size > 64<<20 {
+				if j > 0 && size > 16<<20 {
 					break // once is long enough
 				}
 				peer := clustertest.StartPeer(t, s, fmt.Sprintf("peer-%d-%d", i, j), clustertest.Honest)
