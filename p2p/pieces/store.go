@@ -81,6 +81,7 @@ type Store struct {
 	// closing ends with Close, of which it has the error. What is read for a caller ends with it.
 	closing  context.Context
 	sweeping sync.WaitGroup // what the store does of its own accord
+	writing  sync.WaitGroup // writers that have something to drop
 	close    context.CancelCauseFunc
 
 	// holdMu guards holds and is kept while blobs are dropped, so that who has
@@ -320,6 +321,7 @@ func (s *Store) Close() error {
 	s.close(fmt.Errorf("store %s: %w", s.dir, p2p.ErrClosed))
 	s.sweeping.Wait()
 	s.calls.Wait()
+	s.writing.Wait()
 	if closed {
 		return nil
 	}

@@ -2,7 +2,9 @@ package pieces
 
 import (
 	"context"
+	"errors"
 	"os"
+	"path/filepath"
 	"testing"
 
 	"go.uber.org/goleak"
@@ -72,6 +74,43 @@ func TestStatContentOnly(t *testing.T) {
 		info, err := s.Stat(t.Context(), task.Tag, cacheID(t, "v1"), p2p.StatOptions{Manifest: true, ContentOnly: only})
 		if err != nil || info.Manifest == nil || (len(info.Manifest.Refs) == 0) != only {
 			t.Errorf("content only %v: %+v, %v", only, info.Manifest, err)
+		}
+	}
+}
+
+// TestCloseDropsUnfinished: what is still being taken in when the store is closed is gone then,
+// whenever the ingest is closed, or never.
+func TestCloseDropsUnfinished(t *testing.T) {
+	dir := t.TempDir()
+	s, err := Open(dir, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var writers []p2p.Writer
+	for range 8 {
+		in, err := s.Ingest(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer in.Close()
+		w, err := in.Create(p2p.AddOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := w.Write([]byte("data")); err != nil {
+			t.Fatal(err)
+		}
+		writers = append(writers, w)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if left, err := os.ReadDir(filepath.Join(dir, "ingest")); err != nil || len(left) > 0 {
+		t.Errorf("what is left is %v, %v", left, err)
+	}
+	for _, w := range writers {
+		if _, err := w.Write([]byte("more")); !errors.Is(err, p2p.ErrClosed) {
+			t.Errorf("write after that: %v", err)
 		}
 	}
 }

@@ -22,11 +22,13 @@ type writer struct {
 	cancel   context.CancelCauseFunc
 	recorder *digest.Recorder
 	hashing  sync.WaitGroup // has the recorder
+	over     func()         // nothing is left to drop: the store need not wait any more
 
-	a       *addition // without a file where the store recognizes what is wanted; nil when it is dropped
-	end     int64     // bytes that were taken in
-	flushed int64     // of these, those of which write-back has begun
-	err     error     // why nothing more can be taken in
+	mu      sync.Mutex // held by all that is done with it: the store may close meanwhile
+	a       *addition  // without a file where the store recognizes what is wanted; nil when it is dropped
+	end     int64      // bytes that were taken in
+	flushed int64      // of these, those of which write-back has begun
+	err     error      // why nothing more can be taken in
 }
 
 var errFinished = errors.New("the content is finished already")
@@ -47,6 +49,18 @@ func (in *ingest) Create(opts p2p.AddOptions) (p2p.Writer, error) {
 		cancel(nil)
 		return nil, err
 	}
+	w.mu.Lock() // it may be dropped at once
+	defer w.mu.Unlock()
+	in.s.writing.Add(1)
+	stop := context.AfterFunc(in.s.closing, func() {
+		if err := w.quit(context.Cause(in.s.closing), false); err != nil {
+			in.s.log.Warn("what was being taken in could not be removed; the next start will", "error", err)
+		}
+	})
+	w.over = sync.OnceFunc(func() {
+		stop()
+		in.s.writing.Done()
+	})
 	in.open = w
 	return w, nil
 }
@@ -69,6 +83,8 @@ func (in *ingest) create(ctx context.Context, cancel context.CancelCauseFunc, op
 
 // Write implements [io.Writer].
 func (w *writer) Write(p []byte) (n int, err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	if w.err != nil {
 		return 0, w.err
 	}
@@ -84,6 +100,8 @@ func (w *writer) Write(p []byte) (n int, err error) {
 
 // Finish implements [p2p.Writer].
 func (w *writer) Finish() (p2p.Added, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	if w.err != nil {
 		return p2p.Added{}, w.err
 	}
@@ -91,6 +109,7 @@ func (w *writer) Finish() (p2p.Added, error) {
 		return p2p.Added{}, w.err
 	}
 	defer w.in.s.end()
+	defer w.over()
 	defer w.cancel(nil)
 	a, err := w.finish(nil)
 	done, err := added(w.ctx, a, err)
@@ -102,10 +121,18 @@ func (w *writer) Finish() (p2p.Added, error) {
 
 // abandon drops what is not finished, when the ingest is closed; open says that the store is not.
 func (w *writer) abandon(open bool) error {
-	if w.err == nil {
-		w.err = p2p.ErrClosed
-	}
 	w.in.open = nil
+	return w.quit(p2p.ErrClosed, open)
+}
+
+// quit drops what is not finished, for the reason why.
+func (w *writer) quit(why error, open bool) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.err == nil {
+		w.err = why
+	}
+	defer w.over()
 	defer w.cancel(nil)
 	if !open && w.a != nil && w.a.f == nil {
 		return nil // with the store, all that is held has been let go
