@@ -26,9 +26,10 @@ demo: build ## import, stat, export, compare and delete a real file
 quick: ## test something of every package, without root or anything installed
 	$(GO) test -short -count=1 ./...
 
-# What takes longest, and waits most, begins first. What is missing fails.
+# What takes longest, and waits most, begins first. Without the tables of debuggers tests are
+# linked sooner. What is missing fails.
 test: vet clients ## everything that has to hold
-	$(GO) test -race -count=1 -vet=off -timeout 15m ./integration ./p2p/swarm ./p2p/pieces ./...
+	$(GO) test -race -count=1 -vet=off -ldflags=-w -timeout 15m ./integration ./p2p/swarm ./p2p/pieces ./...
 
 # The tests find them in .cache/tools. Others are Debian's packages: see .ci/run.
 clients: $(TOOLS)/oras $(TOOLS)/crane $(TOOLS)/regctl ## registry clients that tests use
