@@ -44,7 +44,8 @@ func TestPushCrash(t *testing.T) {
 	}
 	var d *daemon
 	defer func() { d.stop(t, syscall.SIGKILL) }() // where the test gives up
-	for cycle := range max(1, *crashCycles/10) {
+	cycles, done, life := max(1, *crashCycles/10), 0, 400*time.Millisecond
+	for cycle := 0; cycle < cycles || done == 0 && cycle < 10*cycles; cycle++ {
 		d = startDaemon(t, home)
 		requireNoIngest(t, filepath.Join(home, "data"))
 		for _, p := range pushers {
@@ -59,24 +60,31 @@ func TestPushCrash(t *testing.T) {
 			r := p.repository(t, d)
 			working.Go(func() { p.work(t, ctx, r) })
 		}
-		<-time.After(time.Duration(random.IntN(400_000)) * time.Microsecond)
+		<-time.After(time.Duration(random.Int64N(int64(life))))
 		d.stop(t, syscall.SIGKILL)
 		cancel()
 		working.Wait()
+		acknowledged := 0
+		for _, p := range pushers {
+			acknowledged += p.done
+			p.done = 0
+		}
+		if acknowledged == 0 {
+			life = longerLife(life)
+		}
+		done += acknowledged
 	}
 	d = startDaemon(t, home)
-	done := 0
 	for _, p := range pushers {
 		r := p.repository(t, d)
 		p.check(t, r)
-		done += p.done
 		for _, a := range p.held {
 			if err := r.Manifests().Delete(t.Context(), a.manifest); err != nil {
 				t.Error(err)
 			}
 		}
 	}
-	t.Logf("%d cycles; %d pushes and deletes were acknowledged", max(1, *crashCycles/10), done)
+	t.Logf("%d pushes and deletes were acknowledged", done)
 	if done == 0 {
 		t.Error("nothing was ever acknowledged: the test tests nothing")
 	}
@@ -113,7 +121,7 @@ type pusher struct {
 	doubt  *pushDoubt // what was under way when the daemon was killed
 	pushes int        // that were tried
 	layers int        // that were made
-	done   int        // pushes and deletes that were acknowledged
+	done   int        // pushes and deletes that this cycle acknowledged
 }
 
 // pushed is an artifact that was acknowledged.
