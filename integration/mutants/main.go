@@ -46,11 +46,12 @@ func run(ctx context.Context, dir string, titles []string) error {
 			return err
 		}
 	}
-	unnoticed := 0
+	tried, unnoticed := 0, 0
 	for _, m := range mutants {
 		if !wanted.MatchString(m.title) {
 			continue
 		}
+		tried++
 		start := time.Now()
 		err := m.try(ctx)
 		if ctx.Err() != nil {
@@ -61,6 +62,9 @@ func run(ctx context.Context, dir string, titles []string) error {
 			result, unnoticed = err.Error(), unnoticed+1
 		}
 		fmt.Printf("%s: %s by %s (%.1f s)\n", m.title, result, m.test, time.Since(start).Seconds())
+	}
+	if tried == 0 {
+		return fmt.Errorf("no title matches %s", wanted)
 	}
 	if unnoticed > 0 {
 		return fmt.Errorf("%d were not noticed", unnoticed)
