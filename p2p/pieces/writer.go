@@ -156,7 +156,7 @@ func (w *writer) takeAll(src io.Reader, file *source.File) error {
 		defer done()
 	}
 	var failed error
-	_, err := source.Copy(writeFunc(func(p []byte) (n int, err error) {
+	_, err := source.Copy(source.WriterFunc(func(p []byte) (n int, err error) {
 		n, failed = w.take(p)
 		return n, failed
 	}), src)
@@ -165,10 +165,6 @@ func (w *writer) takeAll(src io.Reader, file *source.File) error {
 	}
 	return err
 }
-
-type writeFunc func(p []byte) (int, error)
-
-func (f writeFunc) Write(p []byte) (int, error) { return f(p) }
 
 // interruptible returns a stream whose Read ends with ctx, and does no harm. The caller calls done.
 func interruptible(ctx context.Context, src io.Reader) (_ io.Reader, done func()) {

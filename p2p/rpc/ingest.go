@@ -212,7 +212,7 @@ func (i *ingest) addPipe(req *pb.IngestRequest_Add, src io.Reader, progress func
 	var broken error // why the pipe could not be written
 	copied := make(chan error, 1)
 	go func() {
-		_, err := source.Copy(writeFunc(func(p []byte) (n int, err error) {
+		_, err := source.Copy(source.WriterFunc(func(p []byte) (n int, err error) {
 			n, err = w.pipe.Write(p)
 			broken = err
 			return n, err
@@ -231,10 +231,6 @@ func (i *ingest) addPipe(req *pb.IngestRequest_Add, src io.Reader, progress func
 		return w.finish(nil)
 	}
 }
-
-type writeFunc func(p []byte) (int, error)
-
-func (f writeFunc) Write(p []byte) (int, error) { return f(p) }
 
 // writer is a pipe to the daemon, which adds what comes. It implements [p2p.Writer].
 type writer struct {

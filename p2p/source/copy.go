@@ -49,6 +49,12 @@ func Release(b []byte) {
 // before, or nothing: whoever is waited for need not have a buffer.
 const firstLength = 4 << 10
 
+// WriterFunc is a function as an [io.Writer].
+type WriterFunc func(p []byte) (int, error)
+
+// Write implements [io.Writer].
+func (f WriterFunc) Write(p []byte) (int, error) { return f(p) }
+
 // Copy copies src to w up to its end, and returns how many bytes w has taken. Its errors are
 // those of src and w as they are.
 func Copy(w io.Writer, src io.Reader) (n int64, err error) {
