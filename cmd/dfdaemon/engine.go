@@ -37,7 +37,6 @@ type engineOptions struct {
 	sources string // with commas between them
 	own     bool   // whether the swarm is one of them
 	other   string // the Dragonfly that is one of them, or ""
-	first   bool   // whether the swarm comes before that
 	socket  string
 	timeout time.Duration
 
@@ -49,14 +48,14 @@ type engineOptions struct {
 
 // parse reads which sources there are.
 func (o *engineOptions) parse() error {
-	o.own, o.other, o.first = false, "", false
+	o.own, o.other = false, ""
 	for _, name := range split(o.sources) {
 		switch name {
 		case engineOwn:
 			if o.own {
 				return fmt.Errorf("--engine %q: own is there twice", o.sources)
 			}
-			o.own, o.first = true, o.other == ""
+			o.own = true
 		case engineDragonfly, engineCluster, engineV2:
 			if o.other != "" {
 				return fmt.Errorf("--engine %q: %s and %s are both Dragonflies: a daemon has one at most", o.sources,
@@ -205,32 +204,20 @@ func (d *daemon) openEngine(
 		}
 	}()
 	var are []string
-	join := func() error {
-		if !inSwarm {
-			return nil
+	for _, name := range split(d.engine.sources) { // which is the order in which they are asked
+		var who string
+		switch {
+		case name != engineOwn:
+			who, err = d.addDragonfly(f)
+		case !inSwarm:
+			continue
+		default:
+			who, err = d.joinSwarm(f, key)
 		}
-		joined, err := d.joinSwarm(f, key)
-		if err == nil {
-			are = append(are, joined.ID())
-		}
-		return err
-	}
-	if d.engine.first {
-		if err := join(); err != nil {
-			return nil, "", err
-		}
-	}
-	if d.engine.other != "" {
-		where, err := d.addDragonfly(f)
 		if err != nil {
 			return nil, "", err
 		}
-		are = append(are, where)
-	}
-	if !d.engine.first {
-		if err := join(); err != nil {
-			return nil, "", err
-		}
+		are = append(are, who)
 	}
 	if err := f.Health(ctx); err != nil {
 		who := "Dragonfly"

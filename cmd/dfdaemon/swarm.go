@@ -203,21 +203,22 @@ func (o *options) readKey(cmd *cobra.Command, warn func(string)) (key discovery.
 	return key, false, nil
 }
 
-// joinSwarm adds the swarm to the sources of an engine, and logs where peers find it.
-func (d *daemon) joinSwarm(f *front.Engine, key discovery.Key) (*swarm.Swarm, error) {
+// joinSwarm adds the swarm to the sources of an engine, and logs where peers find it. id is who the
+// daemon is there.
+func (d *daemon) joinSwarm(f *front.Engine, key discovery.Key) (id string, err error) {
 	o := &d.swarm
 	logLibraries(d.log.Handler())
 	if err := dirs.Make(d.workHome, 0o750); err != nil {
-		return nil, err
+		return "", err
 	}
 	identity, err := discovery.LoadIdentity(filepath.Join(d.workHome, "peer.key"))
 	if err != nil {
-		return nil, err
+		return "", err
 	}
 	instance := swarm.NewInstance()
 	resolve, err := swarm.NewResolver(identity, key.Secret(), o.plain, instance)
 	if err != nil {
-		return nil, err
+		return "", err
 	}
 	network, err := discovery.New(discovery.Options{
 		Identity:  identity,
@@ -234,10 +235,10 @@ func (d *daemon) joinSwarm(f *front.Engine, key discovery.Key) (*swarm.Swarm, er
 		Log:       d.log,
 	})
 	if _, ok := errors.AsType[*net.OpError](err); ok {
-		return nil, listenError("swarm-listen", err)
+		return "", listenError("swarm-listen", err)
 	}
 	if err != nil { // the addresses of this host have passed check
-		return nil, exit.Usage(fmt.Errorf("--bootstrap and --peers-file: %w", err))
+		return "", exit.Usage(fmt.Errorf("--bootstrap and --peers-file: %w", err))
 	}
 	s, err := swarm.New(f, network, swarm.Options{
 		Identity:        identity,
@@ -266,7 +267,7 @@ func (d *daemon) joinSwarm(f *front.Engine, key discovery.Key) (*swarm.Swarm, er
 		if _, ok := errors.AsType[*net.OpError](err); ok {
 			err = listenError("swarm-pieces", err)
 		}
-		return nil, err
+		return "", err
 	}
 	self := network.Addresses(network.Self())
 	at := make([]string, 0, len(self.Addrs))
@@ -274,7 +275,7 @@ func (d *daemon) joinSwarm(f *front.Engine, key discovery.Key) (*swarm.Swarm, er
 		at = append(at, fmt.Sprintf("%s/p2p/%s", a, self.ID))
 	}
 	d.log.Info("swarm", "peer", s.ID(), "mode", o.mode, "at", at, "pieces", s.Addresses())
-	return s, nil
+	return s.ID(), nil
 }
 
 // listenError is that of a flag with an address where one can't listen.

@@ -99,7 +99,7 @@ func (e *Engine) see(ctx context.Context, tag string, cid digest.CID, opts p2p.D
 	if err != nil && !isMissing(err) {
 		return all, err
 	}
-	held := err == nil || !isNotFound(err)
+	held := !errors.Is(err, p2p.ErrNotFound)
 	for _, s := range e.sources {
 		seen, err := s.See(ctx, tag, cid, opts, held)
 		if err != nil {
@@ -131,7 +131,7 @@ func (e *Engine) deleteHere(
 	}
 	deleted, tasks, err := e.store.DeleteTasks(ctx, d.Tag, d.CID, opts)
 	d.Held, d.Tasks = err == nil, tasks
-	if isNotFound(err) {
+	if errors.Is(err, p2p.ErrNotFound) {
 		err = nil
 		if d.CID.Digest() != "" {
 			d.Tasks = []p2p.Task{{Tag: d.Tag, Digest: d.CID.Digest()}}
@@ -139,5 +139,3 @@ func (e *Engine) deleteHere(
 	}
 	return deleted, err
 }
-
-func isNotFound(err error) bool { return errors.Is(err, p2p.ErrNotFound) }

@@ -103,27 +103,13 @@ func (e *Engine) fetchOnce(ctx context.Context, task p2p.Task, damaged bool) (p2
 
 // ordered returns the sources in the order in which they are asked for a blob.
 func (e *Engine) ordered(ctx context.Context, task p2p.Task) []Source {
-	type rank struct {
-		s Source
-		n int
-	}
-	ranks := make(chan rank, len(e.sources))
-	for _, s := range e.sources {
-		e.running.Go(func() {
-			switch found, err := s.Find(ctx, task, FindOptions{}); {
-			case err == nil && found.Whole:
-				ranks <- rank{s, 0}
-			case err == nil:
-				ranks <- rank{s, 1}
-			default:
-				ranks <- rank{s, 2}
-			}
-		})
-	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	answers := e.ask(ctx, task, FindOptions{})
 	ranked := map[Source]int{}
 	for range e.sources {
-		r := <-ranks
-		if ranked[r.s] = r.n; r.n == 0 {
+		a := <-answers
+		if ranked[a.source] = a.rank(); ranked[a.source] == hasAll {
 			break
 		}
 	}
@@ -131,7 +117,7 @@ func (e *Engine) ordered(ctx context.Context, task p2p.Task) []Source {
 		if n, ok := ranked[s]; ok {
 			return n
 		}
-		return 1 // it has not answered yet
+		return hasSome // it has not answered yet
 	}
 	ordered := slices.Clone(e.sources)
 	slices.SortStableFunc(ordered, func(a, b Source) int { return rankOf(a) - rankOf(b) })

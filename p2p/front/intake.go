@@ -30,6 +30,14 @@ func newTask(info p2p.Info) p2p.NewTask {
 	return n
 }
 
+// opaqueTask is how a task is kept of which a source has said no more than that it has it. content
+// is nil where it is too long for a manifest.
+func opaqueTask(task p2p.Task, content []byte) p2p.NewTask {
+	n := p2p.NewTask{Task: task, Keep: p2p.KeepUntilReferred, Origin: time.Now()} // nobody knows when it was imported
+	n.MediaType, n.Manifest = manifest.Detect(content)
+	return n
+}
+
 // describe puts right what a source has told of a task with what its content, which is proven,
 // says of itself. It returns what that refers to, or nil where it is no manifest.
 func (e *Engine) describe(info *p2p.Info, content []byte) (refs *p2p.NewManifest) {
@@ -49,13 +57,19 @@ func (e *Engine) describe(info *p2p.Info, content []byte) (refs *p2p.NewManifest
 	return refs
 }
 
-// commit commits what needs no new content.
-func (e *Engine) commit(ctx context.Context, c p2p.Commit) error {
+// commit commits c, and with it the content of its first task, which is verified, where src is
+// not nil.
+func (e *Engine) commit(ctx context.Context, src io.Reader, c p2p.Commit) error {
 	in, err := e.store.Ingest(ctx)
 	if err != nil {
 		return err
 	}
 	defer in.Close()
+	if src != nil {
+		if _, err := in.Add(src, p2p.AddOptions{Want: c.Tasks[0].Task.Digest}); err != nil {
+			return err
+		}
+	}
 	return in.Commit(c)
 }
 
@@ -64,41 +78,38 @@ func (e *Engine) commit(ctx context.Context, c p2p.Commit) error {
 func (e *Engine) keep(
 	ctx context.Context, info p2p.Info, content []byte, refs *p2p.NewManifest, name *p2p.NewName,
 ) error {
-	in, err := e.store.Ingest(ctx)
-	if err != nil {
-		return err
-	}
-	defer in.Close()
-	if _, err := in.Add(bytes.NewReader(content), p2p.AddOptions{Want: info.Task.Digest}); err != nil {
-		return err
-	}
 	n := newTask(info)
 	n.Manifest = refs
 	c := p2p.Commit{Tasks: []p2p.NewTask{n}}
 	if name != nil {
 		c.Names = []p2p.NewName{*name}
 	}
-	return in.Commit(c)
+	return e.commit(ctx, bytes.NewReader(content), c)
 }
 
 // adopt makes a task of a blob that is here under another tag.
 func (e *Engine) adopt(ctx context.Context, found Found) error {
 	info := found.Info
-	var refs *p2p.NewManifest
+	var content []byte
+	var err error
 	if info.IsManifest || found.Opaque {
-		content, err := e.readBlob(ctx, info.Task.Digest)
-		if err != nil {
+		if content, err = e.readBlob(ctx, info.Task.Digest); err != nil {
 			return err
 		}
-		refs = e.describe(&info, content)
 	}
-	n := newTask(info)
-	n.Manifest = refs
+	var n p2p.NewTask
 	if found.Opaque {
-		n.Origin = time.Now() // nobody knows when it was imported
+		n = opaqueTask(info.Task, content)
+	} else {
+		var refs *p2p.NewManifest
+		if info.IsManifest {
+			refs = e.describe(&info, content)
+		}
+		n = newTask(info)
+		n.Manifest = refs
 	}
 	c := p2p.Commit{Tasks: []p2p.NewTask{n}}
-	if err := e.commit(ctx, c); err != nil {
+	if err := e.commit(ctx, nil, c); err != nil {
 		return err
 	}
 	for _, s := range e.sources { // as none has brought it, none knows
@@ -184,26 +195,16 @@ func (e *Engine) Take(ctx context.Context, task p2p.Task, f *os.File) error {
 	if _, err := f.Seek(0, io.SeekStart); err != nil {
 		return err
 	}
-	n := p2p.NewTask{Task: task, Keep: p2p.KeepUntilReferred, Origin: time.Now()} // nobody knows when it was imported
 	var src io.Reader = f
+	var content []byte
 	if info.Size() <= p2p.MaxManifest {
 		// What is looked at is what is verified, whoever changes the file meanwhile.
-		content, err := io.ReadAll(io.LimitReader(f, p2p.MaxManifest+1))
-		if err != nil {
+		if content, err = io.ReadAll(io.LimitReader(f, p2p.MaxManifest+1)); err != nil {
 			return err
 		}
 		src = bytes.NewReader(content)
-		n.MediaType, n.Manifest = manifest.Detect(content)
 	}
-	in, err := e.store.Ingest(ctx)
-	if err != nil {
-		return err
-	}
-	defer in.Close()
-	if _, err := in.Add(src, p2p.AddOptions{Want: task.Digest}); err != nil {
-		return err
-	}
-	return in.Commit(p2p.Commit{Tasks: []p2p.NewTask{n}})
+	return e.commit(ctx, src, p2p.Commit{Tasks: []p2p.NewTask{opaqueTask(task, content)}})
 }
 
 // once is a blob that is brought whole, for all who want it.

@@ -147,7 +147,7 @@ func (e *Engine) statDigest(
 			return info, nil
 		}
 	} else if hold && name != nil {
-		if err := e.commit(ctx, p2p.Commit{Names: []p2p.NewName{*name}}); err != nil {
+		if err := e.commit(ctx, nil, p2p.Commit{Names: []p2p.NewName{*name}}); err != nil {
 			return info, err
 		}
 	}
@@ -231,17 +231,7 @@ func (e *Engine) find(ctx context.Context, task p2p.Task, opts FindOptions) (Fou
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	type answer struct {
-		found Found
-		err   error
-	}
-	answers := make(chan answer, len(e.sources))
-	for _, s := range e.sources {
-		e.running.Go(func() {
-			found, err := s.Find(ctx, task, opts)
-			answers <- answer{found, err}
-		})
-	}
+	answers := e.ask(ctx, task, opts)
 	var best Found
 	var providers *p2p.Providers
 	var failed []error
@@ -265,6 +255,43 @@ func (e *Engine) find(ctx context.Context, task p2p.Task, opts FindOptions) (Fou
 		return best, errors.Join(failed...)
 	}
 	return best, nil
+}
+
+// answer is what a source has said of a task.
+type answer struct {
+	source Source
+	found  Found
+	err    error
+}
+
+// What a source is good for, the best first.
+const (
+	hasAll = iota
+	hasSome
+	hasNone
+)
+
+func (a answer) rank() int {
+	switch {
+	case a.err != nil:
+		return hasNone
+	case a.found.Whole:
+		return hasAll
+	}
+	return hasSome
+}
+
+// ask asks all sources for a task, side by side. There is one answer of each; the caller ends ctx
+// when it waits for no more.
+func (e *Engine) ask(ctx context.Context, task p2p.Task, opts FindOptions) <-chan answer {
+	answers := make(chan answer, len(e.sources))
+	for _, s := range e.sources {
+		e.running.Go(func() {
+			found, err := s.Find(ctx, task, opts)
+			answers <- answer{s, found, err}
+		})
+	}
+	return answers
 }
 
 func addProviders(a, b *p2p.Providers) *p2p.Providers {
