@@ -276,11 +276,11 @@ func (b *bench) smallFromPeer(n, size int) {
 func (b *bench) crowds(counts, rates []string, size int64) {
 	b.printf("## One file to many daemons at once\n\nOne dfdaemon has %s, N others fetch it at the same moment, each "+
 		"in a network namespace with the same rate both ways (tc tbf, which lets up to 100 ms of it wait) and TCP's "+
-		"congestion control cubic, Linux's default. "+
+		"congestion control %s. "+
 		"Until the last export has ended, with TLS, over what the bytes alone take at that rate; the headers of TCP "+
 		"and IP make that 1.05. "+
 		"All daemons share this machine's processors, which are busy to more than 80 %% with 16 at 25 Mbit/s.\n\n| N "+
-		"| Mbit/s | s | min | max | size / rate | ratio |\n|---:|---:|---:|---:|---:|---:|---:|\n", mib(size))
+		"| Mbit/s | s | min | max | size / rate | ratio |\n|---:|---:|---:|---:|---:|---:|---:|\n", mib(size), congestion())
 	for _, rate := range rates {
 		mbit := must(strconv.Atoi(rate))
 		ideal := time.Duration(float64(size*8) / float64(mbit*1_000_000) * float64(time.Second))
@@ -294,6 +294,31 @@ func (b *bench) crowds(counts, rates []string, size int64) {
 		}
 	}
 	b.printf("\n")
+}
+
+// cubic is Linux's default of TCP's congestion control.
+const cubic = "cubic"
+
+// congestion says what the crowds have.
+func congestion() string {
+	netns := fmt.Sprintf("dfb%d-tcp", os.Getpid())
+	if out, err := exec.Command("ip", "netns", "add", netns).CombinedOutput(); err != nil {
+		log.Panicf("ip netns add %s: %v\n%s", netns, err, out)
+	}
+	defer exec.Command("ip", "netns", "del", netns).Run()
+	if has := setCongestion(netns, cubic); has != cubic {
+		log.Printf("a network namespace may not have %s here, and has %s (net.ipv4.tcp_allowed_congestion_control)",
+			cubic, has)
+		return has + ", as a network namespace may not have " + cubic + ", Linux's default, on this machine"
+	}
+	return cubic + ", Linux's default"
+}
+
+// setCongestion has a network namespace use an algorithm, where it may, and returns which one it uses.
+func setCongestion(netns, algorithm string) string {
+	const setting = "/proc/sys/net/ipv4/tcp_congestion_control"
+	_ = exec.Command("ip", "netns", "exec", netns, "sh", "-c", "echo "+algorithm+" >"+setting).Run()
+	return strings.TrimSpace(string(must(exec.Command("ip", "netns", "exec", netns, "cat", setting).Output())))
 }
 
 // flashCrowd has n daemons fetch the same file at once from one that has it,
@@ -323,7 +348,7 @@ func (b *bench) flashCrowd(n int, size int64, mbit int) (samples []sample) {
 		run("ip", "-n", ns(i), "link", "set", "lo", "up")
 		run("ip", "-n", ns(i), "addr", "add", fmt.Sprintf("10.78.0.%d/24", i+1), "dev", "eth0")
 		run("ip", "-n", ns(i), "link", "set", "eth0", "up")
-		run("ip", "netns", "exec", ns(i), "sh", "-c", "echo cubic >/proc/sys/net/ipv4/tcp_congestion_control")
+		setCongestion(ns(i), cubic)
 		shape(ns(i), "eth0")
 		shape(name, port)
 	}
