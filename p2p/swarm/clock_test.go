@@ -70,7 +70,7 @@ func TestCostOfSilence(t *testing.T) {
 			// What was announced is looked for a little longer.
 			stat("what is nowhere", absent, p2p.ErrNotFound, announcedGrace)
 		}
-		if n := a.late.count(); n > 10 {
+		if n := a.questions.late.count(); n > 10 {
 			t.Errorf("%d questions are under way", n)
 		}
 		h.hang(b.id, false)
@@ -82,7 +82,7 @@ func TestCostOfSilence(t *testing.T) {
 		// A question to one peer costs as much, and says as much.
 		h.hang(b.id, true)
 		took(t, "a question to one peer", a.opts.LookupTimeout, func() {
-			if _, err := a.find(t.Context(), b.id, &findRequest{}); !errors.Is(err, errNoAnswer) {
+			if _, err := a.questions.find(t.Context(), b.id, &findRequest{}); !errors.Is(err, errNoAnswer) {
 				t.Errorf("error is %v, want %v", err, errNoAnswer)
 			}
 		})

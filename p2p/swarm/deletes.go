@@ -58,9 +58,9 @@ func (s *Swarm) See(
 	if name := cid.CacheID(); name != "" {
 		req, key = &findRequest{Names: []nameRef{{tag, name}}}, nameKey(tag, name)
 	}
-	lookupCtx, cancel := s.within(ctx)
+	lookupCtx, cancel := s.questions.within(ctx)
 	defer cancel()
-	l := s.lookup(lookupCtx, req, key, true)
+	l := s.questions.lookup(lookupCtx, req, key, true)
 	defer l.end()
 	for a := range l.answers {
 		seen.Answered++
@@ -211,7 +211,7 @@ func (s *Swarm) tellOthers(ctx context.Context, deletes []pieces.Delete) (all []
 		if first.CID.CacheID() == "" {
 			key = taskKey(p2p.Task{Tag: first.Tag, Digest: first.CID.Digest()})
 		}
-		s.eachAnnounced(ctx, key, tell)
+		s.questions.eachAnnounced(ctx, key, tell)
 	}
 	for _, p := range s.peers.known() {
 		if s.peers.get(p).seenSince(awayFor) {
@@ -234,7 +234,7 @@ func (s *Swarm) tellOne(ctx context.Context, p peer.AddrInfo, deletes []pieces.D
 	}
 	if errors.Is(err, errNoAnswer) {
 		s.peers.get(p.ID).owe(deletes)
-		s.suspect(p.ID, true)
+		s.questions.suspect(p.ID, true)
 	}
 	return results, err
 }
@@ -290,14 +290,19 @@ type toldDelete struct {
 	not    peer.ID
 }
 
+// deletes tells peers of deletes. It is safe for concurrent use.
+type deletes struct {
+	told chan toldDelete // what is to be told to peers
+}
+
 // tell tells a peer of a delete, soon.
-func (s *Swarm) tell(to peer.ID, d pieces.Delete) { s.enqueue(toldDelete{delete: d, to: to}) }
+func (d *deletes) tell(to peer.ID, del pieces.Delete) { d.enqueue(toldDelete{delete: del, to: to}) }
 
 // enqueue drops what there is no room for: peers compare what they remember
 // whenever they meet.
-func (s *Swarm) enqueue(t toldDelete) {
+func (d *deletes) enqueue(t toldDelete) {
 	select {
-	case s.told <- t:
+	case d.told <- t:
 	default:
 	}
 }
@@ -310,7 +315,7 @@ func (s *Swarm) tellAll() {
 	for {
 		var t toldDelete
 		select {
-		case t = <-s.told:
+		case t = <-s.deletes.told:
 		case <-s.ctx.Done():
 			return
 		}
@@ -350,7 +355,7 @@ func (s *Swarm) applyDelete(ctx context.Context, d pieces.Delete, from peer.ID) 
 	}
 	s.forget([]pieces.Delete{d})
 	if result.News {
-		s.enqueue(toldDelete{delete: d, not: from})
+		s.deletes.enqueue(toldDelete{delete: d, not: from})
 	}
 	if result.Tasks > 0 || result.Found {
 		s.log.Info("deleted by a peer", "what", p2p.Describe(d.Tag, d.CID), "peer", from.String(),

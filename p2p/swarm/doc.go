@@ -12,13 +12,14 @@
 //
 //	source.go                      what package front, the engine before it, sees of the swarm
 //	swarm.go                       New, Close, what is done now and then
+//	questions.go, silent.go        lookups: what peers are asked, and which do not answer
 //	find.go, manifests.go          what a name stands for, and who has it
 //	deletes.go, conflicts.go       deletes everywhere, those that were missed, moves that crossed
 //	download.go                    a fetch; sources.go, chains.go, transfer.go and progress.go are its parts
 //	arriving.go                    the reader of a blob that is being fetched
 //	server.go, upload.go           the answers to peers
-//	client.go, transport.go        the questions, and the connections
-//	peers.go, meet.go, silent.go   what is known of each peer: its version, clock, faults, silence
+//	client.go, transport.go        the requests, and the connections
+//	peers.go, meet.go              what is known of each peer: its version, clock, faults, silence
 //	late.go                        questions whose asker has stopped waiting
 //
 // # The life of a fetch
@@ -50,9 +51,9 @@
 // # Goroutines and locks
 //
 // background counts the goroutines that belong to no call: listeners, tend,
-// tellAll, downloads. calls counts what peers ask for. late counts
-// questions to peers: a call waits for their answer, as long as it has time, and not
-// for their goroutine. Close ends the context, and waits for all of these.
+// tellAll, lookups, downloads. calls counts what callers ask for. late, of questions and
+// of client, counts questions to peers: a call waits for their answer, as long as it has
+// time, and not for their goroutine. Close ends the context, and waits for all of these.
 //
 // A lock guards fields, and no peer is waited for with one held. Where several are
 // held the order is: that of all uploads, of one upload, of a download. The

@@ -2,10 +2,8 @@ package swarm
 
 import (
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"slices"
 	"sync"
 	"time"
@@ -18,300 +16,9 @@ import (
 	"github.com/dfcache/dfcache/p2p/pieces"
 )
 
-const (
-	// maxAsked is how many connected peers one lookup asks directly. A swarm
-	// of no more is searched so alone; a larger one through what is announced.
-	maxAsked = 64
-	// maxSearches is how many searches for announcements are under way; others wait.
-	maxSearches = 128
-	// maxProviders is how many peers that have announced something are asked.
-	maxProviders = 20
-	// maxFollowedSize is the size in bytes of a manifest that is read to tell a peer of what
-	// it refers to.
-	maxFollowedSize = 64 << 10
-	// announcedGrace is how long a lookup goes on looking for announcements
-	// when all connected peers have answered.
-	announcedGrace = 500 * time.Millisecond
-)
-
-// taskKey is what a provider of a task announces.
-func taskKey(t p2p.Task) Key {
-	return sha256.Sum256([]byte("dfcache announce task\x00" + t.Tag + "\x00" + string(t.Digest)))
-}
-
-// nameKey is what a provider of a name announces.
-func nameKey(tag, name string) Key {
-	return sha256.Sum256([]byte("dfcache announce name\x00" + tag + "\x00" + name))
-}
-
-// errNoAnswer says that a peer has not answered within the lookup timeout, or is not
-// waited for because it has not before.
-var errNoAnswer = errors.New("no answer in time")
-
-// answer is what a peer has answered in a lookup.
-type answer struct {
-	peer  peer.ID
-	reply *findReply
-	err   error
-	gone  bool // only announced, and can't be reached
-}
-
-// lookup asks peers at once. Its answers come in the order in which they come.
-type lookup struct {
-	s       *Swarm
-	answers chan answer // closed at the end
-	ctx     context.Context
-	cancel  context.CancelFunc
-	began   time.Time
-
-	// Of run.
-	seen    map[peer.ID]bool
-	waiting map[peer.ID]bool // for their answers; true where it is connected
-	replies chan answer      // has room for all
-
-	mu     sync.Mutex
-	asked  int
-	silent int
-	failed error // of a peer that was silent
-}
-
-// lookup asks all connected peers, or some of them where there are many, and
-// those that have announced key, until all have answered or ctx ends. Where quick
-// is set and all connected peers are asked, announcements are not looked for.
-// A peer that is known to be silent counts as one that has not answered, and is not
-// waited for; not are peers that are not asked. Nor is what a question waits for underneath: a lookup ends with ctx.
-// The caller reads the answers up to the end, or calls end or missed.
-func (s *Swarm) lookup(ctx context.Context, req *findRequest, key Key, quick bool, not ...peer.ID) *lookup {
-	l := &lookup{
-		s: s, answers: make(chan answer), began: time.Now(),
-		seen: map[peer.ID]bool{s.network.Self(): true}, waiting: map[peer.ID]bool{},
-		replies: make(chan answer, maxAsked+maxProviders),
-	}
-	for _, p := range not {
-		l.seen[p] = true
-	}
-	l.ctx, l.cancel = context.WithCancel(ctx)
-	s.background.Go(func() {
-		defer close(l.answers)
-		defer l.cancel()
-		l.run(req, key, quick)
-	})
-	return l
-}
-
-func (l *lookup) run(req *findRequest, key Key, quick bool) {
-	small := l.askConnected(req)
-	var announced <-chan peer.AddrInfo
-	var grace <-chan time.Time
-	if len(l.waiting) > 0 && !(small && quick) {
-		announced = l.s.announced(l.ctx, key)
-	}
-	for providers := 0; len(l.waiting) > 0 || announced != nil; {
-		if small && announced != nil && grace == nil && !l.waitsForConnected() {
-			grace = time.After(announcedGrace)
-		}
-		select {
-		case a := <-l.replies:
-			l.take(a)
-		case p, more := <-announced:
-			if more && !l.skip(p.ID) && l.s.peers.get(p.ID).silence() == 0 {
-				l.ask(p, req)
-				providers++
-			}
-			if !more || providers == maxProviders {
-				announced = nil
-			}
-		case <-grace:
-			announced = nil
-		case <-l.ctx.Done():
-			l.giveUp()
-			return
-		}
-	}
-}
-
-// askConnected asks connected peers. It reports whether all of them are asked.
-func (l *lookup) askConnected(req *findRequest) (all bool) {
-	peers := l.s.network.Connected()
-	rand.Shuffle(len(peers), func(i, j int) { peers[i], peers[j] = peers[j], peers[i] })
-	for _, p := range peers {
-		if len(l.seen) > maxAsked {
-			break
-		}
-		if l.skip(p) {
-			continue
-		}
-		if silence := l.s.peers.get(p).silence(); silence > 0 {
-			l.note(fmt.Errorf("peer %s: %w: it has been silent for %s", p, errNoAnswer,
-				silence.Round(time.Millisecond)))
-			continue
-		}
-		l.ask(peer.AddrInfo{ID: p}, req)
-	}
-	return len(peers) <= maxAsked
-}
-
-// take passes an answer on.
-func (l *lookup) take(a answer) {
-	delete(l.waiting, a.peer)
-	if a.gone {
-		return // an announcement that has outlived its peer
-	}
-	l.note(a.err)
-	if a.err != nil {
-		l.s.log.Debug("a peer did not answer", "peer", a.peer.String(), "error", a.err)
-		return
-	}
-	select {
-	case l.answers <- a:
-	case <-l.ctx.Done():
-	}
-}
-
-// skip reports whether a peer is not to be asked, or was already.
-func (l *lookup) skip(p peer.ID) bool {
-	was := l.seen[p]
-	l.seen[p] = true
-	return was || l.s.peers.get(p).isShunned()
-}
-
-func (l *lookup) waitsForConnected() bool {
-	for _, connected := range l.waiting {
-		if connected {
-			return true
-		}
-	}
-	return false
-}
-
-// ask asks a peer, that is to be connected with before where there are addresses.
-func (l *lookup) ask(p peer.AddrInfo, req *findRequest) {
-	l.waiting[p.ID] = len(p.Addrs) == 0
-	l.s.late.run(func() {
-		a := answer{peer: p.ID}
-		asked := l.s.peers.get(p.ID).asked
-		select {
-		case asked <- struct{}{}:
-			defer func() { <-asked }()
-		case <-l.ctx.Done():
-			return
-		}
-		if len(p.Addrs) > 0 {
-			a.err = l.s.network.Connect(l.ctx, p)
-			a.gone = a.err != nil
-		}
-		if a.err == nil {
-			a.reply, a.err = l.s.client.find(l.ctx, p.ID, req)
-		}
-		l.replies <- a
-	})
-}
-
-// giveUp ends a lookup that still waits. A peer that has not answered for a whole lookup timeout
-// is silent; and who might be is asked once more, by nobody who waits.
-func (l *lookup) giveUp() {
-	took := time.Since(l.began)
-	for p, connected := range l.waiting {
-		if connected {
-			l.note(errNoAnswer)
-		}
-		if took >= min(suspicious, l.s.opts.LookupTimeout) {
-			l.s.suspect(p, took >= l.s.opts.LookupTimeout)
-		}
-	}
-}
-
-// eachAnnounced calls do for those that have announced key, as far as they are found within
-// the lookup timeout. Where one of few peers is silent, for which a search may wait, it gets
-// no longer than in a lookup.
-func (s *Swarm) eachAnnounced(ctx context.Context, key Key, do func(peer.AddrInfo)) {
-	limit := s.opts.LookupTimeout
-	if len(s.network.Connected()) <= maxAsked && s.peers.silent() > 0 {
-		limit = min(limit, announcedGrace)
-	}
-	ctx, cancel := context.WithTimeoutCause(ctx, limit, errNoAnswer)
-	defer cancel()
-	announced := s.announced(ctx, key)
-	for {
-		select {
-		case p, more := <-announced:
-			if !more {
-				return
-			}
-			do(p)
-		case <-ctx.Done():
-			return
-		}
-	}
-}
-
-// announced returns those that have announced key as they are found. It is closed when
-// there are no more, which may be later than ctx ends: who reads it has an eye on that.
-func (s *Swarm) announced(ctx context.Context, key Key) <-chan peer.AddrInfo {
-	found := make(chan peer.AddrInfo)
-	s.late.run(func() {
-		defer close(found)
-		select {
-		case s.searches <- struct{}{}:
-			defer func() { <-s.searches }()
-		case <-ctx.Done():
-			return
-		}
-		for p := range s.network.Providers(ctx, key) {
-			select {
-			case found <- p:
-			case <-ctx.Done():
-				return
-			}
-		}
-	})
-	return found
-}
-
-func (l *lookup) note(err error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.asked++
-	if err != nil {
-		l.silent++
-		l.failed = err
-	}
-}
-
-// end cancels what is left of a lookup and says how many were asked, and how
-// many of them did not answer.
-func (l *lookup) end() (asked, silent int) {
-	l.cancel()
-	for range l.answers {
-	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.asked, l.silent
-}
-
-// missed is the error of a lookup that has found nothing.
-func (l *lookup) missed(what string) error {
-	asked, silent := l.end()
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	switch {
-	case asked == 0:
-		return l.s.explain(fmt.Errorf("%s is not here, and %w: none is connected", what, p2p.ErrUnreachable))
-	case asked == silent:
-		// Not wrapped: that a peer took too long is not to look as if the caller had.
-		return l.s.explain(fmt.Errorf("%s is not here, and %w: none of %d answered: %v", what, p2p.ErrUnreachable,
-			asked, l.failed))
-	case silent > 0:
-		return fmt.Errorf("%s: %w here or on %d peers; %d more did not answer", what, p2p.ErrNotFound, asked-silent,
-			silent)
-	}
-	return fmt.Errorf("%s: %w here or on %d peers", what, p2p.ErrNotFound, asked)
-}
-
-// within bounds a question.
-func (s *Swarm) within(ctx context.Context) (context.Context, context.CancelFunc) {
-	return context.WithTimeoutCause(ctx, s.opts.LookupTimeout, errNoAnswer)
-}
+// maxFollowedSize is the size in bytes of a manifest that is read to tell a peer of what
+// it refers to.
+const maxFollowedSize = 64 << 10
 
 // accept reports whether what a peer has of a task counts. What was deleted
 // does not; the peer has missed that, and is told. But what another task refers
@@ -328,7 +35,7 @@ func (s *Swarm) accept(ctx context.Context, from peer.ID, task p2p.Task, state *
 		state.Origin, state.After = d.At.Add(1), d.At
 		return true
 	}
-	s.tell(from, d)
+	s.deletes.tell(from, d)
 	return false
 }
 
@@ -336,9 +43,10 @@ func (s *Swarm) accept(ctx context.Context, from peer.ID, task p2p.Task, state *
 func (s *Swarm) statTask(
 	ctx context.Context, task p2p.Task, opts p2p.StatOptions,
 ) (info p2p.Info, from peer.ID, err error) {
-	lookupCtx, cancel := s.within(ctx)
+	lookupCtx, cancel := s.questions.within(ctx)
 	defer cancel()
-	l := s.lookup(lookupCtx, &findRequest{Tasks: []taskRef{taskRef(task)}, Lease: opts.Lease}, taskKey(task), false)
+	l := s.questions.lookup(lookupCtx, &findRequest{Tasks: []taskRef{taskRef(task)}, Lease: opts.Lease},
+		taskKey(task), false)
 	counted := &p2p.Providers{}
 	found := false
 	for a := range l.answers {
@@ -409,7 +117,7 @@ func (s *Swarm) statesOf(ctx context.Context, p peer.ID, tasks []taskRef) []*tas
 	if all {
 		return states
 	}
-	reply, err := s.find(ctx, p, &findRequest{Tasks: tasks})
+	reply, err := s.questions.find(ctx, p, &findRequest{Tasks: tasks})
 	if err != nil {
 		return states
 	}
@@ -709,7 +417,8 @@ func (s *Swarm) resolve(ctx context.Context, tag, name string) (resolved, error)
 	}
 	lookupCtx, cancel := context.WithTimeoutCause(ctx, timeout, errNoAnswer)
 	defer cancel()
-	l := s.lookup(lookupCtx, &findRequest{Names: []nameRef{{tag, name}}, Follow: !here}, nameKey(tag, name), here)
+	l := s.questions.lookup(lookupCtx, &findRequest{Names: []nameRef{{tag, name}}, Follow: !here},
+		nameKey(tag, name), here)
 	var answers []answer
 	for a := range l.answers {
 		add(a.reply.Names[0], a.peer)

@@ -82,7 +82,7 @@ func (s *Swarm) fetchManifest(ctx context.Context, task p2p.Task, from peer.ID) 
 				err = fmt.Errorf("fetch manifest %s from peer %s: %w", task, p, err)
 			default:
 				if context.Cause(pace.Context()) != nil {
-					s.suspect(p, false)
+					s.questions.suspect(p, false)
 				}
 				err = fmt.Errorf("fetch manifest %s from peer %s: %w: %v", task, p, p2p.ErrUnreachable, err)
 			}
@@ -129,9 +129,9 @@ func (s *Swarm) fetchManifest(ctx context.Context, task p2p.Task, from peer.ID) 
 
 // wholeProvider returns a peer that has all of a task, but for some; "" where there is none.
 func (s *Swarm) wholeProvider(ctx context.Context, task p2p.Task, not map[peer.ID]bool) peer.ID {
-	lookupCtx, cancel := s.within(ctx)
+	lookupCtx, cancel := s.questions.within(ctx)
 	defer cancel()
-	l := s.lookup(lookupCtx, &findRequest{Tasks: []taskRef{taskRef(task)}}, taskKey(task), false)
+	l := s.questions.lookup(lookupCtx, &findRequest{Tasks: []taskRef{taskRef(task)}}, taskKey(task), false)
 	defer l.end()
 	for a := range l.answers {
 		if state := a.reply.Tasks[0]; !not[a.peer] && s.accept(ctx, a.peer, task, state) && state.whole() {
@@ -205,9 +205,9 @@ func (s *Swarm) Replicate(ctx context.Context, tag string, cid digest.CID, n int
 
 // candidates returns the peers that may hold a task, those first that do already.
 func (s *Swarm) candidates(ctx context.Context, task p2p.Task) []peer.ID {
-	lookupCtx, cancel := s.within(ctx)
+	lookupCtx, cancel := s.questions.within(ctx)
 	defer cancel()
-	l := s.lookup(lookupCtx, &findRequest{Tasks: []taskRef{taskRef(task)}}, taskKey(task), true)
+	l := s.questions.lookup(lookupCtx, &findRequest{Tasks: []taskRef{taskRef(task)}}, taskKey(task), true)
 	var first, others []peer.ID
 	for a := range l.answers {
 		switch e := s.peers.get(a.peer); {

@@ -1,7 +1,6 @@
 package swarm
 
 import (
-	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -16,8 +15,6 @@ import (
 
 	"github.com/libp2p/go-libp2p/core/peer"
 	"golang.org/x/sys/unix"
-
-	"github.com/dfcache/dfcache/p2p"
 )
 
 // When peers meet, and now and then afterwards, each asks the other who it is: which
@@ -251,23 +248,6 @@ func (s *Swarm) addressesOf(p peer.ID) string {
 		return "an unknown address"
 	}
 	return strings.Join(all, " ")
-}
-
-// explain adds to the error of a lookup why peers that are known could not be asked.
-func (s *Swarm) explain(err error) error {
-	if !errors.Is(err, p2p.ErrUnreachable) {
-		return err
-	}
-	for _, p := range s.network.Connected() {
-		if why := s.peers.get(p).misunderstood(); why != "" {
-			err = fmt.Errorf("%w; peer %s: %s", err, p, why)
-			break
-		}
-	}
-	if why := cmp.Or(s.network.Trouble(), s.security.trouble()); why != nil {
-		err = fmt.Errorf("%w; %w", err, why)
-	}
-	return err
 }
 
 // speaks says why a peer can't be understood, or "", and whether that is new.

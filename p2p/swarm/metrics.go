@@ -33,7 +33,7 @@ func newMetrics(registry prometheus.Registerer, s *Swarm) *metrics {
 			}),
 			prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "dfcache_swarm_questions", Help: "Questions to peers " +
 				"and searches that are under way, also such as nobody waits for any more."}, func() float64 {
-				return float64(s.late.count() + s.client.late.count())
+				return float64(s.questions.late.count() + s.client.late.count())
 			}),
 			prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 				Name: "dfcache_swarm_downloads", Help: "Blobs that are being fetched."}, func() float64 {

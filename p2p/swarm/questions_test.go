@@ -22,15 +22,15 @@ import (
 	"github.com/dfcache/dfcache/p2p/pieces"
 )
 
-// questions counts what a peer asks others with pathFind.
-type questions struct {
+// tally counts what a peer asks others with pathFind.
+type tally struct {
 	mu    sync.Mutex
 	asker peer.ID
 	asked map[peer.ID]map[string]int // by who was asked what
 }
 
 // count has what this peer is asked counted.
-func (q *questions) count(o *Options) {
+func (q *tally) count(o *Options) {
 	self, _ := peer.IDFromPrivateKey(o.Identity)
 	tamper := o.tamper
 	o.tamper = func(honest http.Handler) http.Handler {
@@ -54,7 +54,7 @@ func (q *questions) count(o *Options) {
 }
 
 // of forgets what was asked, and counts from here on what a peer asks.
-func (q *questions) of(asker peer.ID) {
+func (q *tally) of(asker peer.ID) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.asker, q.asked = asker, map[peer.ID]map[string]int{}
@@ -104,7 +104,7 @@ func (p *testPeer) importAs(t *testing.T, tag, name string, data []byte) {
 // to; and then those that have not told of the file, where that is large, once for it.
 func TestQuestionsOfAnExport(t *testing.T) {
 	onClock(t, func(t *testing.T, h *hub) {
-		var q questions
+		var q tally
 		all := make([]*testPeer, 20)
 		for i := range all {
 			all[i] = h.start(t, q.count)
@@ -157,7 +157,7 @@ func TestQuestionsToEarlierPeers(t *testing.T) {
 	a := h.start(t, ofEarlier)
 	data := content(1000, 1)
 	a.importAs(t, "models", "v1", data)
-	var q questions
+	var q tally
 	for range 3 {
 		h.start(t, q.count)
 	}
@@ -171,7 +171,7 @@ func TestQuestionsToEarlierPeers(t *testing.T) {
 // A peer that has just said that it has nothing is not asked again whenever a source names it.
 func TestNamedAgain(t *testing.T) {
 	onClock(t, func(t *testing.T, h *hub) {
-		var q questions
+		var q tally
 		g := newGate(10)
 		a, b, c := h.start(t, g.through), h.start(t), h.start(t, q.count)
 		q.of(b.id)

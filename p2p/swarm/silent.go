@@ -1,7 +1,6 @@
 package swarm
 
 import (
-	"context"
 	"errors"
 	"slices"
 	"time"
@@ -30,25 +29,25 @@ const (
 
 // suspect asks a peer in the background whether it answers, again and again until it
 // does. silent says that it has not.
-func (s *Swarm) suspect(p peer.ID, silent bool) {
-	e := s.peers.get(p)
+func (q *questions) suspect(p peer.ID, silent bool) {
+	e := q.peers.get(p)
 	if silent {
-		s.markSilent(p)
+		q.markSilent(p)
 	}
 	if !e.beginProbe() {
 		return
 	}
-	s.late.run(func() {
+	q.late.run(func() {
 		defer e.endProbe()
-		for pause := probePause; s.ping(p) != nil; pause *= 2 {
-			s.markSilent(p)
-			connected := s.isConnected(p)
+		for pause := probePause; q.ping(p) != nil; pause *= 2 {
+			q.markSilent(p)
+			connected := q.isConnected(p)
 			if pause = min(pause, maxAwayPause); connected {
 				pause = min(pause, maxProbePause)
 			}
 			select {
 			case <-time.After(pause):
-			case <-s.ctx.Done():
+			case <-q.ctx.Done():
 				return
 			}
 			if e.silence() > forgetSilence && !connected {
@@ -57,53 +56,33 @@ func (s *Swarm) suspect(p peer.ID, silent bool) {
 		}
 		e.heard()
 		for _, d := range e.takeOwed() {
-			s.tell(p, d)
+			q.deletes.tell(p, d)
 		}
 	})
 }
 
-func (s *Swarm) markSilent(p peer.ID) {
-	if e := s.peers.get(p); e.quiet() {
-		s.log.Info("a peer does not answer: nobody waits for it until it does", "peer", p.String(),
+func (q *questions) markSilent(p peer.ID) {
+	if e := q.peers.get(p); e.quiet() {
+		q.log.Info("a peer does not answer: nobody waits for it until it does", "peer", p.String(),
 			"address", e.lastAddress())
 	}
 }
 
 // ping asks a peer whether it answers. The error is errNoAnswer where it does not; one
 // that can't be reached, and is known to be so at once, answers so far.
-func (s *Swarm) ping(p peer.ID) error {
-	ctx, cancel := s.within(s.ctx)
+func (q *questions) ping(p peer.ID) error {
+	ctx, cancel := q.within(q.ctx)
 	defer cancel()
-	err := s.network.Connect(ctx, s.network.Addresses(p))
+	err := q.network.Connect(ctx, q.network.Addresses(p))
 	if err == nil {
-		_, err = s.client.hello(ctx, p)
+		_, err = q.client.hello(ctx, p)
 	}
-	if err != nil && ctx.Err() != nil && s.ctx.Err() == nil || errors.Is(err, errNoAnswer) {
+	if err != nil && ctx.Err() != nil && q.ctx.Err() == nil || errors.Is(err, errNoAnswer) {
 		return errNoAnswer
 	}
 	return nil
 }
 
-func (s *Swarm) isConnected(p peer.ID) bool {
-	return slices.Contains(s.network.Connected(), p)
-}
-
-// find asks one peer what it has.
-func (s *Swarm) find(ctx context.Context, p peer.ID, req *findRequest) (reply *findReply, err error) {
-	err = s.ask(ctx, p, func(ctx context.Context) error {
-		reply, err = s.client.find(ctx, p, req)
-		return err
-	})
-	return reply, err
-}
-
-// ask asks a peer within the lookup timeout. One that does not answer is silent then.
-func (s *Swarm) ask(ctx context.Context, p peer.ID, do func(context.Context) error) error {
-	ctx, cancel := s.within(ctx)
-	defer cancel()
-	err := do(ctx)
-	if err != nil && errors.Is(context.Cause(ctx), errNoAnswer) {
-		s.suspect(p, true)
-	}
-	return err
+func (q *questions) isConnected(p peer.ID) bool {
+	return slices.Contains(q.network.Connected(), p)
 }

@@ -108,7 +108,7 @@ func TestDeleteWithSilentPeer(t *testing.T) {
 	c.want(t, task, []byte("a blob"))
 	c.wantStored(t, task)
 	h.hang(b.id, true)
-	a.markSilent(b.id)
+	a.questions.markSilent(b.id)
 	within(t, "a delete", 15*time.Second, func() {
 		deleted := a.delete(t, "models", task.Digest.String(), p2p.DeleteOptions{})
 		if deleted.Reached != 1 || deleted.Removed != 1 || len(deleted.Missed) != 1 ||
@@ -157,7 +157,7 @@ func TestGivenUpQuestions(t *testing.T) {
 	// What is left waits for the peer: the searches, and connections that can't be closed.
 	within(t, "what is asked", 20*time.Second, func() {
 		// searches, and who asks whether the peer is back
-		for a.late.count() > maxSearches+10 && t.Context().Err() == nil {
+		for a.questions.late.count() > maxSearches+10 && t.Context().Err() == nil {
 			time.Sleep(time.Millisecond)
 		}
 	})

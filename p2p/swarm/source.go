@@ -152,9 +152,9 @@ func (s *Swarm) Referrers(ctx context.Context, task p2p.Task, have func(p2p.Task
 
 // whoRefersTo asks peers for the manifests that refer to a task.
 func (s *Swarm) whoRefersTo(ctx context.Context, task p2p.Task) map[digest.Digest]peer.ID {
-	lookupCtx, cancel := s.within(ctx)
+	lookupCtx, cancel := s.questions.within(ctx)
 	defer cancel()
-	l := s.lookup(lookupCtx, &findRequest{Referrers: []taskRef{taskRef(task)}}, taskKey(task), true)
+	l := s.questions.lookup(lookupCtx, &findRequest{Referrers: []taskRef{taskRef(task)}}, taskKey(task), true)
 	defer l.end()
 	who := map[digest.Digest]peer.ID{}
 	for a := range l.answers {
@@ -169,7 +169,7 @@ func (s *Swarm) whoRefersTo(ctx context.Context, task p2p.Task) map[digest.Diges
 
 // fetchReferrer fetches a manifest of which a peer has told, and does not keep it.
 func (s *Swarm) fetchReferrer(ctx context.Context, task p2p.Task, from peer.ID) (p2p.Info, error) {
-	reply, err := s.find(ctx, from, &findRequest{Tasks: []taskRef{taskRef(task)}})
+	reply, err := s.questions.find(ctx, from, &findRequest{Tasks: []taskRef{taskRef(task)}})
 	if err != nil {
 		return p2p.Info{}, err
 	}

@@ -69,8 +69,8 @@ func (d *download) search() {
 	d.calls.Go(func() {
 		var missed error
 		for _, t := range tasks {
-			ctx, cancel := d.s.within(d.ctx)
-			l := d.s.lookup(ctx, &findRequest{Tasks: []taskRef{taskRef(t)}}, taskKey(t), false, known...)
+			ctx, cancel := d.s.questions.within(d.ctx)
+			l := d.s.questions.lookup(ctx, &findRequest{Tasks: []taskRef{taskRef(t)}}, taskKey(t), false, known...)
 			found := false // that those known have it counts as long as they can be asked: see hopeless
 			for a := range l.answers {
 				if state := a.reply.Tasks[0]; d.s.accept(ctx, a.peer, t, state) {
@@ -180,7 +180,7 @@ func (d *download) follow(h hint) {
 	d.hinted[info.ID] = true
 	t := d.wanted()[0]
 	d.calls.Go(func() {
-		ctx, cancel := d.s.within(d.ctx)
+		ctx, cancel := d.s.questions.within(d.ctx)
 		defer cancel()
 		var state *taskState
 		if err := d.s.network.Connect(ctx, info); err == nil {

@@ -122,6 +122,8 @@ type Swarm struct {
 	security  *security
 	client    *client
 	peers     *peerTable
+	questions *questions
+	deletes   *deletes
 	instance  *Instance
 	inbox     *inbox
 	uploads   *uploads
@@ -148,8 +150,6 @@ type Swarm struct {
 	ctx        context.Context // ends with Close
 	cancel     context.CancelCauseFunc
 	background sync.WaitGroup // goroutines that are no call
-	late       late           // questions to peers, which may outlive the call that asked them
-	searches   chan struct{}  // holds a token for every search for announcements
 
 	callMu sync.Mutex
 	calls  sync.WaitGroup
@@ -157,7 +157,6 @@ type Swarm struct {
 
 	mu        sync.Mutex
 	downloads map[digest.Digest]*download
-	told      chan toldDelete // what is to be told to peers
 	applied   applied
 	releasing map[string]bool // tags of which it is looked for what is left to nobody
 }
@@ -180,6 +179,7 @@ func New(f *front.Engine, network Network, opts Options) (_ *Swarm, err error) {
 		network:  network,
 		security: security,
 		peers:    newPeerTable(),
+		deletes:  &deletes{told: make(chan toldDelete, 1024)},
 		instance: opts.Instance,
 		inbox:    newInbox(),
 		uploads: &uploads{
@@ -197,8 +197,6 @@ func New(f *front.Engine, network Network, opts Options) (_ *Swarm, err error) {
 		manifests:     newManifestCache(),
 		recent:        newRecent(),
 		downloads:     map[digest.Digest]*download{},
-		told:          make(chan toldDelete, 1024),
-		searches:      make(chan struct{}, maxSearches),
 		applied:       applied{results: map[string]pieces.DeleteResult{}},
 		releasing:     map[string]bool{},
 		recalled:      make(chan struct{}),
@@ -212,6 +210,11 @@ func New(f *front.Engine, network Network, opts Options) (_ *Swarm, err error) {
 	s.instance.mu.Unlock()
 	s.store.Believe(s.now)
 	s.ctx, s.cancel = context.WithCancelCause(context.Background())
+	s.questions = &questions{
+		network: network, peers: s.peers, client: s.client, security: security, deletes: s.deletes,
+		timeout: opts.LookupTimeout, log: opts.Log, ctx: s.ctx, background: &s.background,
+		searches: make(chan struct{}, maxSearches),
+	}
 
 	conns := newConns(opts.MaxConns)
 	listeners := []net.Listener{&listener{network.Listener(), security, true, conns}}
@@ -296,7 +299,7 @@ func (s *Swarm) Close() error {
 	s.client.close()
 	err := s.network.Close()
 	s.background.Wait()
-	s.late.wait()
+	s.questions.late.wait()
 	s.client.late.wait()
 	s.uploads.sweep(true)
 	s.unwatch()
@@ -348,7 +351,7 @@ type ingest struct {
 // A peer that does not answer in time does not keep a name from being moved.
 func (s *Swarm) After(ctx context.Context, names []p2p.NewName) []p2p.NewName {
 	names = slices.Clone(names)
-	ctx, cancel := s.within(ctx)
+	ctx, cancel := s.questions.within(ctx)
 	defer cancel()
 	for i := range names {
 		n := &names[i]
@@ -356,7 +359,7 @@ func (s *Swarm) After(ctx context.Context, names []p2p.NewName) []p2p.NewName {
 		if err != nil {
 			continue // the store will say why
 		}
-		l := s.lookup(ctx, &findRequest{Names: []nameRef{{n.Tag, n.Name}}}, nameKey(n.Tag, n.Name), true)
+		l := s.questions.lookup(ctx, &findRequest{Names: []nameRef{{n.Tag, n.Name}}}, nameKey(n.Tag, n.Name), true)
 		for a := range l.answers {
 			theirs := a.reply.Names[0]
 			if theirs == nil {
