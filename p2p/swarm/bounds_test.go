@@ -332,7 +332,7 @@ func TestMalformedDeletes(t *testing.T) {
 	}
 	a.wantStored(t, kept) // of which the delete is so old that it is remembered by nobody else
 	first.Next = 8
-	if err := a.learnDeletes(t.Context(), liar.id); !errors.Is(err, errMessage) {
+	if err := a.deletes.compare(t.Context(), liar.id); !errors.Is(err, errMessage) {
 		t.Errorf("more deletes in an answer than may be: %v, want %v", err, errMessage)
 	}
 	req := deletesRequest{Deletes: tooMany.Deletes}

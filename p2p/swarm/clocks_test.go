@@ -352,7 +352,7 @@ func TestDeleteFromTheFuture(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := a.applyDelete(t.Context(), d, b.id); err != nil {
+		if _, err := a.deletes.apply(t.Context(), d, b.id); err != nil {
 			t.Fatal(err)
 		}
 		wantName(t, fmt.Sprint(ahead), "m", "v1", v1, a, b)
@@ -370,7 +370,7 @@ func TestDeleteFromTheFutureLater(t *testing.T) {
 	a, b := h.start(t, time1.with), h.start(t, time2.with)
 	before := a.push(t, "m", "before", "", []byte("one"))
 	for _, name := range []string{"before", "after", "between"} {
-		if _, err := a.applyDelete(t.Context(),
+		if _, err := a.deletes.apply(t.Context(),
 			mustParse(t, deleteMessage{Tag: "m", CID: name, At: time.Now().Add(10 * time.Hour)}), b.id); err != nil {
 			t.Fatal(err)
 		}
@@ -402,7 +402,7 @@ func TestDeleteFromTheFutureLater(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, d := range all { // told once more
-			if _, err := a.applyDelete(t.Context(), mustParseAt(t, deleteMessageOf(d, c.opts.Now()), a.opts.Now()),
+			if _, err := a.deletes.apply(t.Context(), mustParseAt(t, deleteMessageOf(d, c.opts.Now()), a.opts.Now()),
 				c.id); err != nil {
 				t.Fatal(err)
 			}
@@ -559,7 +559,7 @@ func TestReplayedDeletes(t *testing.T) {
 		}
 		for _, p := range []*testPeer{a, b} {
 			for _, d := range slices.Backward(all) {
-				if _, err := p.applyDelete(t.Context(), mustParse(t, deleteMessageOf(d, time.Now())),
+				if _, err := p.deletes.apply(t.Context(), mustParse(t, deleteMessageOf(d, time.Now())),
 					"peer"); err != nil {
 					t.Fatal(err)
 				}

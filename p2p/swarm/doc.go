@@ -51,9 +51,10 @@
 // # Goroutines and locks
 //
 // background counts the goroutines that belong to no call: listeners, tend,
-// tellAll, lookups, downloads. calls counts what callers ask for. late, of questions and
-// of client, counts questions to peers: a call waits for their answer, as long as it has
-// time, and not for their goroutine. Close ends the context, and waits for all of these.
+// deletes.tellAll, lookups, downloads. calls counts what callers ask for. late, of
+// questions and of client, counts questions to peers: a call waits for their answer, as
+// long as it has time, and not for their goroutine. Close ends the context, and waits for
+// all of these.
 //
 // A lock guards fields, and no peer is waited for with one held. Where several are
 // held the order is: that of all uploads, of one upload, of a download. The

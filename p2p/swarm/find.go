@@ -20,25 +20,6 @@ import (
 // it refers to.
 const maxFollowedSize = 64 << 10
 
-// accept reports whether what a peer has of a task counts. What was deleted
-// does not; the peer has missed that, and is told. But what another task refers
-// to there, which only force deletes, is as good as new.
-func (s *Swarm) accept(ctx context.Context, from peer.ID, task p2p.Task, state *taskState) bool {
-	if state == nil {
-		return false
-	}
-	d, err := s.store.Deleted(ctx, task.Tag, digest.FromDigest(task.Digest))
-	if err != nil || !s.store.Covers(d, state.Origin) {
-		return err == nil
-	}
-	if state.Referred && !d.Force {
-		state.Origin, state.After = d.At.Add(1), d.At
-		return true
-	}
-	s.deletes.tell(from, d)
-	return false
-}
-
 // statTask asks the network for a task.
 func (s *Swarm) statTask(
 	ctx context.Context, task p2p.Task, opts p2p.StatOptions,
@@ -51,7 +32,7 @@ func (s *Swarm) statTask(
 	found := false
 	for a := range l.answers {
 		state := a.reply.Tasks[0]
-		if !s.accept(ctx, a.peer, task, state) {
+		if !s.deletes.accept(ctx, a.peer, task, state) {
 			continue
 		}
 		s.recent.put(task, a.peer, state)
@@ -122,7 +103,7 @@ func (s *Swarm) statesOf(ctx context.Context, p peer.ID, tasks []taskRef) []*tas
 		return states
 	}
 	for i, state := range reply.Tasks {
-		if !s.accept(ctx, p, p2p.Task(tasks[i]), state) {
+		if !s.deletes.accept(ctx, p, p2p.Task(tasks[i]), state) {
 			reply.Tasks[i] = nil
 		}
 	}
@@ -234,7 +215,7 @@ func (s *Swarm) LedTo(ctx context.Context, task p2p.Task) *p2p.NewName {
 		return nil
 	}
 	if l.state != nil {
-		if !s.accept(ctx, l.peer, task, l.state) {
+		if !s.deletes.accept(ctx, l.peer, task, l.state) {
 			return nil
 		}
 		s.recent.put(task, l.peer, l.state)
@@ -426,7 +407,7 @@ func (s *Swarm) resolve(ctx context.Context, tag, name string) (resolved, error)
 	}
 	for _, a := range answers { // only now: one that did not answer may have taken long
 		for _, f := range a.reply.Followed {
-			if task := p2p.Task(f.taskRef); task.Tag == tag && s.accept(ctx, a.peer, task, &f.State) {
+			if task := p2p.Task(f.taskRef); task.Tag == tag && s.deletes.accept(ctx, a.peer, task, &f.State) {
 				s.recent.put(task, a.peer, &f.State)
 			}
 		}

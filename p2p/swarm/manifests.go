@@ -134,7 +134,7 @@ func (s *Swarm) wholeProvider(ctx context.Context, task p2p.Task, not map[peer.I
 	l := s.questions.lookup(lookupCtx, &findRequest{Tasks: []taskRef{taskRef(task)}}, taskKey(task), false)
 	defer l.end()
 	for a := range l.answers {
-		if state := a.reply.Tasks[0]; !not[a.peer] && s.accept(ctx, a.peer, task, state) && state.whole() {
+		if state := a.reply.Tasks[0]; !not[a.peer] && s.deletes.accept(ctx, a.peer, task, state) && state.whole() {
 			return a.peer
 		}
 	}

@@ -126,6 +126,23 @@ func (s *Swarm) meet(ctx context.Context, p peer.ID) error {
 	return nil
 }
 
+// greet asks a peer that has been met who it is, what was deleted, and for names that
+// were moved here.
+func (s *Swarm) greet(p peer.ID) {
+	ctx, cancel := context.WithTimeout(s.ctx, time.Minute)
+	defer cancel()
+	err := s.meet(ctx, p)
+	if err == nil && s.peers.get(p).misunderstood() == "" {
+		err = s.deletes.compare(ctx, p)
+		if err == nil {
+			err = s.compareNames(ctx, p)
+		}
+	}
+	if err != nil && s.ctx.Err() == nil {
+		s.log.Debug("could not ask a peer what was deleted and moved", "peer", p.String(), "error", err)
+	}
+}
+
 // whose says which clock seems to be wrong.
 func (s *Swarm) whose(skew time.Duration) string {
 	if off := s.now().Sub(s.opts.Now()); off.Abs() > maxSkew {

@@ -178,7 +178,7 @@ func TestReleaseBefore(t *testing.T) {
 		t.Fatal(err)
 	}
 	// A date that the other would refuse with all that comes along is not told to it.
-	if _, err := a.applyDelete(t.Context(),
+	if _, err := a.deletes.apply(t.Context(),
 		mustParse(t, deleteMessage{Tag: "m", CID: "far", At: time.Now().Add(2 * time.Hour)}), old.id); err != nil {
 		t.Fatal(err)
 	}

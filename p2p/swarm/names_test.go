@@ -638,16 +638,16 @@ func TestDeleteComesTwice(t *testing.T) {
 	for i := range 3 {
 		again := d
 		again.At = d.At.In(time.FixedZone("elsewhere", 3600))
-		result, err := a.applyDelete(t.Context(), again, "peer")
+		result, err := a.deletes.apply(t.Context(), again, "peer")
 		if err != nil || !result.Found || result.Tasks != 1 || result.News != (i == 0) {
 			t.Errorf("time %d: %+v, %v", i, result, err)
 		}
 	}
 	for i := range 2 * maxApplied {
-		a.applied.do(pieces.Delete{Tag: fmt.Sprint(i)},
+		a.deletes.applied.do(pieces.Delete{Tag: fmt.Sprint(i)},
 			func() (pieces.DeleteResult, error) { return pieces.DeleteResult{News: true}, nil })
 	}
-	if n := len(a.applied.results); n > maxApplied {
+	if n := len(a.deletes.applied.results); n > maxApplied {
 		t.Errorf("the results of %d deletes are remembered, want at most %d", n, maxApplied)
 	}
 }

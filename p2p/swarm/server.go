@@ -307,7 +307,7 @@ func (s *Swarm) takeDeletes(w http.ResponseWriter, r *http.Request, from peer.ID
 		if err != nil {
 			return err
 		}
-		applied, err := s.applyDelete(r.Context(), d, from)
+		applied, err := s.deletes.apply(r.Context(), d, from)
 		one := deleteResult{Found: applied.Found, Removed: applied.Tasks, Newer: applied.Newer.At,
 			NewerAfter: applied.Newer.After}
 		if err != nil {

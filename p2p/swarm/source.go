@@ -12,6 +12,7 @@ import (
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/front"
 	"github.com/dfcache/dfcache/p2p/manifest"
+	"github.com/dfcache/dfcache/p2p/pieces"
 )
 
 // What the engine in front of the swarm sees of it.
@@ -174,7 +175,7 @@ func (s *Swarm) fetchReferrer(ctx context.Context, task p2p.Task, from peer.ID) 
 		return p2p.Info{}, err
 	}
 	state := reply.Tasks[0]
-	if !s.accept(ctx, from, task, state) {
+	if !s.deletes.accept(ctx, from, task, state) {
 		return p2p.Info{}, fmt.Errorf("%s: %w", task, p2p.ErrNotFound)
 	}
 	info := infoOf(task, state)
@@ -210,6 +211,52 @@ func (s *Swarm) Await(ctx context.Context, task p2p.Task) error {
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
+}
+
+// Forget implements [front.Source].
+func (s *Swarm) Forget(ctx context.Context, d front.Deletion) []front.Told {
+	if len(d.Deletes) == 0 {
+		return nil
+	}
+	s.forget(d.Deletes)
+	return s.deletes.tellOthers(ctx, d.Deletes)
+}
+
+// See implements [front.Source]: it asks peers what they have of what is to be deleted. It
+// refuses what another task refers to on some peer, before it is deleted on others, unless that
+// is forced.
+func (s *Swarm) See(
+	ctx context.Context, tag string, cid digest.CID, opts p2p.DeleteOptions, _ bool,
+) (seen front.Seen, err error) {
+	task := p2p.Task{Tag: tag, Digest: cid.Digest()}
+	req, key := &findRequest{Tasks: []taskRef{taskRef(task)}}, taskKey(task)
+	if name := cid.CacheID(); name != "" {
+		req, key = &findRequest{Names: []nameRef{{tag, name}}}, nameKey(tag, name)
+	}
+	lookupCtx, cancel := s.questions.within(ctx)
+	defer cancel()
+	l := s.questions.lookup(lookupCtx, req, key, true)
+	defer l.end()
+	for a := range l.answers {
+		seen.Answered++
+		if cid.CacheID() != "" {
+			if n := a.reply.Names[0]; n != nil && n.Digest != "" {
+				seen.Versions = append(seen.Versions, n.version())
+			}
+			continue
+		}
+		state := a.reply.Tasks[0]
+		if state == nil {
+			continue
+		}
+		if state.Referred && !opts.Force {
+			return seen, fmt.Errorf("%s: %w: by other content on peer %s (%s): delete that first, or force it", task,
+				p2p.ErrReferenced, a.peer, s.peers.get(a.peer).lastAddress())
+		}
+		seen.Versions = append(seen.Versions, pieces.Version{At: state.Origin, After: state.After})
+	}
+	_, seen.Silent = l.end()
+	return seen, context.Cause(ctx)
 }
 
 // mendLater has a blob mended that nobody here waits for.

@@ -73,7 +73,7 @@ func (d *download) search() {
 			l := d.s.questions.lookup(ctx, &findRequest{Tasks: []taskRef{taskRef(t)}}, taskKey(t), false, known...)
 			found := false // that those known have it counts as long as they can be asked: see hopeless
 			for a := range l.answers {
-				if state := a.reply.Tasks[0]; d.s.accept(ctx, a.peer, t, state) {
+				if state := a.reply.Tasks[0]; d.s.deletes.accept(ctx, a.peer, t, state) {
 					found = true
 					d.post(func() { d.addSource(a.peer, t, state) })
 				} else {
@@ -188,7 +188,7 @@ func (d *download) follow(h hint) {
 				state = reply.Tasks[0]
 			}
 		}
-		has := d.s.accept(ctx, info.ID, t, state)
+		has := d.s.deletes.accept(ctx, info.ID, t, state)
 		d.post(func() {
 			delete(d.hinted, info.ID)
 			if has {

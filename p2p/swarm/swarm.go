@@ -157,7 +157,6 @@ type Swarm struct {
 
 	mu        sync.Mutex
 	downloads map[digest.Digest]*download
-	applied   applied
 	releasing map[string]bool // tags of which it is looked for what is left to nobody
 }
 
@@ -179,7 +178,6 @@ func New(f *front.Engine, network Network, opts Options) (_ *Swarm, err error) {
 		network:  network,
 		security: security,
 		peers:    newPeerTable(),
-		deletes:  &deletes{told: make(chan toldDelete, 1024)},
 		instance: opts.Instance,
 		inbox:    newInbox(),
 		uploads: &uploads{
@@ -197,7 +195,6 @@ func New(f *front.Engine, network Network, opts Options) (_ *Swarm, err error) {
 		manifests:     newManifestCache(),
 		recent:        newRecent(),
 		downloads:     map[digest.Digest]*download{},
-		applied:       applied{results: map[string]pieces.DeleteResult{}},
 		releasing:     map[string]bool{},
 		recalled:      make(chan struct{}),
 		announcements: announcements{network: network, store: f.Store(), gone: map[Key]bool{}},
@@ -210,11 +207,17 @@ func New(f *front.Engine, network Network, opts Options) (_ *Swarm, err error) {
 	s.instance.mu.Unlock()
 	s.store.Believe(s.now)
 	s.ctx, s.cancel = context.WithCancelCause(context.Background())
+	s.deletes = &deletes{
+		store: s.store, network: network, peers: s.peers, client: s.client, forget: s.forget,
+		now: opts.Now, remember: opts.RememberDeletes, log: opts.Log, ctx: s.ctx,
+		told: make(chan toldDelete, 1024), applied: applied{results: map[string]pieces.DeleteResult{}},
+	}
 	s.questions = &questions{
 		network: network, peers: s.peers, client: s.client, security: security, deletes: s.deletes,
 		timeout: opts.LookupTimeout, log: opts.Log, ctx: s.ctx, background: &s.background,
 		searches: make(chan struct{}, maxSearches),
 	}
+	s.deletes.questions = s.questions
 
 	conns := newConns(opts.MaxConns)
 	listeners := []net.Listener{&listener{network.Listener(), security, true, conns}}
@@ -250,7 +253,7 @@ func New(f *front.Engine, network Network, opts Options) (_ *Swarm, err error) {
 	}
 	s.background.Go(s.recall)
 	s.background.Go(s.tend)
-	s.background.Go(s.tellAll)
+	s.background.Go(s.deletes.tellAll)
 	network.OnConnect(func(p peer.ID) {
 		if s.begin(s.ctx) != nil {
 			return
