@@ -271,18 +271,18 @@ func TestMovesAreBounded(t *testing.T) {
 	}
 	a.Close()
 	a.restart(t, h)
-	<-a.recalled
+	<-a.names.recalled
 	for _, more := range []int{0, 1, maxMoves} {
 		for i := range more {
-			a.moves.add(nameRef{"m", fmt.Sprint("more", i/2)})
+			a.names.moves.add(nameRef{"m", fmt.Sprint("more", i/2)})
 		}
-		names, number := a.moves.since(0)
+		names, number := a.names.moves.since(0)
 		if want := min(maxMoves, maxMoves-more+(more+1)/2); len(names) != want ||
 			slices.Contains(names, nameRef{"m", "old"}) ||
 			more == 0 && !slices.Contains(names, nameRef{"m", fmt.Sprint("n", maxMoves+299)}) {
 			t.Errorf("%d more: %d names are remembered, want the last %d", more, len(names), want)
 		}
-		if names, _ := a.moves.since(number - min(more, 1)); len(names) != min(more, 1) {
+		if names, _ := a.names.moves.since(number - min(more, 1)); len(names) != min(more, 1) {
 			t.Errorf("%d more: since the last one there are %v", more, names)
 		}
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"sync"
 	"time"
@@ -58,42 +59,42 @@ func (m *moves) since(number int) (names []nameRef, now int) {
 }
 
 // recall notes the names that were moved last before this daemon was started.
-func (s *Swarm) recall() {
-	defer close(s.recalled)
-	latest, err := s.store.LatestNames(s.ctx, maxMoves)
-	if err != nil && s.ctx.Err() == nil {
-		s.log.Warn("it could not be found out which names were moved last", "error", err)
+func (ns *names) recall() {
+	defer close(ns.recalled)
+	latest, err := ns.store.LatestNames(ns.ctx, maxMoves)
+	if err != nil && ns.ctx.Err() == nil {
+		ns.log.Warn("it could not be found out which names were moved last", "error", err)
 	}
 	for _, n := range slices.Backward(latest) {
-		s.moves.add(nameRef{n.Tag, n.Name})
+		ns.moves.add(nameRef{n.Tag, n.Name})
 	}
 }
 
-// compareNames asks a peer for what was moved here since it was last asked, to tell of
+// compare asks a peer for what was moved here since it was last asked, to tell of
 // what both have moved.
-func (s *Swarm) compareNames(ctx context.Context, p peer.ID) error {
+func (ns *names) compare(ctx context.Context, p peer.ID) error {
 	select {
-	case <-s.recalled:
+	case <-ns.recalled:
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
-	e := s.peers.get(p)
-	names, number := s.moves.since(e.comparedUpTo())
+	e := ns.peers.get(p)
+	names, number := ns.moves.since(e.comparedUpTo())
 	for part := range slices.Chunk(names, maxFind) {
-		reply, err := s.client.find(ctx, p, &findRequest{Names: part})
+		reply, err := ns.client.find(ctx, p, &findRequest{Names: part})
 		if err != nil {
 			return err
 		}
 		for i, theirs := range reply.Names {
-			mine, err := s.nameState(ctx, part[i].Tag, part[i].Name)
+			mine, err := ns.state(ctx, part[i].Tag, part[i].Name)
 			if err != nil {
 				return err
 			}
 			if mine == nil || theirs == nil || mine.Digest == "" || theirs.Digest == "" {
 				continue
 			}
-			limit := s.store.Limit()
-			s.newest(part[i], []pieces.Delete{mine.gone(limit), theirs.gone(limit)},
+			limit := ns.store.Limit()
+			ns.newest(part[i], []pieces.Delete{mine.gone(limit), theirs.gone(limit)},
 				[]resolved{mine.resolved(""), theirs.resolved(p)})
 		}
 	}
@@ -128,7 +129,7 @@ type conflicts struct {
 
 // tell logs, once, that of two moves of a name one counts, though who made it did not
 // know of the other.
-func (c *conflicts) tell(s *Swarm, name nameRef, best, other resolved) {
+func (c *conflicts) tell(log *slog.Logger, name nameRef, best, other resolved) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	pair := [2]resolved{{digest: best.digest, version: best.version}, {digest: other.digest, version: other.version}}
@@ -148,7 +149,7 @@ func (c *conflicts) tell(s *Swarm, name nameRef, best, other resolved) {
 		}
 		return "peer " + r.from.String()
 	}
-	s.log.Warn("a name was moved on two hosts that could not see each other: the later date counts, and what the "+
+	log.Warn("a name was moved on two hosts that could not see each other: the later date counts, and what the "+
 		"other one pointed to stays where it is until it is deleted",
 		"name", name.String(), "counts", best.digest, "at", best.version.At, "on", where(
 			best), "instead of", other.digest, "dated", other.version.At, "of", where(other))
@@ -156,7 +157,7 @@ func (c *conflicts) tell(s *Swarm, name nameRef, best, other resolved) {
 
 // with says which names this host has lost to a peer, and still has as it moved them; ""
 // where there is none.
-func (c *conflicts) with(s *Swarm, p peer.ID) string {
+func (c *conflicts) with(ctx context.Context, store *pieces.Store, p peer.ID) string {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	var first string
@@ -167,7 +168,7 @@ func (c *conflicts) with(s *Swarm, p peer.ID) string {
 		if best.from != p {
 			continue
 		}
-		now, err := s.store.Name(s.ctx, name.Tag, name.Name)
+		now, err := store.Name(ctx, name.Tag, name.Name)
 		if errors.Is(err, p2p.ErrNotFound) ||
 			err == nil && (now.Digest != mine.digest || !now.Updated.Equal(mine.version.At)) {
 			delete(c.lost, name)

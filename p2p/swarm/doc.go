@@ -6,15 +6,16 @@
 // on (transport.go; the messages and their bounds are in wire.go and
 // docs/swarm.md). Bytes are proven against their digest before they count. Names,
 // deletes and dates can't be proven: they are bounded, compared with what others
-// say (find.go, conflicts.go, meet.go), and believed of every peer that has the key.
+// say (names.go, deletes.go, meet.go), and believed of every peer that has the key.
 //
 // # Where things are
 //
 //	source.go                      what package front, the engine before it, sees of the swarm
 //	swarm.go                       New, Close, what is done now and then
 //	questions.go, silent.go        lookups: what peers are asked, and which do not answer
-//	find.go, manifests.go          what a name stands for, and who has it
-//	deletes.go, conflicts.go       deletes everywhere, those that were missed, moves that crossed
+//	find.go, manifests.go          who has a task; recent.go remembers it for a moment
+//	names.go, conflicts.go         what a name stands for, and moves of it that crossed
+//	deletes.go                     deletes everywhere, and those that were missed
 //	download.go                    a fetch; sources.go, chains.go, transfer.go and progress.go are its parts
 //	arriving.go                    the reader of a blob that is being fetched
 //	server.go, upload.go           the answers to peers

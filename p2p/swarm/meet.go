@@ -135,7 +135,7 @@ func (s *Swarm) greet(p peer.ID) {
 	if err == nil && s.peers.get(p).misunderstood() == "" {
 		err = s.deletes.compare(ctx, p)
 		if err == nil {
-			err = s.compareNames(ctx, p)
+			err = s.names.compare(ctx, p)
 		}
 	}
 	if err != nil && s.ctx.Err() == nil {
@@ -171,7 +171,7 @@ func (s *Swarm) meetAll() {
 			defer cancel()
 			err := s.meet(ctx, p)
 			if err == nil && s.peers.get(p).misunderstood() == "" {
-				err = s.compareNames(ctx, p)
+				err = s.names.compare(ctx, p)
 			}
 			if err != nil && s.ctx.Err() == nil {
 				s.log.Debug("a peer does not say who it is", "peer", p.String(), "error", err)

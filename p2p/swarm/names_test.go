@@ -420,7 +420,7 @@ func TestDeletedStaysDeleted(t *testing.T) {
 	a := h.start(t)
 	manifest := a.push(t, "models", "v1", "", []byte("layer"))
 	task := a.add(t, "models", []byte("a blob"))
-	name, err := a.nameState(t.Context(), "models", "v1")
+	name, err := a.names.state(t.Context(), "models", "v1")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -207,7 +207,7 @@ func TestDeletedIsNotFollowed(t *testing.T) {
 	if _, err := b.store.ApplyDelete(t.Context(), d); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := b.resolve(t.Context(), "models", "v1"); err != nil {
+	if _, _, err := b.names.resolve(t.Context(), "models", "v1"); err != nil {
 		t.Fatal(err)
 	}
 	if told := b.recent.of(task); len(told) > 0 {

@@ -200,7 +200,7 @@ func (s *Swarm) answerTask(ctx context.Context, task p2p.Task, from peer.ID, lea
 // answerName says what this daemon knows of a name, or nil, to who speaks a version of the
 // protocol.
 func (s *Swarm) answerName(ctx context.Context, name nameRef, version int) (*nameState, error) {
-	state, err := s.nameState(ctx, name.Tag, name.Name)
+	state, err := s.names.state(ctx, name.Tag, name.Name)
 	if state == nil || err != nil {
 		return nil, err
 	}

@@ -102,7 +102,7 @@ func (s *Swarm) Fetch(ctx context.Context, task p2p.Task, _ bool) (p2p.Blob, err
 // Offer implements [front.Source]: peers are told of names that were moved.
 func (s *Swarm) Offer(_ context.Context, c p2p.Commit) error {
 	for _, n := range c.Names {
-		s.moves.add(nameRef{n.Tag, n.Name})
+		s.names.moves.add(nameRef{n.Tag, n.Name})
 	}
 	return nil
 }
@@ -112,17 +112,22 @@ func (s *Swarm) Resolve(ctx context.Context, tag, name string) (n p2p.NewName, h
 	if s.opts.Mode == SeedOnly {
 		return n, true, nil
 	}
-	r, err := s.resolve(ctx, tag, name)
-	if err != nil {
-		return n, false, err
-	}
-	n = p2p.NewName{
-		Tag: tag, Name: name, Digest: r.digest, Updated: r.version.At, After: r.version.After, KeepOld: !r.letGo,
-	}
-	if r.from != "" {
-		s.recent.lead(n)
-	}
-	return n, r.from == "", nil
+	return s.names.resolve(ctx, tag, name)
+}
+
+// After implements [front.Names]: with what peers know of the names, whoever
+// moves a name does it after all that can be seen of it, whatever the clocks say.
+// A peer that does not answer in time does not keep a name from being moved.
+func (s *Swarm) After(ctx context.Context, names []p2p.NewName) []p2p.NewName {
+	return s.names.after(ctx, names)
+}
+
+// LedTo implements [front.Names]. It returns the name that has led to a task, and forgets it;
+// nil where there is none, or one of the two has been deleted since. It is the name as it was:
+// it is to be held with the task, for which nobody need be asked once more, and says nothing of
+// what the name stands for now.
+func (s *Swarm) LedTo(ctx context.Context, task p2p.Task) *p2p.NewName {
+	return s.names.ledTo(ctx, task)
 }
 
 // Referrers implements [front.Referrers].

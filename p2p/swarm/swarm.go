@@ -124,6 +124,7 @@ type Swarm struct {
 	peers     *peerTable
 	questions *questions
 	deletes   *deletes
+	names     *names
 	instance  *Instance
 	inbox     *inbox
 	uploads   *uploads
@@ -134,9 +135,6 @@ type Swarm struct {
 	advertise []string // where peers connect for pieces
 	manifests *manifestCache
 	recent    *recent
-	moves     moves
-	recalled  chan struct{} // is closed when moves has those of earlier runs
-	conflicts conflicts
 
 	announcements announcements
 	unwatch       func() // ends what keeps them up to date
@@ -196,7 +194,6 @@ func New(f *front.Engine, network Network, opts Options) (_ *Swarm, err error) {
 		recent:        newRecent(),
 		downloads:     map[digest.Digest]*download{},
 		releasing:     map[string]bool{},
-		recalled:      make(chan struct{}),
 		announcements: announcements{network: network, store: f.Store(), gone: map[Key]bool{}},
 		unwatch:       func() {},
 	}
@@ -218,6 +215,10 @@ func New(f *front.Engine, network Network, opts Options) (_ *Swarm, err error) {
 		searches: make(chan struct{}, maxSearches),
 	}
 	s.deletes.questions = s.questions
+	s.names = &names{
+		store: s.store, peers: s.peers, client: s.client, questions: s.questions, deletes: s.deletes,
+		recent: s.recent, log: opts.Log, ctx: s.ctx, recalled: make(chan struct{}),
+	}
 
 	conns := newConns(opts.MaxConns)
 	listeners := []net.Listener{&listener{network.Listener(), security, true, conns}}
@@ -251,7 +252,7 @@ func New(f *front.Engine, network Network, opts Options) (_ *Swarm, err error) {
 	for _, l := range listeners {
 		s.background.Go(func() { _ = s.server.Serve(l) })
 	}
-	s.background.Go(s.recall)
+	s.background.Go(s.names.recall)
 	s.background.Go(s.tend)
 	s.background.Go(s.deletes.tellAll)
 	network.OnConnect(func(p peer.ID) {
@@ -342,45 +343,6 @@ func (s *Swarm) tend() {
 	}
 }
 
-// ingest dates the names that are committed.
-type ingest struct {
-	p2p.Ingest
-	ctx context.Context
-	s   *Swarm
-}
-
-// After implements [front.Names]: with what peers know of the names, whoever
-// moves a name does it after all that can be seen of it, whatever the clocks say.
-// A peer that does not answer in time does not keep a name from being moved.
-func (s *Swarm) After(ctx context.Context, names []p2p.NewName) []p2p.NewName {
-	names = slices.Clone(names)
-	ctx, cancel := s.questions.within(ctx)
-	defer cancel()
-	for i := range names {
-		n := &names[i]
-		mine, err := s.nameState(ctx, n.Tag, n.Name)
-		if err != nil {
-			continue // the store will say why
-		}
-		l := s.questions.lookup(ctx, &findRequest{Names: []nameRef{{n.Tag, n.Name}}}, nameKey(n.Tag, n.Name), true)
-		for a := range l.answers {
-			theirs := a.reply.Names[0]
-			if theirs == nil {
-				continue
-			}
-			if at := theirs.Updated; at.After(n.After) &&
-				(mine == nil || !s.store.Covers(mine.gone(s.store.Limit()), at)) {
-				n.After = at
-			}
-			if at := theirs.gone(s.store.Limit()).Last(s.store.Limit()); at.After(n.After) {
-				n.After = at
-			}
-		}
-		l.end()
-	}
-	return names
-}
-
 // caught notes that a peer lied about a blob.
 func (s *Swarm) caught(p peer.ID, d digest.Digest, err error) {
 	e := s.peers.get(p)
@@ -411,7 +373,7 @@ func (s *Swarm) Peers(ctx context.Context) ([]p2p.Peer, error) {
 	describe := func(p peer.ID, isConnected bool) p2p.Peer {
 		d := s.peers.get(p).describe(s.network.Addresses(p), isConnected)
 		if d.Reason == "" {
-			d.Reason = s.conflicts.with(s, p)
+			d.Reason = s.names.conflicts.with(s.ctx, s.store, p)
 		}
 		return d
 	}
