@@ -23,14 +23,14 @@ import (
 	"github.com/dfcache/dfcache/p2p/pieces"
 )
 
-// clock is one that is wrong by so much.
-type clock struct{ ahead atomic.Int64 }
+// testClock is one that is wrong by so much.
+type testClock struct{ ahead atomic.Int64 }
 
-func (c *clock) now() time.Time          { return time.Now().Add(time.Duration(c.ahead.Load())) }
-func (c *clock) set(ahead time.Duration) { c.ahead.Store(int64(ahead)) }
+func (c *testClock) now() time.Time          { return time.Now().Add(time.Duration(c.ahead.Load())) }
+func (c *testClock) set(ahead time.Duration) { c.ahead.Store(int64(ahead)) }
 
 // with gives a peer this clock.
-func (c *clock) with(o *Options) { o.Now = c.now }
+func (c *testClock) with(o *Options) { o.Now = c.now }
 
 const year = 365 * 24 * time.Hour
 
@@ -85,7 +85,7 @@ func TestClocksTogether(t *testing.T) {
 	for _, skew := range skews {
 		t.Run(skew.String(), func(t *testing.T) {
 			h := newHub()
-			var wrong clock
+			var wrong testClock
 			wrong.set(skew)
 			a, b, c := h.start(t), h.start(t), h.start(t, wrong.with)
 			layer := func(s string) []byte { return []byte(s + skew.String()) }
@@ -139,7 +139,7 @@ func TestClocksApart(t *testing.T) {
 	for _, skew := range skews {
 		t.Run(skew.String(), func(t *testing.T) {
 			h := newHub()
-			var wrong clock
+			var wrong testClock
 			var logA, logC record
 			wrong.set(skew)
 			a, b, c := h.start(t, logA.with), h.start(t), h.start(t, wrong.with, logC.with)
@@ -148,7 +148,7 @@ func TestClocksApart(t *testing.T) {
 			old := a.push(t, "m", "old", "", layer("old"))
 			wantName(t, "before", "m", "old", old, all...)
 			eventually(t, "it does not know what time others have",
-				func() bool { return time.Until(c.now()).Abs() < maxSkew })
+				func() bool { return time.Until(c.clock.now()).Abs() < maxSkew })
 			h.setCut(func(x, y peer.ID) bool { return (x == c.id) != (y == c.id) })
 
 			// What the other side deletes of its own, or had never had, stays here.
@@ -206,23 +206,23 @@ func TestClocksApart(t *testing.T) {
 func TestTimeOfOthers(t *testing.T) {
 	for _, away := range []bool{false, true} {
 		h := newHub()
-		var wrong clock
+		var wrong testClock
 		var log record
 		wrong.set(year)
 		a, b := h.start(t), h.start(t)
 		c := h.start(t, wrong.with, log.with)
-		right := func() bool { return time.Until(c.now()).Abs() < maxSkew }
+		right := func() bool { return time.Until(c.clock.now()).Abs() < maxSkew }
 		eventually(t, "it does not know what time others have", func() bool { // of two it would be the one behind
 			return log.has("clocks of this host and of a peer differ") && log.has(a.id.String()) &&
 				log.has(b.id.String())
 		})
 		h.setCut(func(x, y peer.ID) bool { return away })
 		if !right() {
-			t.Errorf("away %v: its time is %v", away, c.now())
+			t.Errorf("away %v: its time is %v", away, c.clock.now())
 		}
 		for _, ahead := range []time.Duration{0, -year} {
 			if wrong.set(ahead); !right() {
-				t.Errorf("away %v: its clock was set to %v, and its time is %v", away, ahead, c.now())
+				t.Errorf("away %v: its clock was set to %v, and its time is %v", away, ahead, c.clock.now())
 			}
 		}
 	}
@@ -294,7 +294,7 @@ func TestClockRepaired(t *testing.T) {
 	for _, skew := range []time.Duration{year, -year} {
 		t.Run(skew.String(), func(t *testing.T) {
 			h := newHub()
-			var wrong clock
+			var wrong testClock
 			wrong.set(skew)
 			a, b, c := h.start(t), h.start(t), h.start(t, wrong.with)
 			all := []*testPeer{a, b, c}
@@ -366,7 +366,7 @@ func TestDeleteFromTheFuture(t *testing.T) {
 // Nor does it when that time comes.
 func TestDeleteFromTheFutureLater(t *testing.T) {
 	h := newHub()
-	var time1, time2 clock
+	var time1, time2 testClock
 	a, b := h.start(t, time1.with), h.start(t, time2.with)
 	before := a.push(t, "m", "before", "", []byte("one"))
 	for _, name := range []string{"before", "after", "between"} {
@@ -383,9 +383,9 @@ func TestDeleteFromTheFutureLater(t *testing.T) {
 		// A clock may have been read while the other one was not set yet: by what that
 		// seems to say of time, deletes would be told with a wrong age.
 		eventually(t, "the clocks do not agree", func() bool {
-			a.meetAll()
-			b.meetAll()
-			return a.now().Sub(a.Swarm.opts.Now()).Abs()+b.now().Sub(b.Swarm.opts.Now()).Abs() < time.Minute
+			a.meetings.meetAll()
+			b.meetings.meetAll()
+			return a.clock.now().Sub(a.Swarm.opts.Now()).Abs()+b.clock.now().Sub(b.Swarm.opts.Now()).Abs() < time.Minute
 		})
 		c := h.start(t, time2.with) // it learns of them now
 		eventually(t, "the deletes are not learned of", func() bool {
@@ -542,7 +542,7 @@ func TestLastStamp(t *testing.T) {
 func TestReplayedDeletes(t *testing.T) {
 	for _, skew := range []time.Duration{0, year, -year} {
 		h := newHub()
-		var wrong clock
+		var wrong testClock
 		wrong.set(skew)
 		a, b := h.start(t), h.start(t, wrong.with)
 		data := content(1000, 1)
@@ -577,7 +577,7 @@ func TestReplayedDeletes(t *testing.T) {
 // nor on anybody's clock.
 func TestDeleteIsRememberedSinceItWasMade(t *testing.T) {
 	h := newHub()
-	var clockA, clockB clock
+	var clockA, clockB testClock
 	clockA.set(-year)
 	short := func(o *Options) { o.RememberDeletes = time.Hour }
 	a, b := h.start(t, clockA.with, short), h.start(t, clockB.with, short)

@@ -20,7 +20,8 @@
 //	arriving.go                    the reader of a blob that is being fetched
 //	server.go, upload.go           the answers to peers
 //	client.go, transport.go        the requests, and the connections
-//	peers.go, meet.go              what is known of each peer: its version, clock, faults, silence
+//	peers.go                       what is known of each peer: its version, clock, faults, silence
+//	meet.go, clock.go              what peers that meet ask each other, and the time of most of them
 //	late.go                        questions whose asker has stopped waiting
 //
 // # The life of a fetch

@@ -49,7 +49,7 @@ func (p *testPeer) peerOn(t *testing.T, id peer.ID) p2p.Peer {
 func TestSkewIsTold(t *testing.T) {
 	for _, skew := range skews {
 		h := newHub()
-		var wrong clock
+		var wrong testClock
 		var logA record
 		wrong.set(skew)
 		a, c := h.start(t, logA.with), h.start(t, wrong.with)
@@ -62,7 +62,7 @@ func TestSkewIsTold(t *testing.T) {
 			eventually(t, "it was not logged",
 				func() bool { return logA.has("clocks of this host and of a peer differ") })
 			wrong.set(0)
-			a.meetAll()
+			a.meetings.meetAll()
 			if !logA.has("the clock of a peer is right again") || a.peerOn(t, c.id).Ahead.Abs() > time.Minute {
 				t.Error("that it is right again was not noticed")
 			}
@@ -295,7 +295,7 @@ func TestTwins(t *testing.T) {
 	ask := func(id peer.ID, instance string) *hello {
 		r := httptest.NewRequest(http.MethodGet, pathHello, nil)
 		r.Header.Set(headerInstance, instance)
-		b.introduced(id, r)
+		b.meetings.introduced(id, r)
 		w := httptest.NewRecorder()
 		if err := b.serveHello(w, r, id); err != nil {
 			t.Fatal(err)
@@ -329,7 +329,7 @@ func TestTwins(t *testing.T) {
 		!log.has("two hosts have the same identity") {
 		t.Errorf("that two take turns is not told: %+v", b.peerOn(t, a.id))
 	}
-	if err := a.meet(t.Context(), b.id); err != nil {
+	if err := a.meetings.meet(t.Context(), b.id); err != nil {
 		t.Fatal(err)
 	}
 	if got := a.peerOn(t, a.id); got.State != p2p.PeerCloned || !strings.Contains(got.Reason, "peer.key") ||

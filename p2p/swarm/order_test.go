@@ -30,7 +30,7 @@ func TestOrder(t *testing.T) {
 
 func testOrder(t *testing.T, r *mathrand.Rand) {
 	h := newHub()
-	var clocks [3]clock
+	var clocks [3]testClock
 	var hosts []*testPeer
 	wrong := []time.Duration{0, 0, 4 * time.Second, 5 * time.Minute, year, -5 * time.Minute, -year}
 	set := func() { clocks[r.IntN(3)].set(wrong[r.IntN(len(wrong))]) }

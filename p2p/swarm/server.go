@@ -27,7 +27,7 @@ func (s *Swarm) handler() http.Handler {
 				http.Error(w, "not a peer", http.StatusForbidden)
 				return
 			}
-			s.introduced(from, r)
+			s.meetings.introduced(from, r)
 			if err := h(w, r, from); err != nil {
 				s.refuse(w, r, from, err)
 			}
@@ -117,7 +117,7 @@ func parseTaskQuery(r *http.Request) (p2p.Task, error) {
 
 func (s *Swarm) serveHello(w http.ResponseWriter, _ *http.Request, from peer.ID) error {
 	h := s.hello()
-	h.Twin = s.twinOf(from)
+	h.Twin = s.meetings.twinOf(from)
 	return writeJSON(w, h)
 }
 
@@ -148,7 +148,7 @@ func (s *Swarm) serveFind(w http.ResponseWriter, r *http.Request, from peer.ID) 
 		Tasks:     make([]*taskState, len(req.Tasks)),
 		Names:     make([]*nameState, len(req.Names)),
 		Referrers: make([][]digest.Digest, len(req.Referrers)),
-		Twin:      s.twinOf(from),
+		Twin:      s.meetings.twinOf(from),
 	}
 	ctx := r.Context()
 	for i, t := range req.Tasks {

@@ -125,6 +125,8 @@ type Swarm struct {
 	questions *questions
 	deletes   *deletes
 	names     *names
+	clock     *clock
+	meetings  *meetings
 	instance  *Instance
 	inbox     *inbox
 	uploads   *uploads
@@ -138,10 +140,6 @@ type Swarm struct {
 
 	announcements announcements
 	unwatch       func() // ends what keeps them up to date
-
-	agreedMu sync.Mutex
-	agreed   time.Duration // how far most clocks were ahead of this host's when it showed agreedAt
-	agreedAt reading
 
 	server *http.Server
 
@@ -202,7 +200,8 @@ func New(f *front.Engine, network Network, opts Options) (_ *Swarm, err error) {
 	s.instance.mu.Lock()
 	s.instance.log = opts.Log
 	s.instance.mu.Unlock()
-	s.store.Believe(s.now)
+	s.clock = &clock{own: opts.Now, network: network, peers: s.peers}
+	s.store.Believe(s.clock.now)
 	s.ctx, s.cancel = context.WithCancelCause(context.Background())
 	s.deletes = &deletes{
 		store: s.store, network: network, peers: s.peers, client: s.client, forget: s.forget,
@@ -218,6 +217,10 @@ func New(f *front.Engine, network Network, opts Options) (_ *Swarm, err error) {
 	s.names = &names{
 		store: s.store, peers: s.peers, client: s.client, questions: s.questions, deletes: s.deletes,
 		recent: s.recent, log: opts.Log, ctx: s.ctx, recalled: make(chan struct{}),
+	}
+	s.meetings = &meetings{
+		network: network, peers: s.peers, client: s.client, instance: s.instance, clock: s.clock,
+		deletes: s.deletes, names: s.names, timeout: opts.StallTimeout, log: opts.Log, ctx: s.ctx,
 	}
 
 	conns := newConns(opts.MaxConns)
@@ -260,7 +263,7 @@ func New(f *front.Engine, network Network, opts Options) (_ *Swarm, err error) {
 			return
 		}
 		s.peers.get(p).heard()
-		s.background.Go(func() { s.greet(p) })
+		s.background.Go(func() { s.meetings.greet(p) })
 		s.calls.Done()
 	})
 	f.Add(s)
@@ -320,7 +323,7 @@ func (s *Swarm) tend() {
 		s.uploads.sweep(false)
 		if time.Since(met) > helloInterval {
 			met = time.Now()
-			s.meetAll()
+			s.meetings.meetAll()
 		}
 		if time.Since(housekept) > time.Hour {
 			housekept = time.Now()
