@@ -267,7 +267,7 @@ func (s *Swarm) upload(ctx context.Context, task p2p.Task) (*upload, func(), err
 	}
 	// A peer that asks has to name a tag that the blob is under here.
 	_, err := s.store.Stat(ctx, task.Tag, digest.FromDigest(task.Digest), p2p.StatOptions{Scope: p2p.Local})
-	d := s.downloadOf(task)
+	d := s.downloads.of(task)
 	if err != nil && d == nil {
 		return nil, nil, err
 	}

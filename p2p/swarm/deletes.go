@@ -358,7 +358,7 @@ func (s *Swarm) forget(deletes []pieces.Delete) {
 			!s.store.Covers(d, held.Origin) {
 			continue // it has come back since
 		}
-		if down := s.downloadOf(task); down != nil && !d.Soft {
+		if down := s.downloads.of(task); down != nil && !d.Soft {
 			down.deleted(task, d)
 		}
 		if err := s.store.ReleasePartial(task); err != nil {

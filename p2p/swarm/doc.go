@@ -59,8 +59,8 @@
 // all of these.
 //
 // A lock guards fields, and no peer is waited for with one held. Where several are
-// held the order is: that of all uploads, of one upload, of a download. The
-// Swarm's own mu is held with none of them.
+// held the order is: that of all uploads, of one upload, of a download. That of all downloads
+// is held with none of them.
 //
 // It promises no compatibility.
 package swarm

@@ -51,6 +51,26 @@ type download struct {
 	held atomic.Int32 // transfers that wait for this host: its memory, its limits
 }
 
+// downloads are the blobs that are being fetched. It is safe for concurrent use: mu guards all.
+type downloads struct {
+	mu  sync.Mutex
+	all map[digest.Digest]*download
+}
+
+// of returns the download that fetches a task, or nil.
+func (ds *downloads) of(task p2p.Task) *download {
+	ds.mu.Lock()
+	d := ds.all[task.Digest]
+	ds.mu.Unlock()
+	if d == nil {
+		return nil
+	}
+	if known, _ := d.wants(task); !known {
+		return nil
+	}
+	return d
+}
+
 // openTask opens a task's blob of a download that was joined for it. It fails
 // with errSealed where that is over, and the task is not of it.
 func (s *Swarm) openTask(ctx context.Context, d *download, task p2p.Task) (*Arriving, error) {
@@ -74,13 +94,13 @@ func (s *Swarm) openTask(ctx context.Context, d *download, task p2p.Task) (*Arri
 // download returns the download of a task's blob, and begins one where there is
 // none; or nil, when one has just ended. The caller has it open or leaves it.
 func (s *Swarm) download(ctx context.Context, task p2p.Task) (*download, error) {
-	s.mu.Lock()
-	d := s.downloads[task.Digest]
+	s.downloads.mu.Lock()
+	d := s.downloads.all[task.Digest]
 	if d == nil {
-		defer s.mu.Unlock()
+		defer s.downloads.mu.Unlock()
 		return s.startDownload(task)
 	}
-	s.mu.Unlock()
+	s.downloads.mu.Unlock()
 	if d.join() {
 		return d, nil
 	}
@@ -92,7 +112,7 @@ func (s *Swarm) download(ctx context.Context, task p2p.Task) (*download, error) 
 	}
 }
 
-// startDownload begins a download. s.mu is held.
+// startDownload begins a download. s.downloads.mu is held.
 func (s *Swarm) startDownload(task p2p.Task) (*download, error) {
 	partial, err := s.store.Partial(s.ctx, task.Digest)
 	if err != nil {
@@ -119,23 +139,9 @@ func (s *Swarm) startDownload(task p2p.Task) (*download, error) {
 		return p2p.Source{Peer: p.String(), Address: s.peers.get(p).lastAddress(), Bytes: bytes}
 	}
 	d.ctx, d.cancel = context.WithCancelCause(s.ctx)
-	s.downloads[task.Digest] = d
+	s.downloads.all[task.Digest] = d
 	s.background.Go(d.run)
 	return d, nil
-}
-
-// downloadOf returns the download that fetches a task, or nil.
-func (s *Swarm) downloadOf(task p2p.Task) *download {
-	s.mu.Lock()
-	d := s.downloads[task.Digest]
-	s.mu.Unlock()
-	if d == nil {
-		return nil
-	}
-	if known, _ := d.wants(task); !known {
-		return nil
-	}
-	return d
 }
 
 // keys returns what is announced of them.
@@ -225,9 +231,9 @@ func (d *download) finish(err error, started time.Time) {
 	if err != nil {
 		s.announcements.ended(d.wanted()...)
 	}
-	s.mu.Lock()
-	delete(s.downloads, d.digest)
-	s.mu.Unlock()
+	s.downloads.mu.Lock()
+	delete(s.downloads.all, d.digest)
+	s.downloads.mu.Unlock()
 	s.uploads.drop(d.digest)
 	if proven {
 		s.log.Info("fetched", "digest", d.digest, "size", size, "peers", len(taken), "duration", time.Since(started))

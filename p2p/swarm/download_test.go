@@ -194,7 +194,7 @@ func TestOneDownload(t *testing.T) {
 	}
 	two.Close()
 	<-d.ended
-	if b.downloadOf(task) != nil {
+	if b.downloads.of(task) != nil {
 		t.Error("the download goes on although nobody waits for it")
 	}
 	g.open()

@@ -139,7 +139,7 @@ func (s *Swarm) taskState(ctx context.Context, task p2p.Task, asker peer.ID) (*t
 			return nil, err
 		}
 	case errors.Is(err, p2p.ErrNotFound):
-		if d := s.downloadOf(task); d != nil {
+		if d := s.downloads.of(task); d != nil {
 			state = d.state(task)
 		}
 	case errors.Is(err, digest.ErrCorrupt):

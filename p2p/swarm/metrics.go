@@ -37,9 +37,9 @@ func newMetrics(registry prometheus.Registerer, s *Swarm) *metrics {
 			}),
 			prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 				Name: "dfcache_swarm_downloads", Help: "Blobs that are being fetched."}, func() float64 {
-				s.mu.Lock()
-				defer s.mu.Unlock()
-				return float64(len(s.downloads))
+				s.downloads.mu.Lock()
+				defer s.downloads.mu.Unlock()
+				return float64(len(s.downloads.all))
 			}))
 	}
 	return m

@@ -191,7 +191,7 @@ func (s *Swarm) fetchReferrer(ctx context.Context, task p2p.Task, from peer.ID) 
 
 // Arriving implements [front.Arrivals].
 func (s *Swarm) Arriving(task p2p.Task) (p2p.Info, bool) {
-	d := s.downloadOf(task)
+	d := s.downloads.of(task)
 	if d == nil {
 		return p2p.Info{}, false
 	}
@@ -200,7 +200,7 @@ func (s *Swarm) Arriving(task p2p.Task) (p2p.Info, bool) {
 
 // Await implements [front.Arrivals].
 func (s *Swarm) Await(ctx context.Context, task p2p.Task) error {
-	d := s.downloadOf(task)
+	d := s.downloads.of(task)
 	if d == nil {
 		return nil
 	}

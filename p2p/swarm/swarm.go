@@ -130,6 +130,7 @@ type Swarm struct {
 	instance  *Instance
 	inbox     *inbox
 	uploads   *uploads
+	downloads *downloads
 	buffers   *buffers
 	limit     *rate.Limiter // of what is fetched; nil: none
 	log       *slog.Logger
@@ -152,7 +153,6 @@ type Swarm struct {
 	closed bool
 
 	mu        sync.Mutex
-	downloads map[digest.Digest]*download
 	releasing map[string]bool // tags of which it is looked for what is left to nobody
 }
 
@@ -190,7 +190,7 @@ func New(f *front.Engine, network Network, opts Options) (_ *Swarm, err error) {
 		log:           opts.Log,
 		manifests:     newManifestCache(),
 		recent:        newRecent(),
-		downloads:     map[digest.Digest]*download{},
+		downloads:     &downloads{all: map[digest.Digest]*download{}},
 		releasing:     map[string]bool{},
 		announcements: announcements{network: network, store: f.Store(), gone: map[Key]bool{}},
 		unwatch:       func() {},

@@ -526,7 +526,7 @@ func damage(t testing.TB, dir string, d digest.Digest, at int64) {
 
 // downloadBy returns the download that a reader reads from.
 func (p *testPeer) downloadBy(a *Arriving) *download {
-	p.Swarm.mu.Lock()
-	defer p.Swarm.mu.Unlock()
-	return p.downloads[a.d.digest]
+	p.downloads.mu.Lock()
+	defer p.downloads.mu.Unlock()
+	return p.downloads.all[a.d.digest]
 }
