@@ -1,6 +1,8 @@
 package swarm
 
 import (
+	"context"
+	"log/slog"
 	"slices"
 	"sync"
 
@@ -13,6 +15,7 @@ import (
 type announcements struct {
 	network Network
 	store   *pieces.Store
+	log     *slog.Logger
 
 	mu   sync.Mutex
 	gone map[Key]bool // removed since all that is here began to be listed; nil when it has been
@@ -64,9 +67,8 @@ func (a *announcements) ended(tasks ...p2p.Task) {
 }
 
 // announceAll announces what the store holds.
-func (s *Swarm) announceAll() {
+func (a *announcements) announceAll(ctx context.Context) {
 	const batch = 1024
-	a := &s.announcements
 	var keys []Key
 	announce := func() {
 		a.mu.Lock()
@@ -79,10 +81,10 @@ func (s *Swarm) announceAll() {
 		defer a.mu.Unlock()
 		a.gone = nil
 	}()
-	for e, err := range s.store.List(s.ctx, p2p.Query{}) {
+	for e, err := range a.store.List(ctx, p2p.Query{}) {
 		if err != nil {
-			if s.ctx.Err() == nil {
-				s.log.Error("not all that is here could be announced", "error", err)
+			if ctx.Err() == nil {
+				a.log.Error("not all that is here could be announced", "error", err)
 			}
 			break
 		}

@@ -192,7 +192,7 @@ func New(f *front.Engine, network Network, opts Options) (_ *Swarm, err error) {
 		recent:        newRecent(),
 		downloads:     &downloads{all: map[digest.Digest]*download{}},
 		releasing:     map[string]bool{},
-		announcements: announcements{network: network, store: f.Store(), gone: map[Key]bool{}},
+		announcements: announcements{network: network, store: f.Store(), log: opts.Log, gone: map[Key]bool{}},
 		unwatch:       func() {},
 	}
 	s.metrics = newMetrics(opts.Metrics, s)
@@ -250,7 +250,7 @@ func New(f *front.Engine, network Network, opts Options) (_ *Swarm, err error) {
 	}
 	if opts.Mode != NeverServe {
 		s.unwatch = s.store.Watch(s.announcements.changed)
-		s.background.Go(s.announceAll)
+		s.background.Go(func() { s.announcements.announceAll(s.ctx) })
 	}
 	for _, l := range listeners {
 		s.background.Go(func() { _ = s.server.Serve(l) })
