@@ -259,39 +259,3 @@ func (s *partialSource) have() (*schedule.Set, <-chan struct{}) {
 func (s *partialSource) bytes() io.ReaderAt { return s.file }
 
 func (s *partialSource) close() error { return s.file.Close() }
-
-// upload returns the upload of a task's blob. The caller calls done.
-func (s *Swarm) upload(ctx context.Context, task p2p.Task) (*upload, func(), error) {
-	if s.opts.Mode == NeverServe {
-		return nil, nil, errNeverServe
-	}
-	// A peer that asks has to name a tag that the blob is under here.
-	_, err := s.store.Stat(ctx, task.Tag, digest.FromDigest(task.Digest), p2p.StatOptions{Scope: p2p.Local})
-	d := s.downloads.of(task)
-	if err != nil && d == nil {
-		return nil, nil, err
-	}
-	return s.uploads.use(task.Digest, func() (*upload, error) {
-		if err == nil {
-			blob, err := s.store.OpenForPeers(ctx, task)
-			if err != nil {
-				return nil, err
-			}
-			table := blob.Table()
-			return &upload{
-				links: links{table.Size, table.Chain}.hash(task.Digest), table: table,
-				src: stored{blob, schedule.FullSet(table.Pieces())},
-			}, nil
-		}
-		d.mu.Lock()
-		defer d.mu.Unlock()
-		if d.table == nil {
-			return nil, fmt.Errorf("%s: %w: nothing of it is here yet", task, p2p.ErrNotFound)
-		}
-		file, err := d.partial.File()
-		if err != nil {
-			return nil, err
-		}
-		return &upload{links: d.links, table: d.table, src: &partialSource{d.arrival, file, d.table}}, nil
-	})
-}

@@ -802,7 +802,7 @@ func TestReplacedChain(t *testing.T) {
 	blob := b.open(t, t.Context(), task)
 	defer blob.Close()
 	arrive(t, blob, 10)
-	up, used, err := b.upload(t.Context(), task)
+	up, used, err := b.api.upload(t.Context(), task)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -823,7 +823,7 @@ func TestReplacedChain(t *testing.T) {
 	if have, _ := up.there(); have.Count() > 0 {
 		t.Errorf("%d pieces are offered under a chain that has been replaced", have.Count())
 	}
-	again, used, err := b.upload(t.Context(), task)
+	again, used, err := b.api.upload(t.Context(), task)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -18,7 +18,7 @@
 //	deletes.go                     deletes everywhere, and those that were missed
 //	download.go                    a fetch; sources.go, chains.go, transfer.go and progress.go are its parts
 //	arriving.go                    the reader of a blob that is being fetched
-//	server.go, upload.go           the answers to peers
+//	server.go, answers.go          the API for peers; upload.go: what they are sent, and when
 //	client.go, transport.go        the requests, and the connections
 //	peers.go                       what is known of each peer: its version, clock, faults, silence
 //	meet.go, clock.go              what peers that meet ask each other, and the time of most of them

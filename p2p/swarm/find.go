@@ -2,18 +2,12 @@ package swarm
 
 import (
 	"context"
-	"errors"
 
 	"github.com/libp2p/go-libp2p/core/peer"
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
-	"github.com/dfcache/dfcache/p2p/manifest"
 )
-
-// maxFollowedSize is the size in bytes of a manifest that is read to tell a peer of what
-// it refers to.
-const maxFollowedSize = 64 << 10
 
 // statTask asks the network for a task.
 func (s *Swarm) statTask(
@@ -120,93 +114,4 @@ func infoOf(task p2p.Task, state *taskState) p2p.Info {
 		info.Lacks = []digest.Digest{task.Digest} // of which part of it, nothing is said
 	}
 	return info
-}
-
-// taskState says what this daemon has of a task, or nil.
-func (s *Swarm) taskState(ctx context.Context, task p2p.Task, asker peer.ID) (*taskState, error) {
-	if s.opts.Mode == NeverServe {
-		return nil, nil
-	}
-	var state *taskState
-	info, err := s.store.StatForPeers(ctx, task)
-	switch {
-	case err == nil:
-		state = &taskState{
-			Size: info.Size, MediaType: info.MediaType, Manifest: info.IsManifest,
-			Pinned: info.Keep == p2p.KeepPinned, Origin: info.Origin, After: info.After, Lacks: len(info.Lacks) > 0,
-		}
-		if state.Referred, err = s.store.Referenced(ctx, task); err != nil {
-			return nil, err
-		}
-	case errors.Is(err, p2p.ErrNotFound):
-		if d := s.downloads.of(task); d != nil {
-			state = d.state(task)
-		}
-	case errors.Is(err, digest.ErrCorrupt):
-		s.log.Error("a blob is damaged, and not served", "task", task.String(), "error", err)
-	default:
-		return nil, err
-	}
-	if state == nil {
-		return nil, nil
-	}
-	for _, p := range s.uploads.askers(task.Digest, asker) {
-		if info := s.network.Addresses(p); len(info.Addrs) > 0 {
-			state.Hints = append(state.Hints, hintOf(info))
-		}
-	}
-	return state, nil
-}
-
-// follow adds to all what this daemon has of a task that a name leads to, and, where that is
-// a manifest, of what it refers to.
-func (s *Swarm) follow(ctx context.Context, all []followed, task p2p.Task, asker peer.ID) ([]followed, error) {
-	if task.Digest == "" || len(all) == maxFollowed {
-		return all, nil
-	}
-	state, err := s.taskState(ctx, task, asker)
-	if state == nil || err != nil {
-		return all, err
-	}
-	all = append(all, followed{taskRef(task), *state})
-	if !state.Manifest || state.Size > maxFollowedSize {
-		return all, nil
-	}
-	info, err := s.store.Stat(ctx, task.Tag, digest.FromDigest(task.Digest),
-		p2p.StatOptions{Scope: p2p.Local, Manifest: true})
-	if err != nil || info.Manifest == nil {
-		return all, nil // it has gone just now
-	}
-	_, m := manifest.Describe(info.MediaType, info.Manifest.Content)
-	if m == nil {
-		return all, nil
-	}
-	for _, d := range m.Refs[:min(len(m.Refs), maxFollowed-len(all))] {
-		ref := p2p.Task{Tag: task.Tag, Digest: d}
-		state, err := s.taskState(ctx, ref, asker)
-		if err != nil {
-			return nil, err
-		}
-		if state != nil {
-			all = append(all, followed{taskRef(ref), *state})
-		}
-	}
-	return all, nil
-}
-
-// referrers lists what refers to a task here.
-func (s *Swarm) referrers(ctx context.Context, task p2p.Task) ([]digest.Digest, error) {
-	if err := task.Validate(); err != nil {
-		return nil, err
-	}
-	all := []digest.Digest{}
-	for e, err := range s.store.List(ctx, p2p.Query{Tag: &task.Tag, RefersTo: task.Digest}) {
-		if err != nil {
-			return nil, err
-		}
-		if e.IsManifest && len(all) < maxReferrers {
-			all = append(all, e.Task.Digest)
-		}
-	}
-	return all, nil
 }

@@ -186,7 +186,7 @@ func TestReleaseBefore(t *testing.T) {
 		r := httptest.NewRequest(http.MethodGet, pathDeletes+"?after=0", nil)
 		r.Header.Set(headerProtocol, version)
 		w := httptest.NewRecorder()
-		if err := a.serveDeletes(w, r, old.id); err != nil {
+		if err := a.api.serveDeletes(w, r, old.id); err != nil {
 			t.Fatal(err)
 		}
 		if got := strings.Count(w.Body.String(), `"far"`); got != want {
@@ -195,7 +195,7 @@ func TestReleaseBefore(t *testing.T) {
 		r = httptest.NewRequest(http.MethodPost, pathFind, strings.NewReader(`{"names":[{"tag":"m","name":"ahead"}]}`))
 		r.Header.Set(headerProtocol, version)
 		w = httptest.NewRecorder()
-		if err := a.serveFind(w, r, old.id); err != nil {
+		if err := a.api.serveFind(w, r, old.id); err != nil {
 			t.Fatal(err)
 		}
 		reply := findReply{to: findRequest{Names: make([]nameRef, 1)}}
@@ -297,7 +297,7 @@ func TestTwins(t *testing.T) {
 		r.Header.Set(headerInstance, instance)
 		b.meetings.introduced(id, r)
 		w := httptest.NewRecorder()
-		if err := b.serveHello(w, r, id); err != nil {
+		if err := b.api.serveHello(w, r, id); err != nil {
 			t.Fatal(err)
 		}
 		var m hello

@@ -424,7 +424,7 @@ func TestDeletedStaysDeleted(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	state, err := a.taskState(t.Context(), task, "")
+	state, err := a.api.taskState(t.Context(), task, "")
 	if err != nil {
 		t.Fatal(err)
 	}

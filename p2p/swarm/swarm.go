@@ -119,7 +119,6 @@ type Swarm struct {
 	front     *front.Engine
 	store     *pieces.Store
 	network   Network
-	security  *security
 	client    *client
 	peers     *peerTable
 	questions *questions
@@ -127,15 +126,14 @@ type Swarm struct {
 	names     *names
 	clock     *clock
 	meetings  *meetings
+	api       *api
 	instance  *Instance
-	inbox     *inbox
 	uploads   *uploads
 	downloads *downloads
 	buffers   *buffers
 	limit     *rate.Limiter // of what is fetched; nil: none
 	log       *slog.Logger
 	metrics   *metrics
-	advertise []string // where peers connect for pieces
 	manifests *manifestCache
 	recent    *recent
 
@@ -172,10 +170,8 @@ func New(f *front.Engine, network Network, opts Options) (_ *Swarm, err error) {
 		front:    f,
 		store:    f.Store(),
 		network:  network,
-		security: security,
 		peers:    newPeerTable(),
 		instance: opts.Instance,
-		inbox:    newInbox(),
 		uploads: &uploads{
 			slots:   opts.UploadSlots,
 			all:     semaphore.NewWeighted(int64(opts.MaxUploads)),
@@ -222,6 +218,11 @@ func New(f *front.Engine, network Network, opts Options) (_ *Swarm, err error) {
 		network: network, peers: s.peers, client: s.client, instance: s.instance, clock: s.clock,
 		deletes: s.deletes, names: s.names, timeout: opts.StallTimeout, log: opts.Log, ctx: s.ctx,
 	}
+	s.api = &api{
+		opts: &s.opts, front: f, store: s.store, network: network, peers: s.peers, instance: s.instance,
+		meetings: s.meetings, names: s.names, deletes: s.deletes, downloads: s.downloads, uploads: s.uploads,
+		inbox: newInbox(), mend: s.mendLater, metrics: s.metrics, log: opts.Log,
+	}
 
 	conns := newConns(opts.MaxConns)
 	listeners := []net.Listener{&listener{network.Listener(), security, true, conns}}
@@ -233,10 +234,10 @@ func New(f *front.Engine, network Network, opts Options) (_ *Swarm, err error) {
 			}
 			return nil, fmt.Errorf("listen for peers: %w", err)
 		}
-		s.advertise = append(s.advertise, l.Addr().String())
+		s.api.advertise = append(s.api.advertise, l.Addr().String())
 		listeners = append(listeners, &listener{l, security, false, conns})
 	}
-	handler := s.handler()
+	handler := s.api.handler()
 	if opts.tamper != nil {
 		handler = opts.tamper(handler)
 	}
@@ -271,7 +272,7 @@ func New(f *front.Engine, network Network, opts Options) (_ *Swarm, err error) {
 }
 
 // Addresses returns where peers connect for pieces, as HOST:PORT.
-func (s *Swarm) Addresses() []string { return slices.Clone(s.advertise) }
+func (s *Swarm) Addresses() []string { return slices.Clone(s.api.advertise) }
 
 // ID returns the ID of this daemon among peers.
 func (s *Swarm) ID() string { return s.network.Self().String() }

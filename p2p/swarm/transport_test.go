@@ -146,7 +146,7 @@ func TestStrangers(t *testing.T) {
 		direct := &http.Client{Transport: &http.Transport{
 			DisableKeepAlives: true,
 			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-				return stranger.client.dialDirect(ctx, a.advertise[0], false, a.id)
+				return stranger.client.dialDirect(ctx, a.api.advertise[0], false, a.id)
 			},
 		}}
 		if _, err := stranger.client.do(t.Context(), direct, a.id, request.method, request.path, taskQuery(task),
@@ -154,7 +154,7 @@ func TestStrangers(t *testing.T) {
 			t.Errorf("%s %s by a stranger: %v, want %v", request.method, request.path, err, errNotMember)
 		}
 		// Without any handshake.
-		resp, err := http.Get("http://" + a.advertise[0] + request.path)
+		resp, err := http.Get("http://" + a.api.advertise[0] + request.path)
 		if err == nil {
 			resp.Body.Close()
 			t.Errorf("%s without a handshake: %s", request.path, resp.Status)
@@ -181,13 +181,13 @@ func TestUnproven(t *testing.T) {
 		}
 	}()
 	for range 100 {
-		c, err := net.Dial("tcp", a.advertise[0])
+		c, err := net.Dial("tcp", a.api.advertise[0])
 		if err != nil {
 			t.Fatal(err)
 		}
 		open = append(open, c)
 	}
-	conn, err := b.client.dialDirect(t.Context(), a.advertise[0], false, a.id)
+	conn, err := b.client.dialDirect(t.Context(), a.api.advertise[0], false, a.id)
 	if err != nil {
 		t.Fatalf("a member does not get in: %v", err)
 	}
@@ -252,7 +252,7 @@ func TestProvenPool(t *testing.T) {
 		return err
 	}
 	dial := func(p *testPeer) error {
-		c, err := p.client.dialDirect(t.Context(), a.advertise[0], false, a.id)
+		c, err := p.client.dialDirect(t.Context(), a.api.advertise[0], false, a.id)
 		if err != nil {
 			return err
 		}
@@ -288,9 +288,9 @@ func TestDialAny(t *testing.T) {
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), directTimeout)
 	defer cancel()
-	conn, address, err := a.client.dialAny(ctx, append(addresses, b.advertise[0]), false, b.id)
-	if err != nil || address != b.advertise[0] {
-		t.Fatalf("connected with %q, %v, want %s", address, err, b.advertise[0])
+	conn, address, err := a.client.dialAny(ctx, append(addresses, b.api.advertise[0]), false, b.id)
+	if err != nil || address != b.api.advertise[0] {
+		t.Fatalf("connected with %q, %v, want %s", address, err, b.api.advertise[0])
 	}
 	conn.Close()
 	cancel()
@@ -536,7 +536,7 @@ func TestPlainAtBothEnds(t *testing.T) {
 		defer l.Close()
 		var passed record
 		var passing sync.WaitGroup
-		at := a.advertise[0]
+		at := a.api.advertise[0]
 		passing.Go(func() {
 			for {
 				c, err := l.Accept()
@@ -552,7 +552,7 @@ func TestPlainAtBothEnds(t *testing.T) {
 				passing.Go(func() { io.Copy(c, io.TeeReader(to, &passed)); c.Close() })
 			}
 		})
-		a.advertise = []string{l.Addr().String()}
+		a.api.advertise = []string{l.Addr().String()}
 		b := h.start(t, func(o *Options) { o.Plain = wants[1] })
 		b.want(t, task, data)
 		a.Close()

@@ -3,7 +3,6 @@ package swarm
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"math/rand/v2"
 	"net/http"
@@ -18,7 +17,6 @@ import (
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/pieces"
 	"github.com/dfcache/dfcache/p2p/swarm/schedule"
-	"github.com/dfcache/dfcache/p2p/throttle"
 )
 
 const (
@@ -339,143 +337,6 @@ func (up *upload) news(ctx context.Context, want *schedule.Set) {
 			return
 		}
 	}
-}
-
-// servePieces answers one request for a piece.
-func (s *Swarm) servePieces(w http.ResponseWriter, r *http.Request, from peer.ID) error {
-	task, err := parseTaskQuery(r)
-	if err != nil {
-		return err
-	}
-	body, read, err := s.readBody(w, r, pieceRequestHeader+maxPieces/8)
-	if err != nil {
-		return err
-	}
-	req, err := parsePieceRequest(body)
-	read()
-	if err != nil {
-		return err
-	}
-	ctx := r.Context()
-	up, done, err := s.upload(ctx, task)
-	if err != nil {
-		return err
-	}
-	defer done()
-	if up.links != req.links {
-		return &statusError{http.StatusConflict, fmt.Sprintf("%x", up.links)}
-	}
-	if req.want.Len() != up.table.Pieces() {
-		return fmt.Errorf("%w: it has %d pieces", errMessage, up.table.Pieces())
-	}
-	reply := pieceReply{piece: -1}
-	for _, p := range up.askedBy(from) {
-		if info := s.network.Addresses(p); len(info.Addrs) > 0 {
-			reply.hints = append(reply.hints, hintOf(info))
-		}
-	}
-	if req.news {
-		up.news(ctx, req.want)
-		return s.answer(w, up, &reply, 0)
-	}
-	for {
-		piece, release, err := s.uploads.pick(ctx, up, from, req.want)
-		if err != nil {
-			return err
-		}
-		if piece < 0 {
-			release(false)
-			return s.answer(w, up, &reply, 0)
-		}
-		if done, err := s.servePiece(ctx, w, up, task, piece, &reply, from); done {
-			release(err == nil)
-			return err
-		}
-		release(false)
-	}
-}
-
-// servePiece sends a piece, of which the last part goes out only where the whole is as it
-// was stored. It reports false where the piece is damaged and another one is to be sent:
-// where nothing of it has been sent yet.
-func (s *Swarm) servePiece(
-	ctx context.Context, w http.ResponseWriter, up *upload, task p2p.Task, piece int, reply *pieceReply, from peer.ID,
-) (done bool, err error) {
-	start, end := up.table.Bounds(piece)
-	buf, err := s.uploads.buffers.get(ctx, int(min(end-start, s.uploads.chunk)))
-	if err != nil {
-		return true, err
-	}
-	defer s.uploads.buffers.put(buf)
-	entry := s.peers.get(from)
-	crc := uint32(0)
-	for at := start; at < end; at += int64(len(buf)) {
-		part := buf[:min(int64(len(buf)), end-at)]
-		n, err := up.src.bytes().ReadAt(part, at)
-		if errors.Is(err, io.EOF) {
-			err = nil // it may come with the last bytes; what is missing, the check tells
-		}
-		crc = digest.AddCRC32C(crc, part[:n])
-		if got := at + int64(n); err == nil && (n < len(part) || got == end) {
-			err = up.table.CheckSum(piece, got-start, crc)
-		}
-		if err != nil {
-			s.log.Error("a piece is damaged, and not served", "task", task.String(), "piece", piece, "error", err)
-			if up.broken(piece) {
-				s.mendLater(task)
-			}
-			return at > start, err
-		}
-		if at == start {
-			reply.piece = piece
-			if err := s.answer(w, up, reply, end-start); err != nil {
-				return true, err
-			}
-		}
-		if err := s.send(ctx, w, part, entry); err != nil {
-			return true, err
-		}
-	}
-	return true, nil
-}
-
-// answer sends the answer to a request, after which a piece of so many bytes follows.
-func (s *Swarm) answer(w http.ResponseWriter, up *upload, reply *pieceReply, length int64) error {
-	reply.have, _ = up.there()
-	header, err := reply.append(nil)
-	if err != nil {
-		return err
-	}
-	http.NewResponseController(w).SetWriteDeadline(time.Now().Add(sendTimeout))
-	w.Header().Set("Content-Length", fmt.Sprint(int64(len(header))+length))
-	_, err = w.Write(header)
-	return err
-}
-
-// send sends bytes of a blob, a little at a time: over a slow link, or within a low limit of our own,
-// all of it may take long, and the other end is to see that it comes.
-func (s *Swarm) send(ctx context.Context, w http.ResponseWriter, b []byte, to *peerEntry) error {
-	limit := s.uploads.limiter
-	step := throttle.Step(limit, sendStep)
-	c := http.NewResponseController(w)
-	for len(b) > 0 {
-		part := b[:min(len(b), step)]
-		b = b[len(part):]
-		if err := throttle.Wait(ctx, limit, len(part)); err != nil {
-			return err
-		}
-		c.SetWriteDeadline(time.Now().Add(sendTimeout))
-		n, err := w.Write(part)
-		to.addTook(int64(n))
-		s.metrics.sent.Add(float64(n))
-		if err == nil && step < sendStep {
-			err = c.Flush()
-		}
-		if err != nil {
-			return err
-		}
-	}
-	return nil
 }
 
 // buffers are what pieces pass through. Their sum is bounded: an upload that wants one waits.
