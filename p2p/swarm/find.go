@@ -13,9 +13,7 @@ import (
 func (s *Swarm) statTask(
 	ctx context.Context, task p2p.Task, opts p2p.StatOptions,
 ) (info p2p.Info, from peer.ID, err error) {
-	lookupCtx, cancel := s.questions.within(ctx)
-	defer cancel()
-	l := s.questions.lookup(lookupCtx, &findRequest{Tasks: []taskRef{taskRef(task)}, Lease: opts.Lease},
+	l := s.questions.lookup(ctx, &findRequest{Tasks: []taskRef{taskRef(task)}, Lease: opts.Lease},
 		taskKey(task), false)
 	counted := &p2p.Providers{}
 	found := false

@@ -129,9 +129,7 @@ func (s *Swarm) fetchManifest(ctx context.Context, task p2p.Task, from peer.ID) 
 
 // wholeProvider returns a peer that has all of a task, but for some; "" where there is none.
 func (s *Swarm) wholeProvider(ctx context.Context, task p2p.Task, not map[peer.ID]bool) peer.ID {
-	lookupCtx, cancel := s.questions.within(ctx)
-	defer cancel()
-	l := s.questions.lookup(lookupCtx, &findRequest{Tasks: []taskRef{taskRef(task)}}, taskKey(task), false)
+	l := s.questions.lookup(ctx, &findRequest{Tasks: []taskRef{taskRef(task)}}, taskKey(task), false)
 	defer l.end()
 	for a := range l.answers {
 		if state := a.reply.Tasks[0]; !not[a.peer] && s.deletes.accept(ctx, a.peer, task, state) && state.whole() {
@@ -205,9 +203,7 @@ func (s *Swarm) Replicate(ctx context.Context, tag string, cid digest.CID, n int
 
 // candidates returns the peers that may hold a task, those first that do already.
 func (s *Swarm) candidates(ctx context.Context, task p2p.Task) []peer.ID {
-	lookupCtx, cancel := s.questions.within(ctx)
-	defer cancel()
-	l := s.questions.lookup(lookupCtx, &findRequest{Tasks: []taskRef{taskRef(task)}}, taskKey(task), true)
+	l := s.questions.lookup(ctx, &findRequest{Tasks: []taskRef{taskRef(task)}}, taskKey(task), true)
 	var first, others []peer.ID
 	for a := range l.answers {
 		switch e := s.peers.get(a.peer); {

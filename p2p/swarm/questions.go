@@ -35,9 +35,9 @@ type questions struct {
 	network  Network
 	peers    *peerTable
 	client   *client
-	security *security // knows why peers could not prove themselves
-	deletes  *deletes  // tells a peer that answers again what it has missed
-	timeout  time.Duration
+	security *security     // knows why peers could not prove themselves
+	deletes  *deletes      // tells a peer that answers again what it has missed
+	timeout  time.Duration // of a question, and of a lookup
 	log      *slog.Logger
 
 	ctx        context.Context // ends with the swarm
@@ -88,10 +88,10 @@ type lookup struct {
 }
 
 // lookup asks all connected peers, or some of them where there are many, and
-// those that have announced key, until all have answered or ctx ends. Where quick
-// is set and all connected peers are asked, announcements are not looked for.
+// those that have announced key, until all have answered, the timeout is over, or ctx ends.
+// Where quick is set and all connected peers are asked, announcements are not looked for.
 // A peer that is known to be silent counts as one that has not answered, and is not
-// waited for; not are peers that are not asked. Nor is what a question waits for underneath: a lookup ends with ctx.
+// waited for; not are peers that are not asked. Nor is what a question waits for underneath.
 // The caller reads the answers up to the end, or calls end or missed.
 func (q *questions) lookup(ctx context.Context, req *findRequest, key Key, quick bool, not ...peer.ID) *lookup {
 	l := &lookup{
@@ -102,7 +102,7 @@ func (q *questions) lookup(ctx context.Context, req *findRequest, key Key, quick
 	for _, p := range not {
 		l.seen[p] = true
 	}
-	l.ctx, l.cancel = context.WithCancel(ctx)
+	l.ctx, l.cancel = q.within(ctx)
 	q.background.Go(func() {
 		defer close(l.answers)
 		defer l.cancel()

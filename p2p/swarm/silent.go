@@ -41,7 +41,7 @@ func (q *questions) suspect(p peer.ID, silent bool) {
 		defer e.endProbe()
 		for pause := probePause; q.ping(p) != nil; pause *= 2 {
 			q.markSilent(p)
-			connected := q.isConnected(p)
+			connected := slices.Contains(q.network.Connected(), p)
 			if pause = min(pause, maxAwayPause); connected {
 				pause = min(pause, maxProbePause)
 			}
@@ -81,8 +81,4 @@ func (q *questions) ping(p peer.ID) error {
 		return errNoAnswer
 	}
 	return nil
-}
-
-func (q *questions) isConnected(p peer.ID) bool {
-	return slices.Contains(q.network.Connected(), p)
 }

@@ -158,9 +158,7 @@ func (s *Swarm) Referrers(ctx context.Context, task p2p.Task, have func(p2p.Task
 
 // whoRefersTo asks peers for the manifests that refer to a task.
 func (s *Swarm) whoRefersTo(ctx context.Context, task p2p.Task) map[digest.Digest]peer.ID {
-	lookupCtx, cancel := s.questions.within(ctx)
-	defer cancel()
-	l := s.questions.lookup(lookupCtx, &findRequest{Referrers: []taskRef{taskRef(task)}}, taskKey(task), true)
+	l := s.questions.lookup(ctx, &findRequest{Referrers: []taskRef{taskRef(task)}}, taskKey(task), true)
 	defer l.end()
 	who := map[digest.Digest]peer.ID{}
 	for a := range l.answers {
@@ -238,9 +236,7 @@ func (s *Swarm) See(
 	if name := cid.CacheID(); name != "" {
 		req, key = &findRequest{Names: []nameRef{{tag, name}}}, nameKey(tag, name)
 	}
-	lookupCtx, cancel := s.questions.within(ctx)
-	defer cancel()
-	l := s.questions.lookup(lookupCtx, req, key, true)
+	l := s.questions.lookup(ctx, req, key, true)
 	defer l.end()
 	for a := range l.answers {
 		seen.Answered++

@@ -69,11 +69,10 @@ func (d *download) search() {
 	d.calls.Go(func() {
 		var missed error
 		for _, t := range tasks {
-			ctx, cancel := d.s.questions.within(d.ctx)
-			l := d.s.questions.lookup(ctx, &findRequest{Tasks: []taskRef{taskRef(t)}}, taskKey(t), false, known...)
+			l := d.s.questions.lookup(d.ctx, &findRequest{Tasks: []taskRef{taskRef(t)}}, taskKey(t), false, known...)
 			found := false // that those known have it counts as long as they can be asked: see hopeless
 			for a := range l.answers {
-				if state := a.reply.Tasks[0]; d.s.deletes.accept(ctx, a.peer, t, state) {
+				if state := a.reply.Tasks[0]; d.s.deletes.accept(d.ctx, a.peer, t, state) {
 					found = true
 					d.post(func() { d.addSource(a.peer, t, state) })
 				} else {
@@ -85,7 +84,6 @@ func (d *download) search() {
 			} else {
 				missed = l.missed(t.String())
 			}
-			cancel()
 		}
 		d.post(func() {
 			d.searching = false
