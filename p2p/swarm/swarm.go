@@ -191,7 +191,6 @@ func New(f *front.Engine, network Network, opts Options) (_ *Swarm, err error) {
 		announcements: announcements{network: network, store: f.Store(), log: opts.Log, gone: map[Key]bool{}},
 		unwatch:       func() {},
 	}
-	s.metrics = newMetrics(opts.Metrics, s)
 	s.client = newClient(security, network, s.peers, s.instance, opts.Now)
 	s.instance.mu.Lock()
 	s.instance.log = opts.Log
@@ -218,6 +217,7 @@ func New(f *front.Engine, network Network, opts Options) (_ *Swarm, err error) {
 		network: network, peers: s.peers, client: s.client, instance: s.instance, clock: s.clock,
 		deletes: s.deletes, names: s.names, timeout: opts.StallTimeout, log: opts.Log, ctx: s.ctx,
 	}
+	s.metrics = newMetrics(opts.Metrics, s) // it reads the parts above
 	s.api = &api{
 		opts: &s.opts, front: f, store: s.store, network: network, peers: s.peers, instance: s.instance,
 		meetings: s.meetings, names: s.names, deletes: s.deletes, downloads: s.downloads, uploads: s.uploads,
