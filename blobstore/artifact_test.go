@@ -183,7 +183,8 @@ func TestArtifactFiles(t *testing.T) {
 			{layers: []ocispec.Descriptor{layer("one", "1")}, want: []string{"1"}, text: "one"},
 			// the caller names the output
 			{layers: []ocispec.Descriptor{layer("one", "../1")}, want: []string{"../1"}, text: "one"},
-			{layers: []ocispec.Descriptor{layer("one", ""), layer("two", "2")}, want: []string{"2"}, text: "two"},
+			// nothing is left out silently
+			{layers: []ocispec.Descriptor{layer("one", ""), layer("two", "2")}, err: blobstore.ErrInvalid},
 			{layers: []ocispec.Descriptor{layer("one", "1"), layer("two", "2")}, want: []string{"1", "2"}},
 			{layers: []ocispec.Descriptor{layer("one", ""), layer("two", "")}, err: blobstore.ErrInvalid},
 			{layers: []ocispec.Descriptor{}, err: blobstore.ErrInvalid},
@@ -441,8 +442,8 @@ func TestHostileTitles(t *testing.T) {
 		{strings.Repeat("a/", 1<<20) + "x"},
 	} {
 		files := []titled{{"first", "first"}}
-		for _, title := range titles {
-			files = append(files, titled{title, "hostile"})
+		for j, title := range titles {
+			files = append(files, titled{title, fmt.Sprintf("hostile %d", j)})
 		}
 		tag := fmt.Sprintf("v%d", i)
 		pushArtifact(t, r, tag, files...)

@@ -11,6 +11,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"oras.land/oras-go/v2/errdef"
 
+	"github.com/dfcache/dfcache/blobstore/artifact"
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p/manifest"
 )
@@ -75,39 +76,35 @@ func FuzzParseManifest(f *testing.F) {
 		} else if err != nil && !errors.Is(err, ErrInvalid) {
 			t.Fatalf("error is %v", err)
 		}
-		layers, err := artifactFiles(m)
+		layers, _, err := artifact.Read(m, nil).Choose(artifact.Choice{})
 		if err != nil {
 			if !errors.Is(err, ErrInvalid) {
 				t.Fatalf("error is %v", err)
 			}
 			return
 		}
-		var files []File
-		for _, l := range layers {
-			files = append(files, File{Title: l.Annotations[ocispec.AnnotationTitle], Digest: l.Digest})
-		}
-		requireNames(t, files)
+		requireNames(t, layers)
 	})
 }
 
 // requireNames fails the test unless the paths of files, where they get some,
 // are all below a directory, and none is another's or its directory.
-func requireNames(t *testing.T, files []File) {
-	names, err := fileNames(files)
+func requireNames(t *testing.T, layers []artifact.Layer) {
+	places, err := artifact.PlaceAll(layers, artifact.Tree{}, false, false)
 	if err != nil {
 		if !errors.Is(err, ErrInvalid) {
 			t.Fatalf("error is %v", err)
 		}
 		return
 	}
-	for i, name := range names {
-		path := filepath.Join("/dir", name)
+	for i, place := range places {
+		path := filepath.Join("/dir", place.Path)
 		if !strings.HasPrefix(path, "/dir/") || strings.ContainsRune(path, 0) {
-			t.Fatalf("title %q leads to %q", files[i].Title, path)
+			t.Fatalf("title %q leads to %q", place.Name, path)
 		}
-		for j, other := range names {
-			if i != j && strings.HasPrefix(path+"/", filepath.Join("/dir", other)+"/") {
-				t.Fatalf("the titles %q and %q are in each other's way", files[i].Title, files[j].Title)
+		for j, other := range places {
+			if i != j && strings.HasPrefix(path+"/", filepath.Join("/dir", other.Path)+"/") {
+				t.Fatalf("the titles %q and %q are in each other's way", place.Name, other.Name)
 			}
 		}
 	}
@@ -121,7 +118,11 @@ func FuzzTitles(f *testing.F) {
 		f.Add(titles[0], titles[1])
 	}
 	f.Fuzz(func(t *testing.T, a, b string) {
-		requireNames(t, []File{{Title: a}, {Title: b}})
+		layer := func(title string) artifact.Layer {
+			d := ocispec.Descriptor{Digest: digest.SHA256.FromString(title)}
+			return artifact.Layer{Descriptor: d, Name: title}
+		}
+		requireNames(t, []artifact.Layer{layer(a), layer(b)})
 	})
 }
 

@@ -551,6 +551,11 @@ func (r *Repository) Predecessors(ctx context.Context, node ocispec.Descriptor) 
 	if err := r.engine.HoldReferrers(ctx, r.task(node.Digest)); err != nil && !errors.Is(err, ErrUnreachable) {
 		return nil, fmt.Errorf("predecessors of %s: %w", node.Digest, err)
 	}
+	return r.predecessorsHere(ctx, node)
+}
+
+// predecessorsHere is Predecessors for what is on this host.
+func (r *Repository) predecessorsHere(ctx context.Context, node ocispec.Descriptor) ([]ocispec.Descriptor, error) {
 	var found []ocispec.Descriptor
 	for entry, err := range r.engine.List(ctx, p2p.Query{Tag: &r.tag, RefersTo: node.Digest}) {
 		if err != nil {
@@ -581,6 +586,14 @@ func (r *Repository) Referrers(
 	if err != nil {
 		return err
 	}
+	return r.referrersOf(ctx, desc, candidates, artifactType, fn)
+}
+
+// referrersOf is Referrers among candidates, which are on this host.
+func (r *Repository) referrersOf(
+	ctx context.Context, desc ocispec.Descriptor, candidates []ocispec.Descriptor, artifactType string,
+	fn func(referrers []ocispec.Descriptor) error,
+) error {
 	slices.SortFunc(candidates, func(a, b ocispec.Descriptor) int {
 		return bytes.Compare([]byte(a.Digest), []byte(b.Digest))
 	})

@@ -15,6 +15,7 @@ import (
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/dfcache/dfcache/blobstore/artifact"
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/manifest"
@@ -59,48 +60,58 @@ type File struct {
 
 // MarshalJSON makes an object that always has all fields, with null for a time
 // that is not known, and for Providers that were not asked for.
-func (f File) MarshalJSON() ([]byte, error) {
+func (f File) MarshalJSON() ([]byte, error) { return json.Marshal(f.form()) }
+
+// fileForm is the form of a File in JSON.
+type fileForm struct {
+	CID         string         `json:"cid"`
+	Tag         string         `json:"tag"`
+	Digest      digest.Digest  `json:"digest"`
+	Size        int64          `json:"size"`
+	Title       string         `json:"title"`
+	Manifest    digest.Digest  `json:"manifest"`
+	Pieces      int            `json:"pieces"`
+	PieceLength int64          `json:"pieceLength"`
+	Held        int            `json:"held"`
+	Local       bool           `json:"local"`
+	Imported    *time.Time     `json:"imported"`
+	LastUsed    *time.Time     `json:"lastUsed"`
+	Providers   *providersForm `json:"holders"`
+	Sources     []sourceForm   `json:"sources"`
+	Files       []fileForm     `json:"files"`
+}
+
+type providersForm struct {
+	Some   int `json:"some"`
+	Whole  int `json:"whole"`
+	Asked  int `json:"asked"`
+	Silent int `json:"silent"`
+}
+
+type sourceForm struct {
+	Peer    string `json:"peer"`
+	Address string `json:"address"`
+	Bytes   int64  `json:"bytes"`
+}
+
+func (f File) form() fileForm {
 	known := func(t time.Time) *time.Time {
 		if t.IsZero() {
 			return nil
 		}
 		return &t
 	}
-	type counts struct {
-		Some   int `json:"some"`
-		Whole  int `json:"whole"`
-		Asked  int `json:"asked"`
-		Silent int `json:"silent"`
-	}
-	type source struct {
-		Peer    string `json:"peer"`
-		Address string `json:"address"`
-		Bytes   int64  `json:"bytes"`
-	}
-	sources := []source{}
-	for _, s := range f.Sources {
-		sources = append(sources, source(s))
-	}
-	return json.Marshal(struct {
-		CID         string        `json:"cid"`
-		Tag         string        `json:"tag"`
-		Digest      digest.Digest `json:"digest"`
-		Size        int64         `json:"size"`
-		Title       string        `json:"title"`
-		Manifest    digest.Digest `json:"manifest"`
-		Pieces      int           `json:"pieces"`
-		PieceLength int64         `json:"pieceLength"`
-		Held        int           `json:"held"`
-		Local       bool          `json:"local"`
-		Imported    *time.Time    `json:"imported"`
-		LastUsed    *time.Time    `json:"lastUsed"`
-		Providers   *counts       `json:"holders"`
-		Sources     []source      `json:"sources"`
-		Files       []File        `json:"files"`
-	}{
+	form := fileForm{
 		f.CID, f.Tag, f.Digest, f.Size, f.Title, f.Manifest, f.Pieces, f.PieceLength, f.Held, f.Local,
-		known(f.Imported), known(f.LastUsed), (*counts)(f.Providers), sources, append([]File{}, f.Files...),
-	})
+		known(f.Imported), known(f.LastUsed), (*providersForm)(f.Providers), []sourceForm{}, []fileForm{},
+	}
+	for _, s := range f.Sources {
+		form.Sources = append(form.Sources, sourceForm(s))
+	}
+	for _, part := range f.Files {
+		form.Files = append(form.Files, part.form())
+	}
+	return form
 }
 
 // Lookup says how far an operation may look for content.
@@ -217,17 +228,24 @@ func (r *Repository) task(d digest.Digest) p2p.Task { return p2p.Task{Tag: r.tag
 //
 // It asks this host, and, unless l.Local is set, the swarm.
 func (r *Repository) Stat(ctx context.Context, cid string, l Lookup) (File, error) {
-	f, err := r.find(ctx, cid, l, func(*found) error { return nil })
-	if errors.Is(err, ErrNotFound) || errors.Is(err, ErrUnreachable) {
-		err = r.withPart(ctx, cid, err)
-	}
+	f, err := r.stat(ctx, cid, l, request{})
 	if err != nil {
 		return File{}, fmt.Errorf("stat: %w", err)
 	}
-	if !f.Local {
+	return f.File, nil
+}
+
+// stat says what is known of what was requested, and what has arrived of it.
+func (r *Repository) stat(ctx context.Context, cid string, l Lookup, req request) (*found, error) {
+	req.look = true
+	f, err := r.find(ctx, cid, l, req, func(*found) error { return nil })
+	if errors.Is(err, ErrNotFound) || errors.Is(err, ErrUnreachable) {
+		err = r.withPart(ctx, cid, err)
+	}
+	if err == nil && !f.Local {
 		r.fillParts(ctx, &f.File)
 	}
-	return f.File, nil
+	return f, err
 }
 
 // withPart adds to err, with which a digest was not found, what of it is here.
@@ -268,18 +286,34 @@ const (
 	goneAttempts = 3
 )
 
+// request says what of a manifest is wanted.
+type request struct {
+	artifact.Choice
+	describe bool // all of it, whatever it is
+	look     bool // only: nothing is to be fetched but the manifest
+}
+
 // found is a file that was found.
 type found struct {
 	File
-	here   bool            // all of it, and its name, were on this host
-	others []digest.Digest // what its manifest refers to besides files
+	here      bool             // all of it, and its name, were on this host
+	others    []digest.Digest  // what its manifest refers to besides files
+	mediaType string           // of what the cid leads to
+	layout    *artifact.Layout // of its manifest, nil where there is none
+	layers    []artifact.Layer // Files, or the one that is File: as the manifest has them
+	directory bool             // it belongs into one
+	manifest  *manifest.Manifest
+	about     digest.Digest // the manifest that the cid leads to, of an index that
 }
 
 // find finds the file that cid names and calls use with it: a digest is the
 // file's own, a cache ID leads to it through a manifest. An import of another
 // file under the same cache ID takes all of that away meanwhile; it is then
-// looked up anew, so that either the one file is found or the other.
-func (r *Repository) find(ctx context.Context, cid string, l Lookup, use func(*found) error) (*found, error) {
+// looked up anew, so that either the one file is found or the other. A digest of a manifest leads to
+// its files where some are chosen.
+func (r *Repository) find(
+	ctx context.Context, cid string, l Lookup, req request, use func(*found) error,
+) (*found, error) {
 	id, err := digest.ParseCID(cid)
 	if err != nil {
 		return nil, err
@@ -289,10 +323,11 @@ func (r *Repository) find(ctx context.Context, cid string, l Lookup, use func(*f
 			ErrInvalid)
 	}
 	named := id.CacheID() != ""
+	follow := named || req.Given()
 	var before digest.Digest
 	for attempt, same := 1, 0; ; attempt++ {
 		info, err := r.engine.Stat(ctx, r.tag, id,
-			p2p.StatOptions{Scope: l.scope(), Manifest: named, Providers: l.Providers && !named})
+			p2p.StatOptions{Scope: l.scope(), Manifest: follow, Providers: l.Providers && !follow})
 		if err != nil {
 			return nil, err
 		}
@@ -300,14 +335,19 @@ func (r *Repository) find(ctx context.Context, cid string, l Lookup, use func(*f
 			before, same = info.Task.Digest, 0
 		}
 		same++
-		f := &found{File: File{CID: cid, Tag: r.tag, Digest: info.Task.Digest}, here: !info.Remote}
+		f := &found{File: File{CID: cid, Tag: r.tag, Digest: info.Task.Digest}, here: !info.Remote,
+			mediaType: info.MediaType}
 		if info.Manifest == nil {
-			if named && l.Providers {
+			if follow && l.Providers {
 				info.Providers, err = r.providers(ctx, info.Task.Digest)
+			}
+			if req.Given() {
+				err = fmt.Errorf("%s: %w: it is a single file, of which nothing can be chosen", p2p.Describe(r.tag, id),
+					ErrInvalid)
 			}
 			f.fill(info)
 			f.here = f.Local
-		} else if err = r.followManifest(ctx, f, info.Manifest, l); err != nil {
+		} else if err = r.followManifest(ctx, f, info.Manifest, l, req); err != nil {
 			err = fmt.Errorf("%s: %w", p2p.Describe(r.tag, id), err)
 		}
 		if err == nil {
@@ -335,38 +375,36 @@ func (f *File) fill(info p2p.Info) {
 	f.Providers = info.Providers
 }
 
-// followManifest fills in what a cache ID leads to.
-func (r *Repository) followManifest(ctx context.Context, file *found, m *p2p.Manifest, l Lookup) error {
+// followManifest fills in what a manifest leads to.
+func (r *Repository) followManifest(ctx context.Context, file *found, m *p2p.Manifest, l Lookup, req request) error {
 	parsed, err := manifest.Read(m.Content)
 	if err != nil {
 		return err
 	}
-	layers, err := artifactFiles(parsed)
-	if err != nil {
+	file.manifest, file.Manifest, file.about = parsed, file.Digest, cmp.Or(file.about, file.Digest)
+	if parsed.Manifests != nil && !req.describe {
+		return r.followIndex(ctx, file, parsed, l, req)
+	}
+	if req.Platform != "" {
+		return fmt.Errorf("manifest: %w: it is for one platform, of which none can be chosen", ErrInvalid)
+	}
+	scope := l.scope()
+	if req.look {
+		scope = p2p.Local
+	}
+	file.layout = artifact.Read(parsed, r.namingConfig(ctx, parsed, scope))
+	file.layers, file.directory = file.layout.Layers, len(file.layout.Layers) != 1
+	if !req.describe {
+		if file.layers, file.directory, err = file.layout.Choose(req.Choice); err != nil {
+			return err
+		}
+	}
+	if err := r.fillFiles(ctx, file, m, l, req); err != nil {
 		return err
 	}
-	known := map[digest.Digest]p2p.Info{}
-	for _, info := range m.Refs {
-		known[info.Task.Digest] = info
-	}
-	file.Manifest = file.Digest
 	isFile := map[digest.Digest]bool{}
-	for _, layer := range layers {
+	for _, layer := range file.layers {
 		isFile[layer.Digest] = true
-		info, found := known[layer.Digest]
-		if !found || l.Providers {
-			// It was too far down the list, or it is damaged or missing, which this tells.
-			if info, err = r.engine.Stat(ctx, r.tag, digest.FromDigest(layer.Digest),
-				p2p.StatOptions{Scope: l.scope(), Providers: l.Providers}); err != nil {
-				return fmt.Errorf("leads to: %w", err)
-			}
-			known[layer.Digest] = info
-		}
-		f := File{CID: file.CID, Tag: r.tag, Digest: layer.Digest, Title: layer.Annotations[ocispec.AnnotationTitle],
-			Manifest: file.Manifest}
-		f.fill(info)
-		file.Files = append(file.Files, f)
-		file.here = file.here && f.Local
 	}
 	for _, d := range parsed.References(false).Refs {
 		if !isFile[d] {
@@ -377,21 +415,98 @@ func (r *Repository) followManifest(ctx context.Context, file *found, m *p2p.Man
 		file.File = file.Files[0]
 		return nil
 	}
-	file.Local = true
-	for _, f := range file.Files {
-		file.Size, file.Pieces, file.Held = file.Size+f.Size, file.Pieces+f.Pieces, file.Held+f.Held
-		file.Local = file.Local && f.Local
-		if file.Imported.Before(f.Imported) {
-			file.Imported = f.Imported
+	file.sum()
+	return nil
+}
+
+// followIndex follows an index to the manifest that is for a platform.
+func (r *Repository) followIndex(
+	ctx context.Context, file *found, index *manifest.Manifest, l Lookup, req request,
+) error {
+	child, err := artifact.ChoosePlatform(index, req.Platform)
+	if err != nil {
+		return err
+	}
+	info, err := r.engine.Stat(ctx, r.tag, digest.FromDigest(child.Digest),
+		p2p.StatOptions{Scope: l.scope(), Manifest: true})
+	if err != nil {
+		return fmt.Errorf("leads to: %w", err)
+	}
+	if info.Manifest == nil {
+		return fmt.Errorf("leads to %s: %w: it is no manifest", child.Digest, ErrInvalid)
+	}
+	file.Digest, file.here = child.Digest, file.here && info.Local()
+	req.Platform = ""
+	return r.followManifest(ctx, file, info.Manifest, l, req)
+}
+
+// maxNamingConfig is the size in bytes of the largest config that is read for the name of a file.
+const maxNamingConfig = 1 << 20
+
+// namingConfig returns the config that names the files of a manifest; nil where none does, or where it
+// can't be had: the files then have another name.
+func (r *Repository) namingConfig(ctx context.Context, m *manifest.Manifest, scope p2p.Scope) []byte {
+	config := artifact.NamingConfig(m)
+	if config == nil || config.Size > maxNamingConfig {
+		return nil
+	}
+	blob, err := r.open(ctx, config.Digest, scope)
+	if err != nil {
+		return nil
+	}
+	defer blob.Close()
+	var content bytes.Buffer
+	if blob.Size() > maxNamingConfig || blob.CopyRange(ctx, &content, 0, blob.Size(), nil) != nil {
+		return nil
+	}
+	return content.Bytes()
+}
+
+// fillFiles fills in what the engine knows of the layers that were chosen.
+func (r *Repository) fillFiles(ctx context.Context, file *found, m *p2p.Manifest, l Lookup, req request) error {
+	known := map[digest.Digest]p2p.Info{}
+	for _, info := range m.Refs {
+		known[info.Task.Digest] = info
+	}
+	for _, layer := range file.layers {
+		info, found := known[layer.Digest]
+		if !found || l.Providers {
+			// It was too far down the list, or it is damaged or missing, which this tells.
+			var err error
+			info, err = r.engine.Stat(ctx, r.tag, digest.FromDigest(layer.Digest),
+				p2p.StatOptions{Scope: l.scope(), Providers: l.Providers})
+			if req.describe && layer.Foreign() && (errors.Is(err, ErrNotFound) || errors.Is(err, ErrUnreachable)) {
+				table := digest.Table{Size: layer.Size, PieceLength: digest.PieceLength(layer.Size)}
+				info = p2p.Info{Size: table.Size, PieceLength: table.PieceLength, Pieces: table.Pieces(), Remote: true}
+			} else if err != nil {
+				return fmt.Errorf("leads to: %w", err)
+			}
+			known[layer.Digest] = info
 		}
-		if file.LastUsed.Before(f.LastUsed) {
-			file.LastUsed = f.LastUsed
-		}
-		if file.Providers == nil || f.Providers != nil && f.Providers.Whole < file.Providers.Whole {
-			file.Providers = f.Providers
-		}
+		f := File{CID: file.CID, Tag: r.tag, Digest: layer.Digest, Title: layer.Name, Manifest: file.Manifest}
+		f.fill(info)
+		file.Files = append(file.Files, f)
+		file.here = file.here && f.Local
 	}
 	return nil
+}
+
+// sum makes of a file the sum of its files.
+func (f *File) sum() {
+	f.Local = true
+	for _, part := range f.Files {
+		f.Size, f.Pieces, f.Held = f.Size+part.Size, f.Pieces+part.Pieces, f.Held+part.Held
+		f.Local = f.Local && part.Local
+		if f.Imported.Before(part.Imported) {
+			f.Imported = part.Imported
+		}
+		if f.LastUsed.Before(part.LastUsed) {
+			f.LastUsed = part.LastUsed
+		}
+		if f.Providers == nil || part.Providers != nil && part.Providers.Whole < f.Providers.Whole {
+			f.Providers = part.Providers
+		}
+	}
 }
 
 // maxKept is the size in bytes of what an artifact has besides its files, a
@@ -475,11 +590,16 @@ func (r *Repository) keepEmpty(ctx context.Context) error {
 //
 // Unless l.Local is set, what only the swarm has is fetched, and kept on this host.
 func (r *Repository) Open(ctx context.Context, cid string, l Lookup) (*Reader, error) {
+	return r.openChosen(ctx, cid, l, artifact.Choice{})
+}
+
+// openChosen opens the file that was chosen of what cid names.
+func (r *Repository) openChosen(ctx context.Context, cid string, l Lookup, c artifact.Choice) (*Reader, error) {
 	var blob p2p.Blob
-	f, err := r.find(ctx, cid, l, func(f *found) (err error) {
-		if len(f.Files) > 0 {
-			return fmt.Errorf("%s: %w: it has %d files: export it to a directory, or name one of them by its digest",
-				f.CID, ErrInvalid, len(f.Files))
+	f, err := r.find(ctx, cid, l, request{Choice: c}, func(f *found) (err error) {
+		if f.directory {
+			return fmt.Errorf("%s: %w: it has %d files: export it to a directory, or choose one of them",
+				f.CID, ErrInvalid, len(f.layers))
 		}
 		blob, err = r.open(ctx, f.Digest, l.scope())
 		return err
@@ -551,8 +671,20 @@ type ExportOptions struct {
 	// That is faster, and a power cut within the next half a minute can leave an empty file, also
 	// in place of one that was replaced.
 	NoSync bool
+	// All exports all layers of a manifest, also those without a name, to a directory.
+	All bool
+	// Files are names of files, or digests of layers, to export of a manifest: one to a file, more to a directory.
+	Files []string
+	// Platform is that of the manifest to export of an index: os/architecture, or os/architecture/variant.
+	Platform string
+	// NoUnpack leaves archives of directories packed.
+	NoUnpack bool
 	// Progress, where it is not nil, is called with the count of bytes written so far.
 	Progress func(written int64)
+}
+
+func (o ExportOptions) choice() artifact.Choice {
+	return artifact.Choice{All: o.All, Names: o.Files, Platform: o.Platform}
 }
 
 // Export writes the file that cid names to w. Every piece is verified before
@@ -564,7 +696,7 @@ func (r *Repository) Export(ctx context.Context, cid string, w io.Writer, opts E
 	if w == nil {
 		return File{}, fmt.Errorf("export %s: %w: there is no writer to export to", cid, ErrInvalid)
 	}
-	in, err := r.Open(ctx, cid, opts.Lookup)
+	in, err := r.openChosen(ctx, cid, opts.Lookup, opts.choice())
 	if err != nil {
 		return File{}, fmt.Errorf("export: %w", err)
 	}
@@ -582,22 +714,32 @@ func (r *Repository) Export(ctx context.Context, cid string, w io.Writer, opts E
 // leaves no file, and one that was there as it was. When ExportFile returns, the
 // file survives a power cut, unless opts.NoSync is set.
 //
-// An artifact of several files becomes a directory at path. A new one appears at
-// once, with everything in it. Into an empty one that is there, or, with
+// An artifact of several files becomes a directory at path, as does one that was imported from a
+// directory, and an archive that is said to be one: that is unpacked, unless opts.NoUnpack is set. A new one
+// appears at once, with everything in it. Into an empty one that is there, or, with
 // opts.Overwrite, into any, the files are moved one by one when all are complete
 // and verified; other files in it stay. A file whose name would lead out of the
-// directory is refused, with [ErrInvalid].
+// directory is refused, with [ErrInvalid]. Nothing is left out that was not chosen: where layers have no names,
+// or cid leads to an index, the error is an [*artifact.ChoiceError] unless opts says what is wanted. Where cid is
+// the digest of a manifest, opts can choose, too.
+//
+// A new file has the permissions that the artifact has for it. One that is replaced can be read and written
+// by whoever could before.
 //
 // Unless opts.Local is set, what only the swarm has is fetched, and kept on this host.
 func (r *Repository) ExportFile(ctx context.Context, cid, path string, opts ExportOptions) (File, error) {
-	f, err := r.find(ctx, cid, opts.Lookup, func(f *found) error {
-		if len(f.Files) == 0 {
-			return writeFile(path, opts, func(out *os.File) (err error) {
-				f.Sources, err = r.copyFile(ctx, f.File, out, opts)
-				return err
-			})
+	f, err := r.find(ctx, cid, opts.Lookup, request{Choice: opts.choice()}, func(f *found) error {
+		var layer artifact.Layer
+		if len(f.layers) == 1 {
+			layer = f.layers[0]
 		}
-		return r.writeDir(ctx, &f.File, path, opts)
+		if f.directory || layer.Packed && !opts.NoUnpack {
+			return r.writeDir(ctx, f, path, opts)
+		}
+		return writeFile(path, opts, layer, func(out *os.File) (err error) {
+			f.Sources, err = r.copyFile(ctx, f.File, out, opts)
+			return err
+		})
 	})
 	if err != nil {
 		return File{}, fmt.Errorf("export %s: %w", cid, err)
@@ -606,36 +748,56 @@ func (r *Repository) ExportFile(ctx context.Context, cid, path string, opts Expo
 	return f.File, nil
 }
 
-// writeDir writes the files of an artifact to a directory at path.
-func (r *Repository) writeDir(ctx context.Context, artifact *File, path string, opts ExportOptions) error {
+// writeDir writes what an artifact has to a directory at path.
+func (r *Repository) writeDir(ctx context.Context, f *found, path string, opts ExportOptions) error {
+	files := f.Files
+	if len(files) == 0 && len(f.layers) == 1 {
+		files = []File{f.File}
+	}
+	var tree artifact.Tree
+	if len(opts.Files) == 0 {
+		var err error
+		if tree, err = f.layout.Tree(); err != nil {
+			return err
+		}
+	}
+	places, err := artifact.PlaceAll(f.layers, tree, !opts.NoUnpack, !f.directory)
+	if err != nil {
+		return err
+	}
 	var written int64
-	next := 0
-	err := writeDir(path, opts, artifact.Files, func(f File, out *os.File) error {
+	err = writeDir(ctx, path, opts, places, tree, func(i int, out *os.File) error {
 		each := opts
 		if before := written; opts.Progress != nil {
 			each.Progress = func(n int64) { opts.Progress(before + n) }
 		}
-		sources, err := r.copyFile(ctx, f, out, each)
-		artifact.Files[next].Sources = sources
-		written, next = written+f.Size, next+1
+		sources, err := r.copyFile(ctx, files[i], out, each)
+		files[i].Sources = sources
+		written += files[i].Size
 		return err
 	})
 	if err != nil {
 		return err
 	}
-	artifact.Sources = nil
-	for _, f := range artifact.Files {
+	f.Sources = allSources(files)
+	return nil
+}
+
+// allSources adds up what came from each peer.
+func allSources(files []File) []Source {
+	var all []Source
+	for _, f := range files {
 		for _, s := range f.Sources {
-			i := slices.IndexFunc(artifact.Sources,
+			i := slices.IndexFunc(all,
 				func(known Source) bool { return known.Peer == s.Peer && known.Address == s.Address })
 			if i < 0 {
-				artifact.Sources = append(artifact.Sources, s)
+				all = append(all, s)
 			} else {
-				artifact.Sources[i].Bytes += s.Bytes
+				all[i].Bytes += s.Bytes
 			}
 		}
 	}
-	return nil
+	return all
 }
 
 // copyFile copies the content of f to out, which is empty, and says which peers

@@ -1,15 +1,21 @@
 package blobstore
 
 import (
+	"context"
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/dfcache/dfcache/blobstore/artifact"
 	"github.com/dfcache/dfcache/p2p/dirs"
 )
 
@@ -31,8 +37,13 @@ func (noOverwrite) Unwrap() error { return fs.ErrExist }
 //
 // Unless opts.NoSync is set, the content is on disk before the name appears, and
 // the name when writeFile returns: a power cut leaves what was there before or all of it.
-func writeFile(path string, opts ExportOptions, write func(*os.File) error) error {
+//
+// A new file has the permissions of layer, where that has some.
+func writeFile(path string, opts ExportOptions, layer artifact.Layer, write func(*os.File) error) error {
 	mode := fs.FileMode(0)
+	if layer.HasMode {
+		mode = artifact.OwnerReads(layer.Mode)
+	}
 	switch info, err := os.Stat(path); {
 	case errors.Is(err, fs.ErrNotExist):
 		// A dangling link is in the way too: it is not ours to follow or to replace.
@@ -54,7 +65,10 @@ func writeFile(path string, opts ExportOptions, write func(*os.File) error) erro
 		if path, err = filepath.EvalSymlinks(path); err != nil {
 			return fmt.Errorf("output: %w", err)
 		}
-		mode = info.Mode().Perm()
+		// Who could read the file before can, and nobody else.
+		if mode = info.Mode().Perm(); layer.HasMode {
+			mode = merged(mode, layer.Mode)
+		}
 	}
 	f, err := newOutput(path)
 	if err != nil {
@@ -62,7 +76,6 @@ func writeFile(path string, opts ExportOptions, write func(*os.File) error) erro
 	}
 	defer f.Close()
 	if mode != 0 {
-		// Who could read the file before can, and nobody else.
 		if err := f.Chmod(mode); err != nil {
 			return fmt.Errorf("output: %w", err)
 		}
@@ -179,17 +192,13 @@ func (o *output) syncDir(opts ExportOptions) error {
 	if opts.NoSync {
 		return nil
 	}
-	d, err := os.Open(o.dir)
+	err := syncDir(o.dir)
 	if errors.Is(err, fs.ErrPermission) {
 		// Files can be put into a directory that can't be read. It can't be opened
 		// either, so everything on its file system is synced.
 		return onDisk(os.NewSyscallError("syncfs", unix.Syncfs(int(o.Fd()))))
 	}
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return onDisk(syncNames(d))
+	return err
 }
 
 // syncNames makes the names in the directory d durable.
@@ -254,38 +263,19 @@ func (o *output) Close() error {
 	return errors.Join(o.File.Close(), o.removeTemp())
 }
 
-// writeDir makes the directory at path with the files of an artifact, each with
-// what write writes to it, or nothing at all. A directory that is there is used,
+// writeDir makes the directory at path with the files of an artifact in their places, each with
+// what write writes to it, and the rest of its tree, or nothing at all. A directory that is there is used,
 // if it is empty; with opts.Overwrite, files are put between those that are in it.
 // Unless opts.NoSync is set, what it makes is on disk when it returns, and no
 // file has its name before its content is.
-func writeDir(path string, opts ExportOptions, files []File, write func(File, *os.File) error) (err error) {
-	names, err := fileNames(files)
+func writeDir(
+	ctx context.Context, path string, opts ExportOptions, places []artifact.Place, tree artifact.Tree,
+	write func(int, *os.File) error,
+) (err error) {
+	path = filepath.Clean(path)
+	exists, err := checkDir(path, len(places), opts)
 	if err != nil {
 		return err
-	}
-	path = filepath.Clean(path)
-	exists := true
-	switch info, err := os.Stat(path); {
-	case errors.Is(err, fs.ErrNotExist):
-		if _, err := os.Lstat(path); err == nil {
-			return fmt.Errorf("output %s: %w: it is a link to nothing: remove it, or name another output", path,
-				fs.ErrExist)
-		}
-		exists = false
-	case err != nil:
-		return fmt.Errorf("output: %w", err)
-	case !info.IsDir():
-		return fmt.Errorf("output %s: %w: the artifact has %d files: name a directory for them", path, fs.ErrExist,
-			len(files))
-	case !opts.Overwrite:
-		entries, err := os.ReadDir(path)
-		if err != nil {
-			return fmt.Errorf("output: %w", err)
-		}
-		if len(entries) > 0 {
-			return fmt.Errorf("output %s: %w: the directory is not empty", path, ErrNoOverwrite)
-		}
 	}
 	// A new directory takes its place by a rename. One that is there stays, with
 	// its mode and as the mount point that it may be: files move into it.
@@ -294,28 +284,27 @@ func writeDir(path string, opts ExportOptions, files []File, write func(File, *o
 		parent = path
 	}
 	temp := tempName(parent)
+	defer func() { err = forUser(err, temp, path) }()
 	if err := os.Mkdir(temp, 0o777); err != nil {
 		return fmt.Errorf("output: %w", err)
 	}
-	defer func() { err = errors.Join(err, os.RemoveAll(temp)) }()
-	for i, f := range files {
-		if err := writeNew(filepath.Join(temp, names[i]),
-			func(out *os.File) error { return write(f, out) }); err != nil {
-			return err
-		}
+	c := filling{modeless: map[string]bool{}, tree: tree}
+	defer func() { err = errors.Join(err, removeTree(temp, c.tree)) }()
+	if err := c.fill(ctx, temp, path, places, write); err != nil {
+		return err
 	}
 	if !opts.NoSync {
 		// All together: the first has the file system's journal written, which has most of the others.
-		for _, name := range names {
+		for _, name := range c.names {
 			if err := syncContent(filepath.Join(temp, name)); err != nil {
 				return noSpace(path, err)
 			}
 		}
 	}
 	if exists {
-		err = moveFiles(path, filepath.Base(temp), names, opts)
+		err = c.moveFiles(path, filepath.Base(temp), opts)
 	} else {
-		err = moveDir(temp, path, names, opts)
+		err = c.moveDir(temp, path, opts)
 	}
 	if err != nil {
 		return fmt.Errorf("output: %w", err)
@@ -323,9 +312,125 @@ func writeDir(path string, opts ExportOptions, files []File, write func(File, *o
 	return nil
 }
 
-// writeNew makes a file in a directory that nobody else knows, with those that lead
+// checkDir reports whether there is a directory at path, and what of it is in the way of n files.
+func checkDir(path string, n int, opts ExportOptions) (exists bool, err error) {
+	switch info, err := os.Stat(path); {
+	case errors.Is(err, fs.ErrNotExist):
+		if _, err := os.Lstat(path); err == nil {
+			return false, fmt.Errorf("output %s: %w: it is a link to nothing: remove it, or name another output", path,
+				fs.ErrExist)
+		}
+		return false, nil
+	case err != nil:
+		return false, fmt.Errorf("output: %w", err)
+	case !info.IsDir():
+		return false, fmt.Errorf("output %s: %w: the artifact has %d files: name a directory for them", path,
+			fs.ErrExist, n)
+	case !opts.Overwrite:
+		entries, err := os.ReadDir(path)
+		if err != nil {
+			return false, fmt.Errorf("output: %w", err)
+		}
+		if len(entries) > 0 {
+			return false, fmt.Errorf("output %s: %w: the directory is not empty", path, ErrNoOverwrite)
+		}
+	}
+	return true, nil
+}
+
+// movedError is an error about a file that the user knows by another name.
+type movedError struct {
+	error
+	text string
+}
+
+func (e movedError) Error() string { return e.text }
+
+func (e movedError) Unwrap() error { return e.error }
+
+// forUser has an error name what the user named, in place of a directory that nobody has seen.
+func forUser(err error, temp, path string) error {
+	if err == nil || !strings.Contains(err.Error(), filepath.Base(temp)) {
+		return err
+	}
+	text := strings.ReplaceAll(err.Error(), temp, path)
+	return movedError{err, strings.ReplaceAll(text, filepath.Base(temp), path)}
+}
+
+// filling is what a directory is filled with.
+type filling struct {
+	names    []string        // paths of its files
+	modeless map[string]bool // those whose permissions are nobody's wish
+	tree     artifact.Tree
+}
+
+// fill fills the directory temp, which nobody else knows, with all that an artifact has, but for the
+// modes of directories. path is what the user calls the directory.
+func (c *filling) fill(
+	ctx context.Context, temp, path string, places []artifact.Place, write func(int, *os.File) error,
+) error {
+	root, err := os.OpenRoot(temp)
+	if err != nil {
+		return fmt.Errorf("output: %w", err)
+	}
+	defer root.Close()
+	for i, p := range places {
+		fill := func(out *os.File) error { return write(i, out) }
+		if !p.Unpack {
+			c.modeless[p.Path] = !p.HasMode
+			err = writeNew(filepath.Join(temp, p.Path), p.Layer, fill)
+		} else {
+			var unpacked artifact.Tree
+			unpacked, err = unpack(ctx, root, temp, p, fill)
+			c.tree.Add(unpacked)
+		}
+		if err != nil {
+			return noSpace(path, err)
+		}
+	}
+	for _, dir := range c.tree.ByDepth() {
+		if err := dirs.MakeIn(root, dir, 0o777); err != nil {
+			return fmt.Errorf("output: %w", err)
+		}
+	}
+	if err := artifact.MakeLinks(root, c.tree); err != nil {
+		return fmt.Errorf("output: %w", err)
+	}
+	c.names, err = pathsIn(temp)
+	if err != nil {
+		return fmt.Errorf("output: %w", err)
+	}
+	return nil
+}
+
+// unpack unpacks an archive below root, which is the directory temp.
+func unpack(
+	ctx context.Context, root *os.Root, temp string, p artifact.Place, fill func(*os.File) error,
+) (artifact.Tree, error) {
+	if err := dirs.MakeIn(root, p.Path, 0o777); err != nil {
+		return artifact.Tree{}, fmt.Errorf("output: %w", err)
+	}
+	archive, err := newOutput(filepath.Join(temp, "archive"))
+	if err != nil {
+		return artifact.Tree{}, fmt.Errorf("output: %w", err)
+	}
+	defer archive.Close()
+	if err := fill(archive.File); err != nil {
+		return artifact.Tree{}, err
+	}
+	size, err := archive.Seek(0, io.SeekEnd)
+	if err == nil {
+		_, err = archive.Seek(0, io.SeekStart)
+	}
+	if err != nil {
+		return artifact.Tree{}, fmt.Errorf("output: %w", err)
+	}
+	return artifact.Unpack(ctx, root, p, archive, size)
+}
+
+// writeNew makes the file of a layer in a directory that nobody else knows, with those that lead
 // to it. It syncs neither.
-func writeNew(path string, write func(*os.File) error) error {
+func writeNew(path string, layer artifact.Layer, write func(*os.File) error) error {
 	if err := dirs.Make(filepath.Dir(path), 0o777); err != nil {
 		return fmt.Errorf("output: %w", err)
 	}
@@ -334,7 +439,37 @@ func writeNew(path string, write func(*os.File) error) error {
 		return fmt.Errorf("output: %w", err)
 	}
 	defer f.Close()
+	if layer.HasMode {
+		if err := f.Chmod(artifact.OwnerReads(layer.Mode)); err != nil {
+			return fmt.Errorf("output: %w", err)
+		}
+	}
 	return f.fill(path, ExportOptions{NoSync: true}, write)
+}
+
+// pathsIn returns the paths of the files below a directory, without links.
+func pathsIn(dir string) (names []string, err error) {
+	err = filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
+		if err != nil || e.IsDir() || e.Type() == fs.ModeSymlink {
+			return err
+		}
+		name, err := filepath.Rel(dir, path)
+		names = append(names, name)
+		return err
+	})
+	return names, err
+}
+
+// removeTree removes a directory with what is in it, also from directories that nobody may write to.
+func removeTree(path string, tree artifact.Tree) error {
+	err := os.RemoveAll(path)
+	if !errors.Is(err, fs.ErrPermission) {
+		return err
+	}
+	for _, dir := range tree.ByDepth() {
+		_ = os.Chmod(filepath.Join(path, dir), 0o700) // what can't be removed is told below
+	}
+	return os.RemoveAll(path)
 }
 
 // syncContent has the disk take in the content of the file at path.
@@ -347,42 +482,75 @@ func syncContent(path string) error {
 	return onDisk(syncFile(f))
 }
 
-// moveDir gives the directory temp, which has the files of these names, its own name.
-func moveDir(temp, path string, names []string, opts ExportOptions) error {
-	if opts.NoSync {
-		return os.Rename(temp, path)
+// setModes gives directories below root their permissions, those of others in them first.
+func setModes(root *os.Root, directories []string, tree artifact.Tree) error {
+	for _, dir := range slices.Backward(directories) {
+		// Its owner can look into it, as whoever syncs it has to.
+		if err := root.Chmod(dir, tree.Directories[dir]|0o500); err != nil {
+			return err
+		}
 	}
-	if err := syncDirs(temp, names); err != nil {
+	return nil
+}
+
+// moveDir gives the directory temp, which has been filled, its own name.
+func (c *filling) moveDir(temp, path string, opts ExportOptions) error {
+	if err := c.finish(temp, opts); err != nil {
 		return err
 	}
 	if err := os.Rename(temp, path); err != nil {
 		return err
 	}
-	if err := syncDirs(filepath.Dir(path), nil); err != nil {
+	if opts.NoSync {
+		return nil
+	}
+	if err := syncDir(filepath.Dir(path)); err != nil {
 		return errors.Join(err, os.Rename(path, temp)) // where it is removed
 	}
 	return nil
 }
 
-// syncDirs makes the files of these names in the directory at path durable, with
-// the directories that lead to them.
-func syncDirs(path string, names []string) error {
+// finish gives the directories in a new one their modes, and makes all of it durable.
+func (c *filling) finish(path string, opts ExportOptions) error {
 	root, err := os.OpenRoot(path)
 	if err != nil {
 		return err
 	}
 	defer root.Close()
-	return syncRoot(root, names)
+	if err := setModes(root, c.tree.ByDepth(), c.tree); err != nil || opts.NoSync {
+		return err
+	}
+	return c.sync(root)
 }
 
-func syncRoot(root *os.Root, names []string) error {
-	dirs := map[string]bool{".": true}
-	for _, name := range names {
-		for dir := filepath.Dir(name); !dirs[dir]; dir = filepath.Dir(dir) {
-			dirs[dir] = true
+// syncDir makes the names in the directory at path durable.
+func syncDir(path string) error {
+	d, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return onDisk(syncNames(d))
+}
+
+// sync makes the names of all files below root durable, with the directories that lead to them.
+func (c *filling) sync(root *os.Root) error {
+	directories := map[string]bool{".": true}
+	add := func(dir string) {
+		for ; !directories[dir]; dir = filepath.Dir(dir) {
+			directories[dir] = true
 		}
 	}
-	for dir := range dirs {
+	for _, name := range c.names {
+		add(filepath.Dir(name))
+	}
+	for name := range c.tree.Links {
+		add(filepath.Dir(name))
+	}
+	for name := range c.tree.Directories {
+		add(name)
+	}
+	for dir := range directories {
 		d, err := root.Open(dir)
 		if err != nil {
 			return err
@@ -396,36 +564,11 @@ func syncRoot(root *os.Root, names []string) error {
 	return nil
 }
 
-// fileNames returns the paths that the files of an artifact get below its directory.
-func fileNames(files []File) ([]string, error) {
-	names := make([]string, len(files))
-	taken := map[string]bool{}
-	for i, f := range files {
-		if err := checkTitle(f.Title); err != nil {
-			return nil, err
-		}
-		names[i] = filepath.Clean(f.Title)
-		if taken[names[i]] {
-			return nil, fmt.Errorf("file %q of the artifact: %w: two files have this name", f.Title, ErrInvalid)
-		}
-		taken[names[i]] = true
-	}
-	for i, name := range names {
-		for dir := filepath.Dir(name); dir != "."; dir = filepath.Dir(dir) {
-			if taken[dir] {
-				return nil, fmt.Errorf("file %q of the artifact: %w: %q is a file of it too", files[i].Title,
-					ErrInvalid, dir)
-			}
-		}
-	}
-	return names, nil
-}
-
-// moveFiles moves the files of these names to the directory at path from one of
-// its own, which it removes, without leaving it through a link. With opts.Overwrite they
-// replace files, whose modes they get; without, nothing was in the directory, and what does not
-// succeed is undone.
-func moveFiles(path, from string, names []string, opts ExportOptions) (err error) {
+// moveFiles moves all of it to the directory at path from one of
+// its own, which it removes, without leaving it through a link. With
+// opts.Overwrite they replace files, which keep who may read and write them; without, nothing was in the
+// directory, and what does not succeed is undone.
+func (c *filling) moveFiles(path, from string, opts ExportOptions) (err error) {
 	root, err := os.OpenRoot(path)
 	if err != nil {
 		return err
@@ -439,19 +582,23 @@ func moveFiles(path, from string, names []string, opts ExportOptions) (err error
 		for _, name := range moved {
 			_ = root.Remove(name) // the error before it is what counts
 		}
-		for _, name := range names {
+		for _, dir := range slices.Backward(c.tree.ByDepth()) {
+			_ = root.Chmod(dir, 0o700)
+			_ = root.Remove(dir)
+		}
+		for _, name := range slices.Concat(c.names, slices.Collect(maps.Keys(c.tree.Links))) {
 			for dir := filepath.Dir(name); dir != "." && root.Remove(dir) == nil; dir = filepath.Dir(dir) {
 			}
 		}
 	}()
-	modes, err := makePlaces(root, path, names)
+	made, modes, err := c.makePlaces(root, path)
 	if err != nil {
 		return err
 	}
-	for i, name := range names {
+	for i, name := range c.names {
 		source := filepath.Join(from, name)
 		if opts.Overwrite {
-			err = replace(root, source, name, modes[i])
+			err = c.replace(root, source, name, modes[i])
 		} else if err = root.Link(source, name); err == nil { // it never replaces what is there
 			moved = append(moved, name)
 		}
@@ -459,40 +606,75 @@ func moveFiles(path, from string, names []string, opts ExportOptions) (err error
 			return err
 		}
 	}
+	for _, name := range slices.Sorted(maps.Keys(c.tree.Links)) {
+		if opts.Overwrite {
+			err = root.Rename(filepath.Join(from, name), name)
+		} else if err = root.Symlink(c.tree.Links[name], name); err == nil {
+			moved = append(moved, name)
+		}
+		if err != nil {
+			return err
+		}
+	}
 	// Now, so that the sync covers it.
-	if err := root.RemoveAll(from); err != nil || opts.NoSync {
+	if err := root.RemoveAll(from); err != nil {
 		return err
 	}
-	return syncRoot(root, names)
+	if err := setModes(root, made, c.tree); err != nil || opts.NoSync {
+		return err
+	}
+	return c.sync(root)
 }
 
-// makePlaces makes the directories of files, before anything is replaced, and returns the modes of
-// those that are there: 0 where none is.
-func makePlaces(root *os.Root, path string, names []string) ([]fs.FileMode, error) {
-	modes := make([]fs.FileMode, len(names))
-	for i, name := range names {
+// makePlaces makes the directories of a tree, before anything is replaced. It returns those of them that were not
+// there, and the modes of the files that are there: 0 where none is.
+func (c *filling) makePlaces(root *os.Root, path string) (made []string, modes []fs.FileMode, err error) {
+	for _, dir := range c.tree.ByDepth() {
+		if _, err := root.Lstat(dir); errors.Is(err, fs.ErrNotExist) {
+			made = append(made, dir)
+		}
+		if err := dirs.MakeIn(root, dir, 0o777); err != nil {
+			return nil, nil, err
+		}
+	}
+	modes = make([]fs.FileMode, len(c.names))
+	for i, name := range slices.Concat(c.names, slices.Sorted(maps.Keys(c.tree.Links))) {
 		if err := dirs.MakeIn(root, filepath.Dir(name), 0o777); err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 		switch info, err := root.Lstat(name); {
 		case errors.Is(err, fs.ErrNotExist):
 		case err != nil:
-			return nil, err
+			return nil, nil, err
 		case info.IsDir():
-			return nil, fmt.Errorf("%s: %w: it is a directory", filepath.Join(path, name), fs.ErrExist)
-		case info.Mode().IsRegular():
+			return nil, nil, fmt.Errorf("%s: %w: it is a directory", filepath.Join(path, name), fs.ErrExist)
+		case info.Mode().IsRegular() && i < len(c.names):
 			modes[i] = info.Mode().Perm()
 		}
 	}
-	return modes, nil
+	return made, modes, nil
 }
 
-// replace moves a file to name, where it gets the mode of the one that it replaces, unless that is 0.
-func replace(root *os.Root, from, name string, mode fs.FileMode) error {
+// replace moves a file to name. Where it replaces one, of the mode given, those can read and write it who could
+// before, and nobody else; whether it can be run is the new one's to say.
+func (c *filling) replace(root *os.Root, from, name string, mode fs.FileMode) error {
 	if mode != 0 {
+		info, err := root.Lstat(from)
+		if err != nil {
+			return err
+		}
+		if !c.modeless[name] {
+			mode = merged(mode, info.Mode())
+		}
 		if err := root.Chmod(from, mode); err != nil {
 			return err
 		}
 	}
 	return root.Rename(from, name)
+}
+
+// merged returns the permissions of a file that replaces another: who may read and write it is as before, and
+// who may read it may run it where those of the new one say so.
+func merged(before, now fs.FileMode) fs.FileMode {
+	return before&^0o111 | now&0o111&(before>>2)
 }

@@ -1,6 +1,7 @@
 package blobstore
 
 import (
+	"context"
 	"errors"
 	"io/fs"
 	"maps"
@@ -10,6 +11,8 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	"github.com/dfcache/dfcache/blobstore/artifact"
 )
 
 // syncs keeps what the disk would have after a power cut: of a file its size, of a
@@ -99,7 +102,7 @@ func writeText(f *os.File) error {
 }
 
 func writeOut(dir string, opts ExportOptions) error {
-	return writeFile(filepath.Join(dir, "out"), opts, writeText)
+	return writeFile(filepath.Join(dir, "out"), opts, artifact.Layer{}, writeText)
 }
 
 // writeNamed does as writeFile where a file system has no unnamed files.
@@ -113,8 +116,9 @@ func writeNamed(dir string, opts ExportOptions) error {
 }
 
 func writeAll(dir string, opts ExportOptions) error {
-	files := []File{{Title: "a"}, {Title: "sub/b"}, {Title: "sub/deep/er/c"}}
-	return writeDir(filepath.Join(dir, "dir"), opts, files, func(_ File, f *os.File) error { return writeText(f) })
+	places := []artifact.Place{{Path: "a"}, {Path: "sub/b"}, {Path: "sub/deep/er/c"}}
+	return writeDir(context.Background(), filepath.Join(dir, "dir"), opts, places, artifact.Tree{},
+		func(_ int, f *os.File) error { return writeText(f) })
 }
 
 func putBefore(t *testing.T, dir string, names []string) {

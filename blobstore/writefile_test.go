@@ -6,6 +6,8 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+
+	"github.com/dfcache/dfcache/blobstore/artifact"
 )
 
 // TestNamedOutput covers file systems that have no unnamed files, where a
@@ -53,7 +55,7 @@ func TestNamedOutput(t *testing.T) {
 // TestNoOverwriteAtTheLastMoment: the file appears while it is being written.
 func TestNoOverwriteAtTheLastMoment(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "file")
-	err := writeFile(path, ExportOptions{}, func(f *os.File) error {
+	err := writeFile(path, ExportOptions{}, artifact.Layer{}, func(f *os.File) error {
 		return os.WriteFile(path, []byte("somebody else's"), 0o600)
 	})
 	if got, _ := os.ReadFile(path); !errors.Is(err, fs.ErrExist) || string(got) != "somebody else's" {
@@ -76,7 +78,8 @@ func TestMoveFilesUndone(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "d"), []byte("somebody else's"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := moveFiles(dir, "temp", names, ExportOptions{}); !errors.Is(err, fs.ErrExist) {
+	filled := filling{names: names}
+	if err := filled.moveFiles(dir, "temp", ExportOptions{}); !errors.Is(err, fs.ErrExist) {
 		t.Errorf("move over a file: %v", err)
 	}
 	left, err := os.ReadDir(dir)
@@ -86,7 +89,7 @@ func TestMoveFilesUndone(t *testing.T) {
 	if got, err := os.ReadFile(filepath.Join(dir, "d")); err != nil || string(got) != "somebody else's" {
 		t.Errorf("the file has %q, %v", got, err)
 	}
-	if err := moveFiles(dir, "temp", names, ExportOptions{Overwrite: true}); err != nil {
+	if err := filled.moveFiles(dir, "temp", ExportOptions{Overwrite: true}); err != nil {
 		t.Errorf("move with overwrite: %v", err)
 	}
 	for _, name := range names {
@@ -99,8 +102,8 @@ func TestMoveFilesUndone(t *testing.T) {
 // TestDirectoryAppears: somebody else makes the directory while it is written.
 func TestDirectoryAppears(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "dir")
-	files := []File{{Title: "a"}, {Title: "b"}}
-	err := writeDir(path, ExportOptions{}, files, func(File, *os.File) error {
+	places := []artifact.Place{{Path: "a"}, {Path: "b"}}
+	err := writeDir(t.Context(), path, ExportOptions{}, places, artifact.Tree{}, func(int, *os.File) error {
 		return os.MkdirAll(filepath.Join(path, "theirs"), 0o700)
 	})
 	if left, _ := os.ReadDir(path); !errors.Is(err, fs.ErrExist) || len(left) != 1 || left[0].Name() != "theirs" {

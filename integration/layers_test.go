@@ -23,7 +23,7 @@ var layers = [][]string{
 	// none of these knows another
 	{"blobstore", "p2p/swarm", "p2p/swarm/discovery", "p2p/dragonfly", "p2p/dragonfly/cluster",
 		"p2p/dragonfly/persistent"},
-	{"p2p/rpc", "p2p/dragonfly/whole"},
+	{"p2p/rpc", "p2p/dragonfly/whole", "blobstore/artifact"},
 	{"p2p/front"},
 	{"p2p/rpc/pb", "p2p/pieces", "p2p/memory", "p2p/dragonfly/wire", "p2p/throttle", "p2p/connpool"},
 	{"p2p/source", "p2p/manifest"},

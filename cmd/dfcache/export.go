@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/dfcache/dfcache/blobstore"
+	"github.com/dfcache/dfcache/blobstore/artifact"
 	"github.com/dfcache/dfcache/cmd/internal/exit"
 	"github.com/dfcache/dfcache/cmd/internal/stdio"
 	"github.com/dfcache/dfcache/p2p"
@@ -35,9 +36,21 @@ can serve the file on. The result says where the bytes came from. With --local
 nobody is asked. While nothing comes, a line on stderr says now and then what is
 waited for, and how long still.
 
-A cache ID can lead to several files, where a registry client has pushed it so:
-they are exported under their own names to a new or empty directory OUTPUT, all
-of them or none. With --overwrite the directory may have other files, too.
+A cache ID can lead to several files, where they were imported together or a
+registry client has pushed them so: they are exported under their own names to a
+new or empty directory OUTPUT, all of them or none. With --overwrite the directory
+may have other files, too. --file exports one of them, to a file OUTPUT, or some, to
+a directory. Names are those that oras, CNCF ModelPack, KitOps, Ollama or Helm give
+them; layers that have none, such as those of an image, are named by their digests,
+and exported only if you ask for them by --file DIGEST or by --all, which always makes
+a directory. Of an index, --platform says which manifest is meant. With these three a
+cid can be the digest of a manifest, too. Without them nothing is left out silently:
+what would be is listed, and nothing is exported.
+
+A directory that oras has packed, and an archive of ModelPack or KitOps, is unpacked:
+into OUTPUT where it is alone, else below it. Files and directories get the modes that
+the artifact has for them; a file that is replaced keeps who may read and write it.
+Links may only lead to what is in the directory. With --no-unpack it stays an archive.
 
 The output "-" is stdout. What a failed export has written there by then can't be
 taken back, so check the exit status. It is not synced. The result goes to stderr.
@@ -51,6 +64,10 @@ are how it was before.
 
   # only if this host has it
   dfcache export --local --cid sha256:2cf2...9824 /tmp/file
+
+  # one file of several, and one platform of an image
+  dfcache export --tag models --cid v2 --file config.json -O config.json
+  dfcache export --tag base/alpine --cid latest --platform linux/arm64 --all -O layers
 
   # into a pipe
   dfcache export --cid backup - | tar -x`,
@@ -67,6 +84,9 @@ are how it was before.
 			if err := a.needCID(cmd); err != nil {
 				return err
 			}
+			if opts.All && len(opts.Files) > 0 {
+				return exit.FlagError(cmd, errors.New("--all and --file given: pass one of them"))
+			}
 			return a.session(cmd, a.consoleFile(output == "-"), func(ctx context.Context, s *session) error {
 				return s.exportFile(ctx, output, opts)
 			})
@@ -79,6 +99,12 @@ are how it was before.
 		"replace an existing file, or put files into a directory that is not empty")
 	cmd.Flags().BoolVar(&opts.NoSync, "no-sync", false,
 		"return before the output is on disk: faster, and a power cut can leave an empty file")
+	cmd.Flags().BoolVar(&opts.All, "all", false, "export all layers, also those without a name, to a directory")
+	cmd.Flags().StringArrayVar(&opts.Files, "file", nil,
+		"export only the file of this `name`, or the layer of this digest; can be repeated")
+	cmd.Flags().StringVar(&opts.Platform, "platform", "",
+		"of an index, export the manifest for this `os/architecture[/variant]`")
+	cmd.Flags().BoolVar(&opts.NoUnpack, "no-unpack", false, "leave packed directories packed")
 	localFlag(cmd, &opts.Lookup)
 	return cmd
 }
@@ -100,11 +126,15 @@ func (s *session) exportFile(ctx context.Context, output string, opts blobstore.
 	ctx = p2p.WithNotice(ctx, func(text string) { fmt.Fprintf(s.stderr, "dfcache: waiting: %s\n", printable(text)) })
 	end := func() {}
 	if s.hasTerminal() {
+		size := int64(-1) // where something has to be chosen
 		file, err := repo.Stat(ctx, s.cid, opts.Lookup)
-		if err != nil {
+		switch {
+		case err == nil && !opts.All && len(opts.Files) == 0:
+			size = file.Size
+		case err != nil && !errors.Is(err, blobstore.ErrInvalid):
 			return err
 		}
-		opts.Progress, end = s.progress("export", file.Size)
+		opts.Progress, end = s.progress("export", size)
 	}
 	var file blobstore.File
 	result := s.stdout
@@ -116,6 +146,8 @@ func (s *session) exportFile(ctx context.Context, output string, opts blobstore.
 	}
 	end()
 	switch {
+	case errors.Is(err, artifact.ErrPacked):
+		return fmt.Errorf("%w (--no-unpack exports the archive)", err)
 	case errors.Is(err, blobstore.ErrNoOverwrite):
 		if info, statErr := os.Stat(output); statErr == nil && info.IsDir() {
 			return fmt.Errorf("%w: pass --overwrite to put the files there", err)

@@ -14,6 +14,7 @@ import (
 	"go.opentelemetry.io/otel/attribute"
 
 	"github.com/dfcache/dfcache/blobstore"
+	"github.com/dfcache/dfcache/blobstore/artifact"
 	"github.com/dfcache/dfcache/blobstore/client"
 	"github.com/dfcache/dfcache/cmd/internal/build"
 	"github.com/dfcache/dfcache/cmd/internal/exit"
@@ -122,6 +123,12 @@ func wait(ctx context.Context, done <-chan error) error {
 func (a *app) explain(ctx context.Context, cmd *cobra.Command, err error) error {
 	if _, ok := errors.AsType[*storedError](err); ok {
 		return err
+	}
+	if choice, ok := errors.AsType[*artifact.ChoiceError](err); ok {
+		if len(choice.Platforms) > 0 {
+			return fmt.Errorf("%w\n(--platform OS/ARCHITECTURE)", err)
+		}
+		return fmt.Errorf("%w\n(--file NAME for one, or --all with a directory as the output)", err)
 	}
 	switch exit.Code(err) {
 	case exit.Timeout:

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 
@@ -20,6 +21,11 @@ The "stat" command prints what is known of the file that a cid names: digest and
 size, the pieces that it is transferred and verified in, whether this host has
 it, when it came here and when it was last used here.
 
+Of a cid that leads to several files, to an image or to an index of platforms it
+prints that, with its files or layers and its platforms; and of each manifest the
+manifests that refer to it, such as signatures. A file's mode is printed where the
+artifact has it. Size and pieces are those of all files then.
+
 It also asks all peers, and prints how many of them hold the file or a part of it,
 how many hold it whole, and how many did not answer. Of several files the one is
 meant that the fewest peers hold whole. Nothing is fetched, unless the engine is a
@@ -29,7 +35,12 @@ That no peer has the file is "not found"; that it is not here, and none could be
 asked, is "unreachable".
 
 As JSON, "holders" is null where peers were not asked, else an object of the
-counts "some" (hold it, or a part), "whole", "asked" and "silent".
+counts "some" (hold it, or a part), "whole", "asked" and "silent". "kind" is "file",
+"artifact", "image" or "index"; "files" is an array of all files and layers where
+there are several, each with "title", "digest", "size", "mediaType", "mode" ("0755",
+or null), "packed" and what is said of a single one; "platforms" one of objects with
+"platform", "digest", "size" (of its layers, or null) and "local"; "referrers" one
+with "digest", "artifactType" and "annotations".
 
 ` + storeStatus(exit.NotFound, exit.Corrupt, exit.Unreachable),
 		Example: `  dfcache stat --cid testid          # ask peers, too
@@ -61,14 +72,16 @@ func (s *session) stat(ctx context.Context, lookup blobstore.Lookup) error {
 	}
 	defer done()
 	lookup.Providers = !lookup.Local
-	file, err := repo.Stat(ctx, s.cid, lookup)
+	d, err := repo.Describe(ctx, s.cid, lookup)
 	if err != nil {
 		return err
 	}
+	file := d.File
 	var text facts
 	text.describe(file)
+	text.manifest(d)
 	switch {
-	case len(file.Files) > 0:
+	case len(file.Files) > 0 || len(d.Platforms) > 0:
 		text.add("pieces", "%d", file.Pieces)
 	case file.Pieces > 0:
 		text.add("pieces", "%d of %s", file.Pieces, human(file.PieceLength))
@@ -90,8 +103,49 @@ func (s *session) stat(ctx context.Context, lookup blobstore.Lookup) error {
 		text.add("imported", "%s", moment(file.Imported))
 		text.add("last used", "%s", moment(file.LastUsed))
 	}
-	text.files(file)
-	return s.result.print(s.stdout, file, text.String())
+	text.parts(d)
+	return s.result.print(s.stdout, d, text.String())
+}
+
+// manifest adds what a manifest is, where it is not just the name of one file.
+func (f *facts) manifest(d blobstore.Description) {
+	alone := len(d.Layers) == 1 && d.Kind == "artifact"
+	if d.Kind != "file" && !alone {
+		f.add("kind", "%s", d.Kind)
+		f.add("type", "%s", printable(cmp.Or(d.ArtifactType, d.MediaType)))
+	}
+	if alone && d.Layers[0].HasMode {
+		f.add("mode", "%04o", d.Layers[0].Mode)
+	}
+}
+
+// parts adds what a manifest is made of, and what refers to it.
+func (f *facts) parts(d blobstore.Description) {
+	for _, p := range d.Platforms {
+		size := "size not known"
+		if p.Size >= 0 {
+			size = human(p.Size)
+		}
+		if !p.Local {
+			size += ", not all of it here"
+		}
+		f.add("platform", "%s %s %s", printable(cmp.Or(p.Name, "none")), p.Digest, size)
+	}
+	for i, file := range d.Files {
+		layer := d.Layers[i]
+		if file.Title == "" {
+			f.add("layer", "%s %s %s", file.Digest, human(file.Size), printable(layer.MediaType))
+			continue
+		}
+		mode := ""
+		if layer.HasMode {
+			mode = fmt.Sprintf("%04o ", layer.Mode)
+		}
+		f.add("file", "%s %s %s%s", file.Digest, human(file.Size), mode, printable(file.Title))
+	}
+	for _, r := range d.Referrers {
+		f.add("referrer", "%s %s", r.Digest, printable(r.ArtifactType))
+	}
 }
 
 // providers says how many peers hold a file.

@@ -40,9 +40,9 @@ func IsType(mediaType string) bool {
 	return false
 }
 
-// isForeign reports whether a layer is one that need not be in a registry:
+// IsForeign reports whether a layer is one that need not be in a registry:
 // https://github.com/opencontainers/image-spec/blob/v1.1.1/layer.md#non-distributable-layers.
-func isForeign(d ocispec.Descriptor) bool {
+func IsForeign(d ocispec.Descriptor) bool {
 	return len(d.URLs) > 0 || strings.Contains(d.MediaType, ".nondistributable.") ||
 		strings.Contains(d.MediaType, ".foreign.")
 }
@@ -192,7 +192,7 @@ func (m *Manifest) References(needs bool) *p2p.NewManifest {
 		}
 		seen[d.Digest] = true
 		refs.Refs = append(refs.Refs, d.Digest)
-		if needs && !isForeign(d) {
+		if needs && !IsForeign(d) {
 			refs.Needs = append(refs.Needs, d.Digest)
 		}
 	}
