@@ -619,7 +619,7 @@ func (r *Repository) openChosen(ctx context.Context, cid string, l Lookup, c art
 //
 // Reads of a file that is still coming from peers wait for what they want, and
 // have it fetched first. Only a copy of the whole proves the whole: where a peer
-// has lied so that this fails, the error matches [ErrMismatch], and the file is to
+// has sent wrong content, so that this fails, the error matches [ErrMismatch], and the file is to
 // be opened again.
 type Reader struct {
 	*io.SectionReader
@@ -823,7 +823,7 @@ func (r *Repository) copyFile(ctx context.Context, f File, out *os.File, opts Ex
 }
 
 // copyAttempts is how often a blob is copied from the beginning where a peer has
-// lied so that its proof fails: it is fetched from others then.
+// sent wrong content, so that its proof fails: it is fetched from others then.
 const copyAttempts = 3
 
 // copyBlob copies a blob to w.
@@ -852,7 +852,7 @@ type Deleted = p2p.Deleted
 // held. A digest that a manifest refers to is an error that matches
 // [ErrReferenced], unless opts.Force is set. Bytes are freed when no tag holds
 // them any more; readers that have them open read on. Peers do the same; the result
-// names those that were not reached: of a swarm, they learn of it when they return.
+// names those that were not reached: of a swarm, they are told when they return.
 // It fails with [ErrNotFound] where there is nothing to remove.
 //
 // It acts on the whole swarm.

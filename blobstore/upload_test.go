@@ -362,7 +362,7 @@ func TestUploadIsOnDisk(t *testing.T) {
 	}
 }
 
-// TestNoSpace: who has no room hears it at once, whatever is still to come.
+// TestNoSpace: a push for which there is no room is refused at once, whatever is still to come.
 func TestNoSpace(t *testing.T) {
 	dir := t.TempDir()
 	engine, err := pieces.Open(dir, pieces.Options{MaxSize: 2 << 20})

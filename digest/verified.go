@@ -403,7 +403,7 @@ func (b *block) drop() {
 }
 
 // CopyWhole is CopyRange of the whole blob, of which the last piece is written
-// only when proven returns nil: who counts bytes, as HTTP clients do, does not
+// only when proven returns nil: a reader that counts bytes, as HTTP clients do, does not
 // take for whole what is not.
 func (v *Verified) CopyWhole(
 	ctx context.Context, w io.Writer, proven func(context.Context) error, progress func(written int64),

@@ -73,7 +73,7 @@ func newUser(t *testing.T, d *daemon, env ...string) *user {
 		"HOME=" + home, "TMPDIR=" + home + "/tmp", "XDG_RUNTIME_DIR=" + home + "/run",
 		"DFCACHE_DAEMON_SOCK=" + d.socket, "DFCACHE_WORKHOME=" + d.home, "DFCACHE_CONFIG=" + os.DevNull, quickExit,
 		"DOCKER_CONFIG=" + home + "/docker",
-		// What skopeo learns of registries it keeps in /var/lib where the user is root.
+		// What skopeo knows of registries it keeps in /var/lib where the user is root.
 		"_CONTAINERS_ROOTLESS_UID=65534",
 	}, env...)
 	// These take the place of those in /etc.

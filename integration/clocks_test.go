@@ -44,7 +44,7 @@ func (h *host) peers() (peers []peerOfHost) {
 }
 
 // Real daemons whose clocks differ: whoever imports, moves or deletes last is last,
-// and who is off is told.
+// and a host that is off is told.
 func TestSwarmClocks(t *testing.T) {
 	l := newLAN(t, 3)
 	program := buildWithClock(t)
@@ -121,7 +121,7 @@ func TestSwarmClone(t *testing.T) {
 		}
 		for told := false; !told; {
 			if h == b {
-				for _, asks := range []*host{clone, a} { // who is asked by both in turn knows it
+				for _, asks := range []*host{clone, a} { // a peer that both ask in turn knows it
 					asks.run(t, nil, "stat", "-t", "m", "-i", "nothing")
 				}
 			}

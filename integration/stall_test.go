@@ -135,7 +135,7 @@ func TestStall(t *testing.T) {
 	}
 }
 
-// A file that goes while it is fetched: who waits for it is told at once, and what has arrived goes, too.
+// A file that goes while it is fetched: a caller that waits for it is told at once, and what has arrived goes, too.
 func TestDeleteDuringDownload(t *testing.T) {
 	l := newLAN(t, 3)
 	a, b, c := l.hosts[0], l.hosts[1], l.hosts[2]

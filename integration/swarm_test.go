@@ -136,7 +136,7 @@ func TestSwarmOfTwo(t *testing.T) {
 	a.ok("stat", "-l", "-i", cid)
 }
 
-// Who has another key, or none, sees nothing.
+// A daemon with another key, or none, sees nothing.
 func TestSwarmIsPrivate(t *testing.T) {
 	l := newLAN(t, 3)
 	a, b, c := l.hosts[0], l.hosts[1], l.hosts[2]
@@ -230,7 +230,7 @@ func TestSwarmRegistry(t *testing.T) {
 	}
 	b.eventually("stat", "-l", "-t", "models", "-i", "v2")
 
-	// Who reads a tag that was moved on another host takes nothing away from it.
+	// A reader of a tag that was moved on another host takes nothing away from it.
 	here.write("one.txt", []byte("one"))
 	there.write("two.txt", []byte("two"))
 	oras(here, b, "push", b.daemon.host+"/moved:v1", "one.txt")
@@ -245,7 +245,7 @@ func TestSwarmRegistry(t *testing.T) {
 	b.export(data, "-t", "models", "-i", "v2")
 }
 
-// A network that falls apart and heals: both halves work on, and learn of each
+// A network that falls apart and heals: both halves work on, and are told of each
 // other's deletes and names.
 func TestSwarmPartition(t *testing.T) {
 	l := newLAN(t, 3)
@@ -270,7 +270,7 @@ func TestSwarmPartition(t *testing.T) {
 	c.export(second, "-t", "models", "-i", "v2")
 }
 
-// Sources are killed in the middle, and so is who fetches: nothing is lost, and
+// Sources are killed in the middle, and so is the host that fetches: nothing is lost, and
 // little is fetched twice.
 func TestSwarmKilled(t *testing.T) {
 	l := newLAN(t, 3)

@@ -222,7 +222,7 @@ type NewName struct {
 	// points it there; zero where that is not known, or none was.
 	After time.Time
 	// KeepOld keeps what the name pointed to before, as KeepUntilReferred where
-	// nothing else holds it. Hosts that learn of the move do so, too.
+	// nothing else holds it. Hosts that are told of the move do so, too.
 	KeepOld bool
 }
 

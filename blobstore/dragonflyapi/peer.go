@@ -15,7 +15,7 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// localCredentials learn from the kernel who has connected to a unix socket. They
+// localCredentials ask the kernel who has connected to a unix socket. They
 // exchange nothing with the client, which believes to speak without any.
 type localCredentials struct{}
 

@@ -280,7 +280,7 @@ func TestForOwner(t *testing.T) {
 	}
 }
 
-// TestUserNamespace: who has no number in the user namespace of the server is not taken for the
+// TestUserNamespace: a user without a number in the user namespace of the server is not taken for the
 // user who has the number of all these.
 func TestUserNamespace(t *testing.T) {
 	const inside = "LOOPBACK_TEST_INSIDE"

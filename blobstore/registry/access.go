@@ -101,7 +101,7 @@ type AccessOptions struct {
 	// them. Empty lines and those that begin with # are skipped. The file has
 	// 1 MiB at most, and nobody but its owner may write it, nor others read it. "" is none: then nobody can log in.
 	Htpasswd string
-	// Read is who may GET and HEAD. Who may write may read, too.
+	// Read is who may GET and HEAD. A writer may read, too.
 	Read Who
 	// Write is who may do everything else.
 	Write Who

@@ -395,7 +395,7 @@ func TestParsePasswords(t *testing.T) {
 				t.Errorf("%s: %s has the hash %s", kind, name, u.hash)
 			}
 		}
-		// Whoever is not there takes as long as who is.
+		// A name that is not there takes as long as one that is.
 		u, known := p.find("mallory")
 		if cost, err := bcrypt.Cost(u.hash); known || err != nil || cost != 5 {
 			t.Errorf("%s: nobody has cost %d, %v", kind, cost, err)
@@ -777,7 +777,7 @@ func TestLinesOfUsers(t *testing.T) {
 	attackers.Wait()
 }
 
-// Who sends a request has a share of its own: a user, who may come from anywhere, a user of this
+// Each sender of requests has a share of its own: a user, who may come from anywhere, a user of this
 // host, or a host.
 func TestClientOf(t *testing.T) {
 	d := newDoor(t, "users", "users")
@@ -919,7 +919,7 @@ func TestGone(t *testing.T) {
 	}
 }
 
-// Who is refused does not hold a connection by sending slowly, nor is an answer
+// A client that is refused does not hold a connection by sending slowly, nor is an answer
 // lost because the one before it was long ago.
 func TestRefusedDeadlines(t *testing.T) {
 	d := newDoor(t, "users", "users")
@@ -957,7 +957,7 @@ func ExampleParseWho() {
 	// Output: alice,bob false <nil>
 }
 
-// TestRefusedWhileSending: who is refused in the middle of a push hears why, also
+// TestRefusedWhileSending: a client that is refused in the middle of a push hears why, also
 // where it sends everything before it listens.
 func TestRefusedWhileSending(t *testing.T) {
 	d := newDoor(t, "users", "users")

@@ -160,7 +160,7 @@ func TestNotModified(t *testing.T) {
 	}
 }
 
-// TestNoCompression: who would accept an encoding gets the bytes as they are.
+// TestNoCompression: a client that would accept an encoding gets the bytes as they are.
 func TestNoCompression(t *testing.T) {
 	s := start(t, registry.Options{})
 	data := bytes.Repeat([]byte("a"), 100_000)

@@ -52,7 +52,7 @@ func (e *skewed) Peers(context.Context) ([]p2p.Peer, error) {
 	return []p2p.Peer{{ID: "12D3KooWA", State: p2p.PeerConnected, Ahead: e.ahead}}, nil
 }
 
-// Who moves a tag is warned where the clocks of hosts differ, in the header that clients print.
+// A client that moves a tag is warned where the clocks of hosts differ, in the header that clients print.
 func TestClockWarning(t *testing.T) {
 	e := &skewed{Engine: peertest.New(t)}
 	s := startOn(t, blobstore.New(e), registry.Options{})
@@ -179,7 +179,7 @@ func TestGetIsCutOff(t *testing.T) {
 }
 
 // A host on its own says that it has not got what it does not have, and takes what
-// is pushed. Its operator learns why.
+// is pushed. Its operator is told why.
 func TestNoPeer(t *testing.T) {
 	eachPeer(t, func(s *server, e *peertest.Engine, _ *server) {
 		e.Part()

@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// stepSize is how many bytes are sent at most until the deadline is moved: who
+// stepSize is how many bytes are sent at most until the deadline is moved: a client that
 // receives less than that within the stall timeout is cut off.
 const stepSize = 128 << 10
 

@@ -273,7 +273,7 @@ func TestUploadOfAnotherRepository(t *testing.T) {
 	s.do("PUT", path+"?digest="+d.String(), []byte("x")).want(http.StatusCreated)
 }
 
-// TestTooManyUploads: sessions that nobody uses make room for others, those of who has most, and
+// TestTooManyUploads: sessions that nobody uses make room for others, those of the client with most, and
 // first those without a byte.
 func TestTooManyUploads(t *testing.T) {
 	s := start(t, registry.Options{MaxUploads: 3})
@@ -312,7 +312,7 @@ func TestTooManyUploads(t *testing.T) {
 	known(filled, false)
 	known(later, true)
 	known(next, true)
-	// Who has most gets nothing of who has fewer, also where that is empty; nor does who would have as many.
+	// A client with more gets nothing of one with fewer, also where that is empty; nor does one with as many.
 	s.do("POST", "/v2/a/blobs/uploads/", nil).fails(http.StatusTooManyRequests, "TOOMANYREQUESTS")
 	known(its, true)
 	other("PATCH", its, "data", http.StatusAccepted)
@@ -451,7 +451,7 @@ func TestRoomOfAbortedUploads(t *testing.T) {
 	})
 }
 
-// TestTooManyRequests: who reads nothing does not keep out others.
+// TestTooManyRequests: a client that reads nothing does not keep out others.
 func TestTooManyRequests(t *testing.T) {
 	if testing.Short() {
 		t.Skip("-short: takes long")
@@ -481,7 +481,7 @@ func TestTooManyRequests(t *testing.T) {
 	// It ends though its client reads nothing.
 	s.log.wait(t, func(r record) bool { return r.message == "request" && r.attrs["path"] == "/v2/a/blobs/"+d.String() })
 	if a := stalled[0].answer("GET"); a.err == nil {
-		t.Error("the oldest request of who has most goes on")
+		t.Error("the oldest request of the client with most goes on")
 	}
 	for _, c := range stalled[1:] {
 		c.answer("GET").want(http.StatusOK).content(data)
@@ -548,7 +548,7 @@ func TestTooManyWaiting(t *testing.T) {
 		get("192.0.2.1:2")
 		get("192.0.2.2:1")
 		if n := answered.Load(); n != 1 {
-			t.Errorf("%d of 3 requests have ended, want the oldest of who has two", n)
+			t.Errorf("%d of 3 requests have ended, want the oldest of the client with two", n)
 		}
 		cancel()
 		asking.Wait()
@@ -762,7 +762,7 @@ func TestResumeAfterBreak(t *testing.T) {
 	s.do("PUT", path+"?digest="+d.String(), data).want(http.StatusCreated)
 }
 
-// TestShortBody: who ends a body early and still listens hears of it.
+// TestShortBody: a client that ends a body early and still listens hears of it.
 func TestShortBody(t *testing.T) {
 	s := start(t, registry.Options{})
 	path := s.begin("a")
@@ -784,7 +784,7 @@ func TestShortBody(t *testing.T) {
 	}
 }
 
-// TestStalledSender: who sends nothing any more is cut off.
+// TestStalledSender: a client that sends nothing any more is cut off.
 func TestStalledSender(t *testing.T) {
 	s := start(t, registry.Options{StallTimeout: 100 * time.Millisecond})
 	patch := s.begin("a")
@@ -804,7 +804,7 @@ func TestStalledSender(t *testing.T) {
 			s.do("GET", path, nil).want(http.StatusNoContent, "Range", c.status)
 		}
 	}
-	// So is who sends a body that nobody wants.
+	// So is one that sends a body nobody wants.
 	conn := s.dial()
 	conn.send("PUT", "/v2/a/blobs/uploads/unknown?digest=x", 1<<20, content(100, 1))
 	conn.answer("PUT").fails(http.StatusNotFound, "BLOB_UPLOAD_UNKNOWN")
@@ -813,7 +813,7 @@ func TestStalledSender(t *testing.T) {
 	}
 }
 
-// TestStalledReceiver: who receives nothing any more is cut off.
+// TestStalledReceiver: a client that receives nothing any more is cut off.
 func TestStalledReceiver(t *testing.T) {
 	s := start(t, registry.Options{StallTimeout: 100 * time.Millisecond})
 	data := content(32<<20, 1) // more than the buffers on the way take
@@ -829,7 +829,7 @@ func TestStalledReceiver(t *testing.T) {
 	c.send("GET", "/v2/a/blobs/"+d.String(), 0, nil)
 	r := s.log.wait(t, func(r record) bool { return r.attrs["method"] == "GET" })
 	if r.attrs["error"] == "" || r.attrs["sent"] == itoa(len(data)) {
-		t.Errorf("all was sent to who received nothing: %v", r)
+		t.Errorf("all was sent to a client that received nothing: %v", r)
 	}
 	if a := c.answer("GET"); a.err == nil || !bytes.HasPrefix(data, a.body) {
 		t.Errorf("%d bytes, %v", len(a.body), a.err)
@@ -938,7 +938,7 @@ func TestExpiry(t *testing.T) {
 	})
 }
 
-// TestSlowSender: who is slow, but does not stall, is not cut off, however long
+// TestSlowSender: a client that is slow, but does not stall, is not cut off, however long
 // it takes. It runs with a clock of its own.
 func TestSlowSender(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -982,7 +982,7 @@ func TestSlowSender(t *testing.T) {
 	})
 }
 
-// TestSlowReceiver is the same for who receives.
+// TestSlowReceiver is the same for a client that receives.
 func TestSlowReceiver(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		store, err := blobstore.Open(t.TempDir())

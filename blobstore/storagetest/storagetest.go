@@ -10,7 +10,7 @@
 // Tests of an interface that the store does not have are skipped:
 // [content.Deleter], [content.PredecessorFinder], [content.Untagger],
 // registry.TagLister, registry.ReferrerLister, registry.ReferenceFetcher,
-// registry.ReferencePusher and registry.Mounter. Who has to have one
+// registry.ReferencePusher and registry.Mounter. A store that has to have one
 // asserts that where the type is declared.
 //
 // Its API is kept compatible from release to release: docs/api.txt lists it.

@@ -46,7 +46,7 @@ that only it held: the manifest, its files or layers, and what is attached to it
 A digest that a manifest refers to is not removed, unless --force is given; then
 the manifest leads nowhere.
 
-Bytes are freed when no tag holds them any more. Who reads the file at the time
+Bytes are freed when no tag holds them any more. A program that reads the file at the time
 can read on.
 
 All peers do the same. The result says how many were reached, on how many of these

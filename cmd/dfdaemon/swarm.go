@@ -314,7 +314,7 @@ func (h asDebug) WithAttrs(attrs []slog.Attr) slog.Handler {
 }
 func (h asDebug) WithGroup(name string) slog.Handler { return asDebug{h.Handler.WithGroup(name)} }
 
-// maxMetrics is how many connections may be open at the address for metrics, of which those of who
+// maxMetrics is how many connections may be open at the address for metrics, of which those of the user who
 // has most make room, and how many answers may be under way.
 const maxMetrics = 64
 

@@ -34,8 +34,8 @@ func New(limit int) *Pool { return &Pool{limit: max(limit, 1), of: map[string][]
 // Limit returns how many connections there may be.
 func (p *Pool) Limit() int { return p.limit }
 
-// Push takes in a connection of who, in any case. Where there are too many then, the
-// oldest one of who has most is thrown out: its close is called, before Push
+// Push takes in a connection of a client, in any case. Where there are too many then, the
+// oldest one of the client with most is thrown out: its close is called, before Push
 // returns. The caller calls leave when its connection is not to count any more; it does nothing after
 // the first time, or when the connection was thrown out.
 func (p *Pool) Push(who string, close func()) (leave func()) {
@@ -97,7 +97,7 @@ func (p *Pool) add(who string, close func()) (leave func()) {
 	}
 }
 
-// most returns who has most connections, and of several who has the oldest.
+// most returns the client with most connections, of several that with the oldest.
 func (p *Pool) most() (who string) {
 	for w, conns := range p.of {
 		best := p.of[who]

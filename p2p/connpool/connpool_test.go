@@ -36,7 +36,7 @@ func TestPush(t *testing.T) {
 	c.push("c", "c1")
 	c.want(t)
 	c.push("d", "d1")
-	c.want(t, "b1") // the oldest of who has most
+	c.want(t, "b1") // the oldest of the client with most
 	c.push("e", "e1")
 	c.want(t, "a1") // all have one: the oldest
 	leave()         // it is out already
@@ -44,7 +44,7 @@ func TestPush(t *testing.T) {
 		t.Errorf("there are %d, want 4", c.Len())
 	}
 	c.push("b", "b3")
-	c.want(t, "b2") // who has most is who came
+	c.want(t, "b2") // the client with most is the one that came
 }
 
 func TestOffer(t *testing.T) {
@@ -58,7 +58,7 @@ func TestOffer(t *testing.T) {
 		t.Fatal("refused where there is room")
 	}
 	if offer("a", "a3") || offer("b", "b2") {
-		t.Error("taken in from who has as many as others")
+		t.Error("taken in from a client with as many as others")
 	}
 	if !offer("c", "c1") || !slices.Equal(thrown, []string{"a1"}) {
 		t.Errorf("one who has none: thrown out: %v", thrown)

@@ -41,7 +41,7 @@ func (v Version) Unseen(later Version) bool {
 }
 
 // Delete is what a swarm remembers of a delete, so that peers who were away
-// learn of it, and so that nobody brings back what they still hold: a
+// are told of it, and so that nobody brings back what they still hold: a
 // tombstone.
 type Delete struct {
 	Tag string
@@ -51,7 +51,7 @@ type Delete struct {
 	// to At. See Covers.
 	At, After time.Time
 	// Seen are further versions that could be seen there. They are not remembered:
-	// who has one of them is told of the delete by who has made it.
+	// a host that has one of them is told of the delete by the one that made it.
 	Seen []time.Time
 	// Made is when it was made, by the clock of this host: it is remembered for
 	// some time from then on.
@@ -486,7 +486,7 @@ func (s *Store) DeletesSum(ctx context.Context) (sum [sha256.Size]byte, err erro
 	return sum, err
 }
 
-// Deletes returns up to limit deletes that were learned of after the one with
+// Deletes returns up to limit deletes that came after the one with
 // the number after, in that order, and the number of the last one.
 func (s *Store) Deletes(ctx context.Context, after uint64, limit int) (deletes []Delete, last uint64, err error) {
 	if err := s.begin(ctx); err != nil {

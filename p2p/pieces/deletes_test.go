@@ -84,10 +84,10 @@ func TestDeleteForAll(t *testing.T) {
 		t.Fatal(err)
 	}
 	if b, err := copies.DeletesSum(t.Context()); err != nil || a != b || a == ([32]byte{}) {
-		t.Errorf("who knows the same has the sums %x and %x, %v", a, b, err)
+		t.Errorf("stores that know the same have the sums %x and %x, %v", a, b, err)
 	}
 	if c, err := s.DeletesSum(t.Context()); err != nil || a == c {
-		t.Errorf("who knows others has the same sum, %v", err)
+		t.Errorf("a store that knows others has the same sum, %v", err)
 	}
 	all, last, err := peer.Deletes(t.Context(), 0, 2)
 	if err != nil || len(all) != 2 || last != 2 || all[0].CID != v0 {

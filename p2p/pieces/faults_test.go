@@ -631,7 +631,7 @@ func TestDamageThatGoesBy(t *testing.T) {
 	}
 	known(false)
 
-	// Who reads on in a damaged file that was replaced does not harm the new one.
+	// A reader that goes on in a damaged file that was replaced does not harm the new one.
 	damage(t, path, func(p []byte) []byte { p[7] ^= 1; return p })
 	old, err := s.Open(t.Context(), layer, p2p.Local)
 	if err != nil {
@@ -782,7 +782,7 @@ func TestLock(t *testing.T) {
 	again.Close()
 }
 
-// TestLockNamesAddress: whoever finds the store locked learns where it can be reached.
+// TestLockNamesAddress: whoever finds the store locked is told where it can be reached.
 func TestLockNamesAddress(t *testing.T) {
 	dir := t.TempDir()
 	s, err := Open(dir, Options{Address: "/run/some.sock"})

@@ -100,7 +100,7 @@ var (
 	// under a lease, of the one whose manifest has not come
 	fullPushed   = []byte("pushed by two clients")
 	fullLoose    = []byte("pushed, and nothing refers to it yet")      // in the same way
-	fullSpared   = []byte("asked for, while what held it was deleted") // kept for who has asked
+	fullSpared   = []byte("asked for, while what held it was deleted") // kept for a client that has asked
 	fullFetched  = []byte("fetched from a peer")                       // with where it came from
 	fullDamaged  = []byte("damaged on the disk")                       // and met
 	fullForced   = []byte("deleted by force")                          // of a manifest that is still there
@@ -353,7 +353,7 @@ func finishFull(t *testing.T, s *Store) {
 	}
 	if _, err := s.Stat(t.Context(), "r", digest.FromDigest(fullTask(fullSpared).Digest),
 		p2p.StatOptions{}); !errors.Is(err, p2p.ErrNotFound) {
-		t.Errorf("what was kept for who had asked: %v", err)
+		t.Errorf("what was kept for the client that had asked: %v", err)
 	}
 	enginetest.RequireContent(t, s, enginetest.Import(t, s, "r", fullDamaged), fullDamaged)
 }

@@ -544,7 +544,7 @@ func (r *removal) commit(tx *bbolt.Tx, c p2p.Commit, fresh []*addition) error {
 		task p2p.Task
 		why  Reason
 	}
-	var released, learned []lost // what was let go, here and by a peer
+	var released, told []lost // what was let go, here and by a peer
 	for _, n := range c.Tasks {
 		if !has(tx, bucketBlobs, key(n.Task.Digest)) {
 			return fmt.Errorf("commit %s: blob: %w", n.Task, p2p.ErrNotFound)
@@ -558,7 +558,7 @@ func (r *removal) commit(tx *bbolt.Tx, c p2p.Commit, fresh []*addition) error {
 			if n.Origin.IsZero() {
 				released = append(released, child)
 			} else {
-				learned = append(learned, child)
+				told = append(told, child)
 			}
 		}
 	}
@@ -585,7 +585,7 @@ func (r *removal) commit(tx *bbolt.Tx, c p2p.Commit, fresh []*addition) error {
 		case n.Updated.IsZero():
 			released = append(released, lost{old, ReasonMoved})
 		default:
-			learned = append(learned, lost{old, ReasonMoved})
+			told = append(told, lost{old, ReasonMoved})
 		}
 	}
 	for _, l := range released {
@@ -596,7 +596,7 @@ func (r *removal) commit(tx *bbolt.Tx, c p2p.Commit, fresh []*addition) error {
 			return err
 		}
 	}
-	for _, l := range learned {
+	for _, l := range told {
 		if all.tasks[l.task] {
 			continue
 		}

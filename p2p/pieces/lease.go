@@ -21,7 +21,7 @@ import (
 //
 // What was stored for a client ([p2p.KeepUntilReferred]) has its lease in the task's record:
 // it holds also when the store is opened again, and what it has saved stays loose, as
-// if it had been pushed just then. Who only asked has a lease in memory, and what that
+// if it had been pushed just then. A client that only asked has a lease in memory, and what that
 // has saved is released again when it ends: nobody has pushed it.
 //
 // However the clock of the host is set meanwhile, a lease lasts as long: what has passed

@@ -313,7 +313,7 @@ func TestLeaseDuringDelete(t *testing.T) {
 	}
 }
 
-// Who asks for a client of another daemon is told that what is about to go is not here.
+// A daemon that asks for its client is told that what is about to go is not here.
 func TestLeaseOfWhatGoes(t *testing.T) {
 	s := newStore(t)
 	layer := pushed(t, s, "layer")
@@ -366,7 +366,7 @@ func TestLeasesBeyondCount(t *testing.T) {
 	}
 }
 
-// What was spared for who only asked, and is held again, is not let go with the lease.
+// What was spared for a client that only asked, and is held again, is not let go with the lease.
 func TestSparedAndTaken(t *testing.T) {
 	s := newStore(t)
 	manifest := pushed(t, s, "manifest", pushed(t, s, "layer"))
@@ -429,7 +429,7 @@ func TestSparedAndPushed(t *testing.T) {
 		t.Fatal(err)
 	}
 	if !isHere(t, s, layer) {
-		t.Error("what was pushed went with the lease of who had asked before")
+		t.Error("what was pushed went with the lease of the client that had asked before")
 	}
 }
 
@@ -463,7 +463,7 @@ func TestLeasesAreBounded(t *testing.T) {
 		t.Fatal(err)
 	}
 	other := pushed(t, s, "other")
-	for i := range 3 * maxLent { // who is told in the end that it is not here, takes no room from others
+	for i := range 3 * maxLent { // a client that is told in the end that it is not here, takes no room from others
 		if !s.lend(layer) {
 			t.Fatal("no lease is given")
 		}
@@ -517,7 +517,7 @@ func bring(t *testing.T, s *Store, c p2p.Commit, contents ...string) {
 	}
 }
 
-// Who was told that something is here has not come back when a manifest or a name comes from a
+// A client that was told that something is here has not come back when a manifest or a name comes from a
 // peer, nor when somebody imports the same with a manifest of their own.
 func TestLeaseOutlivesWhatOthersBring(t *testing.T) {
 	layer := p2p.Task{Tag: "t", Digest: digest.SHA256.FromString("layer")}

@@ -32,7 +32,7 @@ var (
 	bucketBlobs   = []byte("blobs")   // digest -> blobRecord
 	bucketTables  = []byte("tables")  // digest -> encoded digest.Table
 	bucketTasks   = []byte("tasks")   // tag, digest -> taskRecord
-	bucketHolders = []byte("holders") // digest, tag -> nothing: who holds a blob
+	bucketHolders = []byte("holders") // digest, tag -> nothing: the tags that have a blob
 	bucketNames   = []byte("names")   // tag, name -> nameRecord
 	bucketNamed   = []byte("named")   // tag, digest, name -> nothing: which names point to a task
 	bucketParents = []byte("parents") // tag, child digest, parent digest -> nothing: which tasks refer to a task
@@ -48,7 +48,7 @@ var (
 	// tag, manifest digest, child digest -> nothing: what was deleted by force, or is damaged, or
 	// has lost something itself; it may be back
 	bucketLost = []byte("lost")
-	// number, 8 bytes, big-endian -> key in deletes, in the order in which this store learned of them
+	// number, 8 bytes, big-endian -> key in deletes, in the order in which this store was told of them
 	bucketDeleteLog = []byte("deletelog")
 	bucketSums      = []byte("sums") // bucket -> bucketSum
 
@@ -544,7 +544,7 @@ func (r *removal) release(tx *bbolt.Tx, t p2p.Task, why Reason) error {
 }
 
 // releaseCopies does what release does, but takes away nothing that was put in on
-// this host: the change is one that was learned from a peer, by whoever reads here.
+// this host: the change is one that a peer has told of, by whoever reads here.
 func (r *removal) releaseCopies(tx *bbolt.Tx, t p2p.Task, why Reason) error {
 	before := r.copiesOnly
 	r.copiesOnly = true

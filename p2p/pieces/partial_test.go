@@ -152,7 +152,7 @@ func TestPartial(t *testing.T) {
 		t.Fatal(err)
 	}
 	enginetest.RequireContent(t, s, task, data)
-	// Who came while it was committed reads what it has become, until it is closed.
+	// A reader that came while it was committed reads what it has become, until it is closed.
 	read, err := p.File()
 	if err != nil {
 		t.Fatal(err)

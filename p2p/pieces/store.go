@@ -84,7 +84,7 @@ type Store struct {
 	writing  sync.WaitGroup // writers that have something to drop
 	close    context.CancelCauseFunc
 
-	// holdMu guards holds and is kept while blobs are dropped, so that who has
+	// holdMu guards holds and is kept while blobs are dropped, so that a caller with
 	// a hold knows that its blob stays as it is.
 	holdMu sync.Mutex
 	holds  map[digest.Digest]*hold

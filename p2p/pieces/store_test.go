@@ -62,7 +62,7 @@ func TestEngineInMemory(t *testing.T) {
 	})
 }
 
-// Who wants a manifest's content only is not kept waiting for what it refers to.
+// A reader of a manifest's content alone is not kept waiting for what it refers to.
 func TestStatContentOnly(t *testing.T) {
 	s := openWith(t, t.TempDir(), &faults{at: -1})
 	defer s.Close()

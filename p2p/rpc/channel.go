@@ -19,7 +19,7 @@ const idSize = 8
 
 // window is how many bytes of messages may be under way, those of one call and
 // those of all on a connection. Left to itself, gRPC pings with every message to
-// learn how much the connection holds.
+// find out how much the connection holds.
 const window = 1 << 20
 
 // callWindow is the same for what a client sends for one call and the daemon has not asked for yet: it is in

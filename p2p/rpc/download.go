@@ -154,7 +154,7 @@ func (d *download) ask() {
 		d.mu.Unlock()
 		for _, want := range wants {
 			if d.stream.Send(&pb.OpenRequest{Want: want}) != nil {
-				return // receive learns why
+				return // receive is told why
 			}
 		}
 	}

@@ -312,7 +312,7 @@ func (c *conn) serverHandshake() error {
 	return err
 }
 
-// authInfo is what a handler learns about a connection.
+// authInfo is what a handler knows of a connection.
 type authInfo struct {
 	credentials.CommonAuthInfo
 	caller  caller

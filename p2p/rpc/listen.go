@@ -30,7 +30,7 @@ const (
 )
 
 // Listen listens on a unix socket at path, which is removed when the listener
-// is closed. Who may connect is whoever can enter its directory and is the
+// is closed. Those may connect who can enter its directory and is the
 // socket's owner or in its group: the directory is made with mode 0750 where it
 // is missing, and the socket has mode 0660.
 //

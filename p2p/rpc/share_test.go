@@ -136,7 +136,7 @@ func TestShareOfConnections(t *testing.T) {
 		requireClosed(t, c)
 	}
 	if _, err := Dial(t.Context(), socket); !errors.Is(err, p2p.ErrBusy) {
-		t.Errorf("who has as many gets another's: %v", err)
+		t.Errorf("a user with as many gets another's: %v", err)
 	}
 	open[2].Close()
 	eventually(t, "what is closed makes room", func() bool {

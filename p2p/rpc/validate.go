@@ -200,7 +200,7 @@ func (p *commitParser) add(part *pb.IngestRequest_Commit) error {
 		return fmt.Errorf("commit: %w: it has more than %d bytes: commit less at once", digest.ErrInvalid, maxCommit)
 	}
 	if p.room != nil {
-		// Who waited here would keep the room of its first parts from others who wait.
+		// A caller that waited here would keep the room of its first parts from others who wait.
 		if !p.room.TryAcquire(int64(size)) {
 			return fmt.Errorf("commit: %w: other commits that are under way have %d bytes together: try again",
 				p2p.ErrBusy, maxCommits)

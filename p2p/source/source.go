@@ -19,7 +19,7 @@ import (
 
 // plain are the file systems on which a regular file has the same content for all who
 // read it through one descriptor, whoever they are. Others need not: procfs and sysfs hide from users what they show to
-// root, which is decided when it is read, and what FUSE has behind it is told who reads. A kind that is not
+// root, which is decided when it is read, and what FUSE has behind it is told which user reads. A kind that is not
 // known is taken for one of these.
 var plain = map[uint32]bool{
 	unix.BCACHEFS_SUPER_MAGIC:  true,

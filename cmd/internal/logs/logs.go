@@ -92,7 +92,7 @@ func (f *file) Write(line []byte) (int, error) {
 // create makes sure that the file is there, with the rights it should have.
 // Lumberjack would do it, but lets everybody into the directory, and opens a
 // new file in a way that commands that log at the same time overwrite each
-// other's lines. And it would wait for who reads a named pipe.
+// other's lines. And it would wait for the reader of a named pipe.
 func create(name string) error {
 	if err := dirs.Make(filepath.Dir(name), 0o750); err != nil {
 		return err

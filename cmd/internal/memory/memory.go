@@ -79,7 +79,7 @@ const (
 	// is in use can only be told from what is not by collecting garbage.
 	interval    = 2 * time.Second
 	maxInterval = 16 * time.Second
-	// spare is how many bytes of heap a process may keep for what comes next. Who has
+	// spare is how many bytes of heap a process may keep for what comes next. A process that has
 	// allocated half of that since the last look is busy, and keeps all.
 	spare = 32 << 20
 )

@@ -6,7 +6,7 @@
 //
 // dfcache and dfdaemon are first on the PATH. The home directory of a script
 // is $WORK/user and $SOCK a short path for a daemon's socket. The environment
-// holds nothing of who runs the test but the rest of PATH.
+// holds nothing of the user who runs the test but the rest of PATH.
 //
 // The condition [root] is for what needs root: with -short it does not hold, and without it
 // the script fails where the test does not run as root. A script that is not for -short

@@ -298,7 +298,7 @@ func (e *Source) announceAt(ctx context.Context, s *scheduler, id string, full b
 		return err
 	})
 	if e.holding(id) != h {
-		// Deleted, or another peer's, meanwhile: who took it back may have come before this.
+		// Deleted, or another peer's, meanwhile: what took it back may have come before this.
 		err = errors.Join(err, e.leaveAs(ctx, id, h))
 	}
 	return err

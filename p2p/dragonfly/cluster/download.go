@@ -72,7 +72,7 @@ type download struct {
 	layout layout
 	have   map[span]string   // the MD5s, in hex, of what has come
 	claims map[span]*claim   // what is on its way
-	users  map[*attempt]bool // who has told of this layout
+	users  map[*attempt]bool // the attempts that have told of this layout
 }
 
 // span is a part of a file.

@@ -699,7 +699,7 @@ func TestCallerGivesUp(t *testing.T) {
 	enginetest.RequireError(t, "fetch", err, p2p.ErrUnreachable, "longer than 200ms")
 }
 
-// Whatever is waited for, who gives up is let go, and nothing goes on without him.
+// Whatever is waited for, a caller that gives up is let go, and nothing goes on without it.
 func TestGiveUpAnywhere(t *testing.T) {
 	gone := errors.New("gone")
 	for step, behaviour := range map[string]clustertest.Behaviour{

@@ -85,7 +85,7 @@ func (s *scheduler) element(joint string) string {
 	return s.addr + joint + host
 }
 
-// place makes the rings. As Dragonfly's daemons do, it leaves out who is down.
+// place makes the rings. As Dragonfly's daemons do, it leaves out those that are down.
 func (s *schedulers) place() {
 	for i, joint := range joints {
 		ring := consistent.New()

@@ -31,7 +31,7 @@ import (
 const maxPieces = 16 << 10
 
 // maxConns is how many connections others may have open at each of the two doors. Dragonfly's peers
-// prove nothing: who comes when there are more takes the place of the oldest of the address with most.
+// prove nothing: one that comes when there are more takes the place of the oldest of the address with most.
 const maxConns = 512
 
 // defaultPieces is how many are where a peer does not say: as many as Dragonfly asks for.

@@ -39,7 +39,7 @@ import (
 // Options says how to be a peer. Where a number is 0, its default counts.
 type Options struct {
 	// Schedulers are the addresses, HOST:PORT, of all schedulers of the cluster, as
-	// Dragonfly's daemons have them: who spells them otherwise looks for tasks elsewhere.
+	// Dragonfly's daemons have them: a host that spells them otherwise looks for tasks elsewhere.
 	Schedulers []string
 	// Advertise is the IP by which other hosts reach this one. The default is the one
 	// from which the first scheduler is reached.

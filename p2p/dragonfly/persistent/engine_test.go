@@ -334,7 +334,7 @@ func TestBrokenOff(t *testing.T) {
 	}
 }
 
-// Who gives up does not wait for what is taken back.
+// A caller that gives up does not wait for what is taken back.
 func TestGiveUpAtOnce(t *testing.T) {
 	cluster := persistenttest.StartCluster(t)
 	h := newHost(t, cluster, persistent.Options{})
@@ -524,7 +524,7 @@ func TestOtherDaemons(t *testing.T) {
 	requireSays(t, tryImport(contained, task, []byte("data")), "stored on this host", "not exist")
 }
 
-// Who does not answer is told apart from who has nothing, and nobody is waited for long.
+// A peer that does not answer is told apart from one that has nothing, and nobody is waited for long.
 func TestAway(t *testing.T) {
 	const short = 500 * time.Millisecond
 	cluster := persistenttest.StartCluster(t)

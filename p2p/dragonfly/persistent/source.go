@@ -279,7 +279,7 @@ func (e *Source) copyIn(ctx context.Context, task p2p.Task, blob *pieces.Blob) e
 		}
 	}
 	if ctx.Err() != nil {
-		e.background.Go(takeBack) // nobody waits for it who has given up
+		e.background.Go(takeBack) // a caller that has given up does not wait for it
 	} else {
 		takeBack()
 	}
