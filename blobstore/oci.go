@@ -768,7 +768,7 @@ func (r *Repository) tagWith(ctx context.Context, d digest.Digest, fromRepo stri
 	if fromRepo != "" {
 		return TagOf(fromRepo)
 	}
-	for entry, err := range r.engine.List(ctx, p2p.Query{Kind: p2p.KindTags, Holds: d}) {
+	for entry, err := range r.engine.List(ctx, p2p.Query{Kind: p2p.KindTags, Has: d}) {
 		return entry.Task.Tag, err
 	}
 	return "", fmt.Errorf("%s: %w", d, ErrNotFound)

@@ -843,6 +843,9 @@ func (r *Repository) copyBlob(
 type DeleteOptions struct {
 	// Force deletes content that other content refers to.
 	Force bool
+	// Also are further cids, up to [p2p.MaxAlso], that go in the same transaction: all of them, or,
+	// where it fails, none.
+	Also []string
 }
 
 // Deleted says what a Delete did.
@@ -853,7 +856,8 @@ type Deleted = p2p.Deleted
 // [ErrReferenced], unless opts.Force is set. Bytes are freed when no tag holds
 // them any more; readers that have them open read on. Peers do the same; the result
 // names those that were not reached: of a swarm, they are told when they return.
-// It fails with [ErrNotFound] where there is nothing to remove.
+// It fails with [ErrNotFound] where there is nothing to remove; of several, the result says which
+// were nowhere.
 //
 // It acts on the whole swarm.
 func (r *Repository) Remove(ctx context.Context, cid string, opts DeleteOptions) (Deleted, error) {
@@ -861,7 +865,26 @@ func (r *Repository) Remove(ctx context.Context, cid string, opts DeleteOptions)
 	if err != nil {
 		return Deleted{}, fmt.Errorf("delete: %w", err)
 	}
-	deleted, err := r.engine.Delete(ctx, r.tag, id, p2p.DeleteOptions{Force: opts.Force})
+	how := p2p.DeleteOptions{Force: opts.Force}
+	for _, s := range opts.Also {
+		c, err := digest.ParseCID(s)
+		if err != nil {
+			return Deleted{}, fmt.Errorf("delete: %w", err)
+		}
+		how.Also = append(how.Also, c)
+	}
+	return r.remove(ctx, id, how)
+}
+
+// RemoveAll removes everything under the tag, in one transaction. That there is nothing is no error.
+//
+// It acts on the whole swarm: what peers have goes, too, as far as it is not newer.
+func (r *Repository) RemoveAll(ctx context.Context) (Deleted, error) {
+	return r.remove(ctx, digest.CID{}, p2p.DeleteOptions{All: true})
+}
+
+func (r *Repository) remove(ctx context.Context, cid digest.CID, opts p2p.DeleteOptions) (Deleted, error) {
+	deleted, err := r.engine.Delete(ctx, r.tag, cid, opts)
 	if err != nil {
 		return Deleted{}, fmt.Errorf("delete: %w", err)
 	}

@@ -20,6 +20,7 @@ package p2p
 import (
 	"context"
 	"iter"
+	"slices"
 	"time"
 
 	"github.com/dfcache/dfcache/digest"
@@ -64,7 +65,9 @@ type Engine interface {
 	// and of one that only a peer has, which peer. Bytes are freed when no
 	// tag holds the blob any more. Peers do the same; those that are away do it
 	// later. It fails with ErrNotFound where there is nothing of that name,
-	// here or on any peer that was reached.
+	// here or on any peer that was reached. Of several (DeleteOptions.Also), which go
+	// all in one transaction, or, where it fails, none, it does so where none was found;
+	// what they refer to of each other does not keep them.
 	Delete(ctx context.Context, tag string, cid digest.CID, opts DeleteOptions) (Deleted, error)
 
 	// List yields what the engine holds itself, in order of tag; within a tag
@@ -233,6 +236,26 @@ type DeleteOptions struct {
 	// NameOnly deletes a name and keeps what it pointed to, as KeepUntilReferred where
 	// nothing else holds it.
 	NameOnly bool
+	// Also are further cids under the tag, up to MaxAlso, that go with the first one.
+	Also []digest.CID
+	// All deletes everything under the tag, in one transaction. The cid is the zero value then.
+	All bool
+}
+
+// MaxAlso bounds DeleteOptions.Also.
+const MaxAlso = 1000
+
+// CIDs returns what is to be deleted, cid first, each once. It is empty with All.
+func (o DeleteOptions) CIDs(cid digest.CID) []digest.CID {
+	if o.All {
+		return nil
+	}
+	seen := map[digest.CID]bool{}
+	return slices.DeleteFunc(append([]digest.CID{cid}, o.Also...), func(c digest.CID) bool {
+		again := seen[c]
+		seen[c] = true
+		return again
+	})
 }
 
 // Deleted says what a Delete did.
@@ -242,6 +265,8 @@ type Deleted struct {
 	Reached int      // other peers that were told, and do not hold it any more
 	Removed int      // of these, that had something to remove
 	Missed  []Missed // peers that were not reached, or refused
+	// NotFound are those of several cids that were nowhere.
+	NotFound []digest.CID
 }
 
 // Missed is a peer that a Delete was not done on.
@@ -293,8 +318,8 @@ type Query struct {
 	// RefersTo is a digest: only tasks under Tag that refer to it, or have it
 	// as their subject, are listed, and no names. It is not for KindNames and KindTags.
 	RefersTo digest.Digest
-	// Holds is a digest: only tags that hold it are listed. It is for KindTags.
-	Holds digest.Digest
+	// Has is a digest: only tags that have it are listed. It is for KindTags.
+	Has digest.Digest
 }
 
 // Kind says which entries a List yields.

@@ -41,7 +41,7 @@ func (o StatOptions) Validate(tag string, cid digest.CID) error {
 	case o.Scope < Network || o.Scope > Local:
 		return fmt.Errorf("stat %s: %w: there is no scope %d", cid, digest.ErrInvalid, o.Scope)
 	case o.Providers && o.Scope != Network:
-		return fmt.Errorf("stat %s with who holds it: %w: it goes with the network as the scope", cid,
+		return fmt.Errorf("stat %s with its providers: %w: it goes with the network as the scope", cid,
 			digest.ErrInvalid)
 	}
 	return nil
@@ -49,6 +49,20 @@ func (o StatOptions) Validate(tag string, cid digest.CID) error {
 
 // Validate reports whether there can be a Delete of cid under tag with these options.
 func (o DeleteOptions) Validate(tag string, cid digest.CID) error {
+	if o.All {
+		if cid != (digest.CID{}) || len(o.Also) > 0 || o.NameOnly {
+			return fmt.Errorf("delete all under tag %q: %w: no cid goes with that", tag, digest.ErrInvalid)
+		}
+		return ValidateTag(tag)
+	}
+	if len(o.Also) > MaxAlso {
+		return fmt.Errorf("delete: %w: %d cids at once: want up to %d", digest.ErrInvalid, 1+len(o.Also), 1+MaxAlso)
+	}
+	for _, c := range o.Also {
+		if err := (DeleteOptions{Force: o.Force, NameOnly: o.NameOnly}).Validate(tag, c); err != nil {
+			return err
+		}
+	}
 	if err := ValidateRef(tag, cid); err != nil {
 		return err
 	}
@@ -71,7 +85,7 @@ func (q Query) Validate() error {
 			return err
 		}
 	}
-	for _, d := range []digest.Digest{q.Holds, q.RefersTo} {
+	for _, d := range []digest.Digest{q.Has, q.RefersTo} {
 		if d != "" {
 			if _, err := digest.Parse(string(d)); err != nil {
 				return err
@@ -84,8 +98,8 @@ func (q Query) Validate() error {
 	case len(q.After) > MaxTag:
 		return fmt.Errorf("list after a name of %d bytes: %w: none has more than %d", len(q.After), digest.ErrInvalid,
 			MaxTag)
-	case q.Holds != "" && q.Kind != KindTags:
-		return fmt.Errorf("list who holds %s: %w: it goes with tags as the kind", q.Holds, digest.ErrInvalid)
+	case q.Has != "" && q.Kind != KindTags:
+		return fmt.Errorf("list the tags that have %s: %w: it goes with tags as the kind", q.Has, digest.ErrInvalid)
 	case q.RefersTo != "" && (q.Tag == nil || q.Kind != KindAll):
 		return fmt.Errorf("list what refers to %s: %w: it goes with a tag, and not with a kind", q.RefersTo,
 			digest.ErrInvalid)

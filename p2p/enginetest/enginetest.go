@@ -50,6 +50,8 @@ func Run(t *testing.T, open func(t *testing.T) p2p.Engine) {
 		"NameMoves":                 testNameMoves,
 		"PinOutlivesName":           testPinOutlivesName,
 		"DeleteReferenced":          testDeleteReferenced,
+		"DeleteSeveral":             testDeleteSeveral,
+		"DeleteAll":                 testDeleteAll,
 		"DeleteRemovesNames":        testDeleteRemovesNames,
 		"LooseTask":                 testLooseTask,
 		"LooseTaskIsAdopted":        testLooseTaskIsAdopted,
@@ -585,9 +587,9 @@ func testInvalidOptions(t *testing.T, e p2p.Engine) {
 	other := digest.SHA256.FromString("other")
 	importArtifact(t, e, "t", "v1", []byte(`{"one":1}`), []byte("layer"))
 	for what, opts := range map[string]p2p.StatOptions{
-		"no scope":          {Scope: -1},
-		"too far a scope":   {Scope: p2p.Local + 1},
-		"who holds locally": {Scope: p2p.Local, Providers: true},
+		"no scope":           {Scope: -1},
+		"too far a scope":    {Scope: p2p.Local + 1},
+		"providers, locally": {Scope: p2p.Local, Providers: true},
 	} {
 		_, err := e.Stat(ctx, "t", cid(t, "v1"), opts)
 		requireError(t, "a stat that "+what, err, digest.ErrInvalid)
@@ -860,6 +862,74 @@ func testDeleteReferenced(t *testing.T, e p2p.Engine) {
 	if deleted, err := e.Delete(t.Context(), "t", cid(t, "v1"), p2p.DeleteOptions{}); err != nil || deleted.Tasks != 1 {
 		t.Errorf("delete the name after that: %+v, %v", deleted, err)
 	}
+}
+
+func testDeleteSeveral(t *testing.T, e p2p.Engine) {
+	ctx := t.Context()
+	manifest, parts := importArtifact(t, e, "t", "v1", []byte(`{"one":1}`), Content(1000, 1))
+	index := push(t, e, []byte(`{"two":2}`), refs(manifest))
+	importArtifact(t, e, "t", "v2", []byte(`{"three":3}`), Content(1000, 2))
+	alone := Import(t, e, "t", Content(1000, 3))
+	of := func(task p2p.Task) digest.CID { return digest.FromDigest(task.Digest) }
+	// One that something else refers to keeps all of them.
+	before := list(t, e, nil)
+	_, err := e.Delete(ctx, "t", of(alone), p2p.DeleteOptions{Also: []digest.CID{cid(t, "v2"), of(parts[0])}})
+	requireError(t, "delete a layer among others", err, p2p.ErrReferenced)
+	if after := list(t, e, nil); !reflect.DeepEqual(after, before) {
+		t.Errorf("a delete that failed left %v, had %v", after, before)
+	}
+	// What they refer to of each other does not, in any order, nor does one that is nowhere, or twice there.
+	absent := cid(t, "absent")
+	deleted, err := e.Delete(ctx, "t", of(parts[0]), p2p.DeleteOptions{Also: []digest.CID{
+		of(manifest), absent, of(index), of(alone), of(alone), cid(t, "v1")}})
+	if want := []digest.CID{absent}; err != nil || !slices.Equal(deleted.NotFound, want) || deleted.Tasks != 4 {
+		t.Errorf("delete of several: %+v, %v", deleted, err)
+	}
+	for _, task := range []p2p.Task{parts[0], manifest, index, alone} {
+		requireMissing(t, e, task)
+	}
+	if _, err := resolve(ctx, e, "t", cid(t, "v2")); err != nil {
+		t.Error(err)
+	}
+	_, err = e.Delete(ctx, "t", absent, p2p.DeleteOptions{Also: []digest.CID{of(alone)}})
+	requireError(t, "delete what is nowhere", err, p2p.ErrNotFound)
+	for what, opts := range map[string]p2p.DeleteOptions{
+		"too many":                            {Also: slices.Repeat([]digest.CID{absent}, p2p.MaxAlso+1)},
+		"a digest by name only, among others": {NameOnly: true, Also: []digest.CID{of(alone)}},
+		"no cid among others":                 {Also: []digest.CID{{}}},
+		"all, and a cid":                      {All: true},
+	} {
+		_, err := e.Delete(ctx, "t", absent, opts)
+		requireError(t, "delete "+what, err, digest.ErrInvalid)
+	}
+	_, err = e.Delete(ctx, "t", digest.CID{}, p2p.DeleteOptions{})
+	requireError(t, "delete nothing", err, digest.ErrInvalid)
+}
+
+func testDeleteAll(t *testing.T, e p2p.Engine) {
+	ctx := t.Context()
+	manifest, parts := importArtifact(t, e, "t", "v1", []byte(`{"one":1}`), Content(1000, 1))
+	importArtifact(t, e, "t", "latest", []byte(`{"one":1}`), Content(1000, 1))
+	push(t, e, []byte(`{"two":2}`), refs(manifest))
+	Import(t, e, "t", Content(2000, 2))
+	Import(t, e, "t2", Content(1000, 1))
+	deleted, err := e.Delete(ctx, "t", digest.CID{}, p2p.DeleteOptions{All: true})
+	if err != nil || deleted.Tasks != 4 || deleted.Freed != 2000+2*int64(len(`{"one":1}`)) {
+		t.Errorf("delete of all: %+v, %v", deleted, err)
+	}
+	if left := list(t, e, nil); len(left) != 1 || !strings.HasPrefix(left[0], "t2 ") {
+		t.Errorf("a delete of all left %v", left)
+	}
+	RequireContent(t, e, p2p.Task{Tag: "t2", Digest: parts[0].Digest}, Content(1000, 1))
+	if deleted, err := e.Delete(ctx, "t", digest.CID{}, p2p.DeleteOptions{All: true}); err != nil || deleted.Tasks != 0 {
+		t.Errorf("delete of all where there is nothing: %+v, %v", deleted, err)
+	}
+	// What is put in afterwards stays.
+	importArtifact(t, e, "t", "v1", []byte(`{"one":1}`), Content(1000, 1))
+	if _, err := resolve(ctx, e, "t", cid(t, "v1")); err != nil {
+		t.Errorf("imported after the delete of all: %v", err)
+	}
+	RequireContent(t, e, parts[0], Content(1000, 1))
 }
 
 func testDeleteRemovesNames(t *testing.T, e p2p.Engine) {
@@ -1626,7 +1696,7 @@ func testListKinds(t *testing.T, e p2p.Engine) {
 		want  []string
 	}{{"", []string{"", "a-b"}}, {"a", []string{"a-b"}}, {"a-b", nil}} {
 		var got []string
-		for entry, err := range e.List(t.Context(), p2p.Query{Kind: p2p.KindTags, Holds: holds, After: c.after}) {
+		for entry, err := range e.List(t.Context(), p2p.Query{Kind: p2p.KindTags, Has: holds, After: c.after}) {
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -1636,7 +1706,7 @@ func testListKinds(t *testing.T, e p2p.Engine) {
 			t.Errorf("tags after %q that hold the blob are %q, want %q", c.after, got, c.want)
 		}
 	}
-	for _, err := range e.List(t.Context(), p2p.Query{Kind: p2p.KindTags, Holds: digest.SHA256.FromString("nowhere")}) {
+	for _, err := range e.List(t.Context(), p2p.Query{Kind: p2p.KindTags, Has: digest.SHA256.FromString("nowhere")}) {
 		t.Errorf("what is nowhere is held (%v)", err)
 	}
 	names := func(q p2p.Query) []string {
@@ -1676,8 +1746,8 @@ func testListKinds(t *testing.T, e p2p.Engine) {
 		{RefersTo: d},
 		{RefersTo: d, Tag: &a, Kind: p2p.KindNames},
 		{RefersTo: "none", Tag: &a},
-		{Holds: "none", Kind: p2p.KindTags},
-		{Holds: d},
+		{Has: "none", Kind: p2p.KindTags},
+		{Has: d},
 	} {
 		for _, err := range e.List(t.Context(), q) {
 			requireError(t, fmt.Sprintf("list %+v", q), err, digest.ErrInvalid)

@@ -63,7 +63,7 @@ func (e *Engine) open(ctx context.Context, task p2p.Task) (p2p.Blob, error) {
 	if !isMissing(err) {
 		return nil, err
 	}
-	if has, err := e.store.Holds(ctx, task.Digest); err != nil || !has {
+	if has, err := e.store.Has(ctx, task.Digest); err != nil || !has {
 		return nil, err
 	}
 	found, err := e.find(ctx, task, FindOptions{})

@@ -123,7 +123,7 @@ func (e *Engine) adopt(ctx context.Context, found Found) error {
 
 // readBlob reads as much of a blob as a manifest may have, that is here under some tag.
 func (e *Engine) readBlob(ctx context.Context, d digest.Digest) ([]byte, error) {
-	for entry, err := range e.store.List(ctx, p2p.Query{Kind: p2p.KindTags, Holds: d}) {
+	for entry, err := range e.store.List(ctx, p2p.Query{Kind: p2p.KindTags, Has: d}) {
 		if err != nil {
 			return nil, err
 		}

@@ -34,7 +34,8 @@ type Source interface {
 	Offer(ctx context.Context, c p2p.Commit) error
 
 	// See asks what there is to be deleted of what cid names. held says whether the
-	// store has it. The error ends the delete before it has begun.
+	// store has it. The error ends the delete before it has begun. It is not asked where all
+	// under a tag is to be deleted.
 	See(ctx context.Context, tag string, cid digest.CID, opts p2p.DeleteOptions, held bool) (Seen, error)
 
 	// Forget tells the source what was deleted here, and returns what that has come to.
@@ -108,7 +109,7 @@ type Arriving interface {
 // Seen is what a source has of what is to be deleted.
 type Seen struct {
 	Found    bool             // it has something of it, whatever its version
-	Versions []pieces.Version // of what peers have, for the delete to cover
+	Versions []pieces.Version // of what peers have of it, for the delete to cover
 	Answered int              // peers that have said what they have
 	Silent   int              // and that have not
 	Err      error            // why it can't say; reported where nothing else has it
@@ -116,10 +117,8 @@ type Seen struct {
 
 // Deletion is what was deleted on this host.
 type Deletion struct {
-	Tag   string
-	CID   digest.CID
-	Tasks []p2p.Task // that are not here any more, or were not: the one that was named, then
-	Held  bool       // whether the store had it
+	Tasks []p2p.Task // that are not here any more, or were not: those that were named, then
+	Held  bool       // whether the store had any of it
 	// Deletes are what the store remembers of it, the one that was asked for first.
 	Deletes []pieces.Delete
 }
@@ -128,9 +127,10 @@ type Deletion struct {
 type Told struct {
 	Peer    string // its ID
 	Address string // where it was last seen, or ""
-	Found   bool   // it had what was deleted
-	Removed bool   // and has it no more
+	Removed bool   // it had something of it, and has it no more
 	Failed  string // why it was not done, or ""
-	// Newer is what it has that the delete does not cover; zero where nothing.
-	Newer pieces.Version
+	// Newer is what it has that the delete does not cover: of each cid that was to be deleted,
+	// or, under the zero value of a cid, of all under the tag.
+	Newer map[digest.CID]pieces.Version
+	Found map[digest.CID]bool // what it had, of what was to be deleted
 }

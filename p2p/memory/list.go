@@ -46,7 +46,7 @@ func (s *Store) entries(ctx context.Context, q p2p.Query) (entries []p2p.Entry, 
 		case q.Tag != nil && name != *q.Tag:
 		case q.Kind != p2p.KindTags:
 			entries = append(entries, s.entriesOf(name, q)...)
-		case (q.After == "" || name > q.After) && (q.Holds == "" || t.tasks[q.Holds] != nil):
+		case (q.After == "" || name > q.After) && (q.Has == "" || t.tasks[q.Has] != nil):
 			entries = append(entries, p2p.Entry{Info: p2p.Info{Task: p2p.Task{Tag: name}}})
 		}
 	}

@@ -302,24 +302,67 @@ func (s *Store) Delete(
 	if err := opts.Validate(tagName, cid); err != nil {
 		return p2p.Deleted{}, err
 	}
-	d, _, err := s.find(tagName, cid)
-	if err != nil {
-		return p2p.Deleted{}, err
-	}
 	t := s.at(tagName)
 	var gone p2p.Deleted
+	if opts.All {
+		clear(t.names)
+		for d := range t.tasks {
+			if t.tasks[d] != nil {
+				s.remove(t, &gone, d)
+			}
+		}
+		s.tidy(tagName)
+		return gone, nil
+	}
+	var left []digest.CID
+	for _, c := range opts.CIDs(cid) {
+		if _, _, err := s.find(tagName, c); err != nil {
+			gone.NotFound = append(gone.NotFound, c)
+		} else {
+			left = append(left, c)
+		}
+	}
+	if len(left) == 0 {
+		return gone, fmt.Errorf("%s: %w", p2p.Describe(tagName, cid), p2p.ErrNotFound)
+	}
+	before, blobs := t.clone(), maps.Clone(s.blobs)
+	for len(left) > 0 {
+		var again []digest.CID // what is referred to goes after what refers to it
+		var referenced error
+		for _, c := range left {
+			if err := s.deleteOne(tagName, t, c, opts, &gone); err != nil {
+				again, referenced = append(again, c), err
+			}
+		}
+		if len(again) == len(left) {
+			s.tags[tagName], s.blobs = before, blobs
+			return p2p.Deleted{}, referenced
+		}
+		left = again
+	}
+	s.tidy(tagName)
+	return gone, nil
+}
+
+// deleteOne deletes what cid names, if that is still there. Its error is that another task refers to it.
+func (s *Store) deleteOne(
+	tagName string, t *tag, cid digest.CID, opts p2p.DeleteOptions, gone *p2p.Deleted,
+) error {
+	d, _, err := s.find(tagName, cid)
+	if err != nil {
+		return nil // it went with another one
+	}
 	if id := cid.CacheID(); id != "" {
 		delete(t.names, id)
 		if opts.NameOnly {
 			s.keepLoose(t, d)
 		} else {
-			s.letGo(t, &gone, d)
+			s.letGo(t, gone, d)
 		}
-		s.tidy(tagName)
-		return gone, nil
+		return nil
 	}
 	if referring := t.referring(d); len(referring) > 0 && !opts.Force {
-		return gone, fmt.Errorf("delete %s: %w by %s (%v)", p2p.Describe(tagName, cid), p2p.ErrReferenced, referring[0],
+		return fmt.Errorf("delete %s: %w by %s (%v)", p2p.Describe(tagName, cid), p2p.ErrReferenced, referring[0],
 			t.namesOf(referring[0]))
 	}
 	for _, id := range t.namesOf(d) {
@@ -328,9 +371,18 @@ func (s *Store) Delete(
 	if len(t.referring(d)) > 0 {
 		t.lost[d] = true
 	}
-	s.remove(t, &gone, d)
-	s.tidy(tagName)
-	return gone, nil
+	s.remove(t, gone, d)
+	return nil
+}
+
+// clone returns a copy, for a change that may have to be taken back.
+func (t *tag) clone() *tag {
+	c := &tag{tasks: map[digest.Digest]*task{}, names: maps.Clone(t.names), lost: maps.Clone(t.lost)}
+	for d, k := range t.tasks {
+		k := *k
+		c.tasks[d] = &k
+	}
+	return c
 }
 
 // keepLoose keeps what a name has pointed to, where nothing else holds it.

@@ -197,7 +197,7 @@ func TestWeightOfDeletes(t *testing.T) {
 			return err
 		},
 		"delete for all": func() error {
-			_, _, err := s.DeleteForAll(t.Context(), "t", named("v1"), p2p.DeleteOptions{})
+			_, _, err := s.DeleteForAll(t.Context(), "t", named("v1"), p2p.DeleteOptions{}, nil)
 			return err
 		},
 		"delete of a peer": func() error {

@@ -65,8 +65,8 @@ func (s *Store) OpenForPeers(ctx context.Context, task p2p.Task) (*Blob, error) 
 	return s.openBlob(task.Digest)
 }
 
-// Holds reports whether a blob is here, whatever tag it is under.
-func (s *Store) Holds(ctx context.Context, d digest.Digest) (held bool, err error) {
+// Has reports whether a blob is here, whatever tag it is under.
+func (s *Store) Has(ctx context.Context, d digest.Digest) (held bool, err error) {
 	if err := s.begin(ctx); err != nil {
 		return false, err
 	}
@@ -78,9 +78,9 @@ func (s *Store) Holds(ctx context.Context, d digest.Digest) (held bool, err erro
 	return held, err
 }
 
-// HoldsTask reports whether a task is here. It changes nothing, and may be called while a
+// HasTask reports whether a task is here. It changes nothing, and may be called while a
 // watcher waits.
-func (s *Store) HoldsTask(task p2p.Task) (held bool, err error) {
+func (s *Store) HasTask(task p2p.Task) (held bool, err error) {
 	if err := s.begin(context.Background()); err != nil {
 		return false, err
 	}

@@ -46,6 +46,9 @@ func (v Version) Unseen(later Version) bool {
 type Delete struct {
 	Tag string
 	CID digest.CID
+	// All deletes everything under the tag. CID is the zero value then. Deletes of what it covers
+	// are not remembered beside it.
+	All bool
 	// At is the newest version that could be seen where the delete was made.
 	// It covers that, and all versions up to After; where that is zero, all up
 	// to At. See Covers.
@@ -133,10 +136,21 @@ func (d *Delete) See(v Version) {
 const softMark = "soft"
 
 func (d Delete) key() []byte {
-	if d.Soft {
+	switch {
+	case d.All:
+		return key(d.Tag)
+	case d.Soft:
 		return key(d.Tag, d.CID.String(), softMark)
 	}
 	return key(d.Tag, d.CID.String())
+}
+
+// deletesBucket returns where a delete with the key k is.
+func deletesBucket(k []byte) []byte {
+	if bytes.IndexByte(k, 0) < 0 {
+		return bucketCleared
+	}
+	return bucketDeletes
 }
 
 // deleteRecord is a Delete as it is stored. The rest of it is in the key.
@@ -153,6 +167,9 @@ type deleteRecord struct {
 // delete returns what a record under the key k says.
 func (r deleteRecord) delete(k []byte) (Delete, error) {
 	parts := strings.Split(string(k), "\x00")
+	if len(parts) == 1 {
+		return Delete{Tag: parts[0], All: true, At: r.At, After: r.At, Made: timeOr(r.Made, r.At), Limit: r.Limit}, nil
+	}
 	cid, err := digest.ParseCID(parts[1])
 	if err != nil {
 		return Delete{}, fmt.Errorf("%w: delete %q in the metadata: %w", digest.ErrCorrupt, k, err)
@@ -165,11 +182,31 @@ func (r deleteRecord) delete(k []byte) (Delete, error) {
 
 // getDelete returns what is known of a delete.
 func getDelete(tx *bbolt.Tx, k []byte) (d Delete, record deleteRecord, found bool, err error) {
-	record, found, err = get[deleteRecord](tx, bucketDeletes, k)
+	record, found, err = get[deleteRecord](tx, deletesBucket(k), k)
 	if err == nil && found {
 		d, err = record.delete(k)
 	}
 	return d, record, found, err
+}
+
+// deleted returns all that is known to be deleted of cid, with all else of the tag or without.
+func deleted(tx *bbolt.Tx, tag, cid string) (d Delete, found bool, err error) {
+	d, _, found, err = getDelete(tx, key(tag, cid))
+	if err != nil {
+		return d, false, err
+	}
+	all, _, cleared, err := getDelete(tx, key(tag))
+	if err != nil || !cleared {
+		return d, found, err
+	}
+	if !found {
+		all.All = false
+		all.CID, err = digest.ParseCID(cid)
+		return all, true, err
+	}
+	d.See(Version{all.At, all.After})
+	d.Made, d.Limit = latest(d.Made, all.Made), latest(d.Limit, all.Limit)
+	return d, true, nil
 }
 
 // errDeleted says that peers have deleted what is to be taken from one of them.
@@ -187,7 +224,7 @@ func NewerName(a digest.Digest, atA time.Time, b digest.Digest, atB time.Time) b
 // and than the last delete. Else it is a copy of what a peer has, and fails where
 // that was deleted; where before is later, that stays.
 func (s *Store) stamp(tx *bbolt.Tx, tag, cid string, given, before Version) (Version, error) {
-	gone, _, found, err := getDelete(tx, key(tag, cid))
+	gone, found, err := deleted(tx, tag, cid)
 	if err != nil {
 		return given, err
 	}
@@ -239,7 +276,7 @@ func (s *Store) Deleted(ctx context.Context, tag string, cid digest.CID) (d Dele
 	}
 	defer s.end()
 	err = s.view(func(tx *bbolt.Tx) (err error) {
-		d, _, _, err = getDelete(tx, key(tag, cid.String()))
+		d, _, err = deleted(tx, tag, cid.String())
 		return err
 	})
 	return d, err
@@ -253,17 +290,18 @@ func (s *Store) Covers(d Delete, version time.Time) bool {
 // DeleteResult says what a delete did.
 type DeleteResult struct {
 	p2p.Deleted
-	Found bool    // there was something of that name
-	News  bool    // the delete was not known before
-	Newer Version // what is here and is not covered by it; zero: nothing
+	Found bool       // there was something of that name
+	News  bool       // the delete was not known before
+	Newer Version    // what is here and is not covered by it; zero: nothing
+	Gone  []p2p.Task // tasks that went
 }
 
 // DeleteForAll does what [Store.Delete] does, and remembers it: the Deletes that
-// it returns are for the peers. seen is what they have said that they have, for the
-// delete to cover it, too. Where neither they nor this store have it, there is
-// nothing to delete, and to remember.
+// it returns are for the peers, those that were asked for first. seen is what they have said that
+// they have, for the delete to cover it, too; with All under the zero value of a cid. Where neither
+// they nor this store have it, there is nothing to delete, and to remember.
 func (s *Store) DeleteForAll(
-	ctx context.Context, tag string, cid digest.CID, opts p2p.DeleteOptions, seen ...Version,
+	ctx context.Context, tag string, cid digest.CID, opts p2p.DeleteOptions, seen map[digest.CID][]Version,
 ) (result DeleteResult, deletes []Delete, err error) {
 	if err := opts.Validate(tag, cid); err != nil {
 		return result, nil, err
@@ -272,53 +310,122 @@ func (s *Store) DeleteForAll(
 		return result, nil, err
 	}
 	defer s.end()
-	var removed removal
-	err = s.free(s.weighDelete(tag, cid), func(tx *bbolt.Tx) error {
-		removed, result, deletes = s.newRemoval(), DeleteResult{News: true}, nil
+	removed, err := s.remove(tag, cid, opts, func(tx *bbolt.Tx, removed *removal) (err error) {
+		result = DeleteResult{News: true}
+		if opts.All {
+			deletes, result.Found, err = s.clear(tx, removed, tag, seen[digest.CID{}])
+		} else {
+			deletes, result.Found, err = s.deleteForAll(tx, removed, tag, cid, opts, seen)
+		}
+		return err
+	})
+	if err != nil {
+		return DeleteResult{}, nil, err
+	}
+	result.Deleted, result.Gone = removed.deleted(), removed.tasks
+	return result, deletes, nil
+}
+
+func (s *Store) deleteForAll(
+	tx *bbolt.Tx, removed *removal, tag string, cid digest.CID, opts p2p.DeleteOptions, seen map[digest.CID][]Version,
+) (deletes []Delete, found bool, err error) {
+	cids := opts.CIDs(cid)
+	asked := map[digest.CID]bool{}
+	var last time.Time
+	for _, cid := range cids {
+		asked[cid] = true
 		d := Delete{Tag: tag, CID: cid, Made: s.now(), Limit: s.Limit(), Force: opts.Force, NameOnly: opts.NameOnly}
-		for _, v := range seen {
+		for _, v := range seen[cid] {
 			d.See(v)
 		}
 		version, err := versionOf(tx, tag, cid)
 		if err == nil {
 			d.See(version)
-			err = removed.delete(tx, tag, cid, opts)
+		} else if !errors.Is(err, p2p.ErrNotFound) {
+			return nil, false, err
 		}
-		if err != nil && !errors.Is(err, p2p.ErrNotFound) {
-			return err
-		}
-		result.Found = err == nil
 		if d.At.IsZero() {
-			return nil
+			continue
 		}
 		before, _, _, err := getDelete(tx, d.key())
 		if err != nil {
-			return err
+			return nil, false, err
 		}
 		d.See(Version{before.At, before.After})
-		deletes = []Delete{d}
-		for i, t := range removed.tasks {
-			if c := digest.FromDigest(t.Digest); c != cid {
-				at := latest(d.At, removed.origins[i]) // all copies up to then
-				deletes = append(deletes,
-					Delete{Tag: tag, CID: c, At: at, After: at, Made: d.Made, Limit: d.Limit, Soft: true})
-			}
+		deletes, last = append(deletes, d), latest(last, d.At)
+	}
+	if found, err = removed.deleteEach(tx, tag, cid, opts); err != nil || len(deletes) == 0 {
+		return nil, found, err
+	}
+	order := map[digest.CID]int{} // peers do them in the same one
+	for i, c := range removed.order {
+		order[c] = i + 1
+	}
+	slices.SortStableFunc(deletes, func(a, b Delete) int { return order[a.CID] - order[b.CID] })
+	for i, t := range removed.tasks {
+		if c := digest.FromDigest(t.Digest); !asked[c] {
+			at := latest(last, removed.origins[i]) // all copies up to then
+			deletes = append(deletes, Delete{Tag: tag, CID: c, At: at, After: at, Made: s.now(), Limit: s.Limit(), Soft: true})
 		}
-		for _, d := range deletes {
-			if _, _, err := remember(tx, d); err != nil {
-				return err
-			}
+	}
+	for _, d := range deletes {
+		if _, _, err := s.remember(tx, d); err != nil {
+			return nil, false, err
 		}
-		return nil
-	})
+	}
+	return deletes, found, nil
+}
+
+// clear deletes all that is under a tag, here and, up to now, on peers. A version that is dated
+// beyond what a clock can have come to is not of that order: a delete of its own names it.
+func (s *Store) clear(
+	tx *bbolt.Tx, removed *removal, tag string, seen []Version,
+) (deletes []Delete, found bool, err error) {
+	limit := s.Limit()
+	all := Delete{Tag: tag, All: true, At: s.swarmTime(), Made: s.now(), Limit: limit}
+	before, _, _, err := getDelete(tx, all.key())
 	if err != nil {
-		return DeleteResult{}, nil, err
+		return nil, false, err
 	}
-	if removed.loose > 0 {
-		s.dropLoose()
+	all.At = latest(all.At, before.At)
+	deletes = []Delete{all}
+	see := func(cid digest.CID, v Version) {
+		switch {
+		case !v.At.After(limit):
+			deletes[0].At = latest(deletes[0].At, v.At)
+		case !cid.IsZero():
+			deletes = append(deletes, Delete{Tag: tag, CID: cid, At: v.At, After: v.After, Made: all.Made, Limit: limit,
+				Force: cid.Digest() != ""})
+		case len(deletes[0].Seen) < MaxSeen:
+			deletes[0].Seen = append(deletes[0].Seen, v.At)
+		}
 	}
-	result.Deleted = removed.deleted()
-	return result, deletes, nil
+	for _, v := range seen {
+		see(digest.CID{}, v)
+	}
+	for _, bucket := range [][]byte{bucketNames, bucketTasks} {
+		for _, part := range lastParts(tx, bucket, prefix(tag)) {
+			cid, err := digest.ParseCID(part)
+			if err != nil {
+				return nil, false, fmt.Errorf("%w: %q under tag %q in the metadata: %w", digest.ErrCorrupt, part, tag, err)
+			}
+			version, err := versionOf(tx, tag, cid)
+			if err != nil {
+				return nil, false, err
+			}
+			see(cid, version)
+		}
+	}
+	if found, err = removed.deleteAll(tx, tag, nil); err != nil {
+		return nil, found, err
+	}
+	for i := range deletes {
+		deletes[i].After = timeOr(deletes[i].After, deletes[i].At)
+		if _, _, err := s.remember(tx, deletes[i]); err != nil {
+			return nil, found, err
+		}
+	}
+	return deletes, found, nil
 }
 
 // ApplyDelete does a delete that a peer has told of: it removes what is here,
@@ -326,7 +433,7 @@ func (s *Store) DeleteForAll(
 // it, and the delete is not forced, it does neither and the error matches
 // [p2p.ErrReferenced].
 func (s *Store) ApplyDelete(ctx context.Context, d Delete) (result DeleteResult, err error) {
-	opts := p2p.DeleteOptions{Force: d.Force, NameOnly: d.NameOnly}
+	opts := p2p.DeleteOptions{Force: d.Force, NameOnly: d.NameOnly, All: d.All}
 	if err := opts.Validate(d.Tag, d.CID); err != nil {
 		return result, err
 	}
@@ -337,11 +444,17 @@ func (s *Store) ApplyDelete(ctx context.Context, d Delete) (result DeleteResult,
 	if d.Limit.IsZero() && !d.Made.IsZero() {
 		d.Limit = s.Limit().Add(-max(0, s.now().Sub(d.Made)))
 	}
-	var removed removal
-	err = s.free(s.weighDelete(d.Tag, d.CID), func(tx *bbolt.Tx) (err error) {
-		removed, result = s.newRemoval(), DeleteResult{}
+	removed, err := s.remove(d.Tag, d.CID, opts, func(tx *bbolt.Tx, removed *removal) (err error) {
+		result = DeleteResult{}
 		var all Delete
-		if all, result.News, err = remember(tx, d); err != nil {
+		if all, result.News, err = s.remember(tx, d); err != nil {
+			return err
+		}
+		all.Seen = d.Seen
+		if d.All {
+			if result.Found, err = removed.deleteAll(tx, d.Tag, &all); err == nil {
+				result.Newer, err = latestOf(tx, d.Tag)
+			}
 			return err
 		}
 		version, err := versionOf(tx, d.Tag, d.CID)
@@ -362,11 +475,28 @@ func (s *Store) ApplyDelete(ctx context.Context, d Delete) (result DeleteResult,
 	if err != nil {
 		return DeleteResult{}, err
 	}
-	if removed.loose > 0 {
-		s.dropLoose()
-	}
-	result.Deleted = removed.deleted()
+	result.Deleted, result.Gone = removed.deleted(), removed.tasks
 	return result, nil
+}
+
+// latestOf returns the latest version of what is under a tag; the zero value where there is nothing.
+func latestOf(tx *bbolt.Tx, tag string) (last Version, err error) {
+	for _, bucket := range [][]byte{bucketNames, bucketTasks} {
+		for _, part := range lastParts(tx, bucket, prefix(tag)) {
+			cid, err := digest.ParseCID(part)
+			if err != nil {
+				return last, fmt.Errorf("%w: %q under tag %q in the metadata: %w", digest.ErrCorrupt, part, tag, err)
+			}
+			v, err := versionOf(tx, tag, cid)
+			if err != nil {
+				return last, err
+			}
+			if v.At.After(last.At) {
+				last = v
+			}
+		}
+	}
+	return last, nil
 }
 
 // versionOf returns the version of what cid names.
@@ -401,11 +531,22 @@ func (r *removal) soft(tx *bbolt.Tx, t p2p.Task) error {
 
 // remember notes a delete, unless one that covers as much is known. It returns
 // all that is known to be deleted of the same cid.
-func remember(tx *bbolt.Tx, d Delete) (all Delete, news bool, err error) {
+func (s *Store) remember(tx *bbolt.Tx, d Delete) (all Delete, news bool, err error) {
 	k := d.key()
 	before, record, found, err := getDelete(tx, k)
 	if err != nil {
 		return d, false, err
+	}
+	if d.All {
+		d.After, d.Force, d.NameOnly = d.At, false, false // it has no other sense
+	} else {
+		cleared, _, _, err := getDelete(tx, key(d.Tag))
+		if err != nil {
+			return d, false, err
+		}
+		if s.coversDelete(cleared, d) {
+			return cleared, false, nil
+		}
 	}
 	if found {
 		all = before
@@ -433,11 +574,19 @@ func remember(tx *bbolt.Tx, d Delete) (all Delete, news bool, err error) {
 	}
 	record = deleteRecord{At: d.At.UTC(), After: d.After.UTC(), Made: d.Made.UTC(), Limit: d.Limit.UTC(),
 		Force: d.Force, NameOnly: d.NameOnly, Number: number}
-	if err := put(tx, bucketDeletes, k, record); err != nil {
+	if d.All {
+		record.After = time.Time{} // At
+	}
+	if err := put(tx, deletesBucket(k), k, record); err != nil {
 		return d, false, err
 	}
 	if err := addToSum(tx, k, record); err != nil {
 		return d, false, err
+	}
+	if d.All {
+		if err := s.forgetCovered(tx, d); err != nil {
+			return d, false, err
+		}
 	}
 	if gone := d.CID.Digest(); d.Force && gone != "" {
 		// It may not be here, and what refers to it be.
@@ -448,12 +597,43 @@ func remember(tx *bbolt.Tx, d Delete) (all Delete, news bool, err error) {
 	return d, true, putValue(tx, bucketDeleteLog, binary.BigEndian.AppendUint64(nil, number), k)
 }
 
+// coversDelete reports whether a delete of all under a tag covers all that another one does.
+func (s *Store) coversDelete(all, d Delete) bool {
+	return s.Covers(all, d.At) && s.Covers(all, timeOr(d.After, d.At))
+}
+
+// forgetCovered takes out the deletes that a delete of all under a tag covers.
+func (s *Store) forgetCovered(tx *bbolt.Tx, all Delete) error {
+	var covered []oldDelete
+	var failed error
+	scan(tx, bucketDeletes, prefix(all.Tag), func(k, _ []byte) bool {
+		var d Delete
+		var record deleteRecord
+		if d, record, _, failed = getDelete(tx, k); failed == nil && s.coversDelete(all, d) {
+			covered = append(covered, oldDelete{bytes.Clone(k), record})
+		}
+		return failed == nil
+	})
+	for _, o := range covered {
+		if err := forget(tx, o.k, o.record); err != nil {
+			return err
+		}
+	}
+	return failed
+}
+
+// oldDelete is a delete that is to be forgotten.
+type oldDelete struct {
+	k      []byte
+	record deleteRecord
+}
+
 // forget takes out a delete.
 func forget(tx *bbolt.Tx, k []byte, record deleteRecord) error {
 	if err := addToSum(tx, k, record); err != nil { // a second time: that takes it out
 		return err
 	}
-	return removeKeys(tx, bucketDeletes, k, bucketDeleteLog, binary.BigEndian.AppendUint64(nil, record.Number))
+	return removeKeys(tx, deletesBucket(k), k, bucketDeleteLog, binary.BigEndian.AppendUint64(nil, record.Number))
 }
 
 // addToSum adds a delete to the sum over all, which does not depend on their
@@ -520,24 +700,23 @@ func (s *Store) ForgetDeletes(ctx context.Context, before time.Time) (n int, err
 	defer s.end()
 	err = s.free(1, func(tx *bbolt.Tx) error {
 		n = 0
-		type old struct {
-			k      []byte
-			record deleteRecord
-		}
-		var olds, ahead []old
+		var olds, ahead []oldDelete
 		var failed error
 		now := s.now()
-		scan(tx, bucketDeletes, nil, func(k, _ []byte) bool {
+		look := func(k, _ []byte) bool {
 			var record deleteRecord
-			record, _, failed = get[deleteRecord](tx, bucketDeletes, k)
+			_, record, _, failed = getDelete(tx, k)
 			made := timeOr(record.Made, record.At)
 			if failed == nil && made.Before(before) {
-				olds = append(olds, old{bytes.Clone(k), record})
+				olds = append(olds, oldDelete{bytes.Clone(k), record})
 			} else if failed == nil && made.After(now) {
-				ahead = append(ahead, old{bytes.Clone(k), record})
+				ahead = append(ahead, oldDelete{bytes.Clone(k), record})
 			}
 			return failed == nil
-		})
+		}
+		if scan(tx, bucketDeletes, nil, look); failed == nil {
+			scan(tx, bucketCleared, nil, look)
+		}
 		for _, o := range olds {
 			if err := forget(tx, o.k, o.record); err != nil {
 				return err
@@ -546,7 +725,7 @@ func (s *Store) ForgetDeletes(ctx context.Context, before time.Time) (n int, err
 		}
 		for _, o := range ahead {
 			o.record.Made = now
-			if err := put(tx, bucketDeletes, o.k, o.record); err != nil {
+			if err := put(tx, deletesBucket(o.k), o.k, o.record); err != nil {
 				return err
 			}
 		}

@@ -36,12 +36,12 @@ func TestDeleteForAll(t *testing.T) {
 		t.Fatal(err)
 	}
 	v0 := cacheID(t, "v0")
-	result, deletes, err := s.DeleteForAll(t.Context(), "t", v0, p2p.DeleteOptions{})
+	result, deletes, err := s.DeleteForAll(t.Context(), "t", v0, p2p.DeleteOptions{}, nil)
 	if err != nil || !result.Found || result.Tasks != 2 || len(deletes) != 3 || deletes[0].CID != v0 ||
 		deletes[0].Soft || !deletes[1].Soft || !deletes[2].Soft {
 		t.Fatalf("result is %+v, deletes are %+v, %v", result, deletes, err)
 	}
-	if result, _, err = s.DeleteForAll(t.Context(), "t", v0, p2p.DeleteOptions{}); err != nil || result.Found {
+	if result, _, err = s.DeleteForAll(t.Context(), "t", v0, p2p.DeleteOptions{}, nil); err != nil || result.Found {
 		t.Errorf("once more: %+v, %v", result, err)
 	}
 
@@ -308,10 +308,83 @@ func TestNameFromPeer(t *testing.T) {
 		}
 		want(step.want)
 	}
-	if _, _, err := s.DeleteForAll(t.Context(), "t", cacheID(t, "v"), p2p.DeleteOptions{}); err != nil {
+	if _, _, err := s.DeleteForAll(t.Context(), "t", cacheID(t, "v"), p2p.DeleteOptions{}, nil); err != nil {
 		t.Fatal(err)
 	}
 	if err := set(one.Digest, now.Add(time.Second)); !errors.Is(err, p2p.ErrNotFound) {
 		t.Errorf("a name that was deleted comes from a peer: %v", err)
 	}
+}
+
+// A delete of all under a tag covers what is dated before it, and no more, and the deletes that
+// it covers are forgotten, whoever tells of them again.
+func TestClear(t *testing.T) {
+	s, peer := newStore(t), newStore(t)
+	if _, err := importArtifact(t.Context(), s, "v0", []byte("old")); err != nil {
+		t.Fatal(err)
+	}
+	_, before, err := s.DeleteForAll(t.Context(), "t", cacheID(t, "v0"), p2p.DeleteOptions{}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := importArtifact(t.Context(), s, "v1", []byte("one")); err != nil {
+		t.Fatal(err)
+	}
+	result, deletes, err := s.DeleteForAll(t.Context(), "t", digest.CID{}, p2p.DeleteOptions{All: true}, nil)
+	if err != nil || !result.Found || result.Deleted.Tasks != 2 || len(deletes) != 1 || !deletes[0].All {
+		t.Fatalf("result is %+v, deletes are %+v, %v", result, deletes, err)
+	}
+	all := deletes[0]
+	requireDeletes := func(of *Store) {
+		t.Helper()
+		if known, _, err := of.Deletes(t.Context(), 0, 100); err != nil || len(known) != 1 || !known[0].All {
+			t.Errorf("known are the deletes %+v, %v", known, err)
+		}
+	}
+	requireDeletes(s)
+	for _, d := range before {
+		if result, err := s.ApplyDelete(t.Context(), d); err != nil || result.News {
+			t.Errorf("a delete that is covered: %+v, %v", result, err)
+		}
+	}
+	requireDeletes(s)
+	// Of a peer that has older and newer things, the older go.
+	old, new := []byte("fetched long ago"), []byte("fetched just now")
+	task := p2p.Task{Tag: "t", Digest: digest.SHA256.FromBytes(new)}
+	for data, at := range map[string]time.Time{
+		string(old): all.At.Add(-time.Minute), string(new): all.At.Add(time.Minute)} {
+		if err := fetched(t, peer, p2p.Task{Tag: "t", Digest: digest.SHA256.FromString(data)}, []byte(data), at); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i := range 2 {
+		result, err := peer.ApplyDelete(t.Context(), all)
+		if err != nil || result.News != (i == 0) || result.Found != (i == 0) || !result.Newer.At.Equal(all.At.Add(time.Minute)) {
+			t.Errorf("applied: %+v, %v", result, err)
+		}
+	}
+	enginetest.RequireContent(t, peer, task, new)
+	sums := [2][32]byte{}
+	for i, of := range []*Store{s, peer} {
+		if sums[i], err = of.DeletesSum(t.Context()); err != nil {
+			t.Error(err)
+		}
+	}
+	if sums[0] != sums[1] {
+		t.Error("two stores that know the same have different sums")
+	}
+	// What was deleted is not taken from a peer again, and can be put in again.
+	if err := fetched(t, s, p2p.Task{Tag: "t", Digest: digest.SHA256.FromBytes(old)}, old,
+		all.At.Add(-time.Minute)); !errors.Is(err, p2p.ErrNotFound) {
+		t.Errorf("fetched again: %v", err)
+	}
+	enginetest.Import(t, s, "t", old)
+	if _, err := importArtifact(t.Context(), s, "v1", []byte("one")); err != nil {
+		t.Error(err)
+	}
+	if n, err := s.ForgetDeletes(t.Context(), time.Now().Add(time.Hour)); err != nil || n != 1 {
+		t.Errorf("forgotten are %d, %v", n, err)
+	}
+	s.Close()
+	requireClean(t, s.dir)
 }

@@ -212,7 +212,7 @@ var works = map[string]func(t *testing.T, s *Store) error{
 		return err
 	},
 	"delete for all": func(t *testing.T, s *Store) error {
-		_, _, err := s.DeleteForAll(t.Context(), "t", cacheID(t, "v0"), p2p.DeleteOptions{})
+		_, _, err := s.DeleteForAll(t.Context(), "t", cacheID(t, "v0"), p2p.DeleteOptions{}, nil)
 		return err
 	},
 	"delete": func(t *testing.T, s *Store) error {

@@ -69,7 +69,7 @@ func richStore(t *testing.T) (dir string, content map[p2p.Task][]byte, names map
 	if _, err := s.ForgetDeletes(t.Context(), time.Unix(50, 0)); err != nil {
 		t.Fatal(err)
 	}
-	if _, _, err := s.DeleteForAll(t.Context(), "t", cacheID(t, "v5"), p2p.DeleteOptions{}); err != nil {
+	if _, _, err := s.DeleteForAll(t.Context(), "t", cacheID(t, "v5"), p2p.DeleteOptions{}, nil); err != nil {
 		t.Fatal(err)
 	}
 	for _, task := range []p2p.Task{names["v5"], {Tag: "t", Digest: digest.SHA256.FromString("artifact 5")}} {

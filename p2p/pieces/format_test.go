@@ -29,10 +29,10 @@ import (
 
 // currentStore is a store of today's format that an earlier program has made. Where the format
 // gets another version, it is one of the old ones: TestUpgrade goes on reading it.
-const currentStore = "testdata/stores/version2-limit.tar.gz"
+const currentStore = "testdata/stores/version2-cleared.tar.gz"
 
-// earlierStore is one of the same version, without fields that came later.
-const earlierStore = "testdata/stores/version2.tar.gz"
+// earlierStores are of the same version, without fields and buckets that came later.
+var earlierStores = []string{"testdata/stores/version2.tar.gz", "testdata/stores/version2-limit.tar.gz"}
 
 var makeStore = flag.String("store.make",
 	"", "have TestMakeStore make testdata/stores/NAME.tar.gz, a store of today's format")
@@ -42,7 +42,7 @@ var madeAt = time.Date(2026, 11, 30, 12, 0, 0, 0, time.UTC)
 
 // TestMakeStore makes the store that currentStore is:
 //
-//	go test ./p2p/pieces -run TestMakeStore -store.make version2-limit
+//	go test ./p2p/pieces -run TestMakeStore -store.make version2-cleared
 func TestMakeStore(t *testing.T) {
 	if *makeStore == "" {
 		return // it is no test
@@ -170,7 +170,7 @@ func makeFullStore(t *testing.T, dir string) {
 	manifest("spared", fullSpared)
 	_, err = s.Stat(t.Context(), "r", digest.FromDigest(fullTask(fullSpared).Digest), p2p.StatOptions{Lease: true})
 	must(err)
-	_, _, err = s.DeleteForAll(t.Context(), "r", cacheID(t, "spared"), p2p.DeleteOptions{})
+	_, _, err = s.DeleteForAll(t.Context(), "r", cacheID(t, "spared"), p2p.DeleteOptions{}, nil)
 	must(err)
 	commit(fullFetched, p2p.NewTask{Keep: p2p.KeepUntilReferred, Origin: fullOrigin.At, After: fullOrigin.After},
 		p2p.NewName{Tag: "r", Name: "fetched", Digest: fullTask(fullFetched).Digest, Updated: fullOrigin.At,
@@ -183,10 +183,18 @@ func makeFullStore(t *testing.T, dir string) {
 	commit(fullForced, p2p.NewTask{})
 	manifest("forced", fullForced)
 	_, _, err = s.DeleteForAll(t.Context(), "r", digest.FromDigest(fullTask(fullForced).Digest),
-		p2p.DeleteOptions{Force: true})
+		p2p.DeleteOptions{Force: true}, nil)
 	must(err)
 	commit([]byte("short-lived"), p2p.NewTask{}, name("nameonly", []byte("short-lived")))
-	_, _, err = s.DeleteForAll(t.Context(), "r", cacheID(t, "nameonly"), p2p.DeleteOptions{NameOnly: true})
+	_, _, err = s.DeleteForAll(t.Context(), "r", cacheID(t, "nameonly"), p2p.DeleteOptions{NameOnly: true}, nil)
+	must(err)
+
+	in, err := s.Ingest(t.Context())
+	must(err)
+	_, err = in.Add(strings.NewReader("cleared"), p2p.AddOptions{})
+	must(err, in.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: p2p.Task{Tag: "cleared",
+		Digest: digest.SHA256.FromString("cleared")}}}}), in.Close())
+	_, _, err = s.DeleteForAll(t.Context(), "cleared", digest.CID{}, p2p.DeleteOptions{All: true}, nil)
 	must(err)
 
 	commit(fullDamaged, p2p.NewTask{})
@@ -320,6 +328,12 @@ func requireFull(t *testing.T, s *Store) {
 		t.Error(err)
 	}
 	for _, d := range all {
+		if d.All { // of earlier stores none has one
+			if d.Tag != "cleared" || !d.At.Equal(madeAt) || !d.Made.Equal(madeAt) {
+				t.Errorf("the delete of all is %+v", d)
+			}
+			continue
+		}
 		got = append(got, deleted{d.CID.String(), d.Force, d.NameOnly, d.Soft})
 		if !d.Made.Equal(madeAt) || d.At.IsZero() || d.After.IsZero() {
 			t.Errorf("the delete of %s is %+v", d.CID, d)
@@ -364,7 +378,15 @@ var fullOptions = Options{Now: func() time.Time { return madeAt.Add(time.Minute)
 // recordTypes are what the values of those buckets are that have JSON.
 var recordTypes = map[string]any{
 	string(bucketBlobs): blobRecord{}, string(bucketTasks): taskRecord{}, string(bucketNames): nameRecord{},
-	string(bucketDeletes): deleteRecord{}, string(bucketDamaged): damageRecord{},
+	string(bucketDeletes): deleteRecord{}, string(bucketCleared): clearedFields{}, string(bucketDamaged): damageRecord{},
+}
+
+// clearedFields are those that a deleteRecord has of a delete of all under a tag.
+type clearedFields struct {
+	At     time.Time `json:"at"`
+	Made   time.Time `json:"made,omitzero"`
+	Limit  time.Time `json:"limit,omitzero"`
+	Number uint64    `json:"number"`
 }
 
 // fieldsOf returns the names of the fields of a record, as they are stored.
@@ -384,8 +406,12 @@ func fieldsOf(record any) (names []string) {
 func TestFormat(t *testing.T) {
 	now := filepath.Join(t.TempDir(), "now")
 	makeFullStore(t, now)
-	for name, dir := range map[string]string{
-		"earlier": unpackStore(t, earlierStore), "then": unpackStore(t, currentStore), "now": now} {
+	stores := map[string]string{"then": unpackStore(t, currentStore), "now": now}
+	for _, archive := range earlierStores {
+		stores["earlier: "+archive] = unpackStore(t, archive)
+	}
+	for name, dir := range stores {
+		earlier := strings.HasPrefix(name, "earlier")
 		path := filepath.Join(dir, "meta.db")
 		if version, err := checkMetaFile(path); err != nil || version != formatVersion {
 			t.Fatalf("%s: version %d, %v", name, version, err)
@@ -397,6 +423,9 @@ func TestFormat(t *testing.T) {
 		err = db.View(func(tx *bbolt.Tx) error {
 			for _, bucket := range allBuckets {
 				if tx.Bucket(bucket) == nil {
+					if earlier {
+						continue
+					}
 					t.Errorf("%s: there is no bucket %s", name, bucket)
 					continue
 				}
@@ -430,7 +459,7 @@ func TestFormat(t *testing.T) {
 					t.Errorf("%s: bucket %s has nothing", name, bucket)
 				}
 				for _, field := range fieldsOf(cmp.Or(record, any(struct{}{}))) {
-					if !seen[field] && name != "earlier" {
+					if !seen[field] && !earlier {
 						t.Errorf("%s: no record in %s has %q", name, bucket, field)
 					}
 				}

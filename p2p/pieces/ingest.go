@@ -385,7 +385,10 @@ func (in *ingest) Commit(c p2p.Commit) error {
 	if err == nil {
 		err = in.s.updateMuch(in.s.weigh(c), func(tx *bbolt.Tx) error {
 			removed = in.s.newRemoval()
-			return removed.commit(tx, c, fresh)
+			if err := removed.commit(tx, c, fresh); err != nil {
+				return err
+			}
+			return removed.noteLoose(tx)
 		})
 	}
 	if err != nil {
@@ -405,7 +408,7 @@ func (in *ingest) Commit(c p2p.Commit) error {
 		}
 		a.claim = ""
 	}
-	if removed.loose > 0 {
+	if len(removed.loose) > 0 {
 		in.s.dropLoose()
 	}
 	return nil

@@ -204,9 +204,9 @@ func (s *Store) releaseSpared() error {
 				return err
 			}
 		}
-		return nil
+		return removed.noteLoose(tx)
 	})
-	if err == nil && removed.loose > 0 {
+	if err == nil && len(removed.loose) > 0 {
 		s.dropLoose()
 	}
 	return err

@@ -42,19 +42,20 @@ var (
 	bucketUsed    = []byte("used")
 	bucketLoose   = []byte("loose")   // digest -> nothing: blobs that may be held by nobody
 	bucketDeletes = []byte("deletes") // tag, cid -> deleteRecord: what was deleted in the swarm
+	bucketCleared = []byte("cleared") // tag -> deleteRecord: of which all was deleted in the swarm
 	// tag, digest -> nothing: loose tasks that go when the leases of those who have only asked end
 	bucketSpared  = []byte("spared")
 	bucketDamaged = []byte("damaged") // digest -> damageRecord: what was met in a blob
 	// tag, manifest digest, child digest -> nothing: what was deleted by force, or is damaged, or
 	// has lost something itself; it may be back
 	bucketLost = []byte("lost")
-	// number, 8 bytes, big-endian -> key in deletes, in the order in which this store was told of them
+	// number, 8 bytes, big-endian -> key in deletes or cleared, in the order in which this store was told of them
 	bucketDeleteLog = []byte("deletelog")
 	bucketSums      = []byte("sums") // bucket -> bucketSum
 
 	allBuckets = [][]byte{bucketSums, bucketMeta, bucketBlobs, bucketTables, bucketTasks, bucketHolders,
 		bucketNames, bucketNamed, bucketParents, bucketReferrers, bucketUsed, bucketLoose, bucketSpared, bucketDamaged,
-		bucketLost, bucketDeletes, bucketDeleteLog}
+		bucketLost, bucketDeletes, bucketCleared, bucketDeleteLog}
 
 	keyVersion = []byte("version")
 	keyBytes   = []byte("bytes")
@@ -508,10 +509,12 @@ type removal struct {
 	now     time.Time
 	came    Reason // why what a commit adds is added
 	tasks   []p2p.Task
-	origins []time.Time // of tasks
-	loose   int         // blobs that no task is left of
-	freed   int64       // bytes in them
-	ended   []p2p.Task  // whose leases in memory it has fulfilled, each one for one
+	origins []time.Time     // of tasks
+	loose   []digest.Digest // blobs that no task is left of
+	freed   int64           // bytes in them
+	missing []digest.CID    // that were to be deleted, and are not here
+	order   []digest.CID    // in which the others were deleted
+	ended   []p2p.Task      // whose leases in memory it has fulfilled, each one for one
 
 	copiesOnly bool // what was put in on this host is not taken away: it becomes loose
 }
@@ -524,7 +527,21 @@ func (r *removal) noteName(e Event, why Reason, n p2p.NewName) {
 		Name: n.Name})
 }
 
-func (r *removal) deleted() p2p.Deleted { return p2p.Deleted{Tasks: len(r.tasks), Freed: r.freed} }
+func (r *removal) deleted() p2p.Deleted {
+	return p2p.Deleted{Tasks: len(r.tasks), Freed: r.freed, NotFound: r.missing}
+}
+
+// noteLoose ends a removal: it notes which blobs may go now. They are in order, as many that are
+// not would take time by the square of their number: see updateLimit.
+func (r *removal) noteLoose(tx *bbolt.Tx) error {
+	slices.Sort(r.loose)
+	for _, d := range r.loose {
+		if err := putValue(tx, bucketLoose, key(d), nil); err != nil {
+			return err
+		}
+	}
+	return nil
+}
 
 // release removes a task that nothing holds, neither a pin nor a name nor
 // another task; and then what only it held. One that a client was told of becomes
@@ -580,11 +597,8 @@ func (r *removal) remove(tx *bbolt.Tx, t p2p.Task, why Reason) error {
 		if err != nil {
 			return err
 		}
-		r.loose++
+		r.loose = append(r.loose, t.Digest)
 		r.freed += blob.Size
-		if err := putValue(tx, bucketLoose, key(t.Digest), nil); err != nil {
-			return err
-		}
 	}
 	if err := record.unlink(tx, t); err != nil {
 		return err

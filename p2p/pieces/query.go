@@ -237,50 +237,182 @@ func (s *Store) lastUsed(tx *bbolt.Tx, task p2p.Task) time.Time {
 
 // Delete implements [p2p.Engine].
 func (s *Store) Delete(ctx context.Context, tag string, cid digest.CID, opts p2p.DeleteOptions) (p2p.Deleted, error) {
-	deleted, _, err := s.DeleteTasks(ctx, tag, cid, opts)
-	return deleted, err
+	result, err := s.DeleteTasks(ctx, tag, cid, opts)
+	if err == nil && !result.Found && !opts.All {
+		return p2p.Deleted{}, notFound(tag, opts.CIDs(cid))
+	}
+	return result.Deleted, err
 }
 
-// DeleteTasks does what [Store.Delete] does, and returns the tasks that went, for
-// whoever has them elsewhere, too.
+// notFound is the error of a delete of what is not here.
+func notFound(tag string, cids []digest.CID) error {
+	err := fmt.Errorf("%s: %w", p2p.Describe(tag, cids[0]), p2p.ErrNotFound)
+	if len(cids) > 1 {
+		err = fmt.Errorf("%w; nor are the %d others", err, len(cids)-1)
+	}
+	return err
+}
+
+// DeleteTasks does what [Store.Delete] does, and tells more of it. That nothing was found is no
+// error.
 func (s *Store) DeleteTasks(
 	ctx context.Context, tag string, cid digest.CID, opts p2p.DeleteOptions,
-) (p2p.Deleted, []p2p.Task, error) {
+) (result DeleteResult, err error) {
 	if err := s.begin(ctx); err != nil {
-		return p2p.Deleted{}, nil, err
+		return result, err
 	}
 	defer s.end()
 	if err := opts.Validate(tag, cid); err != nil {
-		return p2p.Deleted{}, nil, err
+		return result, err
 	}
-	var removed removal
-	err := s.free(s.weighDelete(tag, cid), func(tx *bbolt.Tx) error {
-		removed = s.newRemoval()
-		return removed.delete(tx, tag, cid, opts)
+	removed, err := s.remove(tag, cid, opts, func(tx *bbolt.Tx, removed *removal) (err error) {
+		if opts.All {
+			result.Found, err = removed.deleteAll(tx, tag, nil)
+			return err
+		}
+		result.Found, err = removed.deleteEach(tx, tag, cid, opts)
+		return err
 	})
 	if err != nil {
-		return p2p.Deleted{}, nil, err
+		return DeleteResult{}, err
 	}
-	if removed.loose > 0 {
+	result.Deleted, result.Gone = removed.deleted(), removed.tasks
+	return result, nil
+}
+
+// remove makes a change that removes what cid names, or more of the tag by opts.
+func (s *Store) remove(
+	tag string, cid digest.CID, opts p2p.DeleteOptions, f func(*bbolt.Tx, *removal) error,
+) (removed removal, err error) {
+	err = s.free(s.weighDelete(tag, cid, opts), func(tx *bbolt.Tx) error {
+		removed = s.newRemoval()
+		if err := f(tx, &removed); err != nil {
+			return err
+		}
+		return removed.noteLoose(tx)
+	})
+	if err == nil && len(removed.loose) > 0 {
 		s.dropLoose()
 	}
-	return removed.deleted(), removed.tasks, nil
+	return removed, err
 }
 
 // weighDelete says how much work it is for the transaction to delete what cid names: a manifest lets
 // go of all that it refers to.
-func (s *Store) weighDelete(tag string, cid digest.CID) int {
-	records := 1
+func (s *Store) weighDelete(tag string, cid digest.CID, opts p2p.DeleteOptions) int {
+	if opts.All {
+		return updateLimit
+	}
+	records := 0
 	_ = s.view(func(tx *bbolt.Tx) error { // what fails here fails there, too
-		task, err := resolve(tx, tag, cid)
-		if err != nil {
-			return err
+		for _, cid := range opts.CIDs(cid) {
+			records++
+			task, err := resolve(tx, tag, cid)
+			if err != nil {
+				continue
+			}
+			record, _, err := get[taskRecord](tx, bucketTasks, taskKey(task))
+			if err != nil {
+				return err
+			}
+			records += len(record.Refs)
 		}
-		record, _, err := get[taskRecord](tx, bucketTasks, taskKey(task))
-		records += len(record.Refs)
-		return err
+		return nil
 	})
 	return records
+}
+
+// deleteEach removes what several cids name, as far as it is here, and reports whether something
+// was. What is referred to goes after what refers to it.
+func (r *removal) deleteEach(
+	tx *bbolt.Tx, tag string, cid digest.CID, opts p2p.DeleteOptions,
+) (found bool, err error) {
+	var here []digest.CID
+	for _, cid := range opts.CIDs(cid) {
+		switch _, err := resolve(tx, tag, cid); {
+		case errors.Is(err, p2p.ErrNotFound):
+			r.missing = append(r.missing, cid)
+		case err != nil:
+			return false, err
+		default:
+			here = append(here, cid)
+		}
+	}
+	for left := here; len(left) > 0; {
+		var again []digest.CID
+		var referenced error
+		for _, cid := range left {
+			err := r.delete(tx, tag, cid, opts)
+			if errors.Is(err, p2p.ErrReferenced) {
+				again, referenced = append(again, cid), err
+			} else if err != nil && !errors.Is(err, p2p.ErrNotFound) { // it went with another one
+				return true, err
+			} else {
+				r.order = append(r.order, cid)
+			}
+		}
+		if len(again) == len(left) {
+			return true, referenced
+		}
+		left = again
+	}
+	return len(here) > 0, nil
+}
+
+// deleteAll removes what is under a tag, and reports whether something was. Where by is not nil,
+// what it does not cover stays, and so does what that refers to.
+func (r *removal) deleteAll(tx *bbolt.Tx, tag string, by *Delete) (found bool, err error) {
+	covered := func(v Version) bool { return by == nil || r.s.Covers(*by, v.At) }
+	for _, name := range lastParts(tx, bucketNames, prefix(tag)) {
+		record, _, err := get[nameRecord](tx, bucketNames, key(tag, name))
+		if err != nil {
+			return found, err
+		}
+		if !covered(record.version()) {
+			continue
+		}
+		found = true
+		if err := r.dropName(tx, p2p.NewName{Tag: tag, Name: name, Digest: record.Digest}); err != nil {
+			return found, err
+		}
+	}
+	// What refers to others goes before them, by as many rounds as that is deep.
+	left := lastParts(tx, bucketTasks, prefix(tag))
+	for {
+		var again []string
+		for _, d := range left {
+			task := p2p.Task{Tag: tag, Digest: digest.Digest(d)}
+			record, here, err := get[taskRecord](tx, bucketTasks, taskKey(task))
+			if err != nil {
+				return found, err
+			}
+			if !here || !covered(record.version()) {
+				continue
+			}
+			if by != nil && record.held(tx, task) {
+				again = append(again, d)
+				continue
+			}
+			found = true
+			if err := r.remove(tx, task, ReasonDeleted); err != nil {
+				return found, err
+			}
+		}
+		if len(again) == 0 || len(again) == len(left) {
+			return found, nil
+		}
+		left = again
+	}
+}
+
+// dropName removes a name, and leaves what it pointed to.
+func (r *removal) dropName(tx *bbolt.Tx, n p2p.NewName) error {
+	if err := removeKeys(tx, bucketNames, key(n.Tag, n.Name), bucketNamed,
+		key(n.Tag, string(n.Digest), n.Name)); err != nil {
+		return err
+	}
+	r.noteName(Removed, ReasonDeleted, n)
+	return nil
 }
 
 // delete removes what cid names.
@@ -290,11 +422,9 @@ func (r *removal) delete(tx *bbolt.Tx, tag string, cid digest.CID, opts p2p.Dele
 		return err
 	}
 	if name := cid.CacheID(); name != "" {
-		if err := removeKeys(tx, bucketNames, key(tag, name), bucketNamed,
-			key(tag, string(task.Digest), name)); err != nil {
+		if err := r.dropName(tx, p2p.NewName{Tag: tag, Name: name, Digest: task.Digest}); err != nil {
 			return err
 		}
-		r.noteName(Removed, ReasonDeleted, p2p.NewName{Tag: tag, Name: name, Digest: task.Digest})
 		if opts.NameOnly {
 			return loosen(tx, task)
 		}
@@ -348,7 +478,7 @@ func (s *Store) List(ctx context.Context, q p2p.Query) iter.Seq2[p2p.Entry, erro
 			l.list(*q.Tag, yield)
 			return
 		}
-		if q.Holds != "" {
+		if q.Has != "" {
 			l.holders(yield)
 			return
 		}
@@ -425,11 +555,11 @@ func (l *lister) nextTag(from string) (tag *string) {
 	return tag
 }
 
-// holders yields the tags that hold q.Holds.
+// holders yields the tags that have q.Has.
 func (l *lister) holders(yield func(p2p.Entry, error) bool) {
 	var tags []string
 	l.read(func(tx *bbolt.Tx) error {
-		tags = lastParts(tx, bucketHolders, prefix(string(l.q.Holds)))
+		tags = lastParts(tx, bucketHolders, prefix(string(l.q.Has)))
 		return nil
 	})
 	if l.err != nil {

@@ -514,8 +514,8 @@ func (s *Store) loose() (loose []digest.Digest, err error) {
 // next start.
 func (s *Store) dropLoose() {
 	loose, err := s.loose()
-	if err == nil {
-		err = s.drop(loose)
+	for part := range slices.Chunk(loose, updateLimit) { // others take their turns between
+		err = errors.Join(err, s.drop(part))
 	}
 	if err != nil {
 		s.log.Error("could not free what was deleted; the next start will", "error", err)

@@ -36,11 +36,11 @@ import (
 //
 // Each was told to import v0 ("old"), v1 ("one"), v2 ("two"), to move v0 to "new", to delete v2
 // (twice where it had a swarm), and to import zeros: 100 bytes, 33 MiB (swarm) or 66 MiB (pieces512).
-// Those of today's version are currentStore and earlierStore.
+// Those of today's version are currentStore and earlierStores.
 func oldStores(t *testing.T) []string {
 	t.Helper()
 	names, err := filepath.Glob("testdata/stores/*.tar.gz")
-	names = slices.DeleteFunc(names, func(name string) bool { return name == currentStore || name == earlierStore })
+	names = slices.DeleteFunc(names, func(name string) bool { return name == currentStore || slices.Contains(earlierStores, name) })
 	if err != nil || len(names) < 10 {
 		t.Fatalf("the stores are %v, %v", names, err)
 	}
@@ -205,7 +205,7 @@ func TestUpgrade(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			_, now, err := s.DeleteForAll(t.Context(), "t", cacheID(t, "v3"), p2p.DeleteOptions{})
+			_, now, err := s.DeleteForAll(t.Context(), "t", cacheID(t, "v3"), p2p.DeleteOptions{}, nil)
 			if err != nil {
 				t.Fatal(err)
 			}

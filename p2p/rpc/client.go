@@ -354,7 +354,14 @@ func (c *Client) Delete(ctx context.Context, tag string, cid digest.CID, opts p2
 	if err := opts.Validate(tag, cid); err != nil {
 		return p2p.Deleted{}, err
 	}
-	req := &pb.DeleteRequest{Tag: tag, Cid: cid.String(), Force: opts.Force, NameOnly: opts.NameOnly}
+	req := &pb.DeleteRequest{Tag: tag, Force: opts.Force, NameOnly: opts.NameOnly, All: opts.All}
+	if cids := opts.CIDs(cid); len(cids) == 1 {
+		req.Cid = cid.String()
+	} else {
+		for _, c := range cids {
+			req.Cids = append(req.Cids, c.String())
+		}
+	}
 	s, end, err := c.begin(ctx)
 	if err != nil {
 		return p2p.Deleted{}, err

@@ -129,11 +129,11 @@ func FuzzRequests(f *testing.F) {
 				if q.RefersTo != "" {
 					err = errors.Join(err, validDigest(q.RefersTo))
 				}
-				if q.Holds != "" {
-					err = errors.Join(err, validDigest(q.Holds))
+				if q.Has != "" {
+					err = errors.Join(err, validDigest(q.Has))
 				}
 				if len(q.After) > p2p.MaxTag || q.RefersTo != "" && (q.Tag == nil || q.Kind != p2p.KindAll) ||
-					q.Holds != "" && q.Kind != p2p.KindTags {
+					q.Has != "" && q.Kind != p2p.KindTags {
 					err = fmt.Errorf("%+v", q)
 				}
 				return err
@@ -348,9 +348,9 @@ func TestValidate(t *testing.T) {
 		"refers to":             {list(&pb.ListRequest{Tag: &task.Tag, Kind: all, RefersTo: d}), ""},
 		"refers to, no tag":     {list(&pb.ListRequest{Kind: all, RefersTo: d}), "with a tag"},
 		"refers to, names":      {list(&pb.ListRequest{Tag: &task.Tag, Kind: names, RefersTo: d}), "kind"},
-		"holds":                 {list(&pb.ListRequest{Kind: pb.Kind_KIND_TAGS, Holds: d}), ""},
-		"holds, names":          {list(&pb.ListRequest{Kind: names, Holds: d}), "kind"},
-		"holds a name":          {list(&pb.ListRequest{Kind: pb.Kind_KIND_TAGS, Holds: "v1"}), "digest"},
+		"holds":                 {list(&pb.ListRequest{Kind: pb.Kind_KIND_TAGS, Has: d}), ""},
+		"holds, names":          {list(&pb.ListRequest{Kind: names, Has: d}), "kind"},
+		"holds a name":          {list(&pb.ListRequest{Kind: pb.Kind_KIND_TAGS, Has: "v1"}), "digest"},
 		"refers to a name":      {list(&pb.ListRequest{Tag: &task.Tag, Kind: all, RefersTo: "v1"}), "digest"},
 		"offset":                {add(&pb.IngestRequest_Add{Offset: -1}), "negative"},
 		"want":                  {add(&pb.IngestRequest_Add{Want: "md5:00"}), "unknown algorithm"},

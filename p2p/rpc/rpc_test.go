@@ -656,9 +656,16 @@ func TestDeleteOptions(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []p2p.DeleteOptions{{}, {Force: true}, {NameOnly: true}} {
-		if d, err := c.Delete(t.Context(), "t", cid, want); err != nil || !reflect.DeepEqual(d, deleted) ||
-			got != want {
+	deleted.NotFound = []digest.CID{cid}
+	other := digest.FromDigest(digest.SHA256.FromString("another one"))
+	for _, want := range []p2p.DeleteOptions{{}, {Force: true}, {NameOnly: true}, {Also: []digest.CID{other}},
+		{All: true}} {
+		id := cid
+		if want.All {
+			id = digest.CID{}
+		}
+		if d, err := c.Delete(t.Context(), "t", id, want); err != nil || !reflect.DeepEqual(d, deleted) ||
+			!reflect.DeepEqual(got, want) {
 			t.Errorf("the engine got %+v, want %+v; the client %v, %v", got, want, d, err)
 		}
 	}

@@ -145,9 +145,21 @@ func parseReplicate(r *pb.ReplicateRequest) (cid digest.CID, n int, err error) {
 }
 
 func parseDelete(r *pb.DeleteRequest) (cid digest.CID, opts p2p.DeleteOptions, err error) {
-	opts = p2p.DeleteOptions{Force: r.GetForce(), NameOnly: r.GetNameOnly()}
-	if cid, err = digest.ParseCID(r.GetCid()); err != nil {
-		return cid, opts, err
+	opts = p2p.DeleteOptions{Force: r.GetForce(), NameOnly: r.GetNameOnly(), All: r.GetAll()}
+	all := r.GetCids()
+	if len(all) == 0 && (!opts.All || r.GetCid() != "") {
+		all = []string{r.GetCid()}
+	}
+	for i, s := range all[:min(len(all), p2p.MaxAlso+2)] { // one too many is for Validate to refuse
+		c, err := digest.ParseCID(s)
+		if err != nil {
+			return cid, opts, err
+		}
+		if i == 0 {
+			cid = c
+		} else {
+			opts.Also = append(opts.Also, c)
+		}
 	}
 	return cid, opts, opts.Validate(r.GetTag(), cid)
 }
@@ -155,7 +167,7 @@ func parseDelete(r *pb.DeleteRequest) (cid digest.CID, opts p2p.DeleteOptions, e
 func parseList(r *pb.ListRequest) (q p2p.Query, err error) {
 	q = p2p.Query{
 		Tag: r.Tag, After: string(r.GetAfter()),
-		RefersTo: digest.Digest(r.GetRefersTo()), Holds: digest.Digest(r.GetHolds()),
+		RefersTo: digest.Digest(r.GetRefersTo()), Has: digest.Digest(r.GetHas()),
 	}
 	if q.Kind, err = listKinds.parse("kind", r.GetKind()); err != nil {
 		return q, err
@@ -305,6 +317,9 @@ func deletedMessage(d p2p.Deleted) *pb.DeleteReply {
 		message.Missed = append(message.Missed,
 			&pb.DeleteReply_Missed{Peer: valid(m.Peer), Address: valid(m.Address), Reason: valid(m.Reason)})
 	}
+	for _, c := range d.NotFound {
+		message.NotFound = append(message.NotFound, c.String())
+	}
 	return message
 }
 
@@ -353,7 +368,7 @@ func addMessage(o p2p.AddOptions) *pb.IngestRequest_Add {
 func queryMessage(q p2p.Query) *pb.ListRequest {
 	return &pb.ListRequest{
 		Tag: q.Tag, Kind: listKinds.message(q.Kind), After: []byte(q.After),
-		RefersTo: string(q.RefersTo), Holds: string(q.Holds),
+		RefersTo: string(q.RefersTo), Has: string(q.Has),
 	}
 }
 
@@ -507,6 +522,13 @@ func deletedOf(r *pb.DeleteReply) (p2p.Deleted, error) {
 	}
 	for _, m := range r.GetMissed() {
 		d.Missed = append(d.Missed, p2p.Missed{Peer: m.GetPeer(), Address: m.GetAddress(), Reason: m.GetReason()})
+	}
+	for _, s := range r.GetNotFound() {
+		c, err := digest.ParseCID(s)
+		if err != nil {
+			return p2p.Deleted{}, answerError(err)
+		}
+		d.NotFound = append(d.NotFound, c)
 	}
 	return d, nil
 }

@@ -60,7 +60,7 @@ func (a *announcements) ended(tasks ...p2p.Task) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	for _, t := range tasks {
-		if here, err := a.store.HoldsTask(t); err == nil && !here {
+		if here, err := a.store.HasTask(t); err == nil && !here {
 			a.network.Withdraw(taskKey(t))
 		}
 	}

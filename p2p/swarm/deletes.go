@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/http"
 	"net/url"
 	"slices"
@@ -81,31 +82,25 @@ func (ds *deletes) tellOthers(ctx context.Context, deletes []pieces.Delete) (all
 			case <-ctx.Done():
 				err = context.Cause(ctx)
 			}
-			one := front.Told{Peer: p.ID.String(), Address: ds.peers.get(p.ID).lastAddress()}
-			switch {
-			case err != nil:
+			one := told{front.Told{Peer: p.ID.String(), Address: ds.peers.get(p.ID).lastAddress(),
+				Newer: map[digest.CID]pieces.Version{}, Found: map[digest.CID]bool{}}}
+			if err != nil {
 				one.Failed = err.Error()
-			case results[0].Refused != "":
-				one.Failed = results[0].Refused
-			default:
-				one.Newer = pieces.Version{At: results[0].Newer, After: results[0].NewerAfter}
-				if !one.Newer.At.IsZero() {
-					one.Failed = "it has been imported or moved there again, at " + one.Newer.At.Format(time.RFC3339)
-				}
-				one.Found = results[0].Found
-				one.Removed = slices.ContainsFunc(results, func(r deleteResult) bool { return r.Removed > 0 })
+			}
+			for i, r := range results {
+				one.add(deletes[i], r)
 			}
 			mu.Lock()
 			defer mu.Unlock()
-			all = append(all, one)
+			all = append(all, one.Told)
 		})
 	}
 	connected := ds.network.Connected()
 	for _, p := range connected {
 		tell(peer.AddrInfo{ID: p})
 	}
-	if len(connected) > 0 {
-		first := deletes[0]
+	// Of all under a tag nobody has announced that it is there: those that are told tell the others.
+	if first := deletes[0]; len(connected) > 0 && !first.All {
 		key := nameKey(first.Tag, first.CID.CacheID())
 		if first.CID.CacheID() == "" {
 			key = taskKey(p2p.Task{Tag: first.Tag, Digest: first.CID.Digest()})
@@ -119,6 +114,26 @@ func (ds *deletes) tellOthers(ctx context.Context, deletes []pieces.Delete) (all
 	}
 	telling.Wait()
 	return all
+}
+
+// told is what a peer has made of deletes.
+type told struct{ front.Told }
+
+// add adds what the peer has made of one of them.
+func (t *told) add(d pieces.Delete, r deleteResult) {
+	t.Removed = t.Removed || r.Removed > 0
+	switch {
+	case d.Soft:
+		return // it goes with another one
+	case r.Refused != "":
+		t.Failed = r.Refused
+	case !r.Newer.IsZero():
+		t.Failed = "it has been imported or moved there again, at " + r.Newer.Format(time.RFC3339)
+		t.Newer[d.CID] = pieces.Version{At: r.Newer, After: r.NewerAfter}
+	}
+	if r.Found {
+		t.Found[d.CID] = true
+	}
 }
 
 // tellOne tells one peer of deletes, as tellNow does; one that is silent when it answers
@@ -349,6 +364,10 @@ func (ds *deletes) accept(ctx context.Context, from peer.ID, task p2p.Task, stat
 // forget ends what is under way with what has been deleted here.
 func (s *Swarm) forget(deletes []pieces.Delete) {
 	for _, d := range deletes {
+		if d.All {
+			s.forgetAll(d)
+			continue
+		}
 		if d.CID.CacheID() != "" {
 			s.releaseLost(d.Tag)
 			continue
@@ -363,6 +382,28 @@ func (s *Swarm) forget(deletes []pieces.Delete) {
 		}
 		if err := s.store.ReleasePartial(task); err != nil {
 			s.log.Warn("what has arrived of a deleted blob could not be removed", "task", task.String(), "error", err)
+		}
+	}
+}
+
+// forgetAll is forget for all under a tag.
+func (s *Swarm) forgetAll(d pieces.Delete) {
+	s.downloads.mu.Lock()
+	under := slices.Collect(maps.Values(s.downloads.all))
+	s.downloads.mu.Unlock()
+	for _, one := range under {
+		for _, task := range one.wanted() {
+			if task.Tag == d.Tag {
+				one.deleted(task, d)
+			}
+		}
+	}
+	for _, a := range s.store.Arriving() {
+		if a.Task.Tag != d.Tag {
+			continue
+		}
+		if err := s.store.ReleasePartial(a.Task); err != nil {
+			s.log.Warn("what has arrived of a deleted blob could not be removed", "task", a.Task.String(), "error", err)
 		}
 	}
 }

@@ -403,8 +403,9 @@ func TestDeleteIsToldToWhoMissedIt(t *testing.T) {
 	data := content(1000, 8)
 	task := b.add(t, "models", data)
 	seen := pieces.Version{At: b.wantStored(t, task).Origin}
-	if _, _, err := a.store.DeleteForAll(t.Context(), "models", digest.FromDigest(task.Digest), p2p.DeleteOptions{},
-		seen); err != nil {
+	id := digest.FromDigest(task.Digest)
+	if _, _, err := a.store.DeleteForAll(t.Context(), "models", id, p2p.DeleteOptions{},
+		map[digest.CID][]pieces.Version{id: {seen}}); err != nil {
 		t.Fatal(err)
 	}
 	b.wantStored(t, task)

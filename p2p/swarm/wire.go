@@ -357,6 +357,7 @@ func (h hint) addrInfo() (peer.AddrInfo, error) {
 type deleteMessage struct {
 	Tag      string      `json:"tag"`
 	CID      string      `json:"cid"`
+	All      bool        `json:"all,omitempty"` // of the tag, without a cid
 	At       time.Time   `json:"at"`
 	After    time.Time   `json:"after,omitzero"` // zero: At
 	Age      int64       `json:"age,omitempty"`  // seconds since it was made
@@ -369,7 +370,7 @@ type deleteMessage struct {
 // deleteMessageOf returns the message of a delete, at the time now.
 func deleteMessageOf(d pieces.Delete, now time.Time) deleteMessage {
 	age := min(max(0, int64(now.Sub(d.Made)/time.Second)), maxAge)
-	return deleteMessage{d.Tag, d.CID.String(), d.At, d.After, age, d.Seen, d.Force, d.NameOnly, d.Soft}
+	return deleteMessage{d.Tag, d.CID.String(), d.All, d.At, d.After, age, d.Seen, d.Force, d.NameOnly, d.Soft}
 }
 
 // parse returns the delete of a message that came at the time now.
@@ -377,9 +378,15 @@ func (m deleteMessage) parse(now time.Time) (pieces.Delete, error) {
 	if err := p2p.ValidateTag(m.Tag); err != nil {
 		return pieces.Delete{}, err
 	}
-	cid, err := digest.ParseCID(m.CID)
-	if err != nil {
-		return pieces.Delete{}, err
+	var cid digest.CID
+	if !m.All || m.CID != "" {
+		var err error
+		if cid, err = digest.ParseCID(m.CID); err != nil {
+			return pieces.Delete{}, err
+		}
+	}
+	if m.All && (m.CID != "" || m.Soft || m.NameOnly) {
+		return pieces.Delete{}, fmt.Errorf("%w: delete of all, and of %s", errMessage, cid)
 	}
 	if m.Soft && cid.Digest() == "" || m.NameOnly && cid.CacheID() == "" {
 		return pieces.Delete{}, fmt.Errorf("%w: delete of %s", errMessage, cid)
@@ -395,7 +402,7 @@ func (m deleteMessage) parse(now time.Time) (pieces.Delete, error) {
 		made = m.At
 	}
 	return pieces.Delete{
-		Tag: m.Tag, CID: cid, At: m.At, After: m.After, Seen: m.Seen, Made: made,
+		Tag: m.Tag, CID: cid, All: m.All, At: m.At, After: m.After, Seen: m.Seen, Made: made,
 		Force: m.Force, NameOnly: m.NameOnly, Soft: m.Soft,
 	}, nil
 }

@@ -1370,11 +1370,15 @@ func (*IngestReply_Added_) isIngestReply_Reply() {}
 func (*IngestReply_Committed_) isIngestReply_Reply() {}
 
 type DeleteRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Tag           string                 `protobuf:"bytes,1,opt,name=tag,proto3" json:"tag,omitempty"`
-	Cid           string                 `protobuf:"bytes,2,opt,name=cid,proto3" json:"cid,omitempty"`                            // a digest or a cache ID
-	Force         bool                   `protobuf:"varint,3,opt,name=force,proto3" json:"force,omitempty"`                       // even where another task refers to it
-	NameOnly      bool                   `protobuf:"varint,4,opt,name=name_only,json=nameOnly,proto3" json:"name_only,omitempty"` // a cache ID alone, and not what it points to; not with force
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Tag      string                 `protobuf:"bytes,1,opt,name=tag,proto3" json:"tag,omitempty"`
+	Cid      string                 `protobuf:"bytes,2,opt,name=cid,proto3" json:"cid,omitempty"`                            // a digest or a cache ID
+	Force    bool                   `protobuf:"varint,3,opt,name=force,proto3" json:"force,omitempty"`                       // even where another task refers to it
+	NameOnly bool                   `protobuf:"varint,4,opt,name=name_only,json=nameOnly,proto3" json:"name_only,omitempty"` // a cache ID alone, and not what it points to; not with force
+	// In place of cid: several, in one transaction. An earlier daemon, which does not know of them,
+	// refuses the empty cid.
+	Cids          []string `protobuf:"bytes,5,rep,name=cids,proto3" json:"cids,omitempty"`
+	All           bool     `protobuf:"varint,6,opt,name=all,proto3" json:"all,omitempty"` // everything under the tag, without a cid
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1437,6 +1441,20 @@ func (x *DeleteRequest) GetNameOnly() bool {
 	return false
 }
 
+func (x *DeleteRequest) GetCids() []string {
+	if x != nil {
+		return x.Cids
+	}
+	return nil
+}
+
+func (x *DeleteRequest) GetAll() bool {
+	if x != nil {
+		return x.All
+	}
+	return false
+}
+
 type DeleteReply struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Tasks         int64                  `protobuf:"varint,1,opt,name=tasks,proto3" json:"tasks,omitempty"`     // removed, here
@@ -1444,6 +1462,7 @@ type DeleteReply struct {
 	Reached       int64                  `protobuf:"varint,3,opt,name=reached,proto3" json:"reached,omitempty"` // other peers that do not hold it any more
 	Removed       int64                  `protobuf:"varint,4,opt,name=removed,proto3" json:"removed,omitempty"` // of these, that had something to remove
 	Missed        []*DeleteReply_Missed  `protobuf:"bytes,5,rep,name=missed,proto3" json:"missed,omitempty"`
+	NotFound      []string               `protobuf:"bytes,6,rep,name=not_found,json=notFound,proto3" json:"not_found,omitempty"` // of several cids those that were nowhere
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1513,13 +1532,20 @@ func (x *DeleteReply) GetMissed() []*DeleteReply_Missed {
 	return nil
 }
 
+func (x *DeleteReply) GetNotFound() []string {
+	if x != nil {
+		return x.NotFound
+	}
+	return nil
+}
+
 type ListRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Tag           *string                `protobuf:"bytes,1,opt,name=tag,proto3,oneof" json:"tag,omitempty"` // every tag where it is absent
 	Kind          Kind                   `protobuf:"varint,2,opt,name=kind,proto3,enum=dfcache.v1.Kind" json:"kind,omitempty"`
 	After         []byte                 `protobuf:"bytes,3,opt,name=after,proto3" json:"after,omitempty"`                       // with KIND_NAMES and KIND_TAGS: only those that sort after it, byte by byte
 	RefersTo      string                 `protobuf:"bytes,4,opt,name=refers_to,json=refersTo,proto3" json:"refers_to,omitempty"` // only tasks that refer to this digest; with a tag and KIND_ALL only
-	Holds         string                 `protobuf:"bytes,5,opt,name=holds,proto3" json:"holds,omitempty"`                       // only tags that hold this digest; with KIND_TAGS only
+	Has           string                 `protobuf:"bytes,5,opt,name=has,proto3" json:"has,omitempty"`                           // only tags that have this digest; with KIND_TAGS only
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1582,9 +1608,9 @@ func (x *ListRequest) GetRefersTo() string {
 	return ""
 }
 
-func (x *ListRequest) GetHolds() string {
+func (x *ListRequest) GetHas() string {
 	if x != nil {
-		return x.Holds
+		return x.Has
 	}
 	return ""
 }
@@ -2923,28 +2949,31 @@ const file_p2p_rpc_pb_daemon_proto_rawDesc = "" +
 	"\x06digest\x18\x01 \x01(\tR\x06digest\x12\x12\n" +
 	"\x04size\x18\x02 \x01(\x03R\x04size\x1a\v\n" +
 	"\tCommittedB\a\n" +
-	"\x05reply\"f\n" +
+	"\x05reply\"\x8c\x01\n" +
 	"\rDeleteRequest\x12\x10\n" +
 	"\x03tag\x18\x01 \x01(\tR\x03tag\x12\x10\n" +
 	"\x03cid\x18\x02 \x01(\tR\x03cid\x12\x14\n" +
 	"\x05force\x18\x03 \x01(\bR\x05force\x12\x1b\n" +
-	"\tname_only\x18\x04 \x01(\bR\bnameOnly\"\xf5\x01\n" +
+	"\tname_only\x18\x04 \x01(\bR\bnameOnly\x12\x12\n" +
+	"\x04cids\x18\x05 \x03(\tR\x04cids\x12\x10\n" +
+	"\x03all\x18\x06 \x01(\bR\x03all\"\x92\x02\n" +
 	"\vDeleteReply\x12\x14\n" +
 	"\x05tasks\x18\x01 \x01(\x03R\x05tasks\x12\x14\n" +
 	"\x05freed\x18\x02 \x01(\x03R\x05freed\x12\x18\n" +
 	"\areached\x18\x03 \x01(\x03R\areached\x12\x18\n" +
 	"\aremoved\x18\x04 \x01(\x03R\aremoved\x126\n" +
-	"\x06missed\x18\x05 \x03(\v2\x1e.dfcache.v1.DeleteReply.MissedR\x06missed\x1aN\n" +
+	"\x06missed\x18\x05 \x03(\v2\x1e.dfcache.v1.DeleteReply.MissedR\x06missed\x12\x1b\n" +
+	"\tnot_found\x18\x06 \x03(\tR\bnotFound\x1aN\n" +
 	"\x06Missed\x12\x12\n" +
 	"\x04peer\x18\x01 \x01(\tR\x04peer\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x16\n" +
-	"\x06reason\x18\x03 \x01(\tR\x06reason\"\xa1\x01\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\"\x9d\x01\n" +
 	"\vListRequest\x12\x15\n" +
 	"\x03tag\x18\x01 \x01(\tH\x00R\x03tag\x88\x01\x01\x12$\n" +
 	"\x04kind\x18\x02 \x01(\x0e2\x10.dfcache.v1.KindR\x04kind\x12\x14\n" +
 	"\x05after\x18\x03 \x01(\fR\x05after\x12\x1b\n" +
-	"\trefers_to\x18\x04 \x01(\tR\brefersTo\x12\x14\n" +
-	"\x05holds\x18\x05 \x01(\tR\x05holdsB\x06\n" +
+	"\trefers_to\x18\x04 \x01(\tR\brefersTo\x12\x10\n" +
+	"\x03has\x18\x05 \x01(\tR\x03hasB\x06\n" +
 	"\x04_tagJ\x04\b\x06\x10\a\"8\n" +
 	"\tListReply\x12+\n" +
 	"\aentries\x18\x01 \x03(\v2\x11.dfcache.v1.EntryR\aentries\"W\n" +
