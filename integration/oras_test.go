@@ -332,3 +332,34 @@ func TestConcurrentPushes(t *testing.T) {
 		u.run("crane", "validate", "--remote", fmt.Sprintf("%s/images:v%d", d.host, i))
 	}
 }
+
+// TestOrasTrees: a tree that dfcache imports comes out of oras, and a directory that oras pushes out of dfcache.
+func TestOrasTrees(t *testing.T) {
+	d, u := start(t)
+	files := map[string][]byte{"tree/a": []byte("a"), "tree/sub/b": content(100_000, 1), "tree/sub/same": []byte("a")}
+	for name, data := range files {
+		u.write(name, data)
+	}
+	if err := errors.Join(os.Chmod(filepath.Join(u.dir, "tree/sub/b"), 0o755),
+		os.Symlink("sub/b", filepath.Join(u.dir, "tree/link"))); err != nil {
+		t.Fatal(err)
+	}
+	u.run("dfcache", "import", "-t", "builds", "-i", "v1", "tree")
+	u.run("oras", "pull", d.host+"/builds:v1", "-o", "pulled/tree")
+	for name, data := range files {
+		u.has("pulled/"+name, data)
+	}
+	u.run("oras", "push", d.host+"/builds:v2", "tree", "--disable-path-validation")
+	u.run("dfcache", "export", "-t", "builds", "-i", "v2", "unpacked")
+	u.run("dfcache", "export", "-t", "builds", "-i", "v1", "exported")
+	for _, out := range []string{"unpacked", "exported"} {
+		for name, data := range files {
+			u.has(strings.Replace(name, "tree", out, 1), data)
+		}
+		info, err := os.Stat(filepath.Join(u.dir, out, "sub/b"))
+		target, linkErr := os.Readlink(filepath.Join(u.dir, out, "link"))
+		if err != nil || info.Mode() != 0o755 || linkErr != nil || target != "sub/b" {
+			t.Errorf("%s/sub/b has mode %v (%v), the link leads to %q (%v)", out, info.Mode(), err, target, linkErr)
+		}
+	}
+}

@@ -7,7 +7,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -22,11 +24,19 @@ func (a *app) importCommand() *cobra.Command {
 	var input, algorithm string
 	var replicas int
 	cmd := &cobra.Command{
-		Use:   "import [-i CID] {FILE | -I FILE}",
-		Short: "Import a file into the P2P cache",
+		Use:   "import [-i CID] {FILE | -I FILE | DIR | FILE|DIR...}",
+		Short: "Import a file, or several together, into the P2P cache",
 		Long: `
 The "import" command stores a file under a cid, and returns when it is durable:
 it then survives a crash and a power cut. The file "-" is stdin.
+
+A directory, or several files and directories, become one artifact under a cache ID,
+in one step: each file keeps its path and its mode, and there are the modes of
+directories, empty directories, and symbolic links. Of a single directory the paths
+are those below it; several each have their own name before that. A link may only
+lead to what is in its directory; devices, pipes and sockets are refused. There are
+at most 9,999 files. The same content makes the same artifact, and "dfcache export"
+gives all of it back. Registry clients get each file under its path.
 
 A file that is written to while it is imported is refused: what was read may be a mix
 that it never was. The message says where it was only appended to.
@@ -48,18 +58,23 @@ IDs of these peers.
   # under its digest, which is computed and printed
   dfcache import --tag models /srv/model.bin
 
+  # a directory, or several files
+  dfcache import --tag builds --cid v1 out/
+  dfcache import --tag builds --cid v2 bin/ README.md
+
   # on this host and two others
   dfcache import --tag models --cid v1 --replicas 2 --timeout 10m /srv/model.bin
 
   # from stdin, checked
   curl -sSL https://example.com/file | dfcache import --cid sha256:2cf2...9824 -`,
-		Args:    oneFile("input"),
+		Args:    inputs,
 		PreRunE: a.load,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if len(args) > 0 {
-				input = args[0]
+			paths := args
+			if len(paths) == 0 && input != "" {
+				paths = []string{input}
 			}
-			if input == "" {
+			if len(paths) == 0 {
 				return exit.FlagError(cmd,
 					errors.New("the file is missing: name it as FILE or with -I FILE, \"-\" is stdin"))
 			}
@@ -73,7 +88,7 @@ IDs of these peers.
 					fmt.Errorf("--replicas %d is negative: pass how many peers are to hold the file, or 0", replicas))
 			}
 			return a.session(cmd, a.consoleFile(false), func(ctx context.Context, s *session) error {
-				return s.importFile(ctx, input, algorithm, replicas)
+				return s.importPaths(ctx, paths, algorithm, replicas)
 			})
 		},
 	}
@@ -86,7 +101,7 @@ IDs of these peers.
 	return cmd
 }
 
-func (s *session) importFile(ctx context.Context, input, algorithm string, replicas int) error {
+func (s *session) importPaths(ctx context.Context, paths []string, algorithm string, replicas int) error {
 	alg, err := digest.ParseAlgorithm(algorithm)
 	if err != nil {
 		return fmt.Errorf("--algorithm: %w", err)
@@ -95,15 +110,33 @@ func (s *session) importFile(ctx context.Context, input, algorithm string, repli
 	if err := s.checkNames(); err != nil {
 		return err
 	}
-	if input == "-" && stdio.IsClosed(s.stdin) {
+	if len(paths) == 1 && paths[0] == "-" && stdio.IsClosed(s.stdin) {
 		return exit.Usage(errors.New("standard input is closed: there is nothing to import"))
+	}
+	if info, err := os.Stat(paths[0]); len(paths) > 1 || err == nil && info.IsDir() {
+		if s.cid == "" {
+			what := fmt.Sprintf("input %s is a directory", paths[0])
+			if len(paths) > 1 {
+				what = fmt.Sprintf("input: there are %d files", len(paths))
+			}
+			return exit.Usage(fmt.Errorf("%s: name what is imported together by a cache ID, with -i", what))
+		}
+		return s.imports(ctx, replicas, func(repo *blobstore.Repository) (blobstore.File, error) {
+			set, end := s.progress("import", -1)
+			defer end()
+			file, err := repo.ImportFiles(ctx, s.cid, paths, blobstore.ImportOptions{Algorithm: alg, Progress: set})
+			if errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) {
+				err = exit.Usage(err)
+			}
+			return file, err
+		})
 	}
 	var src io.Reader = s.stdin
 	title, size := "", int64(-1)
-	if input != "-" {
-		f, err := openInput(input)
+	if input := paths[0]; input != "-" {
+		f, err := os.Open(input)
 		if err != nil {
-			return err
+			return exit.Usage(fmt.Errorf("input: %w", err))
 		}
 		defer f.Close()
 		src, title = f, input
@@ -111,14 +144,23 @@ func (s *session) importFile(ctx context.Context, input, algorithm string, repli
 			size = info.Size()
 		}
 	}
+	return s.imports(ctx, replicas, func(repo *blobstore.Repository) (blobstore.File, error) {
+		set, end := s.progress("import", size)
+		defer end()
+		return repo.Import(ctx, s.cid, src, blobstore.ImportOptions{Title: title, Algorithm: alg, Progress: set})
+	})
+}
+
+// imports does an import, has peers hold what was imported, and prints the result.
+func (s *session) imports(
+	ctx context.Context, replicas int, do func(*blobstore.Repository) (blobstore.File, error),
+) error {
 	repo, done, err := s.repository(ctx)
 	if err != nil {
 		return err
 	}
 	defer done()
-	set, end := s.progress("import", size)
-	file, err := repo.Import(ctx, s.cid, src, blobstore.ImportOptions{Title: title, Algorithm: alg, Progress: set})
-	end()
+	file, err := do(repo)
 	if err != nil {
 		return err
 	}
@@ -132,6 +174,7 @@ func (s *session) importFile(ctx context.Context, input, algorithm string, repli
 		}
 		text.add("replicas", "%d: %s", len(result.replicas), strings.Join(result.replicas, ", "))
 	}
+	text.files(file)
 	return s.result.print(s.stdout, result, text.String())
 }
 
@@ -193,18 +236,26 @@ func (s *session) notReplicated(
 // storedError says that an import failed although the file is stored.
 type storedError struct{ toldError }
 
-// openInput opens a file to import.
-func openInput(path string) (*os.File, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, exit.Usage(fmt.Errorf("input: %w", err))
+// inputs checks what is to be imported: as arguments or by the flag.
+func inputs(cmd *cobra.Command, args []string) error {
+	check := exit.Args(func(cmd *cobra.Command, args []string) error {
+		for _, arg := range args {
+			if arg == "-" {
+				return errors.New("\"-\" is stdin, which can't be imported together with files")
+			}
+		}
+		if cmd.Flags().Changed("input") {
+			return fmt.Errorf("file %q and --input given: pass one of them", args[0])
+		}
+		if slices.Contains(args, "") {
+			return errors.New("the file's name is empty")
+		}
+		return nil
+	})
+	if len(args) > 1 {
+		return check(cmd, args)
 	}
-	if info, err := f.Stat(); err == nil && info.IsDir() {
-		f.Close()
-		return nil, exit.Usage(fmt.Errorf(
-			"input %s is a directory: import a single file, such as an archive of it", path))
-	}
-	return f, nil
+	return oneFile("input")(cmd, args)
 }
 
 // oneFile checks that a file is named on the command line at most once: as an
