@@ -29,7 +29,7 @@ func TestLeaseAtAPeer(t *testing.T) {
 	b.want(t, task, layer)
 }
 
-// Whoever is told so while it is deleted there finds it.
+// A client that is told so while it is deleted there finds it.
 func TestLeaseAtAPeerDuringDelete(t *testing.T) {
 	h := newHub()
 	a, b := h.start(t), h.start(t)

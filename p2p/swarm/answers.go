@@ -81,7 +81,7 @@ func (a *api) answerTask(ctx context.Context, task p2p.Task, from peer.ID, lease
 	return state, err
 }
 
-// answerName says what this daemon knows of a name, or nil, to who speaks a version of the
+// answerName says what this daemon knows of a name, or nil, to a peer that speaks a version of the
 // protocol.
 func (a *api) answerName(ctx context.Context, name nameRef, version int) (*nameState, error) {
 	state, err := a.names.state(ctx, name.Tag, name.Name)

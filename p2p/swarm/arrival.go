@@ -17,7 +17,7 @@ import (
 )
 
 // arrival is a blob on its way here, as those see it who wait for it: its readers, the peers
-// that get its pieces, and whoever asks what is here. The download fills it.
+// that get its pieces, and callers that ask what is here. The download fills it.
 type arrival struct {
 	digest  digest.Digest
 	ctx     context.Context // ends with the download

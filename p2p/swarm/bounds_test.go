@@ -209,7 +209,7 @@ func TestFollowIsBounded(t *testing.T) {
 	a.restart(t, h)
 	reply, err = b.client.find(t.Context(), a.id, &findRequest{Names: []nameRef{{"t", "some"}}, Follow: true})
 	if err != nil || len(reply.Followed) > 0 {
-		t.Errorf("by who serves nothing: told of %d tasks, %v", len(reply.Followed), err)
+		t.Errorf("by a peer that serves nothing: told of %d tasks, %v", len(reply.Followed), err)
 	}
 }
 
@@ -344,14 +344,14 @@ func TestMalformedDeletes(t *testing.T) {
 	task := a.add(t, "t", content(1000, 3))
 	if deleted := a.delete(t, "t", string(task.Digest), p2p.DeleteOptions{}); deleted.Reached != 0 ||
 		len(deleted.Missed) != 1 {
-		t.Errorf("who answers nothing to a delete is said to have done it: %+v", deleted)
+		t.Errorf("a peer that answers nothing to a delete is said to have done it: %+v", deleted)
 	}
 }
 
 // TestInbox: of long messages only so many are taken in at once as there is room for;
 // short ones do not wait for them.
 func TestInbox(t *testing.T) {
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute) // who waits for ever fails
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute) // a test that waits for ever fails
 	defer cancel()
 	in := newInbox()
 	var held []func()
@@ -512,7 +512,7 @@ func TestOutOfDescriptors(t *testing.T) {
 	b.want(t, task, data)
 }
 
-// TestBusySource: where who has a blob is too busy for as long as anybody waits, that is the reason.
+// TestBusySource: where the peer that has a blob is too busy for as long as anybody waits, that is the reason.
 func TestBusySource(t *testing.T) {
 	h := newHub()
 	a := h.start(t, func(o *Options) {
@@ -635,7 +635,7 @@ func TestRefusalsAreBounded(t *testing.T) {
 }
 
 // TestPieceRequests: what is no request for a piece of a blob, or for one of another hash chain, gets
-// none; who asks rightly then is not kept waiting.
+// none; a peer that asks rightly then is not kept waiting.
 func TestPieceRequests(t *testing.T) {
 	h := newHub()
 	a, b := h.start(t), h.start(t)
@@ -684,7 +684,7 @@ func TestPieceRequests(t *testing.T) {
 	}
 }
 
-// TestNeverServe: who serves nothing gives nothing to who asks without having found it.
+// TestNeverServe: a peer that serves nothing gives nothing to one that asks without having found it.
 func TestNeverServe(t *testing.T) {
 	h := newHub()
 	a, b := h.start(t, func(o *Options) { o.Mode = NeverServe }), h.start(t)
@@ -765,12 +765,12 @@ func TestSourcesAreBounded(t *testing.T) {
 			if src := d.sources[id]; src != nil {
 				chain := bytes.Clone(d.chains[d.active].chain)
 				chain[i] ^= 1
-				d.learn(src, links{gateSize, chain})
+				d.noteChain(src, links{gateSize, chain})
 			}
 			if src := d.sources[a.id]; src != nil && i > maxSources {
 				chain := bytes.Clone(d.chains[d.active].chain)
 				chain[i] ^= 2
-				d.learn(src, links{gateSize, chain})
+				d.noteChain(src, links{gateSize, chain})
 			}
 		}
 		if len(d.sources) > maxSources || len(d.chains) > maxSources {
@@ -793,7 +793,7 @@ func TestAnswerOfAnotherSize(t *testing.T) {
 }
 
 // TestReplacedChain: what was verified with a hash chain is not sent on under it when another one has taken its
-// place, not to who has asked before either.
+// place, not to one that has asked before either.
 func TestReplacedChain(t *testing.T) {
 	h := newHub()
 	g := newGate(10)
@@ -816,7 +816,7 @@ func TestReplacedChain(t *testing.T) {
 		defer close(done)
 		other := links{gateSize, bytes.Clone(d.chains[d.active].chain)}
 		other.chain[0] ^= 1
-		d.learn(d.sources[a.id], other)
+		d.noteChain(d.sources[a.id], other)
 		d.activate(other.hash(d.digest))
 	})
 	<-done

@@ -29,9 +29,9 @@ type chain struct {
 	came  int64     // bytes that had arrived with it at the last progress
 }
 
-// learn notes the chain of a source.
-func (d *download) learn(src *source, l links) {
-	src.stated, src.chain, src.failed, src.resting = true, l.hash(d.digest), 0, false
+// noteChain notes the chain of a source.
+func (d *download) noteChain(src *source, l links) {
+	src.stated, src.chain, src.failed, src.paused = true, l.hash(d.digest), 0, false
 	if d.chains[src.chain] == nil {
 		if len(d.chains) >= maxSources {
 			d.exclude(src)
@@ -107,7 +107,7 @@ func (d *download) activate(h linksHash) {
 		delete(d.chains, h)
 		for _, src := range d.sources {
 			if src.stated && src.chain == h {
-				d.lied(src, err)
+				d.caught(src, err)
 			}
 		}
 		return
@@ -125,7 +125,7 @@ func (d *download) activate(h linksHash) {
 	d.sched = schedule.NewDownload(table.Pieces(), have, schedule.Limits{Requests: d.s.opts.MaxRequests})
 	d.prefer = schedule.NewSet(table.Pieces())
 	for _, src := range d.sources {
-		src.failed, src.resting, src.dry = 0, false, false
+		src.failed, src.paused, src.dry = 0, false, false
 		d.offer(src)
 	}
 	d.progress, d.lastPiece = time.Now(), time.Now()
@@ -156,15 +156,15 @@ func (d *download) dispute() {
 		state := size / (n - 1)
 		for i := n - 2; i >= 0; i-- {
 			if string(mine.chain[i*state:(i+1)*state]) != string(other.chain[i*state:(i+1)*state]) {
-				d.first(i, i+1)
+				d.preferRange(i, i+1)
 				break
 			}
 		}
 	}
 }
 
-// first has pieces fetched before others.
-func (d *download) first(from, to int) {
+// preferRange has pieces fetched before others.
+func (d *download) preferRange(from, to int) {
 	for i := from; i <= to; i++ {
 		d.prefer.Add(i)
 	}

@@ -54,7 +54,7 @@ const (
 	// to over libp2p before they are tried again.
 	retryDirect = time.Minute
 	// dialTimeout bounds how long a connection may take that nobody may wait for
-	// any more: who asked for it has not to.
+	// any more: the caller has not to.
 	dialTimeout = 10 * time.Second
 	// maxStreams is how many connections over libp2p there are with a peer, those
 	// counted that are being made.
@@ -106,7 +106,7 @@ func (c *client) close() {
 
 // prompt is a connection whose Close does not wait for the other end, as that of a
 // stream may, or one of TLS: http closes a connection when a request on it is given
-// up, and whoever gave it up waits for that.
+// up, and the one that gave it up waits for that.
 type prompt struct {
 	net.Conn
 	late *late
@@ -261,7 +261,7 @@ func (c *client) hello(ctx context.Context, p peer.ID) (*hello, error) {
 	return &h, nil
 }
 
-// NewResolver returns a function that asks whoever takes connections for pieces
+// NewResolver returns a function that asks the one that takes connections for pieces
 // at an address (host:port) which peer it is. It fails where that is not of the
 // swarm with this secret, and where it is another host with this identity.
 func NewResolver(

@@ -62,7 +62,7 @@ func TestCostOfSilence(t *testing.T) {
 		stat("a name that is here", "v1", nil, newerTimeout)
 		time.Sleep(a.opts.LookupTimeout + time.Second)
 		if a.peers.get(b.id).silence() == 0 {
-			t.Error("who has not answered for half a second is not asked whether it does")
+			t.Error("a peer that has not answered for half a second is not asked whether it does")
 		}
 		for range 3 {
 			stat("a name that is here", "v1", nil, 0)
@@ -76,7 +76,7 @@ func TestCostOfSilence(t *testing.T) {
 		h.hang(b.id, false)
 		time.Sleep(2 * maxProbePause)
 		if a.peers.get(b.id).silence() > 0 {
-			t.Error("who answers again is taken for silent")
+			t.Error("a peer that answers again is taken for silent")
 		}
 
 		// A question to one peer costs as much, and says as much.
@@ -367,7 +367,7 @@ func TestWaitForMemory(t *testing.T) {
 	})
 }
 
-// So it is with what is sent: pieces have so much memory together, and who asks waits for it.
+// So it is with what is sent: pieces have so much memory together, and a peer that asks waits for it.
 func TestUploadsWaitForMemory(t *testing.T) {
 	onClock(t, func(t *testing.T, h *hub) {
 		a, b := h.start(t), h.start(t)
@@ -381,7 +381,7 @@ func TestUploadsWaitForMemory(t *testing.T) {
 	})
 }
 
-// Who asks for pieces and does not take them holds up nobody for long: so many pieces are sent at
+// A peer that asks for pieces and does not take them holds up nobody for long: so many pieces are sent at
 // once, and each part of one has its time.
 func TestUploadsTakeTurns(t *testing.T) {
 	onClock(t, func(t *testing.T, h *hub) {
@@ -444,7 +444,7 @@ func TestUnfinishedRequests(t *testing.T) {
 	})
 }
 
-// Who waits for news gets an answer in time, whether there is any or not.
+// A peer that waits for news gets an answer in time, whether there is any or not.
 func TestNewsInTime(t *testing.T) {
 	onClock(t, func(t *testing.T, h *hub) {
 		g := newGate(1)
@@ -591,7 +591,7 @@ func TestManifestsTakeTheirTime(t *testing.T) {
 	})
 }
 
-// What is not the manifest is not taken for it, however long it is, and who sends it is shunned.
+// What is not the manifest is not taken for it, however long it is, and a peer that sends it is shunned.
 func TestForgedManifest(t *testing.T) {
 	h := newHub()
 	for _, times := range []int{1, 300} {
@@ -614,7 +614,7 @@ func TestForgedManifest(t *testing.T) {
 			t.Errorf("%d bytes are allocated for a manifest", n)
 		}
 		if !b.peers.get(a.id).isShunned() {
-			t.Error("who forges manifests is not shunned")
+			t.Error("a peer that forges manifests is not shunned")
 		}
 		c, manifest := h.start(t), []byte("manifest")
 		a.Close()

@@ -77,7 +77,7 @@ func wantNoName(t *testing.T, what, tag, name string, peers ...*testPeer) {
 	}
 }
 
-// Whoever imports, moves or deletes last is last, whatever the clocks say.
+// The last import, move or delete is the last one, whatever the clocks say.
 func TestClocksTogether(t *testing.T) {
 	if testing.Short() {
 		t.Skip("-short: takes long")
@@ -387,8 +387,8 @@ func TestDeleteFromTheFutureLater(t *testing.T) {
 			b.meetings.meetAll()
 			return a.clock.now().Sub(a.Swarm.opts.Now()).Abs()+b.clock.now().Sub(b.Swarm.opts.Now()).Abs() < time.Minute
 		})
-		c := h.start(t, time2.with) // it learns of them now
-		eventually(t, "the deletes are not learned of", func() bool {
+		c := h.start(t, time2.with) // it is told of them now
+		eventually(t, "the deletes are not told of", func() bool {
 			all, _, err := c.store.Deletes(t.Context(), 0, maxDeletes)
 			return err == nil && len(all) == 3
 		})
@@ -522,7 +522,7 @@ func TestLastStamp(t *testing.T) {
 		req := &findRequest{Tasks: []taskRef{taskRef(task)}, Names: []nameRef{{"m", "v1"}}}
 		if reply, err := a.client.find(t.Context(), b.id, req); err != nil || reply.Tasks[0] == nil ||
 			reply.Names[0].Digest == "" {
-			t.Errorf("who has imported it is not understood: %+v, %v", reply, err)
+			t.Errorf("the peer that has imported it is not understood: %+v, %v", reply, err)
 		}
 	}
 	for _, cid := range []string{"v1", string(task.Digest)} {
@@ -537,7 +537,7 @@ func TestLastStamp(t *testing.T) {
 	b.want(t, task, data)
 }
 
-// Deletes that are told again, in any order and to whoever, take nothing that was imported
+// Deletes that are told again, in any order and to any peer, take nothing that was imported
 // since, nor anything under another tag.
 func TestReplayedDeletes(t *testing.T) {
 	for _, skew := range []time.Duration{0, year, -year} {

@@ -17,7 +17,7 @@ import (
 
 // A name that two hosts move, neither knowing of the other, stands for what was moved
 // later by the dates of both. A host that looks it up notices that, and so do the two hosts
-// when they meet: each asks who it meets for the names that it has moved since it
+// when they meet: each asks those that it meets for the names that it has moved since it
 // last did. Where a host has lost, its log and Peers say so.
 
 const (
@@ -127,7 +127,7 @@ type conflicts struct {
 	lost map[nameRef][2]resolved // where this host has lost: what counts, and what does not
 }
 
-// tell logs, once, that of two moves of a name one counts, though who made it did not
+// tell logs, once, that of two moves of a name one counts, though the host that made it did not
 // know of the other.
 func (c *conflicts) tell(log *slog.Logger, name nameRef, best, other resolved) {
 	c.mu.Lock()

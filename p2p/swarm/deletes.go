@@ -26,7 +26,7 @@ import (
 
 // A delete is told to every peer that is connected or has announced what is
 // deleted; each tells those that it is connected with, and remembers it. Peers
-// that meet again compare what they remember, so that one that was away learns of it.
+// that meet again compare what they remember, so that one that was away is told of it.
 
 const (
 	// deleteTimeout is how long a peer may take to do a delete.
@@ -274,9 +274,9 @@ func (ds *deletes) apply(ctx context.Context, d pieces.Delete, from peer.ID) (pi
 	return result, nil
 }
 
-// applied remembers what the last deletes have done here. A delete comes from whoever
-// makes it, and may have come from another peer just before: whoever makes it is to
-// learn what it did.
+// applied remembers what the last deletes have done here. A delete comes from the
+// host that makes it, and may have come from another peer just before: the one that makes it
+// is to be told what it did.
 type applied struct {
 	mu      sync.Mutex
 	results map[string]pieces.DeleteResult // by what the delete is

@@ -131,7 +131,7 @@ func (s *Swarm) startDownload(task p2p.Task) (*download, error) {
 	d.arrival.first = func(table *digest.Table, from, to int) {
 		d.post(func() {
 			if d.sched != nil && d.sched.Held().Len() == table.Pieces() {
-				d.first(from, to)
+				d.preferRange(from, to)
 			}
 		})
 	}
@@ -189,7 +189,7 @@ func (d *download) run() {
 	}
 	d.cancel(err)
 	if err != nil {
-		// Whoever waits for it is told now: what is asked of peers may take a while to end.
+		// Those who wait for it are told now: what is asked of peers may take a while to end.
 		d.end(err)
 	}
 	d.calls.Wait()

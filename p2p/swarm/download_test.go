@@ -242,7 +242,7 @@ func TestSourceVanishes(t *testing.T) {
 	}
 }
 
-// Who has a part of a blob gives it on, and all of it can be had from those who
+// A peer that has a part of a blob gives it on, and all of it can be had from those who
 // have parts.
 func TestPartsAreEnough(t *testing.T) {
 	h := newHub()
@@ -446,7 +446,7 @@ func TestDamagedSource(t *testing.T) {
 			t.Errorf("%s is shunned", name)
 		}
 	}
-	// Who is asked for what is damaged has it mended. (It may have been asked of the
+	// A peer that is asked for what is damaged has it mended. (It may have been asked of the
 	// other one only.)
 	blob, err := c.store.OpenForPeers(t.Context(), task)
 	if err != nil {
@@ -526,7 +526,7 @@ func TestDamagedParts(t *testing.T) {
 	d := h.start(t)
 	d.want(t, task, data)
 	if d.peers.get(a.id).isShunned() {
-		t.Error("who has damage is shunned")
+		t.Error("a peer that has damage is shunned")
 	}
 }
 

@@ -243,7 +243,7 @@ func onNames(state func(*mathrand.Rand, subject) nameState) func(*mathrand.Rand,
 	}
 }
 
-// onDeletes tells whoever it meets of deletes.
+// onDeletes tells every peer that it meets of deletes.
 func onDeletes(
 	deletes func(*mathrand.Rand, subject) []pieces.Delete,
 ) func(*mathrand.Rand, subject, http.Handler) http.Handler {

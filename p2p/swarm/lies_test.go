@@ -30,7 +30,7 @@ func onRequests(honest http.Handler, f func(w http.ResponseWriter, req *pieceReq
 }
 
 // TestLies: of what a source can't have sent in good faith each is a reason to exclude it. It is
-// shunned then: nothing more is asked of it, of this blob or of another. What it lied about comes from
+// shunned then: nothing more is asked of it, of this blob or of another. What it told falsely comes from
 // another one, and nothing of the lie is kept.
 func TestLies(t *testing.T) {
 	const size = 8*digest.MinPieceLength + 1000
@@ -140,7 +140,7 @@ func TestLies(t *testing.T) {
 								(r.URL.Path == pathFind || r.URL.Path == pathLinks || r.URL.Path == pathPieces) &&
 								asked.Add(1) > 1000 {
 								io.Copy(io.Discard, r.Body)
-								<-r.Context().Done() // so that time goes on, whoever asks without a pause
+								<-r.Context().Done() // so that time goes on, although others ask without a pause
 								return
 							}
 							lying.ServeHTTP(w, r)

@@ -62,7 +62,7 @@ func (in *Instance) found(where string) {
 	if where == "" {
 		return
 	}
-	where = where[:min(len(where), 1024)] // who tells is another peer
+	where = where[:min(len(where), 1024)] // it is another peer that tells
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	news := time.Since(in.seen) > twinFor
@@ -82,13 +82,13 @@ func (in *Instance) other() string {
 	return in.twin
 }
 
-// says is what the header of every request says of who sends it.
+// says is what the header of every request says of its sender.
 func (in *Instance) says(h http.Header) {
 	h.Set(headerProtocol, strconv.Itoa(protocol))
 	h.Set(headerInstance, in.id)
 }
 
-// protocolOf returns which version of the protocol who sends a request speaks.
+// protocolOf returns which version of the protocol the sender of a request speaks.
 func protocolOf(r *http.Request) int {
 	n, err := strconv.Atoi(r.Header.Get(headerProtocol))
 	if err != nil || n < 1 {

@@ -240,7 +240,7 @@ func TestMessagesOfTheFirstVersion(t *testing.T) {
 	}
 }
 
-// Who can't be understood is asked for nothing, and both versions are named.
+// A peer that can't be understood is asked for nothing, and both versions are named.
 func TestForeignPeer(t *testing.T) {
 	for _, c := range []struct {
 		from, to int
@@ -287,7 +287,7 @@ func TestForeignPeer(t *testing.T) {
 	}
 }
 
-// Two hosts with one identity are told, by who knows both.
+// Two hosts with one identity are told, by a peer that knows both.
 func TestTwins(t *testing.T) {
 	h := newHub()
 	var log, logA record
@@ -341,7 +341,7 @@ func TestTwins(t *testing.T) {
 	}
 }
 
-// Who asks at the address of its twin learns of it, and so does the twin.
+// A host that asks at the address of its twin is told, and so is the twin.
 func TestTwinAtAnAddress(t *testing.T) {
 	h := newHub()
 	var log record

@@ -70,8 +70,8 @@ func (ns *names) state(ctx context.Context, tag, name string) (*nameState, error
 type resolved struct {
 	digest  digest.Digest
 	version pieces.Version
-	letGo   bool    // whoever pointed it there let go of what it stood for before
-	from    peer.ID // who told; "" where it is known here
+	letGo   bool    // the host that pointed it there let go of what it stood for before
+	from    peer.ID // the peer that told; "" where it is known here
 }
 
 // resolve finds what a name stands for: of what this daemon and its peers know,

@@ -149,7 +149,7 @@ func TestNames(t *testing.T) {
 	}
 }
 
-// Whoever reads a name that was moved on another host takes nothing away that was put
+// A reader of a name that was moved on another host takes nothing away that was put
 // in on this one. What a registry's client moves away from stays on every host; what
 // an import replaces is let go where it is a copy.
 func TestReadTakesNothingAway(t *testing.T) {
@@ -196,7 +196,7 @@ func TestReadTakesNothingAway(t *testing.T) {
 		read(d)
 		n, err := d.store.Name(t.Context(), "models", "v1")
 		if err != nil || n.Digest != second.Digest || n.KeepOld != keepOld {
-			t.Errorf("learned at second hand, the name is %+v, %v", n, err)
+			t.Errorf("told at second hand, the name is %+v, %v", n, err)
 		}
 	}
 }
@@ -370,7 +370,7 @@ func TestDeleteName(t *testing.T) {
 	}
 }
 
-// Who was away learns of a delete when it returns, and gives nobody what was deleted.
+// A peer that was away is told of a delete when it returns, and gives nobody what was deleted.
 func TestDeleteWhileAway(t *testing.T) {
 	h := newHub()
 	a, b, c, d := h.start(t), h.start(t), h.start(t), h.start(t)
@@ -396,7 +396,7 @@ func TestDeleteWhileAway(t *testing.T) {
 	}
 }
 
-// Who has missed a delete is told of it by whoever it offers what was deleted.
+// A peer that has missed a delete is told of it by the one that it offers what was deleted.
 func TestDeleteIsToldToWhoMissedIt(t *testing.T) {
 	h := newHub()
 	a, b := h.start(t), h.start(t)
@@ -415,7 +415,7 @@ func TestDeleteIsToldToWhoMissedIt(t *testing.T) {
 	b.gone(t, "models", string(task.Digest))
 }
 
-// What was deleted does not come back from who goes on telling of it.
+// What was deleted does not come back from a peer that goes on telling of it.
 func TestDeletedStaysDeleted(t *testing.T) {
 	h := newHub()
 	a := h.start(t)
@@ -456,7 +456,7 @@ func TestDeletedStaysDeleted(t *testing.T) {
 	}
 }
 
-// A delete is told on by who learns of it.
+// A delete is told on by those that are told of it.
 func TestDeleteIsToldOn(t *testing.T) {
 	h := newHub()
 	a, b, c := h.start(t), h.start(t), h.start(t)
@@ -590,7 +590,7 @@ func TestDeleteRefused(t *testing.T) {
 	a.wantStored(t, task)
 	b.wantStored(t, task)
 
-	// One that learns of it later refuses, too; who has deleted it can have it again.
+	// One that is told of it later refuses, too; the host that has deleted it can have it again.
 	h.setCut(func(x, y peer.ID) bool { return true })
 	a.delete(t, "models", string(task.Digest), p2p.DeleteOptions{})
 	h.setCut(nil)
@@ -630,7 +630,7 @@ func TestReplicate(t *testing.T) {
 	}
 }
 
-// A delete that comes twice, from another peer first, tells whoever makes it what it did.
+// A delete that comes twice, from another peer first, tells the one that makes it what it did.
 func TestDeleteComesTwice(t *testing.T) {
 	h := newHub()
 	a := h.start(t)

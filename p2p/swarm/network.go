@@ -40,7 +40,7 @@ type Network interface {
 	Withdraw(keys ...Key)
 
 	// Dial opens a stream to p over the connection with it, however that is
-	// routed. It is proven to be p, and of this swarm. Who closes it has read what
+	// routed. It is proven to be p, and of this swarm. The one that closes it has read what
 	// it was to read.
 	Dial(ctx context.Context, p peer.ID) (net.Conn, error)
 

@@ -234,7 +234,7 @@ func (e *peerEntry) endProbe() {
 }
 
 // owe keeps deletes that the peer is to be told of when it answers again. Where there are
-// too many, it learns of them when it is met again.
+// too many, it is told of them when it is met again.
 func (e *peerEntry) owe(deletes []pieces.Delete) {
 	e.mu.Lock()
 	defer e.mu.Unlock()

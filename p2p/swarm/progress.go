@@ -23,7 +23,7 @@ const (
 	// maxGap is how long a download may not have looked at the clock: what is longer is
 	// time in which this process was stopped, or busy, and nobody is to blame for it.
 	maxGap = time.Second
-	// noticeAfter is how long nothing may move before whoever waits is told why, and
+	// noticeAfter is how long nothing may move before those who wait are told why, and
 	// noticeInterval how often.
 	noticeAfter    = 3 * time.Second
 	noticeInterval = 10 * time.Second
@@ -65,8 +65,8 @@ func (d *download) tick() error {
 // wake has sources asked again that have rested.
 func (d *download) wake(now time.Time) {
 	for _, src := range d.sources {
-		if src.resting && now.After(src.away) {
-			src.resting = false
+		if src.paused && now.After(src.away) {
+			src.paused = false
 			d.offer(src)
 		}
 	}
@@ -75,7 +75,7 @@ func (d *download) wake(now time.Time) {
 // usable returns how many sources can be asked for something.
 func (d *download) usable() (n int) {
 	for _, src := range d.sources {
-		if !src.ended() && !src.resting && (d.sched == nil || !src.stated || src.chain == d.active) {
+		if !src.ended() && !src.paused && (d.sched == nil || !src.stated || src.chain == d.active) {
 			n++
 		}
 	}
@@ -101,7 +101,7 @@ func (d *download) hopeless(usable int) error {
 	idle := len(d.requests) == 0
 	switch {
 	case !begun && d.missed != nil && usable == 0 && idle && !d.connected():
-		return d.missed // nobody has it, or who had it a moment ago is gone
+		return d.missed // nobody has it, or the one that had it a moment ago is gone
 	case d.sched == nil && d.searches > 0 && d.noRoom != nil:
 		return d.noRoom
 	case ended > 0 && ended == len(d.sources) && idle && d.searched.After(d.lastEnd):
@@ -216,7 +216,7 @@ func (d *download) standing(still time.Duration) string {
 	for _, src := range d.sources {
 		switch {
 		case src.ended():
-		case src.resting && src.problem != nil:
+		case src.paused && src.problem != nil:
 			waits = append(waits, fmt.Sprintf("peer %s (%v)", d.s.nameOf(src.id), src.problem))
 		default:
 			waits = append(waits, "peer "+d.s.nameOf(src.id))

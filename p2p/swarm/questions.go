@@ -220,7 +220,7 @@ func (l *lookup) ask(p peer.AddrInfo, req *findRequest) {
 }
 
 // giveUp ends a lookup that still waits. A peer that has not answered for a whole lookup timeout
-// is silent; and who might be is asked once more, by nobody who waits.
+// is silent; and one that might be is asked once more, by nobody who waits.
 func (l *lookup) giveUp() {
 	took := time.Since(l.began)
 	for p, connected := range l.waiting {
@@ -315,7 +315,7 @@ func (q *questions) eachAnnounced(ctx context.Context, key Key, do func(peer.Add
 }
 
 // announced returns those that have announced key as they are found. It is closed when
-// there are no more, which may be later than ctx ends: who reads it has an eye on that.
+// there are no more, which may be later than ctx ends: a reader has an eye on that.
 func (q *questions) announced(ctx context.Context, key Key) <-chan peer.AddrInfo {
 	found := make(chan peer.AddrInfo)
 	q.late.run(func() {

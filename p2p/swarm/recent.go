@@ -42,7 +42,7 @@ const (
 	recentFor      = 2 * time.Second
 	maxRecent      = 1024 // tasks
 	maxRecentBytes = 8 << 20
-	// ledFor is how long it is remembered which name has led to a task: whoever holds that
+	// ledFor is how long it is remembered which name has led to a task: a host that holds that
 	// then has fetched the file before.
 	ledFor = 10 * time.Minute
 )

@@ -391,7 +391,7 @@ func (a *api) serveDeletes(w http.ResponseWriter, r *http.Request, _ peer.ID) er
 	}
 	for _, d := range deletes {
 		if protocolOf(r) == 1 && d.At.After(a.opts.Now().Add(maxAheadOld)) {
-			continue // it would learn of none that come after this one
+			continue // it would be told of none that come after this one
 		}
 		reply.Deletes = append(reply.Deletes, deleteMessageOf(d, a.opts.Now()))
 	}

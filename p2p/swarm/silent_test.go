@@ -31,7 +31,7 @@ func within(t *testing.T, what string, limit time.Duration, do func()) {
 	}
 }
 
-// A peer that goes silent without a word costs whoever asks one lookup timeout at most,
+// A peer that goes silent without a word costs a caller one lookup timeout at most,
 // and then nothing.
 func TestSilentPeer(t *testing.T) {
 	if testing.Short() {
@@ -80,7 +80,7 @@ func TestSilentPeer(t *testing.T) {
 		t.Errorf("peers: %+v, %v", peers, err)
 	}
 
-	// A write is not held up, a delete says who was missed, and that one learns of it later.
+	// A write is not held up, a delete says which peer was missed, and that one is told later.
 	within(t, "a write", 5*time.Second, func() { a.push(t, "models", "v3", "", []byte("more")) })
 	within(t, "a delete", 8*time.Second, func() {
 		deleted := a.delete(t, "models", shared.Digest.String(), p2p.DeleteOptions{})
@@ -131,8 +131,8 @@ func readAll(t *testing.T, p *testPeer, task p2p.Task) []byte {
 	return b
 }
 
-// Who goes away is not kept, and leaves nothing behind that grows: questions to a peer
-// that hangs end with whoever has asked them.
+// A caller that goes away is not kept, and leaves nothing behind that grows: questions to a peer
+// that hangs end with the caller that has asked them.
 func TestGivenUpQuestions(t *testing.T) {
 	if testing.Short() {
 		t.Skip("-short: takes long")
@@ -156,7 +156,7 @@ func TestGivenUpQuestions(t *testing.T) {
 	})
 	// What is left waits for the peer: the searches, and connections that can't be closed.
 	within(t, "what is asked", 20*time.Second, func() {
-		// searches, and who asks whether the peer is back
+		// searches, and the one that asks whether the peer is back
 		for a.questions.late.count() > maxSearches+10 && t.Context().Err() == nil {
 			time.Sleep(time.Millisecond)
 		}

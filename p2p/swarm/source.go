@@ -115,7 +115,7 @@ func (s *Swarm) Resolve(ctx context.Context, tag, name string) (n p2p.NewName, h
 	return s.names.resolve(ctx, tag, name)
 }
 
-// After implements [front.Names]: with what peers know of the names, whoever
+// After implements [front.Names]: with what peers know of the names, a host that
 // moves a name does it after all that can be seen of it, whatever the clocks say.
 // A peer that does not answer in time does not keep a name from being moved.
 func (s *Swarm) After(ctx context.Context, names []p2p.NewName) []p2p.NewName {
@@ -160,15 +160,15 @@ func (s *Swarm) Referrers(ctx context.Context, task p2p.Task, have func(p2p.Task
 func (s *Swarm) whoRefersTo(ctx context.Context, task p2p.Task) map[digest.Digest]peer.ID {
 	l := s.questions.lookup(ctx, &findRequest{Referrers: []taskRef{taskRef(task)}}, taskKey(task), true)
 	defer l.end()
-	who := map[digest.Digest]peer.ID{}
+	from := map[digest.Digest]peer.ID{}
 	for a := range l.answers {
 		for _, d := range a.reply.Referrers[0] {
-			if len(who) < maxReferrers {
-				who[d] = a.peer
+			if len(from) < maxReferrers {
+				from[d] = a.peer
 			}
 		}
 	}
-	return who
+	return from
 }
 
 // fetchReferrer fetches a manifest of which a peer has told, and does not keep it.

@@ -43,7 +43,7 @@ type source struct {
 	asking   bool      // for its chain
 	news     bool      // a request for news is under way
 	failed   int       // in a row
-	resting  bool      // after a failure
+	paused   bool      // after a failure
 	away     time.Time // until when
 	problem  error     // of the last failure
 	dry      bool      // it has nothing that is missing, and expects nothing
@@ -62,7 +62,7 @@ func (d *download) search() {
 	tasks := d.wanted()
 	var known []peer.ID // which tell what they have with every answer
 	for id, src := range d.sources {
-		if !src.gone && !src.resting {
+		if !src.gone && !src.paused {
 			known = append(known, id)
 		}
 	}
@@ -147,7 +147,7 @@ func (d *download) recall(t p2p.Task) {
 			d.nextSearch = time.Now().Add(tickInterval)
 		}
 	}
-	for _, h := range told { // by now it is known who need not be asked
+	for _, h := range told { // by now it is known which need not be asked
 		for _, hint := range h.state.Hints {
 			d.follow(hint)
 		}
@@ -201,7 +201,7 @@ func (d *download) follow(h hint) {
 // offer gives a source to the scheduler, where it has the chain in use, or may
 // have it; and asks for its chain, where that is of interest.
 func (d *download) offer(src *source) {
-	if src.excluded || src.gone || src.resting {
+	if src.excluded || src.gone || src.paused {
 		return
 	}
 	asked := 0
@@ -213,7 +213,7 @@ func (d *download) offer(src *source) {
 	// The chain is taken from two sources, and from those that have another one.
 	differs := d.sched != nil && src.have.Len() != d.sched.Held().Len()
 	if chain := digest.ChainSize(d.digest.Algorithm(), src.size); !src.stated && chain == 0 {
-		d.learn(src, links{size: src.size}) // of one piece there is nothing to ask
+		d.noteChain(src, links{size: src.size}) // of one piece there is nothing to ask
 		return
 	}
 	if !src.stated && !src.asking && (d.sched == nil && asked < 4 || asked < 2 || differs) {
@@ -238,7 +238,7 @@ func (d *download) askLinks(src *source) {
 				d.failed(src, err)
 				return
 			}
-			d.learn(src, l)
+			d.noteChain(src, l)
 		})
 	})
 }
@@ -253,14 +253,14 @@ func (d *download) failed(src *source, err error) {
 	switch {
 	case errors.Is(err, digest.ErrMismatch), errors.Is(err, errMessage), errors.Is(err, errLength):
 		// It has said which chain it goes by, or how long the piece is, and does not hold to it.
-		d.lied(src, err)
+		d.caught(src, err)
 	case errors.Is(err, p2p.ErrNoSpace), errors.Is(err, os.ErrPermission):
 		d.cancel(fmt.Errorf("fetch %s: %w", d.digest, err)) // it is ours
 	case errors.As(err, &refused):
 		d.refused(src, refused)
 	default:
 		// It may have gone, or be stopped or slow, or the network, or this host may have been: it may come back.
-		d.rest(src, 200*time.Millisecond<<min(src.failed, 4))
+		d.pause(src, 200*time.Millisecond<<min(src.failed, 4))
 		d.s.log.Debug("a source failed", "digest", d.digest, "peer", src.id.String(), "error", err)
 	}
 }
@@ -280,7 +280,7 @@ func (d *download) refused(src *source, e *statusError) {
 		src.stated = d.chains[h] != nil && h != d.active
 		src.chain, src.dry = h, false
 		if !src.stated {
-			d.rest(src, tickInterval) // and then it is asked which
+			d.pause(src, tickInterval) // and then it is asked which
 		}
 	case http.StatusNotFound:
 		// It may have it again later, which a search tells.
@@ -289,20 +289,20 @@ func (d *download) refused(src *source, e *statusError) {
 			d.sched.RemoveSource(string(src.id))
 		}
 	case http.StatusServiceUnavailable, http.StatusTooManyRequests:
-		d.rest(src, 500*time.Millisecond)
+		d.pause(src, 500*time.Millisecond)
 	default:
 		if e.code >= 500 {
-			d.rest(src, 200*time.Millisecond<<min(src.failed, 4))
+			d.pause(src, 200*time.Millisecond<<min(src.failed, 4))
 			return
 		}
 		d.exclude(src)
 	}
 }
 
-// rest leaves a source alone for a while.
-func (d *download) rest(src *source, pause time.Duration) {
+// pause leaves a source alone for a while.
+func (d *download) pause(src *source, length time.Duration) {
 	src.failed++
-	src.resting, src.away = true, time.Now().Add(pause)
+	src.paused, src.away = true, time.Now().Add(length)
 	if d.sched != nil {
 		d.sched.RemoveSource(string(src.id))
 	}
@@ -316,8 +316,8 @@ func (d *download) exclude(src *source) {
 	}
 }
 
-// lied excludes a source that was caught, and has it shunned for a while.
-func (d *download) lied(src *source, err error) {
+// caught excludes a source that was caught, and has it shunned for a while.
+func (d *download) caught(src *source, err error) {
 	src.problem = err
 	d.exclude(src)
 	d.s.caught(src.id, d.digest, err)
@@ -335,10 +335,10 @@ func (d *download) askNews(src *source, want *schedule.Set) {
 		_, _, err := d.transfer(r, id, task, &pieceRequest{links: active, news: true, want: want},
 			func(reply *pieceReply) { have = reply.have })
 		none := err == nil && (have == nil || !have.Intersects(want))
-		// Who expects more keeps the request waiting.
+		// A peer that expects more keeps the request waiting.
 		dry := none && time.Since(began) < maxNewsWait/2
 		if none {
-			// Who answers at once, again and again, is not to keep us busy.
+			// A peer that answers at once, again and again, is not to keep us busy.
 			t := time.NewTimer(tickInterval)
 			defer t.Stop()
 			select {
@@ -355,7 +355,7 @@ func (d *download) askNews(src *source, want *schedule.Set) {
 				d.failed(src, err)
 				return
 			}
-			src.failed, src.resting, src.have = 0, false, have
+			src.failed, src.paused, src.have = 0, false, have
 			if dry && !src.dry {
 				d.lastEnd = time.Now()
 			}

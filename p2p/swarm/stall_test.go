@@ -149,7 +149,7 @@ func TestSilentSource(t *testing.T) {
 	b.want(t, task, data)
 }
 
-// Who falls silent for longer than a peer may is asked again: nothing is held against it.
+// A peer that is silent for longer than it may be is asked again: nothing is held against it.
 func TestStallIsNoVerdict(t *testing.T) {
 	if testing.Short() {
 		t.Skip("-short: takes long")
@@ -262,7 +262,7 @@ func TestLostMeanwhile(t *testing.T) {
 	}
 }
 
-// Whoever has just said that it has a blob, and is gone before any of it came, is not waited for.
+// A peer that has just said that it has a blob, and is gone before any of it came, is not waited for.
 func TestGoneBeforeItBegins(t *testing.T) {
 	for _, size := range []int{1000, gateSize} { // of one piece, and of many
 		h := newHub()

@@ -347,7 +347,7 @@ func (s *Swarm) tend() {
 	}
 }
 
-// caught notes that a peer lied about a blob.
+// caught notes that a peer sent something false of a blob.
 func (s *Swarm) caught(p peer.ID, d digest.Digest, err error) {
 	e := s.peers.get(p)
 	if v := e.version(); v != "" && v != s.opts.Version {

@@ -36,7 +36,7 @@ type hub struct {
 	providers map[Key]map[peer.ID]bool
 	cut       func(a, b peer.ID) bool
 	hung      map[peer.ID]bool // what is sent to them gets lost, and nothing says so
-	ghosts    map[peer.ID]bool // that have gone; who connects with them waits
+	ghosts    map[peer.ID]bool // that have gone; a peer that connects with them waits
 	noTCP     bool             // pieces go over the network's streams
 }
 

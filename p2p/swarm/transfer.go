@@ -84,8 +84,8 @@ func (d *download) done(req schedule.Request, src *source, have *schedule.Set, p
 		}
 	case err == nil:
 		src.failed = 0
-		if src.resting { // another request had failed
-			src.resting = false
+		if src.paused { // another request had failed
+			src.paused = false
 			d.offer(src)
 		}
 		d.progress, d.lastPiece = time.Now(), time.Now()

@@ -33,7 +33,7 @@ import (
 // With TLS 1.3 the identity is in the certificates, as libp2p has it, and the
 // unique thing is the exporter value (RFC 8446, 7.5). Plain connections, which
 // have to be asked for, sign and authenticate two nonces instead: what passes
-// can be read and, by who controls the network, be changed; blobs are proven
+// can be read and, by those who control the network, be changed; blobs are proven
 // against their digests all the same.
 
 // plainMagic begins a plain connection. A TLS one begins with 0x16.
@@ -109,8 +109,8 @@ func (s *security) proof(role string, binding []byte) []byte {
 	return mac.Sum(nil)
 }
 
-// prove exchanges proofs. The client's goes first, so that who does not have
-// the key learns nothing from a server.
+// prove exchanges proofs. The client's goes first, so that one that does not have
+// the key is told nothing by a server.
 func (s *security) prove(c net.Conn, client bool, binding []byte) error {
 	mine, theirs := "server", "client"
 	if client {
@@ -197,7 +197,7 @@ func (s *security) securePlain(c net.Conn, client bool, want peer.ID) (net.Conn,
 		opening = append([]byte(plainMagic), mine...)
 	}
 	theirs := make([]byte, len(mine))
-	// Who is asked answers only to who is a member, and in the order in which
+	// The one that is asked answers only to a member, and in the order in which
 	// each can check the other.
 	if _, err := c.Write(opening); err != nil {
 		return nil, "", err
@@ -423,7 +423,7 @@ func withConn(ctx context.Context, c net.Conn) context.Context {
 	return context.WithValue(ctx, peerKey{}, c)
 }
 
-// peerOf returns who a request is from.
+// peerOf returns the peer that a request is from.
 func peerOf(r *http.Request) peer.ID {
 	if c, ok := r.Context().Value(peerKey{}).(*inbound); ok && c.handshake() == nil {
 		return c.id

@@ -105,7 +105,7 @@ func TestMembership(t *testing.T) {
 		}
 	}
 	if _, _, c, s := meet(t, member, tlsOnly, true, ""); c == nil || s == nil {
-		t.Errorf("a plain connection to who wants TLS: %v, %v", c, s)
+		t.Errorf("a plain connection to a peer that wants TLS: %v, %v", c, s)
 	}
 }
 
@@ -131,7 +131,7 @@ func TestGarbageIsNoHandshake(t *testing.T) {
 	}
 }
 
-// Who does not have the key gets nothing from a daemon, and nothing to it.
+// A host without the key gets nothing from a daemon, and nothing to it.
 func TestStrangers(t *testing.T) {
 	h := newHub()
 	a := h.start(t)
@@ -165,7 +165,7 @@ func TestStrangers(t *testing.T) {
 	}
 }
 
-// TestUnproven: however many connect and prove nothing, from the same address, too, who has
+// TestUnproven: however many connect and prove nothing, from the same address, too, a peer that has
 // the key gets in.
 func TestUnproven(t *testing.T) {
 	if testing.Short() {
@@ -316,19 +316,19 @@ func TestCertificateOfAClockAhead(t *testing.T) {
 	}
 	_, _, c, _ := meet(t, ahead, server, false, serverID)
 	if c == nil || errors.Is(c, errNotMember) || !strings.Contains(c.Error(), "clock is behind") {
-		t.Errorf("who is ahead is told %v", c)
+		t.Errorf("a peer that is ahead is told %v", c)
 	}
 	if err := server.trouble(); err == nil ||
 		!strings.Contains(err.Error(), "the clock of this host is behind, or that of the other is ahead") {
-		t.Errorf("who was called says %v", err)
+		t.Errorf("the peer that was called says %v", err)
 	}
 	if _, _, c, _ := meet(t, server, ahead, false, aheadID); !isEarly(c) {
-		t.Errorf("who calls one that is ahead gets %v", c)
+		t.Errorf("a peer that calls one that is ahead gets %v", c)
 	}
 }
 
-// TestSayNothing: who connects and proves nothing, or proves it and asks for nothing, is closed within seconds, and not
-// counted any more. It runs with a clock of its own.
+// TestSayNothing: a peer that connects and proves nothing, or proves it and asks for nothing, is
+// closed within seconds, and not counted any more. It runs with a clock of its own.
 func TestSayNothing(t *testing.T) {
 	server, _ := testSecurity(t, "key", false)
 	member, _ := testSecurity(t, "key", false)
@@ -385,7 +385,7 @@ func pipeOf(t *testing.T) (dialled, accepted net.Conn) {
 	return dialled, accepted
 }
 
-// half makes an end of a TLS connection as far as one can who does not have the key.
+// half makes an end of a TLS connection as far as a host can that does not have the key.
 func half(t *testing.T, s *security, raw net.Conn, client bool) net.Conn {
 	t.Helper()
 	config, _ := s.tls.ConfigForPeer("")
@@ -400,7 +400,7 @@ func half(t *testing.T, s *security, raw net.Conn, client bool) net.Conn {
 	return c
 }
 
-// TestProofsOfOthers: who has no key has no use for the proofs of who has it. A client's own is
+// TestProofsOfOthers: a host without the key has no use for the proofs of one that has it. A client's own is
 // not one of a server, nor is that of another connection; and a server gives none before it has
 // seen one.
 func TestProofsOfOthers(t *testing.T) {
@@ -490,7 +490,7 @@ func TestProofsOfOthers(t *testing.T) {
 		c := half(t, stranger, ours, true)
 		c.Write(make([]byte, proofSize))
 		if n, err := c.Read(make([]byte, 1)); n > 0 {
-			t.Errorf("a server has said something to who has no key (%v)", err)
+			t.Errorf("a server has said something to a host without the key (%v)", err)
 		}
 		if err := <-done; !errors.Is(err, errNotMember) {
 			t.Errorf("a proof of zeros: %v", err)
@@ -528,7 +528,7 @@ func TestPlainAtBothEnds(t *testing.T) {
 		a := h.start(t, func(o *Options) { o.Plain = wants[0] })
 		data := bytes.Repeat([]byte("what is to stay secret "), 10_000)
 		task := a.add(t, "", data)
-		// Another one reaches it by way of who reads what passes.
+		// Another one reaches it by way of one that reads what passes.
 		l, err := net.Listen("tcp", "127.0.0.1:0")
 		if err != nil {
 			t.Fatal(err)

@@ -202,7 +202,7 @@ func (up *upload) askedBy(p peer.ID) []peer.ID {
 			others = append(others, id)
 		}
 	}
-	// Who comes back has been told; now and then it is told of those who came since.
+	// A peer that comes back has been told; now and then it is told of those who came since.
 	if known && rand.IntN(8) != 0 {
 		return nil
 	}

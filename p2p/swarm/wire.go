@@ -97,7 +97,7 @@ type hello struct {
 	OldestProtocol int       `json:"oldestProtocol,omitempty"` // that it understands; 0: 1
 	Clock          time.Time `json:"clock,omitzero"`           // what time it has
 	Instance       string    `json:"instance,omitempty"`       // which run of it this is
-	// where a peer with the identity of who asks was seen, too
+	// where a peer with the identity of the one that asks was seen, too
 	Twin string `json:"twin,omitempty"`
 
 	date string // of the HTTP answer
@@ -204,7 +204,7 @@ type taskState struct {
 	After     time.Time `json:"after,omitzero"`     // pieces.Version.After of it
 	Referred  bool      `json:"referred,omitempty"` // another task refers to it there
 	Lacks     bool      `json:"lacks,omitempty"`    // a manifest that has lost a part there
-	Hints     []hint    `json:"hints,omitempty"`    // who else has it, or a part of it
+	Hints     []hint    `json:"hints,omitempty"`    // other peers that have it, or a part of it
 }
 
 // bytes returns about how many it takes in memory.
@@ -253,7 +253,7 @@ type nameState struct {
 	Digest  digest.Digest `json:"digest,omitempty"` // empty: it only knows that it was deleted
 	Updated time.Time     `json:"updated"`
 	After   time.Time     `json:"after,omitzero"`  // pieces.Version.After of it
-	LetGo   bool          `json:"letGo,omitempty"` // whoever pointed it there let go of what it stood for before
+	LetGo   bool          `json:"letGo,omitempty"` // the host that pointed it there let go of what it stood for before
 	Deleted time.Time     `json:"deleted"`         // zero: not that it knows
 	// DeletedAfter is pieces.Version.After of the delete.
 	DeletedAfter time.Time `json:"deletedAfter,omitzero"`
@@ -548,7 +548,7 @@ func parsePieceRequest(b []byte) (*pieceRequest, error) {
 type pieceReply struct {
 	piece int           // -1: none follows
 	have  *schedule.Set // what the peer has
-	hints hints         // who else asks for the blob
+	hints hints         // other peers that ask for the blob
 }
 
 func (r *pieceReply) append(b []byte) ([]byte, error) {
@@ -601,18 +601,18 @@ func readPieceReply(r io.Reader, n int) (*pieceReply, error) {
 	if int64(haveSize) > int64(n+7)/8 || hintSize > maxHintBytes {
 		return nil, fmt.Errorf("%w: header of %d and %d bytes", errMessage, haveSize, hintSize)
 	}
-	rest := make([]byte, haveSize+hintSize)
-	if _, err := io.ReadFull(r, rest); err != nil {
+	tail := make([]byte, haveSize+hintSize)
+	if _, err := io.ReadFull(r, tail); err != nil {
 		return nil, err
 	}
 	var err error
 	if flags&flagWhole != 0 {
 		reply.have = schedule.FullSet(n)
-	} else if reply.have, err = schedule.ParseSet(n, rest[:haveSize]); err != nil {
+	} else if reply.have, err = schedule.ParseSet(n, tail[:haveSize]); err != nil {
 		return nil, fmt.Errorf("%w: %w", errMessage, err)
 	}
 	if hintSize > 0 {
-		if err := decodeJSON(rest[haveSize:], &reply.hints); err != nil {
+		if err := decodeJSON(tail[haveSize:], &reply.hints); err != nil {
 			return nil, err
 		}
 		reply.hints = reply.hints[:min(len(reply.hints), maxHints)]

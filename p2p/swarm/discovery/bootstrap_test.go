@@ -129,7 +129,7 @@ func TestFailuresAreLoggedOnce(t *testing.T) {
 	eventually(t, "the success is logged", func() bool { return log.count("that had failed") == 1 })
 }
 
-// All addresses of a name are asked, and who is this host itself is none.
+// All addresses of a name are asked, and this host itself is none.
 func TestTryEach(t *testing.T) {
 	if err := tryEach([]int{1, 2, 3}, func(i int) error {
 		if i == 2 {

@@ -304,7 +304,7 @@ func newTCP(u transport.Upgrader, r network.ResourceManager) (*tcp.TcpTransport,
 // newResources bounds connections to a multiple of maxPeers, and other resources
 // by memory as libp2p does, but nothing by address: all hosts behind a router,
 // and all daemons in a test, have the same. Connections that are not proven yet
-// have a smaller bound before (see upgrader), which lets in who comes.
+// have a smaller bound before (see upgrader), which lets in those that come.
 func newResources(maxPeers int) (network.ResourceManager, error) {
 	limits := rcmgr.DefaultLimits
 	libp2p.SetDefaultServiceLimits(&limits)
@@ -431,7 +431,7 @@ func (n *Network) Connect(ctx context.Context, p peer.AddrInfo) error {
 		}
 		p = found
 	}
-	// Who calls knows when to try again; libp2p's own pause grows to 5 minutes.
+	// The caller knows when to try again; libp2p's own pause grows to 5 minutes.
 	if s, ok := n.host.Network().(*libp2pswarm.Swarm); ok {
 		s.Backoff().Clear(p.ID)
 	}
@@ -621,12 +621,12 @@ func (f found) HandlePeerFound(info peer.AddrInfo) {
 		f.n.askTwin(info.Addrs)
 		return
 	}
-	f.n.learn(info)
+	f.n.addPeer(info)
 }
 
 // askTwin has Options.Resolve ask who is where mDNS has found this very peer, as far as
 // that is not this host: it tells both where another one has the same identity. No
-// connection would: libp2p makes none with who has its own.
+// connection would: libp2p makes none with a host that has its own.
 func (n *Network) askTwin(addrs []multiaddr.Multiaddr) {
 	mine, err := n.host.Network().InterfaceListenAddresses()
 	if err != nil || n.opts.Resolve == nil || !n.asking.TryLock() {

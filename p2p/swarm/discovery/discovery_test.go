@@ -193,7 +193,7 @@ func TestProvidersNeverNamesSelfAndEachOnce(t *testing.T) {
 			return len(ids) == 2
 		})
 	}
-	// Who breaks out of the loop leaves nothing behind (goleak), nor does who gives up.
+	// A caller that breaks out of the loop leaves nothing behind (goleak), nor does one that gives up.
 	for range a.Providers(t.Context(), key(1)) {
 		break
 	}

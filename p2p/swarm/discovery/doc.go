@@ -16,7 +16,7 @@
 //
 // Any peer will do to get in. It is found by multicast DNS on the same network,
 // by a bootstrap entry or a line of the peers file (see [Options]), or in the
-// state file that the last run left. Whoever is connected is asked, over the
+// state file that the last run left. Connected peers are asked, over the
 // protocol /dfcache/peers/1, for the peers that it is connected with, and so on,
 // until all of a small swarm are connected with all, and each of a large one
 // with 64 or more. Nothing is ever given up: what failed is tried again, fast

@@ -100,7 +100,7 @@ func (b *book) evict() {
 	delete(b.peers, oldest)
 }
 
-// alive notes that peers are connected, and forgets who was away too long.
+// alive notes that peers are connected, and forgets those that were away too long.
 func (b *book) alive(connected []peer.ID, now time.Time) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -209,8 +209,8 @@ func (b *book) isDirty() bool {
 	return b.dirty
 }
 
-// learn puts a peer in the book, if it is another one, and has it dialled.
-func (n *Network) learn(info peer.AddrInfo) {
+// addPeer puts a peer in the book, if it is another one, and has it dialled.
+func (n *Network) addPeer(info peer.AddrInfo) {
 	if info.ID == n.Self() || info.ID.Validate() != nil {
 		return
 	}
@@ -252,7 +252,7 @@ func (n *Network) maintain(ctx context.Context) {
 					}
 				}
 			}
-			// Who is new is asked at once (see onEvent). Somebody is asked now and
+			// A new peer is asked at once (see onEvent). Somebody is asked now and
 			// then, since those who came at the same time were not known yet.
 			if len(connected) > 0 && len(connected) < n.mesh() &&
 				(ticks%60 == 0 || n.askSoon.CompareAndSwap(true, false)) {
@@ -367,14 +367,14 @@ func (n *Network) onEvent(ctx context.Context, e any) {
 	}
 }
 
-// ask learns from p with whom it is connected.
+// ask asks p with whom it is connected.
 func (n *Network) ask(ctx context.Context, p peer.ID) {
 	infos, err := n.askPeers(ctx, p)
 	if err != nil {
 		n.log.Debug("a peer did not tell its peers", "peer", p, "error", err)
 	}
 	for _, info := range infos {
-		n.learn(info)
+		n.addPeer(info)
 	}
 }
 
@@ -403,7 +403,7 @@ func (n *Network) askPeers(ctx context.Context, p peer.ID) ([]peer.AddrInfo, err
 	return infos, s.Close()
 }
 
-// tellPeers answers the protocol /dfcache/peers/1: to whoever opens a stream it
+// tellPeers answers the protocol /dfcache/peers/1: to a peer that opens a stream it
 // writes, as JSON, up to 64 of the peers that it is connected with.
 func (n *Network) tellPeers(s network.Stream) {
 	defer s.Close()
@@ -492,9 +492,9 @@ func seenAt(at multiaddr.Multiaddr, told []multiaddr.Multiaddr) (addrs []multiad
 	}
 	ip, _ := multiaddr.SplitFirst(at)
 	for _, t := range told {
-		first, rest := multiaddr.SplitFirst(t)
+		first, others := multiaddr.SplitFirst(t)
 		if ip != nil && first != nil && first.Code() == ip.Code() && manet.IsThinWaist(t) && !isRelayed(t) {
-			addrs = append(addrs, multiaddr.Join(ip, rest))
+			addrs = append(addrs, multiaddr.Join(ip, others))
 		}
 	}
 	return addrs
@@ -509,7 +509,7 @@ func publicOf(addrs []multiaddr.Multiaddr) []multiaddr.Multiaddr {
 	return addrs
 }
 
-// poke wakes who waits for c, which has a buffer of one.
+// poke wakes the one that waits for c, which has a buffer of one.
 func poke(c chan struct{}) {
 	select {
 	case c <- struct{}{}:

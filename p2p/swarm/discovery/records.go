@@ -198,7 +198,7 @@ func (r *records) len() int {
 }
 
 // expire drops what is too old. Batches arrive a little out of order, so that a
-// record may outlive its time by as much; who reads them checks the time again.
+// record may outlive its time by as much; a reader checks the time again.
 func (r *records) expire() {
 	limit := r.now().Add(-r.validity).UnixNano()
 	for r.oldest != none && r.slots[r.oldest].at < limit {

@@ -251,7 +251,7 @@ func (r *relays) tend(ctx context.Context, now time.Time) {
 	if lost {
 		r.asking.Go(r.tell)
 	}
-	// Who has a relay itself can be reached by fewer.
+	// A host that has a relay itself can be reached by fewer.
 	relayed := func(p peer.ID) int {
 		if slices.ContainsFunc(r.n.host.Peerstore().Addrs(p), isRelayed) {
 			return 1
@@ -264,9 +264,9 @@ func (r *relays) tend(ctx context.Context, now time.Time) {
 	}
 }
 
-// connectDirectly tries again and again, with growing pauses, to do without relays. Who
+// connectDirectly tries again and again, with growing pauses, to do without relays. One that
 // has dialled a peer in vain, and then over a relay, dials it once more: its router may
-// have opened a port meanwhile. Who was connected with punches a hole, which does not
+// have opened a port meanwhile. The one that was connected with punches a hole, which does not
 // always come about when a peer comes, when libp2p tries.
 func (r *relays) connectDirectly(ctx context.Context, now time.Time) {
 	r.mu.Lock()

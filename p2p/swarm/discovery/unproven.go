@@ -18,8 +18,8 @@ const (
 	provingTimeout = 10 * time.Second
 )
 
-// upgrader has the connections that are accepted, and not proven yet, in a pool of their own: who
-// has no key can't keep out who has. libp2p has one pool for all, and refuses who
+// upgrader has the connections that are accepted, and not proven yet, in a pool of their own: a host that
+// has no key can't keep out one that has. libp2p has one pool for all, and refuses those that
 // comes when it is full.
 type upgrader struct {
 	transport.Upgrader

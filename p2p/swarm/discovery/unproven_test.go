@@ -86,8 +86,8 @@ type overTCP struct{ net.Conn }
 func (overTCP) LocalAddr() net.Addr  { return &net.TCPAddr{IP: net.IPv4(10, 0, 0, 1), Port: 1} }
 func (overTCP) RemoteAddr() net.Addr { return &net.TCPAddr{IP: net.IPv4(10, 0, 0, 2), Port: 2} }
 
-// TestProvingTimeout: who has not proven that it is a member in time is closed, and not counted any
-// more. Who has, stays.
+// TestProvingTimeout: a peer that has not proven that it is a member in time is closed, and not counted any
+// more. One that has, stays.
 func TestProvingTimeout(t *testing.T) {
 	for name, proves := range map[string]bool{"nothing": false, "in time": true} {
 		t.Run(name, func(t *testing.T) {

@@ -1,5 +1,5 @@
 // Package schedule is the rule by which the pieces of a blob move through a
-// swarm: which piece is asked of whom, who is served, and which piece is sent.
+// swarm: which piece is asked of whom, which peer is served, and which piece is sent.
 // It has no clock, no goroutines and no I/O, so the daemon and a simulation of
 // thousands of peers run the same code. Its types are not safe for concurrent
 // use: the caller has a lock for each.
@@ -15,7 +15,7 @@
 //	Download.Answered the answer begins
 //	Download.Slow     hardly anything comes
 //	Download.Done     the piece is here        Uploads.End
-//	Download.Idle     who has nothing wanted, and is to tell when it has
+//	Download.Idle     the sources that have nothing wanted, and is to tell when it has
 //
 // The want sets of requests under way are disjoint, and that of one that has been
 // answered shrinks to the piece that is coming: no piece comes twice. Only of the

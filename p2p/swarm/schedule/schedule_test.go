@@ -26,7 +26,7 @@ func TestUploads(t *testing.T) {
 		u.Ask("a", full)
 	}
 	u.Ask("b", full)
-	// Who is sent nothing comes first; the piece is the one sent least often.
+	// A peer that was sent nothing comes first; the piece is the one sent least often.
 	got, turns := grants(u, full)
 	if !slices.Equal(got, []string{"a:0", "b:1"}) || u.Waiting() != 1 {
 		t.Fatalf("granted are %v", got)
@@ -50,10 +50,10 @@ func TestUploads(t *testing.T) {
 	}
 	gone := u.Ask("d", full)
 	if !u.Leave(gone) || u.Leave(gone) {
-		t.Error("who leaves is told twice that it waited, or never")
+		t.Error("a peer that leaves is told twice that it waited, or never")
 	}
 	if got, _ := grants(u, full); len(got) > 0 {
-		t.Errorf("granted are %v to who left", got)
+		t.Errorf("granted are %v to one that left", got)
 	}
 }
 
@@ -156,7 +156,7 @@ func TestSourcesTakeTurns(t *testing.T) {
 	for _, r := range all[1:] {
 		d.Cancel(r.ID)
 	}
-	// Who is behind with one request is asked for nothing else where there are others.
+	// A source that is behind with one request is asked for nothing else where there are others.
 	d.Slow(all[0].ID)
 	for _, r := range wants(d) {
 		if r.Source == "a" {
@@ -233,7 +233,7 @@ func TestIdle(t *testing.T) {
 	if len(idle) != 1 || !idle["empty"].Full() {
 		t.Errorf("idle are %v", idle)
 	}
-	// Who is asked for something, or can be, is not idle.
+	// A source that is asked for something, or can be, is not idle.
 	d.SetSource("part", setOf(3, 0))
 	d.RemoveSource("full")
 	d.RemoveSource("empty")
@@ -386,7 +386,7 @@ func TestModel(t *testing.T) {
 	}
 }
 
-// What one source is slow with is asked of another, and comes from whoever is first.
+// What one source is slow with is asked of another, and comes from the one that is first.
 func TestSlow(t *testing.T) {
 	d := NewDownload(2, nil, Limits{Requests: 2, PerSource: 4})
 	d.SetSource("a", FullSet(2))

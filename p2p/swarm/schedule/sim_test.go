@@ -299,7 +299,7 @@ type listener struct {
 	want *Set
 }
 
-// tell tells who listens for what is there.
+// tell tells the listeners what is there.
 func (n *node) tell() {
 	n.listeners = slices.DeleteFunc(n.listeners, func(l listener) bool {
 		if n.here && !l.want.Intersects(n.download.Held()) {

@@ -6,7 +6,7 @@ import (
 	"slices"
 )
 
-// Uploads is an uploader's side of one blob: who is served now, and with which
+// Uploads is an uploader's side of one blob: which peer is served now, and with which
 // piece. It is not safe for concurrent use.
 type Uploads struct {
 	slots   int
