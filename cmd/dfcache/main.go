@@ -55,6 +55,7 @@ type app struct {
 
 	// The global flags. What is empty by default is filled in by load.
 	cid         string
+	asName      bool
 	tag         string
 	timeout     time.Duration
 	workHome    string
@@ -81,6 +82,7 @@ func (a *app) globalFlags(cmd *cobra.Command) {
 	f := cmd.PersistentFlags()
 	f.StringVarP(&a.cid, "cid", "i", "",
 		"content or cache `ID`: an OCI digest of the content (sha256:HEX), or a name of your own")
+	f.BoolVar(&a.asName, "as-name", false, "take a --cid of hex digits alone, as sha256sum prints a digest, for a name")
 	f.StringVarP(&a.tag, "tag", "t", "", "namespace of the cid: the same cid under different `tag`s is different files")
 	f.DurationVar(&a.timeout, "timeout", 0, "bound for the whole operation, for example 90s; 0 is infinite")
 	f.StringVar(&a.workHome, "workhome", "", "working `directory` (default /var/lib/dfcache for root, else dragonfly "+

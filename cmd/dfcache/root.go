@@ -22,7 +22,9 @@ default socket.
 
 A file is named by a cid (--cid): an OCI digest of its content, which is checked
 whenever the file is imported or exported, or a cache ID, which is a name of
-your own. A tag (--tag) is a namespace: the same cid under two tags is two files.
+your own. A digest without its algorithm, as sha256sum prints it, is refused, unless
+--as-name says that it is a name. A tag (--tag) is a namespace: the same cid under
+two tags is two files.
 
 SETTINGS
 ========

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -186,8 +187,26 @@ func (s *session) checkNames() error {
 	if s.cid == "" {
 		return nil
 	}
-	_, err := digest.ParseCID(s.cid)
-	return err
+	if _, err := digest.ParseCID(s.cid); err != nil {
+		return err
+	}
+	return s.checkBareDigest(s.cid)
+}
+
+// checkBareDigest refuses a cid that is a digest without its algorithm, as sha256sum prints
+// it: it would be a name, and nothing would be checked.
+func (a *app) checkBareDigest(cid string) error {
+	bare := strings.ToLower(cid)
+	if a.asName || strings.Trim(bare, "0123456789abcdef") != "" {
+		return nil
+	}
+	for _, alg := range []digest.Algorithm{digest.SHA256, digest.SHA384, digest.SHA512} {
+		if len(bare) == 2*alg.Size() {
+			return exit.Usage(fmt.Errorf("cid %q is a digest without its algorithm: pass %s:%s to have the content "+
+				"checked against it, or --as-name where it is a name", cid, alg, bare))
+		}
+	}
+	return nil
 }
 
 // repository opens the part of the store under --tag. The caller calls done
