@@ -204,5 +204,5 @@ func (s *session) printDeletion(what string, result deletion) error {
 			fmt.Fprintf(s.stderr, "  %s\n", m)
 		}
 	}
-	return s.result.print(s.stdout, result, text.String())
+	return s.report(s.out, result, text.String())
 }

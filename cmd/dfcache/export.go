@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"slices"
 
@@ -137,7 +138,7 @@ func (s *session) exportFile(ctx context.Context, output string, opts blobstore.
 		opts.Progress, end = s.progress("export", size)
 	}
 	var file blobstore.File
-	result := s.stdout
+	var result io.Writer = s.out
 	if output == "-" {
 		result = s.stderr
 		file, err = repo.Export(ctx, s.cid, s.stdout, opts)
@@ -160,7 +161,7 @@ func (s *session) exportFile(ctx context.Context, output string, opts blobstore.
 	text.describe(file)
 	text.from(file)
 	text.files(file)
-	return s.result.print(result, file, text.String())
+	return s.report(result, file, text.String())
 }
 
 // maxSources is the number of peers that are named as those a file came from.

@@ -175,7 +175,7 @@ func (s *session) imports(
 		text.add("replicas", "%d: %s", len(result.replicas), strings.Join(result.replicas, ", "))
 	}
 	text.files(file)
-	return s.result.print(s.stdout, result, text.String())
+	return s.report(s.out, result, text.String())
 }
 
 // imported is the result of an import.

@@ -119,7 +119,7 @@ func (s *session) list(ctx context.Context, tagGiven bool) error {
 		s.warn(fmt.Sprintf("what has arrived in part is not listed: %v", err))
 	}))
 	// It may be long: what is printed goes out before the end is known.
-	out := bufio.NewWriterSize(s.stdout, 64<<10)
+	out := bufio.NewWriterSize(s.out, 64<<10)
 	switch s.result.name {
 	case jsonFormat:
 		err = listJSON(out, entries)

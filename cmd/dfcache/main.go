@@ -23,6 +23,7 @@ import (
 	"github.com/dfcache/dfcache/cmd/internal/exit"
 	"github.com/dfcache/dfcache/cmd/internal/paths"
 	"github.com/dfcache/dfcache/cmd/internal/settings"
+	"github.com/dfcache/dfcache/cmd/internal/stdio"
 )
 
 func main() { os.Exit(run(os.Args[1:])) }
@@ -34,7 +35,7 @@ func run(args []string) int {
 	// A second signal ends the process at once, should something hang.
 	context.AfterFunc(ctx, stop)
 
-	a := &app{stdin: os.Stdin, stdout: os.Stdout, stderr: os.Stderr}
+	a := &app{stdin: os.Stdin, stdout: os.Stdout, stderr: os.Stderr, out: &stdio.Output{}}
 	root := a.root()
 	root.SetArgs(args)
 	// A plugin takes the place of this process. Where there is none of that
@@ -42,6 +43,9 @@ func run(args []string) int {
 	err := a.runPlugin(root, args)
 	if err == nil {
 		err = root.ExecuteContext(ctx)
+	}
+	if err == nil && a.out.Err() != nil {
+		err = fmt.Errorf("print: %w", a.out.Err())
 	}
 	if err != nil {
 		fmt.Fprintf(a.stderr, "dfcache: %v\n", err)
@@ -52,6 +56,7 @@ func run(args []string) int {
 // app is one run of dfcache: its files, and the values of its flags.
 type app struct {
 	stdin, stdout, stderr *os.File
+	out                   *stdio.Output // stdout, for what is printed
 
 	// The global flags. What is empty by default is filled in by load.
 	cid         string

@@ -106,7 +106,7 @@ func (s *session) peers(ctx context.Context) error {
 	for _, p := range found {
 		peers = append(peers, newKnownPeer(p))
 	}
-	return s.result.print(s.stdout, peers, peersText(peers))
+	return s.result.print(s.out, peers, peersText(peers))
 }
 
 func peersText(peers []knownPeer) string {

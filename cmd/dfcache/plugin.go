@@ -43,7 +43,7 @@ are. It also says why one is not usable.
 		PreRunE: a.load,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			plugins := findPlugins(a.pluginDirs(), builtIn(cmd.Root()))
-			return a.result.print(a.stdout, plugins, pluginText(plugins))
+			return a.result.print(a.out, plugins, pluginText(plugins))
 		},
 	}
 	a.result.flags(cmd)

@@ -104,7 +104,16 @@ func (r *resultFormat) print(w io.Writer, v any, text string) error {
 		out.WriteString(text)
 	}
 	if _, err := w.Write(out.Bytes()); err != nil {
-		return fmt.Errorf("print result: %w", err)
+		return fmt.Errorf("print result: %w", exit.Printing(err))
+	}
+	return nil
+}
+
+// report prints the result of a command that changes something, and says where that fails that the
+// change is made.
+func (s *session) report(w io.Writer, v any, text string) error {
+	if err := s.result.print(w, v, text); err != nil {
+		return fmt.Errorf("the %s is done, but: %w", s.command, err)
 	}
 	return nil
 }

@@ -31,8 +31,9 @@ import (
 // session is what a command that works on the store has around it.
 type session struct {
 	*app
-	log   *slog.Logger
-	trace *tracing.Tracing
+	command string // its name
+	log     *slog.Logger
+	trace   *tracing.Tracing
 }
 
 // session runs work within the timeout, and with log, profiles and traces.
@@ -67,7 +68,7 @@ func (a *app) session(cmd *cobra.Command, console io.Writer, work func(context.C
 		}
 	}()
 
-	s := &session{app: a, log: log}
+	s := &session{app: a, command: cmd.Name(), log: log}
 	stop, err := profiling.Start(a.pprofPort, func(text string) { fmt.Fprintln(a.stderr, text) })
 	if err != nil {
 		return exit.Usage(err)

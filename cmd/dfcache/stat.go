@@ -104,7 +104,7 @@ func (s *session) stat(ctx context.Context, lookup blobstore.Lookup) error {
 		text.add("last used", "%s", moment(file.LastUsed))
 	}
 	text.parts(d)
-	return s.result.print(s.stdout, d, text.String())
+	return s.result.print(s.out, d, text.String())
 }
 
 // manifest adds what a manifest is, where it is not just the name of one file.

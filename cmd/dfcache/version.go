@@ -21,7 +21,7 @@ The "version" command says which build of dfcache this is.
 		PreRunE: a.load,
 		RunE: func(*cobra.Command, []string) error {
 			info := build.Get()
-			return a.result.print(a.stdout, info, info.String())
+			return a.result.print(a.out, info, info.String())
 		},
 	}
 	a.result.flags(cmd)

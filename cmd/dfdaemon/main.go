@@ -18,10 +18,16 @@ import (
 	"github.com/dfcache/dfcache/cmd/internal/manual"
 	"github.com/dfcache/dfcache/cmd/internal/paths"
 	"github.com/dfcache/dfcache/cmd/internal/settings"
+	"github.com/dfcache/dfcache/cmd/internal/stdio"
 )
 
 func main() {
-	err := newRoot().Execute()
+	root, out := newRoot(), &stdio.Output{}
+	root.SetOut(out)
+	cmd, err := root.ExecuteC()
+	if err == nil && cmd != root { // which prints log records, at most
+		err = out.Err()
+	}
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "dfdaemon: %v\n", err)
 	}

@@ -50,7 +50,7 @@ var Codes = []struct {
 	{Timeout, "timeout", "the time given by --timeout or --shutdown-timeout was not enough"},
 	{Unavailable, "no daemon",
 		"no dfdaemon answers, or another process holds the data directory, the socket or an address to listen at"},
-	{NoSpace, "no space", "a disk or a quota is full"},
+	{NoSpace, "no space", "the disk that content was to go to is full, or a quota is"},
 	{Corrupt, "corrupt", "stored content is damaged"},
 	{OutputExists, "output exists", "the output exists and --overwrite was not given"},
 	{Referenced, "referenced", "other content still refers to what was to be deleted"},
@@ -78,6 +78,8 @@ func Code(err error) int {
 		return OK
 	case errors.As(err, new(usageError)):
 		return Invalid
+	case errors.As(err, new(printError)):
+		return Failure
 	case is(digest.ErrMismatch):
 		return Mismatch
 	case is(digest.ErrCorrupt):
@@ -120,6 +122,21 @@ func Usage(err error) error {
 		return nil
 	}
 	return usageError{err}
+}
+
+// printError is a failure to print what a command has to say.
+type printError struct{ error }
+
+func (e printError) Unwrap() error { return e.error }
+
+// Printing marks err as a failure to print what a command has to say, when all else is done. Its
+// code is [Failure], whatever it is: a disk that is full is not one that content goes to. Printing of
+// nil is nil.
+func Printing(err error) error {
+	if err == nil {
+		return nil
+	}
+	return printError{err}
 }
 
 // FlagError is for [cobra.Command.SetFlagErrorFunc]: it marks err with [Usage]

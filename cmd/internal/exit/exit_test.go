@@ -41,6 +41,8 @@ func TestCode(t *testing.T) {
 		{p2p.ErrReferenced, 10},
 		{p2p.ErrUnreachable, 11},
 		{context.Canceled, 130},
+		{exit.Printing(syscall.ENOSPC), 1},
+		{exit.Printing(syscall.EPIPE), 1},
 
 		// Errors that are several things.
 		{exit.Usage(os.ErrExist), 2},
