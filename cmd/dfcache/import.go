@@ -13,6 +13,7 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/dfcache/dfcache/blobstore"
 	"github.com/dfcache/dfcache/cmd/internal/exit"
@@ -130,6 +131,9 @@ func (s *session) importPaths(ctx context.Context, paths []string, algorithm str
 			}
 			return file, err
 		})
+	}
+	if err := checkStdin(s.stdin); paths[0] == "-" && err != nil {
+		return err
 	}
 	var src io.Reader = s.stdin
 	title, size := "", int64(-1)
@@ -256,6 +260,21 @@ func inputs(cmd *cobra.Command, args []string) error {
 		return check(cmd, args)
 	}
 	return oneFile("input")(cmd, args)
+}
+
+// checkStdin reports what can't be imported whatever it has.
+func checkStdin(f *os.File) error {
+	if info, err := f.Stat(); err == nil && info.IsDir() {
+		return exit.Usage(errors.New("standard input is a directory: import it by its path"))
+	}
+	flags := 0
+	if raw, err := f.SyscallConn(); err == nil { // Fd would have the kernel wait for a pipe, without end
+		_ = raw.Control(func(fd uintptr) { flags, _ = unix.FcntlInt(fd, unix.F_GETFL, 0) })
+	}
+	if flags&unix.O_ACCMODE == unix.O_WRONLY {
+		return exit.Usage(errors.New("standard input is not open for reading"))
+	}
+	return nil
 }
 
 // oneFile checks that a file is named on the command line at most once: as an
