@@ -125,18 +125,14 @@ func (s *session) exportFile(ctx context.Context, output string, opts blobstore.
 	}
 	defer done()
 	ctx = p2p.WithNotice(ctx, func(text string) { fmt.Fprintf(s.stderr, "dfcache: waiting: %s\n", printable(text)) })
-	end := func() {}
-	if s.hasTerminal() {
-		size := int64(-1) // where something has to be chosen
+	var end func()
+	opts.Progress, end = s.progress(ctx, "export", func(ctx context.Context) int64 {
 		file, err := repo.Stat(ctx, s.cid, opts.Lookup)
-		switch {
-		case err == nil && !opts.All && len(opts.Files) == 0:
-			size = file.Size
-		case err != nil && !errors.Is(err, blobstore.ErrInvalid):
-			return err
+		if err != nil || opts.All || len(opts.Files) > 0 {
+			return -1 // the export says why; or where something is chosen
 		}
-		opts.Progress, end = s.progress("export", size)
-	}
+		return file.Size
+	})
 	var file blobstore.File
 	var result io.Writer = s.out
 	if output == "-" {
@@ -180,7 +176,8 @@ func (f *facts) from(file blobstore.File) {
 	sources := slices.SortedFunc(slices.Values(file.Sources),
 		func(a, b blobstore.Source) int { return cmp.Compare(b.Bytes, a.Bytes) })
 	for _, s := range sources[:min(len(sources), maxSources)] {
-		f.add("from", "peer %s (%s), %s", printable(s.Address), printable(s.Peer), bytesAndHuman(s.Bytes))
+		f.add("from", "peer %s (%s), %s", printable(cmp.Or(s.Address, "(no address)")), printable(s.Peer),
+			bytesAndHuman(s.Bytes))
 	}
 	if len(sources) > maxSources {
 		var n int64

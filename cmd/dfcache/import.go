@@ -123,7 +123,7 @@ func (s *session) importPaths(ctx context.Context, paths []string, algorithm str
 			return exit.Usage(fmt.Errorf("%s: name what is imported together by a cache ID, with -i", what))
 		}
 		return s.imports(ctx, replicas, func(repo *blobstore.Repository) (blobstore.File, error) {
-			set, end := s.progress("import", -1)
+			set, end := s.progress(ctx, "import", func(context.Context) int64 { return -1 })
 			defer end()
 			file, err := repo.ImportFiles(ctx, s.cid, paths, blobstore.ImportOptions{Algorithm: alg, Progress: set})
 			if errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) {
@@ -149,7 +149,7 @@ func (s *session) importPaths(ctx context.Context, paths []string, algorithm str
 		}
 	}
 	return s.imports(ctx, replicas, func(repo *blobstore.Repository) (blobstore.File, error) {
-		set, end := s.progress("import", size)
+		set, end := s.progress(ctx, "import", func(context.Context) int64 { return size })
 		defer end()
 		return repo.Import(ctx, s.cid, src, blobstore.ImportOptions{Title: title, Algorithm: alg, Progress: set})
 	})
@@ -172,7 +172,12 @@ func (s *session) imports(
 	text.describe(file)
 	result := imported{File: file, replicas: []string{}}
 	if replicas > 0 {
+		end := nowAndThen(ctx, s.stderr, func() string {
+			return "dfcache: import: the file is stored here; waiting until " + count(replicas, "peer holds", "peers hold") +
+				" it, too"
+		})
 		result.replicas, err = repo.Replicate(ctx, file.CID, replicas)
+		end()
 		if err != nil {
 			return s.notReplicated(ctx, repo, file, replicas, err)
 		}

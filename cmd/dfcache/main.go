@@ -110,7 +110,7 @@ func (a *app) globalFlags(cmd *cobra.Command) {
 		"none answers)")
 	f.StringVar(&a.daemonUsers, "daemon-user", "dragonfly",
 		"`users` whose dfdaemon is trusted, besides root and you: names or IDs, with commas between them")
-	f.BoolVar(&a.noTTY, "no-tty", false, "no progress bar, even on a terminal")
+	f.BoolVar(&a.noTTY, "no-tty", false, "no progress bar, even on a terminal: a line every ten seconds, as elsewhere")
 }
 
 // load completes the flags of cmd from the environment and the configuration
