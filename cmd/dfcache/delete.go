@@ -13,7 +13,6 @@ import (
 
 	"github.com/dfcache/dfcache/blobstore"
 	"github.com/dfcache/dfcache/cmd/internal/exit"
-	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
 )
 
@@ -106,7 +105,7 @@ func (s *session) delete(ctx context.Context, cids []string, opts blobstore.Dele
 	seen := map[string]bool{}
 	cids = slices.DeleteFunc(cids, func(cid string) bool { again := seen[cid]; seen[cid] = true; return again })
 	for _, cid := range cids {
-		if _, err := digest.ParseCID(cid); err != nil {
+		if err := s.checkCID(cid); err != nil {
 			return err
 		}
 	}

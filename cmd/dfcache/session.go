@@ -188,15 +188,15 @@ func (s *session) checkNames() error {
 	if s.cid == "" {
 		return nil
 	}
-	if _, err := digest.ParseCID(s.cid); err != nil {
-		return err
-	}
-	return s.checkBareDigest(s.cid)
+	return s.checkCID(s.cid)
 }
 
-// checkBareDigest refuses a cid that is a digest without its algorithm, as sha256sum prints
+// checkCID reports a malformed cid, and one that is a digest without its algorithm, as sha256sum prints
 // it: it would be a name, and nothing would be checked.
-func (a *app) checkBareDigest(cid string) error {
+func (a *app) checkCID(cid string) error {
+	if _, err := digest.ParseCID(cid); err != nil {
+		return err
+	}
 	bare := strings.ToLower(cid)
 	if a.asName || strings.Trim(bare, "0123456789abcdef") != "" {
 		return nil
