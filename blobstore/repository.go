@@ -51,6 +51,8 @@ type File struct {
 	// Sources are the peers that an export got the file from; none where it was
 	// on this host. What is said of pieces is how it was before.
 	Sources []Source
+	// Unchanged says that an export has found the output to have the content already.
+	Unchanged bool
 
 	// Files are those of an artifact that has several. Digest is that of its
 	// manifest then; Size, Pieces and Held are sums; PieceLength is 0. Providers
@@ -78,6 +80,7 @@ type fileForm struct {
 	LastUsed    *time.Time     `json:"lastUsed"`
 	Providers   *providersForm `json:"holders"`
 	Sources     []sourceForm   `json:"sources"`
+	Unchanged   bool           `json:"unchanged"`
 	Files       []fileForm     `json:"files"`
 }
 
@@ -103,7 +106,8 @@ func (f File) form() fileForm {
 	}
 	form := fileForm{
 		f.CID, f.Tag, f.Digest, f.Size, f.Title, f.Manifest, f.Pieces, f.PieceLength, f.Held, f.Local,
-		known(f.Imported), known(f.LastUsed), (*providersForm)(f.Providers), []sourceForm{}, []fileForm{},
+		known(f.Imported), known(f.LastUsed), (*providersForm)(f.Providers), []sourceForm{}, f.Unchanged,
+		[]fileForm{},
 	}
 	for _, s := range f.Sources {
 		form.Sources = append(form.Sources, sourceForm(s))
@@ -679,6 +683,11 @@ type ExportOptions struct {
 	Platform string
 	// NoUnpack leaves archives of directories packed.
 	NoUnpack bool
+	// Parents has [Repository.ExportFile] make the directories that lead to the output.
+	Parents bool
+	// SkipSame has [Repository.ExportFile] leave an output as it is that has the content already: a file with
+	// these bytes, or a directory that has all files and links, whatever else is in it. File.Unchanged says so.
+	SkipSame bool
 	// Progress, where it is not nil, is called with the count of bytes written so far.
 	Progress func(written int64)
 }
@@ -728,13 +737,28 @@ func (r *Repository) Export(ctx context.Context, cid string, w io.Writer, opts E
 //
 // Unless opts.Local is set, what only the swarm has is fetched, and kept on this host.
 func (r *Repository) ExportFile(ctx context.Context, cid, path string, opts ExportOptions) (File, error) {
-	f, err := r.find(ctx, cid, opts.Lookup, request{Choice: opts.choice()}, func(f *found) error {
+	f, err := r.find(ctx, cid, opts.Lookup, request{Choice: opts.choice()}, func(f *found) (err error) {
+		if opts.Parents {
+			undo, err := makeParents(path, opts)
+			if err != nil {
+				return err
+			}
+			defer func() {
+				if err != nil {
+					undo()
+				}
+			}()
+		}
 		var layer artifact.Layer
 		if len(f.layers) == 1 {
 			layer = f.layers[0]
 		}
 		if f.directory || layer.Packed && !opts.NoUnpack {
 			return r.writeDir(ctx, f, path, opts)
+		}
+		if opts.SkipSame && hasContent(ctx, func() (*os.File, error) { return openRegular(path) }, f.Digest, f.Size) {
+			f.Unchanged = true
+			return nil
 		}
 		return writeFile(path, opts, layer, func(out *os.File) (err error) {
 			f.Sources, err = r.copyFile(ctx, f.File, out, opts)
@@ -744,7 +768,9 @@ func (r *Repository) ExportFile(ctx context.Context, cid, path string, opts Expo
 	if err != nil {
 		return File{}, fmt.Errorf("export %s: %w", cid, err)
 	}
-	r.keep(ctx, f, opts.Lookup)
+	if !f.Unchanged { // nothing was fetched, then
+		r.keep(ctx, f, opts.Lookup)
+	}
 	return f.File, nil
 }
 
@@ -765,6 +791,10 @@ func (r *Repository) writeDir(ctx context.Context, f *found, path string, opts E
 	if err != nil {
 		return err
 	}
+	if opts.SkipSame && hasAll(ctx, path, places, tree) {
+		f.Unchanged = true
+		return nil
+	}
 	var written int64
 	err = writeDir(ctx, path, opts, places, tree, func(i int, out *os.File) error {
 		each := opts
@@ -776,11 +806,11 @@ func (r *Repository) writeDir(ctx context.Context, f *found, path string, opts E
 		written += files[i].Size
 		return err
 	})
-	if err != nil {
-		return err
+	if errors.Is(err, errUnchanged) {
+		f.Unchanged, err = true, nil
 	}
 	f.Sources = allSources(files)
-	return nil
+	return err
 }
 
 // allSources adds up what came from each peer.

@@ -273,9 +273,12 @@ func writeDir(
 	write func(int, *os.File) error,
 ) (err error) {
 	path = filepath.Clean(path)
-	exists, err := checkDir(path, len(places), opts)
-	if err != nil {
-		return err
+	exists, full := checkDir(path, len(places), opts)
+	// Whether it has what is packed already can't be told before that is unpacked.
+	compare := opts.SkipSame && exists &&
+		slices.ContainsFunc(places, func(p artifact.Place) bool { return p.Unpack })
+	if full != nil && !compare {
+		return full
 	}
 	// A new directory takes its place by a rename. One that is there stays, with
 	// its mode and as the mount point that it may be: files move into it.
@@ -292,6 +295,12 @@ func writeDir(
 	defer func() { err = errors.Join(err, removeTree(temp, c.tree)) }()
 	if err := c.fill(ctx, temp, path, places, write); err != nil {
 		return err
+	}
+	if compare && c.isIn(ctx, temp, path) {
+		return errUnchanged
+	}
+	if full != nil {
+		return full
 	}
 	if !opts.NoSync {
 		// All together: the first has the file system's journal written, which has most of the others.
@@ -332,11 +341,14 @@ func checkDir(path string, n int, opts ExportOptions) (exists bool, err error) {
 			return false, fmt.Errorf("output: %w", err)
 		}
 		if len(entries) > 0 {
-			return false, fmt.Errorf("output %s: %w: the directory is not empty", path, ErrNoOverwrite)
+			return true, fmt.Errorf("output %s: %w: the directory is not empty", path, ErrNoOverwrite)
 		}
 	}
 	return true, nil
 }
+
+// errUnchanged ends an export to a directory that has all of it already.
+var errUnchanged = errors.New("unchanged")
 
 // movedError is an error about a file that the user knows by another name.
 type movedError struct {

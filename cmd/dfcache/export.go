@@ -53,6 +53,11 @@ into OUTPUT where it is alone, else below it. Files and directories get the mode
 the artifact has for them; a file that is replaced keeps who may read and write it.
 Links may only lead to what is in the directory. With --no-unpack it stays an archive.
 
+With --parents missing directories that lead to OUTPUT are made. With --skip-same an
+OUTPUT that has the content already is left as it is, and that is a success: a file is
+compared by its digest, a directory by all files and links that would be in it, whatever
+else is there; modes do not count. Nothing is fetched then, and "unchanged" is true in JSON.
+
 The output "-" is stdout. What a failed export has written there by then can't be
 taken back, so check the exit status. It is not synced. The result goes to stderr.
 
@@ -106,6 +111,8 @@ are how it was before.
 	cmd.Flags().StringVar(&opts.Platform, "platform", "",
 		"of an index, export the manifest for this `os/architecture[/variant]`")
 	cmd.Flags().BoolVar(&opts.NoUnpack, "no-unpack", false, "leave packed directories packed")
+	cmd.Flags().BoolVar(&opts.Parents, "parents", false, "make missing directories that lead to the output")
+	cmd.Flags().BoolVar(&opts.SkipSame, "skip-same", false, "succeed where the output has the content already")
 	localFlag(cmd, &opts.Lookup)
 	return cmd
 }
@@ -155,7 +162,11 @@ func (s *session) exportFile(ctx context.Context, output string, opts blobstore.
 	}
 	var text facts
 	text.describe(file)
-	text.from(file)
+	if file.Unchanged {
+		text.add("unchanged", "the output has it already")
+	} else {
+		text.from(file)
+	}
 	text.files(file)
 	return s.report(result, file, text.String())
 }
