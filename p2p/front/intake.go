@@ -207,6 +207,39 @@ func (e *Engine) Take(ctx context.Context, task p2p.Task, f *os.File) error {
 	return e.commit(ctx, src, p2p.Commit{Tasks: []p2p.NewTask{opaqueTask(task, content)}})
 }
 
+// Receiving is a blob that a source brings whole, in parts that come in any order. They are written
+// where they stay.
+type Receiving struct {
+	*pieces.Receiver
+	task p2p.Task
+}
+
+// Receive begins to take in a task's blob from a source. ctx bounds all of it. The caller closes what it
+// returns.
+func (e *Engine) Receive(ctx context.Context, task p2p.Task) (*Receiving, error) {
+	r, err := e.store.Receive(ctx, task.Digest)
+	if err != nil {
+		return nil, err
+	}
+	return &Receiving{r, task}, nil
+}
+
+// Keep stores the content, of so many bytes, all of which have come, where it is what was asked for: the
+// error matches [digest.ErrMismatch] where it is not. Nobody writes any more.
+func (r *Receiving) Keep(size int64) error {
+	if err := r.Advance(size); err != nil {
+		return err
+	}
+	var content []byte
+	if size <= p2p.MaxManifest {
+		content = make([]byte, size)
+		if _, err := io.ReadFull(io.NewSectionReader(r, 0, size), content); err != nil {
+			return err
+		}
+	}
+	return r.Commit(p2p.Commit{Tasks: []p2p.NewTask{opaqueTask(r.task, content)}})
+}
+
 // once is a blob that is brought whole, for all who want it.
 type once struct {
 	task    p2p.Task
