@@ -22,7 +22,7 @@ const blobMediaType = "application/octet-stream"
 // which `oras push` stores a file: an empty config and one layer that has the
 // file's name as its title. Equal input gives equal bytes, so that importing
 // the same file again changes nothing.
-func newManifest(file p2p.Added, title string) ([]byte, error) {
+func newManifest(file p2p.Added, title string, annotations map[string]string) ([]byte, error) {
 	m := ocispec.Manifest{
 		Versioned:    specs.Versioned{SchemaVersion: 2},
 		MediaType:    ocispec.MediaTypeImageManifest,
@@ -34,6 +34,7 @@ func newManifest(file p2p.Added, title string) ([]byte, error) {
 			Size:        file.Size,
 			Annotations: map[string]string{ocispec.AnnotationTitle: title},
 		}},
+		Annotations: annotations,
 	}
 	return json.Marshal(m)
 }

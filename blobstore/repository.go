@@ -141,6 +141,8 @@ type ImportOptions struct {
 	Title string
 	// Algorithm is the algorithm of the digest, where cid is not one. The default is sha256.
 	Algorithm digest.Algorithm
+	// Annotations are those of the manifest that a cache ID names.
+	Annotations map[string]string
 	// Progress, where it is not nil, is called with the count of bytes taken in so far.
 	Progress func(taken int64)
 }
@@ -185,7 +187,7 @@ func (r *Repository) Import(ctx context.Context, cid string, src io.Reader, opts
 		commit.Tasks = []p2p.NewTask{{Task: r.task(file.Digest), MediaType: blobMediaType, Keep: p2p.KeepPinned}}
 	} else {
 		result.Title = titleOf(opts.Title, name)
-		if commit, err = r.artifact(in, name, file, result.Title); err != nil {
+		if commit, err = r.artifact(in, name, file, result.Title, opts.Annotations); err != nil {
 			return File{}, fmt.Errorf("import: %w", err)
 		}
 		result.Manifest = commit.Names[0].Digest
@@ -199,8 +201,10 @@ func (r *Repository) Import(ctx context.Context, cid string, src io.Reader, opts
 }
 
 // artifact adds what makes an artifact of a file and returns the commit that names it.
-func (r *Repository) artifact(in p2p.Ingest, name string, file p2p.Added, title string) (p2p.Commit, error) {
-	data, err := newManifest(file, title)
+func (r *Repository) artifact(
+	in p2p.Ingest, name string, file p2p.Added, title string, annotations map[string]string,
+) (p2p.Commit, error) {
+	data, err := newManifest(file, title, annotations)
 	if err != nil {
 		return p2p.Commit{}, fmt.Errorf("manifest: %w", err)
 	}
@@ -876,6 +880,9 @@ type DeleteOptions struct {
 	// Also are further cids, up to [p2p.MaxAlso], that go in the same transaction: all of them, or,
 	// where it fails, none.
 	Also []string
+	// Unpin keeps a digest that other content here refers to for that content alone, in place of a
+	// failure: it goes with the last that refers to it.
+	Unpin bool
 }
 
 // Deleted says what a Delete did.
@@ -895,7 +902,7 @@ func (r *Repository) Remove(ctx context.Context, cid string, opts DeleteOptions)
 	if err != nil {
 		return Deleted{}, fmt.Errorf("delete: %w", err)
 	}
-	how := p2p.DeleteOptions{Force: opts.Force}
+	how := p2p.DeleteOptions{Force: opts.Force, Unpin: opts.Unpin}
 	for _, s := range opts.Also {
 		c, err := digest.ParseCID(s)
 		if err != nil {

@@ -240,6 +240,9 @@ type DeleteOptions struct {
 	Also []digest.CID
 	// All deletes everything under the tag, in one transaction. The cid is the zero value then.
 	All bool
+	// Unpin has a digest that another task here refers to lose what pins it here, in place of a
+	// failure: it goes with the last that refers to it. It is for a single cid.
+	Unpin bool
 }
 
 // MaxAlso bounds DeleteOptions.Also.

@@ -50,7 +50,7 @@ func (o StatOptions) Validate(tag string, cid digest.CID) error {
 // Validate reports whether there can be a Delete of cid under tag with these options.
 func (o DeleteOptions) Validate(tag string, cid digest.CID) error {
 	if o.All {
-		if cid != (digest.CID{}) || len(o.Also) > 0 || o.NameOnly {
+		if cid != (digest.CID{}) || len(o.Also) > 0 || o.NameOnly || o.Unpin {
 			return fmt.Errorf("delete all under tag %q: %w: no cid goes with that", tag, digest.ErrInvalid)
 		}
 		return ValidateTag(tag)
@@ -69,6 +69,8 @@ func (o DeleteOptions) Validate(tag string, cid digest.CID) error {
 	switch {
 	case o.NameOnly && cid.CacheID() == "":
 		return fmt.Errorf("delete %s by name only: %w: a digest is not a name", cid, digest.ErrInvalid)
+	case o.Unpin && len(o.Also) > 0:
+		return fmt.Errorf("delete several cids, and the pin of one: %w: delete one at a time", digest.ErrInvalid)
 	case o.NameOnly && o.Force:
 		return fmt.Errorf("delete %s by name only: %w: there is nothing to force", cid, digest.ErrInvalid)
 	}

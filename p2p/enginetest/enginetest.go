@@ -56,6 +56,7 @@ func Run(t *testing.T, open func(t *testing.T) p2p.Engine) {
 		"LooseTask":                 testLooseTask,
 		"LooseTaskIsAdopted":        testLooseTaskIsAdopted,
 		"NameOnly":                  testNameOnly,
+		"Unpin":                     testUnpin,
 		"NameKeepsOld":              testNameKeepsOld,
 		"Needs":                     testNeeds,
 		"Lease":                     testLease,
@@ -1064,6 +1065,38 @@ func testNameOnly(t *testing.T, e p2p.Engine) {
 	if deleted, err := e.Delete(t.Context(), "t", cid(t, "v3"), p2p.DeleteOptions{}); err != nil || deleted.Tasks != 2 {
 		t.Errorf("delete: %+v, %v; want manifest and layer", deleted, err)
 	}
+}
+
+func testUnpin(t *testing.T, e p2p.Engine) {
+	data := Content(1000, 1)
+	_, parts := importArtifact(t, e, "t", "v1", []byte(`{"one":1}`), data)
+	task := Import(t, e, "t", data)
+	requireKeep(t, e, task, p2p.KeepPinned)
+	if task != parts[0] {
+		t.Fatal(task)
+	}
+	id := digest.FromDigest(task.Digest)
+	for range 2 {
+		deleted, err := e.Delete(t.Context(), "t", id, p2p.DeleteOptions{Unpin: true})
+		if err != nil || !reflect.DeepEqual(deleted, p2p.Deleted{}) {
+			t.Errorf("delete of what a manifest refers to: %+v, %v; want nothing gone", deleted, err)
+		}
+		requireKeep(t, e, task, p2p.KeepReferred)
+	}
+	RequireContent(t, e, task, data)
+	if _, err := e.Delete(t.Context(), "t", cid(t, "v1"), p2p.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	_, err := resolve(t.Context(), e, "t", id)
+	requireError(t, "resolve what nothing refers to any more", err, p2p.ErrNotFound)
+	// What nothing refers to goes at once.
+	Import(t, e, "t", data)
+	if deleted, err := e.Delete(t.Context(), "t", id, p2p.DeleteOptions{Unpin: true}); err != nil ||
+		deleted.Tasks != 1 {
+		t.Errorf("delete of what nothing refers to: %+v, %v", deleted, err)
+	}
+	_, err = e.Delete(t.Context(), "t", id, p2p.DeleteOptions{Unpin: true})
+	requireError(t, "delete what is not there", err, p2p.ErrNotFound)
 }
 
 func testNameKeepsOld(t *testing.T, e p2p.Engine) {

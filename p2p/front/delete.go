@@ -29,6 +29,11 @@ func (e *Engine) Delete(ctx context.Context, tag string, cid digest.CID, opts p2
 	if err := opts.Validate(tag, cid); err != nil {
 		return p2p.Deleted{}, err
 	}
+	if opts.Unpin && cid.Digest() != "" {
+		if done, err := e.store.Unpin(ctx, p2p.Task{Tag: tag, Digest: cid.Digest()}); done || err != nil {
+			return p2p.Deleted{}, err
+		}
+	}
 	seen, err := e.see(ctx, tag, cid, opts)
 	if err != nil {
 		return p2p.Deleted{}, err

@@ -361,7 +361,12 @@ func (s *Store) deleteOne(
 		}
 		return nil
 	}
-	if referring := t.referring(d); len(referring) > 0 && !opts.Force {
+	referring := t.referring(d)
+	if len(referring) > 0 && opts.Unpin {
+		t.tasks[d].pinned = false
+		return nil
+	}
+	if len(referring) > 0 && !opts.Force {
 		return fmt.Errorf("delete %s: %w by %s (%v)", p2p.Describe(tagName, cid), p2p.ErrReferenced, referring[0],
 			t.namesOf(referring[0]))
 	}

@@ -265,6 +265,12 @@ func (s *Store) DeleteTasks(
 	if err := opts.Validate(tag, cid); err != nil {
 		return result, err
 	}
+	if opts.Unpin && cid.Digest() != "" {
+		result.Found, err = s.Unpin(ctx, p2p.Task{Tag: tag, Digest: cid.Digest()})
+		if result.Found || err != nil {
+			return result, err
+		}
+	}
 	removed, err := s.remove(tag, cid, opts, func(tx *bbolt.Tx, removed *removal) (err error) {
 		if opts.All {
 			result.Found, err = removed.deleteAll(tx, tag, nil)
@@ -295,6 +301,24 @@ func (s *Store) remove(
 		s.dropLoose()
 	}
 	return removed, err
+}
+
+// Unpin takes the pin from a task that another one refers to, and reports whether one does.
+func (s *Store) Unpin(ctx context.Context, t p2p.Task) (referred bool, err error) {
+	if err := s.begin(ctx); err != nil {
+		return false, err
+	}
+	defer s.end()
+	err = s.free(1, func(tx *bbolt.Tx) error {
+		record, found, err := get[taskRecord](tx, bucketTasks, taskKey(t))
+		referred = found && hasAny(tx, bucketParents, prefix(t.Tag, string(t.Digest)))
+		if err != nil || !referred || !record.Pinned {
+			return err
+		}
+		record.Pinned = false
+		return put(tx, bucketTasks, taskKey(t), record)
+	})
+	return referred && err == nil, err
 }
 
 // weighDelete says how much work it is for the transaction to delete what cid names: a manifest lets

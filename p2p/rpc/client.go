@@ -354,7 +354,8 @@ func (c *Client) Delete(ctx context.Context, tag string, cid digest.CID, opts p2
 	if err := opts.Validate(tag, cid); err != nil {
 		return p2p.Deleted{}, err
 	}
-	req := &pb.DeleteRequest{Tag: tag, Force: opts.Force, NameOnly: opts.NameOnly, All: opts.All}
+	req := &pb.DeleteRequest{Tag: tag, Force: opts.Force, NameOnly: opts.NameOnly, All: opts.All,
+		Unpin: opts.Unpin}
 	if cids := opts.CIDs(cid); len(cids) == 1 {
 		req.Cid = cid.String()
 	} else {

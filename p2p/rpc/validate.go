@@ -145,7 +145,8 @@ func parseReplicate(r *pb.ReplicateRequest) (cid digest.CID, n int, err error) {
 }
 
 func parseDelete(r *pb.DeleteRequest) (cid digest.CID, opts p2p.DeleteOptions, err error) {
-	opts = p2p.DeleteOptions{Force: r.GetForce(), NameOnly: r.GetNameOnly(), All: r.GetAll()}
+	opts = p2p.DeleteOptions{Force: r.GetForce(), NameOnly: r.GetNameOnly(), All: r.GetAll(),
+		Unpin: r.GetUnpin()}
 	all := r.GetCids()
 	if len(all) == 0 && (!opts.All || r.GetCid() != "") {
 		all = []string{r.GetCid()}

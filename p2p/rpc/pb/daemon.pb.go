@@ -1378,7 +1378,8 @@ type DeleteRequest struct {
 	// In place of cid: several, in one transaction. An earlier daemon, which does not know of them,
 	// refuses the empty cid.
 	Cids          []string `protobuf:"bytes,5,rep,name=cids,proto3" json:"cids,omitempty"`
-	All           bool     `protobuf:"varint,6,opt,name=all,proto3" json:"all,omitempty"` // everything under the tag, without a cid
+	All           bool     `protobuf:"varint,6,opt,name=all,proto3" json:"all,omitempty"`     // everything under the tag, without a cid
+	Unpin         bool     `protobuf:"varint,7,opt,name=unpin,proto3" json:"unpin,omitempty"` // what another task refers to here is not refused, but kept by that alone
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1451,6 +1452,13 @@ func (x *DeleteRequest) GetCids() []string {
 func (x *DeleteRequest) GetAll() bool {
 	if x != nil {
 		return x.All
+	}
+	return false
+}
+
+func (x *DeleteRequest) GetUnpin() bool {
+	if x != nil {
+		return x.Unpin
 	}
 	return false
 }
@@ -2729,6 +2737,7 @@ func (x *IngestReply_Added) GetSize() int64 {
 // Committed answers a commit: everything in it is durable.
 type IngestReply_Committed struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
+	Notices       []string               `protobuf:"bytes,1,rep,name=notices,proto3" json:"notices,omitempty"` // what the caller should know although it is done, in words
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2761,6 +2770,13 @@ func (x *IngestReply_Committed) ProtoReflect() protoreflect.Message {
 // Deprecated: Use IngestReply_Committed.ProtoReflect.Descriptor instead.
 func (*IngestReply_Committed) Descriptor() ([]byte, []int) {
 	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{14, 2}
+}
+
+func (x *IngestReply_Committed) GetNotices() []string {
+	if x != nil {
+		return x.Notices
+	}
+	return nil
 }
 
 // Missed is a peer that it was not done on.
@@ -2938,7 +2954,7 @@ const file_p2p_rpc_pb_daemon_proto_rawDesc = "" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x16\n" +
 	"\x06digest\x18\x03 \x01(\tR\x06digest\x12\x19\n" +
 	"\bkeep_old\x18\x04 \x01(\bR\akeepOld\x12*\n" +
-	"\x11updated_unix_nano\x18\x05 \x01(\x03R\x0fupdatedUnixNano\"\xb4\x02\n" +
+	"\x11updated_unix_nano\x18\x05 \x01(\x03R\x0fupdatedUnixNano\"\xce\x02\n" +
 	"\vIngestReply\x12>\n" +
 	"\bprogress\x18\x01 \x01(\v2 .dfcache.v1.IngestReply.ProgressH\x00R\bprogress\x125\n" +
 	"\x05added\x18\x02 \x01(\v2\x1d.dfcache.v1.IngestReply.AddedH\x00R\x05added\x12A\n" +
@@ -2947,16 +2963,18 @@ const file_p2p_rpc_pb_daemon_proto_rawDesc = "" +
 	"\x05bytes\x18\x01 \x01(\x03R\x05bytes\x1a3\n" +
 	"\x05Added\x12\x16\n" +
 	"\x06digest\x18\x01 \x01(\tR\x06digest\x12\x12\n" +
-	"\x04size\x18\x02 \x01(\x03R\x04size\x1a\v\n" +
-	"\tCommittedB\a\n" +
-	"\x05reply\"\x8c\x01\n" +
+	"\x04size\x18\x02 \x01(\x03R\x04size\x1a%\n" +
+	"\tCommitted\x12\x18\n" +
+	"\anotices\x18\x01 \x03(\tR\anoticesB\a\n" +
+	"\x05reply\"\xa2\x01\n" +
 	"\rDeleteRequest\x12\x10\n" +
 	"\x03tag\x18\x01 \x01(\tR\x03tag\x12\x10\n" +
 	"\x03cid\x18\x02 \x01(\tR\x03cid\x12\x14\n" +
 	"\x05force\x18\x03 \x01(\bR\x05force\x12\x1b\n" +
 	"\tname_only\x18\x04 \x01(\bR\bnameOnly\x12\x12\n" +
 	"\x04cids\x18\x05 \x03(\tR\x04cids\x12\x10\n" +
-	"\x03all\x18\x06 \x01(\bR\x03all\"\x92\x02\n" +
+	"\x03all\x18\x06 \x01(\bR\x03all\x12\x14\n" +
+	"\x05unpin\x18\a \x01(\bR\x05unpin\"\x92\x02\n" +
 	"\vDeleteReply\x12\x14\n" +
 	"\x05tasks\x18\x01 \x01(\x03R\x05tasks\x12\x14\n" +
 	"\x05freed\x18\x02 \x01(\x03R\x05freed\x12\x18\n" +
