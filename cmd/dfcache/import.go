@@ -122,7 +122,7 @@ func (s *session) importPaths(ctx context.Context, paths []string, algorithm str
 			}
 			return exit.Usage(fmt.Errorf("%s: name what is imported together by a cache ID, with -i", what))
 		}
-		return s.imports(ctx, replicas, func(repo *blobstore.Repository) (blobstore.File, error) {
+		return s.imports(ctx, replicas, func(ctx context.Context, repo *blobstore.Repository) (blobstore.File, error) {
 			set, end := s.progress(ctx, "import", func(context.Context) int64 { return -1 })
 			defer end()
 			file, err := repo.ImportFiles(ctx, s.cid, paths, blobstore.ImportOptions{Algorithm: alg, Progress: set})
@@ -148,7 +148,7 @@ func (s *session) importPaths(ctx context.Context, paths []string, algorithm str
 			size = info.Size()
 		}
 	}
-	return s.imports(ctx, replicas, func(repo *blobstore.Repository) (blobstore.File, error) {
+	return s.imports(ctx, replicas, func(ctx context.Context, repo *blobstore.Repository) (blobstore.File, error) {
 		set, end := s.progress(ctx, "import", func(context.Context) int64 { return size })
 		defer end()
 		return repo.Import(ctx, s.cid, src, blobstore.ImportOptions{Title: title, Algorithm: alg, Progress: set})
@@ -157,14 +157,16 @@ func (s *session) importPaths(ctx context.Context, paths []string, algorithm str
 
 // imports does an import, has peers hold what was imported, and prints the result.
 func (s *session) imports(
-	ctx context.Context, replicas int, do func(*blobstore.Repository) (blobstore.File, error),
+	ctx context.Context, replicas int, do func(context.Context, *blobstore.Repository) (blobstore.File, error),
 ) error {
 	repo, done, err := s.repository(ctx)
 	if err != nil {
 		return err
 	}
 	defer done()
-	file, err := do(repo)
+	noticing, warn := s.notices(ctx)
+	file, err := do(noticing, repo)
+	warn()
 	if err != nil {
 		return err
 	}

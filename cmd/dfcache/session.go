@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -99,6 +100,25 @@ func (a *app) session(cmd *cobra.Command, console io.Writer, work func(context.C
 func (s *session) warn(text string) {
 	s.log.Warn(text)
 	fmt.Fprintf(s.stderr, "dfcache: warning: %s\n", text)
+}
+
+// notices returns a context for what stores something, and a function that says on stderr what the
+// user should know of it although it is done.
+func (s *session) notices(ctx context.Context) (_ context.Context, warn func()) {
+	var mu sync.Mutex
+	var texts []string
+	ctx = p2p.WithNotice(ctx, func(text string) {
+		mu.Lock()
+		defer mu.Unlock()
+		texts = append(texts, text)
+	})
+	return ctx, func() {
+		mu.Lock()
+		defer mu.Unlock()
+		for _, text := range texts {
+			s.warn(printable(text))
+		}
+	}
 }
 
 // stuckAfter is how long work may take to end after its context has ended.

@@ -443,10 +443,18 @@ func (i *ingest) commit(commit p2p.Commit) error {
 		}
 	}
 	reply, err := i.receive()
-	if err == nil && reply.GetCommitted() == nil {
-		err = errors.New("the daemon's answer is not that of a commit")
+	if err != nil {
+		return err
 	}
-	return err
+	if reply.GetCommitted() == nil {
+		return errors.New("the daemon's answer is not that of a commit")
+	}
+	if tell := p2p.NoticeOf(i.ctx); tell != nil {
+		for _, text := range reply.GetCommitted().GetNotices() {
+			tell(text)
+		}
+	}
+	return nil
 }
 
 // Close implements [p2p.Ingest]. It waits until the daemon has dropped what was

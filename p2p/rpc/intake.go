@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -22,7 +23,8 @@ const progressInterval = 100 * time.Millisecond
 // Ingest takes in content.
 func (s *service) Ingest(stream grpc.BidiStreamingServer[pb.IngestRequest, pb.IngestReply]) (err error) {
 	ctx := stream.Context()
-	ingest, err := s.engine.Ingest(ctx)
+	var said notices
+	ingest, err := s.engine.Ingest(p2p.WithNotice(ctx, said.add))
 	if err != nil {
 		return err
 	}
@@ -49,7 +51,7 @@ func (s *service) Ingest(stream grpc.BidiStreamingServer[pb.IngestRequest, pb.In
 				return err
 			}
 		case *pb.IngestRequest_Commit_:
-			return s.commit(stream, ingest, r.Commit)
+			return s.commit(stream, ingest, r.Commit, &said)
 		default:
 			return fmt.Errorf("ingest: %w: neither an add nor a rehash nor a commit: the client is newer than the "+
 				"daemon", digest.ErrInvalid)
@@ -169,6 +171,7 @@ func openSource(fd int, offset int64) (f *os.File, err error) {
 // commit answers the Commit of an ingest, of which part is the first part.
 func (s *service) commit(
 	stream grpc.BidiStreamingServer[pb.IngestRequest, pb.IngestReply], ingest p2p.Ingest, part *pb.IngestRequest_Commit,
+	said *notices,
 ) error {
 	parser := commitParser{room: s.commits}
 	defer parser.end()
@@ -197,5 +200,29 @@ func (s *service) commit(
 	ctx := stream.Context()
 	s.log.InfoContext(ctx, "committed", "uid", authOf(ctx).caller.uid, "tasks", len(parser.commit.Tasks),
 		"names", len(parser.commit.Names))
-	return stream.Send(&pb.IngestReply{Reply: &pb.IngestReply_Committed_{Committed: &pb.IngestReply_Committed{}}})
+	return stream.Send(&pb.IngestReply{
+		Reply: &pb.IngestReply_Committed_{Committed: &pb.IngestReply_Committed{Notices: said.all()}}})
+}
+
+// maxNotices is how many notices one answer has at most.
+const maxNotices = 16
+
+// notices are what an engine has told of a call.
+type notices struct {
+	mu    sync.Mutex
+	texts []string
+}
+
+func (n *notices) add(text string) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if len(n.texts) < maxNotices {
+		n.texts = append(n.texts, valid(text))
+	}
+}
+
+func (n *notices) all() []string {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.texts
 }
