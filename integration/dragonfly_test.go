@@ -14,6 +14,8 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/protobuf/types/known/emptypb"
+
+	"github.com/dfcache/dfcache/p2p/dragonfly/given"
 )
 
 // Dragonfly's dfcache, as far as it can be seen on the wire, ours and oras use the
@@ -79,6 +81,24 @@ func TestDragonflyClient(t *testing.T) {
 	if _, err := client.StatTask(ctx, &dfdaemonv1.StatTaskRequest{Url: "d7y:/v2", UrlMeta: models}); err == nil ||
 		!strings.Contains(err.Error(), "[1404]") {
 		t.Errorf("stat of what was deleted: %v", err)
+	}
+	// Any text is a cid and a tag there, and shown as it was given.
+	for _, text := range []string{"model:v1", strings.Repeat("long/", 100)} {
+		req := &dfdaemonv1.ImportTaskRequest{
+			Url: "d7y:/" + url.QueryEscape(text), UrlMeta: &commonv1.UrlMeta{Tag: "Team"}, Path: file}
+		if _, err := client.ImportTask(ctx, req); err != nil {
+			t.Fatal(err)
+		}
+		name, err := given.CID(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, args := range [][]string{{"list"}, {"stat", "-t", "d7y--z54eam", "-i", name}} {
+			if out, says, code := d.run(t, nil, args...); code != 0 || !strings.Contains(out, text) ||
+				!strings.Contains(out, "Team") || !strings.Contains(out, name) {
+				t.Errorf("dfcache %v: exit status %d: %s%s", args, code, out, says)
+			}
+		}
 	}
 	d.stop(t, syscall.SIGTERM)
 	if _, err := os.Lstat(socket); !os.IsNotExist(err) {

@@ -26,7 +26,7 @@ var layers = [][]string{
 	{"p2p/rpc", "p2p/dragonfly/whole", "blobstore/artifact"},
 	{"p2p/front"},
 	{"p2p/rpc/pb", "p2p/pieces", "p2p/memory", "p2p/dragonfly/wire", "p2p/throttle", "p2p/connpool"},
-	{"p2p/source", "p2p/manifest"},
+	{"p2p/source", "p2p/manifest", "p2p/dragonfly/given"},
 	{"p2p", "p2p/grpclimit", "p2p/jsonlimit", "p2p/secret", "p2p/pieces/backend"},
 	{"digest", "p2p/dirs", "p2p/swarm/schedule", "blobstore/loopback"},
 }

@@ -8,8 +8,8 @@
 // it runs as, whom the kernel names, and refuses all others.
 //
 // A cid is a digest or a cache ID, and a tag the name of an OCI repository, as
-// everywhere in a store; Dragonfly takes any text, and such as these rules forbid
-// is refused here. What is imported under a digest is compared with it.
+// everywhere in a store; Dragonfly takes any text: package given says what becomes of such as these
+// rules forbid. What is imported under a digest is compared with it.
 //
 // It promises no compatibility.
 package dragonflyapi

@@ -10,6 +10,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 
@@ -23,6 +24,7 @@ import (
 	"github.com/dfcache/dfcache/blobstore"
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/connpool"
+	"github.com/dfcache/dfcache/p2p/dragonfly/given"
 	"github.com/dfcache/dfcache/p2p/dragonfly/wire"
 )
 
@@ -85,18 +87,26 @@ type request interface {
 
 // open returns the repository and the cid of a request.
 func (d *daemon) open(req request) (r *blobstore.Repository, cid string, err error) {
-	if cid, err = parseURL(req.GetUrl()); err != nil {
+	text, err := parseURL(req.GetUrl())
+	if err != nil {
+		return nil, "", err
+	}
+	if cid, err = given.CID(text); err != nil {
 		return nil, "", err
 	}
 	meta := req.GetUrlMeta()
 	if meta.GetRange() != "" {
 		return nil, "", fmt.Errorf("range %q: %w: only whole files are cached", meta.GetRange(), blobstore.ErrInvalid)
 	}
-	r, err = d.store.Repository(meta.GetTag())
+	tag, err := given.Tag(meta.GetTag())
+	if err != nil {
+		return nil, "", err
+	}
+	r, err = d.store.Repository(tag)
 	return r, cid, err
 }
 
-// parseURL returns the cid in a URL.
+// parseURL returns what was given for a cid, of which a client has made a URL.
 func parseURL(raw string) (string, error) {
 	escaped, ok := strings.CutPrefix(raw, wire.Scheme)
 	if !ok {
@@ -137,7 +147,19 @@ func (d *daemon) ImportTask(ctx context.Context, req *dfdaemonv1.ImportTaskReque
 			return err
 		}
 		defer f.Close()
-		_, err = r.Import(ctx, cid, f, blobstore.ImportOptions{Title: filepath.Base(req.GetPath())})
+		opts := blobstore.ImportOptions{Title: filepath.Base(req.GetPath())}
+		if given.IsHashed(cid) {
+			text, err := parseURL(req.GetUrl())
+			if err != nil {
+				return err
+			}
+			opts.Annotations = map[string]string{given.Annotation: strings.ToValidUTF8(text, "\uFFFD")}
+		}
+		ctx = p2p.WithNotice(ctx, func(text string) {
+			d.log.Warn("an import by Dragonfly's dfcache", "url", req.GetUrl(), "tag", req.GetUrlMeta().GetTag(),
+				"notice", text)
+		})
+		_, err = r.Import(ctx, cid, f, opts)
 		return err
 	})
 }
@@ -222,11 +244,11 @@ func chown(output string, uid, gid int) error {
 	})
 }
 
-// DeleteTask deletes a file, here and on the peers. As with Dragonfly, what is not
-// there is no error.
+// DeleteTask deletes a file, here and on the peers. As with Dragonfly, what is not there is no error,
+// and nor is a digest that a cache ID has led to since: it goes with that.
 func (d *daemon) DeleteTask(ctx context.Context, req *dfdaemonv1.DeleteTaskRequest) (*emptypb.Empty, error) {
 	return d.answer(ctx, "delete", req, func(ctx context.Context, r *blobstore.Repository, cid string) error {
-		_, err := r.Remove(ctx, cid, blobstore.DeleteOptions{})
+		_, err := r.Remove(ctx, cid, blobstore.DeleteOptions{Unpin: true})
 		if errors.Is(err, blobstore.ErrNotFound) {
 			err = nil
 		}
@@ -244,15 +266,28 @@ func (d *daemon) answer(
 		err = do(ctx, r, cid)
 	}
 	if err != nil {
+		text := asGiven(req, cid, err.Error())
 		d.log.Warn("Dragonfly's dfcache got an error", "call", what, "url", req.GetUrl(),
-			"tag", req.GetUrlMeta().GetTag(), "error", err.Error())
-		return nil, dfError(err)
+			"tag", req.GetUrlMeta().GetTag(), "error", text)
+		return nil, dfError(err, text)
 	}
 	return &emptypb.Empty{}, nil
 }
 
-// dfError is an error as Dragonfly's servers send it.
-func dfError(err error) error {
+// asGiven puts into a message what a client has given for cid and tag, in place of what that is in the store.
+func asGiven(req request, cid, message string) string {
+	if text, err := parseURL(req.GetUrl()); err == nil && cid != "" && text != cid {
+		message = strings.ReplaceAll(message, cid, strconv.Quote(text))
+	}
+	tag := req.GetUrlMeta().GetTag()
+	if mapped, err := given.Tag(tag); err == nil && mapped != tag {
+		message = strings.ReplaceAll(message, mapped, strconv.Quote(tag))
+	}
+	return message
+}
+
+// dfError is an error as Dragonfly's servers send it, with the message text.
+func dfError(err error, text string) error {
 	code := commonv1.Code_UnknownError
 	switch {
 	case errors.Is(err, blobstore.ErrNotFound):
@@ -263,5 +298,5 @@ func dfError(err error) error {
 	case errors.Is(err, context.DeadlineExceeded):
 		code = commonv1.Code_RequestTimeOut
 	}
-	return wire.Error(code, "%v", err)
+	return wire.Error(code, "%s", text)
 }

@@ -31,6 +31,7 @@ import (
 	"github.com/dfcache/dfcache/blobstore/peertest"
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p/connpool"
+	"github.com/dfcache/dfcache/p2p/dragonfly/given"
 	"github.com/dfcache/dfcache/p2p/rpc"
 )
 
@@ -241,6 +242,86 @@ func TestOfPeers(t *testing.T) {
 	}
 }
 
+// Dragonfly takes any text for a cid and a tag, and so does this: scripts go on unchanged.
+func TestAnyText(t *testing.T) {
+	s := serve(t)
+	texts := []string{"v1", "a/b", "model:v1", "my model.bin", "grün", ".hidden", strings.Repeat("long/", 100),
+		strings.Repeat("long/", 101), "d7y--az2fb"}
+	tags := []string{"", "models", "Team/Models", "a b", "d7y--z54eam"}
+	for _, tag := range tags {
+		for _, text := range texts {
+			requireCode(t, "stat of "+text, s.stat(text, tag, false), notFound)
+			requireCode(t, "import of "+text, s.importFile(text, tag, s.file("in", []byte(text+tag))), 0)
+		}
+	}
+	names := map[string]bool{}
+	for e, err := range s.store.List(t.Context()) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if e.Name != "" {
+			names[given.Text(e.Task.Tag)+" "+given.Text(e.Name)] = true
+		}
+	}
+	for _, tag := range tags {
+		for i, text := range texts {
+			out := filepath.Join(s.dir, "out")
+			requireCode(t, "export of "+text, s.export(text, tag, out), 0)
+			if got, err := os.ReadFile(out); err != nil || string(got) != text+tag {
+				t.Errorf("exported of %q under %q is %q, %v", text, tag, got, err)
+			}
+			if err := os.Remove(out); err != nil {
+				t.Fatal(err)
+			}
+			if long := len(text) > 128; !long && !names[tag+" "+text] {
+				t.Errorf("%q under %q is not among %v", text, tag, names)
+			}
+			requireCode(t, "delete of "+text, s.delete(text, tag), 0)
+			requireCode(t, "stat of what was deleted", s.stat(text, tag, false), notFound)
+			if i+1 < len(texts) {
+				requireCode(t, "stat of another one", s.stat(texts[i+1], tag, true), 0)
+			}
+		}
+	}
+	// What a client gave is what it is told of.
+	err := s.export("no such:thing", "Team", filepath.Join(s.dir, "none"))
+	if err == nil || !strings.Contains(err.Error(), `"no such:thing" under tag "Team"`) {
+		t.Errorf("the error is %v", err)
+	}
+}
+
+// A text that is too long for a name is in the manifest.
+func TestLongText(t *testing.T) {
+	s := serve(t)
+	text := strings.Repeat("long/", 100)
+	requireCode(t, "import", s.importFile(text, "t", s.file("in", []byte("data"))), 0)
+	name, err := given.CID(text)
+	if err != nil || !given.IsHashed(name) {
+		t.Fatal(name, err)
+	}
+	r, err := s.store.Repository("t")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if m, err := r.Manifest(t.Context(), name); err != nil || !strings.Contains(string(m.Content), text) {
+		t.Errorf("the manifest is %s, %v", m.Content, err)
+	}
+}
+
+// With Dragonfly, a file under a name and under its digest are two. Here they are one: of a delete of the
+// digest only that goes, and the file when the name does.
+func TestDeleteOfDigest(t *testing.T) {
+	s := serve(t)
+	data := []byte("data")
+	path, sum := s.file("in", data), digest.SHA256.FromBytes(data).String()
+	requireCode(t, "import of the name", s.importFile("v1", "t", path), 0)
+	requireCode(t, "import of the digest", s.importFile(sum, "t", path), 0)
+	requireCode(t, "delete of the digest", s.delete(sum, "t"), 0)
+	requireCode(t, "stat of the name", s.stat("v1", "t", true), 0)
+	requireCode(t, "delete of the name", s.delete("v1", "t"), 0)
+	requireCode(t, "stat of the digest", s.stat(sum, "t", true), notFound)
+}
+
 func TestRefused(t *testing.T) {
 	s := serve(t)
 	path := s.file("file", []byte("content"))
@@ -250,18 +331,17 @@ func TestRefused(t *testing.T) {
 	}
 	other := digest.SHA256.FromString("other")
 	for what, err := range map[string]error{
-		"a cid that is no tag":      s.importFile("not/ok", "", path),
 		"no cid":                    s.importFile("", "", path),
 		"a malformed digest":        s.importFile("sha256:xyz", "", path),
-		"a tag that is none":        s.importFile("v1", "Not OK", path),
+		"a tag that is too long":    s.importFile("v1", strings.Repeat("T", 100), path),
 		"content of another digest": s.importFile(other.String(), "", path),
 		"a relative path":           s.importFile("v1", "", "file"),
 		"a relative path of a file": s.importFile("v1", "", "server_test.go"),
 		"a path of nothing":         s.importFile("v1", "", path+"x"),
 		"a directory":               s.importFile("v1", "", s.dir),
 		"a relative output":         s.export("v1", "", "out"),
-		"stat of a bad cid":         s.stat("a b", "", false),
-		"delete of a bad cid":       s.delete("a/b", ""),
+		"stat of a bad cid":         s.stat("sha256:a b", "", false),
+		"delete of a bad cid":       s.delete("sha256:a/b", ""),
 		"a range": call(
 			s.StatTask(t.Context(), &dfdaemonv1.StatTaskRequest{
 				Url: urlOf("v1"), UrlMeta: &commonv1.UrlMeta{Range: "0-9"}})),

@@ -17,6 +17,7 @@ import (
 	"github.com/dfcache/dfcache/cmd/internal/exit"
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/dragonfly/given"
 )
 
 // listed is one line of a list.
@@ -31,6 +32,8 @@ type listed struct {
 	Local     bool          `json:"local"`
 	Imported  time.Time     `json:"imported"`
 	LastUsed  *time.Time    `json:"lastUsed"` // null where never
+	Given     string        `json:"given"`    // the cid as Dragonfly's dfcache gave it; as CID where it did not
+	GivenTag  string        `json:"givenTag"` // the same of the tag
 }
 
 func newListed(e blobstore.Entry) listed {
@@ -51,7 +54,27 @@ func newListed(e blobstore.Entry) listed {
 	case e.Keep != p2p.KeepReferred:
 		l.Type = "blob"
 	}
+	l.Given, l.GivenTag = given.Text(l.CID), given.Text(l.Tag)
 	return l
+}
+
+// listing makes lines of what a store has.
+func listing(
+	ctx context.Context, store *blobstore.Store, entries iter.Seq2[blobstore.Entry, error],
+) iter.Seq2[listed, error] {
+	return func(yield func(listed, error) bool) {
+		for e, err := range entries {
+			l := newListed(e)
+			if err == nil && l.Type == "name" && given.IsHashed(l.CID) {
+				if repo, err := store.Repository(l.Tag); err == nil {
+					l.Given = givenName(ctx, repo, l.CID)
+				}
+			}
+			if !yield(l, err) {
+				return
+			}
+		}
+	}
 }
 
 func (a *app) listCommand() *cobra.Command {
@@ -74,7 +97,9 @@ this tag; the empty tag is --tag "". The types are
 As JSON the list is an array of objects. A template is executed on all of it. Of
 a name, "manifest" is the digest of the manifest that it leads to, and "digest"
 is empty: see "dfcache stat" for that of the file. Of the others "manifest" is
-empty. "lastUsed" is null where that was never.
+empty. "lastUsed" is null where that was never. "given" and "givenTag" are cid and
+tag as Dragonfly's dfcache gave them, where they are names made of such a text; the
+text form has the cid in parentheses then.
 
 ` + storeStatus(),
 		Example: `  dfcache list --tag models
@@ -118,15 +143,16 @@ func (s *session) list(ctx context.Context, tagGiven bool) error {
 	entries = join(entries, known(partials, func(err error) {
 		s.warn(fmt.Sprintf("what has arrived in part is not listed: %v", err))
 	}))
+	lines := listing(ctx, store, entries)
 	// It may be long: what is printed goes out before the end is known.
 	out := bufio.NewWriterSize(s.out, 64<<10)
 	switch s.result.name {
 	case jsonFormat:
-		err = listJSON(out, entries)
+		err = listJSON(out, lines)
 	case templateFormat:
-		err = s.listTemplate(out, entries)
+		err = s.listTemplate(out, lines)
 	default:
-		err = listText(out, entries)
+		err = listText(out, lines)
 	}
 	if err != nil {
 		err = fmt.Errorf("list: %w", err)
@@ -166,34 +192,34 @@ func known(list iter.Seq2[blobstore.Entry, error], warn func(error)) iter.Seq2[b
 	}
 }
 
-func listText(w io.Writer, entries iter.Seq2[blobstore.Entry, error]) error {
+func listText(w io.Writer, lines iter.Seq2[listed, error]) error {
 	const line = "%-20s  %-8s  %10s  %-25s  %s\n"
 	if _, err := fmt.Fprintf(w, line, "TAG", "TYPE", "SIZE", "IMPORTED", "CID"); err != nil {
 		return err
 	}
-	for entry, err := range entries {
+	for l, err := range lines {
 		if err != nil {
 			return err
 		}
-		l := newListed(entry)
-		tag := l.Tag
+		tag := asGiven(l.Tag, l.GivenTag)
 		if tag == "" {
 			tag = "-"
 		}
-		if _, err := fmt.Fprintf(w, line, tag, l.Type, human(l.Size), moment(l.Imported), l.CID); err != nil {
+		if _, err := fmt.Fprintf(w, line, tag, l.Type, human(l.Size), moment(l.Imported),
+			asGiven(l.CID, l.Given)); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func listJSON(w io.Writer, entries iter.Seq2[blobstore.Entry, error]) error {
+func listJSON(w io.Writer, lines iter.Seq2[listed, error]) error {
 	separator := "["
-	for entry, err := range entries {
+	for l, err := range lines {
 		if err != nil {
 			return err
 		}
-		data, err := json.Marshal(newListed(entry))
+		data, err := json.Marshal(l)
 		if err != nil {
 			return err
 		}
@@ -212,13 +238,13 @@ func listJSON(w io.Writer, entries iter.Seq2[blobstore.Entry, error]) error {
 
 // listTemplate executes the template on the whole list, so all of it has to be
 // in memory.
-func (s *session) listTemplate(w io.Writer, entries iter.Seq2[blobstore.Entry, error]) error {
+func (s *session) listTemplate(w io.Writer, lines iter.Seq2[listed, error]) error {
 	all := []listed{}
-	for entry, err := range entries {
+	for l, err := range lines {
 		if err != nil {
 			return err
 		}
-		all = append(all, newListed(entry))
+		all = append(all, l)
 	}
 	var out bytes.Buffer // nothing is printed when the template fails
 	if err := s.result.execute(&out, all); err != nil {

@@ -80,6 +80,7 @@ func (s *session) stat(ctx context.Context, lookup blobstore.Lookup) error {
 	var text facts
 	text.describe(file)
 	text.manifest(d)
+	text.given(ctx, repo, s.cid, s.tag)
 	switch {
 	case len(file.Files) > 0 || len(d.Platforms) > 0:
 		text.add("pieces", "%d", file.Pieces)

@@ -18,10 +18,12 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/dragonfly/given"
 	"github.com/dfcache/dfcache/p2p/grpclimit"
 )
 
@@ -29,7 +31,8 @@ import (
 // escaped as in a query.
 const Scheme = "d7y:/"
 
-// URL and Meta name a task to Dragonfly, as its own dfcache does.
+// URL and Meta name a task to Dragonfly, as its own dfcache does. The tag is the one that was given
+// there, where it was (see package given).
 //
 // Dragonfly knows a task by the hash of both texts in a row, without a separator, so
 // that the cid "a" under the tag "bc" is the cid "ab" under the tag "c". No two tasks
@@ -40,7 +43,7 @@ const Scheme = "d7y:/"
 func URL(t p2p.Task) string { return Scheme + url.QueryEscape(t.Digest.String()) }
 
 // Meta is the other part of a task's name: see [URL].
-func Meta(t p2p.Task) *commonv1.UrlMeta { return &commonv1.UrlMeta{Tag: t.Tag} }
+func Meta(t p2p.Task) *commonv1.UrlMeta { return &commonv1.UrlMeta{Tag: given.Text(t.Tag)} }
 
 // maxElements is how many elements (see package grpclimit) a message of Dragonfly may have that
 // is an answer, and maxQuestion one that asks.
@@ -78,6 +81,29 @@ func DialSocket(socket string, opts ...grpc.DialOption) (*grpc.ClientConn, error
 		return nil, fmt.Errorf("connect with Dragonfly's dfdaemon at %s: %w", socket, err)
 	}
 	return conn, nil
+}
+
+// OnReturn calls do whenever the other end of a connection answers that was away before, until
+// ctx ends. It goes on connecting meanwhile.
+func OnReturn(ctx context.Context, conn *grpc.ClientConn, do func()) {
+	away := false
+	for {
+		state := conn.GetState()
+		switch state {
+		case connectivity.Idle: // also where a server has closed what nobody used for a while
+			conn.Connect()
+		case connectivity.TransientFailure:
+			away = true
+		case connectivity.Ready:
+			if away {
+				do()
+			}
+			away = false
+		}
+		if !conn.WaitForStateChange(ctx, state) {
+			return
+		}
+	}
 }
 
 // NewServer returns a server, with limits on what comes from others: a request has 64 KiB at most
