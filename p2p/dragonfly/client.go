@@ -74,13 +74,20 @@ func (c *client) importFile(ctx context.Context, t p2p.Task, path string, limit 
 
 // export has the daemon write a task's content to a path where there is nothing yet.
 func (c *client) export(ctx context.Context, t p2p.Task, path string, limit time.Duration) error {
-	return c.call(ctx, "export "+t.String(), limit, wire.ErrAway, func(ctx context.Context) error {
+	err := c.call(ctx, "export "+t.String(), limit, wire.ErrAway, func(ctx context.Context) error {
 		_, err := c.daemon.ExportTask(ctx, &dfdaemonv1.ExportTaskRequest{
 			Url: wire.URL(t), UrlMeta: wire.Meta(t), Output: path,
 			Timeout: uint64(limit.Nanoseconds()), Uid: int64(os.Geteuid()), Gid: int64(os.Getegid()),
 		})
 		return err
 	})
+	// Why peers did not give it, it tells with a code or without one.
+	for _, kind := range []error{nil, p2p.ErrNotFound, p2p.ErrNoSpace, p2p.ErrUnavailable, context.Cause(ctx)} {
+		if errors.Is(err, kind) {
+			return err
+		}
+	}
+	return fmt.Errorf("%w: %w", wire.ErrAway, err)
 }
 
 // delete has the daemon delete a task of its own. One that it does not have is no error.

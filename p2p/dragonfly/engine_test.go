@@ -17,6 +17,8 @@ import (
 	"testing"
 	"time"
 
+	commonv1 "d7y.io/api/v2/pkg/apis/common/v1"
+	dfdaemonv1 "d7y.io/api/v2/pkg/apis/dfdaemon/v1"
 	"go.uber.org/goleak"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -783,6 +785,29 @@ func TestDeleteCopies(t *testing.T) {
 	}
 }
 
+// Dragonfly takes a file without its scheduler, and then no other host finds it: that is said.
+func TestImportWithoutScheduler(t *testing.T) {
+	h := newHost(t, new(dragonflytest.Cluster), dragonfly.Options{LookupTimeout: 200 * time.Millisecond})
+	var said []string
+	ctx := p2p.WithNotice(t.Context(), func(text string) { said = append(said, text) })
+	importOne := func(content string) {
+		t.Helper()
+		task := p2p.Task{Tag: "t", Digest: digest.SHA256.FromString(content)}
+		if err := tryImport(ctx, h, task, []byte(content)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	importOne("one")
+	if len(said) > 0 {
+		t.Errorf("with the scheduler it is said: %q", said)
+	}
+	h.upstream.LoseScheduler()
+	importOne("two")
+	if len(said) != 1 || !strings.Contains(said[0], "can't find it until its scheduler answers") {
+		t.Errorf("without the scheduler it is said: %q", said)
+	}
+}
+
 // What is deleted while it is handed in is not in Dragonfly afterwards.
 func TestDeleteWhileHandedIn(t *testing.T) {
 	h := newHost(t, new(dragonflytest.Cluster), dragonfly.Options{})
@@ -803,13 +828,77 @@ func TestDeleteWhileHandedIn(t *testing.T) {
 	h.requireMissing(task)
 }
 
+// What Dragonfly gives that is something else does not stay in the Dragonfly of this host, as one more
+// that has it: when the right one is there, the next fetch gets that.
+func TestWrongCopyGoes(t *testing.T) {
+	cluster := new(dragonflytest.Cluster)
+	data := enginetest.Content(1000, 1)
+	task := p2p.Task{Tag: "t", Digest: digest.SHA256.FromBytes(data)}
+	liar := cluster.Start(t)
+	wrong := filepath.Join(t.TempDir(), "wrong")
+	if err := os.WriteFile(wrong, []byte("something else"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	url, meta := "d7y:/"+url.QueryEscape(task.Digest.String()), &commonv1.UrlMeta{Tag: task.Tag}
+	if _, err := liar.ImportTask(t.Context(), &dfdaemonv1.ImportTaskRequest{
+		Url: url, UrlMeta: meta, Path: wrong}); err != nil {
+		t.Fatal(err)
+	}
+	a := newHost(t, cluster, dragonfly.Options{})
+	_, err := a.fetch(t.Context(), task)
+	enginetest.RequireError(t, "fetch", err, digest.ErrMismatch)
+	if left := a.upstream.Tasks(); len(left) > 0 {
+		t.Errorf("the Dragonfly of this host has %q", left)
+	}
+	if _, err := liar.DeleteTask(t.Context(), &dfdaemonv1.DeleteTaskRequest{Url: url, UrlMeta: meta}); err != nil {
+		t.Fatal(err)
+	}
+	importAs(t, newHost(t, cluster, dragonfly.Options{}), task, data)
+	a.requireFetched(task, data)
+}
+
+// What Dragonfly has lost while it was away is handed in when it is back, not with the next sweep.
+func TestAbsence(t *testing.T) {
+	h := newHost(t, new(dragonflytest.Cluster), dragonfly.Options{SweepInterval: time.Hour})
+	enginetest.Import(t, h, "t", []byte("data"))
+	for range 2 {
+		imported := make(chan struct{}, 1)
+		h.upstream.OnCall(func(_ context.Context, call string) error {
+			if call == "ImportTask" {
+				select {
+				case imported <- struct{}{}:
+				default:
+				}
+			}
+			return nil
+		})
+		h.upstream.Kill()
+		h.upstream.Forget()
+		for failed := 0; failed < 2; { // the connection is lost, and can't be made again
+			if h.Health(t.Context()) != nil {
+				failed++
+			}
+		}
+		restart(t, h)
+		select {
+		case <-imported:
+		case <-time.After(30 * time.Second):
+			t.Fatal("Dragonfly does not get again what it has lost")
+		}
+	}
+}
+
 // What Dragonfly drops is handed in again, and it is told again of what it has, for its
-// scheduler.
+// scheduler. What it drops once more it has no room for.
 func TestSweep(t *testing.T) {
 	h := newHost(t, new(dragonflytest.Cluster), dragonfly.Options{SweepInterval: 10 * time.Millisecond})
 	task := enginetest.Import(t, h, "t", []byte("data"))
 	called := make(chan struct{}, 1)
-	h.upstream.OnCall(func(context.Context, string) error {
+	var drop atomic.Bool
+	h.upstream.OnCall(func(_ context.Context, call string) error {
+		if call == "StatTask" && drop.Swap(false) { // not when it has just been told that it has it
+			h.upstream.Forget()
+		}
 		select {
 		case called <- struct{}{}:
 		default:
@@ -832,8 +921,19 @@ func TestSweep(t *testing.T) {
 		h.upstream.Calls("ImportTask")
 		await("Dragonfly is not told again", func() bool { return h.upstream.Calls("ImportTask") > 0 })
 	}
-	h.upstream.Forget()
-	await("Dragonfly does not get again what it has dropped", func() bool { return len(h.upstream.Tasks()) == 1 })
+	drop.Store(true)
+	await("Dragonfly does not get again what it has dropped", func() bool { return !drop.Load() && len(h.upstream.Tasks()) == 1 })
+	drop.Store(true)
+	stats := 0
+	await("Dragonfly is not asked again", func() bool {
+		if !drop.Load() {
+			stats += h.upstream.Calls("StatTask")
+		}
+		return stats > 3
+	})
+	if got := h.upstream.Tasks(); len(got) > 0 {
+		t.Errorf("Dragonfly gets %q at once whenever it has dropped it", got)
+	}
 	if deleted, err := h.delete(task); err != nil || len(deleted.Missed) > 0 {
 		t.Fatalf("delete: %+v, %v", deleted, err)
 	}

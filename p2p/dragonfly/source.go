@@ -20,11 +20,13 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/dragonfly/whole"
+	"github.com/dfcache/dfcache/p2p/dragonfly/wire"
 	"github.com/dfcache/dfcache/p2p/front"
 	"github.com/dfcache/dfcache/p2p/pieces"
 )
@@ -49,8 +51,11 @@ const (
 	// DefaultTimeout bounds an import or an export.
 	DefaultTimeout = 10 * time.Minute
 
-	// sweepsADay is how many sweeps there are to one that copies to Dragonfly what it has dropped.
-	sweepsADay = 24
+	// refillEvery is how long what Dragonfly has dropped while it ran, and got again, is not handed in once
+	// more: where it has no room for all, one would drive out the other with every sweep.
+	refillEvery = 24 * time.Hour
+	// maxRefilled is of how many tasks that is known.
+	maxRefilled = 1 << 16
 	// deleteTimeout bounds what Dragonfly does for one delete of ours.
 	deleteTimeout = 10 * time.Second
 )
@@ -67,8 +72,8 @@ const (
 // host; to commit the same again makes up for it.
 //
 // Dragonfly drops what nobody has used for a while, and its scheduler forgets. So all that
-// the store holds is handed in again and again: what Dragonfly has not dropped every
-// hour, the rest once a day and after a start.
+// the store holds is asked for and handed in again: every hour, and at once when Dragonfly's
+// dfdaemon was away. What it has dropped while it ran it gets again at most once a day.
 //
 // Every task that is deleted here is deleted by Dragonfly's dfdaemon of this host, too.
 type Source struct {
@@ -79,9 +84,18 @@ type Source struct {
 	upstream *client
 	log      *slog.Logger
 
-	ctx      context.Context // ends with Close
-	cancel   context.CancelFunc
-	sweeping sync.WaitGroup
+	ctx        context.Context // ends with Close
+	cancel     context.CancelFunc
+	background sync.WaitGroup // sweeps
+	sweepNow   chan struct{}
+
+	mu       sync.Mutex
+	refilled map[p2p.Task]time.Time // what Dragonfly had dropped, and when it got it again
+
+	schedulerMu    sync.Mutex // held while Dragonfly's scheduler is asked
+	schedulerErr   error      // of the last time
+	schedulerAsked time.Time
+	awaiting       atomic.Bool // whether it is waited for
 }
 
 var _ front.Source = (*Source)(nil)
@@ -114,25 +128,53 @@ func New(f *front.Engine, opts Options) (*Source, error) {
 	if err != nil {
 		return nil, err
 	}
-	e := &Source{front: f, store: f.Store(), opts: opts, dir: dir, upstream: upstream, log: opts.Log}
+	e := &Source{front: f, store: f.Store(), opts: opts, dir: dir, upstream: upstream, log: opts.Log,
+		sweepNow: make(chan struct{}, 1), refilled: map[p2p.Task]time.Time{}}
 	e.ctx, e.cancel = context.WithCancel(context.Background())
-	e.sweeping.Go(func() { whole.SweepEvery(e.ctx, e.store, opts.Log, opts.SweepInterval, e.sweep) })
+	e.background.Go(func() {
+		whole.SweepEvery(e.ctx, e.store, opts.Log, opts.SweepInterval, e.sweepNow, e.sweep)
+	})
+	e.background.Go(func() { wire.OnReturn(e.ctx, upstream.conn, e.returned) })
 	f.Add(e)
 	return e, nil
 }
 
-// sweep hands in a task of the store once more; one that Dragonfly's dfdaemon does not
-// have any more once a day.
-func (e *Source) sweep(ctx context.Context, task p2p.Task, n int) error {
-	if n%sweepsADay != 0 {
-		if err := e.upstream.stat(ctx, task, true, e.opts.LookupTimeout); err != nil {
-			if errors.Is(err, p2p.ErrNotFound) {
-				return nil
-			}
-			return err
+// returned has all be looked for again in a Dragonfly that was away: it may have lost everything.
+func (e *Source) returned() {
+	e.mu.Lock()
+	clear(e.refilled)
+	e.mu.Unlock()
+	whole.Soon(e.sweepNow)
+}
+
+// sweep asks whether Dragonfly's dfdaemon has a task of the store, and hands it in once more; what it
+// has dropped only where it has not got it again lately.
+func (e *Source) sweep(ctx context.Context, task p2p.Task) error {
+	e.mu.Lock()
+	last, again := e.refilled[task]
+	if again = again && time.Since(last) < refillEvery; !again {
+		if len(e.refilled) >= maxRefilled {
+			clear(e.refilled)
 		}
+		e.refilled[task] = time.Now() // before it is asked: an import that comes meanwhile takes that back
 	}
-	return e.handInBlob(ctx, task)
+	e.mu.Unlock()
+	dropped := false
+	err := e.handInIf(ctx, task, func() bool {
+		dropped = true
+		return !again
+	})
+	if !dropped && !again {
+		e.forgive(task)
+	}
+	return err
+}
+
+// forgive says that Dragonfly has a task.
+func (e *Source) forgive(task p2p.Task) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	delete(e.refilled, task)
 }
 
 // Health asks whether Dragonfly answers. The error matches [p2p.ErrUnavailable] where it does not.
@@ -162,7 +204,7 @@ func (e *Source) Stop() { e.cancel() }
 
 // Close implements [front.Source]: it leaves Dragonfly's dfdaemon as it is.
 func (e *Source) Close() error {
-	e.sweeping.Wait()
+	e.background.Wait()
 	return e.upstream.close()
 }
 
@@ -191,29 +233,47 @@ func (e *Source) bring(ctx context.Context, task p2p.Task) error {
 		return err
 	}
 	err = e.take(ctx, task, output)
-	e.giveBack(ctx, task, dir, err == nil)
+	e.giveBack(ctx, task, dir, err)
 	if err != nil {
 		return fmt.Errorf("fetch %s from Dragonfly: %w", task, err)
 	}
 	return nil
 }
 
-// giveBack sees to it that Dragonfly still has what it says it has when a directory is
-// removed that it has exported a task to. With its storage strategy "advance", the file
-// of its cache is in there, and goes, too: it has to have another one, or know that it
-// has none.
-func (e *Source) giveBack(ctx context.Context, task p2p.Task, dir string, taken bool) {
-	if entries, err := os.ReadDir(dir); err == nil && len(entries) <= 1 {
+// giveBack sees to it that Dragonfly has of a task that it has exported to a directory what it says
+// it has. taken is why it was not taken. What is something else than what was asked for Dragonfly is not
+// to have: it would give that again, also to others. And with its storage strategy "advance" the file of
+// its cache is in the directory, and goes with it: it has to have another one, or know that it has none.
+func (e *Source) giveBack(ctx context.Context, task p2p.Task, dir string, taken error) {
+	wrong := errors.Is(taken, digest.ErrMismatch)
+	if entries, err := os.ReadDir(dir); err == nil && len(entries) <= 1 && !wrong {
 		return
 	}
-	err := e.upstream.delete(context.WithoutCancel(ctx), task)
-	if err == nil && taken {
+	err := e.drop(context.WithoutCancel(ctx), task)
+	if err == nil && taken == nil {
 		err = e.handInBlob(ctx, task)
 	}
-	if err != nil {
+	switch {
+	case err != nil && wrong:
+		e.log.Warn("Dragonfly keeps something else under a digest on this host: delete it there", "task", task.String(),
+			"error", err)
+	case err != nil:
 		e.log.Warn("Dragonfly has lost what it has fetched: other hosts may ask it in vain", "task", task.String(),
 			"error", err)
 	}
+}
+
+// drop has Dragonfly's dfdaemon delete a task. Imports and fetches at the same time each leave a
+// copy, of which one is deleted at a time.
+func (e *Source) drop(ctx context.Context, task p2p.Task) error {
+	err := e.upstream.delete(ctx, task)
+	for range 3 {
+		if err != nil || e.upstream.stat(ctx, task, true, e.opts.LookupTimeout) != nil {
+			break
+		}
+		err = e.upstream.delete(ctx, task)
+	}
+	return err
 }
 
 // take copies a file that Dragonfly has exported to the store. It is never moved or
@@ -230,23 +290,91 @@ func (e *Source) take(ctx context.Context, task p2p.Task, name string) error {
 	defer f.Close()
 	err = e.front.Take(ctx, task, f)
 	if errors.Is(err, digest.ErrMismatch) {
-		err = fmt.Errorf("%w: what Dragonfly has under this digest is something else: delete it there, and import "+
-			"the file again", err)
+		err = fmt.Errorf("%w: what Dragonfly has brought under this digest is something else: it goes on this host; "+
+			"where it comes from, delete it there, and import the file again", err)
 	}
 	return err
 }
 
 // Offer implements [front.Source].
 func (e *Source) Offer(ctx context.Context, c p2p.Commit) error {
-	return whole.HandIn(ctx, e.store, whole.Tasks(c), e.handInBlob)
+	if err := whole.HandIn(ctx, e.store, whole.Tasks(c), func(ctx context.Context, task p2p.Task) error {
+		err := e.handInBlob(ctx, task)
+		e.forgive(task) // a sweep that came before took it for dropped
+		return err
+	}); err != nil {
+		return err
+	}
+	if tell := p2p.NoticeOf(ctx); tell != nil {
+		if err := e.askScheduler(ctx); err != nil {
+			e.awaitScheduler()
+			tell(fmt.Sprintf("it is stored on this host, and Dragonfly has it here, but %s: %v", whole.NotFoundYet, err))
+		}
+	}
+	return nil
+}
+
+// silence is for how long a scheduler that does not answer is not asked again.
+const silence = 10 * time.Second
+
+// nowhere is a task that nobody has: what Dragonfly's dfdaemon has itself it says without its scheduler.
+var nowhere = p2p.Task{Digest: digest.SHA256.FromString("dfcache: does the scheduler answer?")}
+
+// awaitScheduler has Dragonfly be told of everything once more when its scheduler answers again: its
+// dfdaemon does so once with each import, and does not try again.
+func (e *Source) awaitScheduler() {
+	if e.awaiting.Swap(true) {
+		return
+	}
+	e.background.Go(func() {
+		defer e.awaiting.Store(false)
+		tick := time.NewTicker(silence)
+		defer tick.Stop()
+		for {
+			select {
+			case <-tick.C:
+			case <-e.ctx.Done():
+				return
+			}
+			if e.askScheduler(e.ctx) == nil {
+				whole.Soon(e.sweepNow)
+				return
+			}
+		}
+	})
+}
+
+// askScheduler asks whether Dragonfly's scheduler answers: its dfdaemon takes a file without it.
+func (e *Source) askScheduler(ctx context.Context) error {
+	e.schedulerMu.Lock()
+	defer e.schedulerMu.Unlock()
+	if e.schedulerErr != nil && time.Since(e.schedulerAsked) < silence {
+		return e.schedulerErr
+	}
+	err := e.upstream.stat(ctx, nowhere, false, e.opts.LookupTimeout)
+	if errors.Is(err, p2p.ErrNotFound) {
+		err = nil
+	}
+	if ctx.Err() == nil {
+		e.schedulerErr, e.schedulerAsked = err, time.Now()
+	}
+	return err
 }
 
 // handInBlob has Dragonfly import a blob, which is verified before where Dragonfly's
 // dfdaemon does not have it yet. Where it has, it tells its scheduler once more.
 func (e *Source) handInBlob(ctx context.Context, task p2p.Task) error {
+	return e.handInIf(ctx, task, func() bool { return true })
+}
+
+// handInIf does what handInBlob does; what Dragonfly does not have it gets only where may says so.
+func (e *Source) handInIf(ctx context.Context, task p2p.Task, may func() bool) error {
 	hand := func(blob *pieces.Blob) error {
 		err := e.upstream.stat(ctx, task, true, e.opts.LookupTimeout)
 		if errors.Is(err, p2p.ErrNotFound) {
+			if !may() {
+				return nil
+			}
 			err = blob.CopyRange(ctx, io.Discard, 0, blob.Size(), nil)
 		}
 		if err != nil {
@@ -267,15 +395,7 @@ func (e *Source) Forget(ctx context.Context, d front.Deletion) (missed []front.T
 		fmt.Errorf("the dfdaemon of Dragonfly at %s has not done it within %s", e.opts.Socket, deleteTimeout))
 	defer cancel()
 	for _, task := range d.Tasks {
-		err := e.upstream.delete(limited, task)
-		// Imports and fetches at the same time each leave a copy, of which one is deleted.
-		for range 3 {
-			if err != nil || e.upstream.stat(limited, task, true, e.opts.LookupTimeout) != nil {
-				break
-			}
-			err = e.upstream.delete(limited, task)
-		}
-		if err != nil {
+		if err := e.drop(limited, task); err != nil {
 			miss(fmt.Sprintf("%s: %v: delete it again by this digest", task, err))
 		}
 	}

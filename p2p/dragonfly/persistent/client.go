@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"path/filepath"
 	"strings"
 	"time"
@@ -140,18 +141,26 @@ func (c *client) upload(ctx context.Context, t p2p.Task, path string, ttl, limit
 	return err
 }
 
-// download writes a task's content of size bytes to w, piece by piece as they come. It is given up where
-// nothing, or next to nothing, comes for as long as stall. When all has come, it waits for Dragonfly to
-// end, which keeps it then, for as long as end, and no longer.
+// limits say how long a download may take.
+type limits struct {
+	all   time.Duration
+	stall time.Duration // without anything, or with next to nothing
+	end   time.Duration // for Dragonfly to end when all has come, which keeps it then
+}
+
+// download writes a task's content to w, piece by piece as they come, and returns how many bytes there
+// are: as many as the scheduler knows of, unless Dragonfly's dfdaemon says otherwise, for which there
+// has to be room.
 func (c *client) download(
-	ctx context.Context, t p2p.Task, w io.WriterAt, size int64, limit, stall, end time.Duration,
-) error {
-	return c.call(ctx, "export "+t.String(), limit, wire.ErrAway, func(ctx context.Context) error {
+	ctx context.Context, t p2p.Task, w io.WriterAt, size int64, room func(int64) error, l limits,
+) (int64, error) {
+	stall := l.stall
+	err := c.call(ctx, "export "+t.String(), l.all, wire.ErrAway, func(ctx context.Context) error {
 		progress := throttle.NewProgress(ctx, stall)
 		defer progress.Stop()
 		stream, err := c.daemon.DownloadPersistentCacheTask(
 			progress.Context(), &dfdaemonv2.DownloadPersistentCacheTaskRequest{
-				TaskId: taskID(t), Persistent: true, NeedPieceContent: true, Timeout: durationpb.New(limit),
+				TaskId: taskID(t), Persistent: true, NeedPieceContent: true, Timeout: durationpb.New(l.all),
 			})
 		if err != nil {
 			return err
@@ -179,8 +188,13 @@ func (c *client) download(
 			}
 			if start := answer.GetDownloadPersistentCacheTaskStartedResponse(); start != nil {
 				if told := start.GetContentLength(); told != uint64(size) {
-					return status.Errorf(
-						codes.Aborted, "it says that there are %d bytes, where its scheduler knows of %d", told, size)
+					if told > math.MaxInt64 || len(seen) > 0 {
+						return status.Errorf(codes.Aborted, "it says that there are %d bytes, and before that %d", told, size)
+					}
+					size = int64(told)
+					if err := room(size); err != nil {
+						return &ownError{err}
+					}
 				}
 				continue
 			}
@@ -201,10 +215,11 @@ func (c *client) download(
 				return &ownError{pieces.DiskError(err)}
 			}
 			if got == size {
-				progress.Restart(end)
+				progress.Restart(l.end)
 			}
 		}
 	})
+	return size, err
 }
 
 // ownError is a failure that is not Dragonfly's.

@@ -34,7 +34,7 @@ func TestDiskFull(t *testing.T) {
 	if err := c.upload(t.Context(), task, path, time.Hour, time.Minute); err != nil {
 		t.Fatal(err)
 	}
-	err = c.download(t.Context(), task, full{}, 4, time.Minute, time.Minute, time.Minute)
+	_, err = c.download(t.Context(), task, full{}, 4, nil, limits{time.Minute, time.Minute, time.Minute})
 	if !errors.Is(err, p2p.ErrNoSpace) || errors.Is(err, p2p.ErrUnreachable) {
 		t.Errorf("download: %v; want that there is no space", err)
 	}

@@ -228,8 +228,12 @@ func TestWrongContent(t *testing.T) {
 	b.upstream.Tamper(nil)
 	b.upstream.Claim(1 << 50)
 	_, err = b.Open(t.Context(), task, p2p.Network)
-	enginetest.RequireError(t, "open what is longer than the scheduler says", err, p2p.ErrUnreachable,
-		"its scheduler knows of 9437184")
+	enginetest.RequireError(t, "open what there is no room for", err, p2p.ErrNoSpace)
+	requireMissing()
+	b.upstream.Claim(10 << 20)
+	_, err = b.Open(t.Context(), task, p2p.Network)
+	enginetest.RequireError(t, "open what is shorter than it says", err, p2p.ErrUnreachable,
+		"ended after 9437184 bytes of 10485760")
 	requireMissing()
 	b.upstream.Claim(0)
 	b.requireFetched(task, data)
@@ -259,6 +263,21 @@ func TestDropped(t *testing.T) {
 	b.upstream.Forget()
 	a.upstream.Forget()
 	eventually(t, "after a start of Dragonfly", func() bool { return len(a.upstream.Tasks()) == 1 })
+}
+
+// What Dragonfly has lost while it was away it gets again when it is back, not with the next sweep.
+func TestAbsence(t *testing.T) {
+	h := newHost(t, persistenttest.StartCluster(t), persistent.Options{SweepInterval: time.Hour})
+	enginetest.Import(t, h, "t", []byte("data"))
+	h.upstream.Kill()
+	h.upstream.Forget()
+	for failed := 0; failed < 2; { // the connection is lost, and can't be made again
+		if h.Health(t.Context()) != nil {
+			failed++
+		}
+	}
+	h.upstream.Run()
+	eventually(t, "after an absence of Dragonfly", func() bool { return len(h.upstream.Tasks()) == 1 })
 }
 
 // A delete reaches what Dragonfly has on every host, and says what it does not reach.

@@ -80,7 +80,7 @@ const (
 // host; to commit the same again makes up for it.
 //
 // Dragonfly drops what its TTL is over for. So all that the store holds is handed in
-// again, every SweepInterval, where Dragonfly does not have it.
+// again, every SweepInterval and when Dragonfly's dfdaemon was away, where Dragonfly does not have it.
 //
 // Every task that is deleted here is deleted by Dragonfly on all hosts that it reaches;
 // stores like this one on other hosts keep theirs.
@@ -130,10 +130,10 @@ func New(f *front.Engine, opts Options) (*Source, error) {
 	}
 	e := &Source{front: f, store: f.Store(), opts: opts, dir: dir, upstream: upstream}
 	e.ctx, e.cancel = context.WithCancel(context.Background())
-	e.background.Go(func() {
-		whole.SweepEvery(e.ctx, e.store, opts.Log, opts.SweepInterval,
-			func(ctx context.Context, task p2p.Task, _ int) error { return e.handInBlob(ctx, task) })
-	})
+	now := make(chan struct{}, 1)
+	e.background.Go(func() { whole.SweepEvery(e.ctx, e.store, opts.Log, opts.SweepInterval, now, e.handInBlob) })
+	// It has dropped all that it had, unless it is told to keep it.
+	e.background.Go(func() { wire.OnReturn(e.ctx, upstream.conn, func() { whole.Soon(now) }) })
 	f.Add(e)
 	return e, nil
 }
@@ -203,17 +203,18 @@ func (e *Source) bring(ctx context.Context, task p2p.Task) error {
 	if err != nil {
 		return err
 	}
-	f, err := os.CreateTemp(e.dir, "")
+	in, err := e.front.Receive(ctx, task)
 	if err != nil {
-		return fmt.Errorf("fetch %s: %w", task, pieces.DiskError(err))
+		return fmt.Errorf("fetch %s: %w", task, err)
 	}
-	defer os.Remove(f.Name())
-	defer f.Close()
-	if err := e.upstream.download(ctx, task, f, int64(found.GetContentLength()), e.opts.Timeout, e.opts.StallTimeout,
-		e.opts.LookupTimeout); err != nil {
+	defer in.Close()
+	size, err := e.upstream.download(ctx, task, in, int64(found.GetContentLength()),
+		func(size int64) error { return e.front.Room(task, size) }, limits{e.opts.Timeout, e.opts.StallTimeout,
+			e.opts.LookupTimeout})
+	if err != nil {
 		return err
 	}
-	err = e.front.Take(ctx, task, f)
+	err = in.Keep(size)
 	if errors.Is(err, digest.ErrMismatch) {
 		err = fmt.Errorf(
 			"%w: what Dragonfly has under this digest is something else: delete it, and import the file again", err)

@@ -85,30 +85,39 @@ func HandInBlob(
 	return err
 }
 
-// SweepEvery calls hand for every task of the store, once and again after each interval,
-// until ctx ends. It says how many sweeps there were before, without one that found
-// the network away: an error that matches [p2p.ErrUnavailable] ends a sweep.
+// SweepEvery calls hand for every task of the store, once and again after each interval, and when
+// something comes from now, until ctx ends. An error that matches [p2p.ErrUnavailable] ends a sweep.
 func SweepEvery(
-	ctx context.Context, store *pieces.Store, log *slog.Logger, interval time.Duration,
-	hand func(ctx context.Context, task p2p.Task, sweep int) error,
+	ctx context.Context, store *pieces.Store, log *slog.Logger, interval time.Duration, now <-chan struct{},
+	hand func(ctx context.Context, task p2p.Task) error,
 ) {
 	tick := time.NewTicker(interval)
 	defer tick.Stop()
-	for n := 0; ; n++ {
-		err := sweep(ctx, store, log, func(task p2p.Task) error { return hand(ctx, task, n) })
-		if err != nil && ctx.Err() == nil {
+	for {
+		if err := sweep(ctx, store, log, hand); err != nil && ctx.Err() == nil {
 			log.Warn("Dragonfly has not been told of all that is here: it will be", "error", err)
-			n = -1 // it may be another one when it answers
 		}
 		select {
 		case <-tick.C:
+		case <-now:
 		case <-ctx.Done():
 			return
 		}
 	}
 }
 
-func sweep(ctx context.Context, store *pieces.Store, log *slog.Logger, hand func(p2p.Task) error) error {
+// Soon has a sweep begin at once that waits for something from now, or another one follow the one
+// that is under way.
+func Soon(now chan<- struct{}) {
+	select {
+	case now <- struct{}{}:
+	default: // one is to come already
+	}
+}
+
+func sweep(
+	ctx context.Context, store *pieces.Store, log *slog.Logger, hand func(context.Context, p2p.Task) error,
+) error {
 	pace := rate.NewLimiter(sweepRate, 1)
 	for entry, err := range store.List(ctx, p2p.Query{}) {
 		if err == nil && entry.Name == "" {
@@ -120,7 +129,7 @@ func sweep(ctx context.Context, store *pieces.Store, log *slog.Logger, hand func
 		if entry.Name != "" {
 			continue
 		}
-		err = hand(entry.Task)
+		err = hand(ctx, entry.Task)
 		if errors.Is(err, p2p.ErrUnavailable) || ctx.Err() != nil {
 			return err
 		}

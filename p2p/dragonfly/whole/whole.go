@@ -28,6 +28,9 @@ import (
 // Name is what a Dragonfly is called in messages.
 const Name = "Dragonfly"
 
+// NotFoundYet says of what was stored that it is not known elsewhere.
+const NotFoundYet = "other hosts of Dragonfly can't find it until its scheduler answers"
+
 // Dir makes the directory "dragonfly" of a store anew, for what is not verified yet,
 // without what an earlier source has left in it. Nobody but this user, and root, can
 // enter it.
