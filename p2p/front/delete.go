@@ -175,7 +175,7 @@ func (e *Engine) deleteHere(
 	if err != nil {
 		return d, deleted, err
 	}
-	d.Held, d.Tasks = result.Found, result.Gone
+	d.Tag, d.Held, d.Tasks = tag, result.Found, result.Gone
 	missing := map[digest.CID]bool{}
 	for _, c := range result.NotFound {
 		if missing[c] = true; c.Digest() != "" {

@@ -117,6 +117,7 @@ type Seen struct {
 
 // Deletion is what was deleted on this host.
 type Deletion struct {
+	Tag   string
 	Tasks []p2p.Task // that are not here any more, or were not: those that were named, then
 	Held  bool       // whether the store had any of it
 	// Deletes are what the store remembers of it, the one that was asked for first.

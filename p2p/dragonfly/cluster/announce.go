@@ -7,8 +7,10 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"net/url"
 	"os"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -17,15 +19,39 @@ import (
 	schedulerv1 "d7y.io/api/v2/pkg/apis/scheduler/v1"
 	"golang.org/x/time/rate"
 
+	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/dragonfly/given"
 	"github.com/dfcache/dfcache/p2p/dragonfly/wire"
+	"github.com/dfcache/dfcache/p2p/manifest"
 )
 
-// holding is a task of the store, as Dragonfly knows it.
+// holding is a task of the store, as Dragonfly knows it: by its digest, or by a name that leads to it.
 type holding struct {
 	task   p2p.Task
 	peerID string // of this host, for this task
 	since  time.Time
+
+	name     string        // a cache ID of the task's tag, or ""
+	text     string        // as it was given to Dragonfly's dfcache
+	manifest digest.Digest // that the name points to
+}
+
+// url is what Dragonfly knows the holding by, together with the tag.
+func (h *holding) url() string {
+	if h.name != "" {
+		return wire.Scheme + url.QueryEscape(h.text)
+	}
+	return wire.URL(h.task)
+}
+
+func (h *holding) isName(tag, name string) bool { return h.name == name && h.task.Tag == tag }
+
+func (h *holding) String() string {
+	if h.name != "" {
+		return h.name + ", " + h.task.String()
+	}
+	return h.task.String()
 }
 
 // newHost describes this host to schedulers. listeners are for peers and for uploads.
@@ -76,13 +102,73 @@ func (e *Source) hold(task p2p.Task, peerID string) (id string) {
 	id = taskID(task)
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if h := e.held[id]; h == nil || peerID != "" {
+	if h := e.held[id]; h == nil || peerID != "" || h.name != "" {
 		if peerID == "" {
 			peerID = e.newPeerID()
 		}
-		e.held[id] = &holding{task, peerID, time.Now()}
+		e.held[id] = &holding{task: task, peerID: peerID, since: time.Now()}
 	}
 	return id
+}
+
+// holdName notes that the file is here that a name leads to, and returns the ID by which Dragonfly's
+// dfcache asks for the name; or "" where there is no such file, or the ID is another's: Dragonfly takes
+// cid and tag together, without a separator. Nothing is fetched by that ID: who has what it stands for,
+// nothing proves.
+func (e *Source) holdName(ctx context.Context, tag, name string, points digest.Digest) (id string, err error) {
+	id = nameID(tag, given.Text(name))
+	if h := e.holding(id); h != nil && h.isName(tag, name) && h.manifest == points {
+		return id, nil
+	}
+	file, text, err := e.fileOf(ctx, tag, name, points)
+	if err != nil || file == "" {
+		return "", err
+	}
+	id = nameID(tag, text)
+	now := &holding{task: p2p.Task{Tag: tag, Digest: file}, peerID: e.newPeerID(), since: time.Now(), name: name,
+		text: text, manifest: points}
+	e.mu.Lock()
+	before := e.held[id]
+	other := before != nil && !before.isName(tag, name)
+	if !other {
+		e.held[id] = now
+	}
+	e.mu.Unlock()
+	if other {
+		return "", nil
+	}
+	if before != nil {
+		err = e.leaveAs(ctx, id, before)
+	}
+	return id, err
+}
+
+// fileOf returns the only file that a name leads to, or "", and the name as it was given.
+func (e *Source) fileOf(ctx context.Context, tag, name string, points digest.Digest) (
+	file digest.Digest, text string, err error,
+) {
+	info, err := e.store.Stat(ctx, tag, digest.FromDigest(points), p2p.StatOptions{Scope: p2p.Local, Manifest: true})
+	if errors.Is(err, p2p.ErrNotFound) || err == nil && info.Manifest == nil {
+		return "", "", nil
+	}
+	if err != nil {
+		return "", "", err
+	}
+	m, err := manifest.Read(info.Manifest.Content)
+	if err != nil {
+		return "", "", fmt.Errorf("manifest of %s: %w", name, err)
+	}
+	text = given.Text(name)
+	if given.IsHashed(name) {
+		text = m.Annotations[given.Annotation]
+		if made, err := given.CID(text); err != nil || made != name {
+			return "", "", nil
+		}
+	}
+	if layers := slices.Concat(m.Layers, m.Blobs); len(layers) == 1 {
+		return layers[0].Digest, text, nil
+	}
+	return "", "", nil
 }
 
 // holding returns what is held under an ID, or nil.
@@ -208,15 +294,31 @@ func (e *Source) announceTasks() {
 	}
 }
 
-// sweep announces every task of the store, at a bounded rate.
+// sweep announces every task of the store, and every name of a file, at a bounded rate.
 func (e *Source) sweep() error {
 	var ids []string
+	began, named := time.Now(), map[string]bool{}
 	for entry, err := range e.store.List(e.ctx, p2p.Query{}) {
 		if err != nil {
 			return err
 		}
 		if entry.Name == "" {
 			ids = append(ids, e.hold(entry.Task, ""))
+			continue
+		}
+		id, err := e.holdName(e.ctx, entry.Task.Tag, entry.Name, entry.Task.Digest)
+		if err != nil {
+			e.log.Debug("a name was not announced", "name", entry.Name, "task", entry.Task.String(), "error", err)
+		}
+		if id != "" {
+			ids, named[id] = append(ids, id), true
+		}
+	}
+	for _, id := range e.namesBefore(began) {
+		if !named[id] {
+			if err := e.leave(e.ctx, id); err != nil {
+				e.log.Debug("a name that is gone was not taken back", "id", id, "error", err)
+			}
 		}
 	}
 	pace := rate.NewLimiter(rate.Limit(e.opts.SweepRate), 1)
@@ -237,6 +339,40 @@ func (e *Source) sweep() error {
 	return nil
 }
 
+// namesGone returns the IDs of names of a tag that are held, and not in the store any more.
+func (e *Source) namesGone(ctx context.Context, tag string) (gone []string) {
+	held := map[string]string{}
+	e.mu.Lock()
+	for id, h := range e.held {
+		if h.name != "" && h.task.Tag == tag {
+			held[id] = h.name
+		}
+	}
+	e.mu.Unlock()
+	for id, name := range held {
+		cid, err := digest.ParseCID(name)
+		if err == nil {
+			_, err = e.store.Stat(ctx, tag, cid, p2p.StatOptions{Scope: p2p.Local})
+		}
+		if errors.Is(err, p2p.ErrNotFound) {
+			gone = append(gone, id)
+		}
+	}
+	return gone
+}
+
+// namesBefore returns the IDs of names that were held at a time.
+func (e *Source) namesBefore(at time.Time) (ids []string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for id, h := range e.held {
+		if h.name != "" && h.since.Before(at) {
+			ids = append(ids, id)
+		}
+	}
+	return ids
+}
+
 // announceAgain tells a task's schedulers that it is here, as peers that schedulers have
 // not forgotten. Where a scheduler knows the task, it has to know no more: the sums of its
 // pieces need not be computed.
@@ -247,11 +383,11 @@ func (e *Source) announceAgain(ctx context.Context, id string) error {
 	}
 	old := h
 	if time.Since(h.since) > e.opts.PeerLifetime {
-		e.hold(h.task, e.newPeerID())
+		e.renew(id, h)
 	}
 	var errs []error
 	for _, s := range e.schedulers.of(id) {
-		_, err := e.statTask(ctx, s, h.task)
+		_, err := e.statTask(ctx, s, id, h.String())
 		if err == nil || errors.Is(err, p2p.ErrNotFound) {
 			err = e.announceAt(ctx, s, id, err != nil)
 		}
@@ -261,6 +397,17 @@ func (e *Source) announceAgain(ctx context.Context, id string) error {
 		errs = append(errs, e.leaveAs(ctx, id, old))
 	}
 	return errors.Join(errs...)
+}
+
+// renew has what is held be held by another peer.
+func (e *Source) renew(id string, h *holding) {
+	now := *h
+	now.peerID, now.since = e.newPeerID(), time.Now()
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.held[id] == h {
+		e.held[id] = &now
+	}
 }
 
 // announce tells a task's schedulers that it is here, with its pieces.
@@ -288,11 +435,11 @@ func (e *Source) announceAt(ctx context.Context, s *scheduler, id string, full b
 		return e.leave(ctx, id) // deleted meanwhile
 	}
 	if err != nil {
-		return fmt.Errorf("announce %s: %w", h.task, err)
+		return fmt.Errorf("announce %s: %w", h, err)
 	}
-	err = e.ask(ctx, s, "announce "+h.task.String(), func(ctx context.Context) error {
+	err = e.ask(ctx, s, "announce "+h.String(), func(ctx context.Context) error {
 		_, err := s.rpc.AnnounceTask(ctx, &schedulerv1.AnnounceTaskRequest{
-			TaskId: id, Url: wire.URL(h.task), UrlMeta: wire.Meta(h.task), PeerHost: e.host, PiecePacket: packet,
+			TaskId: id, Url: h.url(), UrlMeta: wire.Meta(h.task), PeerHost: e.host, PiecePacket: packet,
 			TaskType: commonv1.TaskType_DfCache,
 		})
 		return err
@@ -320,10 +467,10 @@ func (e *Source) ask(ctx context.Context, s *scheduler, what string, do func(con
 
 // statTask asks a scheduler about a task. The error matches [p2p.ErrNotFound] where no
 // peer that it knows of has it.
-func (e *Source) statTask(ctx context.Context, s *scheduler, task p2p.Task) (found *schedulerv1.Task, err error) {
-	what := "stat " + task.String()
+func (e *Source) statTask(ctx context.Context, s *scheduler, id, called string) (found *schedulerv1.Task, err error) {
+	what := "stat " + called
 	err = e.ask(ctx, s, what, func(ctx context.Context) error {
-		found, err = s.rpc.StatTask(ctx, &schedulerv1.StatTaskRequest{TaskId: taskID(task)})
+		found, err = s.rpc.StatTask(ctx, &schedulerv1.StatTaskRequest{TaskId: id})
 		return err
 	})
 	if err == nil && !available(found) {
@@ -335,8 +482,9 @@ func (e *Source) statTask(ctx context.Context, s *scheduler, task p2p.Task) (fou
 // lookup asks a task's schedulers about it, until one knows it. The error matches
 // [p2p.ErrNotFound] where all say that no peer has it.
 func (e *Source) lookup(ctx context.Context, task p2p.Task) (found *schedulerv1.Task, at *scheduler, err error) {
-	for _, s := range e.schedulers.of(taskID(task)) {
-		found, failed := e.statTask(ctx, s, task)
+	id := taskID(task)
+	for _, s := range e.schedulers.of(id) {
+		found, failed := e.statTask(ctx, s, id, task.String())
 		if failed == nil {
 			return found, s, nil
 		}
@@ -364,7 +512,7 @@ func (e *Source) leave(ctx context.Context, id string) error {
 func (e *Source) leaveAs(ctx context.Context, id string, h *holding) error {
 	var errs []error
 	for _, s := range e.schedulers.of(id) {
-		err := e.ask(ctx, s, "leave "+h.task.String(), func(ctx context.Context) error {
+		err := e.ask(ctx, s, "leave "+h.String(), func(ctx context.Context) error {
 			_, err := s.rpc.LeaveTask(ctx, &schedulerv1.PeerTarget{TaskId: id, PeerId: h.peerID})
 			return err
 		})

@@ -13,7 +13,6 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
-	"os"
 	"strconv"
 	"sync"
 	"time"
@@ -27,6 +26,7 @@ import (
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/dragonfly/wire"
+	"github.com/dfcache/dfcache/p2p/front"
 	"github.com/dfcache/dfcache/p2p/pieces"
 	"github.com/dfcache/dfcache/p2p/throttle"
 )
@@ -54,8 +54,7 @@ type download struct {
 	id        string
 	peerID    string // of this host in this download
 	scheduler *scheduler
-	file      *os.File // what has come; has no name
-	length    int64    // as the scheduler knows it, or -1
+	in        *front.Receiving // what has come
 	began     time.Time
 
 	registered bool
@@ -71,6 +70,8 @@ type download struct {
 	mu     sync.Mutex
 	layout layout
 	have   map[span]string   // the MD5s, in hex, of what has come
+	prefix int64             // bytes from the beginning on that have
+	stale  bool              // of these, some may be written over
 	claims map[span]*claim   // what is on its way
 	users  map[*attempt]bool // the attempts that have told of this layout
 }
@@ -81,8 +82,8 @@ type span struct{ start, size int64 }
 // parent is a peer to fetch from.
 type parent struct {
 	id   string
-	addr netip.AddrPort // of its daemon, or, where it is said to have only one piece, of its uploads
-	only *commonv1.PieceInfo
+	addr netip.AddrPort      // of its daemon, or, where it is said to have only one piece, of its uploads
+	only *commonv1.PieceInfo // as the scheduler tells of it, which may be of what another peer once had
 }
 
 // source is where a piece is: the address of uploads, and by whose ID it is asked for,
@@ -93,18 +94,11 @@ type source struct {
 }
 
 // newDownload begins a download with a scheduler. The caller closes it.
-func (e *Source) newDownload(task p2p.Task, at *scheduler, length int64) (_ *download, err error) {
-	d := &download{e: e, task: task, id: taskID(task), peerID: e.newPeerID(), scheduler: at, length: length,
+func (e *Source) newDownload(ctx context.Context, task p2p.Task, at *scheduler) (_ *download, err error) {
+	d := &download{e: e, task: task, id: taskID(task), peerID: e.newPeerID(), scheduler: at,
 		began: time.Now(), have: map[span]string{}, claims: map[span]*claim{}, users: map[*attempt]bool{}}
-	if length <= 0 {
-		d.length = -1 // it does not know
-	}
-	if d.file, err = os.CreateTemp(e.dir, ""); err != nil {
-		return nil, pieces.DiskError(err)
-	}
-	// Nothing is left of it, whatever happens to this process.
-	if err := os.Remove(d.file.Name()); err != nil {
-		return nil, errors.Join(err, d.file.Close())
+	if d.in, err = e.front.Receive(ctx, task); err != nil {
+		return nil, err
 	}
 	return d, nil
 }
@@ -127,8 +121,9 @@ func (d *download) close(err error) {
 		}
 		if err != nil {
 			result.Code = commonv1.Code_ClientError
-		} else if info, err := d.file.Stat(); err == nil {
-			result.ContentLength, result.TotalPieceCount, result.Traffic = info.Size(), d.finished, uint64(info.Size())
+		} else {
+			result.ContentLength, result.TotalPieceCount = d.layout.length, d.finished
+			result.Traffic = uint64(d.layout.length)
 		}
 		// Also where the download was given up.
 		ctx := context.Background()
@@ -144,7 +139,9 @@ func (d *download) close(err error) {
 		d.endStream() // unless the scheduler has ended it
 	}
 	d.receiving.Wait()
-	d.file.Close()
+	if err := d.in.Close(); err != nil {
+		d.e.log.Warn("what has come of a download could not be removed; the next start will", "error", err)
+	}
 }
 
 // run fetches and stores the task.
@@ -172,14 +169,14 @@ func (d *download) run(ctx context.Context) error {
 			!errors.Is(problem, digest.ErrMismatch) {
 			return problem
 		}
-		d.fail("", commonv1.Code_ClientPieceDownloadFail) // has the scheduler name peers
+		d.askForParents()
 	case commonv1.SizeScope_SMALL:
 		single := result.GetSinglePiece()
 		addr, err := parseAddr(single.GetDstAddr())
 		if err != nil || len(single.GetDstPid()) > maxID || single.GetPieceInfo().GetRangeStart() != 0 {
 			problem = fmt.Errorf("scheduler %s: the piece that it names, at %.64q, can't be fetched", d.scheduler.addr,
 				single.GetDstAddr())
-			d.fail(single.GetDstPid(), commonv1.Code_ClientPieceRequestFail)
+			d.askForParents()
 		} else {
 			queue = []parent{{single.GetDstPid(), addr, single.GetPieceInfo()}}
 		}
@@ -189,18 +186,69 @@ func (d *download) run(ctx context.Context) error {
 
 // direct stores content that the scheduler has sent itself.
 func (d *download) direct(ctx context.Context, content []byte) error {
-	if _, err := d.file.WriteAt(content, 0); err != nil {
-		return pieces.DiskError(err)
+	if _, err := d.in.WriteAt(content, 0); err != nil {
+		return err
 	}
-	if err := d.e.front.Take(ctx, d.task, d.file); err != nil {
+	d.layout.length = int64(len(content))
+	if err := d.keep(ctx); err != nil {
 		if errors.Is(err, digest.ErrMismatch) {
 			err = fmt.Errorf("scheduler %s sent something else: %w", d.scheduler.addr, err)
-			err = errors.Join(err, d.file.Truncate(0))
 		}
 		return err
 	}
 	d.succeed("", pieceInfo(int64(len(content)), 0, nil))
 	return nil
+}
+
+// keep stores what has come. Where it is something else than what was asked for, all of it is forgotten.
+// Nobody writes any more.
+func (d *download) keep(ctx context.Context) error {
+	if err := d.advance(); err != nil {
+		return err
+	}
+	err := d.in.Keep(d.layout.length)
+	if !errors.Is(err, digest.ErrMismatch) {
+		return err
+	}
+	again, failed := d.e.front.Receive(ctx, d.task)
+	if failed != nil {
+		return failed
+	}
+	if failed := d.in.Close(); failed != nil {
+		d.e.log.Warn("what has come of a download could not be removed; the next start will", "error", failed)
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.in, d.layout, d.prefix, d.stale = again, layout{}, 0, false
+	clear(d.have)
+	return err
+}
+
+// advance has what has come from the beginning on be hashed, beside what follows.
+func (d *download) advance() error {
+	d.mu.Lock()
+	for d.prefix < d.layout.length {
+		size := min(d.layout.size, d.layout.length-d.prefix)
+		if _, here := d.have[span{d.prefix, size}]; !here || size == 0 {
+			break
+		}
+		d.prefix += size
+	}
+	end, stale, in := d.prefix, d.stale, d.in
+	d.stale = false
+	d.mu.Unlock()
+	if stale {
+		in.Restart()
+	}
+	return in.Advance(end)
+}
+
+// drop forgets a piece that has come, as it is written over. d.mu is held.
+func (d *download) drop(at span) {
+	delete(d.have, at)
+	if at.start < d.prefix {
+		d.prefix, d.stale = 0, true
+	}
 }
 
 // open opens the stream over which the scheduler names peers, and is told how they do.
@@ -288,6 +336,9 @@ func (d *download) fail(peerID string, code commonv1.Code) {
 	d.report(&schedulerv1.PieceResult{DstPid: peerID, PieceInfo: &commonv1.PieceInfo{}, Code: code})
 }
 
+// askForParents has the scheduler name peers, of which none has failed.
+func (d *download) askForParents() { d.fail("", commonv1.Code_ClientPieceDownloadFail) }
+
 func (d *download) succeed(peerID string, piece *commonv1.PieceInfo) {
 	now := uint64(time.Now().UnixNano())
 	d.report(&schedulerv1.PieceResult{DstPid: peerID, PieceInfo: piece, Success: true, Code: commonv1.Code_Success,
@@ -348,7 +399,8 @@ func spanOf(piece *commonv1.PieceInfo) span {
 //
 //nolint:cyclop // what each answer of a parent means stands in one place
 func (d *download) eachPiece(ctx context.Context, a *attempt, do func(from source, piece *commonv1.PieceInfo)) error {
-	check := checker{layout: layout{length: d.length}, seen: map[int32]bool{}}
+	// How long the content is, the peer says: a scheduler goes on telling what it was told first.
+	check := checker{layout: layout{length: -1}, seen: map[int32]bool{}}
 	// take calls do for those of a packet that were not told before.
 	take := func(packet *commonv1.PiecePacket, from source) error {
 		for _, piece := range packet.GetPieceInfos() {
@@ -452,7 +504,7 @@ func (c *checker) packet(p *commonv1.PiecePacket) error {
 		return nil
 	}
 	if c.length >= 0 && length != c.length {
-		return fault("it says that the content has %d bytes, where it has %d", length, c.length)
+		return fault("it says that the content has %d bytes, and before that it has %d", length, c.length)
 	}
 	if total > maxTotal || length > int64(total)*maxPieceSize || length < int64(total) || c.told && total != c.total {
 		return fault("it says that there are %d pieces of %d bytes", total, length)
@@ -523,7 +575,7 @@ func (d *download) piece(ctx context.Context, watch *watchdog, from source, piec
 	}
 	sum := md5.New()
 	body := &watchedReader{progress.Reader(resp.Body, d.e.down), watch}
-	n, err := copyTo(io.MultiWriter(io.NewOffsetWriter(d.file, at.start), sum), io.LimitReader(body, at.size))
+	n, err := copyTo(io.MultiWriter(io.NewOffsetWriter(d.in, at.start), sum), io.LimitReader(body, at.size))
 	if err != nil {
 		return err
 	}
@@ -542,7 +594,7 @@ func (d *download) piece(ctx context.Context, watch *watchdog, from source, piec
 	d.mu.Lock()
 	d.have[at] = got
 	d.mu.Unlock()
-	return nil
+	return d.advance()
 }
 
 // copyTo copies what a peer sends. Errors of the writer are not the peer's fault.

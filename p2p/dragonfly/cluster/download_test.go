@@ -3,7 +3,6 @@ package cluster
 import (
 	"errors"
 	"io"
-	"os"
 	"strings"
 	"syscall"
 	"testing"
@@ -12,6 +11,7 @@ import (
 
 	commonv1 "d7y.io/api/v2/pkg/apis/common/v1"
 
+	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/front"
 	"github.com/dfcache/dfcache/p2p/pieces"
@@ -115,12 +115,13 @@ func TestConflicts(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer store.Close()
-	f, err := os.CreateTemp(t.TempDir(), "")
+	e := front.New(store, nil)
+	in, err := e.Receive(t.Context(), p2p.Task{Digest: digest.SHA256.FromString("x")})
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer f.Close()
-	d := &download{claims: map[span]*claim{}, e: &Source{front: front.New(store, nil)}, file: f,
+	defer in.Close()
+	d := &download{claims: map[span]*claim{}, e: &Source{front: e}, in: in,
 		have: map[span]string{}, users: map[*attempt]bool{}}
 	one, other := new(attempt), new(attempt)
 	use := func(a *attempt, size int64, want error) {

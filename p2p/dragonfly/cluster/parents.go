@@ -155,13 +155,12 @@ func (r *round) end(a *attempt) (done bool, err error) {
 	r.running = slices.DeleteFunc(r.running, func(other *attempt) bool { return other == a })
 	err = a.err
 	if err == nil {
-		if err = r.e.front.Take(r.ctx, r.task, r.file); err == nil {
+		r.stop() // what is hashed nobody is to write to
+		if err = r.keep(r.ctx); err == nil {
 			return true, nil
 		}
 		if errors.Is(err, digest.ErrMismatch) {
 			err = fault("peer %s at %s gave something else: %w", a.id, a.addr, err)
-			r.stop()
-			r.forget()
 		}
 	}
 	r.leave(a)
@@ -178,6 +177,13 @@ func (r *round) end(a *attempt) (done bool, err error) {
 		return true, err
 	default:
 		r.problem = err
+		if a.only != nil && !a.watch.bit() {
+			// The scheduler has told of the piece, and may be wrong: peers are asked themselves.
+			r.e.log.Debug("a piece is not what the scheduler says it is", "task", r.task.String(), "peer", a.id,
+				"address", a.addr.String(), "error", err)
+			r.askForParents()
+			break
+		}
 		r.e.log.Warn("a peer of Dragonfly was given up", "task", r.task.String(), "peer", a.id,
 			"address", a.addr.String(), "error", err)
 		r.giveUp(a)
@@ -214,14 +220,15 @@ func (d *download) use(a *attempt, l layout) error {
 		if len(d.users) > 0 {
 			return errConflict
 		}
-		if err := d.e.front.Room(d.task, l.length); err != nil { // the scheduler may not have known
+		if err := d.e.front.Room(d.task, l.length); err != nil {
+			return fault("%w, as it says", err)
+		}
+		d.in.Restart()
+		if err := d.in.Truncate(l.length); err != nil {
 			return err
 		}
+		d.layout, d.prefix, d.stale = l, 0, false
 		clear(d.have)
-		if err := d.file.Truncate(l.length); err != nil {
-			return err
-		}
-		d.layout = l
 	}
 	d.users[a] = true
 	return nil
@@ -232,13 +239,6 @@ func (d *download) leave(a *attempt) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	delete(d.users, a)
-}
-
-// forget forgets what has come.
-func (d *download) forget() {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	clear(d.have)
 }
 
 // has reports whether a piece has come already, with the MD5 that it is said to have. d.mu is
@@ -269,7 +269,7 @@ func (d *download) claim(ctx context.Context, a *attempt, piece *commonv1.PieceI
 			c := &claim{by: a, before: other, done: make(chan struct{})}
 			c.ctx, c.end = context.WithCancelCause(ctx)
 			d.claims[at] = c
-			delete(d.have, at) // what another one has told of, and is written over now
+			d.drop(at) // what another one has told of, and is written over now
 			if other != nil {
 				other.end(errTaken)
 			}

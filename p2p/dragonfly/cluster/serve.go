@@ -60,6 +60,10 @@ func (e *Source) serve(l [2]net.Listener) {
 	healthv1.RegisterHealthServer(e.peers, health.NewServer())
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /download/{prefix}/{id}", e.upload)
+	mux.HandleFunc("GET /healthy", func(w http.ResponseWriter, _ *http.Request) { // as Dragonfly's daemons answer it
+		w.Header().Set("Content-Type", "application/json; charset=utf-8")
+		_, _ = io.WriteString(w, `"OK"`)
+	})
 	e.uploads = &http.Server{
 		Handler: mux, ReadHeaderTimeout: e.opts.StallTimeout, IdleTimeout: 90 * time.Second, MaxHeaderBytes: 16 << 10,
 		BaseContext: func(net.Listener) context.Context { return e.ctx },

@@ -121,7 +121,6 @@ func (o *Options) setDefaults() {
 type Source struct {
 	front      *front.Engine
 	opts       Options
-	dir        string // for what comes from peers and is not verified yet
 	store      *pieces.Store
 	log        *slog.Logger
 	schedulers *schedulers
@@ -152,12 +151,13 @@ var _ front.Source = (*Source)(nil)
 // [Source.Health] says whether one does.
 func New(f *front.Engine, opts Options) (*Source, error) {
 	opts.setDefaults()
-	dir, err := whole.Dir(f.Store())
+	// What an earlier program has left there.
+	_, err := whole.Dir(f.Store())
 	if err != nil {
 		return nil, err
 	}
 	e := &Source{
-		front: f, opts: opts, dir: dir, store: f.Store(), log: opts.Log,
+		front: f, opts: opts, store: f.Store(), log: opts.Log,
 		sums: newSums(), up: throttle.New(opts.UploadRate), down: throttle.New(opts.DownloadRate),
 		client: newHTTPClient(opts), uploading: make(chan struct{}, opts.MaxUploads), sweepNow: make(chan struct{}, 1),
 		waiting: make(chan struct{}, opts.MaxUploads+maxWaiting), fresh: make(chan struct{}),
@@ -212,7 +212,7 @@ func (e *Source) Close() error {
 // Name implements [front.Source].
 func (e *Source) Name() string { return whole.Name }
 
-// Find implements [front.Source]: schedulers know the size, and no more.
+// Find implements [front.Source]: schedulers know the size that they were told first, and no more.
 func (e *Source) Find(ctx context.Context, task p2p.Task, opts front.FindOptions) (front.Found, error) {
 	known, _, err := e.lookup(ctx, task)
 	found, failed := whole.Found(ctx, e.log, task, known.GetContentLength(), err, opts)
@@ -242,10 +242,7 @@ func (e *Source) Fetch(ctx context.Context, task p2p.Task, _ bool) (p2p.Blob, er
 }
 
 func (e *Source) bring(ctx context.Context, task p2p.Task) error {
-	found, at, err := e.lookup(ctx, task)
-	if err == nil {
-		err = e.front.Room(task, found.GetContentLength())
-	}
+	_, at, err := e.lookup(ctx, task)
 	if err != nil {
 		return err
 	}
@@ -253,7 +250,7 @@ func (e *Source) bring(ctx context.Context, task p2p.Task) error {
 		ctx, e.opts.Timeout, fmt.Errorf("%w: it took longer than %s", wire.ErrAway, e.opts.Timeout))
 	defer cancel()
 	for range maxRegistrations {
-		if err = e.bringOnce(limited, task, at, found.GetContentLength()); !errors.Is(err, errReregister) {
+		if err = e.bringOnce(limited, task, at); !errors.Is(err, errReregister) {
 			break
 		}
 	}
@@ -261,14 +258,23 @@ func (e *Source) bring(ctx context.Context, task p2p.Task) error {
 		err = context.Cause(limited)
 	}
 	if err != nil {
-		return fmt.Errorf("fetch %s: %w", task, err)
+		err = fmt.Errorf("fetch %s: %w", task, err)
+		if !errors.Is(err, digest.ErrMismatch) && (isPeersFault(err) || errors.Is(err, p2p.ErrUnreachable)) {
+			return &noPeerError{err}
+		}
+		return err
 	}
 	return nil
 }
 
+// noPeerError says that no peer of Dragonfly gave what was asked for, in whatever way each has failed.
+type noPeerError struct{ error }
+
+func (e *noPeerError) Unwrap() []error { return []error{e.error, wire.ErrAway} }
+
 // bringOnce is one attempt to fetch a task, as a new peer.
-func (e *Source) bringOnce(ctx context.Context, task p2p.Task, at *scheduler, length int64) error {
-	d, err := e.newDownload(task, at, length)
+func (e *Source) bringOnce(ctx context.Context, task p2p.Task, at *scheduler) error {
+	d, err := e.newDownload(ctx, task, at)
 	if err != nil {
 		return err
 	}
@@ -285,17 +291,35 @@ func (e *Source) bringOnce(ctx context.Context, task p2p.Task, at *scheduler, le
 
 // Offer implements [front.Source].
 func (e *Source) Offer(ctx context.Context, c p2p.Commit) error {
+	var failed error
+	var ids []string
 	for _, task := range whole.Tasks(c) {
-		id := e.hold(task, "")
+		ids = append(ids, e.hold(task, ""))
+	}
+	for _, n := range c.Names {
+		id, err := e.holdName(ctx, n.Tag, n.Name, n.Digest)
+		if err != nil {
+			e.log.Warn("a name is stored, and not announced yet: it will be", "name", n.Name, "tag", n.Tag, "error", err)
+		}
+		if id != "" {
+			ids = append(ids, id)
+		}
+	}
+	for _, id := range ids {
 		if !e.schedulers.up() {
+			failed = errDown
 			continue // they are told when one is up again
 		}
 		if err := e.announce(ctx, id); err != nil {
-			e.log.Warn("a task is stored, and not announced yet: it will be", "task", task.String(), "error", err)
+			failed = err
+			e.log.Warn("a task is stored, and not announced yet: it will be", "id", id, "error", err)
 			if errors.Is(err, wire.ErrAway) {
 				break // nor are the others: no caller waits for each of them
 			}
 		}
+	}
+	if tell := p2p.NoticeOf(ctx); tell != nil && failed != nil {
+		tell(fmt.Sprintf("it is stored on this host, but %s: %v", whole.NotFoundYet, failed))
 	}
 	return nil
 }
@@ -303,6 +327,11 @@ func (e *Source) Offer(ctx context.Context, c p2p.Commit) error {
 // Forget implements [front.Source]: it tells schedulers that tasks are not here any
 // more, and asks whether others have them.
 func (e *Source) Forget(ctx context.Context, d front.Deletion) (missed []front.Told) {
+	for _, id := range e.namesGone(ctx, d.Tag) {
+		if err := e.leave(ctx, id); err != nil {
+			e.log.Debug("a name that is gone was not taken back", "id", id, "error", err)
+		}
+	}
 	miss := func(task p2p.Task, reason string) {
 		missed = append(missed, front.Told{
 			Peer: whole.Name, Address: e.schedulers.of(taskID(task))[0].addr, Failed: reason})

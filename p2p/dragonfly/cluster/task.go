@@ -3,11 +3,13 @@ package cluster
 import (
 	"crypto/sha256"
 	"encoding/hex"
+	"net/url"
 
 	commonv1 "d7y.io/api/v2/pkg/apis/common/v1"
 	schedulerv1 "d7y.io/api/v2/pkg/apis/scheduler/v1"
 
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/dragonfly/given"
 	"github.com/dfcache/dfcache/p2p/dragonfly/wire"
 )
 
@@ -15,7 +17,14 @@ import (
 // the tag in a row. Digest, range and application of its UrlMeta, which would
 // stand between and behind, are not used by its dfcache.
 func taskID(t p2p.Task) string {
-	sum := sha256.Sum256([]byte(wire.URL(t) + t.Tag))
+	return idOf(wire.URL(t), t.Tag)
+}
+
+// nameID is the ID by which Dragonfly knows a name, as it was given to its dfcache.
+func nameID(tag, text string) string { return idOf(wire.Scheme+url.QueryEscape(text), tag) }
+
+func idOf(url, tag string) string {
+	sum := sha256.Sum256([]byte(url + given.Text(tag)))
 	return hex.EncodeToString(sum[:])
 }
 

@@ -139,6 +139,17 @@ func (p *Peer) Import(ctx context.Context, cid, tag string, content []byte) erro
 	return err
 }
 
+// Delete has the peer drop what it has under a cid and a tag, and say so. What the scheduler
+// knows of the task stays.
+func (p *Peer) Delete(ctx context.Context, cid, tag string) error {
+	id := TaskID(cid, tag)
+	p.mu.Lock()
+	delete(p.tasks, id)
+	p.mu.Unlock()
+	_, err := p.rpc.LeaveTask(ctx, &schedulerv1.PeerTarget{TaskId: id, PeerId: p.ID})
+	return err
+}
+
 // content is what the peer gives for a task.
 func (p *Peer) content(id string) ([]byte, bool) {
 	p.mu.Lock()

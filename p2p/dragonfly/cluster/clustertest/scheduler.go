@@ -1,8 +1,9 @@
 // Package clustertest has stand-ins for a scheduler and a dfdaemon of an upstream
 // Dragonfly, for tests of peers in its cluster. They speak the real API over TCP and
 // HTTP on this host, check requests by the API's own rules, and do as the real ones do
-// where that matters: a scheduler forgets, fetches tiny content itself when it is announced,
-// and names peers other than those that have failed; a peer cuts files into
+// where that matters: a scheduler forgets, keeps the length and the first piece of a task as it was
+// told first, whoever has left since, fetches tiny content itself when it is announced, and names
+// peers other than those that have failed; a peer cuts files into
 // pieces of 4 MiB, believes MD5s, and takes an answer for good only with status 200.
 //
 // It promises no compatibility.
