@@ -18,6 +18,7 @@ import (
 	"github.com/dfcache/dfcache/p2p/dragonfly"
 	"github.com/dfcache/dfcache/p2p/dragonfly/cluster"
 	"github.com/dfcache/dfcache/p2p/dragonfly/persistent"
+	"github.com/dfcache/dfcache/p2p/dragonfly/whole"
 	"github.com/dfcache/dfcache/p2p/front"
 	"github.com/dfcache/dfcache/p2p/pieces"
 	"github.com/dfcache/dfcache/p2p/swarm"
@@ -104,6 +105,9 @@ func (o *options) checkEngine(cmd *cobra.Command) error {
 	e := &o.engine
 	if err := e.parse(); err != nil {
 		return exit.FlagError(cmd, err)
+	}
+	if err := whole.MayKeep(o.dataDir); err != nil {
+		return exit.FlagError(cmd, fmt.Errorf("--data-dir %w", err))
 	}
 	switch {
 	case e.other == "":
