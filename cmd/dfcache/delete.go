@@ -65,7 +65,8 @@ can read on.
 All peers do the same. The result says how many were reached, on how many of these
 there was something to remove, and which were missed: they are named on stderr,
 too, and do it when they return, so that this is a success. Dragonfly, where that is
-the engine, deletes on this host only; the result says where others have it still.
+the engine, deletes on this host only, and is among the missed where others have it
+still: they don't do it by themselves.
 
 As JSON, "missed" is an array of objects with "peer", "address" and "reason", and "notFound" one
 of cids.
@@ -195,13 +196,36 @@ func (s *session) printDeletion(what string, result deletion) error {
 	for _, m := range result.Missed {
 		text.add("missed", "%s", m)
 	}
-	if len(result.Missed) > 0 {
-		s.log.Warn("peers were missed", "count", len(result.Missed))
-		fmt.Fprintf(s.stderr, "dfcache: warning: %s not reached; a dfdaemon of the swarm deletes it when it returns:\n",
-			count(len(result.Missed), "peer was", "peers were"))
-		for _, m := range result.Missed {
+	s.warnOfMissed(result.Missed)
+	return s.report(s.out, result, text.String())
+}
+
+// dragonfly is what stands for a Dragonfly among the peers of a daemon, which has no ID.
+const dragonfly = "Dragonfly"
+
+// warnOfMissed says on stderr where a delete was not done, and what becomes of that.
+func (s *session) warnOfMissed(all []missed) {
+	if len(all) == 0 {
+		return
+	}
+	s.log.Warn("peers were missed", "count", len(all))
+	var peers, dragonflies []missed
+	for _, m := range all {
+		if m.Peer == dragonfly {
+			dragonflies = append(dragonflies, m)
+		} else {
+			peers = append(peers, m)
+		}
+	}
+	say := func(what string, about []missed) {
+		if len(about) > 0 {
+			fmt.Fprintf(s.stderr, "dfcache: warning: %s:\n", what)
+		}
+		for _, m := range about {
 			fmt.Fprintf(s.stderr, "  %s\n", m)
 		}
 	}
-	return s.report(s.out, result, text.String())
+	say(count(len(peers), "peer was", "peers were")+
+		" not reached; a dfdaemon of the swarm deletes it when it returns", peers)
+	say("Dragonfly has it still, or may have, and does not delete it by itself", dragonflies)
 }

@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"slices"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -131,6 +132,7 @@ func (s *session) exportFile(ctx context.Context, output string, opts blobstore.
 		return err
 	}
 	defer done()
+	began := time.Now()
 	ctx = p2p.WithNotice(ctx, func(text string) { fmt.Fprintf(s.stderr, "dfcache: waiting: %s\n", printable(text)) })
 	var end func()
 	opts.Progress, end = s.progress(ctx, "export", func(ctx context.Context) int64 {
@@ -165,7 +167,7 @@ func (s *session) exportFile(ctx context.Context, output string, opts blobstore.
 	if file.Unchanged {
 		text.add("unchanged", "the output has it already")
 	} else {
-		text.from(file)
+		text.from(file, began)
 	}
 	text.files(file)
 	return s.report(result, file, text.String())
@@ -174,14 +176,18 @@ func (s *session) exportFile(ctx context.Context, output string, opts blobstore.
 // maxSources is the number of peers that are named as those a file came from.
 const maxSources = 10
 
-// from adds where the bytes of a file came from.
-func (f *facts) from(file blobstore.File) {
+// from adds where the bytes of a file came from, of an export that has begun at a time.
+func (f *facts) from(file blobstore.File, began time.Time) {
 	rest := file.Size
 	for _, s := range file.Sources {
 		rest -= s.Bytes
 	}
 	if len(file.Sources) == 0 {
-		f.add("from", "this host")
+		from := "this host"
+		if !file.Local || !file.Imported.Before(began) { // as with a Dragonfly, which does not tell
+			from = "other hosts"
+		}
+		f.add("from", "%s", from)
 		return
 	}
 	sources := slices.SortedFunc(slices.Values(file.Sources),

@@ -398,10 +398,23 @@ func TestFrom(t *testing.T) {
 		f.Sources = append(f.Sources, blobstore.Source{Peer: fmt.Sprint("p", i), Address: "a", Bytes: int64(i)})
 	}
 	var text facts
-	text.from(f)
+	text.from(f, time.Now())
 	lines := strings.Split(strings.TrimSpace(text.String()), "\n")
 	if len(lines) != maxSources+2 || !strings.Contains(lines[0], "p14") ||
 		!strings.HasSuffix(lines[10], "5 more peers, 10 B") || !strings.HasSuffix(lines[11], "this host, 895 B") {
 		t.Errorf("got\n%s", &text)
+	}
+
+	// A Dragonfly does not tell from whom: what was not here, or came since the export has begun, was elsewhere.
+	began := time.Unix(10, 0)
+	for want, f := range map[string]blobstore.File{
+		"this host":   {Local: true, Imported: began.Add(-time.Second)},
+		"other hosts": {Local: true, Imported: began.Add(time.Second)},
+	} {
+		var text facts
+		text.from(f, began)
+		if !strings.HasSuffix(strings.TrimSpace(text.String()), want) {
+			t.Errorf("%+v: got %s, want %s", f, &text, want)
+		}
 	}
 }

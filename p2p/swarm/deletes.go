@@ -121,7 +121,7 @@ type told struct{ front.Told }
 
 // add adds what the peer has made of one of them.
 func (t *told) add(d pieces.Delete, r deleteResult) {
-	t.Removed = t.Removed || r.Removed > 0
+	t.Removed = t.Removed || r.Found || r.Removed > 0
 	switch {
 	case d.Soft:
 		return // it goes with another one

@@ -341,6 +341,22 @@ func TestDeleteEverywhere(t *testing.T) {
 	b.want(t, task, data)
 }
 
+// A name that goes while another one leads to the same is something that was removed.
+func TestDeleteOneOfTwoNames(t *testing.T) {
+	h := newHub()
+	a, b := h.start(t), h.start(t)
+	for _, name := range []string{"v1", "v2"} {
+		a.push(t, "models", name, "", []byte("the layer"))
+		if _, err := b.holdName(t, "models", name); err != nil {
+			t.Fatal(err)
+		}
+	}
+	deleted := a.delete(t, "models", "v1", p2p.DeleteOptions{})
+	if deleted.Tasks != 0 || deleted.Reached != 1 || deleted.Removed != 1 {
+		t.Errorf("deleted is %+v, want the name removed on one peer", deleted)
+	}
+}
+
 func TestDeleteName(t *testing.T) {
 	h := newHub()
 	a, b := h.start(t), h.start(t)
