@@ -8,6 +8,7 @@ import (
 	specs "github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/dfcache/dfcache/blobstore/artifact"
 	"github.com/dfcache/dfcache/p2p"
 )
 
@@ -21,8 +22,13 @@ const blobMediaType = "application/octet-stream"
 // newManifest returns the manifest of an artifact of one file, the form in
 // which `oras push` stores a file: an empty config and one layer that has the
 // file's name as its title. Equal input gives equal bytes, so that importing
-// the same file again changes nothing.
-func newManifest(file p2p.Added, title string, annotations map[string]string) ([]byte, error) {
+// the same file again changes nothing. Of its mode only one thing counts: the
+// rest is not the file's, but depends on who has made it where.
+func newManifest(file p2p.Added, title string, opts ImportOptions) ([]byte, error) {
+	annotations := map[string]string{ocispec.AnnotationTitle: title}
+	if opts.Executable {
+		annotations[artifact.AnnotationMode] = "0755"
+	}
 	m := ocispec.Manifest{
 		Versioned:    specs.Versioned{SchemaVersion: 2},
 		MediaType:    ocispec.MediaTypeImageManifest,
@@ -32,9 +38,9 @@ func newManifest(file p2p.Added, title string, annotations map[string]string) ([
 			MediaType:   blobMediaType,
 			Digest:      file.Digest,
 			Size:        file.Size,
-			Annotations: map[string]string{ocispec.AnnotationTitle: title},
+			Annotations: annotations,
 		}},
-		Annotations: annotations,
+		Annotations: opts.Annotations,
 	}
 	return json.Marshal(m)
 }

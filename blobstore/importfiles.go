@@ -25,7 +25,7 @@ const TreeType = artifact.TreeType
 //
 // Files are at most 9,999. What this can't store, such as a socket, a link that leads out of its directory, or a
 // digest for a name, is an error that matches [ErrInvalid]; a file that is written to meanwhile is one that
-// matches [ErrChanged]. opts.Title says nothing here.
+// matches [ErrChanged]. opts.Title and opts.Executable say nothing here.
 //
 // It stores on this host alone, where the swarm finds it.
 func (r *Repository) ImportFiles(ctx context.Context, name string, paths []string, opts ImportOptions) (File, error) {

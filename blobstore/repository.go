@@ -139,6 +139,8 @@ type ImportOptions struct {
 	// Title is the file's name in the artifact that a cache ID names; of a
 	// path the last element is used. The default is the cache ID.
 	Title string
+	// Executable says that the file can be run: an export under the cache ID gives it a mode with that.
+	Executable bool
 	// Algorithm is the algorithm of the digest, where cid is not one. The default is sha256.
 	Algorithm digest.Algorithm
 	// Annotations are those of the manifest that a cache ID names.
@@ -187,7 +189,7 @@ func (r *Repository) Import(ctx context.Context, cid string, src io.Reader, opts
 		commit.Tasks = []p2p.NewTask{{Task: r.task(file.Digest), MediaType: blobMediaType, Keep: p2p.KeepPinned}}
 	} else {
 		result.Title = titleOf(opts.Title, name)
-		if commit, err = r.artifact(in, name, file, result.Title, opts.Annotations); err != nil {
+		if commit, err = r.artifact(in, name, file, result.Title, opts); err != nil {
 			return File{}, fmt.Errorf("import: %w", err)
 		}
 		result.Manifest = commit.Names[0].Digest
@@ -202,9 +204,9 @@ func (r *Repository) Import(ctx context.Context, cid string, src io.Reader, opts
 
 // artifact adds what makes an artifact of a file and returns the commit that names it.
 func (r *Repository) artifact(
-	in p2p.Ingest, name string, file p2p.Added, title string, annotations map[string]string,
+	in p2p.Ingest, name string, file p2p.Added, title string, opts ImportOptions,
 ) (p2p.Commit, error) {
-	data, err := newManifest(file, title, annotations)
+	data, err := newManifest(file, title, opts)
 	if err != nil {
 		return p2p.Commit{}, fmt.Errorf("manifest: %w", err)
 	}

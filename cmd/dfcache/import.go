@@ -44,7 +44,8 @@ that it never was. The message says where it was only appended to.
 
 Where the cid is a digest, the content has to match it; otherwise nothing is
 stored. Where it is a cache ID, it names the file from now on, and if it was the
-name of another file, that one is let go. Without --cid the file is stored under
+name of another file, that one is let go; of the file's mode is recorded whether it
+can be run, nothing else. Without --cid the file is stored under
 its sha256, or the digest that --algorithm says, which is printed.
 
 With --replicas the command returns when so many peers, too, hold the file whole. It
@@ -136,7 +137,7 @@ func (s *session) importPaths(ctx context.Context, paths []string, algorithm str
 		return err
 	}
 	var src io.Reader = s.stdin
-	title, size := "", int64(-1)
+	title, size, executable := "", int64(-1), false
 	if input := paths[0]; input != "-" {
 		f, err := os.Open(input)
 		if err != nil {
@@ -145,13 +146,14 @@ func (s *session) importPaths(ctx context.Context, paths []string, algorithm str
 		defer f.Close()
 		src, title = f, input
 		if info, err := f.Stat(); err == nil && info.Mode().IsRegular() {
-			size = info.Size()
+			size, executable = info.Size(), info.Mode()&0o111 != 0
 		}
 	}
 	return s.imports(ctx, replicas, func(ctx context.Context, repo *blobstore.Repository) (blobstore.File, error) {
 		set, end := s.progress(ctx, "import", func(context.Context) int64 { return size })
 		defer end()
-		return repo.Import(ctx, s.cid, src, blobstore.ImportOptions{Title: title, Algorithm: alg, Progress: set})
+		return repo.Import(ctx, s.cid, src,
+			blobstore.ImportOptions{Title: title, Executable: executable, Algorithm: alg, Progress: set})
 	})
 }
 
