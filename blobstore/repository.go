@@ -844,15 +844,16 @@ func (r *Repository) copyFile(ctx context.Context, f File, out *os.File, opts Ex
 		progress = writeBack(out, progress)
 	}
 	for attempt := 1; ; attempt++ {
-		sources, err := r.copyBlob(ctx, f.Digest, out, opts.scope(), progress)
+		w := &sparseWriter{file: out}
+		sources, err := r.copyBlob(ctx, f.Digest, w, opts.scope(), progress)
+		if err == nil {
+			err = w.finish()
+		}
 		if !errors.Is(err, ErrMismatch) || attempt == copyAttempts {
 			return sources, err
 		}
 		// Nobody has seen what was written.
 		if err := out.Truncate(0); err != nil {
-			return nil, err
-		}
-		if _, err := out.Seek(0, io.SeekStart); err != nil {
 			return nil, err
 		}
 	}

@@ -17,6 +17,7 @@ import (
 
 	"github.com/dfcache/dfcache/blobstore/artifact"
 	"github.com/dfcache/dfcache/p2p/dirs"
+	"github.com/dfcache/dfcache/p2p/source"
 )
 
 // ErrNoOverwrite says that an output is there, and would be replaced with Overwrite. It matches
@@ -139,6 +140,31 @@ func newOutput(path string) (*output, error) {
 		return nil, err
 	}
 	return newNamedOutput(dir)
+}
+
+// sparseWriter writes a file, which is empty, from its beginning on. Blocks of zeros become holes.
+type sparseWriter struct {
+	file *os.File
+	end  int64 // bytes that were written
+	hole bool  // the last of them are a hole, which the file does not have yet
+}
+
+// Write implements [io.Writer].
+func (w *sparseWriter) Write(p []byte) (n int, err error) {
+	n = len(p)
+	if w.hole = source.IsZero(p); !w.hole {
+		n, err = w.file.WriteAt(p, w.end)
+	}
+	w.end += int64(n)
+	return n, err
+}
+
+// finish makes the file as long as what was written.
+func (w *sparseWriter) finish() error {
+	if w.hole {
+		return w.file.Truncate(w.end)
+	}
+	return nil
 }
 
 // newNamedOutput is newOutput for file systems without unnamed files.

@@ -13,8 +13,6 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/pieces/backend"
@@ -30,6 +28,8 @@ type Partial struct {
 	d    digest.Digest
 	f    *os.File // nil when it is committed or closed
 	read *os.File // the same, for reading, whatever it is called by now; until Close
+
+	seeded bool // it began with all that the store has of the blob
 
 	writing sync.Mutex // so that no piece is written that was verified with another table than the one in use
 
@@ -121,6 +121,7 @@ func (p *Partial) seed(ctx context.Context) error {
 	if !copied && err == nil {
 		_, err = source.Copy(io.NewOffsetWriter(p.f, 0), source.Guard(ctx, in))
 	}
+	p.seeded = err == nil
 	return DiskError(err)
 }
 
@@ -211,13 +212,16 @@ func (p *Partial) unpromise(n int64) {
 }
 
 // verify finds out which pieces are there.
-func (p *Partial) verify(ctx context.Context, t *digest.Table) error {
+func (p *Partial) verify(ctx context.Context, t *digest.Table) (err error) {
 	buf := make([]byte, t.PieceLength)
 	var counted int64
 	for from := int64(0); from < t.Size; {
-		start, end, err := p.dataFrom(from)
-		if err != nil {
-			return err
+		start, end := int64(0), t.Size
+		if !p.seeded {
+			// What is a hole has not arrived: a piece of zeros has an end.
+			if start, end, err = dataFrom(p.f, from); err != nil {
+				return fmt.Errorf("partial blob %s: %w", p.d, err)
+			}
 		}
 		if start >= t.Size {
 			break
@@ -261,24 +265,6 @@ func (p *Partial) verify(ctx context.Context, t *digest.Table) error {
 	return nil
 }
 
-// dataFrom returns the bounds of the next run of bytes in the file that is not a hole.
-func (p *Partial) dataFrom(from int64) (start, end int64, err error) {
-	const far = 1 << 62
-	fd := int(p.f.Fd())
-	start, err = unix.Seek(fd, from, unix.SEEK_DATA)
-	if errors.Is(err, unix.ENXIO) {
-		return far, far, nil // there is nothing behind from
-	}
-	if err != nil {
-		return 0, 0, fmt.Errorf("partial blob %s: %w", p.d, err)
-	}
-	end, err = unix.Seek(fd, start, unix.SEEK_HOLE)
-	if err != nil {
-		return 0, 0, fmt.Errorf("partial blob %s: %w", p.d, err)
-	}
-	return start, end, nil
-}
-
 // hold notes that a piece is there.
 func (p *Partial) hold(t *digest.Table, i int, crc uint32) bool {
 	p.mu.Lock()
@@ -293,6 +279,9 @@ func (p *Partial) hold(t *digest.Table, i int, crc uint32) bool {
 	}
 	return true
 }
+
+// pageLength is how many bytes of a piece of zeros are written: as many as most file systems keep together.
+const pageLength = 4 << 10
 
 // receiveChunk is how much of a piece is read before it is hashed: what is
 // hashed should still be near the processor.
@@ -343,7 +332,12 @@ func (p *Partial) Receive(i int, r io.Reader, buf []byte) error {
 	case there || err != nil:
 		return err
 	}
-	if _, err := p.f.WriteAt(piece, start); err != nil {
+	at := start
+	if source.IsZero(piece) {
+		// The rest can be a hole; without its end it would be one that has not arrived.
+		at = end - pageLength
+	}
+	if _, err := p.f.WriteAt(piece[at-start:], at); err != nil {
 		return DiskError(err)
 	}
 	if !p.hold(t, i, crc) {

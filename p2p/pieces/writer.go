@@ -27,6 +27,7 @@ type writer struct {
 	mu      sync.Mutex // held by all that is done with it: the store may close meanwhile
 	a       *addition  // without a file where the store recognizes what is wanted; nil when it is dropped
 	end     int64      // bytes that were taken in
+	hole    bool       // the last of them are a hole, which the file does not have yet
 	flushed int64      // of these, those of which write-back has begun
 	err     error      // why nothing more can be taken in
 }
@@ -149,7 +150,8 @@ func (w *writer) takeAll(src io.Reader, file *source.File) error {
 		}
 	}
 	if file != nil {
-		src = io.NewSectionReader(file, file.Start, 1<<63-1-file.Start)
+		from := file.Start + w.end // a part may be copied
+		src = io.NewSectionReader(file, from, 1<<63-1-from)
 	} else {
 		var done func()
 		src, done = interruptible(w.ctx, src)
@@ -192,7 +194,7 @@ func (w *writer) take(p []byte) (n int, err error) {
 		part := source.Buffer(len(p) - n)
 		part = part[:copy(part, p[n:])]
 		if w.a.f != nil {
-			if _, err := w.a.f.WriteAt(part, w.end); err != nil {
+			if err := w.write(part); err != nil {
 				source.Release(part)
 				return n, err
 			}
@@ -203,6 +205,26 @@ func (w *writer) take(p []byte) (n int, err error) {
 		n += len(part)
 	}
 	return n, context.Cause(w.ctx)
+}
+
+// write writes part to the end of the file. Blocks of zeros become holes.
+func (w *writer) write(part []byte) error {
+	for off, data := 0, 0; off < len(part); {
+		next := min(off+source.HoleLength, len(part))
+		if hole := source.IsZero(part[off:next]); hole || next == len(part) {
+			if !hole {
+				off = next
+			}
+			if data < off {
+				if _, err := w.a.f.WriteAt(part[data:off], w.end+int64(data)); err != nil {
+					return err
+				}
+			}
+			data, w.hole = next, hole
+		}
+		off = next
+	}
+	return nil
 }
 
 // took says that the content has bytes up to end, and has them hashed: part, a buffer that is given
@@ -271,6 +293,9 @@ func (w *writer) hash(end int64, part []byte) error {
 func (w *writer) finish(file *source.File) (*addition, error) {
 	w.hashing.Wait()
 	err := context.Cause(w.ctx)
+	if err == nil && w.hole {
+		err = w.a.f.Truncate(w.end)
+	}
 	if err == nil {
 		w.a.table, err = w.recorder.Table()
 	}
