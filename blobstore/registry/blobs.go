@@ -1,12 +1,15 @@
 package registry
 
 import (
+	"mime/multipart"
 	"net/http"
+	"net/textproto"
 	"strconv"
 	"strings"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/dfcache/dfcache/blobstore"
 	"github.com/dfcache/dfcache/digest"
 )
 
@@ -79,24 +82,74 @@ func (h *Handler) getBlob(w *response, r *request) error {
 	if match := r.Header.Get("If-Range"); match != "" && match != etag(d) {
 		header = ""
 	}
-	off, n, partial, err := parseRange(header, found.Size)
+	ranges, err := parseRanges(header, found.Size)
 	if err != nil {
 		return newProblem(http.StatusRequestedRangeNotSatisfiable, codeSizeInvalid,
 			"range %.80q has nothing of the blob's %d bytes, or is malformed: ask for bytes=<first>-<last>, "+
 				"bytes=<first>- or bytes=-<count>", header, found.Size).
 			with("Content-Range", "bytes */"+strconv.FormatInt(found.Size, 10))
 	}
-	if partial {
-		w.success = http.StatusPartialContent
-		w.Header().Set("Content-Length", strconv.FormatInt(n, 10))
-		w.Header().Set("Content-Range", "bytes "+strconv.FormatInt(off, 10)+"-"+strconv.FormatInt(off+n-1, 10)+"/"+
-			strconv.FormatInt(found.Size, 10))
+	if len(ranges) > 1 {
+		return sendRanges(w, r, content, ranges)
 	}
-	if err := content.CopyRange(r.Context(), w.writer(r.Request), off, n); err != nil {
+	whole := byteRange{0, found.Size}
+	if len(ranges) == 1 {
+		whole = ranges[0]
+		w.success = http.StatusPartialContent
+		w.Header().Set("Content-Length", strconv.FormatInt(whole.n, 10))
+		w.Header().Set("Content-Range", whole.contentRange(found.Size))
+	}
+	if err := content.CopyRange(r.Context(), w.writer(r.Request), whole.off, whole.n); err != nil {
 		return err
 	}
 	w.begin() // nothing was written of an empty blob
 	return nil
+}
+
+// sendRanges sends several ranges of a blob, each as a part of its own, in the order that they were
+// asked for.
+func sendRanges(w *response, r *request, content *blobstore.Reader, ranges []byteRange) error {
+	header := func(one byteRange) textproto.MIMEHeader {
+		return textproto.MIMEHeader{
+			"Content-Type": {blobMediaType}, "Content-Range": {one.contentRange(content.Size())}}
+	}
+	// All but the bytes of the ranges, to know the length.
+	var frame countingWriter
+	parts := multipart.NewWriter(&frame)
+	var sum int64
+	for _, one := range ranges {
+		_, _ = parts.CreatePart(header(one)) // counting does not fail
+		sum += one.n
+	}
+	_ = parts.Close()
+	boundary := parts.Boundary()
+
+	w.success = http.StatusPartialContent
+	w.Header().Set("Content-Length", strconv.FormatInt(int64(frame)+sum, 10))
+	w.Header().Set("Content-Type", "multipart/byteranges; boundary="+boundary)
+	out := w.writer(r.Request)
+	parts = multipart.NewWriter(out)
+	if err := parts.SetBoundary(boundary); err != nil {
+		return err
+	}
+	for _, one := range ranges {
+		if _, err := parts.CreatePart(header(one)); err != nil {
+			return err
+		}
+		if err := content.CopyRange(r.Context(), out, one.off, one.n); err != nil {
+			return err
+		}
+	}
+	return parts.Close()
+}
+
+// countingWriter counts what is written to it.
+type countingWriter int64
+
+// Write implements [io.Writer].
+func (w *countingWriter) Write(p []byte) (int, error) {
+	*w += countingWriter(len(p))
+	return len(p), nil
 }
 
 // deleteBlob removes a blob from the repository.

@@ -3,11 +3,15 @@ package registry_test
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"io"
+	"mime"
+	"mime/multipart"
 	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/dfcache/dfcache/blobstore"
@@ -122,8 +126,9 @@ func TestRange(t *testing.T) {
 			"Accept-Ranges", "bytes", "Docker-Content-Digest", d.String(), "Content-Type",
 			"application/octet-stream").content(data[c.off:c.end])
 	}
-	// The whole is an answer to several ranges, and to what is not understood.
-	for _, header := range []string{"bytes=0-1,5-6", "lines=1-2", "1-2", ""} {
+	// The whole is an answer to more bytes than there are, and to what is not understood.
+	for _, header := range []string{"bytes=0-,0-0", "bytes=0-200000,100000-", "lines=1-2", "1-2", "",
+		"bytes=0-0" + strings.Repeat(",0-0", 1024)} {
 		s.do("GET", path, nil, "Range", header).want(http.StatusOK, "Content-Range", "").content(data)
 	}
 	// The range is for what If-Range names only, and for GET only.
@@ -135,6 +140,75 @@ func TestRange(t *testing.T) {
 	empty := s.pushBlob("a", nil)
 	s.do("GET", "/v2/a/blobs/"+empty.String(), nil, "Range", "bytes=0-5").want(
 		http.StatusOK, "Content-Length", "0").content(nil)
+}
+
+// TestRanges: several ranges come in one answer, in the order in which they were asked for.
+func TestRanges(t *testing.T) {
+	s := start(t, registry.Options{})
+	const n = 300_000 // several pieces
+	data := content(n, 1)
+	path := "/v2/a/blobs/" + s.pushBlob("a", data).String()
+	type part struct{ off, end int }
+	many, manyParts := "bytes=0-1", []part{{0, 2}}
+	for i := 1; i < 1024; i++ {
+		many += fmt.Sprintf(",%d-%d", 100*i, 100*i+1)
+		manyParts = append(manyParts, part{100 * i, 100*i + 2})
+	}
+	for header, want := range map[string][]part{
+		"bytes=0-1,5-6":                          {{0, 2}, {5, 7}},
+		"bytes=5-6, 0-1 ,-3":                     {{5, 7}, {0, 2}, {n - 3, n}},
+		"bytes=10-20,15-25,10-20":                {{10, 21}, {15, 26}, {10, 21}},
+		"bytes=65000-140000,200000-":             {{65_000, 140_001}, {200_000, n}},
+		"bytes=0-0,400000-500000,299999-400000,": {{0, 1}, {n - 1, n}},
+		many:                                     manyParts,
+	} {
+		a := s.do("GET", path, nil, "Range", header).want(http.StatusPartialContent, "Content-Range", "",
+			"Accept-Ranges", "bytes")
+		if a.header.Get("Content-Length") != size(a.body) {
+			t.Errorf("%.50s: Content-Length is %s for %d bytes", header, a.header.Get("Content-Length"), len(a.body))
+		}
+		mediaType, params, err := mime.ParseMediaType(a.header.Get("Content-Type"))
+		if err != nil || mediaType != "multipart/byteranges" {
+			t.Fatalf("%.50s: %s, %v", header, mediaType, err)
+		}
+		parts := multipart.NewReader(bytes.NewReader(a.body), params["boundary"])
+		for i, p := range want {
+			got, err := parts.NextPart()
+			if err != nil {
+				t.Fatalf("%.50s: part %d: %v", header, i, err)
+			}
+			body, err := io.ReadAll(got)
+			if err != nil || !bytes.Equal(body, data[p.off:p.end]) || got.Header.Get("Content-Range") !=
+				contentRange(p.off, p.end, n) || got.Header.Get("Content-Type") != "application/octet-stream" {
+				t.Errorf("%.50s: part %d: %v, %d bytes, %v", header, i, got.Header, len(body), err)
+			}
+		}
+		if _, err := parts.NextPart(); err != io.EOF {
+			t.Errorf("%.50s: one part more: %v", header, err)
+		}
+	}
+	// One that is left is answered as one; nothing that is left, and what is no range, is refused.
+	s.do("GET", path, nil, "Range", "bytes=1-2,300000-").want(
+		http.StatusPartialContent, "Content-Range", contentRange(1, 3, n)).content(data[1:3])
+	for _, header := range []string{"bytes=300000-,400000-", "bytes=0-1,x", "bytes=0-1,5-4", "bytes=,"} {
+		s.do("GET", path, nil, "Range", header).fails(http.StatusRequestedRangeNotSatisfiable, "SIZE_INVALID",
+			"Content-Range", "bytes */300000")
+	}
+}
+
+// TestDamagedRange: what a range is in is verified before any of it is sent.
+func TestDamagedRange(t *testing.T) {
+	s := start(t, registry.Options{})
+	data := content(300_000, 1)
+	d := s.pushBlob("a", data)
+	s.damage(d) // in its last piece
+	a, err := s.try("GET", "/v2/a/blobs/"+d.String(), nil, "Range", "bytes=0-9,270000-270010,20-29")
+	if err == nil && a.err == nil {
+		t.Errorf("damage is sent as %d with %d bytes", a.status, len(a.body))
+	}
+	if err == nil && bytes.Contains(a.body, data[270_000:270_011]) {
+		t.Error("bytes of a damaged piece are sent")
+	}
 }
 
 func contentRange(off, end, n int) string {

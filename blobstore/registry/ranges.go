@@ -2,6 +2,7 @@ package registry
 
 import (
 	"errors"
+	"fmt"
 	"math"
 	"strings"
 )
@@ -9,39 +10,80 @@ import (
 // errRange says that nothing of the content is in the range that was asked for.
 var errRange = errors.New("range not satisfiable")
 
-// parseRange reads a Range header (RFC 9110, section 14.2) for content of size
-// bytes. Partial is false where the whole content is the answer: no header,
-// several ranges, a unit other than bytes, or empty content. What is in bytes
-// and no range, or one outside the content, is errRange.
-func parseRange(header string, size int64) (off, n int64, partial bool, err error) {
-	unit, spec, _ := strings.Cut(header, "=")
-	if !strings.EqualFold(strings.TrimSpace(unit), "bytes") || strings.Contains(spec, ",") || size == 0 {
-		return 0, size, false, nil
+// maxRanges is how many ranges one request may ask for. It is what podman asks for at most.
+const maxRanges = 1024
+
+// byteRange is a part of some content.
+type byteRange struct{ off, n int64 }
+
+// contentRange returns it as the header Content-Range has it.
+func (r byteRange) contentRange(size int64) string {
+	return fmt.Sprintf("bytes %d-%d/%d", r.off, r.off+r.n-1, size)
+}
+
+// parseRanges reads a Range header (RFC 9110, section 14.2) for content of size bytes, as net/http
+// does. There are none where the whole content is the answer: no header, a unit other than bytes,
+// empty content, more ranges than [maxRanges], or more bytes in them than there are. What is in bytes
+// and no range, or all outside the content, is errRange.
+func parseRanges(header string, size int64) ([]byteRange, error) {
+	unit, list, _ := strings.Cut(header, "=")
+	if !strings.EqualFold(strings.TrimSpace(unit), "bytes") || size == 0 || strings.Count(list, ",") >= maxRanges {
+		return nil, nil
 	}
-	first, last, found := strings.Cut(strings.Trim(spec, " \t"), "-")
-	if !found {
-		return 0, 0, false, errRange
+	var ranges []byteRange
+	left := size
+	for spec := range strings.SplitSeq(list, ",") {
+		if spec = strings.Trim(spec, " \t"); spec == "" {
+			continue
+		}
+		r, err := parseRange(spec, size)
+		if err != nil {
+			return nil, err
+		}
+		if r.n == 0 {
+			continue // it is outside
+		}
+		ranges = append(ranges, r)
+		left = max(left-r.n, -1)
+	}
+	switch {
+	case len(ranges) == 0:
+		return nil, errRange
+	case left < 0:
+		return nil, nil // it is less to send the whole
+	}
+	return ranges, nil
+}
+
+// parseRange reads one range. One that has nothing of the content is empty.
+func parseRange(spec string, size int64) (r byteRange, err error) {
+	first, last, found := strings.Cut(spec, "-")
+	if first, last = strings.Trim(first, " \t"), strings.Trim(last, " \t"); !found {
+		return r, errRange
 	}
 	if first == "" { // the last bytes
 		n, ok := parseNumber(last)
-		if !ok || n == 0 {
-			return 0, 0, false, errRange
+		if !ok {
+			return r, errRange
 		}
 		n = min(n, size)
-		return size - n, n, true, nil
+		return byteRange{size - n, n}, nil
 	}
 	off, ok := parseNumber(first)
-	if !ok || off >= size {
-		return 0, 0, false, errRange
+	if !ok {
+		return r, errRange
 	}
 	end := size - 1
 	if last != "" {
 		if end, ok = parseNumber(last); !ok || end < off {
-			return 0, 0, false, errRange
+			return r, errRange
 		}
 		end = min(end, size-1)
 	}
-	return off, end - off + 1, true, nil
+	if off >= size {
+		return r, nil
+	}
+	return byteRange{off, end - off + 1}, nil
 }
 
 // parseContentRange reads the Content-Range header of a chunk, "<first>-<last>"
