@@ -60,7 +60,9 @@ type Engine interface {
 	// Delete removes what cid names under tag. A cache ID goes with
 	// everything that only it held. A digest goes with the names that point
 	// to it and what only it held; where another task refers to it, Delete
-	// fails with ErrReferenced unless it is forced. The message says which task, by
+	// fails with ErrReferenced unless it is forced. It does not for a manifest that
+	// only manifests refer to which nothing holds: to which no name leads, however
+	// far, and that are not what a client has just pushed to give them one. The message says which task, by
 	// the names that point to it, or by its digest where none does; of many it says some,
 	// and of one that only a peer has, which peer. Bytes are freed when no
 	// tag holds the blob any more. Peers do the same; those that are away do it

@@ -52,6 +52,7 @@ func Run(t *testing.T, open func(t *testing.T) p2p.Engine) {
 		"DeleteReferenced":          testDeleteReferenced,
 		"DeleteSeveral":             testDeleteSeveral,
 		"DeleteAll":                 testDeleteAll,
+		"DeleteListed":              testDeleteListed,
 		"DeleteRemovesNames":        testDeleteRemovesNames,
 		"LooseTask":                 testLooseTask,
 		"LooseTaskIsAdopted":        testLooseTaskIsAdopted,
@@ -931,6 +932,49 @@ func testDeleteAll(t *testing.T, e p2p.Engine) {
 		t.Errorf("imported after the delete of all: %v", err)
 	}
 	RequireContent(t, e, parts[0], Content(1000, 1))
+}
+
+// What nobody can find any more does not keep a manifest from being deleted; a blob it does.
+func testDeleteListed(t *testing.T, e p2p.Engine) {
+	manifest, parts := importArtifact(t, e, "t", "v1", []byte(`{"one":1}`), Content(1000, 1))
+	list := func(name, text string, of p2p.Task) p2p.Task {
+		t.Helper()
+		task, err := tryPush(t.Context(), e, []byte(text), refs(of), p2p.NewName{Name: name, KeepOld: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return task
+	}
+	untag := func(name string) {
+		t.Helper()
+		if _, err := e.Delete(t.Context(), "t", cid(t, name), p2p.DeleteOptions{NameOnly: true}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	remove := func() error {
+		_, err := e.Delete(t.Context(), "t", digest.FromDigest(manifest.Digest), p2p.DeleteOptions{})
+		return err
+	}
+	before := list("list", `{"list":1}`, manifest)
+	now := list("list", `{"list":2}`, manifest)
+	outer := list("outer", `{"outer":1}`, before)
+	requireError(t, "delete what is listed under a name", remove(), p2p.ErrReferenced)
+	untag("list")
+	RequireError(t, "delete what a list is of that is in another one", remove(), p2p.ErrReferenced,
+		string(before.Digest))
+	untag("outer")
+	untag("v1")
+	_, err := e.Delete(t.Context(), "t", digest.FromDigest(parts[0].Digest), p2p.DeleteOptions{})
+	requireError(t, "delete a blob of a manifest without a name", err, p2p.ErrReferenced)
+	if err := remove(); err != nil {
+		t.Errorf("delete what only lists without a name have: %v", err)
+	}
+	requireMissing(t, e, manifest)
+	for _, task := range []p2p.Task{before, now, outer} {
+		if info, err := stat(t.Context(), e, task); err != nil || !slices.Contains(info.Lacks, manifest.Digest) {
+			t.Errorf("%s lacks %v, %v; want the manifest", task, info.Lacks, err)
+		}
+	}
 }
 
 func testDeleteRemovesNames(t *testing.T, e p2p.Engine) {

@@ -362,6 +362,9 @@ func (s *Store) deleteOne(
 		return nil
 	}
 	referring := t.referring(d)
+	if t.tasks[d].manifest != nil {
+		referring = slices.DeleteFunc(referring, func(r digest.Digest) bool { return !t.canBeFound(r) })
+	}
 	if len(referring) > 0 && opts.Unpin {
 		t.tasks[d].pinned = false
 		return nil
@@ -388,6 +391,15 @@ func (t *tag) clone() *tag {
 		c.tasks[d] = &k
 	}
 	return c
+}
+
+// canBeFound reports whether a task keeps what it refers to from being deleted where that is a manifest:
+// it is pinned, about something, or pushed just now, or a name leads to it or to what refers to it.
+func (t *tag) canBeFound(d digest.Digest) bool {
+	k := t.tasks[d]
+	return k.pinned || len(t.namesOf(d)) > 0 || len(k.live()) > 0 ||
+		k.manifest != nil && k.manifest.Subject != "" && t.tasks[k.manifest.Subject] != nil ||
+		slices.ContainsFunc(t.referring(d), t.canBeFound)
 }
 
 // keepLoose keeps what a name has pointed to, where nothing else holds it.

@@ -92,15 +92,17 @@ func (s *Store) HasTask(task p2p.Task) (held bool, err error) {
 	return held, err
 }
 
-// Referenced reports whether another task, under the same tag, refers to a task.
+// Referenced reports whether another task, under the same tag, refers to a task and keeps it from being
+// deleted.
 func (s *Store) Referenced(ctx context.Context, task p2p.Task) (referenced bool, err error) {
 	if err := s.begin(ctx); err != nil {
 		return false, err
 	}
 	defer s.end()
 	err = s.view(func(tx *bbolt.Tx) error {
-		referenced = hasAny(tx, bucketParents, prefix(task.Tag, string(task.Digest)))
-		return nil
+		parents, err := s.blocking(tx, task)
+		referenced = len(parents) > 0
+		return err
 	})
 	return referenced, err
 }

@@ -454,16 +454,70 @@ func (r *removal) delete(tx *bbolt.Tx, tag string, cid digest.CID, opts p2p.Dele
 		}
 		return r.release(tx, task, ReasonDeleted)
 	}
-	if parents := lastParts(tx, bucketParents, prefix(tag, string(task.Digest))); len(parents) > 0 {
-		if !opts.Force {
+	if !opts.Force {
+		parents, err := r.s.blocking(tx, task)
+		if err != nil {
+			return err
+		}
+		if len(parents) > 0 {
 			return fmt.Errorf("%s: %w: %s: delete that first, or force it", task, p2p.ErrReferenced,
 				describeParents(tx, tag, parents))
 		}
-		if err := lose(tx, task); err != nil {
-			return err
-		}
+	}
+	if err := lose(tx, task); err != nil {
+		return err
 	}
 	return r.remove(tx, task, ReasonDeleted)
+}
+
+// blocking returns what refers to a task and keeps it from being deleted. Of what refers to a manifest
+// that is what can be found: a client that keeps a list of manifests under a tag leaves each earlier list
+// behind without one, for good, and nobody could delete what is in it.
+func (s *Store) blocking(tx *bbolt.Tx, t p2p.Task) ([]string, error) {
+	parents := lastParts(tx, bucketParents, prefix(t.Tag, string(t.Digest)))
+	if len(parents) == 0 {
+		return nil, nil
+	}
+	record, _, err := get[taskRecord](tx, bucketTasks, taskKey(t))
+	if err != nil || !record.isManifest() {
+		return parents, err
+	}
+	var found []string
+	seen := map[string]bool{}
+	for _, parent := range parents {
+		can, err := s.canBeFound(tx, p2p.Task{Tag: t.Tag, Digest: digest.Digest(parent)}, seen)
+		if err != nil {
+			return nil, err
+		}
+		if can {
+			found = append(found, parent)
+		}
+	}
+	return found, nil
+}
+
+// canBeFound reports whether the task t is pinned, is about something that is here, was pushed by a client
+// that may still give it a name, or whether a name leads to it or to what refers to it, however far. seen
+// has the answers so far.
+func (s *Store) canBeFound(tx *bbolt.Tx, t p2p.Task, seen map[string]bool) (can bool, err error) {
+	if can, known := seen[string(t.Digest)]; known {
+		return can, nil
+	}
+	record, _, err := get[taskRecord](tx, bucketTasks, taskKey(t))
+	if err != nil {
+		return false, err
+	}
+	can = record.Pinned || record.attached(tx, t) || len(s.live(record.Leases)) > 0 ||
+		hasAny(tx, bucketNamed, prefix(t.Tag, string(t.Digest)))
+	if !can {
+		for _, parent := range lastParts(tx, bucketParents, prefix(t.Tag, string(t.Digest))) {
+			if can, err = s.canBeFound(tx, p2p.Task{Tag: t.Tag, Digest: digest.Digest(parent)}, seen); can || err != nil {
+				break
+			}
+		}
+	}
+	seen[string(t.Digest)] = can
+	return can, err
 }
 
 // describeParents names what refers to a task: by its names where it has some.
