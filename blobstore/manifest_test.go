@@ -10,7 +10,9 @@ import (
 	"strings"
 	"testing"
 
+	specs "github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"oras.land/oras-go/v2"
 	"oras.land/oras-go/v2/content"
 	"oras.land/oras-go/v2/errdef"
 
@@ -382,4 +384,65 @@ func TestHostileManifest(t *testing.T) {
 			t.Errorf("%s: %d MiB were made of it in memory", what, made>>20)
 		}
 	}
+}
+
+// TestOtherType: no method makes something else of a manifest, or of what a tag points to.
+func TestOtherType(t *testing.T) {
+	eachStore(t, func(t *testing.T, s *blobstore.Store) {
+		r := repository(t, s, "t")
+		const docker = "application/vnd.docker.distribution.manifest.v2+json"
+		pushBlobs(t, r, "config")
+		data, err := json.Marshal(ocispec.Manifest{Versioned: specs.Versioned{SchemaVersion: 2}, Config: blob("config"),
+			Layers: []ocispec.Descriptor{}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		desc := content.NewDescriptorFromBytes(ocispec.MediaTypeImageManifest, data)
+		if err := r.PushReference(t.Context(), desc, bytes.NewReader(data), "prod"); err != nil {
+			t.Fatal(err)
+		}
+		for _, mediaType := range []string{docker, ocispec.MediaTypeImageIndex, "text/plain"} {
+			other := content.NewDescriptorFromBytes(mediaType, data)
+			if _, err := oras.TagBytes(t.Context(), r, mediaType, data, "other"); !errors.Is(err, blobstore.ErrInvalid) {
+				t.Errorf("TagBytes as %s: %v", mediaType, err)
+			}
+			if err := r.Tag(t.Context(), other, "other"); !errors.Is(err, blobstore.ErrInvalid) {
+				t.Errorf("Tag as %s: %v", mediaType, err)
+			}
+			err := r.Push(t.Context(), other, bytes.NewReader(data))
+			if mediaType == "text/plain" && !errors.Is(err, errdef.ErrAlreadyExists) ||
+				mediaType != "text/plain" && !errors.Is(err, blobstore.ErrInvalid) {
+				t.Errorf("Push as %s: %v", mediaType, err)
+			}
+			if _, err := r.PushManifest(t.Context(), data, blobstore.ManifestOptions{MediaType: mediaType,
+				Tags: []string{"other"}}); !errors.Is(err, blobstore.ErrInvalid) {
+				t.Errorf("PushManifest as %s: %v", mediaType, err)
+			}
+			if got, err := r.Resolve(t.Context(), "prod"); err != nil || !content.Equal(got, desc) {
+				t.Fatalf("after it came as %s: %v, %v", mediaType, got, err)
+			}
+		}
+		if got := tags(t, r); len(got) != 1 {
+			t.Errorf("tags: %v", got)
+		}
+		for _, tag := range []string{"prod", "again"} {
+			if got, err := oras.TagBytes(t.Context(), r, desc.MediaType, data, tag); err != nil ||
+				!content.Equal(got, desc) {
+				t.Errorf("TagBytes again: %v, %v", got, err)
+			}
+		}
+		// A tag can point to a blob.
+		text := content.NewDescriptorFromBytes("text/plain", []byte("text"))
+		for mediaType, want := range map[string]error{"text/plain": nil, "text/html": blobstore.ErrInvalid} {
+			if _, err := oras.TagBytes(t.Context(), r, "text/plain", []byte("text"), "text"); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := oras.TagBytes(t.Context(), r, mediaType, []byte("text"), "more"); !errors.Is(err, want) {
+				t.Errorf("a blob as %s: %v", mediaType, err)
+			}
+			if got, err := r.Resolve(t.Context(), "text"); err != nil || !content.Equal(got, text) {
+				t.Errorf("the blob is %v, %v", got, err)
+			}
+		}
+	})
 }

@@ -82,8 +82,8 @@ func descriptorOf(info p2p.Info) ocispec.Descriptor {
 
 // Exists implements [content.ReadOnlyStorage]. Content is what its digest says:
 // the size of target has no say in it, nor has its media type, but for one
-// thing. A manifest is there where it was stored as one: it then holds what it
-// refers to, as whoever skips a copy of it expects.
+// thing. A manifest is there where it was stored as one of that type: it then holds
+// what it refers to, as whoever skips a copy of it expects.
 //
 // Content of which is known that it is damaged is not there, so that it is
 // pushed again; nor is a manifest that has lost a part, by such damage or by a
@@ -116,6 +116,9 @@ func (r *Repository) has(ctx context.Context, target ocispec.Descriptor, scope p
 	}
 	if !manifest.IsType(target.MediaType) {
 		return true, nil
+	}
+	if info.IsManifest && !info.Remote && info.MediaType != target.MediaType {
+		return false, nil // it is pushed, and refused, as something else
 	}
 	return info.IsManifest && len(info.Lacks) == 0, nil
 }
@@ -216,7 +219,8 @@ func (r *Repository) Resolve(ctx context.Context, reference string) (ocispec.Des
 // same content each ends with nil or ErrAlreadyExists.
 //
 // Content with the media type of a manifest is one: it holds what it refers to,
-// which may come later. Other content is kept until a manifest refers to it,
+// which may come later. Where it is there as a manifest of another type, or can't be one of that
+// type, the error matches [ErrInvalid]. Other content is kept until a manifest refers to it,
 // and then for as long as one does.
 //
 // It stores on this host alone, where the swarm finds it.
@@ -458,6 +462,10 @@ func (r *sizedReader) Read(p []byte) (int, error) {
 // [errdef.ErrNotFound]. What the tag pointed to before
 // stays. Content has its own digest for a tag without that.
 //
+// The media type of desc, where it has one, has to be that of the content: a manifest keeps the one
+// that it was pushed as, and so does what a tag points to, as that is what the tag stands for. The
+// error matches [ErrInvalid].
+//
 // It moves the tag on this host, where the swarm finds it; what only the swarm has is fetched.
 func (r *Repository) Tag(ctx context.Context, desc ocispec.Descriptor, reference string) error {
 	if err := checkTarget(desc); err != nil {
@@ -466,6 +474,12 @@ func (r *Repository) Tag(ctx context.Context, desc ocispec.Descriptor, reference
 	names, err := r.names(desc.Digest, reference)
 	if err != nil {
 		return err
+	}
+	for i := range names {
+		names[i].MediaType = desc.MediaType
+	}
+	if err := checkMediaType(desc.MediaType); err != nil {
+		return toOCI(fmt.Errorf("tag: %w", err))
 	}
 	if len(names) == 0 {
 		_, err = r.engine.Stat(ctx, r.tag, digest.FromDigest(desc.Digest), p2p.StatOptions{})
@@ -735,6 +749,11 @@ func (m *mounting) add(ctx context.Context, d digest.Digest, keep p2p.Keep) erro
 		return err
 	}
 	n := p2p.NewTask{Task: m.to.task(d), MediaType: info.MediaType, Keep: keep}
+	// What is there already has its type.
+	if here, err := m.to.engine.Stat(ctx, m.to.tag, digest.FromDigest(d), p2p.StatOptions{Scope: p2p.Local}); err == nil &&
+		here.IsManifest {
+		n.MediaType = here.MediaType
+	}
 	if info.Manifest != nil {
 		parsed, err := manifest.Read(info.Manifest.Content)
 		if err != nil {
@@ -897,7 +916,7 @@ type ManifestOptions struct {
 
 // PushManifest stores a manifest and points tags to it, in one step, and
 // returns when that is durable. What is there already is only tagged. The error
-// matches [ErrInvalid] where content is not a manifest, also
+// matches [ErrInvalid] where content is not a manifest, or is there as one of another type, also
 // [errdef.ErrSizeExceedsLimit] where it is larger than [MaxManifest], and
 // [ErrMismatch] where it is another one than wanted.
 //

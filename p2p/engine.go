@@ -217,6 +217,9 @@ type NewName struct {
 	Tag    string
 	Name   string        // a cache ID
 	Digest digest.Digest // of a task that is held under Tag, or committed together with the name
+	// MediaType is what the task is taken for, or "" for what it is. Where that is another one the
+	// commit fails, as with NewTask.MediaType.
+	MediaType string
 	// Updated is when the name was pointed there, where that was on another
 	// host: it is not moved if it has been pointed elsewhere later, and whatever
 	// was put in on this host is kept, as with KeepOld: nobody here has moved the

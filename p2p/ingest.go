@@ -84,7 +84,10 @@ type Commit struct {
 // NewTask is a task to commit. A task that exists is kept: it gets what is
 // new here, is kept no shorter than before, and keeps its time of import.
 type NewTask struct {
-	Task      Task
+	Task Task
+	// MediaType is the type of the content. A manifest keeps the one that it came with, and so does
+	// what a name points to: a commit with another one fails with digest.ErrInvalid, unless the task
+	// has an Origin, or a blob is committed and no name: then it changes nothing.
 	MediaType string
 	Keep      Keep
 	// Origin is when the task was imported or pushed first, where that was on

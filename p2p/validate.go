@@ -211,6 +211,9 @@ func (n NewName) Validate() error {
 	if cid.CacheID() == "" {
 		return fmt.Errorf("name %q: %w: a digest can't be the name of a task", n.Name, digest.ErrInvalid)
 	}
+	if err := validateMediaType(n.MediaType); err != nil {
+		return fmt.Errorf("name %q: %w", n.Name, err)
+	}
 	return validateTime("name "+n.Name, n.Updated)
 }
 

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"testing"
 
+	specs "github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/dfcache/dfcache/blobstore"
@@ -101,6 +102,43 @@ func TestManifest(t *testing.T) {
 }
 
 // padded returns a manifest of n bytes.
+// index returns an index of manifests.
+func index(t *testing.T, manifests ...ocispec.Descriptor) []byte {
+	t.Helper()
+	return encode(t, ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, Manifests: manifests})
+}
+
+// TestTypeIsKept: what a tag answers is not changed by a push of the same bytes as something else.
+func TestTypeIsKept(t *testing.T) {
+	s := start(t, registry.Options{})
+	const index = ocispec.MediaTypeImageIndex
+	image := s.image("a", func(m *ocispec.Manifest) { m.MediaType = "" }, []byte("layer"))
+	s.pushManifest("a", "prod", image)
+	thing := []byte(`{"thing":true}`)
+	s.do("PUT", "/v2/a/manifests/thing", thing, "Content-Type", "application/vnd.example.a+json").want(
+		http.StatusCreated)
+	for _, mediaType := range []string{"text/plain", index, dockerManifest, "application/vnd.example.b+json"} {
+		for _, m := range [][]byte{image, thing} {
+			for _, reference := range []string{"other", "prod", digest.SHA256.FromBytes(m).String()} {
+				s.do("PUT", "/v2/a/manifests/"+reference, m, "Content-Type", mediaType).fails(
+					http.StatusBadRequest, "MANIFEST_INVALID").contains(mediaType)
+			}
+		}
+	}
+	s.do("GET", "/v2/a/manifests/prod", nil).want(http.StatusOK, "Content-Type", ocispec.MediaTypeImageManifest)
+	s.do("GET", "/v2/a/manifests/thing", nil).want(http.StatusOK, "Content-Type", "application/vnd.example.a+json")
+	s.do("GET", "/v2/a/tags/list", nil).lists("tags", "prod", "thing")
+	for range 2 { // the same again is fine
+		s.pushManifest("a", "again", image)
+	}
+	// In another repository it is something else, and a mount brings that to none where it is already.
+	s.do("PUT", "/v2/b/manifests/thing", thing, "Content-Type", "application/vnd.example.b+json").want(
+		http.StatusCreated)
+	s.do("POST", "/v2/a/blobs/uploads/?from=b&mount="+digest.SHA256.FromBytes(thing).String(), nil).want(
+		http.StatusCreated)
+	s.do("GET", "/v2/a/manifests/thing", nil).want(http.StatusOK, "Content-Type", "application/vnd.example.a+json")
+}
+
 func padded(n int) []byte {
 	return append([]byte(`{"schemaVersion":2}`), bytes.Repeat([]byte(" "), n-19)...)
 }

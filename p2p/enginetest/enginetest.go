@@ -65,6 +65,7 @@ func Run(t *testing.T, open func(t *testing.T) p2p.Engine) {
 		"Lacks":                     testLacks,
 		"ManifestReplacesRefs":      testManifestReplacesRefs,
 		"InvalidManifest":           testInvalidManifest,
+		"MediaTypes":                testMediaTypes,
 		"Referrers":                 testReferrers,
 		"ReferrerBeforeSubject":     testReferrerBeforeSubject,
 		"StatManifest":              testStatManifest,
@@ -1349,6 +1350,71 @@ func testInvalidManifest(t *testing.T, e p2p.Engine) {
 	if entries := list(t, e, nil); len(entries) > 0 {
 		t.Errorf("list has %v", entries)
 	}
+}
+
+// A manifest keeps the media type that it came with, and so does what a name points to.
+func testMediaTypes(t *testing.T, e p2p.Engine) {
+	const first, other = "application/vnd.example.first+json", "application/vnd.example.other+json"
+	layer := push(t, e, Content(1000, 1), nil)
+	manifest := push(t, e, []byte("{}"), nil)
+	commit := func(n p2p.NewTask, names ...p2p.NewName) error {
+		in, err := e.Ingest(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer in.Close()
+		c := p2p.Commit{Names: names}
+		if n.Task.Digest != "" {
+			c.Tasks = []p2p.NewTask{n}
+		}
+		return in.Commit(c)
+	}
+	isType := func(what string, task p2p.Task, err, wantErr error, want string) {
+		t.Helper()
+		if wantErr != nil {
+			requireError(t, what, err, wantErr)
+		} else if err != nil {
+			t.Errorf("%s: %v", what, err)
+		}
+		if info, err := stat(t.Context(), e, task); err != nil || info.MediaType != want {
+			t.Errorf("after %s: it is %q, %v; want %q", what, info.MediaType, err, want)
+		}
+	}
+	name := func(task p2p.Task, name, mediaType string) p2p.NewName {
+		return p2p.NewName{Tag: "t", Name: name, Digest: task.Digest, MediaType: mediaType}
+	}
+	as := func(task p2p.Task, mediaType string, m *p2p.NewManifest) p2p.NewTask {
+		return p2p.NewTask{Task: task, MediaType: mediaType, Keep: p2p.KeepUntilReferred, Manifest: m}
+	}
+	fetched := as(manifest, other, refs(layer))
+	fetched.Origin = time.Now().Add(time.Hour)
+
+	err := commit(as(manifest, first, refs(layer)), name(manifest, "prod", first))
+	isType("the first push", manifest, err, nil, first)
+	err = commit(as(manifest, first, refs(layer)), name(manifest, "again", ""))
+	isType("the same push", manifest, err, nil, first)
+	err = commit(as(manifest, other, refs(layer)), name(manifest, "other", ""))
+	isType("a push as something else", manifest, err, digest.ErrInvalid, first)
+	isType("a push without a name", manifest, commit(as(manifest, other, refs(layer))), digest.ErrInvalid, first)
+	isType("a fetch", manifest, commit(fetched), nil, first)
+	isType("a push as a blob", manifest, commit(as(manifest, "a/b", nil)), nil, first)
+	err = commit(p2p.NewTask{}, name(manifest, "other", other))
+	isType("a name for something else", manifest, err, digest.ErrInvalid, first)
+	isType("a name", manifest, commit(p2p.NewTask{}, name(manifest, "more", first)), nil, first)
+	if _, err := resolve(t.Context(), e, "t", cid(t, "other")); !errors.Is(err, p2p.ErrNotFound) {
+		t.Errorf("what was refused has a name: %v", err)
+	}
+
+	isType("a blob's type", layer, commit(as(layer, "a/b", nil)), nil, "a/b")
+	isType("another type of a blob", layer, commit(as(layer, "a/c", nil)), nil, "a/c")
+	isType("a name with a type", layer, commit(p2p.NewTask{}, name(layer, "blob", "a/d")), nil, "a/d")
+	isType("a push of a blob with a name", layer, commit(as(layer, "a/e", nil)), nil, "a/d")
+	err = commit(as(layer, "a/e", nil), name(layer, "blob2", ""))
+	isType("a push with a name", layer, err, digest.ErrInvalid, "a/d")
+	err = commit(p2p.NewTask{}, name(layer, "blob2", "a/e"))
+	isType("another name with another type", layer, err, digest.ErrInvalid, "a/d")
+	err = commit(p2p.NewTask{}, name(layer, "blob2", strings.Repeat("x", p2p.MaxMediaType+1)))
+	isType("a type that is too long", layer, err, digest.ErrInvalid, "a/d")
 }
 
 // about makes a manifest that is about subject.

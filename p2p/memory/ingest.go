@@ -259,6 +259,12 @@ func (in *ingest) check(c p2p.Commit) error {
 		if b == nil {
 			return fmt.Errorf("commit %s: %w: it was not added, and is not here", n.Task, p2p.ErrNotFound)
 		}
+		k, named := in.s.at(n.Task.Tag).tasks[n.Task.Digest], pointsTo(c, n.Task)
+		if k != nil && n.Origin.IsZero() && (n.Manifest != nil || k.manifest == nil && named) {
+			if err := in.s.checkType(n.Task, n.MediaType); err != nil {
+				return err
+			}
+		}
 		if n.Manifest != nil && b.table.Size > p2p.MaxManifest {
 			return fmt.Errorf("manifest %s: %w: it has %d bytes, at most %d are allowed", n.Task, digest.ErrInvalid,
 				b.table.Size, p2p.MaxManifest)
@@ -285,8 +291,26 @@ func (in *ingest) check(c p2p.Commit) error {
 		if in.s.at(n.Tag).tasks[n.Digest] == nil && !committed[task] {
 			return fmt.Errorf("name %s: %w: there is no %s", n.Name, p2p.ErrNotFound, task)
 		}
+		if err := in.s.checkType(task, n.MediaType); err != nil {
+			return err
+		}
 	}
 	return nil
+}
+
+// pointsTo reports whether a commit points a name to a task.
+func pointsTo(c p2p.Commit, t p2p.Task) bool {
+	return slices.ContainsFunc(c.Names, func(n p2p.NewName) bool { return n.Tag == t.Tag && n.Digest == t.Digest })
+}
+
+// checkType refuses another media type for a manifest, and for what a name points to.
+func (s *Store) checkType(t p2p.Task, mediaType string) error {
+	k := s.at(t.Tag).tasks[t.Digest]
+	if k == nil || mediaType == "" || k.mediaType == "" || k.mediaType == mediaType ||
+		k.manifest == nil && len(s.at(t.Tag).namesOf(t.Digest)) == 0 {
+		return nil
+	}
+	return fmt.Errorf("%s: %w: it is here as %q, and can't be %q too", t, digest.ErrInvalid, k.mediaType, mediaType)
 }
 
 // put makes a task, or adds to one that is there.
@@ -307,7 +331,8 @@ func (s *Store) put(n p2p.NewTask, added *blob) {
 		}
 		t.tasks[d] = k
 	}
-	if n.MediaType != "" {
+	if n.MediaType != "" && (k.mediaType == "" || n.Manifest != nil && k.manifest == nil ||
+		k.manifest == nil && len(t.namesOf(d)) == 0) {
 		k.mediaType = n.MediaType
 	}
 	if n.Keep == p2p.KeepUntilReferred {
@@ -350,6 +375,9 @@ func (s *Store) point(n p2p.NewName, gone *p2p.Deleted) {
 		return
 	} else {
 		n.KeepOld = true
+	}
+	if n.MediaType != "" && t.tasks[n.Digest].manifest == nil {
+		t.tasks[n.Digest].mediaType = n.MediaType
 	}
 	t.names[n.Name] = name{n.Digest, n.Updated}
 	t.adopt(n.Digest)

@@ -319,8 +319,8 @@ func (r *removal) addTask(tx *bbolt.Tx, n p2p.NewTask, c *commit) (released []di
 	record.Origin, record.After = version.At, version.After
 	record.Fetched = record.Fetched && !n.Origin.IsZero()
 	record.Pinned = record.Pinned || n.Keep == p2p.KeepPinned
-	if n.MediaType != "" && (n.Manifest != nil || !record.isManifest()) {
-		record.MediaType = n.MediaType
+	if err := record.retype(tx, n, c.named[n.Task]); err != nil {
+		return nil, err
 	}
 	if m := n.Manifest; m != nil {
 		record.Manifest = true
@@ -366,6 +366,30 @@ func (r *removal) addTask(tx *bbolt.Tx, n p2p.NewTask, c *commit) (released []di
 		}
 	}
 	return released, putValue(tx, bucketHolders, key(string(n.Task.Digest), n.Task.Tag), nil)
+}
+
+// retype gives the record the media type with which its task is committed. A manifest keeps the one
+// that it came with, and so does what a name points to: that is what the name stands for. What is
+// pushed as something else then is refused; what comes from peers has no say. named says that the
+// commit points a name to the task.
+func (r *taskRecord) retype(tx *bbolt.Tx, n p2p.NewTask, named bool) error {
+	isNamed := func() bool { return hasAny(tx, bucketNamed, prefix(n.Task.Tag, string(n.Task.Digest))) }
+	switch {
+	case n.MediaType == "" || n.MediaType == r.MediaType, r.isManifest() && n.Manifest == nil:
+		return nil
+	case r.MediaType == "" || !r.isManifest() && !isNamed(), !r.isManifest() && n.Manifest != nil && !n.Origin.IsZero():
+		r.MediaType = n.MediaType
+		return nil
+	case !n.Origin.IsZero(), n.Manifest == nil && !named:
+		return nil
+	}
+	return otherType(n.Task, r.MediaType, n.MediaType)
+}
+
+// otherType is the error of what is to be of another media type than it has.
+func otherType(t p2p.Task, is, want string) error {
+	return fmt.Errorf("%s: %w: it is here as %q, and can't be %q too: push it as what it is, or delete it first", t,
+		digest.ErrInvalid, is, want)
 }
 
 // origin returns when the task was imported or pushed, on whatever host.
@@ -460,6 +484,21 @@ func loosen(tx *bbolt.Tx, t p2p.Task) error {
 	return setLoose(tx, t, true)
 }
 
+// checkType compares the media type that a name is made with to that of its task. One that no name
+// points to yet, and that is no manifest, gets it.
+func checkType(tx *bbolt.Tx, n p2p.NewName) error {
+	t := p2p.Task{Tag: n.Tag, Digest: n.Digest}
+	record, _, err := get[taskRecord](tx, bucketTasks, taskKey(t))
+	switch {
+	case err != nil, n.MediaType == "", n.MediaType == record.MediaType:
+		return err
+	case record.isManifest(), hasAny(tx, bucketNamed, prefix(n.Tag, string(n.Digest))):
+		return otherType(t, record.MediaType, n.MediaType)
+	}
+	record.MediaType = n.MediaType
+	return put(tx, bucketTasks, taskKey(t), record)
+}
+
 // setName points a name to a task and returns the task it pointed to before, or
 // "". What came from a peer does not replace what is newer.
 func (r *removal) setName(tx *bbolt.Tx, n p2p.NewName) (before digest.Digest, err error) {
@@ -485,6 +524,9 @@ func (r *removal) setName(tx *bbolt.Tx, n p2p.NewName) (before digest.Digest, er
 		if err := removeKeys(tx, bucketNamed, key(n.Tag, string(before), n.Name)); err != nil {
 			return "", err
 		}
+	}
+	if err := checkType(tx, n); err != nil {
+		return "", err
 	}
 	if err := put(tx, bucketNames, k, nameRecord{
 		Digest: n.Digest, Updated: version.At, After: version.After, LetGo: !n.KeepOld}); err != nil {

@@ -264,7 +264,7 @@ func digestsOf(texts []string) (digests []digest.Digest) {
 func parseNewName(n *pb.NewName) (p2p.NewName, error) {
 	name := p2p.NewName{
 		Tag: n.GetTag(), Name: n.GetName(), Digest: digest.Digest(n.GetDigest()),
-		Updated: timeOf(n.GetUpdatedUnixNano()), KeepOld: n.GetKeepOld(),
+		MediaType: n.GetMediaType(), Updated: timeOf(n.GetUpdatedUnixNano()), KeepOld: n.GetKeepOld(),
 	}
 	return name, name.Validate()
 }
@@ -415,7 +415,7 @@ func commitParts(c p2p.Commit, part int) []*pb.IngestRequest_Commit {
 		now.Tasks = append(now.Tasks, m)
 	}
 	for _, n := range c.Names {
-		m := &pb.NewName{Tag: n.Tag, Name: n.Name, Digest: string(n.Digest), KeepOld: n.KeepOld,
+		m := &pb.NewName{Tag: n.Tag, Name: n.Name, Digest: string(n.Digest), KeepOld: n.KeepOld, MediaType: n.MediaType,
 			UpdatedUnixNano: nanoseconds(n.Updated)}
 		grow(m)
 		now.Names = append(now.Names, m)

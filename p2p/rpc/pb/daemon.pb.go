@@ -1202,6 +1202,7 @@ type NewName struct {
 	Digest          string                 `protobuf:"bytes,3,opt,name=digest,proto3" json:"digest,omitempty"`
 	KeepOld         bool                   `protobuf:"varint,4,opt,name=keep_old,json=keepOld,proto3" json:"keep_old,omitempty"`                           // keep what the name pointed to before
 	UpdatedUnixNano int64                  `protobuf:"varint,5,opt,name=updated_unix_nano,json=updatedUnixNano,proto3" json:"updated_unix_nano,omitempty"` // when it was pointed there, on another host; 0 is now
+	MediaType       string                 `protobuf:"bytes,6,opt,name=media_type,json=mediaType,proto3" json:"media_type,omitempty"`                      // what is pointed to is taken for; another one than it has is refused; empty for any
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -1269,6 +1270,13 @@ func (x *NewName) GetUpdatedUnixNano() int64 {
 		return x.UpdatedUnixNano
 	}
 	return 0
+}
+
+func (x *NewName) GetMediaType() string {
+	if x != nil {
+		return x.MediaType
+	}
+	return ""
 }
 
 type IngestReply struct {
@@ -2948,13 +2956,15 @@ const file_p2p_rpc_pb_daemon_proto_rawDesc = "" +
 	"\bManifest\x12\x12\n" +
 	"\x04refs\x18\x01 \x03(\tR\x04refs\x12\x14\n" +
 	"\x05needs\x18\x02 \x03(\tR\x05needs\x12\x18\n" +
-	"\asubject\x18\x03 \x01(\tR\asubject\"\x8e\x01\n" +
+	"\asubject\x18\x03 \x01(\tR\asubject\"\xad\x01\n" +
 	"\aNewName\x12\x10\n" +
 	"\x03tag\x18\x01 \x01(\tR\x03tag\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x16\n" +
 	"\x06digest\x18\x03 \x01(\tR\x06digest\x12\x19\n" +
 	"\bkeep_old\x18\x04 \x01(\bR\akeepOld\x12*\n" +
-	"\x11updated_unix_nano\x18\x05 \x01(\x03R\x0fupdatedUnixNano\"\xce\x02\n" +
+	"\x11updated_unix_nano\x18\x05 \x01(\x03R\x0fupdatedUnixNano\x12\x1d\n" +
+	"\n" +
+	"media_type\x18\x06 \x01(\tR\tmediaType\"\xce\x02\n" +
 	"\vIngestReply\x12>\n" +
 	"\bprogress\x18\x01 \x01(\v2 .dfcache.v1.IngestReply.ProgressH\x00R\bprogress\x125\n" +
 	"\x05added\x18\x02 \x01(\v2\x1d.dfcache.v1.IngestReply.AddedH\x00R\x05added\x12A\n" +
