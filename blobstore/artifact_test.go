@@ -213,7 +213,8 @@ func TestArtifactFiles(t *testing.T) {
 			}
 			requireTree(t, dir, map[string]string{"./": "", "out": c.text})
 		}
-		index := mustPushManifest(t, r, []byte(`{"manifests":[{"digest":"`+blob("one").Digest.String()+`"}]}`), "index")
+		index := mustPushManifest(t, r, []byte(`{"schemaVersion":2,"manifests":[{"digest":"`+
+			blob("one").Digest.String()+`"}]}`), "index")
 		if f, err := r.Stat(t.Context(), "index", blobstore.Lookup{}); !errors.Is(err, blobstore.ErrInvalid) ||
 			!strings.Contains(err.Error(), "index") {
 			t.Errorf("stat of the index %s: %+v, %v", index.Digest, f, err)

@@ -33,12 +33,15 @@ func FuzzParseManifest(f *testing.F) {
 		`{"subject":{"digest":"sha256:x"}}`, `{"layers":[{"digest":"md5:d41d8cd98f00b204e9800998ecf8427e"}]}`,
 		`{"mediaType":"a/b\r\nX: y"}`, `{"LAYERS":[` + layer + `}]}`, `{"layers":[` + layer + `,"size":-1}]}`,
 		`{"config":null,"subject":null}`,
+		`{"schemaVersion":2,"config":` + layer + `},"layers":[],"manifests":[]}`,
+		`{"schemaVersion":2,"config":` + layer + `},"layers":[],"layers":[],"layer` + "\u017f" + `":[]}`,
+		`{"schemaVersion":2,"manifests":[` + layer + `,"Size":1,"data":"eA==","platform":{"os":"a","OS":"b"}}]}`,
 	} {
 		f.Add([]byte(text), "")
 		f.Add([]byte(text), "application/vnd.oci.image.manifest.v1+json; charset=utf-8")
 	}
 	f.Fuzz(func(t *testing.T, data []byte, mediaType string) {
-		m, err := manifest.Read(data)
+		m, err := manifest.Accept(data)
 		if err != nil {
 			if !errors.Is(err, ErrInvalid) {
 				t.Fatalf("error is %v", err)
@@ -48,6 +51,7 @@ func FuzzParseManifest(f *testing.F) {
 		if !json.Valid(data) {
 			t.Fatal("it is not JSON")
 		}
+		requireSame(t, data, m)
 		refs := m.References(true)
 		seen := map[digest.Digest]bool{}
 		for _, d := range refs.Refs {
@@ -69,8 +73,8 @@ func FuzzParseManifest(f *testing.F) {
 		}
 		if kind, err := m.TypeAs(mediaType); err == nil && manifest.CheckType(kind) == nil {
 			given, _, _ := strings.Cut(mediaType, ";")
-			if kind == "" || strings.ContainsAny(kind, "\r\n\x00") ||
-				strings.TrimSpace(given) != "" && kind != strings.TrimSpace(given) {
+			if given = strings.TrimSpace(given); kind == "" || strings.ContainsAny(kind, "\r\n\x00") ||
+				given != "" && !strings.EqualFold(kind, given) || m.MediaType != "" && kind != m.MediaType {
 				t.Fatalf("pushed as %q its media type is %q", mediaType, kind)
 			}
 		} else if err != nil && !errors.Is(err, ErrInvalid) {
@@ -85,6 +89,30 @@ func FuzzParseManifest(f *testing.F) {
 		}
 		requireNames(t, layers)
 	})
+}
+
+// requireSame fails the test unless a parser that takes names as they are, and knows nothing of
+// manifests, sees what m has.
+func requireSame(t *testing.T, data []byte, m *manifest.Manifest) {
+	var object map[string]any
+	if err := json.Unmarshal(data, &object); err != nil {
+		t.Fatal(err)
+	}
+	count := func(list any) int {
+		all, _ := list.([]any)
+		return len(all)
+	}
+	if count(object["layers"]) != len(m.Layers) || count(object["manifests"]) != len(m.Manifests) ||
+		count(object["blobs"]) != len(m.Blobs) || (object["config"] != nil) != (m.Config != nil) ||
+		(object["subject"] != nil) != (m.Subject != nil) {
+		t.Fatalf("others read %v", object)
+	}
+	for i, d := range m.Layers {
+		layer, _ := object["layers"].([]any)[i].(map[string]any)
+		if layer["digest"] != string(d.Digest) {
+			t.Fatalf("others read layer %d as %v", i, layer)
+		}
+	}
 }
 
 // requireNames fails the test unless the paths of files, where they get some,

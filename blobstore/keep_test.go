@@ -8,6 +8,7 @@ import (
 	"strings"
 	"testing"
 
+	specs "github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"oras.land/oras-go/v2"
 	"oras.land/oras-go/v2/content"
@@ -48,6 +49,7 @@ func (k *keeper) manifest(name string, m ocispec.Manifest, tags ...string) ocisp
 func (k *keeper) index(name string, manifests []ocispec.Descriptor, tags ...string) ocispec.Descriptor {
 	k.t.Helper()
 	data, err := json.Marshal(ocispec.Index{
+		Versioned: specs.Versioned{SchemaVersion: 2},
 		MediaType: ocispec.MediaTypeImageIndex, Manifests: manifests, Annotations: map[string]string{"name": name}})
 	if err != nil {
 		k.t.Fatal(err)

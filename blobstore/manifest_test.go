@@ -116,7 +116,7 @@ func TestManifestMediaType(t *testing.T) {
 		const docker = "application/vnd.docker.distribution.manifest.v2+json"
 		for i, c := range []struct{ given, in, more, want string }{ // want "" is an error
 			{"", "", "", ocispec.MediaTypeImageManifest},
-			{"", "", `,"manifests":[]`, ocispec.MediaTypeImageIndex},
+			{"", "", `"manifests":[]`, ocispec.MediaTypeImageIndex},
 			{"", docker, "", docker},
 			{docker, "", "", docker},
 			{docker, docker, "", docker},
@@ -136,7 +136,10 @@ func TestManifestMediaType(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			data := fmt.Appendf(nil, `{"number":%d,"mediaType":%s%s}`, i, name, c.more)
+			if c.more == "" {
+				c.more = fmt.Sprintf(`"config":{"digest":%q}`, blob("config").Digest)
+			}
+			data := fmt.Appendf(nil, `{"number":%d,"schemaVersion":2,"mediaType":%s,%s}`, i, name, c.more)
 			m, err := r.PushManifest(t.Context(), data,
 				blobstore.ManifestOptions{MediaType: c.given, Tags: []string{"tag"}})
 			if c.want == "" {
@@ -321,7 +324,8 @@ func TestCheckRefs(t *testing.T) {
 			t.Errorf("push of an image whose parts are there: %v", err)
 		}
 		index := func(manifests ...ocispec.Descriptor) []byte {
-			data, err := json.Marshal(ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Manifests: manifests})
+			data, err := json.Marshal(ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2},
+				MediaType: ocispec.MediaTypeImageIndex, Manifests: manifests})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -332,8 +336,8 @@ func TestCheckRefs(t *testing.T) {
 			t.Errorf("push of an index of an absent manifest: %v", err)
 		}
 		for _, data := range [][]byte{
-			index(content.NewDescriptorFromBytes(ocispec.MediaTypeImageManifest, m)), index(), []byte(`{}`),
-			[]byte(`{"manifests":[]}`), []byte(`{"layers":[]}`),
+			index(content.NewDescriptorFromBytes(ocispec.MediaTypeImageManifest, m)), index(),
+			[]byte(`{"schemaVersion":2,"manifests":[]}`),
 		} {
 			if err := push(data); err != nil {
 				t.Errorf("push of %s: %v", data, err)

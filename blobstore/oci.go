@@ -750,8 +750,8 @@ func (m *mounting) add(ctx context.Context, d digest.Digest, keep p2p.Keep) erro
 	}
 	n := p2p.NewTask{Task: m.to.task(d), MediaType: info.MediaType, Keep: keep}
 	// What is there already has its type.
-	if here, err := m.to.engine.Stat(ctx, m.to.tag, digest.FromDigest(d), p2p.StatOptions{Scope: p2p.Local}); err == nil &&
-		here.IsManifest {
+	here, err := m.to.engine.Stat(ctx, m.to.tag, digest.FromDigest(d), p2p.StatOptions{Scope: p2p.Local})
+	if err == nil && here.IsManifest {
 		n.MediaType = here.MediaType
 	}
 	if info.Manifest != nil {
@@ -932,7 +932,7 @@ func (r *Repository) PushManifest(ctx context.Context, content []byte, opts Mani
 		}
 	}
 	m, err := r.pushManifest(ctx, content,
-		manifestPush{mediaType: opts.MediaType, want: opts.Digest, names: names, check: opts.CheckRefs})
+		manifestPush{mediaType: opts.MediaType, want: opts.Digest, names: names, check: opts.CheckRefs, required: true})
 	if err != nil {
 		return Manifest{}, toOCI(fmt.Errorf("push: %w", err))
 	}
@@ -945,6 +945,7 @@ type manifestPush struct {
 	want      digest.Digest // "" is sha256
 	names     []p2p.NewName // to point to it
 	check     bool          // whether what it refers to has to be there
+	required  bool          // whether what the specification requires has to be there
 }
 
 func (r *Repository) pushManifest(ctx context.Context, data []byte, push manifestPush) (Manifest, error) {
@@ -962,7 +963,7 @@ func (r *Repository) pushManifest(ctx context.Context, data []byte, push manifes
 	if err != nil {
 		return Manifest{}, err
 	}
-	parsed, err := manifest.Read(data)
+	parsed, err := manifest.Accept(data)
 	if err != nil {
 		return Manifest{}, err
 	}
@@ -973,8 +974,10 @@ func (r *Repository) pushManifest(ctx context.Context, data []byte, push manifes
 	if err := checkMediaType(mediaType); err != nil {
 		return Manifest{}, err
 	}
-	if err := parsed.CheckCount(); err != nil {
-		return Manifest{}, err
+	if push.required {
+		if err := parsed.CheckRequired(mediaType); err != nil {
+			return Manifest{}, err
+		}
 	}
 	children := parsed.Children()
 	refs := parsed.References(push.check)

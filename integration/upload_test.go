@@ -318,7 +318,7 @@ func TestHostileRequests(t *testing.T) {
 			"PUT /v2/models/manifests/v1 HTTP/1.1\r\nHost: " + d.host + "\r\nContent-Length: 4\r\n\r\nevil"},
 		{"a manifest of nothing", 404, "PUT /v2/models/manifests/v1 HTTP/1.1\r\nHost: " + d.host +
 			"\r\nContent-Length: 127\r\n\r\n" +
-			fmt.Sprintf("%-127s", `{"schemaVersion":2,"layers":[{"digest":"sha256:`+strings.Repeat("0", 64)+`"}]}`)},
+			fmt.Sprintf("%-127s", `{"schemaVersion":2,"config":{"digest":"sha256:`+strings.Repeat("0", 64)+`"}}`)},
 		{"a chunk at an overflow", 400, "PATCH " + d.beginUpload(t, "models") + " HTTP/1.1\r\nHost: " + d.host +
 			"\r\nContent-Range: 0-99999999999999999999\r\nContent-Length: 1\r\n\r\nx"},
 		{"a range at an overflow", 416, "GET /v2/models/blobs/" + digest + " HTTP/1.1\r\nHost: " + d.host +

@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	specs "github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/dfcache/dfcache/blobstore"
@@ -93,7 +94,8 @@ func TestAcknowledgedStays(t *testing.T) {
 			}
 		},
 		"by force": func(s *server, m digest.Digest) {
-			index := encode(s.T, ocispec.Index{MediaType: ocispec.MediaTypeImageIndex,
+			index := encode(s.T, ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2},
+				MediaType: ocispec.MediaTypeImageIndex,
 				Manifests: []ocispec.Descriptor{{MediaType: ocispec.MediaTypeImageManifest, Digest: m}}})
 			s.do("PUT", "/v2/a/manifests/index", index, "Content-Type", ocispec.MediaTypeImageIndex).want(
 				http.StatusCreated)
@@ -117,6 +119,7 @@ func TestAcknowledgedStays(t *testing.T) {
 				s.do("HEAD", "/v2/a/blobs/"+digest.SHA256.FromBytes(layer).String(), nil).want(http.StatusOK)
 				s.pushManifest("a", "v2",
 					encode(t, ocispec.Manifest{
+						Versioned: specs.Versioned{SchemaVersion: 2},
 						MediaType: ocispec.MediaTypeImageManifest, Config: ocispec.Descriptor{
 							Digest: digest.SHA256.FromBytes(layer)}, Layers: []ocispec.Descriptor{}}))
 			})
@@ -154,7 +157,8 @@ func TestAcknowledgedManifestStays(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.do("HEAD", path, nil).want(http.StatusOK)
-	index := encode(t, ocispec.Index{MediaType: ocispec.MediaTypeImageIndex,
+	index := encode(t, ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2},
+		MediaType: ocispec.MediaTypeImageIndex,
 		Manifests: []ocispec.Descriptor{{MediaType: ocispec.MediaTypeImageManifest, Digest: m}}})
 	s.do("PUT", "/v2/a/manifests/index", index, "Content-Type", ocispec.MediaTypeImageIndex).want(http.StatusCreated)
 	s.do("GET", path, nil).want(http.StatusOK)
@@ -348,7 +352,8 @@ func TestPeersMendWhatIsReferredTo(t *testing.T) {
 		}
 		s.do("HEAD", path, nil).want(http.StatusOK)
 		s.pushManifest("a", "v1", encode(
-			t, ocispec.Manifest{MediaType: ocispec.MediaTypeImageManifest, Config: ocispec.Descriptor{Digest: d},
+			t, ocispec.Manifest{Versioned: specs.Versioned{SchemaVersion: 2},
+				MediaType: ocispec.MediaTypeImageManifest, Config: ocispec.Descriptor{Digest: d},
 				Layers: []ocispec.Descriptor{}}))
 		e.Part()
 		s.do("GET", path, nil).want(http.StatusOK).content(data)

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"testing"
 
+	specs "github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/dfcache/dfcache/blobstore/registry"
@@ -180,14 +181,16 @@ func TestReferrers(t *testing.T) {
 		ocispec.MediaTypeImageConfig, nil)
 	s.pushManifest("a", "subject", subject) // it may come later
 	push(
-		encode(t, ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Subject: target,
+		encode(t, ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2},
+			MediaType: ocispec.MediaTypeImageIndex, Subject: target,
 			Manifests: []ocispec.Descriptor{}}), ocispec.MediaTypeImageIndex, "", nil)
 	push(
-		encode(t, ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Subject: target,
+		encode(t, ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2},
+			MediaType: ocispec.MediaTypeImageIndex, Subject: target,
 			ArtifactType: "application/vnd.example.sbom", Manifests: []ocispec.Descriptor{}}),
 		ocispec.MediaTypeImageIndex, "application/vnd.example.sbom", nil)
 	// An index that lists the subject is no referrer, nor is one of another subject.
-	s.do("PUT", "/v2/a/manifests/index", encode(t, ocispec.Index{Manifests: []ocispec.Descriptor{*target}}),
+	s.do("PUT", "/v2/a/manifests/index", index(t, *target),
 		"Content-Type", ocispec.MediaTypeImageIndex).want(http.StatusCreated)
 	s.pushManifest("a", "of-another", s.image("a", func(m *ocispec.Manifest) {
 		m.Subject = &ocispec.Descriptor{

@@ -151,11 +151,11 @@ func (e *Engine) hold(ctx context.Context, tag string, cid digest.CID, seen map[
 	if info.Manifest == nil {
 		return e.holdBlob(ctx, info.Task)
 	}
-	_, m := manifest.Describe(info.MediaType, info.Manifest.Content)
-	if m == nil {
+	m, err := manifest.Read(info.Manifest.Content)
+	if err != nil {
 		return nil
 	}
-	for _, d := range m.Refs {
+	for _, d := range m.References(false).Refs {
 		// What a manifest refers to may never have been there: layers that
 		// are not distributed.
 		if err := e.hold(ctx, tag, digest.FromDigest(d), seen); err != nil && !errors.Is(err, p2p.ErrNotFound) {

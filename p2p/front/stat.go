@@ -182,16 +182,17 @@ func (e *Engine) statFetched(ctx context.Context, task p2p.Task, opts p2p.StatOp
 // describeRefs completes what is known of what a manifest refers to: first what is here,
 // then what a source has told with the manifest.
 func (e *Engine) describeRefs(ctx context.Context, info *p2p.Info, opts p2p.StatOptions) {
-	_, parsed := manifest.Describe(info.MediaType, info.Manifest.Content)
-	if parsed == nil {
+	parsed, err := manifest.Read(info.Manifest.Content)
+	if err != nil {
 		return
 	}
+	refs := parsed.References(false).Refs
 	told := map[digest.Digest]p2p.Info{}
 	for _, ref := range info.Manifest.Refs {
 		told[ref.Task.Digest] = ref
 	}
 	info.Manifest.Refs = nil
-	for _, d := range parsed.Refs[:min(len(parsed.Refs), p2p.MaxRefs)] {
+	for _, d := range refs[:min(len(refs), p2p.MaxRefs)] {
 		task := p2p.Task{Tag: info.Task.Tag, Digest: d}
 		ref, err := e.statLocal(ctx, task.Tag, digest.FromDigest(d), p2p.StatOptions{Scope: p2p.Local})
 		known := err == nil

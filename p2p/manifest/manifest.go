@@ -6,7 +6,9 @@ package manifest
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -59,6 +61,8 @@ type Manifest struct {
 	Blobs         []Descriptor      `json:"blobs"`
 	Subject       *Descriptor       `json:"subject"`
 	Annotations   map[string]string `json:"annotations"`
+
+	members map[string]bool // the names of those of the object, where Accept has read it
 }
 
 // Descriptor is a descriptor that has a digest. That is checked as soon as it is read:
@@ -76,11 +80,11 @@ func (d *Descriptor) UnmarshalJSON(data []byte) error {
 	return nil
 }
 
-// Parse returns what a manifest refers to: all it is made of, and its subject; Needs is empty.
-// mediaType is what the manifest is stored as, or "" for what it says of itself. Errors match
+// Parse returns what a manifest refers to that is to be stored: all it is made of, and its subject;
+// Needs is empty. mediaType is what it comes as, or "" for what it says of itself. Errors match
 // [digest.ErrInvalid].
 func Parse(mediaType string, content []byte) (*p2p.NewManifest, error) {
-	m, err := Read(content)
+	m, err := Accept(content)
 	if err != nil {
 		return nil, err
 	}
@@ -90,17 +94,14 @@ func Parse(mediaType string, content []byte) (*p2p.NewManifest, error) {
 	if err := CheckType(mediaType); err != nil {
 		return nil, err
 	}
-	if err := m.CheckCount(); err != nil {
-		return nil, err
-	}
 	return m.References(false), nil
 }
 
 // Detect returns the media type of content that is a manifest by its own account, and what it
 // refers to as [Parse] does; "" and nil where it is none.
 func Detect(content []byte) (mediaType string, refs *p2p.NewManifest) {
-	m, err := Read(content)
-	if err != nil || m.CheckCount() != nil {
+	m, err := Accept(content)
+	if err != nil {
 		return "", nil
 	}
 	if mediaType = m.detect(); mediaType == "" {
@@ -113,36 +114,49 @@ func Detect(content []byte) (mediaType string, refs *p2p.NewManifest) {
 // type told, and what it refers to as [Parse] does. Where that can't be its type, what the content
 // says of itself counts. Of content that is no manifest, told and nil come back.
 func Describe(told string, content []byte) (mediaType string, refs *p2p.NewManifest) {
-	m, err := Read(content)
-	if err != nil || m.CheckCount() != nil {
+	m, err := Accept(content)
+	if err != nil {
 		return told, nil
 	}
-	mediaType, err = m.TypeAs(told)
-	detected := m.detect()
-	if fits := err == nil && CheckType(mediaType) == nil; !fits && detected == "" {
-		return told, nil
-	} else if !fits || detected != "" && IsType(mediaType) && isIndex(mediaType) != isIndex(detected) {
-		mediaType = detected
+	if mediaType, err = m.TypeAs(told); err != nil || CheckType(mediaType) != nil {
+		if mediaType = m.detect(); mediaType == "" {
+			return told, nil
+		}
 	}
 	return mediaType, m.References(false)
 }
 
 // detect returns the media type of a manifest that can be nothing else; "" where it may be.
 func (m *Manifest) detect() string {
-	if m.SchemaVersion != 2 && m.MediaType != typeArtifact {
-		return ""
-	}
 	// In the two kinds of OCI's own the media type may be missing.
-	if m.MediaType == "" && m.Manifests == nil && (m.Config == nil || m.Layers == nil) {
+	if m.MediaType == "" && m.unnamed() == "" {
 		return ""
 	}
-	if mediaType := m.ownType(); IsType(mediaType) {
-		return mediaType
+	mediaType, err := m.TypeAs("")
+	if err != nil || !IsType(mediaType) || mediaType != typeArtifact && m.SchemaVersion != schemaVersion {
+		return ""
+	}
+	return mediaType
+}
+
+// schemaVersion is the one that manifests have today. 1 is that of Docker's first ones.
+const schemaVersion = 2
+
+// unnamed returns the media type of a manifest that does not say it, and can be of one kind only:
+// a program that reads it goes by what is in it.
+func (m *Manifest) unnamed() string {
+	switch {
+	case m.SchemaVersion != schemaVersion:
+	case m.Manifests != nil:
+		return ocispec.MediaTypeImageIndex
+	case m.Config != nil && m.Layers != nil:
+		return ocispec.MediaTypeImageManifest
 	}
 	return ""
 }
 
-// Read reads a manifest. Errors match [digest.ErrInvalid].
+// Read reads a manifest that is stored. What an earlier version has stored stays readable, so it is
+// lenient where [Accept] is not. Errors match [digest.ErrInvalid].
 func Read(data []byte) (*Manifest, error) {
 	if len(data) > p2p.MaxManifest {
 		return nil, fmt.Errorf("manifest: %w: it has %d bytes, the limit is %d", digest.ErrInvalid, len(data),
@@ -159,6 +173,37 @@ func Read(data []byte) (*Manifest, error) {
 	return &m, nil
 }
 
+// Accept reads a manifest that is to be stored: the door that all of them pass, whether they are
+// pushed, imported or fetched from a peer. It refuses what two programs could read in two ways, as
+// what is checked here would not be what others see, and what has more descriptors than an engine
+// stores: each is a record of its own, all of which one transaction writes. Members that are not
+// known are left alone. [Manifest.TypeAs] says what it is. Errors match [digest.ErrInvalid].
+func Accept(data []byte) (*Manifest, error) {
+	m, err := Read(data)
+	if err != nil {
+		return nil, err
+	}
+	if m.members, err = checkMembers(data); err != nil {
+		return nil, fmt.Errorf("manifest: %w: %w", digest.ErrInvalid, err)
+	}
+	if n := len(m.Children()); n > p2p.MaxManifestRefs {
+		return nil, fmt.Errorf("manifest: %w: it refers to %d blobs, the limit is %d", digest.ErrInvalid, n,
+			p2p.MaxManifestRefs)
+	}
+	all := m.Children()
+	if m.Subject != nil {
+		all = append(all, m.Subject.Descriptor)
+	}
+	for _, d := range all {
+		// A client may take what is embedded for the blob.
+		if len(d.Data) > 0 && (int64(len(d.Data)) != d.Size || d.Digest.Algorithm().FromBytes(d.Data) != d.Digest) {
+			return nil, fmt.Errorf("manifest: %w: the data embedded for %s is something else", digest.ErrInvalid,
+				d.Digest)
+		}
+	}
+	return m, nil
+}
+
 // Children returns what the manifest is made of, but for its subject.
 func (m *Manifest) Children() []ocispec.Descriptor {
 	var all []ocispec.Descriptor
@@ -169,16 +214,6 @@ func (m *Manifest) Children() []ocispec.Descriptor {
 		all = append(all, d.Descriptor)
 	}
 	return all
-}
-
-// CheckCount refuses a manifest with more descriptors than an engine stores of one: each is a
-// record of its own, all of which one transaction writes. The error matches [digest.ErrInvalid].
-func (m *Manifest) CheckCount() error {
-	if n := len(m.Children()); n > p2p.MaxManifestRefs {
-		return fmt.Errorf("manifest: %w: it refers to %d blobs, the limit is %d", digest.ErrInvalid, n,
-			p2p.MaxManifestRefs)
-	}
-	return nil
 }
 
 // References returns what the manifest refers to, as an engine stores it. With needs, what has to
@@ -210,31 +245,77 @@ func (m *Manifest) TypeOfArtifact() string {
 	return m.ArtifactType
 }
 
-// TypeAs returns the media type of a manifest that comes with one: what was given, without
-// parameters, else what the manifest says of itself. Two that differ are an error, which matches
-// [digest.ErrInvalid].
+// TypeAs returns the media type of a manifest that [Accept] has read: the one place where that is
+// decided. What the manifest says of itself counts; where it says nothing, what it was given as,
+// without parameters; else what it can be by what it has. Where these contradict each other, or what
+// is in it is of another kind, the error matches [digest.ErrInvalid] and says why.
 func (m *Manifest) TypeAs(given string) (string, error) {
 	given, _, _ = strings.Cut(given, ";")
 	given = strings.TrimSpace(given)
-	if given == "" {
-		return m.ownType(), nil
+	mediaType := cmp.Or(m.MediaType, given)
+	if mediaType == "" {
+		if mediaType = ocispec.MediaTypeImageManifest; m.members["manifests"] {
+			mediaType = ocispec.MediaTypeImageIndex
+		}
 	}
-	if m.MediaType != "" && !strings.EqualFold(m.MediaType, given) {
+	if given != "" && !strings.EqualFold(mediaType, given) {
 		return "", fmt.Errorf("manifest: %w: it is pushed as %.80q, but says that it is %.80q", digest.ErrInvalid,
 			given, m.MediaType)
 	}
-	return given, nil
+	if err := m.checkKind(mediaType); err != nil {
+		return "", fmt.Errorf("manifest of type %.80q: %w: %w", mediaType, digest.ErrInvalid, err)
+	}
+	return mediaType, nil
 }
 
-// ownType returns what a manifest says of itself, else the type of an index or an image.
-func (m *Manifest) ownType() string {
+// checkKind says what keeps a manifest from being of a media type.
+func (m *Manifest) checkKind(mediaType string) error {
+	image, index, artifact := m.Config != nil || m.Layers != nil, m.Manifests != nil, m.Blobs != nil
 	switch {
-	case m.MediaType != "":
-		return m.MediaType
-	case m.Manifests != nil:
-		return ocispec.MediaTypeImageIndex
+	case image && index, index && artifact, artifact && image:
+		return errors.New("it has more than one of layers or config, manifests, and blobs: which of them counts " +
+			"is not the same for every client")
+	case !IsType(mediaType) && IsType(strings.ToLower(mediaType)):
+		return fmt.Errorf("it is written %s", strings.ToLower(mediaType))
+	case !IsType(mediaType):
+		if own := m.unnamed(); m.MediaType == "" && own != "" {
+			return fmt.Errorf("by what is in it, it is %s: push it as that", own)
+		}
+		return nil
+	case mediaType == typeArtifact:
+		if image || index {
+			return errors.New("it has layers, a config or manifests")
+		}
+		return nil
+	case m.SchemaVersion != schemaVersion && m.SchemaVersion != 0:
+		return fmt.Errorf("its schemaVersion is %d, want %d", m.SchemaVersion, schemaVersion)
+	case m.members["fsLayers"]:
+		return errors.New("it has fsLayers, as Docker's schema 1")
+	case artifact:
+		return errors.New("it has blobs")
+	case isIndex(mediaType):
+		if image || !m.members["manifests"] {
+			return errors.New("an index has manifests, and no layers or config")
+		}
+	case index || m.Config == nil && !m.members["layers"]:
+		return errors.New("an image has a config and layers, and no manifests")
 	}
-	return ocispec.MediaTypeImageManifest
+	return nil
+}
+
+// CheckRequired refuses a manifest of a known type without what the specification requires of it:
+// schemaVersion, and of an image the config. Go's types leave the first 0 where nobody sets it, and
+// oras-go's own stores take both. The error matches [digest.ErrInvalid].
+func (m *Manifest) CheckRequired(mediaType string) error {
+	switch {
+	case !IsType(mediaType) || mediaType == typeArtifact:
+	case m.SchemaVersion != schemaVersion:
+		return fmt.Errorf("manifest of type %.80q: %w: its schemaVersion is %d, want %d", mediaType,
+			digest.ErrInvalid, m.SchemaVersion, schemaVersion)
+	case !isIndex(mediaType) && m.Config == nil:
+		return fmt.Errorf("manifest of type %.80q: %w: it has no config", mediaType, digest.ErrInvalid)
+	}
+	return nil
 }
 
 // isIndex reports whether a media type is one of manifests that are made of manifests.

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"testing"
 
+	specs "github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/dfcache/dfcache/digest"
@@ -30,6 +31,7 @@ func TestParse(t *testing.T) {
 	foreign := blob("foreign")
 	foreign.URLs = []string{"https://example.com/layer"}
 	data, err := json.Marshal(ocispec.Manifest{
+		Versioned: specs.Versioned{SchemaVersion: 2},
 		MediaType: ocispec.MediaTypeImageManifest,
 		Config:    config, Layers: []ocispec.Descriptor{layer, foreign, layer}, Subject: &subject,
 	})
@@ -97,7 +99,7 @@ func TestDescribe(t *testing.T) {
 	desc := `{"mediaType":"a/b","digest":"` + digest.SHA256.FromString("x").String() + `","size":1}`
 	const image, index, docker = ocispec.MediaTypeImageManifest, ocispec.MediaTypeImageIndex,
 		"application/vnd.docker.distribution.manifest.v2+json"
-	said := `{"schemaVersion":2,"mediaType":"` + image + `","layers":[` + desc + `]}`
+	said := `{"schemaVersion":2,"mediaType":"` + image + `","config":` + desc + `,"layers":[` + desc + `]}`
 	open := `{"schemaVersion":2,"config":` + desc + `,"layers":[` + desc + `]}`
 	list := `{"schemaVersion":2,"manifests":[` + desc + `]}`
 	own := `{"mediaType":"a/own","blobs":[` + desc + `]}`
@@ -112,12 +114,12 @@ func TestDescribe(t *testing.T) {
 		{said, "a/\nb", image, false},
 		{open, image, image, false},
 		{open, docker, docker, false},
-		{open, "a/own", "a/own", false},
+		{open, "a/own", image, false},
 		{open, index, image, false},
 		{open, "", image, false},
 		{open, "a/\nb", image, false},
 		{list, image, index, false},
-		{list, "a/own; x=y", "a/own", false},
+		{list, "a/own; x=y", index, false},
 		{own, "a/own", "a/own", false},
 		{own, image, image, true},
 		{"text", image, image, true},
@@ -173,3 +175,110 @@ func TestManyElements(t *testing.T) {
 		}
 	}
 }
+
+// What two programs read in two ways is refused where it comes in, as what is checked here would not
+// be what others see; what is stored already can be read.
+func TestAmbiguous(t *testing.T) {
+	const image, index = ocispec.MediaTypeImageManifest, ocispec.MediaTypeImageIndex
+	d := digest.SHA256.FromString("hello").String()
+	desc := `{"mediaType":"a/b","digest":"` + d + `","size":5}`
+	whole := func(more string) string {
+		return `{"schemaVersion":2,"config":` + desc + `,"layers":[` + desc + `]` + more + `}`
+	}
+	with := func(more string) string {
+		return `{"schemaVersion":2,"config":` + desc + `,"layers":[{"mediaType":"a/b","digest":"` + d + `","size":5` +
+			more + `}]}`
+	}
+	for text, says := range map[string]string{
+		whole(`,"manifests":[` + desc + `]`):          "more than one",
+		whole(`,"manifests":[]`):                      "more than one",
+		whole(`,"blobs":[` + desc + `]`):              "more than one",
+		whole(`,"layers":[]`):                         `"layers" twice`,
+		whole(`,"l\u0061yers":[]`):                    `"layers" twice`,
+		whole(`,"config":null`):                       `"config" twice`,
+		whole(`,"x":1,"x":2`):                         `"x" twice`,
+		whole(`,"Layers":[]`):                         `"Layers", which some read as "layers"`,
+		whole(`,"layer\u017f":[]`):                    `which some read as "layers"`,
+		whole(",\"layer\u017f\":[]"):                  `which some read as "layers"`,
+		whole(`,"MANIFESTS":[]`):                      `which some read as "manifests"`,
+		whole(`,"MediaType":"a/b"`):                   `which some read as "mediaType"`,
+		whole(`,"Subject":` + desc):                   `which some read as "subject"`,
+		whole(`,"annotations":{"a":"1","a":"2"}`):     `"a" twice`,
+		whole(`,"fsLayers":[]`):                       "fsLayers",
+		with(`,"digest":"` + d + `"`):                 `"digest" twice`,
+		with(`,"Digest":"` + d + `"`):                 `which some read as "digest"`,
+		with(`,"\u017fize":7`):                        `which some read as "size"`,
+		with(`,"annotations":{"a":"1","a":"2"}`):      `"a" twice`,
+		with(`,"platform":{"os":"a","OS":"b"}`):       `which some read as "os"`,
+		with(`,"platform":{"os":"a","os":"b"}`):       `"os" twice`,
+		with(`,"data":"aGVsbG8x"`):                    "embedded",
+		with(`,"data":"aGVsbHU="`):                    "embedded",
+		`{}`:                                          "config",
+		`{"schemaVersion":2}`:                         "config",
+		`{"schemaVersion":2,"config":null}`:           "config",
+		`{"schemaVersion":2,"manifests":[]}`:          "no manifests",
+		strings.Replace(whole(""), "2", "1", 1):       "schemaVersion is 1",
+		strings.Replace(whole(""), "2", "3", 1):       "schemaVersion is 3",
+		strings.Replace(whole(""), "2", `"2"`, 1):     "JSON",
+		whole(`,"mediaType":"` + index + `"`):         index,
+		whole(`,"mediaType":"` + dockerImage + `"`):   dockerImage,
+		whole(`,"subject":{"digest":"x","size":1}`):   "digest",
+		whole(`,"subject":` + desc + `,"subject":{}`): `"subject" twice`,
+	} {
+		_, err := manifest.Parse(image, []byte(text))
+		if !errors.Is(err, digest.ErrInvalid) || !strings.Contains(fmt.Sprint(err), says) {
+			t.Errorf("%s: %v, want that it says %q", text, err, says)
+		}
+		if mediaType, refs := manifest.Describe(image, []byte(text)); refs != nil && mediaType == image {
+			t.Errorf("%s of a peer is an image", text)
+		}
+	}
+	for _, test := range []struct{ mediaType, text, says string }{
+		{index, whole(""), "an index has manifests"},
+		{index, `{"schemaVersion":2}`, "an index has manifests"},
+		{index, `{"schemaVersion":1,"manifests":[]}`, "schemaVersion is 1"},
+		{"text/plain", whole(""), "push it as that"},
+		{"text/plain", `{"schemaVersion":2,"manifests":[]}`, "push it as that"},
+		{"APPLICATION/VND.oci.image.index.v1+json", `{"schemaVersion":2,"manifests":[]}`, "it is written"},
+		{"application/vnd.oci.artifact.manifest.v1+json", whole(""), "it has layers"},
+		{image, `{"config":null}`, "an image has"},
+		{"a/b", `{"thing":1,"thing":2}`, `"thing" twice`},
+	} {
+		if _, err := manifest.Parse(test.mediaType, []byte(test.text)); !errors.Is(err, digest.ErrInvalid) ||
+			!strings.Contains(fmt.Sprint(err), test.says) {
+			t.Errorf("%s as %s: %v, want that it says %q", test.text, test.mediaType, err, test.says)
+		}
+	}
+	for text, mediaType := range map[string]string{
+		whole(""):                           image,
+		whole(`,"x":{"a":1,"a":2},"y":"x"`): image, // not looked into
+		whole(`,"annotations":{"a":"1","A":"2"},"manifests":null`):              image,
+		with(`,"data":"aGVsbG8=","x":1,"platform":{"os":"a","x":{}}`):           image,
+		whole(`,"mediaType":"` + dockerImage + `"`):                             dockerImage,
+		`{"schemaVersion":0,"config":` + desc + `,"layers":null}`:               image, // as Go's types have it
+		`{"schemaVersion":2,"manifests":null}`:                                  index,
+		`{"schemaVersion":2,"manifests":[` + desc + `],"subject":` + desc + `}`: index,
+		`{"layers":[]}`:  image,
+		`{"thing":true}`: "application/vnd.example.thing+json",
+		`{"config":` + desc + `,"layers":[` + desc + `]}`: "application/vnd.example.thing+json",
+	} {
+		if _, err := manifest.Parse(mediaType, []byte(text)); err != nil {
+			t.Errorf("%s as %s: %v", text, mediaType, err)
+		}
+	}
+	for text, fits := range map[string]bool{
+		whole(""): true, `{"layers":[]}`: false, `{"schemaVersion":2,"layers":[]}`: false,
+		`{"config":` + desc + `,"layers":[]}`: false, `{"schemaVersion":2,"config":` + desc + `}`: true,
+	} {
+		if m, err := manifest.Accept([]byte(text)); err != nil || (m.CheckRequired(image) == nil) != fits {
+			t.Errorf("%s: %v; has what is required: %t", text, err, !fits)
+		}
+	}
+	// What an earlier version has stored.
+	old := whole(`,"manifests":[` + desc + `],"Layers":[]`)
+	if m, err := manifest.Read([]byte(old)); err != nil || len(m.References(true).Refs) != 1 {
+		t.Errorf("what is stored can't be read: %v", err)
+	}
+}
+
+const dockerImage = "application/vnd.docker.distribution.manifest.v2+json"

@@ -159,11 +159,12 @@ func (a *api) follow(ctx context.Context, all []followed, task p2p.Task, asker p
 	if err != nil || info.Manifest == nil {
 		return all, nil // it has gone just now
 	}
-	_, m := manifest.Describe(info.MediaType, info.Manifest.Content)
-	if m == nil {
+	m, err := manifest.Read(info.Manifest.Content)
+	if err != nil {
 		return all, nil
 	}
-	for _, d := range m.Refs[:min(len(m.Refs), maxFollowed-len(all))] {
+	refs := m.References(false).Refs
+	for _, d := range refs[:min(len(refs), maxFollowed-len(all))] {
 		ref := p2p.Task{Tag: task.Tag, Digest: d}
 		state, err := a.taskState(ctx, ref, asker)
 		if err != nil {
