@@ -537,6 +537,112 @@ func (r *Repository) Untag(ctx context.Context, reference string) error {
 	return nil
 }
 
+// Standing is what a reference stands for.
+type Standing struct {
+	Reference string
+	// Digest is that of the manifest, or of what else a tag points to, as this host and the swarm know
+	// it; "" where there is none.
+	Digest digest.Digest
+	here   digest.Digest // the same on this host
+}
+
+// Standing looks what reference, a tag or the digest of a manifest, stands for now. A change that is made
+// with it fails with [ErrMoved] where it stands for something else on this host by then, or no more.
+//
+// It asks this host, and the swarm.
+func (r *Repository) Standing(ctx context.Context, reference string) (Standing, error) {
+	cid, err := parseReference(reference)
+	if err != nil {
+		return Standing{}, err
+	}
+	s := Standing{Reference: reference}
+	// This host first: whatever changes later is noticed.
+	if s.here, err = r.standing(ctx, cid, p2p.Local); err == nil {
+		s.Digest, err = r.standing(ctx, cid, p2p.Network)
+	}
+	if err != nil {
+		return Standing{}, toOCI(err)
+	}
+	return s, nil
+}
+
+func (r *Repository) standing(ctx context.Context, cid digest.CID, scope p2p.Scope) (digest.Digest, error) {
+	info, err := r.engine.Stat(ctx, r.tag, cid, p2p.StatOptions{Scope: scope})
+	damage, damaged := errors.AsType[*digest.CorruptError](err)
+	switch {
+	case errors.Is(err, ErrNotFound), errors.Is(err, ErrUnreachable):
+		return "", nil
+	case damaged:
+		return damage.Digest, nil
+	case err != nil:
+		return "", err
+	case cid.Digest() != "" && !info.IsManifest:
+		return "", nil
+	}
+	return info.Task.Digest, nil
+}
+
+// expect returns what is to hold for a change.
+func (r *Repository) expect(s *Standing) ([]p2p.Expectation, error) {
+	if s == nil {
+		return nil, nil
+	}
+	cid, err := parseReference(s.Reference)
+	return []p2p.Expectation{{Tag: r.tag, CID: cid, Digest: s.here}}, err
+}
+
+// DeleteManifest removes a tag, as [Repository.Untag] does, or by its digest a manifest, as
+// [Repository.Delete] does. Other content is none: the error matches [ErrNotFound]. With expect, which
+// may be nil, it fails with [ErrMoved] where the reference stands for something else by now.
+//
+// It acts on the whole swarm.
+func (r *Repository) DeleteManifest(ctx context.Context, reference string, expect *Standing) error {
+	cid, err := parseReference(reference)
+	if err != nil {
+		return err
+	}
+	opts := p2p.DeleteOptions{NameOnly: cid.CacheID() != ""}
+	if expect != nil {
+		opts.Expect = &expect.here
+	}
+	if !opts.NameOnly {
+		var info p2p.Info
+		info, err = r.engine.Stat(ctx, r.tag, cid, p2p.StatOptions{})
+		switch {
+		case errors.Is(err, ErrCorrupt):
+			err = nil
+		case err == nil && !info.IsManifest:
+			err = fmt.Errorf("%s is not a manifest: %w", p2p.Describe(r.tag, cid), ErrNotFound)
+		}
+	}
+	if err == nil {
+		_, err = r.engine.Delete(ctx, r.tag, cid, opts)
+	}
+	if err != nil {
+		return toOCI(fmt.Errorf("delete: %w", err))
+	}
+	return nil
+}
+
+// DeleteBlob removes content as [Repository.Delete] does, but no manifest, with which more goes: the
+// error matches [ErrMoved].
+//
+// It acts on the whole swarm.
+func (r *Repository) DeleteBlob(ctx context.Context, d digest.Digest) error {
+	if err := checkTarget(ocispec.Descriptor{Digest: d}); err != nil {
+		return err
+	}
+	cid, none := digest.FromDigest(d), digest.Digest("")
+	info, err := r.engine.Stat(ctx, r.tag, cid, p2p.StatOptions{}) // what only peers have, too
+	if err == nil && info.IsManifest {
+		return fmt.Errorf("delete %s as a blob: %w: a manifest", d, ErrMoved)
+	}
+	if _, err := r.engine.Delete(ctx, r.tag, cid, p2p.DeleteOptions{Expect: &none}); err != nil {
+		return toOCI(fmt.Errorf("delete: %w", err))
+	}
+	return nil
+}
+
 // Delete implements [content.Deleter]: it removes content, the tags that point
 // to it, and what only it held, its referrers too. Where a manifest refers to
 // it, the error matches [ErrReferenced].
@@ -907,6 +1013,9 @@ type ManifestOptions struct {
 	Digest digest.Digest
 	// Tags are to point to the manifest.
 	Tags []string
+	// Expect, where it is not nil, is what a reference, of these tags or the digest, has to stand for
+	// still: else the push fails with [ErrMoved].
+	Expect *Standing
 	// CheckRefs refuses the manifest, with [ErrMissingRef], where it refers to
 	// what neither the repository holds nor a peer does; its subject and layers
 	// that are not for distribution may be missing. What peers have is fetched:
@@ -931,8 +1040,12 @@ func (r *Repository) PushManifest(ctx context.Context, content []byte, opts Mani
 			return Manifest{}, err
 		}
 	}
-	m, err := r.pushManifest(ctx, content,
-		manifestPush{mediaType: opts.MediaType, want: opts.Digest, names: names, check: opts.CheckRefs, required: true})
+	expect, err := r.expect(opts.Expect)
+	if err != nil {
+		return Manifest{}, err
+	}
+	m, err := r.pushManifest(ctx, content, manifestPush{mediaType: opts.MediaType, want: opts.Digest, names: names,
+		expect: expect, check: opts.CheckRefs, required: true})
 	if err != nil {
 		return Manifest{}, toOCI(fmt.Errorf("push: %w", err))
 	}
@@ -944,8 +1057,9 @@ type manifestPush struct {
 	mediaType string
 	want      digest.Digest // "" is sha256
 	names     []p2p.NewName // to point to it
-	check     bool          // whether what it refers to has to be there
-	required  bool          // whether what the specification requires has to be there
+	expect    []p2p.Expectation
+	check     bool // whether what it refers to has to be there
+	required  bool // whether what the specification requires has to be there
 }
 
 func (r *Repository) pushManifest(ctx context.Context, data []byte, push manifestPush) (Manifest, error) {
@@ -989,7 +1103,8 @@ func (r *Repository) pushManifest(ctx context.Context, data []byte, push manifes
 	commit := p2p.Commit{
 		Tasks: []p2p.NewTask{{Task: r.task(added.Digest), MediaType: mediaType, Keep: p2p.KeepUntilReferred,
 			Manifest: refs}},
-		Names: pointing(push.names, added.Digest),
+		Names:  pointing(push.names, added.Digest),
+		Expect: push.expect,
 	}
 	err = in.Commit(commit)
 	if errors.Is(err, ErrMissingRef) && r.bring(ctx, refs.Needs) {

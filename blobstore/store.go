@@ -28,6 +28,7 @@ var (
 	ErrUnavailable = p2p.ErrUnavailable // the daemon can't be reached, or another process holds the directory
 	ErrUnreachable = p2p.ErrUnreachable // it is not on this host, and no peer could be asked
 	ErrChanged     = p2p.ErrChanged     // a file was written to while it was imported
+	ErrMoved       = p2p.ErrMoved       // what was to be changed is not what was expected
 	ErrClosed      = p2p.ErrClosed      // the Store has been closed
 )
 

@@ -31,7 +31,7 @@ import (
 // concurrent use, and return promptly with the cause of ctx when ctx ends.
 //
 // Errors that a caller can act on match, by errors.Is, [ErrNotFound],
-// [ErrReferenced], [ErrMissingRef], [digest.ErrInvalid], [digest.ErrMismatch],
+// [ErrReferenced], [ErrMissingRef], [ErrMoved], [digest.ErrInvalid], [digest.ErrMismatch],
 // [digest.ErrCorrupt], [ErrNoSpace], [ErrUnavailable], [ErrUnreachable],
 // [ErrClosed] or the context's own errors.
 //
@@ -241,6 +241,10 @@ type DeleteOptions struct {
 	// NameOnly deletes a name and keeps what it pointed to, as KeepUntilReferred where
 	// nothing else holds it.
 	NameOnly bool
+	// Expect, where it is not nil, is what the cid has to stand for on this host, as
+	// Expectation.Digest says: else the delete fails with ErrMoved, and nothing is deleted anywhere. It
+	// goes with one cid.
+	Expect *digest.Digest
 	// Also are further cids under the tag, up to MaxAlso, that go with the first one.
 	Also []digest.CID
 	// All deletes everything under the tag, in one transaction. The cid is the zero value then.

@@ -79,6 +79,18 @@ type Added struct {
 type Commit struct {
 	Tasks []NewTask
 	Names []NewName
+	// Expect is what has to hold here, when the commit is made and before it: else it fails with
+	// [ErrMoved].
+	Expect []Expectation
+}
+
+// Expectation is what a cid is to stand for on this host.
+type Expectation struct {
+	Tag string
+	CID digest.CID
+	// Digest is that of the task that the name points to, or of the manifest that CID is the digest
+	// of; "" where there is no such name, or no such manifest.
+	Digest digest.Digest
 }
 
 // NewTask is a task to commit. A task that exists is kept: it gets what is

@@ -29,6 +29,8 @@ var (
 	ErrUnreachable = errors.New("no peer can be reached")
 	// ErrChanged: a file was written to while it was added.
 	ErrChanged = errors.New("the file changed while it was read")
+	// ErrMoved: what a change was to be made to is not what its caller expects.
+	ErrMoved = errors.New("it is another one by now")
 	// ErrClosed: the engine has been closed.
 	ErrClosed = errors.New("closed")
 )

@@ -49,6 +49,9 @@ func (o StatOptions) Validate(tag string, cid digest.CID) error {
 
 // Validate reports whether there can be a Delete of cid under tag with these options.
 func (o DeleteOptions) Validate(tag string, cid digest.CID) error {
+	if o.Expect != nil && (o.All || len(o.Also) > 0 || o.Unpin) {
+		return fmt.Errorf("delete what is expected: %w: it goes with one cid", digest.ErrInvalid)
+	}
 	if o.All {
 		if cid != (digest.CID{}) || len(o.Also) > 0 || o.NameOnly || o.Unpin {
 			return fmt.Errorf("delete all under tag %q: %w: no cid goes with that", tag, digest.ErrInvalid)
@@ -71,6 +74,8 @@ func (o DeleteOptions) Validate(tag string, cid digest.CID) error {
 		return fmt.Errorf("delete %s by name only: %w: a digest is not a name", cid, digest.ErrInvalid)
 	case o.Unpin && len(o.Also) > 0:
 		return fmt.Errorf("delete several cids, and the pin of one: %w: delete one at a time", digest.ErrInvalid)
+	case o.Expect != nil && *o.Expect != "" && !isDigest(*o.Expect):
+		return fmt.Errorf("delete %s: %w: what is expected is not a digest: %.80q", cid, digest.ErrInvalid, *o.Expect)
 	case o.NameOnly && o.Force:
 		return fmt.Errorf("delete %s by name only: %w: there is nothing to force", cid, digest.ErrInvalid)
 	}
@@ -144,7 +149,29 @@ func (c Commit) Validate() error {
 			return err
 		}
 	}
+	for _, e := range c.Expect {
+		if err := e.Validate(); err != nil {
+			return err
+		}
+	}
 	return nil
+}
+
+// Validate reports whether this can be expected.
+func (e Expectation) Validate() error {
+	if err := ValidateRef(e.Tag, e.CID); err != nil {
+		return err
+	}
+	if e.Digest != "" && !isDigest(e.Digest) {
+		return fmt.Errorf("%s: %w: what is expected is not a digest: %.80q", Describe(e.Tag, e.CID), digest.ErrInvalid,
+			e.Digest)
+	}
+	return nil
+}
+
+func isDigest(d digest.Digest) bool {
+	_, err := digest.Parse(string(d))
+	return err == nil
 }
 
 // Validate reports whether the task can be committed.

@@ -1,11 +1,11 @@
 package registry
 
 import (
+	"errors"
 	"mime/multipart"
 	"net/http"
 	"net/textproto"
 	"strconv"
-	"strings"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
@@ -28,20 +28,6 @@ func (w *response) describe(d ocispec.Descriptor) {
 
 func etag(d digest.Digest) string { return `"` + d.String() + `"` }
 
-// isKnown reports whether the client says, with If-None-Match, that it has the
-// content already, and answers the request if so.
-func (w *response) isKnown(r *request, d digest.Digest) bool {
-	for candidate := range strings.SplitSeq(strings.Join(r.Header.Values("If-None-Match"), ","), ",") {
-		candidate = strings.TrimPrefix(strings.TrimSpace(candidate), "W/")
-		if candidate == "*" || candidate == etag(d) {
-			w.Header().Del("Content-Length")
-			w.WriteHeader(http.StatusNotModified)
-			return true
-		}
-	}
-	return false
-}
-
 // headBlob says whether there is a blob.
 func (h *Handler) headBlob(w *response, r *request) error {
 	d, err := parseDigest(r.reference)
@@ -55,10 +41,11 @@ func (h *Handler) headBlob(w *response, r *request) error {
 	found.MediaType = blobMediaType
 	w.describe(found)
 	w.Header().Set("Accept-Ranges", "bytes")
-	if !w.isKnown(r, d) {
+	done, err := w.isAnswered(r, d)
+	if err == nil && !done {
 		w.WriteHeader(http.StatusOK)
 	}
-	return nil
+	return err
 }
 
 // getBlob sends a blob or a range of it.
@@ -75,8 +62,8 @@ func (h *Handler) getBlob(w *response, r *request) error {
 	found := ocispec.Descriptor{MediaType: blobMediaType, Digest: d, Size: content.Size()}
 	w.describe(found)
 	w.Header().Set("Accept-Ranges", "bytes")
-	if w.isKnown(r, d) {
-		return nil
+	if done, err := w.isAnswered(r, d); done || err != nil {
+		return err
 	}
 	header := r.Header.Get("Range")
 	if match := r.Header.Get("If-Range"); match != "" && match != etag(d) {
@@ -152,13 +139,33 @@ func (w *countingWriter) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// deleteBlob removes a blob from the repository.
+// deleteBlob removes a blob from the repository. A manifest goes with its tags and what is attached to
+// it: that is deleted as one, or not at all.
 func (h *Handler) deleteBlob(w *response, r *request) error {
 	d, err := parseDigest(r.reference)
 	if err != nil {
 		return err
 	}
-	if err := r.repo.Delete(r.Context(), ocispec.Descriptor{Digest: d}); err != nil {
+	c, err := parseConditions(r.Header)
+	if err != nil {
+		return err
+	}
+	if c != (conditions{}) {
+		// What a digest stands for is there or not, and does not change.
+		is := d
+		if _, err := r.repo.Resolve(r.Context(), r.reference); errors.Is(err, blobstore.ErrNotFound) {
+			is = ""
+		}
+		if !c.matches(is) || c.isKnown(is) {
+			return errCondition(is)
+		}
+	}
+	err = r.repo.DeleteBlob(r.Context(), d)
+	if errors.Is(err, blobstore.ErrMoved) {
+		return newProblem(http.StatusMethodNotAllowed, codeUnsupported,
+			"%s is a manifest: delete it at %s", d, manifestPath(r.name, d.String())).with("Allow", "GET, HEAD")
+	}
+	if err != nil {
 		return err
 	}
 	r.change, r.digest = "blob deleted", d

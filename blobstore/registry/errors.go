@@ -99,6 +99,8 @@ func problemOf(err error, t target) *problem {
 		if m, ok := errors.AsType[*digest.MismatchError](err); ok {
 			p.detail = map[string]string{"want": m.Want.String(), "got": m.Got.String()}
 		}
+	case errors.Is(err, blobstore.ErrMoved):
+		p = newProblem(http.StatusPreconditionFailed, codeDenied, "others change %s all the time: try again", t.reference)
 	case errors.Is(err, blobstore.ErrReferenced):
 		// 405, not 409: what clients take for "can't be deleted".
 		p = newProblem(http.StatusMethodNotAllowed, codeDenied, "%v", err).with("Allow", "GET, HEAD")

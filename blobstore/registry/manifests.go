@@ -1,12 +1,9 @@
 package registry
 
 import (
-	"errors"
 	"mime"
 	"net/http"
 	"strings"
-
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/dfcache/dfcache/blobstore"
 	"github.com/dfcache/dfcache/digest"
@@ -23,10 +20,11 @@ func (h *Handler) headManifest(w *response, r *request) error {
 		return err
 	}
 	w.describe(found)
-	if !w.isKnown(r, found.Digest) {
+	done, err := w.isAnswered(r, found.Digest)
+	if err == nil && !done {
 		w.WriteHeader(http.StatusOK)
 	}
-	return nil
+	return err
 }
 
 // getManifest sends a manifest.
@@ -39,8 +37,8 @@ func (h *Handler) getManifest(w *response, r *request) error {
 		return err
 	}
 	w.describe(m.Descriptor)
-	if w.isKnown(r, m.Digest) {
-		return nil
+	if done, err := w.isAnswered(r, m.Digest); done || err != nil {
+		return err
 	}
 	if m.Content == nil && m.Size > 0 {
 		content, err := r.repo.OpenBlob(r.Context(), m.Digest)
@@ -96,7 +94,12 @@ func (h *Handler) putManifest(w *response, r *request) error {
 		return err
 	}
 	defer done()
-	m, err := r.repo.PushManifest(r.Context(), content, opts)
+	var m blobstore.Manifest
+	err = h.change(r, func(expect *blobstore.Standing) error {
+		opts.Expect = expect
+		m, err = r.repo.PushManifest(r.Context(), content, opts)
+		return err
+	})
 	if err != nil {
 		return err
 	}
@@ -141,13 +144,12 @@ func (h *Handler) deleteManifest(w *response, r *request) error {
 		return err
 	}
 	r.change = "tag deleted"
-	if d := cid.Digest(); d == "" {
-		err = r.repo.Untag(r.Context(), r.reference)
-		// not a blob
-	} else if _, err = r.repo.Manifest(r.Context(), r.reference); err == nil || errors.Is(err, blobstore.ErrCorrupt) {
-		r.change, r.digest = "manifest deleted", d
-		err = r.repo.Delete(r.Context(), ocispec.Descriptor{Digest: d})
+	if r.digest = cid.Digest(); r.digest != "" {
+		r.change = "manifest deleted"
 	}
+	err = h.change(r, func(expect *blobstore.Standing) error {
+		return r.repo.DeleteManifest(r.Context(), r.reference, expect)
+	})
 	if err != nil {
 		return err
 	}

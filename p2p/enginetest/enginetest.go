@@ -54,6 +54,7 @@ func Run(t *testing.T, open func(t *testing.T) p2p.Engine) {
 		"DeleteAll":                 testDeleteAll,
 		"DeleteListed":              testDeleteListed,
 		"DeleteRemovesNames":        testDeleteRemovesNames,
+		"Expect":                    testExpect,
 		"LooseTask":                 testLooseTask,
 		"LooseTaskIsAdopted":        testLooseTaskIsAdopted,
 		"NameOnly":                  testNameOnly,
@@ -975,6 +976,77 @@ func testDeleteListed(t *testing.T, e p2p.Engine) {
 		if info, err := stat(t.Context(), e, task); err != nil || !slices.Contains(info.Lacks, manifest.Digest) {
 			t.Errorf("%s lacks %v, %v; want the manifest", task, info.Lacks, err)
 		}
+	}
+}
+
+// A change is made where what it changes is what its caller expects, or not at all.
+func testExpect(t *testing.T, e p2p.Engine) {
+	one, two := push(t, e, []byte(`{"one":1}`), refs()), push(t, e, []byte(`{"two":2}`), refs())
+	blob := push(t, e, Content(1000, 1), nil)
+	name := cid(t, "v1")
+	point := func(to p2p.Task, id digest.CID, expect digest.Digest) error {
+		in, err := e.Ingest(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer in.Close()
+		return in.Commit(p2p.Commit{
+			Names:  []p2p.NewName{{Tag: "t", Name: "v1", Digest: to.Digest, KeepOld: true}},
+			Expect: []p2p.Expectation{{Tag: "t", CID: id, Digest: expect}},
+		})
+	}
+	remove := func(id digest.CID, expect digest.Digest) error {
+		_, err := e.Delete(t.Context(), "t", id, p2p.DeleteOptions{Expect: &expect, NameOnly: id.CacheID() != ""})
+		return err
+	}
+	of := func(task p2p.Task) digest.CID { return digest.FromDigest(task.Digest) }
+	absent := digest.SHA256.FromString("absent")
+	for i, c := range []struct {
+		err, want error
+	}{
+		{point(one, name, two.Digest), p2p.ErrMoved},
+		{remove(name, two.Digest), p2p.ErrMoved},
+		{remove(name, ""), p2p.ErrNotFound},
+		{point(one, name, ""), nil},
+		{point(two, name, ""), p2p.ErrMoved},
+		{point(two, name, two.Digest), p2p.ErrMoved},
+		{point(two, name, one.Digest), nil},
+		{point(one, of(one), ""), p2p.ErrMoved}, // it is there
+		{point(one, of(blob), blob.Digest), p2p.ErrMoved},
+		{point(one, of(blob), ""), nil}, // a blob is no manifest
+		{point(two, of(one), one.Digest), nil},
+		{point(two, digest.FromDigest(absent), absent), p2p.ErrMoved},
+		{point(two, digest.FromDigest(absent), ""), nil},
+		{point(two, name, "sha256:x"), digest.ErrInvalid},
+		{remove(name, one.Digest), p2p.ErrMoved},
+		{remove(name, "sha256:x"), digest.ErrInvalid},
+		{remove(of(one), ""), p2p.ErrMoved},
+		{remove(of(blob), blob.Digest), p2p.ErrMoved},
+		{remove(of(blob), ""), nil},
+		{remove(of(one), one.Digest), nil},
+		{remove(of(one), one.Digest), p2p.ErrMoved},
+	} {
+		if c.want != nil {
+			requireError(t, fmt.Sprintf("change %d", i), c.err, c.want)
+		} else if c.err != nil {
+			t.Errorf("change %d: %v", i, c.err)
+		}
+	}
+	for _, opts := range []p2p.DeleteOptions{{Also: []digest.CID{of(two)}, Expect: &two.Digest},
+		{All: true, Expect: &two.Digest}} {
+		_, err := e.Delete(t.Context(), "t", map[bool]digest.CID{false: name}[opts.All], opts)
+		requireError(t, "delete several of which something is expected", err, digest.ErrInvalid)
+	}
+	if task, err := resolve(t.Context(), e, "t", name); err != nil || task != two {
+		t.Errorf("the name is %s, %v; want %s", task, err, two)
+	}
+	if err := remove(name, two.Digest); err != nil {
+		t.Error(err)
+	}
+	requireMissing(t, e, one)
+	requireMissing(t, e, blob)
+	if _, err := stat(t.Context(), e, two); err != nil {
+		t.Error(err)
 	}
 }
 

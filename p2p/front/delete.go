@@ -46,6 +46,7 @@ func (e *Engine) Delete(ctx context.Context, tag string, cid digest.CID, opts p2
 		if err != nil {
 			return p2p.Deleted{}, err
 		}
+		opts.Expect = nil // it was so, and is not any more
 		all.Tasks, all.Freed = all.Tasks+deleted.Tasks, all.Freed+deleted.Freed
 		if len(seen.found) == 0 && len(d.Deletes) == 0 && !opts.All {
 			break

@@ -249,6 +249,11 @@ func (in *ingest) Commit(c p2p.Commit) error {
 
 // check looks whether everything is there that a commit speaks of.
 func (in *ingest) check(c p2p.Commit) error {
+	for _, e := range c.Expect {
+		if err := in.s.expect(e); err != nil {
+			return err
+		}
+	}
 	committed := map[p2p.Task]bool{}
 	for _, n := range c.Tasks {
 		committed[n.Task] = true
@@ -294,6 +299,20 @@ func (in *ingest) check(c p2p.Commit) error {
 		if err := in.s.checkType(task, n.MediaType); err != nil {
 			return err
 		}
+	}
+	return nil
+}
+
+// expect fails where a cid stands for something else than is expected.
+func (s *Store) expect(e p2p.Expectation) error {
+	t, is := s.at(e.Tag), e.CID.Digest()
+	if id := e.CID.CacheID(); id != "" {
+		is = t.names[id].digest
+	} else if k := t.tasks[is]; k == nil || k.manifest == nil {
+		is = ""
+	}
+	if is != e.Digest {
+		return fmt.Errorf("%s: %w", p2p.Describe(e.Tag, e.CID), p2p.ErrMoved)
 	}
 	return nil
 }

@@ -302,6 +302,11 @@ func (s *Store) Delete(
 	if err := opts.Validate(tagName, cid); err != nil {
 		return p2p.Deleted{}, err
 	}
+	if opts.Expect != nil {
+		if err := s.expect(p2p.Expectation{Tag: tagName, CID: cid, Digest: *opts.Expect}); err != nil {
+			return p2p.Deleted{}, err
+		}
+	}
 	t := s.at(tagName)
 	var gone p2p.Deleted
 	if opts.All {

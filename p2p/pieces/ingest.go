@@ -500,6 +500,11 @@ type commit struct {
 //
 //nolint:cyclop,funlen // the steps of one transaction, in their order
 func (r *removal) commit(tx *bbolt.Tx, c p2p.Commit, fresh []*addition) error {
+	for _, e := range c.Expect {
+		if err := expect(tx, e); err != nil {
+			return err
+		}
+	}
 	all := commit{tasks: map[p2p.Task]bool{}, named: map[p2p.Task]bool{}}
 	r.came = ReasonFetched
 	for _, n := range c.Tasks {

@@ -351,6 +351,11 @@ func (s *Store) weighDelete(tag string, cid digest.CID, opts p2p.DeleteOptions) 
 func (r *removal) deleteEach(
 	tx *bbolt.Tx, tag string, cid digest.CID, opts p2p.DeleteOptions,
 ) (found bool, err error) {
+	if opts.Expect != nil {
+		if err := expect(tx, p2p.Expectation{Tag: tag, CID: cid, Digest: *opts.Expect}); err != nil {
+			return false, err
+		}
+	}
 	var here []digest.CID
 	for _, cid := range opts.CIDs(cid) {
 		switch _, err := resolve(tx, tag, cid); {
@@ -436,6 +441,30 @@ func (r *removal) dropName(tx *bbolt.Tx, n p2p.NewName) error {
 		return err
 	}
 	r.noteName(Removed, ReasonDeleted, n)
+	return nil
+}
+
+// expect fails with [p2p.ErrMoved] where a cid stands for something else than is expected.
+func expect(tx *bbolt.Tx, e p2p.Expectation) error {
+	is := e.CID.Digest()
+	if name := e.CID.CacheID(); name != "" {
+		record, _, err := get[nameRecord](tx, bucketNames, key(e.Tag, name))
+		if err != nil {
+			return err
+		}
+		is = record.Digest
+	} else {
+		record, _, err := get[taskRecord](tx, bucketTasks, taskKey(p2p.Task{Tag: e.Tag, Digest: is}))
+		if err != nil {
+			return err
+		}
+		if !record.isManifest() {
+			is = ""
+		}
+	}
+	if is != e.Digest {
+		return fmt.Errorf("%s: %w", p2p.Describe(e.Tag, e.CID), p2p.ErrMoved)
+	}
 	return nil
 }
 

@@ -355,7 +355,7 @@ func (c *Client) Delete(ctx context.Context, tag string, cid digest.CID, opts p2
 		return p2p.Deleted{}, err
 	}
 	req := &pb.DeleteRequest{Tag: tag, Force: opts.Force, NameOnly: opts.NameOnly, All: opts.All,
-		Unpin: opts.Unpin}
+		Unpin: opts.Unpin, Expect: (*string)(opts.Expect)}
 	if cids := opts.CIDs(cid); len(cids) == 1 {
 		req.Cid = cid.String()
 	} else {

@@ -39,6 +39,7 @@ var kinds = []struct {
 	{reasonMissingRef, codes.FailedPrecondition, p2p.ErrMissingRef},
 	{"NO_SPACE", codes.ResourceExhausted, p2p.ErrNoSpace},
 	{"CHANGED", codes.Aborted, p2p.ErrChanged},
+	{"MOVED", codes.FailedPrecondition, p2p.ErrMoved},
 	{"INVALID", codes.InvalidArgument, digest.ErrInvalid},
 	{"PERMISSION", codes.PermissionDenied, fs.ErrPermission},
 	{"CLOSED", codes.Unavailable, p2p.ErrClosed},

@@ -146,7 +146,7 @@ func parseReplicate(r *pb.ReplicateRequest) (cid digest.CID, n int, err error) {
 
 func parseDelete(r *pb.DeleteRequest) (cid digest.CID, opts p2p.DeleteOptions, err error) {
 	opts = p2p.DeleteOptions{Force: r.GetForce(), NameOnly: r.GetNameOnly(), All: r.GetAll(),
-		Unpin: r.GetUnpin()}
+		Unpin: r.GetUnpin(), Expect: (*digest.Digest)(r.Expect)}
 	all := r.GetCids()
 	if len(all) == 0 && (!opts.All || r.GetCid() != "") {
 		all = []string{r.GetCid()}
@@ -233,6 +233,17 @@ func (p *commitParser) add(part *pb.IngestRequest_Commit) error {
 			return err
 		}
 		p.commit.Names = append(p.commit.Names, name)
+	}
+	for _, e := range part.GetExpect() {
+		expect := p2p.Expectation{Tag: e.GetTag(), Digest: digest.Digest(e.GetDigest())}
+		var err error
+		if expect.CID, err = digest.ParseCID(e.GetCid()); err == nil {
+			err = expect.Validate()
+		}
+		if err != nil {
+			return err
+		}
+		p.commit.Expect = append(p.commit.Expect, expect)
 	}
 	return nil
 }
@@ -419,6 +430,11 @@ func commitParts(c p2p.Commit, part int) []*pb.IngestRequest_Commit {
 			UpdatedUnixNano: nanoseconds(n.Updated)}
 		grow(m)
 		now.Names = append(now.Names, m)
+	}
+	for _, e := range c.Expect {
+		m := &pb.Expectation{Tag: e.Tag, Cid: e.CID.String(), Digest: string(e.Digest)}
+		grow(m)
+		now.Expect = append(now.Expect, m)
 	}
 	return parts
 }

@@ -1279,6 +1279,67 @@ func (x *NewName) GetMediaType() string {
 	return ""
 }
 
+// Expectation is what a cid is to stand for on the daemon's host.
+type Expectation struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Tag           string                 `protobuf:"bytes,1,opt,name=tag,proto3" json:"tag,omitempty"`
+	Cid           string                 `protobuf:"bytes,2,opt,name=cid,proto3" json:"cid,omitempty"`       // a digest or a cache ID
+	Digest        string                 `protobuf:"bytes,3,opt,name=digest,proto3" json:"digest,omitempty"` // what a name points to, or the manifest of that digest; empty where there is none
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Expectation) Reset() {
+	*x = Expectation{}
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Expectation) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Expectation) ProtoMessage() {}
+
+func (x *Expectation) ProtoReflect() protoreflect.Message {
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Expectation.ProtoReflect.Descriptor instead.
+func (*Expectation) Descriptor() ([]byte, []int) {
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *Expectation) GetTag() string {
+	if x != nil {
+		return x.Tag
+	}
+	return ""
+}
+
+func (x *Expectation) GetCid() string {
+	if x != nil {
+		return x.Cid
+	}
+	return ""
+}
+
+func (x *Expectation) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
 type IngestReply struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Reply:
@@ -1293,7 +1354,7 @@ type IngestReply struct {
 
 func (x *IngestReply) Reset() {
 	*x = IngestReply{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[14]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1305,7 +1366,7 @@ func (x *IngestReply) String() string {
 func (*IngestReply) ProtoMessage() {}
 
 func (x *IngestReply) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[14]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1318,7 +1379,7 @@ func (x *IngestReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IngestReply.ProtoReflect.Descriptor instead.
 func (*IngestReply) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{14}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *IngestReply) GetReply() isIngestReply_Reply {
@@ -1386,15 +1447,16 @@ type DeleteRequest struct {
 	// In place of cid: several, in one transaction. An earlier daemon, which does not know of them,
 	// refuses the empty cid.
 	Cids          []string `protobuf:"bytes,5,rep,name=cids,proto3" json:"cids,omitempty"`
-	All           bool     `protobuf:"varint,6,opt,name=all,proto3" json:"all,omitempty"`     // everything under the tag, without a cid
-	Unpin         bool     `protobuf:"varint,7,opt,name=unpin,proto3" json:"unpin,omitempty"` // what another task refers to here is not refused, but kept by that alone
+	All           bool     `protobuf:"varint,6,opt,name=all,proto3" json:"all,omitempty"`            // everything under the tag, without a cid
+	Unpin         bool     `protobuf:"varint,7,opt,name=unpin,proto3" json:"unpin,omitempty"`        // what another task refers to here is not refused, but kept by that alone
+	Expect        *string  `protobuf:"bytes,8,opt,name=expect,proto3,oneof" json:"expect,omitempty"` // what cid, of one, has to stand for, as in Expectation; else nothing is deleted
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *DeleteRequest) Reset() {
 	*x = DeleteRequest{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[15]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1406,7 +1468,7 @@ func (x *DeleteRequest) String() string {
 func (*DeleteRequest) ProtoMessage() {}
 
 func (x *DeleteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[15]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1419,7 +1481,7 @@ func (x *DeleteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteRequest.ProtoReflect.Descriptor instead.
 func (*DeleteRequest) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{15}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *DeleteRequest) GetTag() string {
@@ -1471,6 +1533,13 @@ func (x *DeleteRequest) GetUnpin() bool {
 	return false
 }
 
+func (x *DeleteRequest) GetExpect() string {
+	if x != nil && x.Expect != nil {
+		return *x.Expect
+	}
+	return ""
+}
+
 type DeleteReply struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Tasks         int64                  `protobuf:"varint,1,opt,name=tasks,proto3" json:"tasks,omitempty"`     // removed, here
@@ -1485,7 +1554,7 @@ type DeleteReply struct {
 
 func (x *DeleteReply) Reset() {
 	*x = DeleteReply{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[16]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1497,7 +1566,7 @@ func (x *DeleteReply) String() string {
 func (*DeleteReply) ProtoMessage() {}
 
 func (x *DeleteReply) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[16]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1510,7 +1579,7 @@ func (x *DeleteReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteReply.ProtoReflect.Descriptor instead.
 func (*DeleteReply) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{16}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *DeleteReply) GetTasks() int64 {
@@ -1568,7 +1637,7 @@ type ListRequest struct {
 
 func (x *ListRequest) Reset() {
 	*x = ListRequest{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[17]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1580,7 +1649,7 @@ func (x *ListRequest) String() string {
 func (*ListRequest) ProtoMessage() {}
 
 func (x *ListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[17]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1593,7 +1662,7 @@ func (x *ListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
 func (*ListRequest) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{17}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ListRequest) GetTag() string {
@@ -1640,7 +1709,7 @@ type ListReply struct {
 
 func (x *ListReply) Reset() {
 	*x = ListReply{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[18]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1652,7 +1721,7 @@ func (x *ListReply) String() string {
 func (*ListReply) ProtoMessage() {}
 
 func (x *ListReply) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[18]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1665,7 +1734,7 @@ func (x *ListReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListReply.ProtoReflect.Descriptor instead.
 func (*ListReply) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{18}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ListReply) GetEntries() []*Entry {
@@ -1687,7 +1756,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[19]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1699,7 +1768,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[19]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1712,7 +1781,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{19}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Entry) GetInfo() *Info {
@@ -1747,7 +1816,7 @@ type ReplicateRequest struct {
 
 func (x *ReplicateRequest) Reset() {
 	*x = ReplicateRequest{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[20]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1759,7 +1828,7 @@ func (x *ReplicateRequest) String() string {
 func (*ReplicateRequest) ProtoMessage() {}
 
 func (x *ReplicateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[20]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1772,7 +1841,7 @@ func (x *ReplicateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReplicateRequest.ProtoReflect.Descriptor instead.
 func (*ReplicateRequest) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{20}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ReplicateRequest) GetTag() string {
@@ -1805,7 +1874,7 @@ type ReplicateReply struct {
 
 func (x *ReplicateReply) Reset() {
 	*x = ReplicateReply{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[21]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1817,7 +1886,7 @@ func (x *ReplicateReply) String() string {
 func (*ReplicateReply) ProtoMessage() {}
 
 func (x *ReplicateReply) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[21]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1830,7 +1899,7 @@ func (x *ReplicateReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReplicateReply.ProtoReflect.Descriptor instead.
 func (*ReplicateReply) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{21}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ReplicateReply) GetPeers() []string {
@@ -1848,7 +1917,7 @@ type PeersRequest struct {
 
 func (x *PeersRequest) Reset() {
 	*x = PeersRequest{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[22]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1860,7 +1929,7 @@ func (x *PeersRequest) String() string {
 func (*PeersRequest) ProtoMessage() {}
 
 func (x *PeersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[22]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1873,7 +1942,7 @@ func (x *PeersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PeersRequest.ProtoReflect.Descriptor instead.
 func (*PeersRequest) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{22}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{23}
 }
 
 type PeersReply struct {
@@ -1885,7 +1954,7 @@ type PeersReply struct {
 
 func (x *PeersReply) Reset() {
 	*x = PeersReply{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[23]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1897,7 +1966,7 @@ func (x *PeersReply) String() string {
 func (*PeersReply) ProtoMessage() {}
 
 func (x *PeersReply) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[23]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1910,7 +1979,7 @@ func (x *PeersReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PeersReply.ProtoReflect.Descriptor instead.
 func (*PeersReply) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{23}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *PeersReply) GetPeers() []*Peer {
@@ -1941,7 +2010,7 @@ type Peer struct {
 
 func (x *Peer) Reset() {
 	*x = Peer{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[24]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1953,7 +2022,7 @@ func (x *Peer) String() string {
 func (*Peer) ProtoMessage() {}
 
 func (x *Peer) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[24]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1966,7 +2035,7 @@ func (x *Peer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Peer.ProtoReflect.Descriptor instead.
 func (*Peer) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{24}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Peer) GetId() string {
@@ -2062,7 +2131,7 @@ type RoomRequest struct {
 
 func (x *RoomRequest) Reset() {
 	*x = RoomRequest{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[25]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2074,7 +2143,7 @@ func (x *RoomRequest) String() string {
 func (*RoomRequest) ProtoMessage() {}
 
 func (x *RoomRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[25]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2087,7 +2156,7 @@ func (x *RoomRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RoomRequest.ProtoReflect.Descriptor instead.
 func (*RoomRequest) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{25}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *RoomRequest) GetBytes() int64 {
@@ -2105,7 +2174,7 @@ type RoomReply struct {
 
 func (x *RoomReply) Reset() {
 	*x = RoomReply{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[26]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2117,7 +2186,7 @@ func (x *RoomReply) String() string {
 func (*RoomReply) ProtoMessage() {}
 
 func (x *RoomReply) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[26]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2130,7 +2199,7 @@ func (x *RoomReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RoomReply.ProtoReflect.Descriptor instead.
 func (*RoomReply) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{26}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{27}
 }
 
 // Manifest is the content of a manifest and what is known of what it refers to.
@@ -2144,7 +2213,7 @@ type StatReply_Manifest struct {
 
 func (x *StatReply_Manifest) Reset() {
 	*x = StatReply_Manifest{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[27]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2156,7 +2225,7 @@ func (x *StatReply_Manifest) String() string {
 func (*StatReply_Manifest) ProtoMessage() {}
 
 func (x *StatReply_Manifest) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[27]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2197,7 +2266,7 @@ type OpenRequest_Want struct {
 
 func (x *OpenRequest_Want) Reset() {
 	*x = OpenRequest_Want{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[28]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2209,7 +2278,7 @@ func (x *OpenRequest_Want) String() string {
 func (*OpenRequest_Want) ProtoMessage() {}
 
 func (x *OpenRequest_Want) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[28]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2250,7 +2319,7 @@ type OpenReply_Header struct {
 
 func (x *OpenReply_Header) Reset() {
 	*x = OpenReply_Header{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[29]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2262,7 +2331,7 @@ func (x *OpenReply_Header) String() string {
 func (*OpenReply_Header) ProtoMessage() {}
 
 func (x *OpenReply_Header) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[29]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2310,7 +2379,7 @@ type OpenReply_Piece struct {
 
 func (x *OpenReply_Piece) Reset() {
 	*x = OpenReply_Piece{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[30]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2322,7 +2391,7 @@ func (x *OpenReply_Piece) String() string {
 func (*OpenReply_Piece) ProtoMessage() {}
 
 func (x *OpenReply_Piece) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[30]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2362,7 +2431,7 @@ type OpenReply_Done struct {
 
 func (x *OpenReply_Done) Reset() {
 	*x = OpenReply_Done{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[31]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2374,7 +2443,7 @@ func (x *OpenReply_Done) String() string {
 func (*OpenReply_Done) ProtoMessage() {}
 
 func (x *OpenReply_Done) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[31]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2411,7 +2480,7 @@ type IngestRequest_Add struct {
 
 func (x *IngestRequest_Add) Reset() {
 	*x = IngestRequest_Add{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[32]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2423,7 +2492,7 @@ func (x *IngestRequest_Add) String() string {
 func (*IngestRequest_Add) ProtoMessage() {}
 
 func (x *IngestRequest_Add) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[32]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2478,7 +2547,7 @@ type IngestRequest_Rehash struct {
 
 func (x *IngestRequest_Rehash) Reset() {
 	*x = IngestRequest_Rehash{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[33]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2490,7 +2559,7 @@ func (x *IngestRequest_Rehash) String() string {
 func (*IngestRequest_Rehash) ProtoMessage() {}
 
 func (x *IngestRequest_Rehash) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[33]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2527,13 +2596,14 @@ type IngestRequest_Commit struct {
 	Tasks         []*NewTask             `protobuf:"bytes,1,rep,name=tasks,proto3" json:"tasks,omitempty"`
 	Names         []*NewName             `protobuf:"bytes,2,rep,name=names,proto3" json:"names,omitempty"`
 	More          bool                   `protobuf:"varint,3,opt,name=more,proto3" json:"more,omitempty"`
+	Expect        []*Expectation         `protobuf:"bytes,4,rep,name=expect,proto3" json:"expect,omitempty"` // what has to hold before; else nothing is made visible
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *IngestRequest_Commit) Reset() {
 	*x = IngestRequest_Commit{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[34]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2545,7 +2615,7 @@ func (x *IngestRequest_Commit) String() string {
 func (*IngestRequest_Commit) ProtoMessage() {}
 
 func (x *IngestRequest_Commit) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[34]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2582,6 +2652,13 @@ func (x *IngestRequest_Commit) GetMore() bool {
 	return false
 }
 
+func (x *IngestRequest_Commit) GetExpect() []*Expectation {
+	if x != nil {
+		return x.Expect
+	}
+	return nil
+}
+
 // Manifest says what a manifest refers to, under its own tag.
 type NewTask_Manifest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -2594,7 +2671,7 @@ type NewTask_Manifest struct {
 
 func (x *NewTask_Manifest) Reset() {
 	*x = NewTask_Manifest{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[35]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2606,7 +2683,7 @@ func (x *NewTask_Manifest) String() string {
 func (*NewTask_Manifest) ProtoMessage() {}
 
 func (x *NewTask_Manifest) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[35]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2654,7 +2731,7 @@ type IngestReply_Progress struct {
 
 func (x *IngestReply_Progress) Reset() {
 	*x = IngestReply_Progress{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[36]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2666,7 +2743,7 @@ func (x *IngestReply_Progress) String() string {
 func (*IngestReply_Progress) ProtoMessage() {}
 
 func (x *IngestReply_Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[36]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2679,7 +2756,7 @@ func (x *IngestReply_Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IngestReply_Progress.ProtoReflect.Descriptor instead.
 func (*IngestReply_Progress) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{14, 0}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{15, 0}
 }
 
 func (x *IngestReply_Progress) GetBytes() int64 {
@@ -2700,7 +2777,7 @@ type IngestReply_Added struct {
 
 func (x *IngestReply_Added) Reset() {
 	*x = IngestReply_Added{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[37]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2712,7 +2789,7 @@ func (x *IngestReply_Added) String() string {
 func (*IngestReply_Added) ProtoMessage() {}
 
 func (x *IngestReply_Added) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[37]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2725,7 +2802,7 @@ func (x *IngestReply_Added) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IngestReply_Added.ProtoReflect.Descriptor instead.
 func (*IngestReply_Added) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{14, 1}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{15, 1}
 }
 
 func (x *IngestReply_Added) GetDigest() string {
@@ -2752,7 +2829,7 @@ type IngestReply_Committed struct {
 
 func (x *IngestReply_Committed) Reset() {
 	*x = IngestReply_Committed{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[38]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2764,7 +2841,7 @@ func (x *IngestReply_Committed) String() string {
 func (*IngestReply_Committed) ProtoMessage() {}
 
 func (x *IngestReply_Committed) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[38]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2777,7 +2854,7 @@ func (x *IngestReply_Committed) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IngestReply_Committed.ProtoReflect.Descriptor instead.
 func (*IngestReply_Committed) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{14, 2}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{15, 2}
 }
 
 func (x *IngestReply_Committed) GetNotices() []string {
@@ -2799,7 +2876,7 @@ type DeleteReply_Missed struct {
 
 func (x *DeleteReply_Missed) Reset() {
 	*x = DeleteReply_Missed{}
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[39]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2811,7 +2888,7 @@ func (x *DeleteReply_Missed) String() string {
 func (*DeleteReply_Missed) ProtoMessage() {}
 
 func (x *DeleteReply_Missed) ProtoReflect() protoreflect.Message {
-	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[39]
+	mi := &file_p2p_rpc_pb_daemon_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2824,7 +2901,7 @@ func (x *DeleteReply_Missed) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteReply_Missed.ProtoReflect.Descriptor instead.
 func (*DeleteReply_Missed) Descriptor() ([]byte, []int) {
-	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{16, 0}
+	return file_p2p_rpc_pb_daemon_proto_rawDescGZIP(), []int{17, 0}
 }
 
 func (x *DeleteReply_Missed) GetPeer() string {
@@ -2928,7 +3005,7 @@ const file_p2p_rpc_pb_daemon_proto_rawDesc = "" +
 	"\vTaskRequest\x12$\n" +
 	"\x04task\x18\x01 \x01(\v2\x10.dfcache.v1.TaskR\x04task\"\x1c\n" +
 	"\x06Notice\x12\x12\n" +
-	"\x04text\x18\x01 \x01(\tR\x04text\"\xe5\x03\n" +
+	"\x04text\x18\x01 \x01(\tR\x04text\"\x97\x04\n" +
 	"\rIngestRequest\x121\n" +
 	"\x03add\x18\x01 \x01(\v2\x1d.dfcache.v1.IngestRequest.AddH\x00R\x03add\x12:\n" +
 	"\x06rehash\x18\x02 \x01(\v2 .dfcache.v1.IngestRequest.RehashH\x00R\x06rehash\x12:\n" +
@@ -2940,11 +3017,12 @@ const file_p2p_rpc_pb_daemon_proto_rawDesc = "" +
 	"\talgorithm\x18\x04 \x01(\tR\talgorithm\x1a4\n" +
 	"\x06Rehash\x12\x16\n" +
 	"\x06digest\x18\x01 \x01(\tR\x06digest\x12\x12\n" +
-	"\x04want\x18\x02 \x01(\tR\x04want\x1ar\n" +
+	"\x04want\x18\x02 \x01(\tR\x04want\x1a\xa3\x01\n" +
 	"\x06Commit\x12)\n" +
 	"\x05tasks\x18\x01 \x03(\v2\x13.dfcache.v1.NewTaskR\x05tasks\x12)\n" +
 	"\x05names\x18\x02 \x03(\v2\x13.dfcache.v1.NewNameR\x05names\x12\x12\n" +
-	"\x04more\x18\x03 \x01(\bR\x04moreB\t\n" +
+	"\x04more\x18\x03 \x01(\bR\x04more\x12/\n" +
+	"\x06expect\x18\x04 \x03(\v2\x17.dfcache.v1.ExpectationR\x06expectB\t\n" +
 	"\arequest\"\xa8\x02\n" +
 	"\aNewTask\x12$\n" +
 	"\x04task\x18\x01 \x01(\v2\x10.dfcache.v1.TaskR\x04task\x12\x1d\n" +
@@ -2964,7 +3042,11 @@ const file_p2p_rpc_pb_daemon_proto_rawDesc = "" +
 	"\bkeep_old\x18\x04 \x01(\bR\akeepOld\x12*\n" +
 	"\x11updated_unix_nano\x18\x05 \x01(\x03R\x0fupdatedUnixNano\x12\x1d\n" +
 	"\n" +
-	"media_type\x18\x06 \x01(\tR\tmediaType\"\xce\x02\n" +
+	"media_type\x18\x06 \x01(\tR\tmediaType\"I\n" +
+	"\vExpectation\x12\x10\n" +
+	"\x03tag\x18\x01 \x01(\tR\x03tag\x12\x10\n" +
+	"\x03cid\x18\x02 \x01(\tR\x03cid\x12\x16\n" +
+	"\x06digest\x18\x03 \x01(\tR\x06digest\"\xce\x02\n" +
 	"\vIngestReply\x12>\n" +
 	"\bprogress\x18\x01 \x01(\v2 .dfcache.v1.IngestReply.ProgressH\x00R\bprogress\x125\n" +
 	"\x05added\x18\x02 \x01(\v2\x1d.dfcache.v1.IngestReply.AddedH\x00R\x05added\x12A\n" +
@@ -2976,7 +3058,7 @@ const file_p2p_rpc_pb_daemon_proto_rawDesc = "" +
 	"\x04size\x18\x02 \x01(\x03R\x04size\x1a%\n" +
 	"\tCommitted\x12\x18\n" +
 	"\anotices\x18\x01 \x03(\tR\anoticesB\a\n" +
-	"\x05reply\"\xa2\x01\n" +
+	"\x05reply\"\xca\x01\n" +
 	"\rDeleteRequest\x12\x10\n" +
 	"\x03tag\x18\x01 \x01(\tR\x03tag\x12\x10\n" +
 	"\x03cid\x18\x02 \x01(\tR\x03cid\x12\x14\n" +
@@ -2984,7 +3066,9 @@ const file_p2p_rpc_pb_daemon_proto_rawDesc = "" +
 	"\tname_only\x18\x04 \x01(\bR\bnameOnly\x12\x12\n" +
 	"\x04cids\x18\x05 \x03(\tR\x04cids\x12\x10\n" +
 	"\x03all\x18\x06 \x01(\bR\x03all\x12\x14\n" +
-	"\x05unpin\x18\a \x01(\bR\x05unpin\"\x92\x02\n" +
+	"\x05unpin\x18\a \x01(\bR\x05unpin\x12\x1b\n" +
+	"\x06expect\x18\b \x01(\tH\x00R\x06expect\x88\x01\x01B\t\n" +
+	"\a_expect\"\x92\x02\n" +
 	"\vDeleteReply\x12\x14\n" +
 	"\x05tasks\x18\x01 \x01(\x03R\x05tasks\x12\x14\n" +
 	"\x05freed\x18\x02 \x01(\x03R\x05freed\x12\x18\n" +
@@ -3089,7 +3173,7 @@ func file_p2p_rpc_pb_daemon_proto_rawDescGZIP() []byte {
 }
 
 var file_p2p_rpc_pb_daemon_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_p2p_rpc_pb_daemon_proto_msgTypes = make([]protoimpl.MessageInfo, 40)
+var file_p2p_rpc_pb_daemon_proto_msgTypes = make([]protoimpl.MessageInfo, 41)
 var file_p2p_rpc_pb_daemon_proto_goTypes = []any{
 	(Scope)(0),                    // 0: dfcache.v1.Scope
 	(Keep)(0),                     // 1: dfcache.v1.Keep
@@ -3109,97 +3193,99 @@ var file_p2p_rpc_pb_daemon_proto_goTypes = []any{
 	(*IngestRequest)(nil),         // 15: dfcache.v1.IngestRequest
 	(*NewTask)(nil),               // 16: dfcache.v1.NewTask
 	(*NewName)(nil),               // 17: dfcache.v1.NewName
-	(*IngestReply)(nil),           // 18: dfcache.v1.IngestReply
-	(*DeleteRequest)(nil),         // 19: dfcache.v1.DeleteRequest
-	(*DeleteReply)(nil),           // 20: dfcache.v1.DeleteReply
-	(*ListRequest)(nil),           // 21: dfcache.v1.ListRequest
-	(*ListReply)(nil),             // 22: dfcache.v1.ListReply
-	(*Entry)(nil),                 // 23: dfcache.v1.Entry
-	(*ReplicateRequest)(nil),      // 24: dfcache.v1.ReplicateRequest
-	(*ReplicateReply)(nil),        // 25: dfcache.v1.ReplicateReply
-	(*PeersRequest)(nil),          // 26: dfcache.v1.PeersRequest
-	(*PeersReply)(nil),            // 27: dfcache.v1.PeersReply
-	(*Peer)(nil),                  // 28: dfcache.v1.Peer
-	(*RoomRequest)(nil),           // 29: dfcache.v1.RoomRequest
-	(*RoomReply)(nil),             // 30: dfcache.v1.RoomReply
-	(*StatReply_Manifest)(nil),    // 31: dfcache.v1.StatReply.Manifest
-	(*OpenRequest_Want)(nil),      // 32: dfcache.v1.OpenRequest.Want
-	(*OpenReply_Header)(nil),      // 33: dfcache.v1.OpenReply.Header
-	(*OpenReply_Piece)(nil),       // 34: dfcache.v1.OpenReply.Piece
-	(*OpenReply_Done)(nil),        // 35: dfcache.v1.OpenReply.Done
-	(*IngestRequest_Add)(nil),     // 36: dfcache.v1.IngestRequest.Add
-	(*IngestRequest_Rehash)(nil),  // 37: dfcache.v1.IngestRequest.Rehash
-	(*IngestRequest_Commit)(nil),  // 38: dfcache.v1.IngestRequest.Commit
-	(*NewTask_Manifest)(nil),      // 39: dfcache.v1.NewTask.Manifest
-	(*IngestReply_Progress)(nil),  // 40: dfcache.v1.IngestReply.Progress
-	(*IngestReply_Added)(nil),     // 41: dfcache.v1.IngestReply.Added
-	(*IngestReply_Committed)(nil), // 42: dfcache.v1.IngestReply.Committed
-	(*DeleteReply_Missed)(nil),    // 43: dfcache.v1.DeleteReply.Missed
+	(*Expectation)(nil),           // 18: dfcache.v1.Expectation
+	(*IngestReply)(nil),           // 19: dfcache.v1.IngestReply
+	(*DeleteRequest)(nil),         // 20: dfcache.v1.DeleteRequest
+	(*DeleteReply)(nil),           // 21: dfcache.v1.DeleteReply
+	(*ListRequest)(nil),           // 22: dfcache.v1.ListRequest
+	(*ListReply)(nil),             // 23: dfcache.v1.ListReply
+	(*Entry)(nil),                 // 24: dfcache.v1.Entry
+	(*ReplicateRequest)(nil),      // 25: dfcache.v1.ReplicateRequest
+	(*ReplicateReply)(nil),        // 26: dfcache.v1.ReplicateReply
+	(*PeersRequest)(nil),          // 27: dfcache.v1.PeersRequest
+	(*PeersReply)(nil),            // 28: dfcache.v1.PeersReply
+	(*Peer)(nil),                  // 29: dfcache.v1.Peer
+	(*RoomRequest)(nil),           // 30: dfcache.v1.RoomRequest
+	(*RoomReply)(nil),             // 31: dfcache.v1.RoomReply
+	(*StatReply_Manifest)(nil),    // 32: dfcache.v1.StatReply.Manifest
+	(*OpenRequest_Want)(nil),      // 33: dfcache.v1.OpenRequest.Want
+	(*OpenReply_Header)(nil),      // 34: dfcache.v1.OpenReply.Header
+	(*OpenReply_Piece)(nil),       // 35: dfcache.v1.OpenReply.Piece
+	(*OpenReply_Done)(nil),        // 36: dfcache.v1.OpenReply.Done
+	(*IngestRequest_Add)(nil),     // 37: dfcache.v1.IngestRequest.Add
+	(*IngestRequest_Rehash)(nil),  // 38: dfcache.v1.IngestRequest.Rehash
+	(*IngestRequest_Commit)(nil),  // 39: dfcache.v1.IngestRequest.Commit
+	(*NewTask_Manifest)(nil),      // 40: dfcache.v1.NewTask.Manifest
+	(*IngestReply_Progress)(nil),  // 41: dfcache.v1.IngestReply.Progress
+	(*IngestReply_Added)(nil),     // 42: dfcache.v1.IngestReply.Added
+	(*IngestReply_Committed)(nil), // 43: dfcache.v1.IngestReply.Committed
+	(*DeleteReply_Missed)(nil),    // 44: dfcache.v1.DeleteReply.Missed
 }
 var file_p2p_rpc_pb_daemon_proto_depIdxs = []int32{
 	0,  // 0: dfcache.v1.StatRequest.scope:type_name -> dfcache.v1.Scope
 	8,  // 1: dfcache.v1.StatReply.info:type_name -> dfcache.v1.Info
-	31, // 2: dfcache.v1.StatReply.manifest:type_name -> dfcache.v1.StatReply.Manifest
+	32, // 2: dfcache.v1.StatReply.manifest:type_name -> dfcache.v1.StatReply.Manifest
 	7,  // 3: dfcache.v1.StatReply.holders:type_name -> dfcache.v1.Holders
 	4,  // 4: dfcache.v1.Info.task:type_name -> dfcache.v1.Task
 	1,  // 5: dfcache.v1.Info.keep:type_name -> dfcache.v1.Keep
 	4,  // 6: dfcache.v1.OpenRequest.task:type_name -> dfcache.v1.Task
 	0,  // 7: dfcache.v1.OpenRequest.scope:type_name -> dfcache.v1.Scope
-	32, // 8: dfcache.v1.OpenRequest.want:type_name -> dfcache.v1.OpenRequest.Want
-	33, // 9: dfcache.v1.OpenReply.header:type_name -> dfcache.v1.OpenReply.Header
-	34, // 10: dfcache.v1.OpenReply.pieces:type_name -> dfcache.v1.OpenReply.Piece
-	35, // 11: dfcache.v1.OpenReply.done:type_name -> dfcache.v1.OpenReply.Done
+	33, // 8: dfcache.v1.OpenRequest.want:type_name -> dfcache.v1.OpenRequest.Want
+	34, // 9: dfcache.v1.OpenReply.header:type_name -> dfcache.v1.OpenReply.Header
+	35, // 10: dfcache.v1.OpenReply.pieces:type_name -> dfcache.v1.OpenReply.Piece
+	36, // 11: dfcache.v1.OpenReply.done:type_name -> dfcache.v1.OpenReply.Done
 	4,  // 12: dfcache.v1.TaskRequest.task:type_name -> dfcache.v1.Task
-	36, // 13: dfcache.v1.IngestRequest.add:type_name -> dfcache.v1.IngestRequest.Add
-	37, // 14: dfcache.v1.IngestRequest.rehash:type_name -> dfcache.v1.IngestRequest.Rehash
-	38, // 15: dfcache.v1.IngestRequest.commit:type_name -> dfcache.v1.IngestRequest.Commit
+	37, // 13: dfcache.v1.IngestRequest.add:type_name -> dfcache.v1.IngestRequest.Add
+	38, // 14: dfcache.v1.IngestRequest.rehash:type_name -> dfcache.v1.IngestRequest.Rehash
+	39, // 15: dfcache.v1.IngestRequest.commit:type_name -> dfcache.v1.IngestRequest.Commit
 	4,  // 16: dfcache.v1.NewTask.task:type_name -> dfcache.v1.Task
 	1,  // 17: dfcache.v1.NewTask.keep:type_name -> dfcache.v1.Keep
-	39, // 18: dfcache.v1.NewTask.manifest:type_name -> dfcache.v1.NewTask.Manifest
-	40, // 19: dfcache.v1.IngestReply.progress:type_name -> dfcache.v1.IngestReply.Progress
-	41, // 20: dfcache.v1.IngestReply.added:type_name -> dfcache.v1.IngestReply.Added
-	42, // 21: dfcache.v1.IngestReply.committed:type_name -> dfcache.v1.IngestReply.Committed
-	43, // 22: dfcache.v1.DeleteReply.missed:type_name -> dfcache.v1.DeleteReply.Missed
+	40, // 18: dfcache.v1.NewTask.manifest:type_name -> dfcache.v1.NewTask.Manifest
+	41, // 19: dfcache.v1.IngestReply.progress:type_name -> dfcache.v1.IngestReply.Progress
+	42, // 20: dfcache.v1.IngestReply.added:type_name -> dfcache.v1.IngestReply.Added
+	43, // 21: dfcache.v1.IngestReply.committed:type_name -> dfcache.v1.IngestReply.Committed
+	44, // 22: dfcache.v1.DeleteReply.missed:type_name -> dfcache.v1.DeleteReply.Missed
 	2,  // 23: dfcache.v1.ListRequest.kind:type_name -> dfcache.v1.Kind
-	23, // 24: dfcache.v1.ListReply.entries:type_name -> dfcache.v1.Entry
+	24, // 24: dfcache.v1.ListReply.entries:type_name -> dfcache.v1.Entry
 	8,  // 25: dfcache.v1.Entry.info:type_name -> dfcache.v1.Info
-	28, // 26: dfcache.v1.PeersReply.peers:type_name -> dfcache.v1.Peer
+	29, // 26: dfcache.v1.PeersReply.peers:type_name -> dfcache.v1.Peer
 	3,  // 27: dfcache.v1.Peer.state:type_name -> dfcache.v1.PeerState
 	8,  // 28: dfcache.v1.StatReply.Manifest.refs:type_name -> dfcache.v1.Info
 	11, // 29: dfcache.v1.OpenReply.Done.sources:type_name -> dfcache.v1.Source
 	16, // 30: dfcache.v1.IngestRequest.Commit.tasks:type_name -> dfcache.v1.NewTask
 	17, // 31: dfcache.v1.IngestRequest.Commit.names:type_name -> dfcache.v1.NewName
-	5,  // 32: dfcache.v1.Daemon.Stat:input_type -> dfcache.v1.StatRequest
-	9,  // 33: dfcache.v1.Daemon.Open:input_type -> dfcache.v1.OpenRequest
-	12, // 34: dfcache.v1.Daemon.Hold:input_type -> dfcache.v1.HoldRequest
-	5,  // 35: dfcache.v1.Daemon.HoldManifest:input_type -> dfcache.v1.StatRequest
-	13, // 36: dfcache.v1.Daemon.HoldReferrers:input_type -> dfcache.v1.TaskRequest
-	13, // 37: dfcache.v1.Daemon.Verify:input_type -> dfcache.v1.TaskRequest
-	13, // 38: dfcache.v1.Daemon.Mend:input_type -> dfcache.v1.TaskRequest
-	15, // 39: dfcache.v1.Daemon.Ingest:input_type -> dfcache.v1.IngestRequest
-	19, // 40: dfcache.v1.Daemon.Delete:input_type -> dfcache.v1.DeleteRequest
-	21, // 41: dfcache.v1.Daemon.List:input_type -> dfcache.v1.ListRequest
-	24, // 42: dfcache.v1.Daemon.Replicate:input_type -> dfcache.v1.ReplicateRequest
-	26, // 43: dfcache.v1.Daemon.Peers:input_type -> dfcache.v1.PeersRequest
-	29, // 44: dfcache.v1.Daemon.Room:input_type -> dfcache.v1.RoomRequest
-	6,  // 45: dfcache.v1.Daemon.Stat:output_type -> dfcache.v1.StatReply
-	10, // 46: dfcache.v1.Daemon.Open:output_type -> dfcache.v1.OpenReply
-	14, // 47: dfcache.v1.Daemon.Hold:output_type -> dfcache.v1.Notice
-	6,  // 48: dfcache.v1.Daemon.HoldManifest:output_type -> dfcache.v1.StatReply
-	14, // 49: dfcache.v1.Daemon.HoldReferrers:output_type -> dfcache.v1.Notice
-	14, // 50: dfcache.v1.Daemon.Verify:output_type -> dfcache.v1.Notice
-	14, // 51: dfcache.v1.Daemon.Mend:output_type -> dfcache.v1.Notice
-	18, // 52: dfcache.v1.Daemon.Ingest:output_type -> dfcache.v1.IngestReply
-	20, // 53: dfcache.v1.Daemon.Delete:output_type -> dfcache.v1.DeleteReply
-	22, // 54: dfcache.v1.Daemon.List:output_type -> dfcache.v1.ListReply
-	25, // 55: dfcache.v1.Daemon.Replicate:output_type -> dfcache.v1.ReplicateReply
-	27, // 56: dfcache.v1.Daemon.Peers:output_type -> dfcache.v1.PeersReply
-	30, // 57: dfcache.v1.Daemon.Room:output_type -> dfcache.v1.RoomReply
-	45, // [45:58] is the sub-list for method output_type
-	32, // [32:45] is the sub-list for method input_type
-	32, // [32:32] is the sub-list for extension type_name
-	32, // [32:32] is the sub-list for extension extendee
-	0,  // [0:32] is the sub-list for field type_name
+	18, // 32: dfcache.v1.IngestRequest.Commit.expect:type_name -> dfcache.v1.Expectation
+	5,  // 33: dfcache.v1.Daemon.Stat:input_type -> dfcache.v1.StatRequest
+	9,  // 34: dfcache.v1.Daemon.Open:input_type -> dfcache.v1.OpenRequest
+	12, // 35: dfcache.v1.Daemon.Hold:input_type -> dfcache.v1.HoldRequest
+	5,  // 36: dfcache.v1.Daemon.HoldManifest:input_type -> dfcache.v1.StatRequest
+	13, // 37: dfcache.v1.Daemon.HoldReferrers:input_type -> dfcache.v1.TaskRequest
+	13, // 38: dfcache.v1.Daemon.Verify:input_type -> dfcache.v1.TaskRequest
+	13, // 39: dfcache.v1.Daemon.Mend:input_type -> dfcache.v1.TaskRequest
+	15, // 40: dfcache.v1.Daemon.Ingest:input_type -> dfcache.v1.IngestRequest
+	20, // 41: dfcache.v1.Daemon.Delete:input_type -> dfcache.v1.DeleteRequest
+	22, // 42: dfcache.v1.Daemon.List:input_type -> dfcache.v1.ListRequest
+	25, // 43: dfcache.v1.Daemon.Replicate:input_type -> dfcache.v1.ReplicateRequest
+	27, // 44: dfcache.v1.Daemon.Peers:input_type -> dfcache.v1.PeersRequest
+	30, // 45: dfcache.v1.Daemon.Room:input_type -> dfcache.v1.RoomRequest
+	6,  // 46: dfcache.v1.Daemon.Stat:output_type -> dfcache.v1.StatReply
+	10, // 47: dfcache.v1.Daemon.Open:output_type -> dfcache.v1.OpenReply
+	14, // 48: dfcache.v1.Daemon.Hold:output_type -> dfcache.v1.Notice
+	6,  // 49: dfcache.v1.Daemon.HoldManifest:output_type -> dfcache.v1.StatReply
+	14, // 50: dfcache.v1.Daemon.HoldReferrers:output_type -> dfcache.v1.Notice
+	14, // 51: dfcache.v1.Daemon.Verify:output_type -> dfcache.v1.Notice
+	14, // 52: dfcache.v1.Daemon.Mend:output_type -> dfcache.v1.Notice
+	19, // 53: dfcache.v1.Daemon.Ingest:output_type -> dfcache.v1.IngestReply
+	21, // 54: dfcache.v1.Daemon.Delete:output_type -> dfcache.v1.DeleteReply
+	23, // 55: dfcache.v1.Daemon.List:output_type -> dfcache.v1.ListReply
+	26, // 56: dfcache.v1.Daemon.Replicate:output_type -> dfcache.v1.ReplicateReply
+	28, // 57: dfcache.v1.Daemon.Peers:output_type -> dfcache.v1.PeersReply
+	31, // 58: dfcache.v1.Daemon.Room:output_type -> dfcache.v1.RoomReply
+	46, // [46:59] is the sub-list for method output_type
+	33, // [33:46] is the sub-list for method input_type
+	33, // [33:33] is the sub-list for extension type_name
+	33, // [33:33] is the sub-list for extension extendee
+	0,  // [0:33] is the sub-list for field type_name
 }
 
 func init() { file_p2p_rpc_pb_daemon_proto_init() }
@@ -3212,19 +3298,20 @@ func file_p2p_rpc_pb_daemon_proto_init() {
 		(*IngestRequest_Rehash_)(nil),
 		(*IngestRequest_Commit_)(nil),
 	}
-	file_p2p_rpc_pb_daemon_proto_msgTypes[14].OneofWrappers = []any{
+	file_p2p_rpc_pb_daemon_proto_msgTypes[15].OneofWrappers = []any{
 		(*IngestReply_Progress_)(nil),
 		(*IngestReply_Added_)(nil),
 		(*IngestReply_Committed_)(nil),
 	}
-	file_p2p_rpc_pb_daemon_proto_msgTypes[17].OneofWrappers = []any{}
+	file_p2p_rpc_pb_daemon_proto_msgTypes[16].OneofWrappers = []any{}
+	file_p2p_rpc_pb_daemon_proto_msgTypes[18].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_p2p_rpc_pb_daemon_proto_rawDesc), len(file_p2p_rpc_pb_daemon_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   40,
+			NumMessages:   41,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
