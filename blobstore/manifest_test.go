@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"runtime"
 	"slices"
 	"strings"
@@ -449,4 +450,49 @@ func TestOtherType(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestTaggedDescriptor: what a descriptor says is kept with its tag when the store is opened again, as far
+// as it is not too much.
+func TestTaggedDescriptor(t *testing.T) {
+	dir := t.TempDir()
+	open := func() (*blobstore.Store, *blobstore.Repository) {
+		t.Helper()
+		s, err := blobstore.Open(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s, repository(t, s, "t")
+	}
+	s, r := open()
+	desc := mustPushManifest(t, r, image(ocispec.Manifest{Config: blob("config")})).Descriptor
+	many := map[string]string{}
+	for i := range 257 {
+		many[fmt.Sprint(i)] = ""
+	}
+	said := map[string]map[string]string{
+		"v1": {"a": "b"}, "v2": {"a": strings.Repeat("x", p2p.MaxDescription)}, "v3": many, "v4": {"a": "<\x00\u2028>"}}
+	for tag, annotations := range said {
+		desc.Annotations = annotations
+		if err := r.Tag(t.Context(), desc, tag); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	s, r = open()
+	defer s.Close()
+	said["v2"], said["v3"] = nil, nil
+	for tag, want := range said {
+		// A push by a client that says nothing of it leaves it as it is.
+		mustPushManifest(t, r, image(ocispec.Manifest{Config: blob("config")}), tag)
+		if got, err := r.Resolve(t.Context(), tag); err != nil || !maps.Equal(got.Annotations, want) {
+			t.Errorf("%s: %v, %v; want %v", tag, got.Annotations, err, want)
+		}
+	}
+	mustPushManifest(t, r, image(ocispec.Manifest{Config: blob("other")}), "v1")
+	if got, err := r.Resolve(t.Context(), "v1"); err != nil || got.Annotations != nil {
+		t.Errorf("a tag that was moved: %v, %v", got.Annotations, err)
+	}
 }

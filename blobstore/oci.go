@@ -3,6 +3,7 @@ package blobstore
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/jsonlimit"
 	"github.com/dfcache/dfcache/p2p/manifest"
 	"github.com/dfcache/dfcache/p2p/source"
 )
@@ -191,7 +193,9 @@ func (r *Repository) FetchReference(ctx context.Context, reference string) (ocis
 }
 
 // Resolve implements [content.Resolver]: reference is a tag or a digest, of a
-// manifest or any other content.
+// manifest or any other content. Of a tag that was made on this host the result has the annotations, the
+// platform and the artifact type of the descriptor it was made with, where these are not more than 256
+// annotations and 16 KiB together.
 //
 // It asks this host, and the swarm for what is not here.
 func (r *Repository) Resolve(ctx context.Context, reference string) (ocispec.Descriptor, error) {
@@ -203,7 +207,37 @@ func (r *Repository) Resolve(ctx context.Context, reference string) (ocispec.Des
 	if err != nil {
 		return ocispec.Descriptor{}, toOCI(fmt.Errorf("resolve: %w", err))
 	}
-	return descriptorOf(info), nil
+	d := descriptorOf(info)
+	addDescription(&d, info.Description)
+	return d, nil
+}
+
+// described is what a descriptor says beside what the content has, of a tag.
+type described struct {
+	ArtifactType string            `json:"artifactType,omitempty"`
+	Annotations  map[string]string `json:"annotations,omitempty"`
+	Platform     *ocispec.Platform `json:"platform,omitempty"`
+}
+
+// maxAnnotations is how many annotations are kept of a descriptor that is tagged, and other elements.
+const maxAnnotations = 256
+
+// describe returns what is kept of a descriptor that is tagged. Where it is too much, that is nothing.
+func describe(d ocispec.Descriptor) []byte {
+	data, err := json.Marshal(described{d.ArtifactType, d.Annotations, d.Platform})
+	if err != nil || len(data) > p2p.MaxDescription || len(d.Annotations) > maxAnnotations {
+		return []byte("{}")
+	}
+	return data
+}
+
+// addDescription adds to d what was kept of the descriptor that was tagged.
+func addDescription(d *ocispec.Descriptor, data []byte) {
+	var said described
+	// One that is not of this program's making is not worth an error.
+	if len(data) > 0 && jsonlimit.Unmarshal(data, &said, 2*maxAnnotations) == nil {
+		d.ArtifactType, d.Annotations, d.Platform = said.ArtifactType, said.Annotations, said.Platform
+	}
 }
 
 // Push implements [content.Pusher]: it stores what src has, which has to be as
@@ -269,6 +303,9 @@ func (r *Repository) PushReference(
 	names, err := r.names(expected.Digest, reference)
 	if err != nil {
 		return err
+	}
+	for i := range names {
+		names[i].Description = describe(expected)
 	}
 	exists, err := r.has(ctx, expected, p2p.Local)
 	if err != nil {
@@ -476,7 +513,7 @@ func (r *Repository) Tag(ctx context.Context, desc ocispec.Descriptor, reference
 		return err
 	}
 	for i := range names {
-		names[i].MediaType = desc.MediaType
+		names[i].MediaType, names[i].Description = desc.MediaType, describe(desc)
 	}
 	if err := checkMediaType(desc.MediaType); err != nil {
 		return toOCI(fmt.Errorf("tag: %w", err))

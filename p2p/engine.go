@@ -158,6 +158,9 @@ type Info struct {
 	Imported time.Time // when the task was committed here; zero where it is not here
 	LastUsed time.Time // when the blob was last opened here; zero where never
 
+	// Description is NewName.Description where the Stat was of a name, and something was said on this
+	// host. It is not told in a List.
+	Description []byte
 	// Lacks are those parts of a manifest that were deleted by force, or of which is
 	// known that they are damaged, and that nobody has yet: at most MaxRefs. Content
 	// that is not here because it has not come from peers yet is not among them.
@@ -192,6 +195,8 @@ const (
 	// MaxManifest is the largest manifest in bytes: the limit that the OCI
 	// distribution specification asks every registry for at least.
 	MaxManifest = 4 << 20
+	// MaxDescription is the longest description of a name in bytes.
+	MaxDescription = 16 << 10
 	// MaxRefs is how many of the tasks that a manifest refers to are looked up with it:
 	// the first. Others are asked for one by one.
 	MaxRefs = 256
@@ -220,6 +225,10 @@ type NewName struct {
 	// MediaType is what the task is taken for, or "" for what it is. Where that is another one the
 	// commit fails, as with NewTask.MediaType.
 	MediaType string
+	// Description is what else is said of what the name points to: an object of JSON, of at most
+	// MaxDescription bytes. A Stat of the name gives it back, until the name is moved. nil keeps what was
+	// said where the name pointed to the same before; "{}" says nothing.
+	Description []byte
 	// Updated is when the name was pointed there, where that was on another
 	// host: it is not moved if it has been pointed elsewhere later, and whatever
 	// was put in on this host is kept, as with KeepOld: nobody here has moved the

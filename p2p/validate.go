@@ -1,7 +1,9 @@
 package p2p
 
 import (
+	"bytes"
 	"cmp"
+	"encoding/json"
 	"fmt"
 	"time"
 
@@ -240,6 +242,10 @@ func (n NewName) Validate() error {
 	}
 	if err := validateMediaType(n.MediaType); err != nil {
 		return fmt.Errorf("name %q: %w", n.Name, err)
+	}
+	if d := n.Description; d != nil && (len(d) > MaxDescription || !bytes.HasPrefix(d, []byte("{")) || !json.Valid(d)) {
+		return fmt.Errorf("name %q: %w: its description is no object of JSON of at most %d bytes", n.Name,
+			digest.ErrInvalid, MaxDescription)
 	}
 	return validateTime("name "+n.Name, n.Updated)
 }

@@ -100,6 +100,7 @@ func Run(t *testing.T, open func(t *testing.T) oras.Target, opts Options) {
 
 		{"Resolve", s.testResolve},
 		{"TagMoves", s.testTagMoves},
+		{"TagKeepsDescriptor", s.testTagKeepsDescriptor},
 		{"TagByDigest", s.testTagByDigest},
 		{"EmptyReference", s.testEmptyReference},
 		{"Untag", s.testUntag},

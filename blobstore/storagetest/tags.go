@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"maps"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -11,6 +13,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"oras.land/oras-go/v2"
 	"oras.land/oras-go/v2/content"
+	"oras.land/oras-go/v2/content/memory"
 	"oras.land/oras-go/v2/errdef"
 	"oras.land/oras-go/v2/registry"
 )
@@ -43,6 +46,45 @@ func (s *suite) testResolve(t *testing.T, target oras.Target) {
 	got, err := target.Resolve(t.Context(), untagged.Digest.String())
 	if err != nil || got.Digest != untagged.Digest || got.Size != untagged.Size {
 		t.Errorf("resolve of a blob that has no tag: %+v, %v; want %+v", got, err, untagged)
+	}
+}
+
+// What a descriptor says that is tagged is what the tag resolves to, and what is copied with it.
+func (s *suite) testTagKeepsDescriptor(t *testing.T, target oras.Target) {
+	g := graph{}
+	image := g.image(g.layer("layer"))
+	g.push(t, target)
+	said := image
+	said.Annotations = map[string]string{"org.example.a": "b", "org.example.empty": "", "\u00fc": "<&>"}
+	said.Platform = &ocispec.Platform{
+		OS: "windows", Architecture: "arm64", Variant: "v8", OSVersion: "10", OSFeatures: []string{"win32k"}}
+	other := image
+	other.Annotations = map[string]string{"org.example.a": "c"}
+	for _, step := range []struct {
+		tag  string
+		desc ocispec.Descriptor
+	}{{"v1", said}, {"v2", other}, {"v3", image}, {"v2", said}, {"v1", image}} {
+		mustTag(t, target, step.desc, step.tag)
+		got, err := target.Resolve(t.Context(), step.tag)
+		if err != nil || !content.Equal(got, image) || !maps.Equal(got.Annotations, step.desc.Annotations) ||
+			!reflect.DeepEqual(got.Platform, step.desc.Platform) {
+			t.Errorf("resolve(%s): %+v, %v; want %+v", step.tag, got, err, step.desc)
+		}
+	}
+	dst := memory.New()
+	copied, err := oras.Copy(t.Context(), target, "v2", dst, "copied", oras.DefaultCopyOptions)
+	if err != nil || !maps.Equal(copied.Annotations, said.Annotations) {
+		t.Errorf("copy: %+v, %v; want %+v", copied, err, said)
+	}
+	if pusher, ok := target.(registry.ReferencePusher); ok {
+		if err := pusher.PushReference(t.Context(), other, bytes.NewReader(g.nodes[1].data), "v4"); err != nil {
+			t.Fatal(err)
+		}
+	} else {
+		mustTag(t, target, other, "v4")
+	}
+	if got, err := target.Resolve(t.Context(), "v4"); err != nil || !maps.Equal(got.Annotations, other.Annotations) {
+		t.Errorf("resolve(v4): %+v, %v; want %+v", got, err, other)
 	}
 }
 

@@ -54,6 +54,7 @@ func Run(t *testing.T, open func(t *testing.T) p2p.Engine) {
 		"DeleteAll":                 testDeleteAll,
 		"DeleteListed":              testDeleteListed,
 		"DeleteRemovesNames":        testDeleteRemovesNames,
+		"Descriptions":              testDescriptions,
 		"Expect":                    testExpect,
 		"LooseTask":                 testLooseTask,
 		"LooseTaskIsAdopted":        testLooseTaskIsAdopted,
@@ -976,6 +977,46 @@ func testDeleteListed(t *testing.T, e p2p.Engine) {
 		if info, err := stat(t.Context(), e, task); err != nil || !slices.Contains(info.Lacks, manifest.Digest) {
 			t.Errorf("%s lacks %v, %v; want the manifest", task, info.Lacks, err)
 		}
+	}
+}
+
+// What is said with a name is told with it, until it is moved.
+func testDescriptions(t *testing.T, e p2p.Engine) {
+	one, two := push(t, e, []byte(`{"one":1}`), refs()), push(t, e, []byte(`{"two":2}`), refs())
+	point := func(to p2p.Task, description []byte) error {
+		in, err := e.Ingest(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer in.Close()
+		return in.Commit(p2p.Commit{Names: []p2p.NewName{
+			{Tag: "t", Name: "v1", Digest: to.Digest, KeepOld: true, Description: description}}})
+	}
+	longest := []byte(`{"a":"` + strings.Repeat("x", p2p.MaxDescription-8) + `"}`)
+	for _, step := range []struct {
+		to         p2p.Task
+		said, want []byte
+	}{
+		{one, nil, nil},
+		{one, []byte(`{"a":"b"}`), []byte(`{"a":"b"}`)},
+		{one, nil, []byte(`{"a":"b"}`)},
+		{two, nil, nil},
+		{two, longest, longest},
+		{two, []byte(`{}`), nil},
+	} {
+		if err := point(step.to, step.said); err != nil {
+			t.Fatal(err)
+		}
+		info, err := e.Stat(t.Context(), "t", cid(t, "v1"), p2p.StatOptions{})
+		if err != nil || !bytes.Equal(info.Description, step.want) {
+			t.Errorf("after %.50q: the name is said to be %.50q, %v", step.said, info.Description, err)
+		}
+		if info, err := stat(t.Context(), e, step.to); err != nil || info.Description != nil {
+			t.Errorf("its digest is said to be %.50q, %v", info.Description, err)
+		}
+	}
+	for _, bad := range []string{"[]", "{", "x", string(longest) + " "} {
+		requireError(t, fmt.Sprintf("say %.50q", bad), point(one, []byte(bad)), digest.ErrInvalid)
 	}
 }
 

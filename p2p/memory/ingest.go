@@ -398,7 +398,13 @@ func (s *Store) point(n p2p.NewName, gone *p2p.Deleted) {
 	if n.MediaType != "" && t.tasks[n.Digest].manifest == nil {
 		t.tasks[n.Digest].mediaType = n.MediaType
 	}
-	t.names[n.Name] = name{n.Digest, n.Updated}
+	described := slices.Clone(n.Description)
+	if n.Description == nil && old.digest == n.Digest {
+		described = old.described
+	} else if string(n.Description) == "{}" {
+		described = nil
+	}
+	t.names[n.Name] = name{n.Digest, n.Updated, described}
 	t.adopt(n.Digest)
 	if !moved || old.digest == n.Digest {
 		return

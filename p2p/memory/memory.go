@@ -68,8 +68,9 @@ type task struct {
 }
 
 type name struct {
-	digest  digest.Digest
-	updated time.Time
+	digest    digest.Digest
+	updated   time.Time
+	described []byte
 }
 
 // New returns an empty store.
@@ -186,6 +187,9 @@ func (s *Store) Stat(ctx context.Context, tagName string, cid digest.CID, opts p
 		found.leases = []time.Time{time.Now().Add(s.lease)}
 	}
 	info := s.info(tagName, d)
+	if id := cid.CacheID(); id != "" {
+		info.Description = slices.Clone(s.at(tagName).names[id].described)
+	}
 	if opts.Manifest && found.manifest != nil {
 		info.Manifest = &p2p.Manifest{Content: slices.Clone(found.blob.data)}
 		for i, ref := range found.manifest.Refs {

@@ -29,10 +29,11 @@ import (
 
 // currentStore is a store of today's format that an earlier program has made. Where the format
 // gets another version, it is one of the old ones: TestUpgrade goes on reading it.
-const currentStore = "testdata/stores/version2-cleared.tar.gz"
+const currentStore = "testdata/stores/version2-described.tar.gz"
 
 // earlierStores are of the same version, without fields and buckets that came later.
-var earlierStores = []string{"testdata/stores/version2.tar.gz", "testdata/stores/version2-limit.tar.gz"}
+var earlierStores = []string{"testdata/stores/version2.tar.gz", "testdata/stores/version2-limit.tar.gz",
+	"testdata/stores/version2-cleared.tar.gz"}
 
 var makeStore = flag.String("store.make",
 	"", "have TestMakeStore make testdata/stores/NAME.tar.gz, a store of today's format")
@@ -42,7 +43,7 @@ var madeAt = time.Date(2026, 11, 30, 12, 0, 0, 0, time.UTC)
 
 // TestMakeStore makes the store that currentStore is:
 //
-//	go test ./p2p/pieces -run TestMakeStore -store.make version2-cleared
+//	go test ./p2p/pieces -run TestMakeStore -store.make version2-described
 func TestMakeStore(t *testing.T) {
 	if *makeStore == "" {
 		return // it is no test
@@ -178,7 +179,8 @@ func makeFullStore(t *testing.T, dir string) {
 	commit(fullSubject, p2p.NewTask{Keep: p2p.KeepPinned})
 	commit(fullReferrer, p2p.NewTask{MediaType: "application/y",
 		Manifest: &p2p.NewManifest{Subject: fullTask(fullSubject).Digest}},
-		p2p.NewName{Tag: "r", Name: "kept", Digest: fullTask(fullReferrer).Digest, KeepOld: true})
+		p2p.NewName{Tag: "r", Name: "kept", Digest: fullTask(fullReferrer).Digest, KeepOld: true,
+			Description: []byte(`{"annotations":{"a":"b"}}`)})
 	commit(fullLarge, p2p.NewTask{Keep: p2p.KeepPinned})
 	commit(fullForced, p2p.NewTask{})
 	manifest("forced", fullForced)

@@ -3,6 +3,7 @@ package pieces
 import (
 	"bytes"
 	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -90,6 +91,8 @@ type nameRecord struct {
 	Updated time.Time     `json:"updated"`
 	After   time.Time     `json:"after,omitzero"`  // Version.After
 	LetGo   bool          `json:"letGo,omitempty"` // whoever pointed it there let go of what it pointed to before
+	// what whoever pointed it there has said of that, on this host
+	Described json.RawMessage `json:"described,omitempty"`
 }
 
 func (r *nameRecord) version() Version { return Version{r.Updated, r.After} }
@@ -528,8 +531,15 @@ func (r *removal) setName(tx *bbolt.Tx, n p2p.NewName) (before digest.Digest, er
 	if err := checkType(tx, n); err != nil {
 		return "", err
 	}
+	described := json.RawMessage(n.Description)
+	switch {
+	case n.Description == nil && record.Digest == n.Digest:
+		described = record.Described
+	case string(n.Description) == "{}":
+		described = nil
+	}
 	if err := put(tx, bucketNames, k, nameRecord{
-		Digest: n.Digest, Updated: version.At, After: version.After, LetGo: !n.KeepOld}); err != nil {
+		Digest: n.Digest, Updated: version.At, After: version.After, LetGo: !n.KeepOld, Described: described}); err != nil {
 		return "", err
 	}
 	if !found {

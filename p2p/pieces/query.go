@@ -117,6 +117,13 @@ func (s *Store) lookUp(tag string, cid digest.CID, withRefs bool) (info p2p.Info
 		if info, record, err = s.info(tx, task); err != nil {
 			return err
 		}
+		if name := cid.CacheID(); name != "" {
+			named, _, err := get[nameRecord](tx, bucketNames, key(tag, name))
+			if err != nil {
+				return err
+			}
+			info.Description = named.Described
+		}
 		damage = damageOf(tx, task.Digest)
 		info.Lacks = lacks(tx, task)
 		if !withRefs {

@@ -40,7 +40,9 @@ import (
 func oldStores(t *testing.T) []string {
 	t.Helper()
 	names, err := filepath.Glob("testdata/stores/*.tar.gz")
-	names = slices.DeleteFunc(names, func(name string) bool { return name == currentStore || slices.Contains(earlierStores, name) })
+	names = slices.DeleteFunc(names, func(name string) bool {
+		return name == currentStore || slices.Contains(earlierStores, name)
+	})
 	if err != nil || len(names) < 10 {
 		t.Fatalf("the stores are %v, %v", names, err)
 	}

@@ -456,7 +456,8 @@ func TestCommitAndLookUp(t *testing.T) {
 	}
 	names := []p2p.NewName{
 		{Tag: "models", Name: "v1", Digest: digests[0]},
-		{Tag: "models", Name: "v2", Digest: digests[0], KeepOld: true},
+		{Tag: "models", Name: "v2", Digest: digests[0], KeepOld: true, MediaType: "application/x",
+			Description: []byte(`{"a":"b"}`)},
 	}
 	if err := ingest.Commit(p2p.Commit{Tasks: tasks, Names: names}); err != nil {
 		t.Fatal(err)
@@ -467,7 +468,7 @@ func TestCommitAndLookUp(t *testing.T) {
 		}
 	}
 	for _, name := range names {
-		if got := s.names[nameKey(name.Tag, name.Name)]; got != name {
+		if got := s.names[nameKey(name.Tag, name.Name)]; !reflect.DeepEqual(got, name) {
 			t.Errorf("the engine got %+v, want %+v", got, name)
 		}
 	}

@@ -275,7 +275,8 @@ func digestsOf(texts []string) (digests []digest.Digest) {
 func parseNewName(n *pb.NewName) (p2p.NewName, error) {
 	name := p2p.NewName{
 		Tag: n.GetTag(), Name: n.GetName(), Digest: digest.Digest(n.GetDigest()),
-		MediaType: n.GetMediaType(), Updated: timeOf(n.GetUpdatedUnixNano()), KeepOld: n.GetKeepOld(),
+		MediaType: n.GetMediaType(), Description: n.Description,
+		Updated: timeOf(n.GetUpdatedUnixNano()), KeepOld: n.GetKeepOld(),
 	}
 	return name, name.Validate()
 }
@@ -301,6 +302,7 @@ func infoMessage(i p2p.Info) *pb.Info {
 		ImportedUnixNano: nanoseconds(i.Imported),
 		LastUsedUnixNano: nanoseconds(i.LastUsed),
 		Lacks:            stringsOf(i.Lacks),
+		Description:      i.Description,
 	}
 }
 
@@ -427,7 +429,7 @@ func commitParts(c p2p.Commit, part int) []*pb.IngestRequest_Commit {
 	}
 	for _, n := range c.Names {
 		m := &pb.NewName{Tag: n.Tag, Name: n.Name, Digest: string(n.Digest), KeepOld: n.KeepOld, MediaType: n.MediaType,
-			UpdatedUnixNano: nanoseconds(n.Updated)}
+			Description: n.Description, UpdatedUnixNano: nanoseconds(n.Updated)}
 		grow(m)
 		now.Names = append(now.Names, m)
 	}
@@ -474,6 +476,7 @@ func infoOf(i *pb.Info) (p2p.Info, error) {
 	return p2p.Info{
 		Task:        task,
 		Lacks:       lacks,
+		Description: i.Description,
 		Size:        i.GetSize(),
 		PieceLength: i.GetPieceLength(),
 		Pieces:      int(i.GetPieces()),

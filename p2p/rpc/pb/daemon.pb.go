@@ -523,6 +523,7 @@ type Info struct {
 	LastUsedUnixNano int64                  `protobuf:"varint,10,opt,name=last_used_unix_nano,json=lastUsedUnixNano,proto3" json:"last_used_unix_nano,omitempty"` // likewise; 0 where never
 	Remote           bool                   `protobuf:"varint,11,opt,name=remote,proto3" json:"remote,omitempty"`                                                 // nothing of it is here: it is the word of peers
 	OriginUnixNano   int64                  `protobuf:"varint,12,opt,name=origin_unix_nano,json=originUnixNano,proto3" json:"origin_unix_nano,omitempty"`         // when it was imported first, on whatever host; 0 where unknown
+	Description      []byte                 `protobuf:"bytes,14,opt,name=description,proto3" json:"description,omitempty"`                                        // what was said of it with the name that it was asked for by; empty for nothing
 	Lacks            []string               `protobuf:"bytes,13,rep,name=lacks,proto3" json:"lacks,omitempty"`                                                    // digests of those parts of a manifest that were deleted by force, or are damaged; at most 256
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
@@ -640,6 +641,13 @@ func (x *Info) GetOriginUnixNano() int64 {
 		return x.OriginUnixNano
 	}
 	return 0
+}
+
+func (x *Info) GetDescription() []byte {
+	if x != nil {
+		return x.Description
+	}
+	return nil
 }
 
 func (x *Info) GetLacks() []string {
@@ -1203,6 +1211,7 @@ type NewName struct {
 	KeepOld         bool                   `protobuf:"varint,4,opt,name=keep_old,json=keepOld,proto3" json:"keep_old,omitempty"`                           // keep what the name pointed to before
 	UpdatedUnixNano int64                  `protobuf:"varint,5,opt,name=updated_unix_nano,json=updatedUnixNano,proto3" json:"updated_unix_nano,omitempty"` // when it was pointed there, on another host; 0 is now
 	MediaType       string                 `protobuf:"bytes,6,opt,name=media_type,json=mediaType,proto3" json:"media_type,omitempty"`                      // what is pointed to is taken for; another one than it has is refused; empty for any
+	Description     []byte                 `protobuf:"bytes,7,opt,name=description,proto3" json:"description,omitempty"`                                   // what else is said of it, an object of JSON of at most 16 KiB; empty keeps what was said
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -1277,6 +1286,13 @@ func (x *NewName) GetMediaType() string {
 		return x.MediaType
 	}
 	return ""
+}
+
+func (x *NewName) GetDescription() []byte {
+	if x != nil {
+		return x.Description
+	}
+	return nil
 }
 
 // Expectation is what a cid is to stand for on the daemon's host.
@@ -2952,7 +2968,7 @@ const file_p2p_rpc_pb_daemon_proto_rawDesc = "" +
 	"\x04some\x18\x01 \x01(\x03R\x04some\x12\x14\n" +
 	"\x05whole\x18\x02 \x01(\x03R\x05whole\x12\x14\n" +
 	"\x05asked\x18\x03 \x01(\x03R\x05asked\x12\x16\n" +
-	"\x06silent\x18\x04 \x01(\x03R\x06silent\"\xaa\x03\n" +
+	"\x06silent\x18\x04 \x01(\x03R\x06silent\"\xcc\x03\n" +
 	"\x04Info\x12$\n" +
 	"\x04task\x18\x01 \x01(\v2\x10.dfcache.v1.TaskR\x04task\x12\x12\n" +
 	"\x04size\x18\x02 \x01(\x03R\x04size\x12!\n" +
@@ -2968,7 +2984,8 @@ const file_p2p_rpc_pb_daemon_proto_rawDesc = "" +
 	"\x13last_used_unix_nano\x18\n" +
 	" \x01(\x03R\x10lastUsedUnixNano\x12\x16\n" +
 	"\x06remote\x18\v \x01(\bR\x06remote\x12(\n" +
-	"\x10origin_unix_nano\x18\f \x01(\x03R\x0eoriginUnixNano\x12\x14\n" +
+	"\x10origin_unix_nano\x18\f \x01(\x03R\x0eoriginUnixNano\x12 \n" +
+	"\vdescription\x18\x0e \x01(\fR\vdescription\x12\x14\n" +
 	"\x05lacks\x18\r \x03(\tR\x05lacks\"\xff\x01\n" +
 	"\vOpenRequest\x12$\n" +
 	"\x04task\x18\x01 \x01(\v2\x10.dfcache.v1.TaskR\x04task\x12'\n" +
@@ -3034,7 +3051,7 @@ const file_p2p_rpc_pb_daemon_proto_rawDesc = "" +
 	"\bManifest\x12\x12\n" +
 	"\x04refs\x18\x01 \x03(\tR\x04refs\x12\x14\n" +
 	"\x05needs\x18\x02 \x03(\tR\x05needs\x12\x18\n" +
-	"\asubject\x18\x03 \x01(\tR\asubject\"\xad\x01\n" +
+	"\asubject\x18\x03 \x01(\tR\asubject\"\xcf\x01\n" +
 	"\aNewName\x12\x10\n" +
 	"\x03tag\x18\x01 \x01(\tR\x03tag\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x16\n" +
@@ -3042,7 +3059,8 @@ const file_p2p_rpc_pb_daemon_proto_rawDesc = "" +
 	"\bkeep_old\x18\x04 \x01(\bR\akeepOld\x12*\n" +
 	"\x11updated_unix_nano\x18\x05 \x01(\x03R\x0fupdatedUnixNano\x12\x1d\n" +
 	"\n" +
-	"media_type\x18\x06 \x01(\tR\tmediaType\"I\n" +
+	"media_type\x18\x06 \x01(\tR\tmediaType\x12 \n" +
+	"\vdescription\x18\a \x01(\fR\vdescription\"I\n" +
 	"\vExpectation\x12\x10\n" +
 	"\x03tag\x18\x01 \x01(\tR\x03tag\x12\x10\n" +
 	"\x03cid\x18\x02 \x01(\tR\x03cid\x12\x16\n" +
