@@ -13,6 +13,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/pieces/backend"
@@ -333,7 +335,9 @@ func (p *Partial) Receive(i int, r io.Reader, buf []byte) error {
 		return err
 	}
 	at := start
-	if source.IsZero(piece) {
+	// What else is there may be damaged, or of another chain.
+	if source.IsZero(piece) && unix.Fallocate(int(p.f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, start,
+		max(end-start-pageLength, 1)) == nil {
 		// The rest can be a hole; without its end it would be one that has not arrived.
 		at = end - pageLength
 	}

@@ -218,6 +218,9 @@ func TestMendSparse(t *testing.T) {
 	blob, err := os.OpenFile(path, os.O_WRONLY, 0)
 	if err == nil {
 		_, err = blob.WriteAt([]byte("damage"), 1<<20)
+		if err == nil {
+			_, err = blob.WriteAt([]byte("damage in a hole"), 2<<20)
+		}
 		blob.Close()
 	}
 	if err != nil {
@@ -233,8 +236,16 @@ func TestMendSparse(t *testing.T) {
 		if err := p.Use(t.Context(), table.Size, table.Chain); err != nil {
 			t.Fatal(err)
 		}
-		if n := len(held(p)); n != table.Pieces()-1 {
-			t.Errorf("%d pieces are there, of %d of which one is damaged", n, table.Pieces())
+		if n := len(held(p)); n != table.Pieces()-2 {
+			t.Errorf("%d pieces are there, of %d of which two are damaged", n, table.Pieces())
 		}
+	}
+	for i := range table.Pieces() {
+		if err := receive(p, table, content, i); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got, err := io.ReadAll(io.NewSectionReader(p.f, 0, 1<<62)); err != nil || !bytes.Equal(got, content) {
+		t.Errorf("what was mended has other content, %v", err)
 	}
 }
