@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 
@@ -237,5 +238,46 @@ func TestAcknowledgedSurvivesPowerCut(t *testing.T) {
 				t.Errorf("fsck: %v\n%s", err, out)
 			}
 		})
+	}
+}
+
+// TestDiskFails: a disk that can't be written to any more is told as that, and not as a daemon that does not
+// answer.
+func TestDiskFails(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: needs a mount namespace")
+	}
+	home, disk := tempHome(t), newDisk(t, "ext4")
+	d := startDaemonWith(t, home, []string{"--data-dir", filepath.Join(disk.at, "data")}, disk.enter...)
+	file := filepath.Join(home, "file")
+	if err := os.WriteFile(file, content(1<<20, 1), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, stderr, code := d.run(t, nil, "import", "-i", "v1", file); code != 0 {
+		t.Fatalf("import: exit code %d, %s", code, stderr)
+	}
+	// What the kernel does where it finds ext4 damaged.
+	disk.run("mount -o remount,errors=remount-ro " + disk.at)
+	var stat unix.Stat_t
+	if err := unix.Stat(disk.dir, &stat); err != nil {
+		t.Fatal(err)
+	}
+	device, err := os.Readlink(fmt.Sprintf("/sys/dev/block/%d:%d", unix.Major(stat.Dev), unix.Minor(stat.Dev)))
+	if err == nil {
+		err = os.WriteFile(filepath.Join("/sys/fs/ext4", filepath.Base(device), "trigger_fs_error"), []byte("test"), 0)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, stderr, code := d.run(t, nil, "import", "-i", "v2", file)
+	if code != 1 || !strings.Contains(stderr, "read-only") {
+		t.Errorf("import: exit code %d, %s", code, stderr)
+	}
+	_, stderr, code = d.run(t, nil, "delete", "-i", "v1")
+	if code != 1 || !strings.Contains(stderr, "the store has failed") || !strings.Contains(stderr, "look at the disk") {
+		t.Errorf("delete: exit code %d, %s", code, stderr)
+	}
+	if err := d.cmd.Wait(); d.cmd.ProcessState.ExitCode() != 1 {
+		t.Errorf("dfdaemon ends with %v", err)
 	}
 }

@@ -22,6 +22,9 @@ var (
 	ErrNoSpace = errors.New("no space left")
 	// ErrUnavailable: the daemon, or the store's directory, can't be reached or used.
 	ErrUnavailable = errors.New("unavailable")
+	// ErrFailed: the disk has failed the store, which stores nothing more until it is opened again. What
+	// is there can be read.
+	ErrFailed = errors.New("the store has failed")
 	// ErrBusy: it would need more than there is at the moment, as of descriptors; it is to
 	// be tried again. It matches ErrUnavailable.
 	ErrBusy = fmt.Errorf("%w: busy", ErrUnavailable)

@@ -122,7 +122,7 @@ func problemOf(err error, t target) *problem {
 		// looks elsewhere after a 404, and gives up or tries for long after a 503.
 		p = newProblem(http.StatusNotFound, unknown,
 			"%s is not on this host, in repository %s, and no peer could be asked for it", t.reference, t.name)
-	case errors.Is(err, blobstore.ErrUnavailable), errors.Is(err, blobstore.ErrClosed):
+	case errors.Is(err, blobstore.ErrUnavailable), errors.Is(err, blobstore.ErrFailed), errors.Is(err, blobstore.ErrClosed):
 		p = newProblem(http.StatusServiceUnavailable, codeUnknown,
 			"the store can't be reached now: try again later").with("Retry-After", "5")
 	default:

@@ -331,7 +331,7 @@ func TestFaults(t *testing.T) {
 					requireOutcome(t, s, name, err != nil)
 					_, again := importArtifact(t.Context(), s, "v2", []byte("more"))
 					if broken := op == "commit" &&
-						fault == syscall.EIO; broken != errors.Is(again, p2p.ErrUnavailable) ||
+						fault == syscall.EIO; broken != errors.Is(again, p2p.ErrFailed) ||
 						!broken && again != nil {
 						t.Errorf("an import after a failed %s: %v", op, again)
 					}

@@ -268,7 +268,7 @@ func (s *Store) failedUpdate(err error) error {
 	// After a failed write or fsync nobody knows what is on disk. Going on could
 	// acknowledge what is not there.
 	return s.fail(fmt.Errorf("%w: %w: nothing more is stored until a restart: look at the disk first",
-		p2p.ErrUnavailable, err))
+		p2p.ErrFailed, err))
 }
 
 // transaction runs f in a transaction of its own, with a fault that tests can

@@ -46,6 +46,7 @@ var kinds = []struct {
 	{"UNREACHABLE", codes.Unavailable, p2p.ErrUnreachable},
 	{"BUSY", codes.Unavailable, p2p.ErrBusy},
 	{"UNAVAILABLE", codes.Unavailable, p2p.ErrUnavailable},
+	{"FAILED", codes.Unavailable, p2p.ErrFailed},
 	{"UNSUPPORTED", codes.Unimplemented, errors.ErrUnsupported},
 	{"TIMEOUT", codes.DeadlineExceeded, context.DeadlineExceeded},
 	{"CANCELED", codes.Canceled, context.Canceled},

@@ -33,6 +33,7 @@ func TestCode(t *testing.T) {
 		{context.DeadlineExceeded, 5},
 		{os.ErrDeadlineExceeded, 5},
 		{p2p.ErrUnavailable, 6},
+		{p2p.ErrFailed, 1},
 		{p2p.ErrNoSpace, 7},
 		{&fs.PathError{Op: "write", Path: "f", Err: syscall.ENOSPC}, 7},
 		{&fs.PathError{Op: "write", Path: "f", Err: syscall.EDQUOT}, 7},
