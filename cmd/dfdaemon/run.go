@@ -15,6 +15,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/stats"
 
 	"github.com/dfcache/dfcache/blobstore"
@@ -81,6 +82,9 @@ func (o *options) start(cmd *cobra.Command) (_ *daemon, err error) {
 	if err := o.checkEngine(cmd); err != nil {
 		return nil, err
 	}
+	if err := checkDescriptors(); err != nil {
+		return nil, err
+	}
 	oci, err := o.registry.prepare(cmd)
 	if err != nil {
 		return nil, err
@@ -128,6 +132,21 @@ func (o *options) start(cmd *cobra.Command) (_ *daemon, err error) {
 	fmt.Fprintf(d.stderr, "dfdaemon %s: data %s, socket %s, registry %s, peer %s, pid %d\n", version, o.dataDir,
 		o.socket, d.registry.url(), peer, os.Getpid())
 	return d, nil
+}
+
+// minDescriptors is how many descriptors a daemon needs: with all doors and a swarm it has some thirty
+// before anybody asks for anything.
+const minDescriptors = 64
+
+// checkDescriptors refuses a limit with which the daemon would start, and then answer nobody. Go has raised
+// the soft one to the hard one.
+func checkDescriptors() error {
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil || limit.Cur >= minDescriptors {
+		return nil
+	}
+	return fmt.Errorf("the process may have %d descriptors, and needs %d at least: raise the hard limit (ulimit -Hn, or "+
+		"LimitNOFILE of systemd)", limit.Cur, minDescriptors)
 }
 
 // warn tells of what is no reason not to start.
