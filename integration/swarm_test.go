@@ -230,6 +230,21 @@ func TestSwarmRegistry(t *testing.T) {
 	}
 	b.eventually("stat", "-l", "-t", "models", "-i", "v2")
 
+	// A client that looks a tag up, and then asks for the manifest by its digest, as containerd does and
+	// crane is told to here, has pulled the tag; one that only looks it up has not.
+	for _, tag := range []string{"looked", "pulled"} {
+		oras(there, a, "push", a.daemon.host+"/names:"+tag, "file.bin:application/x-"+tag)
+	}
+	crane := func(args ...string) string {
+		t.Helper()
+		return strings.TrimSpace(here.run(append(append(b.in(), "crane"), args...)...))
+	}
+	crane("digest", b.daemon.host+"/names:looked")
+	crane("manifest", b.daemon.host+"/names@"+crane("digest", b.daemon.host+"/names:pulled"))
+	if out := oras(here, b, "repo", "tags", b.daemon.host+"/names"); strings.TrimSpace(out) != "pulled" {
+		t.Errorf("the other host has the tags %q, want the one that was pulled", out)
+	}
+
 	// A reader of a tag that was moved on another host takes nothing away from it.
 	here.write("one.txt", []byte("one"))
 	there.write("two.txt", []byte("two"))
