@@ -745,9 +745,9 @@ func (r *Repository) Export(ctx context.Context, cid string, w io.Writer, opts E
 func (r *Repository) ExportFile(ctx context.Context, cid, path string, opts ExportOptions) (File, error) {
 	f, err := r.find(ctx, cid, opts.Lookup, request{Choice: opts.choice()}, func(f *found) (err error) {
 		if opts.Parents {
-			undo, err := makeParents(path, opts)
-			if err != nil {
-				return err
+			undo, madeErr := makeParents(path, opts)
+			if madeErr != nil {
+				return madeErr
 			}
 			defer func() {
 				if err != nil {
