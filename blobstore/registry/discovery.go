@@ -14,6 +14,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/dfcache/dfcache/blobstore"
+	"github.com/dfcache/dfcache/p2p"
 )
 
 const (
@@ -101,10 +102,21 @@ func (h *Handler) tags(w *response, r *request) error {
 // checkHolds fails where the repository holds nothing: there is no other way
 // for a registry's client to hear that a name is wrong.
 func checkHolds(r *request) error {
-	for _, err := range r.repo.List(r.Context()) {
+	if found, err := holds(r.Context(), r.repo); found || err != nil {
 		return err
 	}
 	return newProblem(http.StatusNotFound, codeNameUnknown, "repository %s holds nothing", r.name)
+}
+
+// holds reports whether a repository has something besides blobs that wait for their manifest, which may never
+// come.
+func holds(ctx context.Context, repo *blobstore.Repository) (bool, error) {
+	for e, err := range repo.List(ctx) {
+		if err != nil || e.Name != "" || e.IsManifest || e.Keep != p2p.KeepUntilReferred {
+			return err == nil, err
+		}
+	}
+	return false, nil
 }
 
 // catalog lists the repositories.
@@ -133,7 +145,19 @@ func (h *Handler) catalog(w *response, r *request) error {
 // whether there are more. The empty tag is the first of all tags, and its name
 // has another place.
 func (h *Handler) repositories(ctx context.Context, n int, last string) (names []string, more bool, err error) {
-	names, more, err = collect(n+1, func(fn func([]string) error) error { return h.store.Repositories(ctx, last, fn) })
+	names, more, err = collect(n+1, func(fn func([]string) error) error {
+		return h.store.Repositories(ctx, last, func(tags []string) error {
+			var page []string
+			for _, tag := range tags {
+				if found, err := h.holds(ctx, tag); err != nil {
+					return err
+				} else if found {
+					page = append(page, tag)
+				}
+			}
+			return fn(page)
+		})
+	})
 	if err != nil {
 		return nil, false, err
 	}
@@ -141,11 +165,11 @@ func (h *Handler) repositories(ctx context.Context, n int, last string) (names [
 		names = names[1:]
 	}
 	if last < defaultName {
-		holds, err := h.defaultHolds(ctx)
+		found, err := h.holds(ctx, "")
 		if err != nil {
 			return nil, false, err
 		}
-		if i, _ := slices.BinarySearch(names, defaultName); holds && (i < len(names) || !more) {
+		if i, _ := slices.BinarySearch(names, defaultName); found && (i < len(names) || !more) {
 			names = slices.Insert(names, i, defaultName)
 		}
 	}
@@ -155,16 +179,13 @@ func (h *Handler) repositories(ctx context.Context, n int, last string) (names [
 	return names, more, nil
 }
 
-// defaultHolds reports whether there is something under the empty tag.
-func (h *Handler) defaultHolds(ctx context.Context) (bool, error) {
-	repo, err := h.store.Repository("")
+// holds reports whether what is under a tag is a repository to be listed.
+func (h *Handler) holds(ctx context.Context, tag string) (bool, error) {
+	repo, err := h.store.Repository(tag)
 	if err != nil {
 		return false, err
 	}
-	for _, err := range repo.List(ctx) {
-		return err == nil, err
-	}
-	return false, nil
+	return holds(ctx, repo)
 }
 
 // referrers lists the manifests whose subject a digest is, as an image index.

@@ -11,6 +11,7 @@ import (
 	specs "github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/dfcache/dfcache/blobstore"
 	"github.com/dfcache/dfcache/blobstore/registry"
 	"github.com/dfcache/dfcache/digest"
 )
@@ -94,6 +95,9 @@ func TestTagsOfNothing(t *testing.T) {
 	s := start(t, registry.Options{})
 	s.do("GET", "/v2/a/tags/list", nil).fails(http.StatusNotFound, "NAME_UNKNOWN").contains("a")
 	s.pushBlob("a", []byte("data"))
+	s.do("GET", "/v2/a/tags/list", nil).fails(http.StatusNotFound, "NAME_UNKNOWN") // it may never get a manifest
+	image := s.image("a", nil)
+	s.pushManifest("a", digest.SHA256.FromBytes(image).String(), image)
 	s.do("GET", "/v2/a/tags/list", nil).lists("tags")
 	s.do("GET", "/v2/a/tags/list?n=5&last=x", nil).lists("tags")
 }
@@ -118,24 +122,40 @@ func TestCatalog(t *testing.T) {
 		}
 		s.do("GET", "/v2/_catalog?n=0", nil).lists("repositories")
 	}
+	push := func(name string) { s.pushManifest(name, "v1", s.image(name, nil)) }
+	remove := func(name string) {
+		t.Helper()
+		s.do("DELETE", "/v2/"+name+"/manifests/"+digest.SHA256.FromBytes(s.image(name, nil)).String(), nil).want(
+			http.StatusAccepted)
+	}
 	// The default repository, which is the empty tag, has its place wherever that is.
-	s.pushBlob("dfcache/default", []byte("data"))
+	push("dfcache/default")
 	check("dfcache/default")
-	s.pushBlob("z", []byte("data"))
+	push("z")
 	check("dfcache/default", "z")
-	s.pushBlob("a", []byte("data"))
-	s.pushBlob("dfcache", []byte("data"))
-	s.pushBlob("dfcache/defaulu", []byte("data"))
-	s.pushBlob("a/b-c", []byte("data"))
+	push("a")
+	push("dfcache")
+	push("dfcache/defaulu")
+	push("a/b-c")
 	check("a", "a/b-c", "dfcache", "dfcache/default", "dfcache/defaulu", "z")
-	s.do("DELETE", "/v2/dfcache/default/blobs/"+digest.SHA256.FromString("data").String(), nil).want(
-		http.StatusAccepted)
+	remove("dfcache/default")
 	check("a", "a/b-c", "dfcache", "dfcache/defaulu", "z")
-	s.do("DELETE", "/v2/z/blobs/"+digest.SHA256.FromString("data").String(), nil).want(http.StatusAccepted)
-	s.pushBlob("dfcache/default", []byte("data"))
-	s.do("DELETE", "/v2/dfcache/defaulu/blobs/"+digest.SHA256.FromString("data").String(), nil).want(
-		http.StatusAccepted)
+	remove("z")
+	push("dfcache/default")
+	remove("dfcache/defaulu")
 	check("a", "a/b-c", "dfcache", "dfcache/default")
+	// Blobs whose manifest has not come, and may never come, are no repository, wherever it would stand.
+	for _, name := range []string{"b", "dfcache/defaulu", "zz"} {
+		s.pushBlob(name, []byte("data"))
+		s.pushBlob(name, []byte("more"))
+	}
+	check("a", "a/b-c", "dfcache", "dfcache/default")
+	// What dfcache has imported under its digest is one.
+	if _, err := s.repository("b").Import(t.Context(), "", strings.NewReader("imported"),
+		blobstore.ImportOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	check("a", "a/b-c", "b", "dfcache", "dfcache/default")
 	s.do("GET", "/v2/_catalog?n=x", nil).fails(http.StatusBadRequest, "UNSUPPORTED")
 }
 

@@ -211,7 +211,7 @@ func TestRefusedManifests(t *testing.T) {
 	}
 	s.do("PUT", "/v2/a/manifests/v1", streamed(padded(blobstore.MaxManifest+1))).fails(
 		http.StatusRequestEntityTooLarge, "MANIFEST_INVALID")
-	s.do("GET", "/v2/a/tags/list", nil).lists("tags")
+	s.do("GET", "/v2/a/tags/list", nil).fails(http.StatusNotFound, "NAME_UNKNOWN")
 	s.do("GET", "/v2/a/manifests/"+d.String(), nil).fails(http.StatusNotFound, "MANIFEST_UNKNOWN")
 }
 

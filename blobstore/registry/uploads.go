@@ -32,6 +32,8 @@ type session struct {
 	used time.Time        // when a request last ended
 	over bool             // it has been committed, cancelled or given up
 
+	failed atomic.Pointer[problem] // why what has come is lost; nil where it is not
+
 	in atomic.Pointer[blobstore.Upload] // nil until bytes come; a request without a turn may look how many
 }
 
@@ -233,6 +235,9 @@ func (h *Handler) withUpload(r *request, use func(*session) error) error {
 	}()
 	if u.over || u.ctx.Err() != nil {
 		return errUnknownUpload(r.target)
+	}
+	if p := u.failed.Load(); p != nil {
+		return p
 	}
 	err = use(u)
 	if err == nil {
@@ -444,6 +449,9 @@ func (h *Handler) getUpload(w *response, r *request) error {
 	if u.ctx.Err() != nil {
 		return errUnknownUpload(r.target) // it is over, and about to be forgotten
 	}
+	if p := u.failed.Load(); p != nil {
+		return p
+	}
 	u.state(w.Header())
 	w.sendEmpty(http.StatusNoContent)
 	return nil
@@ -508,7 +516,7 @@ func (h *Handler) finishWhole(r *request, u *session, d digest.Digest) error {
 	defer cancel(nil)
 	defer context.AfterFunc(u.ctx, func() { cancel(context.Cause(u.ctx)) })()
 	err := h.takeWhole(ctx, r, d)
-	if r.body.err == nil {
+	if r.body.err == nil && !errors.Is(err, blobstore.ErrNoSpace) {
 		h.dropAfter(u, err)
 	}
 	return err
@@ -520,8 +528,26 @@ func (h *Handler) finishChunks(r *request, u *session, d digest.Digest) error {
 		return err
 	}
 	_, err := u.in.Load().Commit(d)
-	h.dropAfter(u, err)
+	if err == nil || errors.Is(err, blobstore.ErrMismatch) {
+		h.dropAfter(u, err)
+	} else {
+		h.fail(r, u, err)
+	}
 	return err
+}
+
+// fail notes that the store has failed, so that what has come to an upload is lost. The session stays until it
+// is idle for too long: a client that asks how far it is hears that, and not that there is none.
+func (h *Handler) fail(r *request, u *session, err error) {
+	if u.ctx.Err() != nil {
+		return // it was broken off by the request that ends it
+	}
+	u.failed.Store(problemOf(err, r.target))
+	if in := u.in.Swap(nil); in != nil {
+		if err := in.Close(); err != nil {
+			h.log.Warn("an upload could not be cleaned up", "repository", u.name, "error", err)
+		}
+	}
 }
 
 // dropAfter ends a session that has been committed or has failed. One that was
@@ -566,14 +592,13 @@ func (h *Handler) takeChunk(r *request, u *session, alg digest.Algorithm) error 
 	}
 	if r.ContentLength > 0 {
 		if err := h.makeRoom(func() error { return in.Room(r.ContentLength) }); err != nil {
-			h.dropAfter(u, err)
-			return err
+			return err // what has come before stays
 		}
 	}
 	taken, err := in.Append(src) // which ends with the session
 	switch {
 	case err != nil && r.body.err == nil:
-		h.dropAfter(u, err) // the store has failed: what came is lost
+		h.fail(r, u, err)
 		return err
 	case err != nil:
 		h.log.Info("upload broke off", "repository", u.name, "upload", u.id, "client", u.who, "received", u.size(),

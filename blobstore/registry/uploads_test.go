@@ -433,9 +433,10 @@ func TestRoomOfAbortedUploads(t *testing.T) {
 		do(http.StatusNotFound, "GET", broken, nil)
 		do(http.StatusNoContent, "GET", later, nil) // one is enough
 		do(http.StatusNoContent, "GET", empty, nil) // it has nothing to give
-		// A chunk without room ends its upload, which has to begin again; what has been idle is given up for it.
+		// For a chunk without room what has been idle is given up. Its own upload stays, for a smaller one.
 		do(http.StatusInsufficientStorage, "PATCH", empty, content(80, 4))
-		do(http.StatusNotFound, "GET", empty, nil)
+		do(http.StatusNoContent, "GET", empty, nil)
+		do(http.StatusNoContent, "DELETE", empty, nil)
 		// It gives up its place, too, to the same client.
 		broken = begin()
 		do(http.StatusAccepted, "PATCH", broken, content(10, 3))
@@ -576,6 +577,50 @@ func TestNoSpace(t *testing.T) {
 		}
 		s.pushBlob("a", content(1<<20, 2)) // there is room for this
 	}
+}
+
+// TestFullStoreIsSaid: a client that asks how an upload is that found no room hears that, not that there is none:
+// what has come before is there, or why it is lost.
+func TestFullStoreIsSaid(t *testing.T) {
+	engine, err := pieces.Open(t.TempDir(), pieces.Options{MaxSize: 2 << 20})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := startOn(t, blobstore.New(engine), registry.Options{})
+	data := content(3<<20, 1)
+	d := digest.SHA256.FromBytes(data).String()
+	full := func(a *answer) {
+		t.Helper()
+		a.fails(http.StatusInsufficientStorage, "DENIED").contains("no space left")
+	}
+
+	// Whose length says it before.
+	upload := s.begin("a")
+	full(s.do("PUT", upload+"?digest="+d, data))
+	full(s.do("PUT", upload+"?digest="+d, data))
+	s.do("DELETE", upload, nil).want(http.StatusNoContent)
+	upload = s.begin("a")
+	s.do("PATCH", upload, data[:1<<20]).want(http.StatusAccepted)
+	full(s.do("PATCH", upload, data[1<<20:]))
+	s.do("GET", upload, nil).want(http.StatusNoContent, "Range", "0-1048575")
+	full(s.do("PUT", upload+"?digest="+d, data[1<<20:]))
+	short := digest.SHA256.FromBytes(data[:1<<20])
+	s.do("PUT", upload+"?digest="+short.String(), nil).want(http.StatusCreated)
+	s.do("DELETE", "/v2/a/blobs/"+short.String(), nil).want(http.StatusAccepted)
+
+	// Whose end nobody knows.
+	upload = s.begin("a")
+	s.do("PATCH", upload, streamed(data)) // that the last of it found no room may come out with the next
+	full(s.do("PUT", upload+"?digest="+d, nil))
+	full(s.do("GET", upload, nil))
+	full(s.do("PATCH", upload, data[:10]))
+	full(s.do("PUT", upload+"?digest="+d, nil))
+	if _, received := s.handler.Uploads(); received != 0 {
+		t.Errorf("what is lost has %d bytes still", received)
+	}
+	s.pushBlob("a", data[:2<<20]) // nothing of it is in the way
+	s.do("DELETE", upload, nil).want(http.StatusNoContent)
+	s.do("GET", upload, nil).fails(http.StatusNotFound, "BLOB_UPLOAD_UNKNOWN")
 }
 
 // What is here needs no room: it can be pushed to another repository of a full store.
