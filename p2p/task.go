@@ -52,6 +52,19 @@ func (e *MissingRefError) Error() string {
 // Unwrap returns [ErrMissingRef].
 func (e *MissingRefError) Unwrap() error { return ErrMissingRef }
 
+// ReferencedError says what keeps a task from being deleted. It matches [ErrReferenced].
+type ReferencedError struct {
+	Task Task
+	By   string // what refers to it, for people
+}
+
+func (e *ReferencedError) Error() string {
+	return fmt.Sprintf("%s: %v: by %s: delete that first", e.Task, ErrReferenced, e.By)
+}
+
+// Unwrap returns [ErrReferenced].
+func (e *ReferencedError) Unwrap() error { return ErrReferenced }
+
 // DefaultRepository is the name that the empty tag has where a tag has to be
 // a repository: in the registry view. It can't be used as a tag itself, so that
 // every task has one tag and every repository one name.

@@ -103,7 +103,12 @@ func problemOf(err error, t target) *problem {
 		p = newProblem(http.StatusPreconditionFailed, codeDenied, "others change %s all the time: try again", t.reference)
 	case errors.Is(err, blobstore.ErrReferenced):
 		// 405, not 409: what clients take for "can't be deleted".
-		p = newProblem(http.StatusMethodNotAllowed, codeDenied, "%v", err).with("Allow", "GET, HEAD")
+		by := "other content"
+		if e, ok := errors.AsType[*p2p.ReferencedError](err); ok {
+			by = e.By
+		}
+		p = newProblem(http.StatusMethodNotAllowed, codeDenied, "%s is still referred to by %s: delete that first",
+			t.reference, by).with("Allow", "GET, HEAD")
 	case errors.Is(err, blobstore.ErrMissingRef):
 		p = newProblem(http.StatusNotFound, codeManifestBlobUnknown, "%v: push that first", err)
 		if m, ok := errors.AsType[*p2p.MissingRefError](err); ok {

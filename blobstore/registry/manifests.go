@@ -61,9 +61,15 @@ func manifestReference(r *request) (digest.CID, error) {
 	case strings.Contains(r.reference, ":"):
 		return cid, newProblem(http.StatusBadRequest, codeDigestInvalid, "%v", err)
 	case r.Method == http.MethodPut:
-		return cid, newProblem(http.StatusBadRequest, codeManifestInvalid, "the tag: %v", err)
+		return cid, noTag(http.StatusBadRequest, codeManifestInvalid, r.reference)
 	}
-	return cid, newProblem(http.StatusNotFound, codeManifestUnknown, "the tag: %v", err)
+	return cid, noTag(http.StatusNotFound, codeManifestUnknown, r.reference)
+}
+
+// noTag says that something can't be a tag.
+func noTag(status int, code, tag string) *problem {
+	return newProblem(status, code, "tag %.140q is none: want letters, digits, \"_\", and after the first character "+
+		"\".\" and \"-\", 128 at most", tag)
 }
 
 // putManifest stores a manifest and points tags to it.
@@ -75,8 +81,7 @@ func (h *Handler) putManifest(w *response, r *request) error {
 	opts := blobstore.ManifestOptions{Digest: cid.Digest(), Tags: r.URL.Query()["tag"], CheckRefs: true}
 	for _, tag := range opts.Tags {
 		if id, err := digest.ParseCID(tag); err != nil || id.CacheID() == "" {
-			return newProblem(http.StatusBadRequest, codeManifestInvalid, "tag %.140q is none: want letters, digits, "+
-				"\"_\", and after the first character \".\" and \"-\", 128 at most", tag)
+			return noTag(http.StatusBadRequest, codeManifestInvalid, tag)
 		}
 	}
 	if name := cid.CacheID(); name != "" {

@@ -16,6 +16,7 @@ import (
 	"github.com/dfcache/dfcache/blobstore"
 	"github.com/dfcache/dfcache/blobstore/loopback"
 	"github.com/dfcache/dfcache/digest"
+	"github.com/dfcache/dfcache/p2p"
 	"github.com/dfcache/dfcache/p2p/connpool"
 )
 
@@ -201,7 +202,9 @@ func (h *Handler) serve(w *response, r *request) error {
 			r.repo, err = h.store.Repository(tag)
 		}
 		if err != nil {
-			return newProblem(http.StatusBadRequest, codeNameInvalid, "the name of the repository: %v", err)
+			return newProblem(http.StatusBadRequest, codeNameInvalid, "%.260q can't be the name of a repository: want "+
+				"components of a-z and 0-9, joined within by \".\", \"_\", \"__\" or dashes, separated by \"/\", %d characters "+
+				"at most", r.name, p2p.MaxTag).because(err)
 		}
 	}
 	return handle(h, w, r)

@@ -171,7 +171,7 @@ func (a *app) explain(ctx context.Context, cmd *cobra.Command, err error) error 
 	case exit.Corrupt:
 		return fmt.Errorf("%w: import the file again, and see what else is damaged with 'dfdaemon fsck'", err)
 	case exit.Referenced:
-		return fmt.Errorf("%w (--force)", err)
+		return fmt.Errorf("%w, or force it (--force)", err)
 	case exit.Unreachable:
 		if !isOfSwarm(err) {
 			return err

@@ -168,7 +168,7 @@ func Read(data []byte) (*Manifest, error) {
 	var m Manifest
 	if err := jsonlimit.Unmarshal(data, &m, maxElements); err != nil {
 		// What is wrong may be quoted, at any length.
-		return nil, fmt.Errorf("manifest: %w: it is not the JSON of one: %.300s", digest.ErrInvalid, err)
+		return nil, fmt.Errorf("manifest: %w: it is not the JSON of one: %.300s", digest.ErrInvalid, reason(err))
 	}
 	return &m, nil
 }
@@ -202,6 +202,14 @@ func Accept(data []byte) (*Manifest, error) {
 		}
 	}
 	return m, nil
+}
+
+// reason says what is wrong with JSON, without the names that types have in Go.
+func reason(err error) string {
+	if e, ok := errors.AsType[*json.UnmarshalTypeError](err); ok {
+		return fmt.Sprintf("%q can't be a %s", e.Field, e.Value)
+	}
+	return strings.TrimPrefix(err.Error(), "json: ")
 }
 
 // Children returns what the manifest is made of, but for its subject.

@@ -496,8 +496,7 @@ func (r *removal) delete(tx *bbolt.Tx, tag string, cid digest.CID, opts p2p.Dele
 			return err
 		}
 		if len(parents) > 0 {
-			return fmt.Errorf("%s: %w: %s: delete that first, or force it", task, p2p.ErrReferenced,
-				describeParents(tx, tag, parents))
+			return &p2p.ReferencedError{Task: task, By: describeParents(tx, tag, parents)}
 		}
 	}
 	if err := lose(tx, task); err != nil {
@@ -569,7 +568,7 @@ func describeParents(tx *bbolt.Tx, tag string, parents []string) string {
 	if len(said) > 3 {
 		said = append(said[:3], fmt.Sprintf("%d more", len(said)-3))
 	}
-	return "by " + strings.Join(said, ", ")
+	return strings.Join(said, ", ")
 }
 
 // listBatch is how many entries are read in one transaction. A caller that is

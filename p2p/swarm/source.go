@@ -251,8 +251,8 @@ func (s *Swarm) See(
 			continue
 		}
 		if state.Referred && !opts.Force {
-			return seen, fmt.Errorf("%s: %w: by other content on peer %s (%s): delete that first, or force it", task,
-				p2p.ErrReferenced, a.peer, s.peers.get(a.peer).lastAddress())
+			return seen, &p2p.ReferencedError{Task: task,
+				By: fmt.Sprintf("other content on peer %s (%s)", a.peer, s.peers.get(a.peer).lastAddress())}
 		}
 		seen.Versions = append(seen.Versions, pieces.Version{At: state.Origin, After: state.After})
 	}
