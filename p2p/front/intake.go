@@ -73,17 +73,14 @@ func (e *Engine) commit(ctx context.Context, src io.Reader, c p2p.Commit) error 
 	return in.Commit(c)
 }
 
-// keep stores content that was found, with what it refers to, and the name that led to it. refs
-// and name may be nil.
+// keep stores content that was found, with what it refers to, and the names that led to it. refs
+// and names may be nil.
 func (e *Engine) keep(
-	ctx context.Context, info p2p.Info, content []byte, refs *p2p.NewManifest, name *p2p.NewName,
+	ctx context.Context, info p2p.Info, content []byte, refs *p2p.NewManifest, names []p2p.NewName,
 ) error {
 	n := newTask(info)
 	n.Manifest = refs
-	c := p2p.Commit{Tasks: []p2p.NewTask{n}}
-	if name != nil {
-		c.Names = []p2p.NewName{*name}
-	}
+	c := p2p.Commit{Tasks: []p2p.NewTask{n}, Names: names}
 	return e.commit(ctx, bytes.NewReader(content), c)
 }
 

@@ -74,9 +74,9 @@ type Names interface {
 	// the name is nowhere, or has been deleted.
 	Resolve(ctx context.Context, tag, name string) (n p2p.NewName, here bool, err error)
 
-	// LedTo returns the name of peers that has led to a task lately, for it to be held with the
-	// task, as it was; or nil.
-	LedTo(ctx context.Context, task p2p.Task) *p2p.NewName
+	// LedTo returns the names of peers that have led to a task lately, for them to be held with the
+	// task, as they were.
+	LedTo(ctx context.Context, task p2p.Task) []p2p.NewName
 
 	// After returns names that are about to be moved here, with NewName.After as the
 	// source knows it.

@@ -39,11 +39,11 @@ func (e *Engine) stat(
 		return e.statLocal(ctx, tag, cid, opts)
 	case cid.CacheID() == "":
 		task := p2p.Task{Tag: tag, Digest: cid.Digest()}
-		var name *p2p.NewName
+		var ledBy []p2p.NewName
 		if names := e.names(); names != nil && hold {
-			name = names.LedTo(ctx, task)
+			ledBy = names.LedTo(ctx, task)
 		}
-		info, err = e.statDigest(ctx, task, opts, name, hold)
+		info, err = e.statDigest(ctx, task, opts, ledBy, hold)
 	default:
 		info, err = e.statName(ctx, tag, cid, opts, hold)
 	}
@@ -84,7 +84,7 @@ func (e *Engine) statName(
 			return p2p.Info{}, err
 		}
 		if !here {
-			return e.statDigest(ctx, p2p.Task{Tag: tag, Digest: n.Digest}, opts, &n, hold)
+			return e.statDigest(ctx, p2p.Task{Tag: tag, Digest: n.Digest}, opts, []p2p.NewName{n}, hold)
 		}
 	}
 	// It may be moved right now: the store has the last word on what is here.
@@ -99,12 +99,12 @@ func (e *Engine) statName(
 	return e.statDigest(ctx, info.Task, opts, nil, hold)
 }
 
-// statDigest describes a task, and keeps its manifest where hold is set. name is what led to
-// it where that is not here.
+// statDigest describes a task, and keeps its manifest where hold is set. ledBy are the
+// names that led to it and are not here.
 //
 //nolint:cyclop // what is here and what is elsewhere are set against each other case by case
 func (e *Engine) statDigest(
-	ctx context.Context, task p2p.Task, opts p2p.StatOptions, name *p2p.NewName, hold bool,
+	ctx context.Context, task p2p.Task, opts p2p.StatOptions, ledBy []p2p.NewName, hold bool,
 ) (p2p.Info, error) {
 	info, missing := e.statLocal(ctx, task.Tag, digest.FromDigest(task.Digest), localOnly(opts))
 	here := missing == nil
@@ -114,7 +114,7 @@ func (e *Engine) statDigest(
 	}
 	if !here || opts.Providers {
 		found, err := e.find(ctx, task, FindOptions{
-			Content: !here && opts.Manifest, Named: name != nil, Refs: !opts.ContentOnly, Providers: opts.Providers,
+			Content: !here && opts.Manifest, Named: len(ledBy) > 0, Refs: !opts.ContentOnly, Providers: opts.Providers,
 			Lease: opts.Lease,
 		})
 		switch {
@@ -137,7 +137,7 @@ func (e *Engine) statDigest(
 	if info.Remote {
 		refs := e.describe(&info, info.Manifest.Content)
 		if hold {
-			if err := e.keep(ctx, info, info.Manifest.Content, refs, name); err != nil {
+			if err := e.keep(ctx, info, info.Manifest.Content, refs, ledBy); err != nil {
 				return info, err
 			}
 			info.Remote, info.Held = false, info.Pieces
@@ -146,8 +146,8 @@ func (e *Engine) statDigest(
 			info.Manifest = nil
 			return info, nil
 		}
-	} else if hold && name != nil {
-		if err := e.commit(ctx, nil, p2p.Commit{Names: []p2p.NewName{*name}}); err != nil {
+	} else if hold && len(ledBy) > 0 {
+		if err := e.commit(ctx, nil, p2p.Commit{Names: ledBy}); err != nil {
 			return info, err
 		}
 	}

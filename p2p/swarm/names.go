@@ -197,21 +197,20 @@ func (ns *names) after(ctx context.Context, names []p2p.NewName) []p2p.NewName {
 	return names
 }
 
-// ledTo returns the name that has led to a task, or nil: see [Swarm.LedTo].
-func (ns *names) ledTo(ctx context.Context, task p2p.Task) *p2p.NewName {
-	l, found := ns.recent.takeLead(task)
-	if !found {
-		return nil
-	}
-	gone, err := ns.state(ctx, task.Tag, l.name.Name)
-	if err != nil || gone != nil && ns.store.Covers(gone.gone(ns.store.Limit()), l.name.Updated) {
-		return nil
-	}
-	if l.state != nil {
-		if !ns.deletes.accept(ctx, l.peer, task, l.state) {
-			return nil
+// ledTo returns the names that have led to a task: see [Swarm.LedTo].
+func (ns *names) ledTo(ctx context.Context, task p2p.Task) (all []p2p.NewName) {
+	for _, l := range ns.recent.takeLeads(task) {
+		gone, err := ns.state(ctx, task.Tag, l.name.Name)
+		if err != nil || gone != nil && ns.store.Covers(gone.gone(ns.store.Limit()), l.name.Updated) {
+			continue
 		}
-		ns.recent.put(task, l.peer, l.state)
+		if l.state != nil {
+			if !ns.deletes.accept(ctx, l.peer, task, l.state) {
+				continue
+			}
+			ns.recent.put(task, l.peer, l.state)
+		}
+		all = append(all, l.name)
 	}
-	return &l.name
+	return all
 }

@@ -258,6 +258,25 @@ func TestLedTo(t *testing.T) {
 	if info, err := b.statName(t, "models", "v2", local); !errors.Is(err, p2p.ErrNotFound) {
 		t.Errorf("a name that was deleted is %s, %v", info.Task, err)
 	}
+	// Several names can have led to one: all of them are held with it.
+	same := a.push(t, "models", "v3", "", []byte("same"))
+	for _, name := range []string{"v4", "v5"} {
+		a.pushNamed(t, p2p.NewName{Tag: "models", Name: name}, "", []byte("same"))
+	}
+	look("v3", same)
+	look("v4", same)
+	hold(same)
+	for name, want := range map[string]bool{"v3": true, "v4": true, "v5": false} {
+		if info, err := b.statName(t, "models", name, local); (err == nil && info.Task == same) != want {
+			t.Errorf("after a look at v3 and v4, %s is %s, %v", name, info.Task, err)
+		}
+	}
+	for i := range 2 * maxLed {
+		b.recent.lead(p2p.NewName{Tag: "models", Name: fmt.Sprint(i), Digest: same.Digest})
+	}
+	if n := len(b.recent.led[same]); n > maxLed {
+		t.Errorf("of %d names of one manifest is remembered what they have led to, want at most %d", n, maxLed)
+	}
 	for i := range 2 * maxRecent {
 		b.recent.lead(p2p.NewName{Tag: fmt.Sprint(i)})
 	}

@@ -17,12 +17,12 @@ import (
 type recent struct {
 	mu    sync.Mutex
 	tasks map[p2p.Task][]provider
-	bytes int                // of all states
-	led   map[p2p.Task]leads // which names have led to tasks that were not held
+	bytes int                  // of all states
+	led   map[p2p.Task][]leads // which names have led to tasks that were not held
 }
 
 func newRecent() *recent {
-	return &recent{tasks: map[p2p.Task][]provider{}, led: map[p2p.Task]leads{}}
+	return &recent{tasks: map[p2p.Task][]provider{}, led: map[p2p.Task][]leads{}}
 }
 
 // leads is a name that has led to a task, and a peer that has all of that, where it is known.
@@ -45,6 +45,8 @@ const (
 	// ledFor is how long it is remembered which name has led to a task: a host that holds that
 	// then has fetched the file before.
 	ledFor = 10 * time.Minute
+	// maxLed is how many names of one task that is remembered of.
+	maxLed = 8
 )
 
 func (r *recent) put(t p2p.Task, p peer.ID, state *taskState) {
@@ -95,16 +97,17 @@ func (r *recent) lead(name p2p.NewName) {
 			break
 		}
 	}
-	r.led[task] = l
+	others := slices.DeleteFunc(r.led[task], func(o leads) bool { return o.name.Name == name.Name })
+	r.led[task] = append(others[max(0, len(others)-maxLed+1):], l)
 }
 
-// takeLead returns the name that has led to a task, and forgets it.
-func (r *recent) takeLead(task p2p.Task) (l leads, found bool) {
+// takeLeads returns the names that have led to a task, and forgets them.
+func (r *recent) takeLeads(task p2p.Task) []leads {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	l, found = r.led[task]
+	all := r.led[task]
 	delete(r.led, task)
-	return l, found && time.Since(l.at) <= ledFor
+	return slices.DeleteFunc(all, func(l leads) bool { return time.Since(l.at) > ledFor })
 }
 
 // remove forgets providers of a task. r.mu is held.

@@ -122,11 +122,11 @@ func (s *Swarm) After(ctx context.Context, names []p2p.NewName) []p2p.NewName {
 	return s.names.after(ctx, names)
 }
 
-// LedTo implements [front.Names]. It returns the name that has led to a task, and forgets it;
-// nil where there is none, or one of the two has been deleted since. It is the name as it was:
-// it is to be held with the task, for which nobody need be asked once more, and says nothing of
-// what the name stands for now.
-func (s *Swarm) LedTo(ctx context.Context, task p2p.Task) *p2p.NewName {
+// LedTo implements [front.Names]. It returns the names that have led to a task, and forgets them, but
+// for those that have been deleted since, or where the task has. They are the names as they were: they
+// are to be held with the task, for which nobody need be asked once more, and say nothing of what the
+// names stand for now.
+func (s *Swarm) LedTo(ctx context.Context, task p2p.Task) []p2p.NewName {
 	return s.names.ledTo(ctx, task)
 }
 
