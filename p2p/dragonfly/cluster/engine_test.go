@@ -250,7 +250,7 @@ func TestNamesForDragonfly(t *testing.T) {
 		return clustertest.StartPeer(t, s, fmt.Sprint(rand.Int64()), clustertest.Honest)
 	}
 	for i, text := range []string{"v1", "model:v1", strings.Repeat("long/", 100)} {
-		for _, tag := range []string{"", "models", "Team/Models"} {
+		for _, tag := range []string{"", "Team/Models"} {
 			name, err := given.CID(text)
 			if err != nil {
 				t.Fatal(err)

@@ -247,7 +247,7 @@ func (p *Peer) upload(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "not found", http.StatusInternalServerError)
 		return
 	}
-	part := content[first : last+1]
+	part := content[min(first, len(content)):min(last+1, len(content))] // promised is all of the range
 	behaviour := p.behaviour
 	if behaviour == StallLast && last+1 == len(content) {
 		behaviour = Stall
@@ -287,7 +287,7 @@ func (p *Peer) upload(w http.ResponseWriter, r *http.Request) {
 		}
 		return
 	}
-	w.Header().Set("Content-Length", fmt.Sprint(len(part)))
+	w.Header().Set("Content-Length", fmt.Sprint(last+1-first))
 	w.Write(part)
 }
 
