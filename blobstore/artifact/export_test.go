@@ -2,9 +2,10 @@ package artifact
 
 import "testing"
 
-// SetMaxEntries changes how many entries an archive may have, and bytes of their names, for a test.
-func SetMaxEntries(t *testing.T, entries, names int) {
-	before, beforeNames := maxEntries, maxEntryNames
-	t.Cleanup(func() { maxEntries, maxEntryNames = before, beforeNames })
-	maxEntries, maxEntryNames = entries, names
+// SetLimits changes, for a test, how many entries an archive may have, bytes of their names, and bytes of files
+// whatever its own size is.
+func SetLimits(t testing.TB, entries, names int, unpacked int64) {
+	before, beforeNames, beforeUnpacked := maxEntries, maxEntryNames, minUnpacked
+	t.Cleanup(func() { maxEntries, maxEntryNames, minUnpacked = before, beforeNames, beforeUnpacked })
+	maxEntries, maxEntryNames, minUnpacked = entries, names, unpacked
 }

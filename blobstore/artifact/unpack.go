@@ -19,19 +19,17 @@ import (
 	"github.com/dfcache/dfcache/digest"
 )
 
-// What an archive may have, as all names are in memory. Only tests change it.
+// What an archive may have and become: all names are in memory, and a small one must not fill a disk. Only
+// tests change it.
 var (
 	maxEntries    = 1 << 18
 	maxEntryNames = 64 << 20 // bytes of all names
+	// A gzip of zeros has a thousandth of their size. Up to so many bytes that is nobody's
+	// harm; beyond, an archive may become maxCompression times its own size.
+	minUnpacked int64 = 4 << 30
 )
 
-// What an archive may become, so that a small one does not fill a disk.
-const (
-	// A gzip of zeros has a thousandth of their size. Up to minUnpacked bytes that is nobody's
-	// harm; beyond, an archive may become so many times its own size.
-	minUnpacked    = 4 << 30
-	maxCompression = 200
-)
+const maxCompression = 200
 
 // ErrPacked is what the error of an archive matches that can't be unpacked, besides
 // [digest.ErrInvalid]: it can be had as it is.

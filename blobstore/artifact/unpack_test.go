@@ -238,7 +238,7 @@ func TestUnpackBounds(t *testing.T) {
 		!strings.Contains(err.Error(), "too large") {
 		t.Errorf("a file of 1 TiB: %v", err)
 	}
-	artifact.SetMaxEntries(t, 2, 100)
+	artifact.SetLimits(t, 2, 100, 1<<20)
 	three := []entry{{name: "dir/a"}, {name: "dir/b"}, {name: "dir/c"}}
 	if err := unpackIn(t, t.TempDir(), "dir", archive(t, three...), nil); !errors.Is(err, artifact.ErrPacked) {
 		t.Errorf("three entries, where two are possible: %v", err)
@@ -265,6 +265,7 @@ func TestUnpackBounds(t *testing.T) {
 
 // FuzzUnpack: whatever an archive is, nothing of it is outside of its directory.
 func FuzzUnpack(f *testing.F) {
+	artifact.SetLimits(f, 1000, 1<<20, 1<<20)
 	f.Add(archive(f, entry{name: "dir/a", text: "a"}, entry{name: "dir/b/", mode: 0o755},
 		entry{name: "dir/l", text: "a", kind: tar.TypeSymlink}), "dir")
 	f.Add(archive(f, entry{name: "../a", text: "a"}), ".")
