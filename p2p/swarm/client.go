@@ -153,7 +153,11 @@ func (c *client) dial(ctx context.Context, p peer.ID) (net.Conn, error) {
 	if err != nil {
 		return nil, errors.Join(append(errs, err)...)
 	}
-	entry.reached("libp2p")
+	address := ""
+	if dialled, ok := conn.(interface{ Via() string }); ok {
+		address = dialled.Via()
+	}
+	entry.reached(address)
 	return conn, nil
 }
 

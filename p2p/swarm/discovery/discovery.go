@@ -511,6 +511,27 @@ type dialled struct{ stream }
 // Close breaks the stream off.
 func (c dialled) Close() error { return c.Reset() }
 
+// Via says by which address of the network the peer is reached: its own, or that of the relay between.
+func (c dialled) Via() string {
+	if s, ok := c.stream.(interface{ Conn() network.Conn }); ok {
+		return describeAddress(s.Conn().RemoteMultiaddr())
+	}
+	return ""
+}
+
+// describeAddress is an address as people write one: HOST:PORT.
+func describeAddress(a multiaddr.Multiaddr) string {
+	direct, _ := multiaddr.SplitFunc(a, func(c multiaddr.Component) bool { return c.Protocol().Code == multiaddr.P_P2P })
+	text := a.String()
+	if _, at, err := manet.DialArgs(direct); err == nil {
+		text = at
+	}
+	if isRelayed(a) {
+		text += " (a relay)"
+	}
+	return text
+}
+
 // Listener accepts what others Dial. The string of a connection's RemoteAddr is
 // the ID of the peer. It is closed with the network.
 func (n *Network) Listener() net.Listener { return n.listener }
