@@ -12,7 +12,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo deve
 COMMIT  ?= $(shell git rev-parse HEAD 2>/dev/null)
 LDFLAGS := -s -w -X $(BUILD).version=$(VERSION) -X $(BUILD).commit=$(COMMIT)
 
-.PHONY: build demo quick test clients vet lint hooks generate crash powercut hostile mutants fuzz bench clean help
+.PHONY: build demo quick test packages clients vet lint hooks generate crash powercut hostile mutants fuzz bench clean help
 
 # Without gRPC's own trace pages a process starts faster.
 build: ## build dfcache and dfdaemon into bin/
@@ -28,10 +28,13 @@ quick: ## test something of every package, without root or anything installed
 
 # What takes longest, and waits most, begins first. Without the tables of debuggers tests are
 # linked sooner. What is missing fails.
-test: vet clients ## everything that has to hold
+test: packages vet clients ## everything that has to hold
 	$(GO) test -race -count=1 -vet=off -ldflags=-w -timeout 15m ./integration ./p2p/swarm ./p2p/pieces ./...
 
-# The tests find them in .cache/tools. Others are Debian's packages: see .ci/run.
+packages: ## install what the tests need; wants root, on Debian, where something is missing
+	sh integration/packages.sh
+
+# The tests find them in .cache/tools. Others are Debian's packages.
 clients: $(TOOLS)/oras $(TOOLS)/crane $(TOOLS)/regctl ## registry clients that tests use
 
 vet: ## formatting and go vet
