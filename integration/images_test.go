@@ -114,7 +114,10 @@ func TestCrane(t *testing.T) {
 
 	// What an index refers to stays until the index has gone.
 	u.fails("DENIED", "crane", "delete", d.host+"/images/app@"+digest)
-	u.fails("index of several manifests", "dfcache", "stat", "-t", "images/app", "-i", "all")
+	if out := u.run("dfcache", "stat", "-t", "images/app", "-i", "all"); !strings.Contains(out, "kind:      index\n") {
+		t.Errorf("stat of an index says %s", out)
+	}
+	u.fails("index of several manifests", "dfcache", "export", "-t", "images/app", "-i", "all", "none")
 	u.run("crane", "delete", d.host+"/images/app:v1") // the tag alone
 	u.prints("all labelled", "crane", "ls", d.host+"/images/app")
 	u.run("crane", "validate", "--remote", d.host+"/images/app@"+digest)

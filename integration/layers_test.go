@@ -17,8 +17,8 @@ const module = "github.com/dfcache/dfcache/"
 var layers = [][]string{
 	{"cmd/dfcache", "cmd/dfdaemon"},
 	{"cmd/internal/logs", "cmd/internal/manual", "cmd/internal/memory", "cmd/internal/profiling",
-		"cmd/internal/settings", "cmd/internal/tracing"},
-	{"cmd/internal/build", "cmd/internal/exit", "cmd/internal/paths", "cmd/internal/stdio", "docs"},
+		"cmd/internal/settings", "cmd/internal/stdio", "cmd/internal/tracing"},
+	{"cmd/internal/build", "cmd/internal/exit", "cmd/internal/paths", "docs"},
 	{"blobstore/registry", "blobstore/dragonflyapi", "blobstore/client"},
 	// none of these knows another
 	{"blobstore", "p2p/swarm", "p2p/swarm/discovery", "p2p/dragonfly", "p2p/dragonfly/cluster",

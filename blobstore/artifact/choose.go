@@ -80,7 +80,8 @@ func (l *Layout) Choose(c Choice) (chosen []Layer, directory bool, err error) {
 	case c.All, l.tree, len(l.Layers) == 1:
 		chosen = slices.Clone(l.Layers)
 	case len(l.Layers) == 0:
-		return nil, false, fmt.Errorf("manifest: %w: it is not of files, but a manifest without layers", digest.ErrInvalid)
+		return nil, false, fmt.Errorf("manifest: %w: it is not of files, but a manifest without layers",
+			digest.ErrInvalid)
 	default:
 		named := 0
 		for _, layer := range l.Layers {

@@ -105,8 +105,8 @@ func PlaceAll(layers []Layer, tree Tree, unpack, alone bool) ([]Place, error) {
 	for name := range taken {
 		for dir := path.Dir(name); dir != "."; dir = path.Dir(dir) {
 			if taken[dir] != "" {
-				return nil, fmt.Errorf("file %q of the artifact: %w: %q is a %s of it too", name, digest.ErrInvalid, dir,
-					taken[dir])
+				return nil, fmt.Errorf("file %q of the artifact: %w: %q is a %s of it too", name, digest.ErrInvalid,
+					dir, taken[dir])
 			}
 		}
 	}

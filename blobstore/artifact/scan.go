@@ -109,7 +109,8 @@ func (s *scan) entry(root *os.Root, at, name, below string, info fs.FileInfo) er
 			return fmt.Errorf("input: %w", err)
 		}
 		if checkLink(below, target) != nil || !utf8.ValidString(target) || !stays(root, below) {
-			return fmt.Errorf("input %s: %w: the link leads out of the directory, to %.200q", at, digest.ErrInvalid, target)
+			return fmt.Errorf("input %s: %w: the link leads out of the directory, to %.200q", at, digest.ErrInvalid,
+				target)
 		}
 		s.tree.Links[name] = target
 	default:

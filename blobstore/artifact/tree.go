@@ -52,7 +52,8 @@ func (l *Layout) Tree() (Tree, error) {
 	for name, text := range form.Directories {
 		mode, err := strconv.ParseUint(text, 8, 32)
 		if err != nil {
-			return Tree{}, fmt.Errorf("annotation %s: %w: mode %.20q of a directory", AnnotationTree, digest.ErrInvalid, text)
+			return Tree{}, fmt.Errorf("annotation %s: %w: mode %.20q of a directory", AnnotationTree, digest.ErrInvalid,
+				text)
 		}
 		if err := checkName(name); err != nil {
 			return Tree{}, err
