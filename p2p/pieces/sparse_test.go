@@ -96,6 +96,9 @@ func TestSparse(t *testing.T) {
 			if err := in.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: task, Keep: p2p.KeepPinned}}}); err != nil {
 				t.Fatal(err)
 			}
+			if err := in.Close(); err != nil { // or it holds the blob, which the next door would find
+				t.Fatal(err)
+			}
 			blob, err := s.bytes.Open(want)
 			if err != nil {
 				t.Fatal(err)
