@@ -15,6 +15,9 @@
 //	...
 //	_, err = models.ExportFile(ctx, "v1", "/srv/model.bin", blobstore.ExportOptions{})
 //
+// [Repository.ImportFiles] makes an artifact of many files, and [Repository.Describe] says what a
+// cid names, whatever a registry's client has pushed: files, an image, an index.
+//
 // # OCI
 //
 // A Repository is what oras-go (oras.land/oras-go/v2) calls a target, so that
