@@ -41,7 +41,7 @@ const (
 	// AnnotationDigest is the digest of such a layer, unpacked.
 	AnnotationDigest = "io.deis.oras.content.digest"
 	// AnnotationMode has the permissions of a layer that is a file, as four octal digits.
-	AnnotationMode = "vnd.dfcache.mode"
+	AnnotationMode = "io.github.dfcache.mode"
 
 	annotationPath          = "org.cncf.model.filepath"
 	annotationMetadata      = "org.cncf.model.file.metadata+json"

@@ -23,7 +23,7 @@ const TreeType = "application/vnd.dfcache.tree.v1"
 // AnnotationTree has the directories and symbolic links of a tree, as JSON:
 //
 //	{"directories": {"bin": "0755"}, "links": {"bin/latest": "v2"}}
-const AnnotationTree = "vnd.dfcache.tree"
+const AnnotationTree = "io.github.dfcache.tree"
 
 // maxTree is the number of elements that the JSON of a tree may have.
 const maxTree = 1 << 17
