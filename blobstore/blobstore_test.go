@@ -541,7 +541,7 @@ func (noQueries) Stat(context.Context, string, digest.CID, p2p.StatOptions) (p2p
 func TestFileJSON(t *testing.T) {
 	data, err := json.Marshal(blobstore.File{CID: "v1"})
 	want :=
-		`{"cid":"v1","tag":"","digest":"","size":0,"title":"","manifest":"","pieces":0,"pieceLength":0,"held":0,"local":false,"imported":null,"lastUsed":null,"holders":null,"sources":[],"files":[]}`
+		`{"cid":"v1","tag":"","digest":"","size":0,"title":"","manifest":"","pieces":0,"pieceLength":0,"held":0,"local":false,"imported":null,"lastUsed":null,"holders":null,"sources":[],"unchanged":false,"files":[]}`
 	if err != nil || string(data) != want {
 		t.Errorf("%s, %v; want %s", data, err, want)
 	}

@@ -44,7 +44,7 @@ func TestPushCrash(t *testing.T) {
 	}
 	var d *daemon
 	defer func() { d.stop(t, syscall.SIGKILL) }() // where the test gives up
-	cycles, done, life := max(1, *crashCycles/10), 0, 400*time.Millisecond
+	cycles, done, life := max(4, *crashCycles/10), 0, 400*time.Millisecond
 	for cycle := 0; cycle < cycles || done == 0 && cycle < 10*cycles; cycle++ {
 		d = startDaemon(t, home)
 		requireNoIngest(t, filepath.Join(home, "data"))

@@ -213,7 +213,7 @@ func TestUploadOfDeadDaemon(t *testing.T) {
 }
 
 // TestPushesAreLimited: blobs and unfinished uploads together take no more than
-// --max-size, and what would not fit leaves nothing.
+// --max-size. An upload that does not fit stays, with what it has, until its client ends it.
 func TestPushesAreLimited(t *testing.T) {
 	d, u := start(t, "--max-size", "4MiB")
 	first, second, large := content(2<<20, 1), content(1<<20, 2), content(5<<19, 3)
@@ -233,6 +233,7 @@ func TestPushesAreLimited(t *testing.T) {
 	if answer.StatusCode != http.StatusInsufficientStorage {
 		t.Errorf("an upload that does not fit: %s %s", answer.Status, body)
 	}
+	d.require(t, http.StatusNoContent, http.MethodDelete, location, nil)
 	within(t, "what did not fit is gone", func() bool { return d.ingested(t) == 0 })
 	u.run("oras", "push", d.host+"/models:v2", "second.bin")
 	u.fails("no space left", "dfcache", "import", "-i", "v3", "large.bin")
