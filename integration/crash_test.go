@@ -22,7 +22,7 @@ import (
 )
 
 var (
-	crashCycles = flag.Int("crash.cycles", 15, "how many times TestCrash kills the daemon")
+	crashCycles = flag.Int("crash.cycles", 10, "how many times TestCrash kills the daemon")
 	crashSeed   = flag.Uint64("crash.seed", 0, "seed of TestCrash; 0 takes a new one")
 )
 

@@ -26,7 +26,7 @@ import (
 )
 
 var (
-	powerCuts  = flag.Int("powercut.cuts", 6, "how often the power is cut on each file system")
+	powerCuts  = flag.Int("powercut.cuts", 5, "how often the power is cut on each file system")
 	powerSteps = flag.Int("powercut.steps", 20, "how much each of those who work does before that")
 	powerKinds = flag.String("powercut.fs", "ext4,xfs", "the file systems, of ext4, xfs and btrfs")
 )

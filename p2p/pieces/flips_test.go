@@ -21,7 +21,7 @@ import (
 )
 
 var (
-	flips    = flag.Int("flips", 300, "how many bits of meta.db TestFlippedBits flips, each alone; 0 for all")
+	flips    = flag.Int("flips", 200, "how many bits of meta.db TestFlippedBits flips, each alone; 0 for all")
 	flipSeed = flag.Uint64("flips.seed", uint64(time.Now().UnixNano()), "chooses the bits that TestFlippedBits flips")
 )
 

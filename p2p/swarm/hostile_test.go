@@ -23,7 +23,7 @@ import (
 )
 
 var (
-	hostileRuns = flag.Int("swarm.hostile", 12, "how many swarms with hostile peers are run")
+	hostileRuns = flag.Int("swarm.hostile", 8, "how many swarms with hostile peers are run")
 	hostileSeed = flag.Uint64("swarm.seed", 1, "seed of the first of them")
 )
 
