@@ -55,7 +55,7 @@ func (o DeleteOptions) Validate(tag string, cid digest.CID) error {
 		return fmt.Errorf("delete what is expected: %w: it goes with one cid", digest.ErrInvalid)
 	}
 	if o.All {
-		if cid != (digest.CID{}) || len(o.Also) > 0 || o.NameOnly || o.Unpin {
+		if !cid.IsZero() || len(o.Also) > 0 || o.NameOnly || o.Unpin {
 			return fmt.Errorf("delete all under tag %q: %w: no cid goes with that", tag, digest.ErrInvalid)
 		}
 		return ValidateTag(tag)

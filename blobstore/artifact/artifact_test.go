@@ -182,15 +182,7 @@ func FuzzNames(f *testing.F) {
 			return
 		}
 		dir := t.TempDir()
-		out := filepath.Join(dir, "out")
-		if err := os.Mkdir(out, 0o777); err != nil {
-			t.Fatal(err)
-		}
-		root, err := os.OpenRoot(out)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer root.Close()
+		out, root := openOut(t, dir)
 		for _, p := range places {
 			path := filepath.Join(out, p.Path)
 			if os.MkdirAll(filepath.Dir(path), 0o777) == nil {

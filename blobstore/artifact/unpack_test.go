@@ -69,10 +69,10 @@ func zip(t testing.TB, data []byte) []byte {
 	return out.Bytes()
 }
 
-// unpackIn unpacks an archive whose names begin with base into dir/out.
-func unpackIn(t testing.TB, dir, base string, data []byte, annotations map[string]string) error {
+// openOut makes the directory dir/out, and opens it until the test ends.
+func openOut(t testing.TB, dir string) (out string, root *os.Root) {
 	t.Helper()
-	out := filepath.Join(dir, "out")
+	out = filepath.Join(dir, "out")
 	if err := os.Mkdir(out, 0o777); err != nil {
 		t.Fatal(err)
 	}
@@ -80,7 +80,14 @@ func unpackIn(t testing.TB, dir, base string, data []byte, annotations map[strin
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer root.Close()
+	t.Cleanup(func() { root.Close() })
+	return out, root
+}
+
+// unpackIn unpacks an archive whose names begin with base into dir/out.
+func unpackIn(t testing.TB, dir, base string, data []byte, annotations map[string]string) error {
+	t.Helper()
+	_, root := openOut(t, dir)
 	layer := artifact.Layer{Descriptor: ocispec.Descriptor{Annotations: annotations}, Name: "archive", Packed: true,
 		Base: base}
 	tree, err := artifact.Unpack(t.Context(), root, artifact.Place{Layer: layer, Path: ".", Unpack: true},

@@ -403,18 +403,8 @@ func (s *Store) clear(
 	for _, v := range seen {
 		see(digest.CID{}, v)
 	}
-	for _, bucket := range [][]byte{bucketNames, bucketTasks} {
-		for _, part := range lastParts(tx, bucket, prefix(tag)) {
-			cid, err := digest.ParseCID(part)
-			if err != nil {
-				return nil, false, fmt.Errorf("%w: %q under tag %q in the metadata: %w", digest.ErrCorrupt, part, tag, err)
-			}
-			version, err := versionOf(tx, tag, cid)
-			if err != nil {
-				return nil, false, err
-			}
-			see(cid, version)
-		}
+	if err := eachVersion(tx, tag, see); err != nil {
+		return nil, false, err
 	}
 	if found, err = removed.deleteAll(tx, tag, nil); err != nil {
 		return nil, found, err
@@ -481,22 +471,30 @@ func (s *Store) ApplyDelete(ctx context.Context, d Delete) (result DeleteResult,
 
 // latestOf returns the latest version of what is under a tag; the zero value where there is nothing.
 func latestOf(tx *bbolt.Tx, tag string) (last Version, err error) {
+	err = eachVersion(tx, tag, func(_ digest.CID, v Version) {
+		if v.At.After(last.At) {
+			last = v
+		}
+	})
+	return last, err
+}
+
+// eachVersion calls f for each name and each task under a tag, with its version.
+func eachVersion(tx *bbolt.Tx, tag string, f func(digest.CID, Version)) error {
 	for _, bucket := range [][]byte{bucketNames, bucketTasks} {
 		for _, part := range lastParts(tx, bucket, prefix(tag)) {
 			cid, err := digest.ParseCID(part)
 			if err != nil {
-				return last, fmt.Errorf("%w: %q under tag %q in the metadata: %w", digest.ErrCorrupt, part, tag, err)
+				return fmt.Errorf("%w: %q under tag %q in the metadata: %w", digest.ErrCorrupt, part, tag, err)
 			}
 			v, err := versionOf(tx, tag, cid)
 			if err != nil {
-				return last, err
+				return err
 			}
-			if v.At.After(last.At) {
-				last = v
-			}
+			f(cid, v)
 		}
 	}
-	return last, nil
+	return nil
 }
 
 // versionOf returns the version of what cid names.

@@ -380,9 +380,14 @@ func (s *Swarm) forget(deletes []pieces.Delete) {
 		if down := s.downloads.of(task); down != nil && !d.Soft {
 			down.deleted(task, d)
 		}
-		if err := s.store.ReleasePartial(task); err != nil {
-			s.log.Warn("what has arrived of a deleted blob could not be removed", "task", task.String(), "error", err)
-		}
+		s.releasePartial(task)
+	}
+}
+
+// releasePartial removes what has arrived of a blob that was deleted.
+func (s *Swarm) releasePartial(task p2p.Task) {
+	if err := s.store.ReleasePartial(task); err != nil {
+		s.log.Warn("what has arrived of a deleted blob could not be removed", "task", task.String(), "error", err)
 	}
 }
 
@@ -399,11 +404,8 @@ func (s *Swarm) forgetAll(d pieces.Delete) {
 		}
 	}
 	for _, a := range s.store.Arriving() {
-		if a.Task.Tag != d.Tag {
-			continue
-		}
-		if err := s.store.ReleasePartial(a.Task); err != nil {
-			s.log.Warn("what has arrived of a deleted blob could not be removed", "task", a.Task.String(), "error", err)
+		if a.Task.Tag == d.Tag {
+			s.releasePartial(a.Task)
 		}
 	}
 }
@@ -439,12 +441,8 @@ func (s *Swarm) releaseLost(tag string) {
 		delete(s.releasing, tag)
 		s.mu.Unlock()
 		for _, task := range left() {
-			if _, _, err := s.statTask(s.ctx, task, p2p.StatOptions{}); !errors.Is(err, p2p.ErrNotFound) {
-				continue
-			}
-			if err := s.store.ReleasePartial(task); err != nil {
-				s.log.Warn("what has arrived of a deleted blob could not be removed", "task", task.String(),
-					"error", err)
+			if _, _, err := s.statTask(s.ctx, task, p2p.StatOptions{}); errors.Is(err, p2p.ErrNotFound) {
+				s.releasePartial(task)
 			}
 		}
 	})
