@@ -628,11 +628,9 @@ func (r *removal) remove(tx *bbolt.Tx, t p2p.Task, why Reason) error {
 		return err
 	}
 	for _, name := range lastParts(tx, bucketNamed, prefix(t.Tag, string(t.Digest))) {
-		if err := removeKeys(tx, bucketNames, key(t.Tag, name), bucketNamed,
-			key(t.Tag, string(t.Digest), name)); err != nil {
+		if err := r.dropName(tx, p2p.NewName{Tag: t.Tag, Name: name, Digest: t.Digest}, why); err != nil {
 			return err
 		}
-		r.noteName(Removed, why, p2p.NewName{Tag: t.Tag, Name: name, Digest: t.Digest})
 	}
 	if err := removeKeys(tx, bucketTasks, taskKey(t), bucketSpared, taskKey(t), bucketUsed, taskKey(t), bucketHolders,
 		key(string(t.Digest), t.Tag)); err != nil {

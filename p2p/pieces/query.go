@@ -408,7 +408,7 @@ func (r *removal) deleteAll(tx *bbolt.Tx, tag string, by *Delete) (found bool, e
 			continue
 		}
 		found = true
-		if err := r.dropName(tx, p2p.NewName{Tag: tag, Name: name, Digest: record.Digest}); err != nil {
+		if err := r.dropName(tx, p2p.NewName{Tag: tag, Name: name, Digest: record.Digest}, ReasonDeleted); err != nil {
 			return found, err
 		}
 	}
@@ -442,12 +442,12 @@ func (r *removal) deleteAll(tx *bbolt.Tx, tag string, by *Delete) (found bool, e
 }
 
 // dropName removes a name, and leaves what it pointed to.
-func (r *removal) dropName(tx *bbolt.Tx, n p2p.NewName) error {
+func (r *removal) dropName(tx *bbolt.Tx, n p2p.NewName, why Reason) error {
 	if err := removeKeys(tx, bucketNames, key(n.Tag, n.Name), bucketNamed,
 		key(n.Tag, string(n.Digest), n.Name)); err != nil {
 		return err
 	}
-	r.noteName(Removed, ReasonDeleted, n)
+	r.noteName(Removed, why, n)
 	return nil
 }
 
@@ -482,7 +482,7 @@ func (r *removal) delete(tx *bbolt.Tx, tag string, cid digest.CID, opts p2p.Dele
 		return err
 	}
 	if name := cid.CacheID(); name != "" {
-		if err := r.dropName(tx, p2p.NewName{Tag: tag, Name: name, Digest: task.Digest}); err != nil {
+		if err := r.dropName(tx, p2p.NewName{Tag: tag, Name: name, Digest: task.Digest}, ReasonDeleted); err != nil {
 			return err
 		}
 		if opts.NameOnly {
