@@ -114,61 +114,76 @@ func (e *Source) hold(task p2p.Task, peerID string) (id string) {
 // holdName notes that the file is here that a name leads to, and returns the ID by which Dragonfly's
 // dfcache asks for the name; or "" where there is no such file, or the ID is another's: Dragonfly takes
 // cid and tag together, without a separator. Nothing is fetched by that ID: who has what it stands for,
-// nothing proves.
+// nothing proves. points is the manifest that the name was just seen to point to.
 func (e *Source) holdName(ctx context.Context, tag, name string, points digest.Digest) (id string, err error) {
 	id = nameID(tag, given.Text(name))
 	if h := e.holding(id); h != nil && h.isName(tag, name) && h.manifest == points {
 		return id, nil
 	}
-	file, text, err := e.fileOf(ctx, tag, name, points)
-	if err != nil || file == "" {
+	cid, err := digest.ParseCID(name)
+	if err != nil {
 		return "", err
 	}
-	id = nameID(tag, text)
-	now := &holding{task: p2p.Task{Tag: tag, Digest: file}, peerID: e.newPeerID(), since: time.Now(), name: name,
-		text: text, manifest: points}
-	e.mu.Lock()
-	before := e.held[id]
-	other := before != nil && !before.isName(tag, name)
-	if !other {
-		e.held[id] = now
-	}
-	e.mu.Unlock()
-	if other {
-		return "", nil
-	}
-	if before != nil {
+	var before *holding
+	if id, before, err = e.holdNow(ctx, tag, name, cid); err == nil && before != nil {
 		err = e.leaveAs(ctx, id, before)
 	}
 	return id, err
 }
 
-// fileOf returns the only file that a name leads to, or "", and the name as it was given.
-func (e *Source) fileOf(ctx context.Context, tag, name string, points digest.Digest) (
-	file digest.Digest, text string, err error,
+// holdNow is holdName as far as the store tells. before is what was held under the ID until now, or nil.
+func (e *Source) holdNow(ctx context.Context, tag, name string, cid digest.CID) (
+	id string, before *holding, err error,
 ) {
-	info, err := e.store.Stat(ctx, tag, digest.FromDigest(points), p2p.StatOptions{Scope: p2p.Local, Manifest: true})
+	// What a name leads to is read and noted by one caller at a time: an import and a sweep would
+	// otherwise take each other's word back.
+	e.naming.Lock()
+	defer e.naming.Unlock()
+	now, err := e.fileOf(ctx, tag, name, cid)
+	if err != nil || now == nil {
+		return "", nil, err
+	}
+	id = nameID(tag, now.text)
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	before = e.held[id]
+	switch {
+	case before == nil:
+	case !before.isName(tag, name):
+		return "", nil, nil
+	case before.manifest == now.manifest:
+		return id, nil, nil
+	}
+	e.held[id] = now
+	return id, before, nil
+}
+
+// fileOf returns the only file that a name leads to now, with the name as it was given; or nil.
+func (e *Source) fileOf(ctx context.Context, tag, name string, cid digest.CID) (*holding, error) {
+	info, err := e.store.Stat(ctx, tag, cid, p2p.StatOptions{Scope: p2p.Local, Manifest: true, ContentOnly: true})
 	if errors.Is(err, p2p.ErrNotFound) || err == nil && info.Manifest == nil {
-		return "", "", nil
+		return nil, nil
 	}
 	if err != nil {
-		return "", "", err
+		return nil, err
 	}
 	m, err := manifest.Read(info.Manifest.Content)
 	if err != nil {
-		return "", "", fmt.Errorf("manifest of %s: %w", name, err)
+		return nil, fmt.Errorf("manifest of %s: %w", name, err)
 	}
-	text = given.Text(name)
+	text := given.Text(name)
 	if given.IsHashed(name) {
 		text = m.Annotations[given.Annotation]
 		if made, err := given.CID(text); err != nil || made != name {
-			return "", "", nil
+			return nil, nil
 		}
 	}
-	if layers := slices.Concat(m.Layers, m.Blobs); len(layers) == 1 {
-		return layers[0].Digest, text, nil
+	layers := slices.Concat(m.Layers, m.Blobs)
+	if len(layers) != 1 {
+		return nil, nil
 	}
-	return "", "", nil
+	return &holding{task: p2p.Task{Tag: tag, Digest: layers[0].Digest}, peerID: e.newPeerID(), since: time.Now(),
+		name: name, text: text, manifest: info.Task.Digest}, nil
 }
 
 // holding returns what is held under an ID, or nil.
@@ -342,6 +357,8 @@ func (e *Source) sweep() error {
 // namesGone returns the IDs of names of a tag that are held, and not in the store any more.
 func (e *Source) namesGone(ctx context.Context, tag string) (gone []string) {
 	held := map[string]string{}
+	e.naming.Lock()
+	defer e.naming.Unlock()
 	e.mu.Lock()
 	for id, h := range e.held {
 		if h.name != "" && h.task.Tag == tag {

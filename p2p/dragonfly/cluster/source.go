@@ -139,8 +139,9 @@ type Source struct {
 	sweepNow   chan struct{}
 	fresh      chan struct{} // closed when schedulers know nothing of an earlier process any more
 
-	mu   sync.Mutex
-	held map[string]*holding // by task ID
+	naming sync.Mutex          // held while it is read and noted what a name leads to; never while others are asked
+	mu     sync.Mutex          // taken after naming
+	held   map[string]*holding // by task ID
 }
 
 var _ front.Source = (*Source)(nil)
