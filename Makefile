@@ -29,7 +29,7 @@ quick: ## test something of every package, without root or anything installed
 # What takes longest, and waits most, begins first. Without the tables of debuggers tests are
 # linked sooner. What is missing fails.
 test: packages vet clients ## everything that has to hold
-	$(GO) test -race -count=1 -vet=off -ldflags=-w -timeout 15m ./integration ./p2p/swarm ./p2p/pieces ./...
+	$(GO) test -race -count=1 -vet=off -ldflags=-w -timeout 15m ./integration ./p2p/swarm ./p2p/swarm/discovery ./p2p/pieces ./...
 
 packages: ## install what the tests need; wants root, on Debian, where something is missing
 	sh integration/packages.sh

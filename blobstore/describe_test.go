@@ -18,7 +18,7 @@ import (
 func pushIndex(t *testing.T, r *blobstore.Repository) (img, index blobstore.Manifest) {
 	t.Helper()
 	pushBlobs(t, r, "one", "three", "{}")
-	foreign := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayerNonDistributable, //nolint:staticcheck // such are there
+	foreign := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayerNonDistributable, //nolint:staticcheck // such exist
 		Digest: digest.SHA256.FromString("foreign"), Size: 70_000, URLs: []string{"https://example.com/foreign"}}
 	config := blob("{}")
 	config.MediaType = ocispec.MediaTypeImageConfig

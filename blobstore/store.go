@@ -25,7 +25,7 @@ var (
 	ErrMissingRef  = p2p.ErrMissingRef  // a manifest refers to what is not there
 	ErrNoSpace     = p2p.ErrNoSpace     // a disk or a quota is full
 	ErrBusy        = p2p.ErrBusy        // there are not enough descriptors, for example: to be tried again
-	ErrFailed      = p2p.ErrFailed      // the disk has failed the store: nothing more is stored until it is opened again
+	ErrFailed      = p2p.ErrFailed      // the disk has failed: nothing more is stored until the store is opened again
 	ErrUnavailable = p2p.ErrUnavailable // the daemon can't be reached, or another process holds the directory
 	ErrUnreachable = p2p.ErrUnreachable // it is not on this host, and no peer could be asked
 	ErrChanged     = p2p.ErrChanged     // a file was written to while it was imported

@@ -100,7 +100,8 @@ func problemOf(err error, t target) *problem {
 			p.detail = map[string]string{"want": m.Want.String(), "got": m.Got.String()}
 		}
 	case errors.Is(err, blobstore.ErrMoved):
-		p = newProblem(http.StatusPreconditionFailed, codeDenied, "others change %s all the time: try again", t.reference)
+		p = newProblem(http.StatusPreconditionFailed, codeDenied, "others change %s all the time: try again",
+			t.reference)
 	case errors.Is(err, blobstore.ErrReferenced):
 		// 405, not 409: what clients take for "can't be deleted".
 		by := "other content"
@@ -127,7 +128,8 @@ func problemOf(err error, t target) *problem {
 		// looks elsewhere after a 404, and gives up or tries for long after a 503.
 		p = newProblem(http.StatusNotFound, unknown,
 			"%s is not on this host, in repository %s, and no peer could be asked for it", t.reference, t.name)
-	case errors.Is(err, blobstore.ErrUnavailable), errors.Is(err, blobstore.ErrFailed), errors.Is(err, blobstore.ErrClosed):
+	case errors.Is(err, blobstore.ErrUnavailable), errors.Is(err, blobstore.ErrFailed),
+		errors.Is(err, blobstore.ErrClosed):
 		p = newProblem(http.StatusServiceUnavailable, codeUnknown,
 			"the store can't be reached now: try again later").with("Retry-After", "5")
 	default:

@@ -203,8 +203,8 @@ func (h *Handler) serve(w *response, r *request) error {
 		}
 		if err != nil {
 			return newProblem(http.StatusBadRequest, codeNameInvalid, "%.260q can't be the name of a repository: want "+
-				"components of a-z and 0-9, joined within by \".\", \"_\", \"__\" or dashes, separated by \"/\", %d characters "+
-				"at most", r.name, p2p.MaxTag).because(err)
+				"components of a-z and 0-9, joined within by \".\", \"_\", \"__\" or dashes, separated by \"/\", "+
+				"%d characters at most", r.name, p2p.MaxTag).because(err)
 		}
 	}
 	return handle(h, w, r)

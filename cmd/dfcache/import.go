@@ -177,8 +177,8 @@ func (s *session) imports(
 	result := imported{File: file, replicas: []string{}}
 	if replicas > 0 {
 		end := nowAndThen(ctx, s.stderr, func() string {
-			return "dfcache: import: the file is stored here; waiting until " + count(replicas, "peer holds", "peers hold") +
-				" it, too"
+			return "dfcache: import: the file is stored here; waiting until " +
+				count(replicas, "peer holds", "peers hold") + " it, too"
 		})
 		result.replicas, err = repo.Replicate(ctx, file.CID, replicas)
 		end()

@@ -145,8 +145,8 @@ func checkDescriptors() error {
 	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil || limit.Cur >= minDescriptors {
 		return nil
 	}
-	return fmt.Errorf("the process may have %d descriptors, and needs %d at least: raise the hard limit (ulimit -Hn, or "+
-		"LimitNOFILE of systemd)", limit.Cur, minDescriptors)
+	return fmt.Errorf("the process may have %d descriptors, and needs %d at least: raise the hard limit (ulimit -Hn, "+
+		"or LimitNOFILE of systemd)", limit.Cur, minDescriptors)
 }
 
 // warn tells of what is no reason not to start.

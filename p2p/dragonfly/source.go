@@ -308,7 +308,8 @@ func (e *Source) Offer(ctx context.Context, c p2p.Commit) error {
 	if tell := p2p.NoticeOf(ctx); tell != nil {
 		if err := e.askScheduler(ctx); err != nil {
 			e.awaitScheduler()
-			tell(fmt.Sprintf("it is stored on this host, and Dragonfly has it here, but %s: %v", whole.NotFoundYet, err))
+			tell(fmt.Sprintf("it is stored on this host, and Dragonfly has it here, but %s: %v",
+				whole.NotFoundYet, err))
 		}
 	}
 	return nil

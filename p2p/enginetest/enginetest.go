@@ -926,7 +926,7 @@ func testDeleteAll(t *testing.T, e p2p.Engine) {
 		t.Errorf("a delete of all left %v", left)
 	}
 	RequireContent(t, e, p2p.Task{Tag: "t2", Digest: parts[0].Digest}, Content(1000, 1))
-	if deleted, err := e.Delete(ctx, "t", digest.CID{}, p2p.DeleteOptions{All: true}); err != nil || deleted.Tasks != 0 {
+	if deleted, err = e.Delete(ctx, "t", digest.CID{}, p2p.DeleteOptions{All: true}); err != nil || deleted.Tasks != 0 {
 		t.Errorf("delete of all where there is nothing: %+v, %v", deleted, err)
 	}
 	// What is put in afterwards stays.

@@ -365,7 +365,8 @@ func (s *Store) deleteForAll(
 	for i, t := range removed.tasks {
 		if c := digest.FromDigest(t.Digest); !asked[c] {
 			at := latest(last, removed.origins[i]) // all copies up to then
-			deletes = append(deletes, Delete{Tag: tag, CID: c, At: at, After: at, Made: s.now(), Limit: s.Limit(), Soft: true})
+			deletes = append(deletes,
+				Delete{Tag: tag, CID: c, At: at, After: at, Made: s.now(), Limit: s.Limit(), Soft: true})
 		}
 	}
 	for _, d := range deletes {

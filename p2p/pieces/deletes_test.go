@@ -353,13 +353,15 @@ func TestClear(t *testing.T) {
 	task := p2p.Task{Tag: "t", Digest: digest.SHA256.FromBytes(new)}
 	for data, at := range map[string]time.Time{
 		string(old): all.At.Add(-time.Minute), string(new): all.At.Add(time.Minute)} {
-		if err := fetched(t, peer, p2p.Task{Tag: "t", Digest: digest.SHA256.FromString(data)}, []byte(data), at); err != nil {
+		task := p2p.Task{Tag: "t", Digest: digest.SHA256.FromString(data)}
+		if err := fetched(t, peer, task, []byte(data), at); err != nil {
 			t.Fatal(err)
 		}
 	}
 	for i := range 2 {
 		result, err := peer.ApplyDelete(t.Context(), all)
-		if err != nil || result.News != (i == 0) || result.Found != (i == 0) || !result.Newer.At.Equal(all.At.Add(time.Minute)) {
+		if err != nil || result.News != (i == 0) || result.Found != (i == 0) ||
+			!result.Newer.At.Equal(all.At.Add(time.Minute)) {
 			t.Errorf("applied: %+v, %v", result, err)
 		}
 	}

@@ -539,7 +539,8 @@ func (r *removal) setName(tx *bbolt.Tx, n p2p.NewName) (before digest.Digest, er
 		described = nil
 	}
 	if err := put(tx, bucketNames, k, nameRecord{
-		Digest: n.Digest, Updated: version.At, After: version.After, LetGo: !n.KeepOld, Described: described}); err != nil {
+		Digest: n.Digest, Updated: version.At, After: version.After, LetGo: !n.KeepOld, Described: described,
+	}); err != nil {
 		return "", err
 	}
 	if !found {

@@ -546,7 +546,8 @@ func (s *Store) canBeFound(tx *bbolt.Tx, t p2p.Task, seen map[string]bool) (can 
 		hasAny(tx, bucketNamed, prefix(t.Tag, string(t.Digest)))
 	if !can {
 		for _, parent := range lastParts(tx, bucketParents, prefix(t.Tag, string(t.Digest))) {
-			if can, err = s.canBeFound(tx, p2p.Task{Tag: t.Tag, Digest: digest.Digest(parent)}, seen); can || err != nil {
+			can, err = s.canBeFound(tx, p2p.Task{Tag: t.Tag, Digest: digest.Digest(parent)}, seen)
+			if can || err != nil {
 				break
 			}
 		}

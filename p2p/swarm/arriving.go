@@ -51,8 +51,8 @@ func newArriving(d *arrival) (*Arriving, error) {
 // check ends a reader that was given what is not true. d.mu is held.
 func (a *Arriving) check(table *digest.Table, have *schedule.Set) {
 	if table.Size != a.table.Size || a.given.Clone().AndNot(have).Count() > 0 {
-		a.err = fmt.Errorf("blob %s: %w: a peer has sent wrong content of what was read of it: read it again", a.d.digest,
-			digest.ErrMismatch)
+		a.err = fmt.Errorf("blob %s: %w: a peer has sent wrong content of what was read of it: read it again",
+			a.d.digest, digest.ErrMismatch)
 	}
 }
 

@@ -314,6 +314,30 @@ func TestNamesForDragonfly(t *testing.T) {
 	}
 }
 
+// An import of a name and the sweep of the store, which come upon the name at once, announce it as one peer:
+// none of them has schedulers forget what the other one has told.
+func TestNamesAreAnnouncedOnce(t *testing.T) {
+	s := clustertest.StartScheduler(t)
+	h := newHost(t, cluster.Options{SweepInterval: time.Millisecond}, s)
+	r, err := blobstore.New(h).Repository("t")
+	if err != nil {
+		t.Fatal(err)
+	}
+	content := enginetest.Content(1000, 1)
+	for i := range 100 {
+		name := fmt.Sprint("name-", i)
+		if _, err := r.Import(t.Context(), name, bytes.NewReader(content), blobstore.ImportOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		if n := s.Knows(clustertest.TaskID(name, "t")); n != 1 {
+			t.Errorf("after the import of %s the scheduler knows of %d peers with it, want 1", name, n)
+		}
+	}
+	if n := s.Calls("LeaveTask"); n != 0 {
+		t.Errorf("%d peers were taken back, and nothing was deleted", n)
+	}
+}
+
 // Dragonfly takes cid and tag together, without a separator: of two names that are one to it, the first
 // counts, and none of them takes the place of a digest.
 func TestNamesThatMeet(t *testing.T) {

@@ -300,7 +300,8 @@ func (e *Source) Offer(ctx context.Context, c p2p.Commit) error {
 	for _, n := range c.Names {
 		id, err := e.holdName(ctx, n.Tag, n.Name, n.Digest)
 		if err != nil {
-			e.log.Warn("a name is stored, and not announced yet: it will be", "name", n.Name, "tag", n.Tag, "error", err)
+			e.log.Warn("a name is stored, and not announced yet: it will be", "name", n.Name, "tag", n.Tag,
+				"error", err)
 		}
 		if id != "" {
 			ids = append(ids, id)

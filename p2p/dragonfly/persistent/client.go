@@ -189,7 +189,8 @@ func (c *client) download(
 			if start := answer.GetDownloadPersistentCacheTaskStartedResponse(); start != nil {
 				if told := start.GetContentLength(); told != uint64(size) {
 					if told > math.MaxInt64 || len(seen) > 0 {
-						return status.Errorf(codes.Aborted, "it says that there are %d bytes, and before that %d", told, size)
+						return status.Errorf(codes.Aborted, "it says that there are %d bytes, and before that %d",
+							told, size)
 					}
 					size = int64(told)
 					if err := room(size); err != nil {

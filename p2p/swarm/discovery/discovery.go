@@ -521,7 +521,8 @@ func (c dialled) Via() string {
 
 // describeAddress is an address as people write one: HOST:PORT.
 func describeAddress(a multiaddr.Multiaddr) string {
-	direct, _ := multiaddr.SplitFunc(a, func(c multiaddr.Component) bool { return c.Protocol().Code == multiaddr.P_P2P })
+	isPeer := func(c multiaddr.Component) bool { return c.Protocol().Code == multiaddr.P_P2P }
+	direct, _ := multiaddr.SplitFunc(a, isPeer)
 	text := a.String()
 	if _, at, err := manet.DialArgs(direct); err == nil {
 		text = at
