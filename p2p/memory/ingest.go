@@ -123,7 +123,7 @@ func (in *ingest) keep(b *blob, err error) (p2p.Added, error) {
 type writer struct {
 	opts     p2p.AddOptions
 	recorder *digest.Recorder
-	data     []byte
+	data     bytes.Buffer
 }
 
 func newWriter(opts p2p.AddOptions) *writer {
@@ -132,9 +132,9 @@ func newWriter(opts p2p.AddOptions) *writer {
 
 // Write implements [io.Writer].
 func (w *writer) Write(p []byte) (int, error) {
-	w.data = append(w.data, p...)
+	w.data.Write(p)
 	if w.opts.Progress != nil {
-		w.opts.Progress(int64(len(w.data)))
+		w.opts.Progress(int64(w.data.Len()))
 	}
 	return w.recorder.Write(p)
 }
@@ -151,7 +151,7 @@ func (w *writer) finish(ctx context.Context, file *source.File) (*blob, error) {
 	if want := w.opts.Want; want != "" && table.Digest != want {
 		return nil, &digest.MismatchError{Want: want, Got: table.Digest}
 	}
-	return &blob{table: table, data: w.data}, nil
+	return &blob{table: table, data: w.data.Bytes()}, nil
 }
 
 // created is a writer that the caller has. It implements [p2p.Writer].

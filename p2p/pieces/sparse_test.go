@@ -2,6 +2,8 @@ package pieces
 
 import (
 	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
 	"io"
 	"os"
 	"path/filepath"
@@ -38,11 +40,8 @@ func sparseFile(t *testing.T, size int64, at ...int64) (*os.File, []byte) {
 			t.Fatal(err)
 		}
 	}
-	content, err := io.ReadAll(f)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := f.Seek(0, io.SeekStart); err != nil {
+	content := make([]byte, size)
+	if _, err := f.ReadAt(content, 0); err != nil {
 		t.Fatal(err)
 	}
 	return f, content
@@ -52,6 +51,7 @@ func sparseFile(t *testing.T, size int64, at ...int64) (*os.File, []byte) {
 func TestSparse(t *testing.T) {
 	s := newStore(t)
 	const size = 20<<20 + 5000
+	got := make([]byte, size+1)
 	for name, at := range map[string][]int64{
 		"nothing":              {},
 		"a beginning":          {0},
@@ -106,7 +106,7 @@ func TestSparse(t *testing.T) {
 			if n := allocated(t, blob); n > 2<<20 {
 				t.Errorf("%s from %s takes %d bytes of the disk", name, door, n)
 			}
-			if got, err := io.ReadAll(blob); err != nil || !bytes.Equal(got, content) {
+			if n, err := blob.ReadAt(got, 0); err != io.EOF || !bytes.Equal(got[:n], content) {
 				t.Errorf("%s from %s: other content, %v", name, door, err)
 			}
 			blob.Close()
@@ -114,6 +114,48 @@ func TestSparse(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+	}
+}
+
+// TestLongPieces: from 128 MiB on pieces are longer, and are read as others are.
+func TestLongPieces(t *testing.T) {
+	s := newStore(t)
+	const size = 128<<20 + 1
+	f, content := sparseFile(t, size, 0, 100<<20, size-9)
+	in, err := s.Ingest(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.Close()
+	added, err := in.Add(f, p2p.AddOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	task := p2p.Task{Tag: "t", Digest: added.Digest}
+	if err := in.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: task, Keep: p2p.KeepPinned}}}); err != nil {
+		t.Fatal(err)
+	}
+	blob, err := s.Open(t.Context(), task, p2p.Local)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer blob.Close()
+	if length := blob.(p2p.FileBlob).Table().PieceLength; blob.Size() != size || length != 128<<10 {
+		t.Errorf("a blob of %d bytes has pieces of %d", blob.Size(), length)
+	}
+	for _, at := range []int64{0, 128<<10 - 5, 100<<20 - 5, size - 10} {
+		got := make([]byte, 10)
+		if _, err := blob.ReadAt(got, at); err != nil || !bytes.Equal(got, content[at:at+10]) {
+			t.Errorf("at %d: %q, %v", at, got, err)
+		}
+	}
+	sum := sha256.New()
+	if err := blob.CopyRange(t.Context(), sum, 0, size, nil); err != nil {
+		t.Fatal(err)
+	}
+	got := digest.Digest("sha256:" + hex.EncodeToString(sum.Sum(nil)))
+	if want := digest.SHA256.FromBytes(content); got != want || added.Digest != want {
+		t.Errorf("added as %s, read as %s, want %s", added.Digest, got, want)
 	}
 }
 
