@@ -125,7 +125,8 @@ func localFlag(cmd *cobra.Command, lookup *blobstore.Lookup) {
 
 func (s *session) exportFile(ctx context.Context, output string, opts blobstore.ExportOptions) error {
 	if output == "-" && stdio.IsClosed(s.stdout) {
-		return exit.Usage(errors.New("standard output is closed: there is nowhere to export to"))
+		return exit.Usage(errors.New("standard output is closed, or /dev/null that is open for reading, " +
+			"too: there is nowhere to export to: say >/dev/null where that is meant"))
 	}
 	repo, done, err := s.repository(ctx)
 	if err != nil {

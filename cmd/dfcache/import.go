@@ -113,7 +113,8 @@ func (s *session) importPaths(ctx context.Context, paths []string, algorithm str
 		return err
 	}
 	if len(paths) == 1 && paths[0] == "-" && stdio.IsClosed(s.stdin) {
-		return exit.Usage(errors.New("standard input is closed: there is nothing to import"))
+		return exit.Usage(errors.New("standard input is closed, or /dev/null that is open for writing, too: " +
+			"there is nothing to import: say </dev/null where that is meant"))
 	}
 	if info, err := os.Stat(paths[0]); len(paths) > 1 || err == nil && info.IsDir() {
 		if s.cid == "" {

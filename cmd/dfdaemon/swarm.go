@@ -415,7 +415,8 @@ func (o *options) newKey(cmd *cobra.Command, args []string) error {
 	switch {
 	case len(args) > 0 && args[0] == "-":
 		if stdio.IsClosed(os.Stdout) {
-			return exit.Usage(errors.New("standard output is closed: there is nowhere to write the key to"))
+			return exit.Usage(errors.New("standard output is closed, or /dev/null that is open for reading, " +
+				"too: there is nowhere to write the key to"))
 		}
 		_, err := cmd.OutOrStdout().Write(key.File())
 		return err

@@ -10,9 +10,11 @@ import (
 	"github.com/dfcache/dfcache/cmd/internal/exit"
 )
 
-// IsClosed reports whether a standard file was closed when the process began.
-// Go opens /dev/null for reading and writing in its place then, which is not
-// what a redirection to or from /dev/null does.
+// IsClosed reports whether a standard file may have been closed when the process
+// began. Go opens /dev/null for reading and writing in its place then. A shell's
+// redirection to or from /dev/null opens it for one of both; but a program that
+// starts this one may open it for both (Python's subprocess.DEVNULL does). So it
+// is asked only where content would be lost, not where a result is printed.
 func IsClosed(f *os.File) bool {
 	var file, null unix.Stat_t
 	if unix.Fstat(int(f.Fd()), &file) != nil || unix.Stat(os.DevNull, &null) != nil || file.Rdev != null.Rdev ||
@@ -23,8 +25,8 @@ func IsClosed(f *os.File) bool {
 	return err == nil && flags&unix.O_ACCMODE == unix.O_RDWR
 }
 
-// Output is standard output, for what a command prints. Where that is closed, writing to it fails. Its
-// errors are those of [exit.Printing]. It is safe for concurrent use.
+// Output is standard output, for what a command prints. Its errors are those of [exit.Printing]. It is
+// safe for concurrent use.
 type Output struct {
 	mu  sync.Mutex
 	err error // of the first Write that failed
@@ -34,11 +36,7 @@ type Output struct {
 func (o *Output) Write(p []byte) (n int, err error) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if IsClosed(os.Stdout) {
-		err = &os.PathError{Op: "write", Path: "standard output", Err: unix.EBADF}
-	} else {
-		n, err = os.Stdout.Write(p)
-	}
+	n, err = os.Stdout.Write(p)
 	if err = exit.Printing(err); o.err == nil {
 		o.err = err
 	}
