@@ -51,6 +51,7 @@ type user struct {
 	t   *testing.T
 	dir string // where commands run; what they keep is in dir/home
 	env []string
+	in  []string // what comes before each command, such as ip netns exec
 }
 
 // newUser returns a user whose dfcache talks to d.
@@ -109,21 +110,29 @@ func startWithUser(t *testing.T, flags ...string) (*daemon, *user) {
 // that runs one.
 func (u *user) command(stdin io.Reader, args []string) *exec.Cmd {
 	u.t.Helper()
-	name := args[0]
-	for dir := range strings.SplitSeq(strings.TrimPrefix(u.env[0], "PATH="), ":") {
-		if path, err := exec.LookPath(filepath.Join(dir, name)); err == nil {
-			name = path
-			break
-		}
-	}
-	if advice := clients[args[0]]; advice != "" && testing.Short() {
-		u.t.Skip("-short: needs " + args[0])
-	} else if advice != "" && name == args[0] {
-		u.t.Fatalf("%s is missing: %s", args[0], advice)
-	}
-	cmd := exec.Command(name, args[1:]...)
+	args = slices.Concat(u.in, []string{u.program(args[0])}, args[1:])
+	cmd := exec.Command(args[0], args[1:]...)
 	cmd.Dir, cmd.Env, cmd.Stdin = u.dir, u.env, stdin
 	return cmd
+}
+
+// program returns the path of a program.
+func (u *user) program(name string) string {
+	u.t.Helper()
+	for dir := range strings.SplitSeq(strings.TrimPrefix(u.env[0], "PATH="), ":") {
+		path, err := exec.LookPath(filepath.Join(dir, name))
+		if err != nil {
+			continue
+		}
+		if clients[name] != "" && testing.Short() {
+			u.t.Skip("-short: needs " + name)
+		}
+		return path
+	}
+	if advice := clients[name]; advice != "" {
+		u.t.Fatalf("%s is missing: %s", name, advice)
+	}
+	return name
 }
 
 // try runs a command and returns what it prints and whether it succeeds.

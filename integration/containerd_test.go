@@ -51,8 +51,7 @@ disabled_plugins = [
 	if os.Geteuid() != 0 {
 		wrap = []string{"unshare", "--user", "--map-root-user", "--mount"}
 	}
-	containerd := u.command(nil, []string{"containerd"}).Path
-	cmd := u.command(nil, append(wrap, containerd, "--config", filepath.Join(dir, "config.toml")))
+	cmd := u.command(nil, append(wrap, u.program("containerd"), "--config", filepath.Join(dir, "config.toml")))
 	var log bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &log, &log
 	if err := cmd.Start(); err != nil {

@@ -162,6 +162,13 @@ func (h *host) address() string { return fmt.Sprintf("%s%d", h.lan.prefix, h.n) 
 // in returns the command that runs another one on the host.
 func (h *host) in() []string { return []string{"ip", "netns", "exec", h.netns} }
 
+// user returns a user of the host, whose dfdaemon runs.
+func (h *host) user() *user {
+	u := newUser(h.lan.t, h.daemon)
+	u.in = h.in()
+	return u
+}
+
 // start starts the host's dfdaemon, which is stopped with the test.
 func (h *host) start(flags ...string) {
 	t := h.lan.t

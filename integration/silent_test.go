@@ -1,7 +1,6 @@
 package integration
 
 import (
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -17,7 +16,7 @@ func TestSwarmVanishedHost(t *testing.T) {
 	a.start()
 	b.start()
 	l.meet(1)
-	u := newUser(t, a.daemon)
+	u := a.user()
 	registry := a.daemon.host
 	timed := func(what string, do func()) {
 		t.Helper()
@@ -31,15 +30,15 @@ func TestSwarmVanishedHost(t *testing.T) {
 	}
 	run := func(args ...string) {
 		t.Helper()
-		timed(strings.Join(args, " "), func() { u.run(slices.Concat(a.in(), args)...) })
+		timed(strings.Join(args, " "), func() { u.run(args...) })
 	}
 	fails := func(says string, args ...string) {
 		t.Helper()
-		timed(strings.Join(args, " "), func() { u.fails(says, slices.Concat(a.in(), args)...) })
+		timed(strings.Join(args, " "), func() { u.fails(says, args...) })
 	}
 	u.write("file.bin", content(300_000, 1))
 	u.write("other.bin", content(200_000, 2))
-	u.run(slices.Concat(a.in(), []string{"oras", "push", registry + "/models:v1", "file.bin"})...)
+	u.run("oras", "push", registry+"/models:v1", "file.bin")
 	_, data, _ := l.file(300_000, 1)
 	b.export(data, "-t", "models", "-i", "v1")
 

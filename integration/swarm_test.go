@@ -209,55 +209,55 @@ func TestSwarmRegistry(t *testing.T) {
 	a.start()
 	b.start()
 	l.meet(1)
-	there, here := newUser(t, a.daemon), newUser(t, b.daemon)
-	oras := func(u *user, h *host, args ...string) string {
-		t.Helper()
-		return u.run(append(append(h.in(), "oras"), args...)...)
-	}
+	there, here := a.user(), b.user()
 	data := content(3_000_000, 5)
 	there.write("file.bin", data)
-	oras(there, a, "push", a.daemon.host+"/models:v2", "file.bin:application/octet-stream")
-	oras(there, a, "attach", "--artifact-type", "application/x-signature", a.daemon.host+"/models:v2", "file.bin")
+	there.run("oras", "push", a.daemon.host+"/models:v2", "file.bin:application/octet-stream")
+	there.run("oras", "attach", "--artifact-type", "application/x-signature", a.daemon.host+"/models:v2", "file.bin")
 
-	if out := oras(here, b, "discover", b.daemon.host+"/models:v2"); !strings.Contains(out, "application/x-signature") {
+	if out := here.run("oras", "discover", b.daemon.host+"/models:v2"); !strings.Contains(out, "application/x-signature") {
 		t.Errorf("discover on the other host says:\n%s", out)
 	}
-	oras(here, b, "tag", b.daemon.host+"/models:v2", "stable")
-	oras(there, a, "resolve", a.daemon.host+"/models:stable")
-	oras(here, b, "pull", b.daemon.host+"/models:v2")
+	here.run("oras", "tag", b.daemon.host+"/models:v2", "stable")
+	there.run("oras", "resolve", a.daemon.host+"/models:stable")
+	here.run("oras", "pull", b.daemon.host+"/models:v2")
 	if got, err := os.ReadFile(filepath.Join(here.dir, "file.bin")); err != nil || !bytes.Equal(got, data) {
 		t.Errorf("what was pulled on the other host is not what was pushed: %v", err)
 	}
 	b.eventually("stat", "-l", "-t", "models", "-i", "v2")
 
-	// A client that looks a tag up, and then asks for the manifest by its digest, as containerd does and
-	// crane is told to here, has pulled the tag; one that only looks it up has not.
+	// A client that looks a tag up, and then asks for the manifest by its digest, as crane is told to here
+	// and containerd does, has pulled the tag; one that only looks it up has not.
 	for _, tag := range []string{"looked", "pulled"} {
-		oras(there, a, "push", a.daemon.host+"/names:"+tag, "file.bin:application/x-"+tag)
+		there.run("oras", "push", a.daemon.host+"/names:"+tag, "file.bin:application/x-"+tag)
 	}
-	crane := func(args ...string) string {
-		t.Helper()
-		return strings.TrimSpace(here.run(append(append(b.in(), "crane"), args...)...))
-	}
-	crane("digest", b.daemon.host+"/names:looked")
-	crane("manifest", b.daemon.host+"/names@"+crane("digest", b.daemon.host+"/names:pulled"))
-	if out := oras(here, b, "repo", "tags", b.daemon.host+"/names"); strings.TrimSpace(out) != "pulled" {
+	here.run("crane", "digest", b.daemon.host+"/names:looked")
+	digest := strings.TrimSpace(here.run("crane", "digest", b.daemon.host+"/names:pulled"))
+	here.run("crane", "manifest", b.daemon.host+"/names@"+digest)
+	if out := here.run("oras", "repo", "tags", b.daemon.host+"/names"); strings.TrimSpace(out) != "pulled" {
 		t.Errorf("the other host has the tags %q, want the one that was pulled", out)
+	}
+	image := there.pushImage(a.daemon.host+"/images/app:v1", 1, 1000)
+	here.startContainerd().pull(b.daemon.host+"/images/app:v1", "--plain-http")
+	if out := here.run("oras", "repo", "tags", b.daemon.host+"/images/app"); strings.TrimSpace(out) != "v1" {
+		t.Errorf("after ctr pull the other host has the tags %q", out)
 	}
 
 	// A reader of a tag that was moved on another host takes nothing away from it.
 	here.write("one.txt", []byte("one"))
 	there.write("two.txt", []byte("two"))
-	oras(here, b, "push", b.daemon.host+"/moved:v1", "one.txt")
-	first := strings.TrimSpace(oras(here, b, "resolve", b.daemon.host+"/moved:v1"))
-	oras(there, a, "push", a.daemon.host+"/moved:v1", "two.txt")
-	oras(here, b, "pull", b.daemon.host+"/moved:v1")
+	here.run("oras", "push", b.daemon.host+"/moved:v1", "one.txt")
+	first := strings.TrimSpace(here.run("oras", "resolve", b.daemon.host+"/moved:v1"))
+	there.run("oras", "push", a.daemon.host+"/moved:v1", "two.txt")
+	here.run("oras", "pull", b.daemon.host+"/moved:v1")
 	here.has("two.txt", []byte("two"))
-	oras(here, b, "pull", "-o", "before", b.daemon.host+"/moved@"+first)
+	here.run("oras", "pull", "-o", "before", b.daemon.host+"/moved@"+first)
 	here.has("before/one.txt", []byte("one"))
 
 	a.kill()
 	b.export(data, "-t", "models", "-i", "v2")
+	here.requireLayers("images/app", image)
+	here.run("crane", "manifest", b.daemon.host+"/images/app:v1")
 }
 
 // A network that falls apart and heals: both halves work on, and are told of each
@@ -366,8 +366,8 @@ func TestSwarmMends(t *testing.T) {
 	}
 	b.export(data, "-t", "models", "-i", "v1")
 	harm()
-	u := newUser(t, b.daemon)
-	u.run(append(b.in(), "oras", "pull", b.daemon.host+"/models:v1")...)
+	u := b.user()
+	u.run("oras", "pull", b.daemon.host+"/models:v1")
 	if got, err := os.ReadFile(filepath.Join(u.dir, "file.bin")); err != nil || !bytes.Equal(got, data) {
 		t.Errorf("pulled are %d bytes, %v", len(got), err)
 	}

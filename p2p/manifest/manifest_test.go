@@ -282,3 +282,20 @@ func TestAmbiguous(t *testing.T) {
 }
 
 const dockerImage = "application/vnd.docker.distribution.manifest.v2+json"
+
+// TestDescriptors: a descriptor has a digest wherever it stands, also in what is stored.
+func TestDescriptors(t *testing.T) {
+	for _, descriptor := range []string{
+		`{}`, `{"size":1}`, `{"digest":""}`, `{"digest":"x"}`, `{"digest":"sha256:00"}`, `{"digest":"md5:` +
+			strings.Repeat("0", 32) + `"}`, `{"digest":"x","data":"eA==","size":1}`,
+	} {
+		for _, in := range []string{
+			`"config":%s`, `"layers":[%s]`, `"manifests":[%s]`, `"blobs":[%s]`, `"subject":%s`,
+		} {
+			text := fmt.Sprintf(`{"schemaVersion":2,`+in+`}`, descriptor)
+			if m, err := manifest.Read([]byte(text)); !errors.Is(err, digest.ErrInvalid) {
+				t.Errorf("%s: %+v, %v", text, m, err)
+			}
+		}
+	}
+}
