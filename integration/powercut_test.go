@@ -270,7 +270,7 @@ func TestDiskFails(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, stderr, code := d.run(t, nil, "import", "-i", "v2", file)
-	if code != 1 || !strings.Contains(stderr, "read-only") {
+	if code != 1 || !strings.Contains(stderr, "mounted read-only") || !strings.Contains(stderr, "dmesg") {
 		t.Errorf("import: exit code %d, %s", code, stderr)
 	}
 	_, stderr, code = d.run(t, nil, "delete", "-i", "v1")

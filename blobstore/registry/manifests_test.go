@@ -113,6 +113,8 @@ func TestTypeIsKept(t *testing.T) {
 	s := start(t, registry.Options{})
 	const index = ocispec.MediaTypeImageIndex
 	image := s.image("a", func(m *ocispec.Manifest) { m.MediaType = "" }, []byte("layer"))
+	s.do("PUT", "/v2/a/manifests/first", image, "Content-Type", "text/plain").fails(
+		http.StatusBadRequest, "MANIFEST_INVALID").contains("push it as that")
 	s.pushManifest("a", "prod", image)
 	thing := []byte(`{"thing":true}`)
 	s.do("PUT", "/v2/a/manifests/thing", thing, "Content-Type", "application/vnd.example.a+json").want(
