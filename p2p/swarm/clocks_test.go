@@ -137,7 +137,7 @@ func TestClocksApart(t *testing.T) {
 		t.Skip("-short: takes long")
 	}
 	for _, skew := range skews {
-		t.Run(skew.String(), func(t *testing.T) {
+		if !t.Run(skew.String(), func(t *testing.T) {
 			h := newHub()
 			var wrong testClock
 			var logA, logC record
@@ -197,7 +197,9 @@ func TestClocksApart(t *testing.T) {
 			}
 			c.delete(t, "m", "old", p2p.DeleteOptions{})
 			wantNoName(t, "what it could see it deletes", "m", "old", all...)
-		})
+		}) {
+			return // the others would take as long to fail
+		}
 	}
 }
 
