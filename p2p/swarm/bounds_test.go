@@ -831,6 +831,9 @@ func TestReplacedChain(t *testing.T) {
 	if have, _ := again.there(); again.links == up.links || have.Count() == 0 {
 		t.Errorf("under the other chain %d pieces are offered", have.Count())
 	}
+	if n, err := blob.ReadAt(make([]byte, 1), 0); !errors.Is(err, digest.ErrMismatch) {
+		t.Errorf("a reader that was given a piece of the chain before reads on: %d bytes, %v", n, err)
+	}
 }
 
 // TestPeersAreBounded: of peers that come and go, or are only named, so many are remembered, and those that
