@@ -118,9 +118,19 @@ func (s *server) try(method, path string, body any, header ...string) (*answer, 
 		return nil, err
 	}
 	defer resp.Body.Close()
-	a := &answer{T: s.T, what: method + " " + path, status: resp.StatusCode, header: resp.Header}
-	a.body, a.err = io.ReadAll(resp.Body)
-	return a, nil
+	return newAnswer(s.T, method, method+" "+path, resp), nil
+}
+
+// newAnswer reads an answer.
+func newAnswer(t *testing.T, method, what string, resp *http.Response) *answer {
+	a := &answer{T: t, what: what, status: resp.StatusCode, header: resp.Header}
+	var body bytes.Buffer
+	if method != http.MethodHead {
+		body.Grow(int(max(0, resp.ContentLength)) + bytes.MinRead) // the race detector takes its time to copy
+	}
+	_, a.err = body.ReadFrom(resp.Body)
+	a.body = body.Bytes()
+	return a
 }
 
 // want checks status and headers: pairs of key and value, where "" means that

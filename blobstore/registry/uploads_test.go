@@ -761,9 +761,7 @@ func (c *conn) answer(method string) *answer {
 		c.Fatal(err)
 	}
 	defer resp.Body.Close()
-	a := &answer{T: c.T, what: method + " by hand", status: resp.StatusCode, header: resp.Header}
-	a.body, a.err = io.ReadAll(resp.Body)
-	return a
+	return newAnswer(c.T, method, method+" by hand", resp)
 }
 
 // TestResumeAfterBreak: the client whose connection broke comes back at once,
