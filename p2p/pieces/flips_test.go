@@ -236,10 +236,11 @@ func swap(t *testing.T, file []byte, kinds []string, withKeys bool) {
 	size, number := len(file)/len(kinds), binary.NativeEndian.Uint32
 	for i, kind := range kinds {
 		page := file[i*size : (i+1)*size]
-		if kind != "leaf" || binary.NativeEndian.Uint16(page[10:]) < 2 {
+		if kind != "leaf" || binary.NativeEndian.Uint16(page[10:]) < 3 {
 			continue
 		}
-		one, two := page[pageHeader:], page[pageHeader+leafElement:]
+		// Not the first one, whose key the branch has, too.
+		one, two := page[pageHeader+leafElement:], page[pageHeader+2*leafElement:]
 		if number(one) != 0 || number(two) != 0 || number(one[8:]) != number(two[8:]) ||
 			number(one[12:]) != number(two[12:]) {
 			continue
