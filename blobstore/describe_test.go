@@ -18,8 +18,9 @@ import (
 func pushIndex(t *testing.T, r *blobstore.Repository) (img, index blobstore.Manifest) {
 	t.Helper()
 	pushBlobs(t, r, "one", "three", "{}")
-	foreign := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayerNonDistributable, //nolint:staticcheck // such exist
-		Digest: digest.SHA256.FromString("foreign"), Size: 70_000, URLs: []string{"https://example.com/foreign"}}
+	foreign := ocispec.Descriptor{
+		MediaType: ocispec.MediaTypeImageLayerNonDistributable, //nolint:staticcheck // such exist
+		Digest:    digest.SHA256.FromString("foreign"), Size: 70_000, URLs: []string{"https://example.com/foreign"}}
 	config := blob("{}")
 	config.MediaType = ocispec.MediaTypeImageConfig
 	img = mustPushManifest(t, r, image(ocispec.Manifest{Config: config,
@@ -45,14 +46,16 @@ func TestDescribe(t *testing.T) {
 		for where, r := range map[string]*blobstore.Repository{"here": theirs, "on a peer": r} {
 			here := where == "here"
 			d, err := r.Describe(t.Context(), "image", blobstore.Lookup{Providers: !here})
-			if err != nil || d.Kind != "image" || d.MediaType != ocispec.MediaTypeImageManifest || d.Manifest != img.Digest ||
-				d.Size != 70_008 || d.Pieces != 4 || len(d.Files) != 3 || len(d.Layers) != 3 || d.Local ||
+			if err != nil || d.Kind != "image" || d.MediaType != ocispec.MediaTypeImageManifest ||
+				d.Manifest != img.Digest || d.Size != 70_008 || d.Pieces != 4 || len(d.Files) != 3 ||
+				len(d.Layers) != 3 || d.Local ||
 				d.Files[0].Local != here || d.Files[2].Size != 70_000 || d.Files[2].Local {
 				t.Errorf("%s: the image is %+v, %v", where, d, err)
 			}
 			d, err = r.Describe(t.Context(), "index", blobstore.Lookup{Providers: !here})
-			if err != nil || d.Kind != "index" || d.Manifest != index.Digest || d.Size != 70_008 || len(d.Platforms) != 2 ||
-				d.Platforms[0].Name != "linux/amd64" || d.Platforms[0].Size != 70_008 || d.Platforms[1].Size != -1 || d.Local {
+			if err != nil || d.Kind != "index" || d.Manifest != index.Digest || d.Size != 70_008 ||
+				len(d.Platforms) != 2 || d.Platforms[0].Name != "linux/amd64" || d.Platforms[0].Size != 70_008 ||
+				d.Platforms[1].Size != -1 || d.Local {
 				t.Errorf("%s: the index is %+v, %v", where, d, err)
 			}
 			if !here && (d.Providers == nil || d.Providers.Whole != 1) {
@@ -83,7 +86,8 @@ func TestExportPlatform(t *testing.T) {
 		for platform, err := range map[string]error{"": blobstore.ErrInvalid, "linux/riscv64": blobstore.ErrInvalid,
 			"linux/arm64": blobstore.ErrNotFound, "linux/amd64": nil} {
 			var out strings.Builder
-			_, got := r.Export(t.Context(), "index", &out, blobstore.ExportOptions{Platform: platform, Files: []string{one}})
+			_, got := r.Export(t.Context(), "index", &out,
+				blobstore.ExportOptions{Platform: platform, Files: []string{one}})
 			choice, chosen := errors.AsType[*artifact.ChoiceError](got)
 			if !errors.Is(got, err) || got == nil && out.String() != "one" || chosen != (err == blobstore.ErrInvalid) ||
 				chosen && len(choice.Platforms) != 2 {

@@ -14,8 +14,8 @@ func TestImportFiles(t *testing.T) {
 		r := repository(t, s, "t")
 		dir := t.TempDir()
 		large := string(bytesOf(300_000, 1))
-		files := map[string]string{"a": "text", "sub/large": large, "sub/same": large, "sub/link": "-> ../a", "empty/": "",
-			"none": ""}
+		files := map[string]string{"a": "text", "sub/large": large, "sub/same": large, "sub/link": "-> ../a",
+			"empty/": "", "none": ""}
 		fill(t, dir, files)
 		var last int64
 		f, err := r.ImportFiles(t.Context(), "v1", []string{dir}, blobstore.ImportOptions{Progress: func(n int64) {

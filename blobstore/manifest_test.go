@@ -408,13 +408,14 @@ func TestOtherType(t *testing.T) {
 		}
 		for _, mediaType := range []string{docker, ocispec.MediaTypeImageIndex, "text/plain"} {
 			other := content.NewDescriptorFromBytes(mediaType, data)
-			if _, err := oras.TagBytes(t.Context(), r, mediaType, data, "other"); !errors.Is(err, blobstore.ErrInvalid) {
+			_, err := oras.TagBytes(t.Context(), r, mediaType, data, "other")
+			if !errors.Is(err, blobstore.ErrInvalid) {
 				t.Errorf("TagBytes as %s: %v", mediaType, err)
 			}
 			if err := r.Tag(t.Context(), other, "other"); !errors.Is(err, blobstore.ErrInvalid) {
 				t.Errorf("Tag as %s: %v", mediaType, err)
 			}
-			err := r.Push(t.Context(), other, bytes.NewReader(data))
+			err = r.Push(t.Context(), other, bytes.NewReader(data))
 			if mediaType == "text/plain" && !errors.Is(err, errdef.ErrAlreadyExists) ||
 				mediaType != "text/plain" && !errors.Is(err, blobstore.ErrInvalid) {
 				t.Errorf("Push as %s: %v", mediaType, err)

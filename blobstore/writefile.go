@@ -606,6 +606,8 @@ func (c *filling) sync(root *os.Root) error {
 // its own, which it removes, without leaving it through a link. With
 // opts.Overwrite they replace files, which keep who may read and write them; without, nothing was in the
 // directory, and what does not succeed is undone.
+//
+//nolint:cyclop // the steps, and what undoes each, in their order
 func (c *filling) moveFiles(path, from string, opts ExportOptions) (err error) {
 	root, err := os.OpenRoot(path)
 	if err != nil {

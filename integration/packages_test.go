@@ -47,7 +47,8 @@ func TestPackages(t *testing.T) {
 		t.Errorf("without apt-get: %v, %s", err, out)
 	}
 	tool("apt-get", `echo "apt-get $*"`)
-	if out, err := run("0"); err != nil || !strings.Contains(out, "\napt-get install -y -q --no-install-recommends miniupnpd-nftables\n") {
+	const install = "\napt-get install -y -q --no-install-recommends miniupnpd-nftables\n"
+	if out, err := run("0"); err != nil || !strings.Contains(out, install) {
 		t.Errorf("with root: %v, %s", err, out)
 	}
 	tool("miniupnpd", "exit 1")

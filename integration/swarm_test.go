@@ -215,7 +215,8 @@ func TestSwarmRegistry(t *testing.T) {
 	there.run("oras", "push", a.daemon.host+"/models:v2", "file.bin:application/octet-stream")
 	there.run("oras", "attach", "--artifact-type", "application/x-signature", a.daemon.host+"/models:v2", "file.bin")
 
-	if out := here.run("oras", "discover", b.daemon.host+"/models:v2"); !strings.Contains(out, "application/x-signature") {
+	out := here.run("oras", "discover", b.daemon.host+"/models:v2")
+	if !strings.Contains(out, "application/x-signature") {
 		t.Errorf("discover on the other host says:\n%s", out)
 	}
 	here.run("oras", "tag", b.daemon.host+"/models:v2", "stable")

@@ -50,6 +50,8 @@ func (o StatOptions) Validate(tag string, cid digest.CID) error {
 }
 
 // Validate reports whether there can be a Delete of cid under tag with these options.
+//
+//nolint:cyclop // a list of rules
 func (o DeleteOptions) Validate(tag string, cid digest.CID) error {
 	if o.Expect != nil && (o.All || len(o.Also) > 0 || o.Unpin) {
 		return fmt.Errorf("delete what is expected: %w: it goes with one cid", digest.ErrInvalid)

@@ -49,7 +49,8 @@ func read(t testing.TB, configType, config string, m ocispec.Manifest) *artifact
 
 // TestRead: how files lie in what different programs make.
 func TestRead(t *testing.T) {
-	const title, path, metadata = ocispec.AnnotationTitle, "org.cncf.model.filepath", "org.cncf.model.file.metadata+json"
+	const title, path = ocispec.AnnotationTitle, "org.cncf.model.filepath"
+	const metadata = "org.cncf.model.file.metadata+json"
 	for name, test := range map[string]struct {
 		configType, config string
 		layers             []ocispec.Descriptor
@@ -65,7 +66,8 @@ func TestRead(t *testing.T) {
 			layer("b", title, "d", artifact.AnnotationUnpack, "true"), layer("c", artifact.AnnotationUnpack, "true")},
 			want: "x | d packed d | "},
 		"modes": {layers: []ocispec.Descriptor{layer("a", title, "x", artifact.AnnotationMode, "0640"),
-			layer("a", title, "y", artifact.AnnotationMode, "47777"), layer("a", title, "z", artifact.AnnotationMode, "x")},
+			layer("a", title, "y", artifact.AnnotationMode, "47777"),
+			layer("a", title, "z", artifact.AnnotationMode, "x")},
 			want: "x 0640 | y 0777 | z"},
 		"ModelPack": {layers: []ocispec.Descriptor{
 			layer("application/vnd.cncf.model.weight.v1.raw", path, "w/m.bin", metadata, `{"mode":33188}`),

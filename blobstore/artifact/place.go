@@ -57,6 +57,8 @@ func (t *Tree) Add(other Tree) {
 // PlaceAll says where layers go, each below a directory, and checks that none leads out of it, and
 // that none is in the way of another. Archives are unpacked, or stay what they are. An archive that is
 // alone goes to the directory itself. Errors match [digest.ErrInvalid].
+//
+//nolint:cyclop // the rules of one layer after the other
 func PlaceAll(layers []Layer, tree Tree, unpack, alone bool) ([]Place, error) {
 	var places []Place
 	taken := map[string]string{} // what is there: "" for directories

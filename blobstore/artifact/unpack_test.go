@@ -221,8 +221,8 @@ func TestUnpackBroken(t *testing.T) {
 	if err := unpackIn(t, t.TempDir(), "dir", zipped, other); !errors.Is(err, digest.ErrMismatch) {
 		t.Errorf("another content: %v", err)
 	}
-	if err := unpackIn(t, t.TempDir(), "dir", append(bytes.Clone(good), "behind"...),
-		map[string]string{artifact.AnnotationDigest: string(digest.SHA256.FromBytes(good))}); !errors.Is(err, digest.ErrMismatch) {
+	if err := unpackIn(t, t.TempDir(), "dir", append(bytes.Clone(good), "behind"...), map[string]string{
+		artifact.AnnotationDigest: string(digest.SHA256.FromBytes(good))}); !errors.Is(err, digest.ErrMismatch) {
 		t.Errorf("something behind the end: %v", err)
 	}
 	for _, text := range []string{"x", "md5:0123"} {

@@ -19,6 +19,7 @@ import (
 	"github.com/dfcache/dfcache/p2p"
 )
 
+//nolint:funlen // most of it is the text of the help
 func (a *app) exportCommand() *cobra.Command {
 	var output string
 	var opts blobstore.ExportOptions

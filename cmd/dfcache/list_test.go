@@ -13,7 +13,8 @@ import (
 
 // A template can rely on every key, whatever is known of an entry.
 func TestListedKeys(t *testing.T) {
-	keys := []string{"cid", "digest", "given", "givenTag", "imported", "lastUsed", "local", "manifest", "mediaType", "size", "tag", "type"}
+	keys := []string{"cid", "digest", "given", "givenTag", "imported", "lastUsed", "local", "manifest", "mediaType",
+		"size", "tag", "type"}
 	task := p2p.Task{Digest: "sha256:0"}
 	for name, test := range map[string]struct {
 		entry                      blobstore.Entry

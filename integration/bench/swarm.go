@@ -280,7 +280,8 @@ func (b *bench) crowds(counts, rates []string, size int64) {
 		"Until the last export has ended, with TLS, over what the bytes alone take at that rate; the headers of TCP "+
 		"and IP make that 1.05. "+
 		"All daemons share this machine's processors, which are busy to more than 80 %% with 16 at 25 Mbit/s.\n\n| N "+
-		"| Mbit/s | s | min | max | size / rate | ratio |\n|---:|---:|---:|---:|---:|---:|---:|\n", mib(size), congestion())
+		"| Mbit/s | s | min | max | size / rate | ratio |\n|---:|---:|---:|---:|---:|---:|---:|\n",
+		mib(size), congestion())
 	for _, rate := range rates {
 		mbit := must(strconv.Atoi(rate))
 		ideal := time.Duration(float64(size*8) / float64(mbit*1_000_000) * float64(time.Second))

@@ -922,7 +922,9 @@ func TestSweep(t *testing.T) {
 		await("Dragonfly is not told again", func() bool { return h.upstream.Calls("ImportTask") > 0 })
 	}
 	drop.Store(true)
-	await("Dragonfly does not get again what it has dropped", func() bool { return !drop.Load() && len(h.upstream.Tasks()) == 1 })
+	await("Dragonfly does not get again what it has dropped", func() bool {
+		return !drop.Load() && len(h.upstream.Tasks()) == 1
+	})
 	drop.Store(true)
 	stats := 0
 	await("Dragonfly is not asked again", func() bool {

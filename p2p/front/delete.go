@@ -21,6 +21,8 @@ const maxSeeing = 16
 
 // Delete implements [p2p.Engine]. It covers what this host and the peers of the sources have
 // when it is called, as they say, and what is older than that.
+//
+//nolint:cyclop // the steps of one delete, in their order
 func (e *Engine) Delete(ctx context.Context, tag string, cid digest.CID, opts p2p.DeleteOptions) (p2p.Deleted, error) {
 	if err := e.Begin(ctx); err != nil {
 		return p2p.Deleted{}, err

@@ -277,6 +277,8 @@ func (m *Manifest) TypeAs(given string) (string, error) {
 }
 
 // checkKind says what keeps a manifest from being of a media type.
+//
+//nolint:cyclop // a list of rules
 func (m *Manifest) checkKind(mediaType string) error {
 	image, index, artifact := m.Config != nil || m.Layers != nil, m.Manifests != nil, m.Blobs != nil
 	switch {

@@ -248,6 +248,8 @@ func (in *ingest) Commit(c p2p.Commit) error {
 }
 
 // check looks whether everything is there that a commit speaks of.
+//
+//nolint:cyclop // a list of rules
 func (in *ingest) check(c p2p.Commit) error {
 	for _, e := range c.Expect {
 		if err := in.s.expect(e); err != nil {

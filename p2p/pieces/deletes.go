@@ -530,6 +530,8 @@ func (r *removal) soft(tx *bbolt.Tx, t p2p.Task) error {
 
 // remember notes a delete, unless one that covers as much is known. It returns
 // all that is known to be deleted of the same cid.
+//
+//nolint:cyclop // the steps of one transaction, in their order
 func (s *Store) remember(tx *bbolt.Tx, d Delete) (all Delete, news bool, err error) {
 	k := d.key()
 	before, record, found, err := getDelete(tx, k)

@@ -27,8 +27,8 @@ func DiskError(err error) error {
 			p2p.ErrNoSpace, err)
 	}
 	if errors.Is(err, syscall.EROFS) {
-		return fmt.Errorf("%w: the data directory's disk is mounted read-only, as the kernel does with one that fails: see "+
-			"what it says (dmesg), and mount it for writing again", err)
+		return fmt.Errorf("%w: the data directory's disk is mounted read-only, as the kernel does with one that "+
+			"fails: see what it says (dmesg), and mount it for writing again", err)
 	}
 	return err
 }

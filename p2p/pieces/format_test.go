@@ -380,7 +380,8 @@ var fullOptions = Options{Now: func() time.Time { return madeAt.Add(time.Minute)
 // recordTypes are what the values of those buckets are that have JSON.
 var recordTypes = map[string]any{
 	string(bucketBlobs): blobRecord{}, string(bucketTasks): taskRecord{}, string(bucketNames): nameRecord{},
-	string(bucketDeletes): deleteRecord{}, string(bucketCleared): clearedFields{}, string(bucketDamaged): damageRecord{},
+	string(bucketDeletes): deleteRecord{}, string(bucketCleared): clearedFields{},
+	string(bucketDamaged): damageRecord{},
 }
 
 // clearedFields are those that a deleteRecord has of a delete of all under a tag.

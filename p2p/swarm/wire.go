@@ -374,6 +374,8 @@ func deleteMessageOf(d pieces.Delete, now time.Time) deleteMessage {
 }
 
 // parse returns the delete of a message that came at the time now.
+//
+//nolint:cyclop // a list of rules
 func (m deleteMessage) parse(now time.Time) (pieces.Delete, error) {
 	if err := p2p.ValidateTag(m.Tag); err != nil {
 		return pieces.Delete{}, err

@@ -151,6 +151,8 @@ type limits struct {
 // download writes a task's content to w, piece by piece as they come, and returns how many bytes there
 // are: as many as the scheduler knows of, unless Dragonfly's dfdaemon says otherwise, for which there
 // has to be room.
+//
+//nolint:cyclop // what each answer means stands in one place
 func (c *client) download(
 	ctx context.Context, t p2p.Task, w io.WriterAt, size int64, room func(int64) error, l limits,
 ) (int64, error) {
