@@ -2,8 +2,6 @@ package pieces
 
 import (
 	"bytes"
-	"crypto/sha256"
-	"encoding/hex"
 	"io"
 	"os"
 	"path/filepath"
@@ -12,6 +10,7 @@ import (
 
 	"github.com/dfcache/dfcache/digest"
 	"github.com/dfcache/dfcache/p2p"
+	"github.com/dfcache/dfcache/p2p/enginetest"
 )
 
 // allocated returns how many bytes a file has on its disk.
@@ -120,43 +119,16 @@ func TestSparse(t *testing.T) {
 // TestLongPieces: from 128 MiB on pieces are longer, and are read as others are.
 func TestLongPieces(t *testing.T) {
 	s := newStore(t)
-	const size = 128<<20 + 1
-	f, content := sparseFile(t, size, 0, 100<<20, size-9)
-	in, err := s.Ingest(t.Context())
-	if err != nil {
-		t.Fatal(err)
+	data := make([]byte, 128<<20+1)
+	for _, at := range []int{0, 128<<10 - 5, 100 << 20, len(data) - 9} {
+		copy(data[at:], "something")
 	}
-	defer in.Close()
-	added, err := in.Add(f, p2p.AddOptions{})
-	if err != nil {
-		t.Fatal(err)
+	task := enginetest.Import(t, s, "t", data)
+	info, err := s.Stat(t.Context(), task.Tag, digest.FromDigest(task.Digest), p2p.StatOptions{})
+	if err != nil || info.PieceLength != 128<<10 || task.Digest != digest.SHA256.FromBytes(data) {
+		t.Errorf("a blob of %d bytes is %+v, %v", len(data), info, err)
 	}
-	task := p2p.Task{Tag: "t", Digest: added.Digest}
-	if err := in.Commit(p2p.Commit{Tasks: []p2p.NewTask{{Task: task, Keep: p2p.KeepPinned}}}); err != nil {
-		t.Fatal(err)
-	}
-	blob, err := s.Open(t.Context(), task, p2p.Local)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer blob.Close()
-	if length := blob.(p2p.FileBlob).Table().PieceLength; blob.Size() != size || length != 128<<10 {
-		t.Errorf("a blob of %d bytes has pieces of %d", blob.Size(), length)
-	}
-	for _, at := range []int64{0, 128<<10 - 5, 100<<20 - 5, size - 10} {
-		got := make([]byte, 10)
-		if _, err := blob.ReadAt(got, at); err != nil || !bytes.Equal(got, content[at:at+10]) {
-			t.Errorf("at %d: %q, %v", at, got, err)
-		}
-	}
-	sum := sha256.New()
-	if err := blob.CopyRange(t.Context(), sum, 0, size, nil); err != nil {
-		t.Fatal(err)
-	}
-	got := digest.Digest("sha256:" + hex.EncodeToString(sum.Sum(nil)))
-	if want := digest.SHA256.FromBytes(content); got != want || added.Digest != want {
-		t.Errorf("added as %s, read as %s, want %s", added.Digest, got, want)
-	}
+	enginetest.RequireContent(t, s, task, data)
 }
 
 // TestSparseFrom: a file with holes is added from where it stands.

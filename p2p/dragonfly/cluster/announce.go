@@ -131,7 +131,7 @@ func (e *Source) holdName(ctx context.Context, tag, name string, points digest.D
 	return id, err
 }
 
-// holdNow is holdName as far as the store tells. before is what was held under the ID until now, or nil.
+// holdNow is holdName as far as the store tells. before is what it takes the place of, or nil.
 func (e *Source) holdNow(ctx context.Context, tag, name string, cid digest.CID) (
 	id string, before *holding, err error,
 ) {
@@ -357,8 +357,7 @@ func (e *Source) sweep() error {
 // namesGone returns the IDs of names of a tag that are held, and not in the store any more.
 func (e *Source) namesGone(ctx context.Context, tag string) (gone []string) {
 	held := map[string]string{}
-	e.naming.Lock()
-	defer e.naming.Unlock()
+	e.naming.Lock() // what was read of the store before a name went has been noted then
 	e.mu.Lock()
 	for id, h := range e.held {
 		if h.name != "" && h.task.Tag == tag {
@@ -366,6 +365,7 @@ func (e *Source) namesGone(ctx context.Context, tag string) (gone []string) {
 		}
 	}
 	e.mu.Unlock()
+	e.naming.Unlock()
 	for id, name := range held {
 		cid, err := digest.ParseCID(name)
 		if err == nil {
